@@ -1,0 +1,74 @@
+"""What can go wrong, as exceptions: each knows its HTTP status and its OpenAI `type`, `code` and `param`.
+
+It does not know HTTP responses: `main.py` maps these to one, in a single place.
+Source of the shape: the `Error` schema of the OpenAI OpenAPI document (message, type, param, code, all required).
+"""
+
+
+class APIError(Exception):
+    """An error that a client is told about."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+        self.retry_after = retry_after  # seconds
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON object that a client reads, in a response or as a stream's last event."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(APIError):
+    """The request is wrong; sending it again will not help."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer do not fit the model's context; the sentence is the one that clients look for."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(InvalidRequest):
+    status = 404
+    code = "model_not_found"
+
+
+class NotFound(InvalidRequest):
+    status = 404
+
+
+class MethodNotAllowed(InvalidRequest):
+    status = 405
+
+
+class Unavailable(APIError):
+    """Nothing is wrong with the request, but not now; `retry_after` says when."""
+
+    status = 503
+
+
+class ModelLoading(Unavailable):
+    code = "model_loading"
+
+
+class Overloaded(Unavailable):
+    code = "server_is_overloaded"
+
+
+class EngineFailure(APIError):
+    """A step of the engine failed; the requests that it carried get this."""
+
+
+class ModelLoadError(Exception):
+    """The model cannot be served; one sentence for the person who started the server."""
