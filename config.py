@@ -1,0 +1,88 @@
+"""Settings: what can be set, from the command line, the environment or `.env`, in this order. It knows nothing of their use."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BeforeValidator, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+
+def parse_bytes(value: Any) -> Any:
+    """`"4GiB"`, `"4G"`, `"512m"` or a plain number -> bytes."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower().removesuffix("b").removesuffix("i")
+    unit = _UNITS.get(text[-1:], 1)
+    try:
+        return int(float(text.rstrip("kmgt")) * unit)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a size such as 4GiB, 512MiB or 1000000") from None
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """All settings; frozen. `.env.example` and the README list them with their meaning."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        protected_namespaces=(),
+        cli_kebab_case=True,
+        cli_prog_name="python main.py",
+        populate_by_name=True,
+    )
+
+    model_path: str | None = Field(
+        None,
+        validation_alias=AliasChoices("model_path", "model_dir", "nanovllm_model_path"),
+        description="directory, .gguf file, Hub id or demo name",
+    )
+    served_model_name: str | None = Field(None, description="the id under /v1/models; default: the model's base name")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    cors_allow_origins: Annotated[list[str] | None, NoDecode] = Field(
+        None, description="comma-separated origins, or *; default: localhost only"
+    )
+    cache_dir: Path = Field(Path("~/.cache/gemma3-server"), description="demo models and converted GGUF files")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish")
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="the weights' and the cache's")
+    device_map: str = Field("auto", description="as in accelerate: auto, cpu, cuda:0, balanced, sequential")
+    max_model_len: int | None = Field(None, gt=0, description="tokens of prompt and answer; default: the model's own")
+    max_num_seqs: int | None = Field(None, gt=0, description="sequences in a batch; default: 32 on CPU, 256 on GPU")
+    max_num_batched_tokens: int | None = Field(
+        None, gt=0, description="tokens in a step while nothing decodes; default: 512 on CPU, 8192 on GPU"
+    )
+    max_num_mixed_tokens: int | None = Field(
+        None, gt=0, description="tokens in a step while sequences decode; default: 64 on CPU, 2048 on GPU"
+    )
+    max_waiting: int = Field(1024, gt=0, description="sequences that may wait; more are refused with 503")
+    kv_cache_memory: Bytes | None = Field(None, description="bytes such as 4GiB; default: from free memory")
+    kv_block_size: int = Field(16, gt=0, description="tokens in a block of the KV cache")
+
+    @field_validator("cors_allow_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @property
+    def is_open_to_network(self) -> bool:
+        return self.host not in ("localhost", "::1") and not self.host.startswith("127.")
+
+
+def from_command_line(arguments: list[str] | None = None) -> Settings:
+    """Settings with command line flags on top (`--model-path PATH --host H --port P ...`); exits on bad ones."""
+    return Settings(_cli_parse_args=arguments if arguments is not None else True)

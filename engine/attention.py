@@ -1,0 +1,172 @@
+"""Attention over the paged cache, as the function that transformers' models call for every layer.
+
+Registered with transformers' `AttentionInterface`, so that stock modules run unmodified: the tokens of a step come
+packed as one row (1, heads, tokens, dim), first the decodes, then the chunks of prompts. It knows no sequences, only
+the step's tensors in `StepAttention`.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from engine.kv_cache import KVCache, LayerSpec
+
+NAME = "paged_blocks"
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Decodes of similar length, padded to the longest."""
+
+    start: int  # among the step's tokens
+    end: int
+    blocks: torch.Tensor  # (rows * num_blocks,)
+    mask: torch.Tensor  # (rows, 1, 1, num_blocks * block_size), 0 where visible, else -inf
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """One sequence's chunk of its prompt."""
+
+    start: int
+    end: int
+    blocks: torch.Tensor | None  # (num_blocks,); None where the chunk sees only itself
+    mask: torch.Tensor | None  # (tokens, visible); None: causal
+
+
+@dataclass(frozen=True)
+class GroupAttention:
+    """What the layers of one group share in a step."""
+
+    slots: torch.Tensor  # (tokens,): block * block_size + offset, where a token's key and value go
+    decodes: tuple[DecodeGroup, ...]
+    prefills: tuple[PrefillChunk, ...]
+
+    def to(self, device: torch.device) -> "GroupAttention":
+        """A copy whose tensors are on `device`."""
+        return GroupAttention(
+            self.slots.to(device),
+            tuple(replace(d, blocks=d.blocks.to(device), mask=d.mask.to(device)) for d in self.decodes),
+            tuple(replace(p, blocks=_to(p.blocks, device), mask=_to(p.mask, device)) for p in self.prefills),
+        )
+
+
+def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+@dataclass
+class StepAttention:
+    """The step's side of attention: the cache, and each group's tensors on each device that asks for them."""
+
+    cache: KVCache
+    groups: list[GroupAttention]
+    _placed: dict[tuple[int, torch.device], GroupAttention] = field(default_factory=dict)
+
+    def of_layer(self, layer: int, device: torch.device) -> GroupAttention:
+        group = self.cache.group_of[layer]
+        if (group, device) not in self._placed:
+            self._placed[group, device] = self.groups[group].to(device)
+        return self._placed[group, device]
+
+
+@dataclass
+class Probe:
+    """Takes the place of StepAttention in a first forward, and notes what each layer stores."""
+
+    specs: dict[int, LayerSpec] = field(default_factory=dict)
+
+    def note(self, layer: int, key: torch.Tensor, value: torch.Tensor, window: int | None) -> None:
+        self.specs[layer] = LayerSpec(key.shape[1], key.shape[3], value.shape[3], window, key.dtype, key.device)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    step: StepAttention | Probe | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """query (1, heads, tokens, dim), key and value (1, kv_heads, tokens, dim) -> (1, tokens, heads, value_dim).
+
+    `step` travels through the model's forward as a keyword argument, as transformers' own paged cache does.
+    """
+    assert step is not None, "the model does not hand keyword arguments on to its attention"
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if isinstance(step, Probe):
+        step.note(layer, key, value, sliding_window)
+        num_groups = query.shape[1] // key.shape[1]
+        return value.repeat_interleave(num_groups, dim=1).transpose(1, 2), None
+    group = step.of_layer(layer, key.device)
+    keys, values = step.cache.keys[layer], step.cache.values[layer]  # (num_blocks, block_size, kv_heads, dim)
+    keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
+    values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
+    num_kv_heads, value_dim = values.shape[2:]
+    query = query[0].unflatten(0, (num_kv_heads, -1))  # (kv_heads, group, tokens, dim)
+    output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
+    for decode in group.decodes:
+        rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
+        visible = _gather(keys, values, decode.blocks, decode.end - decode.start)
+        output[decode.start : decode.end] = _attend(rows, *visible, decode.mask, scaling, softcap)
+    for chunk in group.prefills:
+        part = query[:, :, chunk.start : chunk.end]  # (kv_heads, group, tokens, dim)
+        if chunk.blocks is None:
+            own = slice(chunk.start, chunk.end)
+            k, v = key[0, :, own], value[0, :, own]
+        else:
+            gathered = _gather(keys, values, chunk.blocks, 1)
+            k, v = gathered[0][0], gathered[1][0]
+        shape = (-1, query.shape[1], -1, -1)  # the heads of a group share one key: no copy
+        result = _attend(part, k[:, None].expand(shape), v[:, None].expand(shape), chunk.mask, scaling, softcap)
+        output[chunk.start : chunk.end] = result.permute(2, 0, 1, 3)
+    return output.flatten(1, 2)[None], None
+
+
+def _gather(
+    keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each (rows, kv_heads, tokens, dim)."""
+    k = keys.index_select(0, blocks).unflatten(0, (rows, -1)).flatten(1, 2)
+    v = values.index_select(0, blocks).unflatten(0, (rows, -1)).flatten(1, 2)
+    return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """(a, b, queries, dim) over (a, b, visible, dim); without a mask it is causal."""
+    if softcap is not None:
+        return _attend_softcapped(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+
+
+def _attend_softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Gemma 2's: scores go through softcap * tanh(score / softcap), which no fused kernel here has."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu(1)
+    return torch.matmul((scores + mask).softmax(-1).to(value.dtype), value)
+
+
+AttentionInterface.register(NAME, paged_attention)

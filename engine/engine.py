@@ -1,0 +1,254 @@
+"""Engine: many callers' prompts in, their tokens out as they come. One thread steps the model; callers stay async."""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from engine.kv_cache import CachePlan, KVCache, LayerSpec
+from engine.model_runner import ModelRunner, Report, load_model, probe_layers
+from engine.sampling import SamplingParams
+from engine.scheduler import Limits, Scheduler
+from engine.sequence import Sequence, Sink, TokenOutput
+from errors import EngineFailure, ModelLoadError, Overloaded, Unavailable
+
+log = logging.getLogger(__name__)
+
+CPU_CACHE_MEMORY = 4 * 2**30  # bytes at most, unless set
+CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
+GPU_RESERVE = 0.1  # of a GPU's memory, for activations
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What can be set; names and meaning are those of the settings. None: chosen for the device and model."""
+
+    dtype: str = "auto"
+    device_map: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_mixed_tokens: int | None = None
+    max_waiting: int = 1024
+    kv_cache_memory: int | None = None
+    kv_block_size: int = 16
+
+
+_DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
+    "cpu": (32, 512, 64),
+    "cuda": (256, 8192, 2048),
+}
+
+
+class Engine:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, max_waiting: int = 1024) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.max_waiting = max_waiting
+        self.failure: Exception | None = None  # set once, when the worker thread has ended by an error
+        self._live: set[Sequence] = set()  # generate() calls under way
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._is_closing = False
+        self._is_stopped = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.scheduler.limits.max_model_len
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return max(0, len(self._live) - self.num_running)
+
+    def start(self) -> None:
+        """Starts the worker thread; outputs go to the event loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def generate(self, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[TokenOutput]:
+        """The answer, token by token; its last output has a finish_reason. Leaving the iterator aborts the sequence.
+
+        Raises Overloaded while too many wait, Unavailable while closing, EngineFailure when a step failed.
+        """
+        assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
+        self._check_open()
+        outputs: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
+        sequence = Sequence(prompt_ids, params, outputs.put_nowait)
+        self._live.add(sequence)
+        self._inbox.put(partial(self.scheduler.add, sequence))
+        try:
+            while True:
+                output = await outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+                if output.finish_reason:
+                    return
+        finally:
+            self._live.discard(sequence)
+            self._inbox.put(partial(self.scheduler.remove, sequence))
+
+    def _check_open(self) -> None:
+        if self.failure is not None:
+            raise EngineFailure("The engine has stopped after an error; the server must be restarted.")
+        if self._is_closing:
+            raise Unavailable("The server is shutting down.", retry_after=10)
+        if self.num_waiting >= self.max_waiting:
+            raise Overloaded(f"{self.num_waiting} sequences are waiting already; try again later.", retry_after=5)
+
+    async def close(self, timeout: float = 0.0) -> None:
+        """Lets running sequences finish for `timeout` seconds, gives the others an error, and ends the thread."""
+        self._is_closing = True
+        deadline = time.monotonic() + timeout
+        while self._live and self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._inbox.put(self._stop)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        for sequence in self._live:
+            sequence.sink(Unavailable("The server is shutting down.", retry_after=10))
+
+    def _stop(self) -> None:
+        self._is_stopped = True
+
+    def _run(self) -> None:
+        """The worker thread. What escapes a step's own handling is fatal: everybody is told, and /health says so."""
+        try:
+            while not self._is_stopped:
+                self._read_inbox()
+                if not self._is_stopped and self.scheduler.has_work:
+                    self.step()
+        except Exception as error:
+            log.exception("the engine stops")
+            self.failure = error
+            failed = EngineFailure("The engine has stopped after an error.")
+            self._deliver([(sequence.sink, failed) for sequence in list(self._live)])
+
+    def _read_inbox(self) -> None:
+        """Carries out what the event loop asked for; waits for it where there is nothing to compute."""
+        if not self.scheduler.has_work:
+            self._inbox.get()()
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def step(self) -> None:
+        """Computes one batch. Its sequences are told if that fails; the others, and the engine, live on."""
+        batch = self.scheduler.schedule()
+        if not batch.spans:
+            return
+        outputs: list[tuple[Sink, TokenOutput | Exception]] = []
+        try:
+            token_ids = self.runner.run(batch)
+        except Exception:
+            log.exception("a step with %d sequences and %d tokens failed", len(batch.spans), batch.num_tokens)
+            failed = EngineFailure("The model failed on this request; it has been logged.")
+            for sequence in batch.sequences:
+                self.scheduler.remove(sequence)
+                outputs.append((sequence.sink, failed))
+        else:
+            for sequence, output in self.scheduler.update(batch, token_ids):
+                bad = EngineFailure("The model computed a value that is not a number.")
+                outputs.append((sequence.sink, output or bad))
+        self._deliver(outputs)
+
+    def _deliver(self, outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
+        if outputs and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_call_sinks, outputs)
+
+
+def _call_sinks(outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
+    for sink, output in outputs:
+        sink(output)
+
+
+def load_engine(directory: Path, options: EngineOptions, stop_token_ids: Iterable[int], report: Report) -> Engine:
+    """The engine for the model in `directory`, not started. Raises ModelLoadError. Blocks for seconds or minutes.
+
+    `stop_token_ids` end an answer beside those that the model's own generation config names.
+    """
+    model = load_model(directory, options.dtype, options.device_map, report)
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    eos_ids = frozenset([*stop_token_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
+    return build_engine(model, options, eos_ids)
+
+
+def build_engine(model: PreTrainedModel, options: EngineOptions, eos_token_ids: frozenset[int]) -> Engine:
+    """The engine for a loaded model, its cache sized from free memory."""
+    specs = probe_layers(model)
+    max_num_seqs, batched, mixed = _DEVICE_DEFAULTS["cuda" if next(iter(specs.values())).device.type == "cuda" else "cpu"]
+    max_num_seqs = options.max_num_seqs or max_num_seqs
+    batched = max(options.max_num_batched_tokens or batched, max_num_seqs)
+    mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)
+    context = _model_context(model, options.max_model_len)
+    bytes_per_token = sum(spec.bytes_per_token for spec in specs.values())
+    memory = options.kv_cache_memory or min(
+        _free_memory(specs), max_num_seqs * (context + options.kv_block_size) * bytes_per_token
+    )
+    plan = CachePlan.fit(specs, memory, options.kv_block_size, max_num_seqs, max(batched, mixed))
+    limits = Limits(max_num_seqs, batched, mixed, _fit_context(context, plan, options, memory))
+    cache = KVCache(plan, specs)
+    log.info(
+        "context %d tokens, %d sequences at once, KV cache %.2f GiB in %s blocks of %d tokens",
+        *(limits.max_model_len, max_num_seqs, memory / 2**30, "+".join(str(g.num_blocks) for g in plan.groups)),
+        options.kv_block_size,
+    )
+    return Engine(ModelRunner(model, cache), Scheduler(cache, limits, eos_token_ids), options.max_waiting)
+
+
+def _model_context(model: PreTrainedModel, wanted: int | None) -> int:
+    """Tokens; long-rope models stay within their original context, where one set of frequencies holds for all."""
+    text = model.config.get_text_config()
+    context = int(getattr(text, "max_position_embeddings", None) or 2048)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        context = min(context, int(rope.get("original_max_position_embeddings") or context))
+    if wanted is not None and wanted > context:
+        raise ModelLoadError(f"MAX_MODEL_LEN={wanted} is beyond the model's context of {context} tokens.")
+    return wanted or context
+
+
+def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: int) -> int:
+    if plan.max_tokens >= context:
+        return context
+    if options.max_model_len or plan.max_tokens < 2 * plan.block_size:
+        raise ModelLoadError(
+            f"A KV cache of {memory / 2**30:.2f} GiB holds {plan.max_tokens} tokens, and {context} are asked for: "
+            "raise KV_CACHE_MEMORY or lower MAX_MODEL_LEN."
+        )
+    log.warning("the KV cache holds %d tokens: the context is cut from %d to that", plan.max_tokens, context)
+    return plan.max_tokens
+
+
+def _free_memory(specs: dict[int, LayerSpec]) -> int:
+    """Bytes for the cache: on GPUs what each has left for its own layers, on the CPU a share of what is free."""
+    devices = {spec.device for spec in specs.values()}
+    total = sum(spec.bytes_per_token for spec in specs.values())
+    limits = []
+    for device in devices:
+        share = sum(spec.bytes_per_token for spec in specs.values() if spec.device == device)
+        if device.type == "cuda":
+            free, capacity = torch.cuda.mem_get_info(device)
+            room = free - GPU_RESERVE * capacity
+        else:
+            room = min(CPU_CACHE_MEMORY, CPU_CACHE_SHARE * psutil.virtual_memory().available)
+        limits.append(int(room * total / share))
+    if min(limits) <= 0:
+        raise ModelLoadError("No memory is left for the KV cache beside the model's weights.")
+    return min(limits)

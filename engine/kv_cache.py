@@ -1,0 +1,149 @@
+"""KVCache: keys and values in blocks. It hands out blocks and holds the tensors; it does not compute attention.
+
+Layers with the same sliding window form a group with block tables of their own, so that a sliding layer gives back
+what its window has left. Paged blocks as in PagedAttention (Kwon et al. 2023).
+"""
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from engine.sequence import Sequence
+
+FREED = -1
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one attention layer stores for each token, as seen in the model's own forward."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None  # tokens that a query sees, itself included; None: all
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    window: int | None
+    layers: tuple[int, ...]
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How many blocks each group gets, and the longest sequence that they hold."""
+
+    groups: tuple[LayerGroup, ...]
+    block_size: int
+    max_tokens: int  # of one sequence
+
+    @classmethod
+    def fit(
+        cls, specs: dict[int, LayerSpec], memory: int, block_size: int, max_num_seqs: int, step_tokens: int
+    ) -> "CachePlan":
+        """Divides `memory` bytes. A sliding group never needs more than max_num_seqs windows and one step's tokens."""
+        windows = sorted({spec.window for spec in specs.values()}, key=lambda w: (w is not None, w))
+        layers = {w: tuple(i for i, spec in sorted(specs.items()) if spec.window == w) for w in windows}
+        cost = {w: sum(specs[i].bytes_per_token for i in layers[w]) * block_size for w in windows}  # bytes of a block
+        # a window of tokens straddles one block more than it fills, at both ends
+        cap = {
+            w: max_num_seqs * (-(-w // block_size) + 2) + -(-step_tokens // block_size) for w in windows if w is not None
+        }
+        num_blocks = memory // sum(cost.values())
+        for window in sorted(cap, key=lambda w: cap[w]):  # what a capped group leaves goes to the others
+            if cap[window] < num_blocks:
+                memory -= cap[window] * cost.pop(window)
+                num_blocks = memory // sum(cost.values()) if cost else cap[window]
+        sizes = {w: min(num_blocks, cap.get(w, num_blocks)) if w in cost else cap[w] for w in windows}  # type: ignore[index]
+        groups = tuple(LayerGroup(w, layers[w], sizes[w]) for w in windows)
+        return cls(groups, block_size, cls._longest(groups, block_size, step_tokens))
+
+    @staticmethod
+    def _longest(groups: tuple[LayerGroup, ...], block_size: int, step_tokens: int) -> int:
+        """Tokens of the longest sequence that fits alone: a sliding group that holds a window and a step has no limit."""
+        limits = []
+        for group in groups:
+            needed = None if group.window is None else -(-(group.window + step_tokens) // block_size) + 2
+            if needed is None or group.num_blocks < needed:
+                limits.append(group.num_blocks * block_size)
+        return min(limits, default=2**31)
+
+
+class KVCache:
+    def __init__(self, plan: CachePlan, specs: dict[int, LayerSpec]) -> None:
+        self.plan = plan
+        self.groups = plan.groups
+        self.block_size = plan.block_size
+        self.keys: dict[int, torch.Tensor] = {}  # layer -> (num_blocks, block_size, num_kv_heads, key_dim)
+        self.values: dict[int, torch.Tensor] = {}
+        self.group_of = {layer: g for g, group in enumerate(plan.groups) for layer in group.layers}
+        for layer, spec in specs.items():
+            shape = (plan.groups[self.group_of[layer]].num_blocks, plan.block_size, spec.num_kv_heads)
+            self.keys[layer] = torch.zeros(*shape, spec.key_dim, dtype=spec.dtype, device=spec.device)
+            self.values[layer] = torch.zeros(*shape, spec.value_dim, dtype=spec.dtype, device=spec.device)
+        # lowest number first: memory that nobody needed is never touched, and neighbours in time are neighbours in memory
+        self._free = [list(range(group.num_blocks)) for group in plan.groups]
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Of the scarcest group."""
+        return min(len(free) for free in self._free)
+
+    @property
+    def num_used_blocks(self) -> int:
+        return sum(group.num_blocks - len(free) for group, free in zip(self.groups, self._free, strict=True))
+
+    def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Makes room for the sequence's first `num_tokens` tokens; False, and nothing is taken, if there is none."""
+        sequence.block_tables = sequence.block_tables or [[] for _ in self.groups]
+        wanted = -(-num_tokens // self.block_size)
+        missing = [wanted - len(table) for table in sequence.block_tables]
+        if any(count > len(free) for count, free in zip(missing, self._free, strict=True)):
+            return False
+        for table, free, count in zip(sequence.block_tables, self._free, missing, strict=True):
+            table.extend(heapq.heappop(free) for _ in range(count))
+        return True
+
+    def can_admit(self, sequence: Sequence, running: Iterable[Sequence], step_tokens: int) -> bool:
+        """Whether the whole prompt fits beside what the running sequences still need for theirs."""
+        for index, (group, free) in enumerate(zip(self.groups, self._free, strict=True)):
+            reserved = sum(self._num_missing(index, group.window, other, step_tokens) for other in running)
+            if reserved + self._num_missing(index, group.window, sequence, step_tokens) > len(free):
+                return False
+        return True
+
+    def _num_missing(self, index: int, window: int | None, sequence: Sequence, step_tokens: int) -> int:
+        """Blocks that a group still lacks for all of the sequence's tokens and the next one."""
+        held = [block for block in sequence.block_tables[index] if block != FREED] if sequence.block_tables else []
+        tokens = sequence.num_tokens + 1
+        if window is not None:
+            tokens = min(tokens, window + step_tokens + 2 * self.block_size)
+        return max(0, -(-tokens // self.block_size) - len(held))
+
+    def free_outside_window(self, sequence: Sequence) -> None:
+        """Gives back the blocks that no later token of the sequence can see."""
+        for group, table, free in zip(self.groups, sequence.block_tables, self._free, strict=True):
+            if group.window is None:
+                continue
+            first_visible = max(0, sequence.num_computed + 1 - group.window)
+            for index in range(first_visible // self.block_size - 1, -1, -1):
+                if table[index] == FREED:
+                    break
+                heapq.heappush(free, table[index])
+                table[index] = FREED
+
+    def free(self, sequence: Sequence) -> None:
+        for table, free in zip(sequence.block_tables, self._free, strict=True):
+            for block in table:
+                if block != FREED:
+                    heapq.heappush(free, block)
+        sequence.block_tables = []

@@ -1,0 +1,304 @@
+"""load_model, and ModelRunner: a Batch in, the next token ids out. It does not decide what runs."""
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from engine import attention
+from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention
+from engine.kv_cache import FREED, CachePlan, KVCache, LayerGroup, LayerSpec
+from engine.sampling import Sampler
+from engine.scheduler import Batch, Span
+from errors import ModelLoadError
+
+Report = Callable[[str, float], None]  # what is being done, fraction of it from 0 to 1
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+NEVER_FLOAT16 = ("gemma",)  # activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_dtype(wanted: str, model_type: str, on_cuda: bool) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it; a family that overflows in float16 never gets it."""
+    fits_bfloat16 = torch.cuda.is_bf16_supported() if on_cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = _DTYPES.get(wanted)
+    if dtype is None:
+        dtype = torch.bfloat16 if fits_bfloat16 else torch.float16 if on_cuda else torch.float32
+    if dtype == torch.float16 and model_type.startswith(NEVER_FLOAT16):
+        dtype = torch.bfloat16 if fits_bfloat16 else torch.float32
+    return dtype
+
+
+def load_model(directory: Path, dtype: str, device_map: str, report: Report) -> PreTrainedModel:
+    """The model in evaluation mode, its text layers attending through this engine. Raises ModelLoadError."""
+    config = _load_config(directory)
+    on_cuda = torch.cuda.is_available() and device_map != "cpu"
+    chosen = choose_dtype(dtype, config.model_type, on_cuda)
+    if not on_cuda:
+        _check_memory(directory, chosen)
+    report("loading weights", 0.0)
+    try:
+        with _weights_progress(report):
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=chosen,
+                device_map=device_map,
+                attn_implementation=_attention_of(config),
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelLoadError(f"The model in {directory} cannot be loaded: {_first_line(error)}") from error
+    if "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}:
+        raise ModelLoadError(f"The model in {directory} does not fit into the memory of this machine's devices.")
+    return model.eval()
+
+
+def _load_config(directory: Path) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"The model in {directory} cannot be served: {_first_line(error)}") from error
+    check_architecture(config)
+    return config
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Raises ModelLoadError for models that are no causal language models, or attend in a way the cache cannot hold."""
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelLoadError(
+            f"Models of type {config.model_type!r} are not supported: not a causal language model of transformers."
+        )
+    text = config.get_text_config()
+    foreign = set(getattr(text, "layer_types", None) or LAYER_TYPES) - LAYER_TYPES
+    if foreign:
+        raise ModelLoadError(
+            f"Models of type {config.model_type!r} are not supported: they have {', '.join(sorted(foreign))} layers."
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "dynamic" in {rope.get("rope_type"), *(p.get("rope_type") for p in rope.values() if isinstance(p, dict))}:
+        raise ModelLoadError("Models with dynamic rotary embeddings are not supported: they depend on the batch.")
+
+
+def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
+    """The engine's attention for the text layers; a vision tower keeps the stock one."""
+    parts = {name: "sdpa" for name in config.sub_configs if name != "text_config"}
+    return {**parts, "text_config": attention.NAME, "": "sdpa"} if "text_config" in config.sub_configs else attention.NAME
+
+
+def _check_memory(directory: Path, dtype: torch.dtype) -> None:
+    needed = sum(_num_elements(path) for path in directory.glob("*.safetensors")) * dtype.itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ModelLoadError(
+            f"The model in {directory} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free."
+        )
+
+
+def _num_elements(path: Path) -> int:
+    """From the header of a safetensors file: https://huggingface.co/docs/safetensors."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    count = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            size = 1
+            for length in tensor["shape"]:
+                size *= length
+            count += size
+    return count
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _weights_progress(report: Report) -> Iterator[None]:
+    """Passes the progress of transformers' own bars on, where its version has a hook for that."""
+    set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
+    if set_hook is None:
+        yield
+        return
+
+    def make_bar(factory: Any, arguments: Any, options: Any) -> Any:
+        bar = factory(*arguments, **{**options, "disable": False, "file": _Nowhere()})
+        update = bar.update
+
+        def reporting_update(count: int = 1) -> Any:
+            result = update(count)
+            if bar.total:
+                report("loading weights", min(1.0, bar.n / bar.total))
+            return result
+
+        bar.update = reporting_update
+        return bar
+
+    previous = set_hook(make_bar)
+    try:
+        yield
+    finally:
+        set_hook(previous)
+
+
+class _Nowhere:
+    def write(self, text: str) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+def probe_layers(model: PreTrainedModel) -> dict[int, LayerSpec]:
+    """What each layer stores, noted in a forward of one token; raises ModelLoadError if a layer goes another way."""
+    probe = Probe()
+    device = model.get_input_embeddings().weight.device
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, step=probe)
+    except AssertionError as error:
+        raise ModelLoadError(f"Models of type {model.config.model_type!r} are not supported: {error}.") from error
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if set(probe.specs) != set(range(num_layers)):
+        raise ModelLoadError(
+            f"Models of type {model.config.model_type!r} are not supported: "
+            "not all of their layers use transformers' attention interface."
+        )
+    return probe.specs
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A step's tokens in the order of the forward."""
+
+    decodes: list[Span]  # by number of blocks
+    prefills: list[Span]
+
+    @classmethod
+    def of(cls, batch: Batch) -> "_Layout":
+        decodes = sorted((s for s in batch.spans if s.num_tokens == 1), key=lambda s: s.start)
+        return cls(decodes, [s for s in batch.spans if s.num_tokens > 1])
+
+    @property
+    def spans(self) -> list[Span]:
+        return self.decodes + self.prefills
+
+
+class ModelRunner:
+    """Owns the model and its cache; all calls come from one thread."""
+
+    def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.sampler = Sampler()
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = model.dtype
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[int | None]:
+        """The next token id of each complete span, in the batch's order. Raises what the model raises."""
+        layout = _Layout.of(batch)
+        complete = [span for span in layout.spans if span.is_complete]
+        logits = self.forward(layout, complete)
+        if not complete:
+            return []
+        chosen = self.sampler.sample(logits, [span.sequence for span in complete])
+        by_sequence = {span.sequence.number: token for span, token in zip(complete, chosen, strict=True)}
+        return [by_sequence[span.sequence.number] for span in batch.spans if span.is_complete]
+
+    def forward(self, layout: _Layout, complete: list[Span]) -> torch.Tensor:
+        """Logits of the last token of each complete span: (complete, vocab)."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        ends: dict[int, int] = {}
+        for span in layout.spans:
+            token_ids += span.sequence.token_ids[span.start : span.end]
+            positions += range(span.start, span.end)
+            ends[span.sequence.number] = len(token_ids) - 1
+        rows = [ends[span.sequence.number] for span in complete]
+        groups = [self._group_attention(index, group, layout) for index, group in enumerate(self.cache.groups)]
+        output = self.model(
+            input_ids=torch.tensor([token_ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self.device),
+            step=StepAttention(self.cache, groups),
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _group_attention(self, index: int, group: LayerGroup, layout: _Layout) -> GroupAttention:
+        block_size = self.cache.block_size
+        slots: list[int] = []
+        for span in layout.spans:
+            table = span.sequence.block_tables[index]
+            slots += [table[p // block_size] * block_size + p % block_size for p in range(span.start, span.end)]
+        decodes, start = [], 0
+        for spans in _similar_lengths(layout.decodes, group.window, block_size):
+            decodes.append(self._decode_group(index, group.window, spans, start))
+            start += len(spans)
+        prefills = []
+        for span in layout.prefills:
+            prefills.append(self._prefill_chunk(index, group.window, span, start))
+            start += span.num_tokens
+        return GroupAttention(torch.tensor(slots), tuple(decodes), tuple(prefills))
+
+    def _decode_group(self, index: int, window: int | None, spans: list[Span], start: int) -> DecodeGroup:
+        block_size = self.cache.block_size
+        firsts = [_first_visible(span.start, window) // block_size for span in spans]
+        tables = [s.sequence.block_tables[index][first : s.start // block_size + 1] for s, first in zip(spans, firsts)]
+        width = max(len(table) for table in tables)
+        blocks = torch.tensor([block for table in tables for block in table + [table[-1]] * (width - len(table))])
+        positions = torch.tensor(firsts)[:, None] * block_size + torch.arange(width * block_size)
+        query = torch.tensor([span.start for span in spans])[:, None]
+        mask = self._mask(positions, query, window)
+        return DecodeGroup(start, start + len(spans), blocks, mask[:, None, None])
+
+    def _prefill_chunk(self, index: int, window: int | None, span: Span, start: int) -> PrefillChunk:
+        end = start + span.num_tokens
+        if span.start == 0 and (window is None or span.num_tokens <= window):
+            return PrefillChunk(start, end, None, None)
+        block_size = self.cache.block_size
+        first = _first_visible(span.start, window) // block_size
+        table = span.sequence.block_tables[index][first : -(-span.end // block_size)]
+        assert FREED not in table
+        positions = torch.arange(first * block_size, (first + len(table)) * block_size)
+        mask = self._mask(positions, torch.arange(span.start, span.end)[:, None], window)
+        return PrefillChunk(start, end, torch.tensor(table), mask)
+
+    def _mask(self, positions: torch.Tensor, query: torch.Tensor, window: int | None) -> torch.Tensor:
+        """0 where the position is at or before the query and within its window, else -inf."""
+        hidden = positions > query
+        if window is not None:
+            hidden |= positions <= query - window
+        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _first_visible(position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, position + 1 - window)
+
+
+def _similar_lengths(decodes: list[Span], window: int | None, block_size: int) -> Iterator[list[Span]]:
+    """Runs of decodes, shortest first, whose padding to the longest at most doubles what is read."""
+    group: list[Span] = []
+    for span in decodes:
+        if group and _num_visible_blocks(span, window, block_size) > 2 * _num_visible_blocks(
+            group[0], window, block_size
+        ):
+            yield group
+            group = []
+        group.append(span)
+    if group:
+        yield group
+
+
+def _num_visible_blocks(span: Span, window: int | None, block_size: int) -> int:
+    return span.start // block_size - _first_visible(span.start, window) // block_size + 1

@@ -1,0 +1,163 @@
+"""SamplingParams, and the Sampler that reads them: logits in, one token id per row out."""
+
+import random
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from engine.sequence import Sequence
+
+CANDIDATES = 1024  # sorted first; a row whose top_p needs more of them is sorted whole
+MIN_TEMPERATURE = 1e-5  # below it the division overflows, and the answer is the greedy one anyway
+_MASK64 = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen, and when to stop. Field names are those of the request.
+
+    Source: https://platform.openai.com/docs/api-reference/chat/create; top_k, min_p and repetition_penalty as in
+    transformers' logits processors, in their order.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < MIN_TEMPERATURE
+
+    @property
+    def needs_sorting(self) -> bool:
+        return self.top_p < 1.0 or self.top_k > 0
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on the seed and the position alone, so that a row's neighbours do not matter.
+
+    Source: SplitMix64 (Steele, Lea, Flood 2014), its output used as the next round's input.
+    """
+    state = seed & _MASK64
+    for word in (position, 0x5851F42D4C957F2D):
+        state = (state + word * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return (state >> 11) / 2**53
+
+
+def fresh_seed() -> int:
+    return random.SystemRandom().getrandbits(64)
+
+
+class Sampler:
+    """Chooses the next token of every row in one pass; no row's result depends on another row."""
+
+    def sample(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> list[int | None]:
+        """logits: (rows, vocab), one row per sequence. None stands for a row without a finite maximum."""
+        logits = logits.float()
+        self._penalize(logits, sequences)
+        best, token_ids = logits.max(dim=-1)
+        sampled = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
+        if sampled:
+            rows = torch.tensor(sampled, device=logits.device)
+            chosen = [sequences[row] for row in sampled]
+            token_ids[rows] = self._sample(logits if len(sampled) == len(sequences) else logits[rows], chosen)
+        finite = torch.isfinite(best).tolist()
+        return [token_id if ok else None for token_id, ok in zip(token_ids.tolist(), finite, strict=True)]
+
+    def _penalize(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> None:
+        """In place. Repetition over prompt and answer (transformers), then presence and frequency over the answer."""
+        vocab = logits.shape[-1]
+        flat = logits.view(-1)
+        rows = [i for i, s in enumerate(sequences) if s.params.repetition_penalty != 1.0]
+        if rows:
+            keys, _ = _count_tokens([(row, sequences[row].token_ids) for row in rows], vocab, logits.device)
+            penalty = _column(sequences, "repetition_penalty", logits)[keys // vocab]
+            seen = flat[keys]
+            flat[keys] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        rows = [i for i, s in enumerate(sequences) if s.params.presence_penalty or s.params.frequency_penalty]
+        if rows:
+            keys, counts = _count_tokens([(row, sequences[row].output_ids) for row in rows], vocab, logits.device)
+            presence = _column(sequences, "presence_penalty", logits)[keys // vocab]
+            frequency = _column(sequences, "frequency_penalty", logits)[keys // vocab]
+            flat[keys] -= presence + frequency * counts
+
+    def _sample(self, logits: torch.Tensor, sequences: list["Sequence"]) -> torch.Tensor:
+        """(rows, vocab) -> (rows,), by the inverse of the cumulative distribution at each row's own random number."""
+        logits = logits / _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)[:, None]
+        numbers = [uniform(s.seed, s.num_output_tokens) for s in sequences]
+        at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+        token_ids = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
+        plain = [row for row, s in enumerate(sequences) if not s.params.needs_sorting]
+        if plain:
+            token_ids[plain] = self._draw_from_all(logits[plain], [sequences[row] for row in plain], at[plain])
+        pending = [row for row, s in enumerate(sequences) if s.params.needs_sorting]
+        for width in (min(CANDIDATES, logits.shape[-1]), logits.shape[-1]):
+            if pending:
+                chosen = [sequences[row] for row in pending]
+                drawn, complete = self._draw_from_sorted(logits[pending], chosen, at[pending], width)
+                token_ids[pending] = drawn
+                pending = [row for row, ok in zip(pending, complete, strict=True) if not ok]
+        return token_ids
+
+    def _draw_from_all(self, logits: torch.Tensor, sequences: list["Sequence"], at: torch.Tensor) -> torch.Tensor:
+        weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # 1 for the best token
+        if any(s.params.min_p for s in sequences):
+            weights[weights < _column(sequences, "min_p", logits)[:, None]] = 0
+        return _invert(weights, at)
+
+    def _draw_from_sorted(
+        self, logits: torch.Tensor, sequences: list["Sequence"], at: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, list[bool]]:
+        """Draws from the `width` best candidates; False where a row's top_k or top_p may reach beyond them."""
+        vocab = logits.shape[-1]
+        values, candidates = logits.topk(width, dim=-1) if width < vocab else logits.sort(-1, descending=True)
+        best = values[:, :1]
+        weights = (values - best).exp()
+        top_k = _column(sequences, "top_k", logits)
+        top_k = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab)[:, None]
+        rank = torch.arange(width, device=logits.device)
+        weights[rank >= top_k] = 0
+        total = torch.where(top_k[:, 0] <= width, weights.sum(-1), (logits - best).exp().sum(-1))
+        mass = weights.double().cumsum(-1) / total.double()[:, None]
+        top_p = _column(sequences, "top_p", logits)[:, None]
+        complete = ((top_k[:, 0] <= width) | (mass[:, -1] >= top_p[:, 0])).tolist()
+        before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
+        weights[(before >= top_p) & (rank > 0)] = 0  # the token that crosses top_p is kept
+        weights[weights < _column(sequences, "min_p", logits)[:, None]] = 0
+        return candidates.gather(-1, _invert(weights, at)[:, None])[:, 0], complete
+
+
+def _invert(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """The first column whose cumulated weight exceeds `at` times the total; a column of weight 0 is never chosen."""
+    cumulated = weights.double().cumsum(-1)
+    return torch.searchsorted(cumulated, (at * cumulated[:, -1])[:, None], right=True)[:, 0].clamp(
+        max=weights.shape[-1] - 1
+    )
+
+
+def _column(sequences: Rows["Sequence"], name: str, like: torch.Tensor) -> torch.Tensor:
+    """One sampling parameter of all rows: (rows,)."""
+    values = [getattr(s.params, name) for s in sequences]
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
+def _count_tokens(
+    rows: list[tuple[int, list[int]]], vocab: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct (row, token) pairs as row * vocab + token, and how often each occurs."""
+    keys = [torch.tensor(token_ids, dtype=torch.long) + row * vocab for row, token_ids in rows]
+    distinct, counts = torch.unique(torch.cat(keys), return_counts=True)
+    return distinct.to(device), counts.to(device)

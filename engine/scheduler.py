@@ -1,0 +1,158 @@
+"""Scheduler: which tokens of which sequences a step computes. It admits, chunks prompts, preempts and frees.
+
+Chunked prefill under a token budget as in Sarathi-Serve (Agrawal et al. 2024): decodes come first, so none of them
+waits for a long prompt.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from engine.kv_cache import KVCache
+from engine.sequence import FinishReason, Sequence, Status, TokenOutput
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Counts per step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int  # while nothing decodes
+    max_num_mixed_tokens: int  # while sequences decode: bounds how long they wait for somebody's prompt
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens start .. start + num_tokens of a sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Its last token is the sequence's last: the step yields the next one."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    spans: tuple[Span, ...]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [span.sequence for span in self.spans]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(span.num_tokens for span in self.spans)
+
+
+class Scheduler:
+    def __init__(self, cache: KVCache, limits: Limits, eos_token_ids: frozenset[int]) -> None:
+        self.cache = cache
+        self.limits = limits
+        self.eos_token_ids = eos_token_ids
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order of admission
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Batch:
+        """The next step: every decode that has a block, then prompts, first come first served, within the budget."""
+        spans: list[Span] = []
+        for sequence in list(self.running):
+            if sequence.num_uncomputed == 1 and self._make_room(sequence):
+                spans.append(Span(sequence, sequence.num_computed, 1))
+        budget = (self.limits.max_num_mixed_tokens if spans else self.limits.max_num_batched_tokens) - len(spans)
+        for sequence in [s for s in self.running if s.num_uncomputed > 1]:
+            budget -= self._prefill(sequence, budget, spans)
+        while budget > 0 and self.waiting and len(self.running) < self.limits.max_num_seqs:
+            if not self.cache.can_admit(self.waiting[0], self._prefilling(), self.limits.max_num_batched_tokens):
+                break
+            sequence = self.waiting.popleft()
+            sequence.status = Status.RUNNING
+            self.running.append(sequence)
+            budget -= self._prefill(sequence, budget, spans)
+        if not spans and len(self.running) > 1:  # prompts hold blocks that others of them lack
+            self._preempt(self.running[-1])
+            return self.schedule()
+        assert spans or not self.running, "a sequence that fits the cache alone cannot proceed"
+        return Batch(tuple(spans))
+
+    def _prefilling(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+
+    def _prefill(self, sequence: Sequence, budget: int, spans: list[Span]) -> int:
+        """Adds the next chunk of a prompt; the number of its tokens, 0 where budget or blocks are lacking."""
+        num_tokens = min(sequence.num_uncomputed, budget)
+        if num_tokens <= 0 or not self.cache.allocate(sequence, sequence.num_computed + num_tokens):
+            return 0
+        spans.append(Span(sequence, sequence.num_computed, num_tokens))
+        return num_tokens
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for the sequence's next token, taken from the youngest ones if need be."""
+        while sequence.status is Status.RUNNING:
+            if self.cache.allocate(sequence, sequence.num_tokens):
+                return True
+            self._preempt(self.running[-1])
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Gives all its blocks back; it will be computed again from its tokens, before those that wait."""
+        self.cache.free(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        sequence.status = Status.WAITING
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+
+    def update(self, batch: Batch, token_ids: list[int | None]) -> list[tuple[Sequence, TokenOutput | None]]:
+        """Takes in a step's tokens, one per complete span; what each sequence gained, None where its logits were bad."""
+        outputs: list[tuple[Sequence, TokenOutput | None]] = []
+        tokens = iter(token_ids)
+        for span in batch.spans:
+            sequence = span.sequence
+            sequence.num_computed = span.end
+            self.cache.free_outside_window(sequence)
+            if span.is_complete:
+                token_id = next(tokens)
+                output = None if token_id is None else self._append(sequence, token_id)
+                outputs.append((sequence, output))
+                if output is None or output.finish_reason:
+                    self.remove(sequence)
+        return outputs
+
+    def _append(self, sequence: Sequence, token_id: int) -> TokenOutput:
+        sequence.token_ids.append(token_id)
+        if token_id in self.eos_token_ids and not sequence.params.ignore_eos:
+            return TokenOutput(None, "stop")
+        reason: FinishReason | None = None
+        if (
+            sequence.num_output_tokens >= sequence.params.max_tokens
+            or sequence.num_tokens >= self.limits.max_model_len
+        ):
+            reason = "length"
+        return TokenOutput(token_id, reason)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Finishes a sequence wherever it is; nothing of it stays."""
+        if sequence.status is Status.FINISHED:
+            return
+        if sequence.status is Status.WAITING:
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+        self.cache.free(sequence)
+        sequence.status = Status.FINISHED

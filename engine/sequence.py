@@ -1,0 +1,64 @@
+"""Sequence: one prompt on its way to its answer. It knows its tokens and blocks, not the model."""
+
+import enum
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.sampling import SamplingParams, fresh_seed
+
+FinishReason = Literal["stop", "length"]
+_numbers = itertools.count()
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What a step added to a sequence: one token, or none beside a reason; the end-of-sequence token is not shown."""
+
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    counted: int = 1  # tokens that the step generated, the hidden end-of-sequence token included
+
+
+Sink = Callable[[TokenOutput | Exception], None]
+
+
+@dataclass(eq=False)
+class Sequence:
+    prompt_ids: list[int]
+    params: SamplingParams
+    sink: Sink  # called on the event loop's thread
+    number: int = field(default_factory=lambda: next(_numbers))
+    status: Status = Status.WAITING
+    token_ids: list[int] = field(init=False)  # prompt and answer
+    num_computed: int = 0  # leading tokens whose keys and values are in the cache
+    block_tables: list[list[int]] = field(default_factory=list)  # per layer group; FREED where the window has passed
+    seed: int = field(init=False)
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+        self.seed = fresh_seed() if self.params.seed is None else self.params.seed
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[len(self.prompt_ids) :]
