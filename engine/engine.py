@@ -192,7 +192,9 @@ def load_engine(directory: Path, options: EngineOptions, stop_token_ids: Iterabl
 def build_engine(model: PreTrainedModel, options: EngineOptions, eos_token_ids: frozenset[int]) -> Engine:
     """The engine for a loaded model, its cache sized from free memory."""
     specs = probe_layers(model)
-    max_num_seqs, batched, mixed = _DEVICE_DEFAULTS["cuda" if next(iter(specs.values())).device.type == "cuda" else "cpu"]
+    max_num_seqs, batched, mixed = _DEVICE_DEFAULTS[
+        "cuda" if next(iter(specs.values())).device.type == "cuda" else "cpu"
+    ]
     max_num_seqs = options.max_num_seqs or max_num_seqs
     batched = max(options.max_num_batched_tokens or batched, max_num_seqs)
     mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)

@@ -56,7 +56,9 @@ class CachePlan:
         cost = {w: sum(specs[i].bytes_per_token for i in layers[w]) * block_size for w in windows}  # bytes of a block
         # a window of tokens straddles one block more than it fills, at both ends
         cap = {
-            w: max_num_seqs * (-(-w // block_size) + 2) + -(-step_tokens // block_size) for w in windows if w is not None
+            w: max_num_seqs * (-(-w // block_size) + 2) + -(-step_tokens // block_size)
+            for w in windows
+            if w is not None
         }
         num_blocks = memory // sum(cost.values())
         for window in sorted(cap, key=lambda w: cap[w]):  # what a capped group leaves goes to the others

@@ -1,9 +1,8 @@
 """load_model, and ModelRunner: a Batch in, the next token ids out. It does not decide what runs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from engine import attention
 from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention
-from engine.kv_cache import FREED, CachePlan, KVCache, LayerGroup, LayerSpec
+from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec
 from engine.sampling import Sampler
 from engine.scheduler import Batch, Span
 from errors import ModelLoadError
@@ -24,7 +23,9 @@ from errors import ModelLoadError
 Report = Callable[[str, float], None]  # what is being done, fraction of it from 0 to 1
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-NEVER_FLOAT16 = ("gemma",)  # activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
+NEVER_FLOAT16 = (
+    "gemma",
+)  # activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -94,7 +95,9 @@ def check_architecture(config: PreTrainedConfig) -> None:
 def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
     """The engine's attention for the text layers; a vision tower keeps the stock one."""
     parts = {name: "sdpa" for name in config.sub_configs if name != "text_config"}
-    return {**parts, "text_config": attention.NAME, "": "sdpa"} if "text_config" in config.sub_configs else attention.NAME
+    return (
+        {**parts, "text_config": attention.NAME, "": "sdpa"} if "text_config" in config.sub_configs else attention.NAME
+    )
 
 
 def _check_memory(directory: Path, dtype: torch.dtype) -> None:

@@ -138,10 +138,7 @@ class Scheduler:
         if token_id in self.eos_token_ids and not sequence.params.ignore_eos:
             return TokenOutput(None, "stop")
         reason: FinishReason | None = None
-        if (
-            sequence.num_output_tokens >= sequence.params.max_tokens
-            or sequence.num_tokens >= self.limits.max_model_len
-        ):
+        if sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
             reason = "length"
         return TokenOutput(token_id, reason)
 

@@ -24,7 +24,6 @@ class TokenOutput:
 
     token_id: int | None
     finish_reason: FinishReason | None = None
-    counted: int = 1  # tokens that the step generated, the hidden end-of-sequence token included
 
 
 Sink = Callable[[TokenOutput | Exception], None]

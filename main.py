@@ -1,0 +1,246 @@
+"""The app: endpoints, their errors, and its life. `python main.py` or `uvicorn main:app` starts it."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+import errors
+from config import LOCAL_ORIGINS, Settings, from_command_line
+from providers import Router
+from providers.local import LocalProvider
+from schemas import ChatCompletion, ChatCompletionRequest, Completion, CompletionRequest, Model, ModelList
+from streaming import collect_chat, collect_completion, sse
+
+log = logging.getLogger("main")
+T = TypeVar("T")
+CLIENT_GONE = 499  # nobody reads it; for the log
+
+
+def create_app(settings: Settings, stop: Callable[[], None] | None = None) -> FastAPI:
+    """The application. `stop` ends the process when the model cannot be loaded."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        _configure_logging(settings)
+        local.start()
+        yield
+        await local.close(settings.shutdown_timeout)
+
+    def on_failure(sentence: str) -> None:
+        print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
+        app.state.failure = sentence
+        (stop or _terminate)()
+
+    local = LocalProvider(settings, on_failure)
+    app = FastAPI(title="Gemma 3 / Qwen server", version="0.1.0", lifespan=lifespan)
+    app.state.failure = None
+    app.state.local = local
+    app.state.router = Router({"": local})
+    _add_cors(app, settings)
+    _add_error_handlers(app)
+    _add_endpoints(app)
+    return app
+
+
+def _add_endpoints(app: FastAPI) -> None:
+    router: Router = app.state.router
+    local: LocalProvider = app.state.local
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        provider, body.model = router.resolve(body.model)
+        return await _respond(request, body, provider.stream_chat(body), collect_chat)
+
+    @app.post("/v1/completions", response_model=Completion)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        provider, body.model = router.resolve(body.model)
+        return await _respond(request, body, provider.stream_completion(body), collect_completion)
+
+    @app.get("/v1/models")
+    async def list_models() -> ModelList:
+        return ModelList(data=[model for provider in router.routes.values() for model in provider.models()])
+
+    @app.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> Model:
+        provider, name = router.resolve(model)
+        if not provider.serves(name):
+            raise errors.ModelNotFound(f"The model {model!r} does not exist.", param="model")
+        return provider.models()[0]
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        is_healthy, report = local.health
+        return JSONResponse(report, 200 if is_healthy else 503)
+
+
+async def _respond(
+    request: Request,
+    body: ChatCompletionRequest | CompletionRequest,
+    chunks: AsyncGenerator[Any],
+    collect: Callable[[AsyncIterator[Any]], Awaitable[Any]],
+) -> Response:
+    """A stream or its fold. Either stops the work behind it when the client leaves."""
+    headers = _ignored_fields_header(body)
+    if body.stream:
+        first = await _unless_client_leaves(request, anext(chunks))
+        if first is None:
+            return Response(status_code=CLIENT_GONE)
+        events = sse(_chain(first, chunks), body.includes_usage)
+        return EventStream(events, media_type="text/event-stream", headers={**headers, **_STREAM_HEADERS})
+    answer = await _unless_client_leaves(request, collect(chunks))
+    if answer is None:
+        return Response(status_code=CLIENT_GONE)
+    return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+
+
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies: pass events on at once
+
+
+class EventStream(StreamingResponse):
+    """A stream that is closed when its response ends, however it ends."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+
+
+async def _chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    try:
+        yield first
+        async for item in rest:
+            yield item
+    finally:
+        await rest.aclose()
+
+
+async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of `work`; None, and `work` cancelled, if the connection closes first."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _ignored_fields_header(body: ChatCompletionRequest | CompletionRequest) -> dict[str, str]:
+    names = sorted(name for name in (body.model_extra or {}) if name.isascii() and name.isprintable())
+    return {"X-Ignored-Fields": ", ".join(names)[:1000]} if names else {}
+
+
+# --- errors
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(errors.APIError)
+    async def on_api_error(request: Request, error: errors.APIError) -> JSONResponse:
+        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+        return JSONResponse(error.body(), error.status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+        problem = error.errors()[0]
+        param = _param_of(problem["loc"][1:], error.body)
+        message = f"{param}: {problem['msg']}" if param else problem["msg"]
+        code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
+        return await on_api_error(request, errors.InvalidRequest(message, param=param, code=code))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        kind = {404: errors.NotFound, 405: errors.MethodNotAllowed}.get(error.status_code, errors.InvalidRequest)
+        body = kind(f"{error.detail}: {request.method} {request.url.path}").body()
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(errors.APIError("The server failed; it has been logged.").body(), 500)
+
+
+def _param_of(location: Sequence[int | str], body: Any) -> str | None:
+    """("messages", 0, "content", "str") -> "messages[0].content": pydantic also names the member of a union it tried."""
+    path = ""
+    for number, part in enumerate(location):
+        if isinstance(part, int):
+            path += f"[{part}]"
+            body = body[part] if isinstance(body, list) and part < len(body) else None
+        elif isinstance(body, dict) and (part in body or number == len(location) - 1):
+            path += f".{part}" if path else part
+            body = body.get(part)
+    return path or None
+
+
+def _add_cors(app: FastAPI, settings: Settings) -> None:
+    """Pages of these origins may call; by default those of this machine."""
+    origins = settings.cors_allow_origins
+    where: dict[str, Any] = {"allow_origin_regex": LOCAL_ORIGINS} if origins is None else {"allow_origins": origins}
+    app.add_middleware(CORSMiddleware, **where, allow_methods=["GET", "POST"], allow_headers=["*"])
+
+
+# --- the process
+
+
+def _configure_logging(settings: Settings) -> None:
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    if settings.is_open_to_network:
+        log.warning("HOST=%s: everybody who reaches this address can use the model, there is no key", settings.host)
+
+
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    """Serves until a signal; exits with 1 and a sentence if the model cannot be served."""
+    try:
+        settings = from_command_line()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        sys.exit(f"error: {str(problem['loc'][0]).upper()}: {problem['msg']}")
+    app = create_app(settings, stop=lambda: setattr(server, "should_exit", True))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        timeout_graceful_shutdown=int(settings.shutdown_timeout) or None,
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    if app.state.failure is not None or not server.started:
+        sys.exit(1)
+
+
+def __getattr__(name: str) -> FastAPI:
+    """`main:app` is made when uvicorn asks for it, so that an import does nothing."""
+    if name == "app":
+        app = globals()["app"] = create_app(Settings())
+        return app
+    raise AttributeError(name)
+
+
+if __name__ == "__main__":
+    main()

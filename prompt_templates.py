@@ -1,0 +1,169 @@
+"""OpenAI messages -> canonical messages -> token ids; one entry per model family. It knows no engine.
+
+The tokenizer's own chat template always wins; a family's is for tokenizers that have none (GGUF files, base models).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from errors import InvalidRequest
+from schemas import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CanonicalMessage = dict[str, Any]  # role: system, user, assistant or tool; content: text
+
+_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + m.content | trim }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '<end_of_turn>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+_LLAMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+_PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of models is recognised and spoken to."""
+
+    name: str
+    model_types: tuple[str, ...]  # beginnings of config.model_type
+    marker: str | None  # a token that its chat format needs
+    template: str  # Jinja, for a tokenizer without one of its own
+    stop_tokens: tuple[str, ...] = ()  # end an answer beside the model's own end-of-sequence tokens
+    alternates: bool = False  # its templates want user and assistant in turn, and know no system role
+
+
+FAMILIES = (
+    Family("gemma", ("gemma",), "<start_of_turn>", _GEMMA, ("<end_of_turn>",), alternates=True),
+    Family("qwen", ("qwen",), "<|im_start|>", _CHATML, ("<|im_end|>", "<|endoftext|>")),
+    Family("llama", ("llama",), "<|start_header_id|>", _LLAMA, ("<|eot_id|>", "<|eom_id|>")),
+    Family("chatml", ("",), "<|im_start|>", _CHATML, ("<|im_end|>",)),
+    Family("generic", ("",), None, _PLAIN),
+)
+
+
+def family_of(model_type: str, vocabulary: Iterable[str]) -> Family:
+    """The first family whose type fits and whose marker the tokenizer has."""
+    tokens = set(vocabulary)
+    return next(
+        f for f in FAMILIES if model_type.startswith(f.model_types) and (f.marker is None or f.marker in tokens)
+    )
+
+
+class PromptTemplate:
+    """One model's: messages or text in, token ids out. Its methods take milliseconds, more for long prompts."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", model_type: str) -> None:
+        self.tokenizer = tokenizer
+        self.family = family_of(model_type, tokenizer.get_vocab())
+        self._template = None if tokenizer.chat_template else self.family.template
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        vocabulary = self.tokenizer.get_vocab()
+        own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return own + [vocabulary[token] for token in self.family.stop_tokens if token in vocabulary]
+
+    def render_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt of a conversation; if its last message is the assistant's, the answer continues it.
+
+        Raises InvalidRequest for messages that the template takes neither as they are nor with alternating roles.
+        """
+        from jinja2 import TemplateError
+
+        plain = canonical(messages)
+        attempts = [alternate(plain)] if self.family.alternates else [plain, alternate(plain)]
+        for attempt in attempts:
+            try:
+                text = self._apply(attempt)
+            except (TemplateError, TypeError, ValueError) as error:
+                refusal = error
+            else:
+                return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        raise InvalidRequest(
+            f"The model's chat template does not take these messages: {refusal}", param="messages"
+        ) from refusal
+
+    def _apply(self, messages: list[CanonicalMessage]) -> str:
+        continues = messages[-1]["role"] == "assistant"
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def render_text(self, prompt: str) -> list[int]:
+        """The prompt of a completion, with the one beginning-of-sequence token that the tokenizer adds."""
+        token_ids = list(self.tokenizer(prompt).input_ids)
+        bos = self.tokenizer.bos_token_id
+        return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
+
+    def tail(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The end of a completion's prompt: how its answer's first token reads depends on it."""
+        return token_ids[-4:]
+
+
+def canonical(messages: Sequence[Message]) -> list[CanonicalMessage]:
+    """What templates expect: text content, no developer role, and the arguments of tool calls as objects."""
+    result: list[CanonicalMessage] = []
+    for message in messages:
+        item: CanonicalMessage = {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": message.text,
+        }
+        if message.tool_calls:
+            item["tool_calls"] = [_with_object_arguments(call) for call in message.tool_calls]
+        result.append(item)
+    return result
+
+
+def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+    except ValueError:
+        return call
+
+
+def alternate(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """The same text with user and assistant in turn, beginning with the user: system text leads the first turn, tool
+    results are the user's, and neighbours of one role become one message."""
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    turns: list[CanonicalMessage] = []
+    for message in messages:
+        if message["role"] == "system":
+            continue
+        role = "assistant" if message["role"] == "assistant" else "user"
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + message["content"]
+        else:
+            turns.append({"role": role, "content": message["content"]})
+    if not turns or turns[0]["role"] == "assistant":
+        turns.insert(0, {"role": "user", "content": ""})
+    turns[0]["content"] = "\n\n".join([*system, turns[0]["content"]]).strip()
+    return turns

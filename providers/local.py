@@ -1,0 +1,347 @@
+"""LocalProvider: the model of this process. Prompt, engine and streamer, put together as chunks."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import checkpoint
+from config import Settings
+from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound
+from progress import Progress
+from prompt_templates import PromptTemplate
+from schemas import (
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    Delta,
+    FinishReason,
+    Model,
+    ModelPermission,
+    Usage,
+)
+from streaming import TextStreamer
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+COMPLETION_MAX_TOKENS = 2048  # where a completion request is silent; the specification's default
+SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # where request and model are silent, likewise
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one output of the engine means for one choice."""
+
+    index: int
+    text: str
+    num_tokens: int  # generated so far
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What exists once the model is ready."""
+
+    engine: "Engine"
+    template: PromptTemplate
+    defaults: dict[str, Any]  # sampling parameters of the model's generation config
+
+
+class LocalProvider:
+    def __init__(self, settings: Settings, on_failure: Callable[[str], None]) -> None:
+        """`on_failure` gets one sentence if the model cannot be loaded."""
+        self.settings = settings
+        self.progress = Progress()
+        self.path = settings.model_path or checkpoint.default_model_path()
+        self.name = settings.served_model_name or checkpoint.served_name(self.path)
+        self._names = {name.casefold() for name in (self.name, self.path, checkpoint.served_name(self.path))}
+        self._created = int(time.time())
+        self._on_failure = on_failure
+        self._loaded: Loaded | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._failure: str | None = None
+
+    # --- life
+
+    def start(self) -> None:
+        """Checks what can be checked at once, then loads in the background."""
+        try:
+            checkpoint.check(self.path)
+        except ModelLoadError as error:
+            self._fail(str(error))
+        else:
+            self._loading = asyncio.create_task(self._load())
+
+    async def _load(self) -> None:
+        begin = time.monotonic()
+        try:
+            self._loaded = await asyncio.to_thread(load, self.path, self.settings, self.progress)
+        except ModelLoadError as error:
+            self._fail(str(error))
+        except Exception as error:
+            log.debug("loading failed", exc_info=True)
+            self._fail(f"The model {self.path} cannot be loaded: {type(error).__name__}: {error}")
+        else:
+            self._loaded.engine.start()
+            log.info("%s is ready after %.1f s", self.name, time.monotonic() - begin)
+
+    def _fail(self, sentence: str) -> None:
+        self._failure = sentence
+        self._on_failure(sentence)
+
+    async def close(self, timeout: float) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+        if self._loaded is not None:
+            await self._loaded.engine.close(timeout)
+
+    @property
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether it can serve, and what to say about it."""
+        if self._failure is not None:
+            return False, {"status": "failed", "model": self.name, "message": self._failure}
+        if self._loaded is None:
+            progress = {"phase": self.progress.phase, "fraction": round(self.progress.fraction, 3)}
+            return False, {"status": "loading", "model": self.name, "progress": progress}
+        engine = self._loaded.engine
+        counts = {"running": engine.num_running, "waiting": engine.num_waiting}
+        if engine.failure is not None:
+            return False, {"status": "failed", "model": self.name, **counts}
+        return True, {"status": "ok", "model": self.name, **counts}
+
+    # --- models
+
+    def serves(self, model: str) -> bool:
+        return model.casefold() in self._names
+
+    def models(self) -> list[Model]:
+        return [
+            Model(
+                id=self.name,
+                created=self._created,
+                permission=[ModelPermission(created=self._created)],
+                root=self.path,
+                max_model_len=self._loaded.engine.max_model_len if self._loaded else None,
+            )
+        ]
+
+    def _ready(self, model: str) -> Loaded:
+        if not self.serves(model):
+            raise ModelNotFound(f"The model {model!r} does not exist; this server has {self.name!r}.", param="model")
+        if self._loaded is None:
+            percent = round(100 * self.progress.fraction)
+            raise ModelLoading(f"The model is loading ({self.progress.phase}: {percent} %).", retry_after=5)
+        return self._loaded
+
+    # --- answers
+
+    async def stream_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
+        loaded = self._ready(request.model)
+        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, request.messages)
+        params = self._sampling_params(loaded, request, len(prompt_ids), None)
+        num_choices = request.n or 1
+        choices = [
+            _answer(loaded, index, prompt_ids, _of_choice(params, index), request.stop_strings)
+            for index in range(num_choices)
+        ]
+        head = ChatCompletionChunk(model=self.name, choices=[])
+        counts = [0] * num_choices
+        begun: set[int] = set()
+        async with aclosing(merge(choices)) as pieces:
+            async for piece in pieces:
+                counts[piece.index] = piece.num_tokens
+                for delta, reason in _deltas(piece, piece.index not in begun):
+                    choice = ChunkChoice(index=piece.index, delta=delta, finish_reason=reason)
+                    yield head.model_copy(update={"choices": [choice]})
+                begun.add(piece.index)
+        yield head.model_copy(update={"usage": _usage(len(prompt_ids), sum(counts))})
+
+    async def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]:
+        loaded = self._ready(request.model)
+        prompts = [await asyncio.to_thread(self._completion_prompt, loaded, prompt) for prompt in request.prompts]
+        n = request.n or 1
+        choices = []
+        for number, prompt_ids in enumerate(prompts):
+            params = self._sampling_params(loaded, request, len(prompt_ids), COMPLETION_MAX_TOKENS)
+            tail = loaded.template.tail(prompt_ids)
+            for i in range(n):
+                choice_params = _of_choice(params, i)
+                choices.append(_answer(loaded, number * n + i, prompt_ids, choice_params, request.stop_strings, tail))
+        head = Completion(model=self.name, choices=[])
+        counts = [0] * len(choices)
+        async with aclosing(merge(choices)) as pieces:
+            async for piece in pieces:
+                counts[piece.index] = piece.num_tokens
+                choice = CompletionChoice(index=piece.index, text=piece.text, finish_reason=piece.finish_reason)
+                yield head.model_copy(update={"choices": [choice]})
+        yield head.model_copy(update={"usage": _usage(sum(map(len, prompts)), sum(counts))})
+
+    def _completion_prompt(self, loaded: Loaded, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            token_ids = loaded.template.render_text(prompt)
+        else:
+            vocabulary = len(loaded.template.tokenizer)
+            if any(token_id >= vocabulary for token_id in prompt):
+                raise InvalidRequest(f"Token ids must be below {vocabulary}.", param="prompt")
+            token_ids = prompt
+        if not token_ids:
+            raise InvalidRequest("The prompt is empty.", param="prompt")
+        return token_ids
+
+    def _sampling_params(
+        self,
+        loaded: Loaded,
+        request: ChatCompletionRequest | CompletionRequest,
+        prompt_tokens: int,
+        default_max_tokens: int | None,
+    ) -> "SamplingParams":
+        """The request's values, else the model's, else the specification's; raises ContextLengthExceeded."""
+        from engine.sampling import SamplingParams
+
+        limit = loaded.engine.max_model_len
+        wanted = request.max_tokens
+        if prompt_tokens >= limit or prompt_tokens + (wanted or 0) > limit:
+            total = f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the prompt, {wanted} in the completion)"
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{total if wanted else f'{prompt_tokens} tokens in the prompt'}. "
+                "Please reduce the length of the prompt or of the completion.",
+                param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+            )
+        left = limit - prompt_tokens
+        given = {field.name: getattr(request, field.name) for field in fields(SamplingParams)}
+        values = {**loaded.defaults, **{name: value for name, value in given.items() if value is not None}}
+        return SamplingParams(**{**values, "max_tokens": wanted or min(left, default_max_tokens or left)})
+
+
+def load(path: str, settings: Settings, progress: Progress) -> Loaded:
+    """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
+    directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
+    progress.report("loading libraries", 0.0)
+    from engine.engine import EngineOptions, load_engine
+
+    progress.report("loading tokenizer", 0.0)
+    template = load_template(directory)
+    options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
+    engine = load_engine(directory, options, template.stop_token_ids, progress.report)
+    progress.report("ready", 1.0)
+    return Loaded(engine, template, sampling_defaults(engine.runner.model.generation_config))
+
+
+def load_template(directory: Path) -> PromptTemplate:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {error}".splitlines()[0]) from error
+    return PromptTemplate(tokenizer, config.model_type)
+
+
+def sampling_defaults(generation_config: Any) -> dict[str, Any]:
+    """What a model's authors recommend, over the specification's defaults."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    own = {name: getattr(generation_config, name, None) for name in names}
+    if getattr(generation_config, "do_sample", None) is False:
+        own["temperature"] = None  # without sampling it has no meaning
+    return {**SAMPLING_DEFAULTS, **{name: value for name, value in own.items() if value is not None}}
+
+
+def _of_choice(params: "SamplingParams", index: int) -> "SamplingParams":
+    """The choices of a seeded request differ, and each is repeatable."""
+    from dataclasses import replace
+
+    return params if params.seed is None or index == 0 else replace(params, seed=params.seed + index)
+
+
+async def _answer(
+    loaded: Loaded,
+    index: int,
+    prompt_ids: list[int],
+    params: "SamplingParams",
+    stop: Sequence[str],
+    prefix: Sequence[int] = (),
+) -> AsyncGenerator[Piece]:
+    """One choice: the engine's tokens as text, until it ends or a stop string comes."""
+    streamer = TextStreamer(loaded.template.tokenizer, stop, prefix)  # type: ignore[arg-type]
+    num_tokens = 0
+    async with aclosing(loaded.engine.generate(prompt_ids, params)) as outputs:
+        async for output in outputs:
+            num_tokens += 1
+            text = "" if output.token_id is None else streamer.put([output.token_id])
+            reason = output.finish_reason
+            if reason and not streamer.is_stopped:
+                text += streamer.end()
+            if streamer.is_stopped:
+                reason = "stop"
+            if text or reason or num_tokens == 1:
+                yield Piece(index, text, num_tokens, reason)
+            if reason:
+                return
+
+
+def _deltas(piece: Piece, is_first: bool) -> list[tuple[Delta, FinishReason | None]]:
+    """The chunks that a piece becomes: the role once, text, and the finish reason with an empty delta."""
+    deltas: list[tuple[Delta, FinishReason | None]] = []
+    if is_first:
+        deltas.append((Delta(role="assistant", content=""), None))
+    if piece.text:
+        deltas.append((Delta(content=piece.text), None))
+    if piece.finish_reason:
+        deltas.append((Delta(), piece.finish_reason))
+    return deltas
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+
+
+async def merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
+    """The items of all sources as they come; leaving it leaves them all. The first error ends it."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as source:
+            async for piece in source:
+                yield piece
+        return
+    items: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def pump(source: AsyncGenerator[Piece]) -> None:
+        try:
+            async with aclosing(source):
+                async for piece in source:
+                    items.put_nowait(piece)
+            items.put_nowait(None)
+        except Exception as error:
+            items.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        pending = len(tasks)
+        while pending:
+            item = await items.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                pending -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

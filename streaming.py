@@ -1,0 +1,159 @@
+"""From token ids to text, and from chunks to bytes on the wire. It knows neither the engine nor the model.
+
+The streamer belongs to the family of transformers' `TextIteratorStreamer`: `put(token_ids)`, then `end()`.
+"""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from errors import APIError
+from schemas import (
+    AssistantMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Choice,
+    Completion,
+    CompletionChoice,
+    FinishReason,
+    Usage,
+)
+
+REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character
+
+
+class Detokenizer(Protocol):
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
+
+
+class TextStreamer:
+    """Token ids in, text out as early as it is certain.
+
+    Held back are only the bytes of an incomplete character and a suffix that may become a stop string. Bytes that
+    never become a character are dropped. `prefix` is text before the answer that decides how its first token reads.
+    """
+
+    def __init__(self, tokenizer: Detokenizer, stop: Sequence[str] = (), prefix: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids = list(prefix)  # a window: the tokens of the last character before, and those after it
+        self._read = len(self._ids)
+        self._shown = self._decode(self._ids)
+        self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self.is_stopped = False
+
+    def put(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens make certain. After a stop string, which is cut off, there is no more."""
+        text = ""
+        for token_id in token_ids:
+            if self.is_stopped:
+                break
+            text += self._release(self._decode_next(token_id))
+        return text
+
+    def end(self) -> str:
+        """What was held back for a stop string or a character that did not come; incomplete bytes are dropped."""
+        if self.is_stopped:
+            return ""
+        rest = self._decode(self._ids)[len(self._shown) :].replace(REPLACEMENT, "")
+        self._ids, self._shown = [], ""
+        text = self._release(rest)
+        return text if self.is_stopped else text + self._held
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _decode_next(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < 8:  # a character has at most 4 bytes
+            return ""
+        new = text[len(self._shown) :]
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        self._shown = self._decode(self._ids)
+        return new.replace(REPLACEMENT, "")
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if found:  # the one that was complete first, so that it does not matter how the text was split
+            text, self._held, self.is_stopped = self._held[: min(found)[1]], "", True
+            return text
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+async def sse(
+    chunks: AsyncIterator[ChatCompletionChunk] | AsyncIterator[Completion], include_usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events: `data: {json}`, at the end `data: [DONE]`; an error becomes the last event instead."""
+    try:
+        async for chunk in chunks:
+            if include_usage or chunk.choices:
+                yield _event(chunk.model_dump_json(exclude=None if include_usage else {"usage"}))
+        yield _event("[DONE]")
+    except APIError as error:
+        yield _event(json.dumps(error.body()))
+
+
+def _event(data: str) -> bytes:
+    return b"data: " + data.encode() + b"\n\n"
+
+
+async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
+    """The fold of a stream: what a client that concatenates its chunks would hold."""
+    fold = _Fold()
+    async for chunk in chunks:
+        fold.add(chunk)
+        for choice in chunk.choices:
+            fold.add_text(choice.index, choice.delta.content or "", choice.finish_reason)
+    choices = [
+        Choice(index=index, message=AssistantMessage(content=text), finish_reason=fold.reasons[index])
+        for index, text in sorted(fold.texts.items())
+    ]
+    assert fold.last is not None and fold.usage is not None
+    return ChatCompletion(
+        id=fold.last.id, created=fold.last.created, model=fold.last.model, choices=choices, usage=fold.usage
+    )
+
+
+async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:
+    """The same for text completions."""
+    fold = _Fold()
+    async for chunk in chunks:
+        fold.add(chunk)
+        for choice in chunk.choices:
+            fold.add_text(choice.index, choice.text, choice.finish_reason)
+    choices = [
+        CompletionChoice(index=index, text=text, finish_reason=fold.reasons[index])
+        for index, text in sorted(fold.texts.items())
+    ]
+    assert fold.last is not None
+    return fold.last.model_copy(update={"choices": choices, "usage": fold.usage})
+
+
+class _Fold:
+    """What is gathered from either kind of chunk."""
+
+    def __init__(self) -> None:
+        self.texts: dict[int, str] = {}
+        self.reasons: dict[int, FinishReason] = {}
+        self.usage: Usage | None = None
+        self.last: ChatCompletionChunk | Completion | None = None
+
+    def add(self, chunk: ChatCompletionChunk | Completion) -> None:
+        self.last = chunk
+        self.usage = chunk.usage or self.usage
+
+    def add_text(self, index: int, text: str, reason: FinishReason | None) -> None:
+        self.texts[index] = self.texts.get(index, "") + text
+        if reason:
+            self.reasons[index] = reason
