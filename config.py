@@ -1,10 +1,10 @@
-"""Settings: what can be set, from the command line, the environment or `.env`, in this order. It knows nothing of their use."""
+"""Settings: what can be set, by command line, environment or `.env`, in this order. It knows nothing of their use."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -85,4 +85,4 @@ class Settings(BaseSettings):
 
 def from_command_line(arguments: list[str] | None = None) -> Settings:
     """Settings with command line flags on top (`--model-path PATH --host H --port P ...`); exits on bad ones."""
-    return Settings(_cli_parse_args=arguments if arguments is not None else True)
+    return CliApp.run(Settings, cli_args=arguments)

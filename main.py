@@ -180,7 +180,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _param_of(location: Sequence[int | str], body: Any) -> str | None:
-    """("messages", 0, "content", "str") -> "messages[0].content": pydantic also names the member of a union it tried."""
+    """("messages", 0, "content", "str") -> "messages[0].content": pydantic also names the union member it tried."""
     path = ""
     for number, part in enumerate(location):
         if isinstance(part, int):
@@ -215,11 +215,7 @@ def _terminate() -> None:
 
 def main() -> None:
     """Serves until a signal; exits with 1 and a sentence if the model cannot be served."""
-    try:
-        settings = from_command_line()
-    except ValidationError as error:
-        problem = error.errors()[0]
-        sys.exit(f"error: {str(problem['loc'][0]).upper()}: {problem['msg']}")
+    settings = _settings_or_exit(from_command_line)
     app = create_app(settings, stop=lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
         app,
@@ -234,10 +230,18 @@ def main() -> None:
         sys.exit(1)
 
 
+def _settings_or_exit(read: Callable[[], Settings]) -> Settings:
+    try:
+        return read()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        sys.exit(f"error: {str(problem['loc'][0]).upper()}: {problem['msg']}")
+
+
 def __getattr__(name: str) -> FastAPI:
     """`main:app` is made when uvicorn asks for it, so that an import does nothing."""
     if name == "app":
-        app = globals()["app"] = create_app(Settings())
+        app = globals()["app"] = create_app(_settings_or_exit(Settings))
         return app
     raise AttributeError(name)
 

@@ -96,7 +96,7 @@ class CompletionRequest(_GenerationRequest):
         """One element per prompt."""
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)
 
 
 def _now() -> int:

@@ -137,7 +137,9 @@ async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:
         for index, text in sorted(fold.texts.items())
     ]
     assert fold.last is not None
-    return fold.last.model_copy(update={"choices": choices, "usage": fold.usage})
+    return Completion(
+        id=fold.last.id, created=fold.last.created, model=fold.last.model, choices=choices, usage=fold.usage
+    )
 
 
 class _Fold:

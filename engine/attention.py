@@ -110,7 +110,7 @@ def paged_attention(
     keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
     num_kv_heads, value_dim = values.shape[2:]
-    query = query[0].unflatten(0, (num_kv_heads, -1))  # (kv_heads, group, tokens, dim)
+    query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     for decode in group.decodes:
         rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
@@ -134,8 +134,8 @@ def _gather(
     keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each (rows, kv_heads, tokens, dim)."""
-    k = keys.index_select(0, blocks).unflatten(0, (rows, -1)).flatten(1, 2)
-    v = values.index_select(0, blocks).unflatten(0, (rows, -1)).flatten(1, 2)
+    k = keys.index_select(0, blocks).view(rows, -1, *keys.shape[2:])
+    v = values.index_select(0, blocks).view(rows, -1, *values.shape[2:])
     return k.transpose(1, 2), v.transpose(1, 2)
 
 

@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ class Engine:
         self.max_waiting = max_waiting
         self.failure: Exception | None = None  # set once, when the worker thread has ended by an error
         self._live: set[Sequence] = set()  # generate() calls under way
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._is_closing = False
         self._is_stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -74,12 +74,16 @@ class Engine:
     def num_waiting(self) -> int:
         return max(0, len(self._live) - self.num_running)
 
+    @property
+    def num_used_blocks(self) -> int:
+        return self.scheduler.cache.num_used_blocks
+
     def start(self) -> None:
         """Starts the worker thread; outputs go to the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def generate(self, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[TokenOutput]:
+    async def generate(self, prompt_ids: list[int], params: SamplingParams) -> AsyncGenerator[TokenOutput]:
         """The answer, token by token; its last output has a finish_reason. Leaving the iterator aborts the sequence.
 
         Raises Overloaded while too many wait, Unavailable while closing, EngineFailure when a step failed.
@@ -89,7 +93,7 @@ class Engine:
         outputs: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
         sequence = Sequence(prompt_ids, params, outputs.put_nowait)
         self._live.add(sequence)
-        self._inbox.put(partial(self.scheduler.add, sequence))
+        self.post(partial(self.scheduler.add, sequence))
         try:
             while True:
                 output = await outputs.get()
@@ -100,7 +104,11 @@ class Engine:
                     return
         finally:
             self._live.discard(sequence)
-            self._inbox.put(partial(self.scheduler.remove, sequence))
+            self.post(partial(self.scheduler.remove, sequence))
+
+    def post(self, command: Callable[[], object]) -> None:
+        """Has the worker thread call `command` between two steps."""
+        self._inbox.put(command)
 
     def _check_open(self) -> None:
         if self.failure is not None:
@@ -116,7 +124,7 @@ class Engine:
         deadline = time.monotonic() + timeout
         while self._live and self._thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        self._inbox.put(self._stop)
+        self.post(self._stop)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
         for sequence in self._live:

@@ -13,6 +13,7 @@ import torch
 from engine.sequence import Sequence
 
 FREED = -1
+_UNBOUNDED = 2**40  # tokens
 
 
 @dataclass(frozen=True)
@@ -50,34 +51,29 @@ class CachePlan:
     def fit(
         cls, specs: dict[int, LayerSpec], memory: int, block_size: int, max_num_seqs: int, step_tokens: int
     ) -> "CachePlan":
-        """Divides `memory` bytes. A sliding group never needs more than max_num_seqs windows and one step's tokens."""
-        windows = sorted({spec.window for spec in specs.values()}, key=lambda w: (w is not None, w))
-        layers = {w: tuple(i for i, spec in sorted(specs.items()) if spec.window == w) for w in windows}
+        """Divides `memory` bytes: an equal number of blocks for each group, but no more than a sliding one can use."""
+        windows = sorted({spec.window or _UNBOUNDED for spec in specs.values()})
+        layers = {w: tuple(i for i, spec in sorted(specs.items()) if (spec.window or _UNBOUNDED) == w) for w in windows}
         cost = {w: sum(specs[i].bytes_per_token for i in layers[w]) * block_size for w in windows}  # bytes of a block
-        # a window of tokens straddles one block more than it fills, at both ends
-        cap = {
-            w: max_num_seqs * (-(-w // block_size) + 2) + -(-step_tokens // block_size)
-            for w in windows
-            if w is not None
-        }
-        num_blocks = memory // sum(cost.values())
-        for window in sorted(cap, key=lambda w: cap[w]):  # what a capped group leaves goes to the others
-            if cap[window] < num_blocks:
-                memory -= cap[window] * cost.pop(window)
-                num_blocks = memory // sum(cost.values()) if cost else cap[window]
-        sizes = {w: min(num_blocks, cap.get(w, num_blocks)) if w in cost else cap[w] for w in windows}  # type: ignore[index]
-        groups = tuple(LayerGroup(w, layers[w], sizes[w]) for w in windows)
-        return cls(groups, block_size, cls._longest(groups, block_size, step_tokens))
+        groups = []
+        for window in windows:  # ascending: what a small window leaves goes to the larger ones
+            num_blocks = memory // sum(cost.values())
+            # a window's tokens may begin and end inside a block
+            usable = max_num_seqs * (-(-window // block_size) + 2) + -(-step_tokens // block_size)
+            num_blocks = min(num_blocks, usable)
+            memory -= num_blocks * cost.pop(window)
+            groups.append(LayerGroup(None if window == _UNBOUNDED else window, layers[window], num_blocks))
+        return cls(tuple(groups), block_size, cls._longest(groups, block_size, step_tokens))
 
     @staticmethod
-    def _longest(groups: tuple[LayerGroup, ...], block_size: int, step_tokens: int) -> int:
-        """Tokens of the longest sequence that fits alone: a sliding group that holds a window and a step has no limit."""
+    def _longest(groups: list[LayerGroup], block_size: int, step_tokens: int) -> int:
+        """Tokens of the longest sequence that fits alone; where a window and a step fit, any length does."""
         limits = []
         for group in groups:
             needed = None if group.window is None else -(-(group.window + step_tokens) // block_size) + 2
             if needed is None or group.num_blocks < needed:
                 limits.append(group.num_blocks * block_size)
-        return min(limits, default=2**31)
+        return min(limits, default=_UNBOUNDED)
 
 
 class KVCache:
@@ -92,7 +88,7 @@ class KVCache:
             shape = (plan.groups[self.group_of[layer]].num_blocks, plan.block_size, spec.num_kv_heads)
             self.keys[layer] = torch.zeros(*shape, spec.key_dim, dtype=spec.dtype, device=spec.device)
             self.values[layer] = torch.zeros(*shape, spec.value_dim, dtype=spec.dtype, device=spec.device)
-        # lowest number first: memory that nobody needed is never touched, and neighbours in time are neighbours in memory
+        # lowest number first: memory that nobody has needed yet stays untouched
         self._free = [list(range(group.num_blocks)) for group in plan.groups]
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -63,7 +63,8 @@ def load_model(directory: Path, dtype: str, device_map: str, report: Report) -> 
         raise ModelLoadError(f"The model in {directory} cannot be loaded: {_first_line(error)}") from error
     if "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}:
         raise ModelLoadError(f"The model in {directory} does not fit into the memory of this machine's devices.")
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return cast(PreTrainedModel, model)
 
 
 def _load_config(directory: Path) -> PreTrainedConfig:
@@ -72,7 +73,7 @@ def _load_config(directory: Path) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"The model in {directory} cannot be served: {_first_line(error)}") from error
     check_architecture(config)
-    return config
+    return cast(PreTrainedConfig, config)
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -161,10 +162,15 @@ class _Nowhere:
     def flush(self) -> None: ...
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go, with the model spread over devices."""
+    return cast(torch.Tensor, model.get_input_embeddings().weight).device
+
+
 def probe_layers(model: PreTrainedModel) -> dict[int, LayerSpec]:
     """What each layer stores, noted in a forward of one token; raises ModelLoadError if a layer goes another way."""
     probe = Probe()
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, step=probe)
@@ -203,7 +209,7 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.sampler = Sampler()
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self.dtype = model.dtype
 
     @torch.inference_mode()
@@ -257,7 +263,10 @@ class ModelRunner:
     def _decode_group(self, index: int, window: int | None, spans: list[Span], start: int) -> DecodeGroup:
         block_size = self.cache.block_size
         firsts = [_first_visible(span.start, window) // block_size for span in spans]
-        tables = [s.sequence.block_tables[index][first : s.start // block_size + 1] for s, first in zip(spans, firsts)]
+        tables = [
+            span.sequence.block_tables[index][first : span.start // block_size + 1]
+            for span, first in zip(spans, firsts, strict=True)
+        ]
         width = max(len(table) for table in tables)
         blocks = torch.tensor([block for table in tables for block in table + [table[-1]] * (width - len(table))])
         positions = torch.tensor(firsts)[:, None] * block_size + torch.arange(width * block_size)

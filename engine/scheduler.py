@@ -59,6 +59,7 @@ class Scheduler:
         self.eos_token_ids = eos_token_ids
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
+        self.num_preemptions = 0  # since the start
 
     @property
     def has_work(self) -> bool:
@@ -112,13 +113,13 @@ class Scheduler:
         """Gives all its blocks back; it will be computed again from its tokens, before those that wait."""
         self.cache.free(sequence)
         sequence.num_computed = 0
-        sequence.num_preemptions += 1
+        self.num_preemptions += 1
         sequence.status = Status.WAITING
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 
     def update(self, batch: Batch, token_ids: list[int | None]) -> list[tuple[Sequence, TokenOutput | None]]:
-        """Takes in a step's tokens, one per complete span; what each sequence gained, None where its logits were bad."""
+        """Takes in a step's tokens, one per complete span; what each gained, None where its logits were bad."""
         outputs: list[tuple[Sequence, TokenOutput | None]] = []
         tokens = iter(token_ids)
         for span in batch.spans:

@@ -40,7 +40,6 @@ class Sequence:
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_tables: list[list[int]] = field(default_factory=list)  # per layer group; FREED where the window has passed
     seed: int = field(init=False)
-    num_preemptions: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

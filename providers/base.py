@@ -1,6 +1,6 @@
 """Provider: one source of models. Streams are the only thing it makes; whole answers are their fold."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from schemas import ChatCompletionChunk, ChatCompletionRequest, Completion, CompletionRequest, Model
@@ -15,10 +15,10 @@ class Provider(Protocol):
 
     def serves(self, model: str) -> bool: ...
 
-    def stream_chat(self, request: ChatCompletionRequest) -> AsyncIterator[ChatCompletionChunk]:
+    def stream_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
         """The last chunk has no choices, and the usage."""
         ...
 
-    def stream_completion(self, request: CompletionRequest) -> AsyncIterator[Completion]: ...
+    def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]: ...
 
     async def close(self, timeout: float) -> None: ...

@@ -115,7 +115,7 @@ class LocalProvider:
             progress = {"phase": self.progress.phase, "fraction": round(self.progress.fraction, 3)}
             return False, {"status": "loading", "model": self.name, "progress": progress}
         engine = self._loaded.engine
-        counts = {"running": engine.num_running, "waiting": engine.num_waiting}
+        counts = {"running": engine.num_running, "waiting": engine.num_waiting, "kv_blocks": engine.num_used_blocks}
         if engine.failure is not None:
             return False, {"status": "failed", "model": self.name, **counts}
         return True, {"status": "ok", "model": self.name, **counts}
@@ -211,12 +211,11 @@ class LocalProvider:
 
         limit = loaded.engine.max_model_len
         wanted = request.max_tokens
-        if prompt_tokens >= limit or prompt_tokens + (wanted or 0) > limit:
-            total = f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the prompt, {wanted} in the completion)"
+        if prompt_tokens + (wanted or 1) > limit:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {limit} tokens. However, you requested "
-                f"{total if wanted else f'{prompt_tokens} tokens in the prompt'}. "
-                "Please reduce the length of the prompt or of the completion.",
+                f"{prompt_tokens + (wanted or 1)} tokens ({prompt_tokens} in the prompt, {wanted or 1} in the "
+                "completion). Please reduce the length of the prompt or of the completion.",
                 param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
             )
         left = limit - prompt_tokens

@@ -29,6 +29,7 @@ _COMMON = {
     "eos_token_id": None,
     "bos_token_id": None,
     "pad_token_id": None,
+    "tie_word_embeddings": False,  # tied random weights repeat one token
 }
 FAMILIES = {
     "gemma3": (
@@ -44,7 +45,7 @@ FAMILIES = {
     ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_COMMON, head_dim=16, num_hidden_layers=3)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**_COMMON, num_hidden_layers=3)),
-    "llama": (LlamaForCausalLM, LlamaConfig(**_COMMON, num_hidden_layers=3, tie_word_embeddings=True)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**_COMMON, num_hidden_layers=3)),
 }
 
 
