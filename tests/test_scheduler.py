@@ -1,0 +1,82 @@
+"""Who runs in a step: decodes always, prompts within the budget, in the order of their arrival."""
+
+import random
+
+import torch
+
+from engine.kv_cache import CachePlan, KVCache, LayerSpec
+from engine.sampling import SamplingParams
+from engine.scheduler import Batch, Limits, Scheduler
+from engine.sequence import Sequence
+
+SPECS = {0: LayerSpec(1, 4, 4, None, torch.float32, torch.device("cpu"))}
+
+
+def scheduler(num_blocks: int = 100, **limits: int) -> Scheduler:
+    plan = CachePlan.fit(SPECS, num_blocks * SPECS[0].bytes_per_token * 4, 4, max_num_seqs=1000, step_tokens=64)
+    values = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_num_mixed_tokens": 16, "max_model_len": 200}
+    return Scheduler(KVCache(plan, SPECS), Limits(**{**values, **limits}), frozenset())
+
+
+def sequence(num_tokens: int, max_tokens: int = 50) -> Sequence:
+    return Sequence([1] * num_tokens, SamplingParams(max_tokens=max_tokens), lambda output: None)
+
+
+def step(scheduler: Scheduler) -> Batch:
+    batch = scheduler.schedule()
+    scheduler.update(batch, [7] * sum(span.is_complete for span in batch.spans))
+    return batch
+
+
+def test_a_decode_never_waits_for_a_long_prompt() -> None:
+    subject = scheduler()
+    short = sequence(3)
+    subject.add(short)
+    step(subject)
+    subject.add(sequence(150))
+    for _ in range(9):
+        batch = step(subject)
+        assert short in batch.sequences and batch.num_tokens <= 16
+
+
+def test_an_idle_engine_gives_a_prompt_the_whole_budget() -> None:
+    subject = scheduler()
+    subject.add(sequence(70))
+    assert [step(subject).num_tokens for _ in range(4)] == [32, 32, 6, 1]
+
+
+def test_sequences_are_admitted_in_order_and_up_to_the_limit() -> None:
+    subject = scheduler(max_num_seqs=3)
+    added = [sequence(2, max_tokens=5) for _ in range(6)]
+    for one in added:
+        subject.add(one)
+    assert step(subject).sequences == added[:3]
+    for _ in range(4):
+        step(subject)
+    assert step(subject).sequences == added[3:]
+
+
+def test_a_prompt_waits_until_it_fits_beside_what_others_still_need() -> None:
+    subject = scheduler(num_blocks=30)
+    first, second = sequence(100), sequence(40)
+    subject.add(first)
+    subject.add(second)
+    step(subject)
+    assert first.num_uncomputed > 0 and second not in subject.running
+
+
+def test_random_traffic_ends_with_everything_free() -> None:
+    rng = random.Random(1)
+    subject = scheduler(num_blocks=60)
+    alive = []
+    for _ in range(3000):
+        if rng.random() < 0.2 and len(alive) < 40:
+            alive.append(sequence(rng.randrange(1, 150), rng.randrange(1, 50)))
+            subject.add(alive[-1])
+        if alive and rng.random() < 0.02:
+            subject.remove(alive.pop(rng.randrange(len(alive))))
+        batch = step(subject)
+        assert batch.num_tokens <= 32 and bool(batch.spans) == bool(subject.has_work or batch.spans)
+    for _ in range(3000):
+        step(subject)
+    assert not subject.has_work and subject.cache.num_used_blocks == 0 and subject.num_preemptions > 0
