@@ -21,7 +21,7 @@ import errors
 from config import LOCAL_ORIGINS, Settings, from_command_line
 from providers import Router
 from providers.local import LocalProvider
-from schemas import ChatCompletion, ChatCompletionRequest, Completion, CompletionRequest, Model, ModelList
+from schemas import UNSUPPORTED, ChatCompletion, ChatCompletionRequest, Completion, CompletionRequest, Model, ModelList
 from streaming import collect_chat, collect_completion, sse
 
 log = logging.getLogger("main")
@@ -93,6 +93,7 @@ async def _respond(
     collect: Callable[[AsyncIterator[Any]], Awaitable[Any]],
 ) -> Response:
     """A stream or its fold. Either stops the work behind it when the client leaves."""
+    _refuse_unsupported(body)
     headers = _ignored_fields_header(body)
     if body.stream:
         first = await _unless_client_leaves(request, anext(chunks))
@@ -144,6 +145,12 @@ async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | Non
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _refuse_unsupported(body: ChatCompletionRequest | CompletionRequest) -> None:
+    for name, value in (body.model_extra or {}).items():
+        if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+            raise errors.InvalidRequest(f"{name} is not supported.", param=name, code="unsupported_value")
 
 
 def _ignored_fields_header(body: ChatCompletionRequest | CompletionRequest) -> dict[str, str]:

@@ -14,6 +14,23 @@ FinishReason = Literal["stop", "length"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
+# Fields that would change the answer and are not honoured yet: the values that ask for nothing; others are refused.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "function_call": (None, "none", "auto"),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "min_tokens": (None, 0),
+    "modalities": (None, ["text"]),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "top_logprobs": (None, 0),
+}
+
+
 class _Request(BaseModel):
     """What is silent is None. Unknown fields are kept, and named in the answer's `X-Ignored-Fields` header."""
 

@@ -38,7 +38,7 @@ class TextStreamer:
         self._stop = stop
         self._ids = list(prefix)  # a window: the tokens of the last character before, and those after it
         self._read = len(self._ids)
-        self._shown = self._decode(self._ids)
+        self._shown = self._decode(self._ids).rstrip(REPLACEMENT)  # a character that the answer may complete
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self.is_stopped = False
 

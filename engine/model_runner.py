@@ -42,11 +42,7 @@ def choose_dtype(wanted: str, model_type: str, on_cuda: bool) -> torch.dtype:
 
 def load_model(directory: Path, dtype: str, device_map: str, report: Report) -> PreTrainedModel:
     """The model in evaluation mode, its text layers attending through this engine. Raises ModelLoadError."""
-    config = _load_config(directory)
-    on_cuda = torch.cuda.is_available() and device_map != "cpu"
-    chosen = choose_dtype(dtype, config.model_type, on_cuda)
-    if not on_cuda:
-        _check_memory(directory, chosen)
+    config, chosen = check_model(directory, dtype, device_map)
     report("loading weights", 0.0)
     try:
         with _weights_progress(report):
@@ -67,13 +63,18 @@ def load_model(directory: Path, dtype: str, device_map: str, report: Report) -> 
     return cast(PreTrainedModel, model)
 
 
-def _load_config(directory: Path) -> PreTrainedConfig:
+def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTrainedConfig, torch.dtype]:
+    """Its configuration and the dtype to load it in; takes milliseconds. Raises ModelLoadError if it cannot be served."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"The model in {directory} cannot be served: {_first_line(error)}") from error
     check_architecture(config)
-    return cast(PreTrainedConfig, config)
+    on_cuda = torch.cuda.is_available() and device_map != "cpu"
+    chosen = choose_dtype(dtype, config.model_type, on_cuda)
+    if not on_cuda:
+        _check_memory(directory, chosen)
+    return config, chosen
 
 
 def check_architecture(config: PreTrainedConfig) -> None:

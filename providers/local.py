@@ -229,24 +229,25 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
     progress.report("loading libraries", 0.0)
     from engine.engine import EngineOptions, load_engine
+    from engine.model_runner import check_model
 
-    progress.report("loading tokenizer", 0.0)
-    template = load_template(directory)
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
+    config, _ = check_model(directory, options.dtype, options.device_map)
+    progress.report("loading tokenizer", 0.0)
+    template = load_template(directory, config.model_type)
     engine = load_engine(directory, options, template.stop_token_ids, progress.report)
     progress.report("ready", 1.0)
     return Loaded(engine, template, sampling_defaults(engine.runner.model.generation_config))
 
 
-def load_template(directory: Path) -> PromptTemplate:
-    from transformers import AutoConfig, AutoTokenizer
+def load_template(directory: Path, model_type: str) -> PromptTemplate:
+    from transformers import AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {error}".splitlines()[0]) from error
-    return PromptTemplate(tokenizer, config.model_type)
+    return PromptTemplate(tokenizer, model_type)
 
 
 def sampling_defaults(generation_config: Any) -> dict[str, Any]:

@@ -1,5 +1,25 @@
 """What all tests share."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 import torch
+from models import save_tiny_checkpoint
+from process import MAIN, Server, serve
 
 torch.set_num_threads(1)  # tiny models lose more to a second thread than they gain
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that MODEL_PATH takes, its random model a matter of milliseconds."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "Tiny-Qwen3")
+
+
+@pytest.fixture(scope="session")
+def server(tiny_checkpoint: Path) -> Iterator[Server]:
+    """One server with the tiny model, for all tests that leave it as they found it."""
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), MAX_NUM_SEQS="16", MAX_MODEL_LEN="480") as server:
+        server.wait_until_healthy()
+        yield server

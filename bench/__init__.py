@@ -1,0 +1,1 @@
+"""The benchmark: `load` measures a server from outside, `step` the engine from inside, `run` does both."""

@@ -1,0 +1,240 @@
+"""Run: the whole benchmark. It starts the server, loads it, stops it, measures steps, prints and writes the results.
+
+    MODEL_PATH=... python -m bench.run
+
+Settings are the server's own, from the environment or `.env`; the data type is bfloat16 whatever they say.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+
+import checkpoint
+from bench import load, machine
+from config import Settings
+from engine.engine import EngineOptions
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+DTYPE = "bfloat16"
+LEVELS = ((1, 3), (4, 8), (16, 16))  # concurrent streams, requests
+MIN_SPEEDUP = 5.0  # tokens/s of the most streams over those of one
+MAX_STEP_RATIO = 1.15  # an engine step over the bare forward of the same batch
+START_TIMEOUT = 600.0  # seconds
+STOP_TIMEOUT = 60.0
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Server:
+    process: psutil.Popen
+    url: str
+    started: float  # perf_counter
+    output: Path
+
+    def wait_until_ready(self) -> float:
+        """Seconds since the start; exits with the server's last words if it does not come up."""
+        with httpx2.Client(trust_env=False, timeout=5.0) as client:
+            while time.perf_counter() - self.started < START_TIMEOUT and self.process.poll() is None:
+                try:
+                    if client.get(f"{self.url}/health").status_code == 200:
+                        return time.perf_counter() - self.started
+                except httpx2.TransportError:
+                    pass  # not listening yet
+                time.sleep(0.02)
+        sys.exit(f"error: the server did not start\n{self.output.read_text()[-2000:]}")
+
+    def memory(self) -> float:
+        """Resident MiB."""
+        return float(self.process.memory_info().rss / MIB)
+
+    def highest_memory(self) -> float | None:
+        """Resident MiB at most, loading included, as the kernel counted it; None where it does not."""
+        try:
+            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+@contextmanager
+def serving(model_path: str) -> Iterator[Server]:
+    """`python main.py` on a free port of this machine, until the block ends."""
+    port = _free_port()
+    place = {"MODEL_PATH": model_path, "DTYPE": DTYPE, "HOST": "127.0.0.1", "PORT": str(port)}
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "server.log"
+        with output.open("w") as log:
+            started = time.perf_counter()
+            process = psutil.Popen(
+                [sys.executable, "main.py"], cwd=ROOT, env={**os.environ, **place}, stdout=log, stderr=log
+            )
+        try:
+            yield Server(process, f"http://127.0.0.1:{port}", started, output)
+        finally:
+            _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _stop(process: psutil.Popen) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_TIMEOUT)
+    except psutil.TimeoutExpired:
+        process.kill()
+        raise
+
+
+@contextmanager
+def peak_memory(server: Server) -> Iterator[list[float]]:
+    """A list of one number that has the highest resident memory, in MiB, when the block has ended."""
+    peak, ended = [server.memory()], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.05) and server.process.is_running():
+            peak[0] = max(peak[0], server.memory())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
+def measure_server(model_path: str) -> dict[str, Any]:
+    """Start, memory, and each level of concurrent streams."""
+    with serving(model_path) as server:
+        ready = server.wait_until_ready()
+        print(f"ready {ready:.1f} s after the start", flush=True)
+        idle = server.memory()
+        base_url = f"{server.url}/v1"
+        target = load.Target(base_url, asyncio.run(load.first_model(base_url)))
+        first_token = _time_first_token(server, target)
+        print(f"first token after {first_token:.1f} s; resident memory {idle:.0f} MiB\n\n{load.HEAD}  peak MiB")
+        levels = [_measure_level(server, target, *level) for level in LEVELS]
+        return {
+            "start_to_ready_s": ready,
+            "start_to_first_token_s": first_token,
+            "idle_memory_mib": idle,
+            "highest_memory_mib": server.highest_memory(),
+            "max_tokens": target.max_tokens,
+            "levels": levels,
+        }
+
+
+def _time_first_token(server: Server, target: load.Target) -> float:
+    first = asyncio.run(load.measure(target, 1, 1, "first"))
+    _exit_on(load.complaints(target, first))
+    return time.perf_counter() - server.started - first.wall_s + first.ttft_p50 / 1e3
+
+
+def _measure_level(server: Server, target: load.Target, concurrency: int, num_requests: int) -> dict[str, Any]:
+    with peak_memory(server) as peak:
+        level = asyncio.run(load.measure(target, concurrency, num_requests))
+    print(f"{load.row(level)}  {peak[0]:8.0f}", flush=True)
+    _exit_on(load.complaints(target, level))
+    return {**asdict(level), "peak_memory_mib": peak[0]}
+
+
+def _exit_on(complaints: list[str]) -> None:
+    if complaints:
+        sys.exit(f"error: {'; '.join(complaints)}")
+
+
+def measure_steps(directory: Path) -> list[dict[str, Any]]:
+    """In a process of its own, after the server's end."""
+    with tempfile.TemporaryDirectory() as results:
+        path = Path(results) / "steps.json"
+        command = [sys.executable, "-m", "bench.step", str(directory), "--dtype", DTYPE, "--json", str(path)]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            sys.exit("error: bench.step failed")
+        steps: list[dict[str, Any]] = json.loads(path.read_text())
+    return steps
+
+
+@dataclass(frozen=True)
+class Ratio:
+    name: str
+    value: float
+    target: float
+    is_at_least: bool
+
+    @property
+    def is_reached(self) -> bool:
+        return self.value >= self.target if self.is_at_least else self.value <= self.target
+
+    def __str__(self) -> str:
+        limit = f"{'at least' if self.is_at_least else 'at most'} {self.target:.2f}"
+        return f"{self.name:36} {self.value:6.2f}   target: {limit:14} {'reached' if self.is_reached else 'missed'}"
+
+
+def ratios(levels: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[Ratio]:
+    speedup = levels[-1]["total_tokens_per_s"] / levels[0]["total_tokens_per_s"]
+    return [
+        Ratio(f"tokens/s, {levels[-1]['concurrency']} streams / 1 stream", speedup, MIN_SPEEDUP, True),
+        *(Ratio(f"step / bare forward, batch of {s['batch']}", s["ratio"], MAX_STEP_RATIO, False) for s in steps),
+    ]
+
+
+def write(results: dict[str, Any]) -> Path:
+    path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{machine.slug(results['machine']['cpu'])}.json"
+    RESULTS.mkdir(exist_ok=True)
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: round(float(text), 3))
+    path.write_text(json.dumps(rounded, indent=1) + "\n")
+    return path
+
+
+def main() -> None:
+    settings = Settings()
+    model_path = settings.model_path or checkpoint.default_model_path()
+    directory = checkpoint.fetch(model_path, settings.cache_dir, lambda what, fraction: None).directory
+    described = machine.describe()
+    print(
+        f"{checkpoint.served_name(model_path)}, {DTYPE}, on {described['cpu']}, {described['cores']} cores", flush=True
+    )
+    server = measure_server(model_path)
+    print()
+    steps = measure_steps(directory)
+    reached = ratios(server["levels"], steps)
+    print("", *reached, sep="\n")
+    options = {field.name: getattr(settings, field.name) for field in fields(EngineOptions)}
+    path = write(
+        {
+            "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            "machine": described,
+            "model": checkpoint.served_name(model_path),
+            "settings": {**options, "dtype": DTYPE},
+            "server": server,
+            "steps": steps,
+            "ratios": [{**asdict(ratio), "is_reached": ratio.is_reached} for ratio in reached],
+        }
+    )
+    print(f"\nwritten to {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Step: what the engine's decode step costs beside the bare forward of the stock model over the same weights.
+
+    python -m bench.step DIRECTORY
+
+The two take turns, token by token, so that noise meets both, and compute the same tokens at the same positions. The
+bare forward is transformers' own with SDPA attention and a DynamicCache; no server, event loop or text is involved.
+"""
+
+import argparse
+import copy
+import json
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from engine.engine import Engine, EngineOptions, build_engine
+from engine.model_runner import load_model
+from engine.sampling import SamplingParams
+from engine.sequence import Sequence
+
+BATCHES = (1, 4, 16)
+PROMPT_TOKENS = 64
+NUM_STEPS = 64
+NUM_WARM_UP = 4  # steps before those that count
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Medians in ms over a batch's steps."""
+
+    batch: int
+    step: float
+    bare_forward: float
+    ratio: float
+    same_tokens: float  # share of the tokens that both choose, to show that they do the same
+    parts: dict[str, float]  # of the step
+
+
+class Parts:
+    """Times the parts of an engine's steps: it wraps the functions of the engine's objects."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # of the step under way
+        self._wrap(engine.scheduler, "schedule", "update")
+        self._wrap(engine.runner, "run")
+        self._wrap(engine.runner.model, "forward")
+        self._wrap(engine.runner.sampler, "sample")
+
+    def _wrap(self, owner: object, *names: str) -> None:
+        for name in names:
+            setattr(owner, name, partial(self._call, name, getattr(owner, name)))
+
+    def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        self._seconds[name] += time.perf_counter() - start
+        return result
+
+    def take(self, step: float) -> dict[str, float]:
+        """Where the seconds of the step that has ended went."""
+        spent, self._seconds = self._seconds, defaultdict(float)
+        parts = {name: spent[name] for name in ("schedule", "forward", "sample", "update")}
+        parts["build tensors"] = spent["run"] - spent["forward"] - spent["sample"]
+        parts["other"] = step - spent["schedule"] - spent["run"] - spent["update"]
+        return parts
+
+
+class BareModel:
+    """The stock model beside the engine's: the same weights, transformers' own attention, a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.model = copy.deepcopy(model, shared)
+        self.model.set_attn_implementation("sdpa")
+        self.device: torch.device = model.device
+
+    def start(self, prompts: list[list[int]]) -> None:
+        self.cache = DynamicCache(config=self.model.config)
+        self.forward(torch.tensor(prompts, device=self.device))
+
+    @torch.inference_mode()
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens) -> logits of the last token, (batch, vocab)."""
+        output = self.model(input_ids=token_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return output.logits[:, -1]  # type: ignore[no-any-return]
+
+
+def measure(engine: Engine, bare: BareModel, parts: Parts, batch: int) -> StepCost:
+    sequences = _prefill(engine, bare, batch)
+    steps, forwards, spent, same = [], [], [], 0
+    for _ in range(NUM_WARM_UP + NUM_STEPS):
+        last = torch.tensor([[sequence.token_ids[-1]] for sequence in sequences], device=bare.device)
+        start = time.perf_counter()
+        logits = bare.forward(last)
+        between = time.perf_counter()
+        best = logits.argmax(-1).tolist()
+        begin = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - begin)
+        forwards.append(between - start)
+        spent.append(parts.take(steps[-1]))
+        same += sum(sequence.token_ids[-1] == token for sequence, token in zip(sequences, best, strict=True))
+    _check_and_remove(engine, sequences)
+    return _summarize(
+        batch, steps[NUM_WARM_UP:], forwards[NUM_WARM_UP:], spent[NUM_WARM_UP:], same / len(steps) / batch
+    )
+
+
+def _prefill(engine: Engine, bare: BareModel, batch: int) -> list[Sequence]:
+    """Takes both past the prompts, which have one length and are computed in one step."""
+    rng = random.Random(batch)
+    vocabulary = engine.runner.model.config.get_text_config().vocab_size
+    prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(batch)]
+    params = SamplingParams(max_tokens=NUM_WARM_UP + NUM_STEPS + 2, temperature=0.0, ignore_eos=True)
+    sequences = [Sequence(prompt, params, sink=lambda output: None) for prompt in prompts]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    engine.step()
+    bare.start(prompts)
+    return sequences
+
+
+def _check_and_remove(engine: Engine, sequences: list[Sequence]) -> None:
+    if any(sequence.num_output_tokens != 1 + NUM_WARM_UP + NUM_STEPS for sequence in sequences):
+        raise RuntimeError("a step failed or was not a decode of the whole batch")
+    for sequence in sequences:
+        engine.scheduler.remove(sequence)
+
+
+def _summarize(
+    batch: int, steps: list[float], forwards: list[float], spent: list[dict[str, float]], same: float
+) -> StepCost:
+    step, bare_forward = statistics.median(steps), statistics.median(forwards)
+    parts = {name: 1e3 * statistics.median(times[name] for times in spent) for name in spent[0]}
+    return StepCost(batch, step * 1e3, bare_forward * 1e3, step / bare_forward, same, parts)
+
+
+def row(cost: StepCost) -> str:
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in cost.parts.items())
+    return (
+        f"{cost.batch:5}  {cost.step:7.1f}  {cost.bare_forward:15.1f}  {cost.ratio:5.2f}"
+        f"  {cost.same_tokens:11.0%}  {parts}"
+    )
+
+
+HEAD = "batch  step ms  bare forward ms  ratio  same tokens  parts of the step, ms"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="of the model: safetensors, config.json")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    arguments = parser.parse_args()
+    model = load_model(arguments.directory, arguments.dtype, "auto", lambda what, fraction: None)
+    bare = BareModel(model)
+    options = EngineOptions(max_num_batched_tokens=max(BATCHES) * PROMPT_TOKENS)
+    engine = build_engine(model, options, frozenset())
+    parts = Parts(engine)
+    print(HEAD)
+    costs = []
+    for batch in BATCHES:
+        costs.append(measure(engine, bare, parts, batch))
+        print(row(costs[-1]), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=1))
+
+
+if __name__ == "__main__":
+    main()

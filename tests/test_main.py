@@ -1,0 +1,340 @@
+"""The server process as its clients see it: the official SDK, raw requests, and people who leave."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from process import MAIN, ROOT, UVICORN, Server, serve
+
+MODEL = "Tiny-Qwen3"
+HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, 世界"}]
+
+
+@pytest.fixture
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def raw_events(server: Server, path: str = "/v1/chat/completions", **body: Any) -> list[str]:
+    body = {"model": MODEL, "stream": True, "max_tokens": 20, **body}
+    with httpx2.stream("POST", server.url + path, json=body, timeout=60) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return b"".join(response.iter_raw()).decode().split("\n\n")[:-1]
+
+
+# --- answers
+
+
+def test_the_sdk_reads_an_answer_and_its_stream_and_they_are_equal(client: OpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": HELLO, "max_tokens": 100, "seed": 5, "temperature": 1.0}
+    options["extra_body"] = {"ignore_eos": True}
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert whole.usage is not None and whole.usage.total_tokens == whole.usage.prompt_tokens + 100
+    assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
+
+
+def test_the_async_sdk_streams_many_answers_at_once(server: Server) -> None:
+    async def one(client: AsyncOpenAI, seed: int) -> str:
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=HELLO, max_tokens=60, stream=True, seed=seed, extra_body={"ignore_eos": True}
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def main() -> list[str]:
+        async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, seed) for seed in [*range(15), 0]))
+
+    texts = asyncio.run(main())
+    assert texts[0] == texts[15] and len(set(texts)) == 15
+
+
+def test_every_chunk_is_valid_for_the_sdks_model_and_in_the_order_of_the_specification(server: Server) -> None:
+    *events, done = raw_events(server, messages=HELLO, stream_options={"include_usage": True}, n=2, ignore_eos=True)
+    assert done == "data: [DONE]"
+    chunks = [ChatCompletionChunk.model_validate(json.loads(event.removeprefix("data: "))) for event in events]
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 40
+    for index in (0, 1):
+        choices = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == index]
+        assert choices[0].delta.role == "assistant" and choices[0].delta.content == ""
+        assert all(choice.delta.role is None and choice.finish_reason is None for choice in choices[1:-1])
+        assert choices[-1].finish_reason == "length" and choices[-1].delta.content is None
+
+
+def test_streams_have_no_usage_and_no_empty_choices_unless_asked(server: Server) -> None:
+    *events, _ = raw_events(server, messages=HELLO)
+    assert all("usage" not in event and json.loads(event[6:])["choices"] for event in events)
+
+
+def test_whole_answers_are_valid_for_the_sdks_models(server: Server) -> None:
+    chat = server.post("/v1/chat/completions", model=MODEL, messages=HELLO, max_tokens=5).json()
+    assert ChatCompletion.model_validate(chat) and "error" not in chat and chat["object"] == "chat.completion"
+    text = server.post("/v1/completions", model=MODEL, prompt="Once", max_tokens=5).json()
+    assert Completion.model_validate(text) and text["object"] == "text_completion"
+
+
+def test_completions_take_texts_and_tokens_and_number_their_choices(server: Server) -> None:
+    options = {"model": MODEL, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    [single] = server.post("/v1/completions", prompt="ab", **options).json()["choices"]
+    both = server.post("/v1/completions", prompt=["ab", "xyz"], n=2, **options).json()
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+    assert both["choices"][0]["text"] == both["choices"][1]["text"] == single["text"]
+    assert both["usage"] == {"prompt_tokens": 5, "completion_tokens": 32, "total_tokens": 37}
+    token_ids = [64, 65]  # "ab"
+    assert server.post("/v1/completions", prompt=token_ids, **options).json()["choices"][0]["text"] == single["text"]
+    events = raw_events(server, "/v1/completions", prompt=["ab", "xyz"], **{**options, "max_tokens": 8})
+    streamed = [json.loads(event[6:])["choices"][0] for event in events[:-1]]
+    assert "".join(choice["text"] for choice in streamed if choice["index"] == 0) == single["text"]
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(client: OpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": HELLO, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(**options, max_tokens=200).choices[0].message.content
+    assert whole is not None
+    stop = whole[len(whole) // 2 :][:2]
+    cut = client.chat.completions.create(**options, max_tokens=200, stop=[stop, "never"])
+    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.usage is not None and cut.usage.completion_tokens < 200
+
+
+def test_a_silent_request_runs_to_the_end_of_the_context(client: OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=HELLO, extra_body={"ignore_eos": True})
+    assert answer.usage is not None and answer.usage.total_tokens == 480
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_the_newer_name_of_max_tokens_works(client: OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=HELLO, max_completion_tokens=3)
+    assert answer.usage is not None and answer.usage.completion_tokens <= 3
+
+
+def test_what_open_webui_sends_is_answered(server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": "\n d", "parameters": {"properties": {}}}}
+    controls = {"mirostat": 0, "num_ctx": 2048, "keep_alive": "5m", "min_p": 0, "seed": 0, "stop": ["END", "\n\n"]}
+    body = {"model": MODEL, "messages": HELLO, "tools": [tool], "max_tokens": 4, "foo": None, **controls}
+    answer = server.post("/v1/chat/completions", **body)
+    assert answer.status_code == 200
+    assert answer.headers["x-ignored-fields"] == "foo, keep_alive, mirostat, num_ctx, tools"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    assert server.post("/v1/chat/completions", model=MODEL, messages=parts, max_tokens=4).status_code == 200
+
+
+# --- models and health
+
+
+def test_models_are_listed_and_found_by_name_alias_and_path(server: Server, client: OpenAI) -> None:
+    [model] = client.models.list().data
+    assert model.id == MODEL and model.object == "model" and model.owned_by == "local"
+    described = server.get("/v1/models").json()["data"][0]
+    assert described["max_model_len"] == 480 and described["parent"] is None and described["permission"]
+    for name in (MODEL, "tiny-qwen3", described["root"]):
+        assert client.models.retrieve(name).id == MODEL
+        assert server.post("/v1/completions", model=name, prompt="x", max_tokens=1).status_code == 200
+
+
+def test_the_documentation_is_served(server: Server) -> None:
+    assert server.get("/docs").status_code == 200
+    paths = server.get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= paths.keys()
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code"),
+    [
+        ("chat/completions", {"model": "nobody"}, 404, "model", "model_not_found"),
+        ("chat/completions", {"messages": []}, 400, "messages", "invalid_value"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "robot", "content": ""}]},
+            400,
+            "messages[0].role",
+            "invalid_value",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": 5}]},
+            400,
+            "messages[0].content",
+            "invalid_value",
+        ),
+        ("chat/completions", {"temperature": 2.1}, 400, "temperature", "invalid_value"),
+        ("chat/completions", {"temperature": "hot"}, 400, "temperature", "invalid_value"),
+        ("chat/completions", {"n": 129}, 400, "n", "invalid_value"),
+        ("chat/completions", {"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ("chat/completions", {"max_tokens": 9999}, 400, "messages", "context_length_exceeded"),
+        ("chat/completions", {"logprobs": True}, 400, "logprobs", "unsupported_value"),
+        ("chat/completions", {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_value"),
+        ("completions", {"prompt": None}, 400, "prompt", "invalid_value"),
+        ("completions", {"prompt": ""}, 400, "prompt", None),
+        ("completions", {"prompt": [5, 10**6]}, 400, "prompt", None),
+        ("completions", {"prompt": "x" * 1000}, 400, "prompt", "context_length_exceeded"),
+        ("completions", {"echo": True}, 400, "echo", "unsupported_value"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests_are_refused_by_name_before_any_byte(
+    server: Server, path: str, body: dict[str, Any], status: int, param: str, code: str | None, stream: bool
+) -> None:
+    good = {"messages": HELLO} if path.startswith("chat") else {"prompt": "x"}
+    answer = server.post(f"/v1/{path}", **{"model": MODEL, "stream": stream, **good, **body})
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+def test_missing_fields_broken_json_and_unknown_routes_have_the_same_shape(server: Server) -> None:
+    missing = server.post("/v1/chat/completions", model=MODEL)
+    assert missing.status_code == 400 and missing.json()["error"]["param"] == "messages"
+    broken = httpx2.post(
+        server.url + "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
+    )
+    assert broken.status_code == 400 and broken.json()["error"]["type"] == "invalid_request_error"
+    assert server.get("/v2/nothing").json()["error"]["type"] == "invalid_request_error"
+    wrong = server.get("/v1/chat/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and wrong.json()["error"]["message"]
+
+
+def test_the_sdk_raises_its_own_errors(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nobody", messages=HELLO)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 480 tokens"):
+        client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=5000)
+
+
+def test_pages_of_this_machine_may_call_and_others_may_not(server: Server) -> None:
+    def allowed(origin: str) -> str | None:
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        reply = httpx2.options(server.url + "/v1/chat/completions", headers=headers)
+        return reply.headers.get("access-control-allow-origin")
+
+    assert allowed("http://localhost:3000") == "http://localhost:3000"
+    assert allowed("http://localhost.evil.example") is None and allowed("https://evil.example") is None
+
+
+# --- clients that leave
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_fifty_clients_that_leave_stop_their_work(server: Server, stream: bool) -> None:
+    body = {"model": MODEL, "messages": HELLO, "n": 2, "max_tokens": 400, "ignore_eos": True, "stream": stream}
+
+    async def leave(client: httpx2.AsyncClient, number: int) -> None:
+        async def request() -> None:
+            async with client.stream("POST", server.url + "/v1/chat/completions", json=body) as response:
+                async for _ in response.aiter_lines():
+                    if number % 2:
+                        return
+
+        try:
+            await asyncio.wait_for(request(), timeout=0.3 + 0.02 * number)
+        except TimeoutError:
+            pass
+
+    async def main() -> None:
+        async with httpx2.AsyncClient(limits=httpx2.Limits(max_connections=60), timeout=30) as client:
+            await asyncio.gather(*(leave(client, number) for number in range(50)))
+
+    before = time.monotonic()
+    asyncio.run(main())
+    server.wait_until_idle(timeout=5)
+    assert time.monotonic() - before < 15, "their answers were computed to the end"
+    assert server.post("/v1/completions", model=MODEL, prompt="x", max_tokens=1).status_code == 200
+
+
+# --- life
+
+
+def test_while_loading_models_answer_and_health_tells_the_progress(tiny_checkpoint: Path) -> None:
+    with serve(UVICORN, NANOVLLM_MODEL_PATH=str(tiny_checkpoint)) as server:
+        health = server.get("/health")
+        assert health.status_code == 503 and health.json()["status"] == "loading"
+        assert 0 <= health.json()["progress"]["fraction"] <= 1 and health.json()["progress"]["phase"]
+        assert server.get("/v1/models").json()["data"][0]["id"] == MODEL
+        early = server.post("/v1/chat/completions", model=MODEL, messages=HELLO)
+        assert early.status_code == 503 and early.json()["error"]["code"] == "model_loading"
+        assert int(early.headers["retry-after"]) > 0
+        server.wait_until_healthy()
+        assert server.get("/health").json()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/nowhere/model", "/nowhere/model"),
+        ("demo:nothing", "demo:nothing"),
+        ("{tmp}/pickle", "safetensors"),
+        ("{tmp}/bert", "not supported"),
+        ("{tmp}/huge", "GiB"),
+    ],
+)
+@pytest.mark.parametrize("command", [[sys.executable, "main.py", "--port", "0"], UVICORN], ids=["main.py", "uvicorn"])
+def test_a_model_that_cannot_be_served_ends_the_process_with_a_sentence(
+    tmp_path: Path, command: list[str], path: str, sentence: str
+) -> None:
+    write_hopeless_models(tmp_path)
+    environment = {"MODEL_PATH": path.format(tmp=tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and sentence in errors[0]
+    assert "Traceback" not in ended.stderr
+
+
+def write_hopeless_models(directory: Path) -> None:
+    def write(name: str, config: dict[str, Any], weights: str = "model.safetensors", header: Any = None) -> None:
+        (directory / name).mkdir()
+        (directory / name / "config.json").write_text(json.dumps(config))
+        text = json.dumps(header or {}).encode()
+        (directory / name / weights).write_bytes(len(text).to_bytes(8, "little") + text)
+
+    write("pickle", {"model_type": "qwen3"}, "pytorch_model.bin")
+    write("bert", {"model_type": "vit"})
+    huge = {"w": {"dtype": "BF16", "shape": [2**22, 2**22], "data_offsets": [0, 0]}}
+    write("huge", {"model_type": "qwen3"}, header=huge)
+    (directory / "huge" / "tokenizer.json").write_text("{}")
+
+
+def test_a_signal_lets_running_streams_finish(tiny_checkpoint: Path) -> None:
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint)) as server:
+        server.wait_until_healthy()
+        results: list[list[str]] = []
+        reader = threading.Thread(
+            target=lambda: results.append(raw_events(server, messages=HELLO, max_tokens=300, ignore_eos=True))
+        )
+        reader.start()
+        while not server.get("/health").json()["running"]:
+            time.sleep(0.01)
+        server.process.terminate()
+        reader.join(60)
+        assert results[0][-1] == "data: [DONE]" and len(results[0]) > 20
+        assert server.process.wait(30) in (0, -15)
+
+
+def test_an_open_address_without_a_key_is_warned_about(tiny_checkpoint: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import main; main.create_app(main.Settings()); main._configure_logging(main.Settings())",
+    ]
+    environment = {"HOST": "0.0.0.0", "MODEL_PATH": str(tiny_checkpoint), "PATH": "/usr/bin:/bin"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert "WARNING" in ended.stderr and "no key" in ended.stderr
