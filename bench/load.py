@@ -104,7 +104,7 @@ class Stream:
             self.prompt_tokens, self.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or choice
-            if delta.get("content") or delta.get("reasoning_content") or delta.get("text"):
+            if any(delta.get(name) for name in ("content", "text", "reasoning_content", "reasoning")):
                 self.chunk_times.append(now)
             if choice.get("finish_reason"):
                 self.end = now
@@ -244,9 +244,12 @@ def complaints(target: Target, level: Level) -> list[str]:
 
 
 async def first_model(base_url: str) -> str:
-    async with httpx2.AsyncClient(trust_env=False) as client:
-        response = await client.get(f"{base_url.rstrip('/')}/models")
-        return str(response.raise_for_status().json()["data"][0]["id"])
+    try:
+        async with httpx2.AsyncClient(trust_env=False) as client:
+            response = await client.get(f"{base_url.rstrip('/')}/models")
+            return str(response.raise_for_status().json()["data"][0]["id"])
+    except httpx2.HTTPError as error:
+        sys.exit(f"error: {base_url}: {error}")
 
 
 async def warm_up(target: Target) -> None:

@@ -64,14 +64,6 @@ class Server:
         """Resident MiB."""
         return float(self.process.memory_info().rss / MIB)
 
-    def highest_memory(self) -> float | None:
-        """Resident MiB at most, loading included, as the kernel counted it; None where it does not."""
-        try:
-            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
-
 
 @contextmanager
 def serving(model_path: str) -> Iterator[Server]:
@@ -140,7 +132,6 @@ def measure_server(model_path: str) -> dict[str, Any]:
             "start_to_ready_s": ready,
             "start_to_first_token_s": first_token,
             "idle_memory_mib": idle,
-            "highest_memory_mib": server.highest_memory(),
             "max_tokens": target.max_tokens,
             "levels": levels,
         }
@@ -209,13 +200,12 @@ def write(results: dict[str, Any]) -> Path:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends too
     settings = Settings()
     model_path = settings.model_path or checkpoint.default_model_path()
+    name, described = checkpoint.served_name(model_path), machine.describe()
+    print(f"{name}, {DTYPE}, on {described['cpu']}, {described['cores']} cores", flush=True)
     directory = checkpoint.fetch(model_path, settings.cache_dir, lambda what, fraction: None).directory
-    described = machine.describe()
-    print(
-        f"{checkpoint.served_name(model_path)}, {DTYPE}, on {described['cpu']}, {described['cores']} cores", flush=True
-    )
     server = measure_server(model_path)
     print()
     steps = measure_steps(directory)
@@ -226,7 +216,7 @@ def main() -> None:
         {
             "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             "machine": described,
-            "model": checkpoint.served_name(model_path),
+            "model": name,
             "settings": {**options, "dtype": DTYPE},
             "server": server,
             "steps": steps,

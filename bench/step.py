@@ -31,6 +31,7 @@ BATCHES = (1, 4, 16)
 PROMPT_TOKENS = 64
 NUM_STEPS = 64
 NUM_WARM_UP = 4  # steps before those that count
+MAX_SECONDS = 60.0  # for a batch; what a busy machine has not reached by then is left out
 
 
 @dataclass(frozen=True)
@@ -98,20 +99,23 @@ class BareModel:
 
 def measure(engine: Engine, bare: BareModel, parts: Parts, batch: int) -> StepCost:
     sequences = _prefill(engine, bare, batch)
-    steps, forwards, spent, same = [], [], [], 0
-    for _ in range(NUM_WARM_UP + NUM_STEPS):
+    steps: list[float] = []
+    forwards: list[float] = []
+    spent: list[dict[str, float]] = []
+    same = 0
+    deadline = time.monotonic() + MAX_SECONDS
+    while len(steps) < NUM_WARM_UP + NUM_STEPS and (len(steps) <= NUM_WARM_UP or time.monotonic() < deadline):
         last = torch.tensor([[sequence.token_ids[-1]] for sequence in sequences], device=bare.device)
         start = time.perf_counter()
         logits = bare.forward(last)
-        between = time.perf_counter()
+        forwards.append(time.perf_counter() - start)
         best = logits.argmax(-1).tolist()
-        begin = time.perf_counter()
+        start = time.perf_counter()
         engine.step()
-        steps.append(time.perf_counter() - begin)
-        forwards.append(between - start)
+        steps.append(time.perf_counter() - start)
         spent.append(parts.take(steps[-1]))
         same += sum(sequence.token_ids[-1] == token for sequence, token in zip(sequences, best, strict=True))
-    _check_and_remove(engine, sequences)
+    _check_and_remove(engine, sequences, len(steps))
     return _summarize(
         batch, steps[NUM_WARM_UP:], forwards[NUM_WARM_UP:], spent[NUM_WARM_UP:], same / len(steps) / batch
     )
@@ -131,8 +135,8 @@ def _prefill(engine: Engine, bare: BareModel, batch: int) -> list[Sequence]:
     return sequences
 
 
-def _check_and_remove(engine: Engine, sequences: list[Sequence]) -> None:
-    if any(sequence.num_output_tokens != 1 + NUM_WARM_UP + NUM_STEPS for sequence in sequences):
+def _check_and_remove(engine: Engine, sequences: list[Sequence], num_steps: int) -> None:
+    if any(sequence.num_output_tokens != 1 + num_steps for sequence in sequences):
         raise RuntimeError("a step failed or was not a decode of the whole batch")
     for sequence in sequences:
         engine.scheduler.remove(sequence)

@@ -5,9 +5,11 @@ what its window has left. Paged blocks as in PagedAttention (Kwon et al. 2023).
 """
 
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 from engine.sequence import Sequence
@@ -86,8 +88,8 @@ class KVCache:
         self.group_of = {layer: g for g, group in enumerate(plan.groups) for layer in group.layers}
         for layer, spec in specs.items():
             shape = (plan.groups[self.group_of[layer]].num_blocks, plan.block_size, spec.num_kv_heads)
-            self.keys[layer] = torch.zeros(*shape, spec.key_dim, dtype=spec.dtype, device=spec.device)
-            self.values[layer] = torch.zeros(*shape, spec.value_dim, dtype=spec.dtype, device=spec.device)
+            self.keys[layer] = _zeros((*shape, spec.key_dim), spec)
+            self.values[layer] = _zeros((*shape, spec.value_dim), spec)
         # lowest number first: memory that nobody has needed yet stays untouched
         self._free = [list(range(group.num_blocks)) for group in plan.groups]
 
@@ -139,6 +141,13 @@ class KVCache:
                 heapq.heappush(free, table[index])
                 table[index] = FREED
 
+    def erase(self, sequence: Sequence) -> None:
+        """For blocks that hold NaN, before they are freed: even masked it would reach their next owner."""
+        for layer, group in self.group_of.items():
+            blocks = [block for block in sequence.block_tables[group] if block != FREED]
+            self.keys[layer][blocks] = 0
+            self.values[layer][blocks] = 0
+
     def free(self, sequence: Sequence) -> None:
         """All its blocks; one that never ran has none."""
         for table, free in zip(sequence.block_tables, self._free, strict=False):
@@ -146,3 +155,11 @@ class KVCache:
                 if block != FREED:
                     heapq.heappush(free, block)
         sequence.block_tables = []
+
+
+def _zeros(shape: tuple[int, ...], spec: LayerSpec) -> torch.Tensor:
+    """On the CPU the operating system's own zero pages: memory counts once it is written."""
+    if spec.device.type != "cpu":
+        return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+    num_bytes = math.prod(shape) * spec.dtype.itemsize
+    return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(spec.dtype).view(shape)

@@ -64,7 +64,7 @@ def load_model(directory: Path, dtype: str, device_map: str, report: Report) -> 
 
 
 def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTrainedConfig, torch.dtype]:
-    """Its configuration and the dtype to load it in; takes milliseconds. Raises ModelLoadError if it cannot be served."""
+    """Its configuration, and the dtype to load it in; takes milliseconds. Raises ModelLoadError."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

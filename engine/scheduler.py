@@ -130,6 +130,8 @@ class Scheduler:
                 token_id = next(tokens)
                 output = None if token_id is None else self._append(sequence, token_id)
                 outputs.append((sequence, output))
+                if output is None:
+                    self.cache.erase(sequence)
                 if output is None or output.finish_reason:
                     self.remove(sequence)
         return outputs

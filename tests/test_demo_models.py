@@ -1,0 +1,118 @@
+"""The demo models, fetched as a user's are: the engine's tokens are transformers' own, and the server chats."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai import OpenAI
+from process import MAIN, Server, serve
+
+import checkpoint
+from config import Settings
+from engine import attention
+from engine.engine import EngineOptions, build_engine
+from engine.model_runner import load_model
+from engine.sampling import SamplingParams
+from prompt_templates import PromptTemplate
+from providers.local import load_template
+from schemas import Message
+from streaming import REPLACEMENT
+
+NUM_TOKENS = 16
+LONG = "The quick brown fox jumps over the lazy dog, and " * 60  # more than Gemma's window of 512 tokens
+
+
+def fetch(name: str) -> Path:
+    return checkpoint.fetch(name, Settings().cache_dir, lambda phase, fraction: None).directory
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Real models gain from them."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def real_prompts(template: PromptTemplate) -> list[list[int]]:
+    chat = [Message(role="user", content="Write a haiku about the sea, with an emoji.")]
+    texts = ["def fibonacci(n):", "Der Rhein entspringt in", "人工智能是", LONG]
+    return [template.render_chat(chat), *map(template.render_text, texts)]
+
+
+@pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
+def test_greedy_tokens_are_those_of_generate_in_float32(name: str) -> None:
+    directory = fetch(name)
+    model = load_model(directory, "float32", "cpu", lambda phase, fraction: None)
+    prompts = real_prompts(load_template(directory, model.config.model_type))
+    model.set_attn_implementation("sdpa")
+    expected = [
+        model.generate(
+            torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, repetition_penalty=1.0, eos_token_id=-1
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    model.set_attn_implementation(attention.NAME)
+    options = EngineOptions(max_model_len=1024, max_num_batched_tokens=256, max_num_mixed_tokens=96)
+    assert asyncio.run(engine_tokens(model, options, prompts)) == expected
+
+
+async def engine_tokens(model: Any, options: EngineOptions, prompts: list[list[int]]) -> list[list[int]]:
+    """All at once, so that they share steps with chunks of the long prompt."""
+    engine = build_engine(model, options, frozenset())
+    engine.start()
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
+
+    async def one(prompt: list[int]) -> list[int]:
+        return [output.token_id async for output in engine.generate(prompt, params) if output.token_id is not None]
+
+    try:
+        return await asyncio.gather(*map(one, prompts))
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
+def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
+    from streaming import TextStreamer
+
+    directory = fetch(name)
+    tokenizer = load_template(directory, "").tokenizer
+    for text in ["Hello,  world!\n\n\tIndented", "你好，世界！", "😀👩‍👩‍👧‍👦 🇫🇷", "Ωμέγα नमस्ते สวัสดี ½ ﷽", "\u200bzero"]:
+        streamer = TextStreamer(tokenizer)
+        pieces = [streamer.put([token_id]) for token_id in tokenizer(text, add_special_tokens=False).input_ids]
+        assert "".join([*pieces, streamer.end()]) == text
+        assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+@pytest.fixture(scope="module")
+def demo_server() -> Iterator[Server]:
+    """As `make serve` starts it: nothing set, the default demo model."""
+    with serve(MAIN, MAX_MODEL_LEN="2048") as server:
+        server.wait_until_healthy()
+        yield server
+
+
+def test_the_default_demo_answers_through_the_sdk_streamed_and_whole(demo_server: Server) -> None:
+    client = OpenAI(base_url=demo_server.url + "/v1", api_key="none")
+    model = client.models.list().data[0].id
+    question: Any = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    whole = client.chat.completions.create(model=model, messages=question, temperature=0)
+    assert "Paris" in (whole.choices[0].message.content or "")
+    assert whole.choices[0].finish_reason == "stop"
+    with client.chat.completions.stream(model=model, messages=question, temperature=0) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == whole.choices[0].message.content
+
+
+def test_the_default_demo_streams_emoji_and_chinese_whole(demo_server: Server) -> None:
+    client = OpenAI(base_url=demo_server.url + "/v1", api_key="none")
+    question: Any = [{"role": "user", "content": "用中文介绍一下北京。每句话后面加一个表情符号 🎉"}]
+    stream = client.chat.completions.create(
+        model="qwen2.5-coder-0.5b", messages=question, temperature=0, max_tokens=60, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert REPLACEMENT not in text and any("\u4e00" <= character <= "\u9fff" for character in text)
