@@ -29,6 +29,7 @@ import checkpoint
 from bench import load, machine
 from config import Settings
 from engine.engine import EngineOptions
+from errors import ModelLoadError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -205,7 +206,10 @@ def main() -> None:
     model_path = settings.model_path or checkpoint.default_model_path()
     name, described = checkpoint.served_name(model_path), machine.describe()
     print(f"{name}, {DTYPE}, on {described['cpu']}, {described['cores']} cores", flush=True)
-    directory = checkpoint.fetch(model_path, settings.cache_dir, lambda what, fraction: None).directory
+    try:
+        directory = checkpoint.fetch(model_path, settings.cache_dir, lambda what, fraction: None).directory
+    except ModelLoadError as error:
+        sys.exit(f"error: {error}")
     server = measure_server(model_path)
     print()
     steps = measure_steps(directory)

@@ -1,0 +1,63 @@
+"""Settings come from flags, the environment and .env, in this order, and bad ones are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from process import ROOT
+from pydantic import ValidationError
+
+from config import Settings, parse_bytes
+
+READ = "import config; print(config.from_command_line(['--port', '3']).model_dump_json())"
+
+
+def read(code: str, folder: Path, **environment: str) -> str:
+    path = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env={**path, **environment}, capture_output=True, text=True).stdout
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PORT=1\nHOST=1.1.1.1\nLOG_LEVEL=debug\nUNKNOWN=x\n")
+    settings = Settings.model_validate_json(read(READ, tmp_path, PORT="2", HOST="2.2.2.2"))
+    assert (settings.port, settings.host, settings.log_level) == (3, "2.2.2.2", "debug")
+
+
+@pytest.mark.parametrize("name", ["MODEL_PATH", "MODEL_DIR", "NANOVLLM_MODEL_PATH"])
+def test_the_model_path_has_three_names(tmp_path: Path, name: str) -> None:
+    code = "import config; print(config.Settings().model_path)"
+    assert read(code, tmp_path, **{name: "/some/model"}) == "/some/model\n"
+
+
+def test_the_model_path_flag_wins_over_every_name_in_the_environment(tmp_path: Path) -> None:
+    code = "import config; print(config.from_command_line(['--model-path', '/flag']).model_path)"
+    assert read(code, tmp_path, MODEL_PATH="/a", MODEL_DIR="/b", NANOVLLM_MODEL_PATH="/c") == "/flag\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4GiB", 2**32), ("4G", 2**32), ("1.5g", 3 * 2**29), ("512mb", 2**29), ("7", 7)]
+)
+def test_sizes_are_read_with_their_units(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("bad", [{"port": 70000}, {"kv_cache_memory": "much"}, {"dtype": "int1"}, {"max_num_seqs": 0}])
+def test_bad_values_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Settings.model_validate(bad)
+
+
+def test_a_bad_setting_ends_the_server_with_a_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "main.py", "--port", "many"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: PORT") and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "is_open"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True), ("::", True)]
+)
+def test_an_address_that_others_reach_is_recognised(host: str, is_open: bool) -> None:
+    assert Settings(host=host).is_open_to_network is is_open

@@ -1,0 +1,46 @@
+"""What keeps the whole readable: imports point one way, and nothing happens at import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from process import ROOT
+
+OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
+ALLOWED = {  # file or folder -> which of our modules it may import
+    "errors.py": set(),
+    "config.py": set(),
+    "schemas.py": set(),
+    "progress.py": set(),
+    "checkpoint.py": {"errors"},
+    "streaming.py": {"errors", "schemas"},
+    "prompt_templates.py": {"errors", "schemas"},
+    "engine": {"errors", "engine"},
+}
+FORBIDDEN = {"engine": {"fastapi", "starlette", "pydantic"}, "schemas.py": {"torch"}, "streaming.py": {"torch"}}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_imports_point_one_way(place: str) -> None:
+    files = sorted((ROOT / place).glob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]
+    for path in files:
+        found = imports(path)
+        assert found & (OURS | {"engine", "providers"}) <= ALLOWED[place], path
+        assert not found & FORBIDDEN.get(place, set()), path
+
+
+def test_importing_main_loads_neither_torch_nor_a_model() -> None:
+    code = "import main, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, timeout=60).returncode == 0
