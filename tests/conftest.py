@@ -20,6 +20,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_checkpoint: Path) -> Iterator[Server]:
     """One server with the tiny model, for all tests that leave it as they found it."""
-    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), MAX_NUM_SEQS="16", MAX_MODEL_LEN="480", DTYPE="float32") as server:
+    with serve(
+        MAIN, MODEL_PATH=str(tiny_checkpoint), MAX_NUM_SEQS="16", MAX_MODEL_LEN="480", DTYPE="float32"
+    ) as server:
         server.wait_until_healthy()
         yield server

@@ -9,12 +9,15 @@ import pytest
 from process import ROOT
 
 OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
+OURS |= {"conversion", "atomic_files"}
 ALLOWED = {  # file or folder -> which of our modules it may import
     "errors.py": set(),
     "config.py": set(),
     "schemas.py": set(),
     "progress.py": set(),
-    "checkpoint.py": {"errors"},
+    "atomic_files.py": {"errors"},
+    "conversion.py": {"errors", "atomic_files"},
+    "checkpoint.py": {"errors", "atomic_files", "conversion"},
     "streaming.py": {"errors", "schemas"},
     "prompt_templates.py": {"errors", "schemas"},
     "engine": {"errors", "engine"},
