@@ -1,0 +1,145 @@
+"""What can be loaded and how: types of numbers, kinds of layers, and families beside the four of the engine's tests."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import VOCAB
+from transformers import (
+    AutoConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
+
+from engine.engine import EngineOptions, build_engine
+from engine.model_runner import check_architecture, check_model, choose_dtype, load_model
+from engine.sampling import SamplingParams
+from errors import ModelLoadError
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+GEMMA: dict[str, Any] = {**SMALL, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
+
+
+def gemma3_with_vision() -> PreTrainedModel:
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = Gemma3TextConfig(**GEMMA)
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=False)
+    )
+
+
+MODELS = {
+    "gemma2-softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA, attn_logit_softcapping=5.0)),
+    "gemma3-vision": gemma3_with_vision,
+    "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**SMALL, head_dim=12, sliding_window=20)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_models_give_the_tokens_of_generate(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stock = MODELS[name]().eval()
+    stock.set_attn_implementation("eager")
+    stock.save_pretrained(tmp_path)
+    prompts = [torch.randint(0, VOCAB - 20, (length,)).tolist() for length in (1, 7, 45, 90)]
+    expected = [
+        stock.generate(  # without a mask it would hide the prompt's tokens 0, as padding
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    assert len({token for tokens in expected for token in tokens}) > 8
+    model = load_model(tmp_path, "float32", "cpu", lambda phase, fraction: None)
+    options = EngineOptions(max_num_batched_tokens=32, max_num_mixed_tokens=16, max_num_seqs=8, kv_block_size=4)
+    assert asyncio.run(answers(model, options, prompts)) == expected
+
+
+async def answers(model: PreTrainedModel, options: EngineOptions, prompts: list[list[int]]) -> list[list[int]]:
+    engine = build_engine(model, options, frozenset())
+    engine.start()
+
+    async def one(prompt: list[int]) -> list[int]:
+        params = SamplingParams(max_tokens=20, temperature=0)
+        return [output.token_id async for output in engine.generate(prompt, params) if output.token_id is not None]
+
+    try:
+        return await asyncio.gather(*map(one, prompts))
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize("model_type", ["vit", "bert_unknown", "mamba", "qwen3_next", "llama4_text", "t5"])
+def test_models_that_cannot_be_served_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    with pytest.raises(ModelLoadError, match=model_type):
+        check_or_probe(tmp_path)
+
+
+def check_or_probe(directory: Path) -> None:
+    """Mamba, whose configuration tells nothing, is found out by its first forward."""
+    config, _ = check_model(directory, "float32", "cpu")
+    assert config.model_type == "mamba"
+    from transformers import MambaConfig, MambaForCausalLM
+
+    tiny = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
+    build_engine(MambaForCausalLM(tiny), EngineOptions(), frozenset())
+
+
+def test_dynamic_rotary_embeddings_are_refused() -> None:
+    config = AutoConfig.for_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ModelLoadError, match="dynamic"):
+        check_architecture(config)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "model_type", "expected"),
+    [
+        ("float32", "gemma3", torch.float32),
+        ("bfloat16", "gemma3", torch.bfloat16),
+        ("float16", "qwen3", torch.float16),
+    ],
+)
+def test_a_wanted_type_is_taken(wanted: str, model_type: str, expected: torch.dtype) -> None:
+    assert choose_dtype(wanted, model_type, on_cuda=False) == expected
+
+
+def test_gemma_never_gets_float16() -> None:
+    for model_type in ("gemma", "gemma2", "gemma3", "gemma3_text"):
+        assert choose_dtype("float16", model_type, on_cuda=False) in (torch.bfloat16, torch.float32)
+
+
+def test_a_context_beyond_the_models_or_the_caches_is_refused() -> None:
+    model = MODELS["phi3"]()
+    model.set_attn_implementation("paged_blocks")
+    with pytest.raises(ModelLoadError, match="MAX_MODEL_LEN=600"):
+        build_engine(model, EngineOptions(max_model_len=600), frozenset())
+    with pytest.raises(ModelLoadError, match="KV_CACHE_MEMORY"):
+        build_engine(model, EngineOptions(max_model_len=512, kv_cache_memory=100_000), frozenset())
+    assert build_engine(model, EngineOptions(kv_cache_memory=100_000), frozenset()).max_model_len < 512
