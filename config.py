@@ -78,9 +78,10 @@ class Settings(BaseSettings):
     def _expand(cls, value: Path) -> Path:
         return value.expanduser()
 
-    @property
-    def is_open_to_network(self) -> bool:
-        return self.host not in ("localhost", "::1") and not self.host.startswith("127.")
+
+def is_open_to_network(host: str) -> bool:
+    """Whether other machines can reach a server that listens on `host`."""
+    return host not in ("localhost", "::1") and not host.startswith("127.")
 
 
 def from_command_line(arguments: list[str] | None = None) -> Settings:

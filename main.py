@@ -1,5 +1,6 @@
 """The app: endpoints, their errors, and its life. `python main.py` or `uvicorn main:app` starts it."""
 
+import argparse
 import asyncio
 import logging
 import os
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 import errors
-from config import LOCAL_ORIGINS, Settings, from_command_line
+from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from providers import Router
 from providers.local import LocalProvider
 from schemas import UNSUPPORTED, ChatCompletion, ChatCompletionRequest, Completion, CompletionRequest, Model, ModelList
@@ -212,8 +213,16 @@ def _add_cors(app: FastAPI, settings: Settings) -> None:
 def _configure_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    if settings.is_open_to_network:
-        log.warning("HOST=%s: everybody who reaches this address can use the model, there is no key", settings.host)
+    host = _listening_host(settings)
+    if is_open_to_network(host):
+        log.warning("HOST=%s: everybody who reaches this address can use the model, there is no key", host)
+
+
+def _listening_host(settings: Settings) -> str:
+    """Also where `uvicorn main:app --host H` decides it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", default=os.environ.get("UVICORN_HOST", settings.host))
+    return str(parser.parse_known_args()[0].host)
 
 
 def _terminate() -> None:

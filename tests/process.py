@@ -54,8 +54,8 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
-            if found := re.search(r"running on (http://127\.0\.0\.1:\d+)", line):
-                self.url = found[1]
+            if found := re.search(r"running on (http://[\d.]+:\d+)", line):
+                self.url = found[1].replace("0.0.0.0", "127.0.0.1")
 
 
 @contextmanager

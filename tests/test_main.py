@@ -329,12 +329,10 @@ def test_a_signal_lets_running_streams_finish(tiny_checkpoint: Path) -> None:
         assert server.process.wait(30) in (0, -15)
 
 
-def test_an_open_address_without_a_key_is_warned_about(tiny_checkpoint: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "import main; main.create_app(main.Settings()); main._configure_logging(main.Settings())",
-    ]
-    environment = {"HOST": "0.0.0.0", "MODEL_PATH": str(tiny_checkpoint), "PATH": "/usr/bin:/bin"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert "WARNING" in ended.stderr and "no key" in ended.stderr
+@pytest.mark.parametrize("command", [MAIN, UVICORN], ids=["main.py", "uvicorn"])
+def test_an_open_address_without_a_key_is_warned_about(tiny_checkpoint: Path, command: list[str]) -> None:
+    opened = ["0.0.0.0" if word == "127.0.0.1" else word for word in [*command, "--host", "127.0.0.1"]]
+    for words, is_warned in ((command, False), (opened, True)):
+        with serve(words, MODEL_PATH=str(tiny_checkpoint)) as server:
+            server.wait_until_listening()
+        assert any("WARNING" in line and "no key" in line for line in server.lines) is is_warned
