@@ -18,7 +18,7 @@ def parse_bytes(value: Any) -> Any:
     unit = _UNITS.get(text[-1:], 1)
     try:
         return int(float(text.rstrip("kmgt")) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{value!r} is not a size such as 4GiB, 512MiB or 1000000") from None
 
 

@@ -3,11 +3,14 @@
 import argparse
 import asyncio
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import uvicorn
@@ -36,6 +39,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None) -> Fa
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         _configure_logging(settings)
+        _drain_on_signals(local.close, settings.shutdown_timeout)
         local.start()
         yield
         await local.close(settings.shutdown_timeout)
@@ -150,7 +154,8 @@ async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | Non
 
 def _refuse_unsupported(body: ChatCompletionRequest | CompletionRequest) -> None:
     for name, value in (body.model_extra or {}).items():
-        if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+        neutral = UNSUPPORTED.get(name, (value,))
+        if not any(value == other and type(value) is type(other) for other in neutral):  # 0 is not False here
             raise errors.InvalidRequest(f"{name} is not supported.", param=name, code="unsupported_value")
 
 
@@ -171,9 +176,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
         problem = error.errors()[0]
-        param = _param_of(problem["loc"][1:], error.body)
+        where, kind = problem["loc"][1:], problem["type"]
+        if kind == "json_invalid" or not where:
+            message = "The body must be a JSON object, sent with Content-Type: application/json"
+            detail = problem.get("ctx", {}).get("error", problem["msg"])
+            return await on_api_error(request, errors.InvalidRequest(f"{message} ({detail})."))
+        param = _param_of(where, error.body, kind == "missing")
         message = f"{param}: {problem['msg']}" if param else problem["msg"]
-        code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
+        code = "missing_required_parameter" if kind == "missing" else "invalid_value"
         return await on_api_error(request, errors.InvalidRequest(message, param=param, code=code))
 
     @app.exception_handler(HTTPException)
@@ -187,14 +197,14 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse(errors.APIError("The server failed; it has been logged.").body(), 500)
 
 
-def _param_of(location: Sequence[int | str], body: Any) -> str | None:
+def _param_of(location: Sequence[int | str], body: Any, is_missing: bool) -> str | None:
     """("messages", 0, "content", "str") -> "messages[0].content": pydantic also names the union member it tried."""
     path = ""
     for number, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
             body = body[part] if isinstance(body, list) and part < len(body) else None
-        elif isinstance(body, dict) and (part in body or number == len(location) - 1):
+        elif isinstance(body, dict) and (part in body or (is_missing and number == len(location) - 1)):
             path += f".{part}" if path else part
             body = body.get(part)
     return path or None
@@ -225,6 +235,31 @@ def _listening_host(settings: Settings) -> str:
     return str(parser.parse_known_args()[0].host)
 
 
+def _drain_on_signals(close: Callable[[float], Coroutine[Any, Any, None]], timeout: float) -> None:
+    """The first SIGTERM or SIGINT lets requests finish for `timeout` seconds; a second one ends them with an error.
+
+    uvicorn's own handlers, which stop it from listening and wait for the connections to end, stay in place.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    loop = asyncio.get_running_loop()
+    closing: list[asyncio.Task[None]] = []
+
+    def drain() -> None:
+        closing.append(loop.create_task(close(0.0 if closing else timeout)))
+
+    def handler(previous: Any) -> Callable[[int, FrameType | None], None]:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if callable(previous) and not closing:
+                previous(number, frame)
+            loop.call_soon_threadsafe(drain)
+
+        return on_signal
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler(signal.getsignal(number)))
+
+
 def _terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -238,9 +273,11 @@ def main() -> None:
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,
-        timeout_graceful_shutdown=int(settings.shutdown_timeout) or None,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + 5,  # the drain comes first
     )
     server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended: that is all then
+        signal.signal(number, lambda number, frame: None)
     server.run()
     if app.state.failure is not None or not server.started:
         sys.exit(1)

@@ -100,15 +100,18 @@ class PromptTemplate:
         for attempt in attempts:
             try:
                 text = self._apply(attempt)
-            except (TemplateError, TypeError, ValueError) as error:
+            except (TemplateError, TypeError, ValueError, RecursionError) as error:
                 refusal = error
             else:
+                _check_characters(text, "messages")
                 return list(self.tokenizer(text, add_special_tokens=False).input_ids)
         raise InvalidRequest(
             f"The model's chat template does not take these messages: {refusal}", param="messages"
         ) from refusal
 
     def _apply(self, messages: list[CanonicalMessage]) -> str:
+        if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip() and len(messages) > 1:
+            messages = messages[:-1]  # nothing to continue
         continues = messages[-1]["role"] == "assistant"
         text = self.tokenizer.apply_chat_template(
             messages,
@@ -122,6 +125,7 @@ class PromptTemplate:
 
     def render_text(self, prompt: str) -> list[int]:
         """The prompt of a completion, with the one beginning-of-sequence token that the tokenizer adds."""
+        _check_characters(prompt, "prompt")
         token_ids = list(self.tokenizer(prompt).input_ids)
         bos = self.tokenizer.bos_token_id
         return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
@@ -134,15 +138,34 @@ class PromptTemplate:
 def canonical(messages: Sequence[Message]) -> list[CanonicalMessage]:
     """What templates expect: text content, no developer role, and the arguments of tool calls as objects."""
     result: list[CanonicalMessage] = []
-    for message in messages:
-        item: CanonicalMessage = {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": message.text,
-        }
+    for number, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
+        item: CanonicalMessage = {"role": role, "content": _text(message, number)}
         if message.tool_calls:
             item["tool_calls"] = [_with_object_arguments(call) for call in message.tool_calls]
         result.append(item)
     return result
+
+
+def _text(message: Message, number: int) -> str:
+    if not isinstance(message.content, list):
+        return message.content or ""
+    for index, part in enumerate(message.content):
+        if part.type != "text" or part.text is None:
+            raise InvalidRequest(
+                f"This model takes content parts of type 'text' with a text, and no {part.type!r}.",
+                param=f"messages[{number}].content[{index}]",
+                code="unsupported_value",
+            )
+    return "".join(part.text or "" for part in message.content)
+
+
+def _check_characters(text: str, param: str) -> None:
+    """JSON can hold half a character, an escape such as \\ud800; UTF-8 and tokenizers cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"The text is no valid Unicode: {error.reason}.", param=param) from error
 
 
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +174,7 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
 
 

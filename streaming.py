@@ -71,7 +71,7 @@ class TextStreamer:
         new = text[len(self._shown) :]
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)
-        self._shown = self._decode(self._ids)
+        self._shown = self._decode(self._ids).rstrip(REPLACEMENT)
         return new.replace(REPLACEMENT, "")
 
     def _release(self, text: str) -> str:

@@ -93,7 +93,7 @@ def paged_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     step: StepAttention | Probe | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, tokens, dim), key and value (1, kv_heads, tokens, dim) -> (1, tokens, heads, value_dim).
 
@@ -103,6 +103,7 @@ def paged_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(step, Probe):
         step.note(layer, key, value, sliding_window)
+        _refuse_what_is_not_computed(others)
         num_groups = query.shape[1] // key.shape[1]
         return value.repeat_interleave(num_groups, dim=1).transpose(1, 2), None
     group = step.of_layer(layer, key.device)
@@ -128,6 +129,13 @@ def paged_attention(
         result = _attend(part, k[:, None].expand(shape), v[:, None].expand(shape), chunk.mask, scaling, softcap)
         output[chunk.start : chunk.end] = result.permute(2, 0, 1, 3)
     return output.flatten(1, 2)[None], None
+
+
+def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
+    """Attention sinks, position biases and the like come as tensors; to leave them out would give wrong answers."""
+    unknown = [name for name, value in arguments.items() if isinstance(value, torch.Tensor) and name != "position_ids"]
+    assert not unknown, f"their attention takes {', '.join(sorted(unknown))}"
+    assert arguments.get("is_causal") is not False, "their attention is not causal"
 
 
 def _gather(

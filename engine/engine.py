@@ -67,6 +67,16 @@ class Engine:
         return self.scheduler.limits.max_model_len
 
     @property
+    def max_live(self) -> int:
+        """Sequences that may run or wait at a time."""
+        return self.max_waiting + self.scheduler.limits.max_num_seqs
+
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids are below it; a tokenizer may know more."""
+        return int(self.runner.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+
+    @property
     def num_running(self) -> int:
         return len(self.scheduler.running)
 
@@ -89,7 +99,8 @@ class Engine:
         Raises Overloaded while too many wait, Unavailable while closing, EngineFailure when a step failed.
         """
         assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
-        self._check_open()
+        assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
+        self.check_open()
         outputs: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
         sequence = Sequence(prompt_ids, params, outputs.put_nowait)
         self._live.add(sequence)
@@ -110,13 +121,14 @@ class Engine:
         """Has the worker thread call `command` between two steps."""
         self._inbox.put(command)
 
-    def _check_open(self) -> None:
+    def check_open(self, num_sequences: int = 1) -> None:
+        """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
         if self.failure is not None:
             raise EngineFailure("The engine has stopped after an error; the server must be restarted.")
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
-        if self.num_waiting >= self.max_waiting:
-            raise Overloaded(f"{self.num_waiting} sequences are waiting already; try again later.", retry_after=5)
+        if len(self._live) + num_sequences > self.max_live:
+            raise Overloaded(f"{len(self._live)} sequences run or wait already; try again later.", retry_after=5)
 
     async def close(self, timeout: float = 0.0) -> None:
         """Lets running sequences finish for `timeout` seconds, gives the others an error, and ends the thread."""

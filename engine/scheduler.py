@@ -154,5 +154,7 @@ class Scheduler:
                 self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
+        if sequence.num_computed and not sequence.num_output_tokens:
+            self.cache.erase(sequence)  # nobody has seen whether its values are numbers
         self.cache.free(sequence)
         sequence.status = Status.FINISHED

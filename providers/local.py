@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, fields
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +88,7 @@ class LocalProvider:
     async def _load(self) -> None:
         begin = time.monotonic()
         try:
-            self._loaded = await asyncio.to_thread(load, self.path, self.settings, self.progress)
+            self._loaded = await in_daemon_thread(partial(load, self.path, self.settings, self.progress))
         except ModelLoadError as error:
             self._fail(str(error))
         except Exception as error:
@@ -148,9 +150,11 @@ class LocalProvider:
 
     async def stream_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
         loaded = self._ready(request.model)
-        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, request.messages)
-        params = self._sampling_params(loaded, request, len(prompt_ids), None)
         num_choices = request.n or 1
+        _check_room(loaded.engine, num_choices, "n")
+        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, request.messages)
+        _check_prompt(loaded.engine, prompt_ids, "messages")
+        params = self._sampling_params(loaded, request, len(prompt_ids), None)
         choices = [
             _answer(loaded, index, prompt_ids, _of_choice(params, index), request.stop_strings)
             for index in range(num_choices)
@@ -169,8 +173,9 @@ class LocalProvider:
 
     async def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]:
         loaded = self._ready(request.model)
-        prompts = [await asyncio.to_thread(self._completion_prompt, loaded, prompt) for prompt in request.prompts]
         n = request.n or 1
+        _check_room(loaded.engine, len(request.prompts) * n, "prompt")
+        prompts = [await asyncio.to_thread(_completion_prompt, loaded, prompt) for prompt in request.prompts]
         choices = []
         for number, prompt_ids in enumerate(prompts):
             params = self._sampling_params(loaded, request, len(prompt_ids), COMPLETION_MAX_TOKENS)
@@ -186,18 +191,6 @@ class LocalProvider:
                 choice = CompletionChoice(index=piece.index, text=piece.text, finish_reason=piece.finish_reason)
                 yield head.model_copy(update={"choices": [choice]})
         yield head.model_copy(update={"usage": _usage(sum(map(len, prompts)), sum(counts))})
-
-    def _completion_prompt(self, loaded: Loaded, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            token_ids = loaded.template.render_text(prompt)
-        else:
-            vocabulary = len(loaded.template.tokenizer)
-            if any(token_id >= vocabulary for token_id in prompt):
-                raise InvalidRequest(f"Token ids must be below {vocabulary}.", param="prompt")
-            token_ids = prompt
-        if not token_ids:
-            raise InvalidRequest("The prompt is empty.", param="prompt")
-        return token_ids
 
     def _sampling_params(
         self,
@@ -224,6 +217,33 @@ class LocalProvider:
         return SamplingParams(**{**values, "max_tokens": wanted or min(left, default_max_tokens or left)})
 
 
+def _completion_prompt(loaded: Loaded, prompt: str | list[int]) -> list[int]:
+    token_ids = loaded.template.render_text(prompt) if isinstance(prompt, str) else prompt
+    _check_prompt(loaded.engine, token_ids, "prompt")
+    return token_ids
+
+
+def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
+    """Raises InvalidRequest for more sequences than could ever wait, Overloaded for more than can now."""
+    if num_sequences > engine.max_live:
+        raise InvalidRequest(
+            f"{num_sequences} answers are asked for, and this server takes {engine.max_live} at a time.", param=param
+        )
+    engine.check_open(num_sequences)
+
+
+def _check_prompt(engine: "Engine", token_ids: list[int], param: str) -> None:
+    """A tokenizer may know tokens, for images say, that the model has no embedding for."""
+    if not token_ids:
+        raise InvalidRequest("The prompt is empty.", param=param, code="invalid_value")
+    if max(token_ids) >= engine.num_embeddings:
+        raise InvalidRequest(
+            f"The prompt holds the token id {max(token_ids)}; the model's are below {engine.num_embeddings}.",
+            param=param,
+            code="invalid_value",
+        )
+
+
 def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
@@ -238,6 +258,27 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     engine = load_engine(directory, options, template.stop_token_ids, progress.report)
     progress.report("ready", 1.0)
     return Loaded(engine, template, sampling_defaults(engine.runner.model.generation_config))
+
+
+async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:
+    """As `asyncio.to_thread`, but the process may end before the thread does: loading can take minutes."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Loaded] = loop.create_future()
+
+    def deliver(finish: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            finish(value)
+
+    def run() -> None:
+        try:
+            outcome: tuple[Callable[[Any], None], Any] = (future.set_result, work())
+        except Exception as error:
+            outcome = (future.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, *outcome)
+
+    threading.Thread(target=run, name="loader", daemon=True).start()
+    return await future
 
 
 def load_template(directory: Path, model_type: str) -> PromptTemplate:
@@ -261,8 +302,6 @@ def sampling_defaults(generation_config: Any) -> dict[str, Any]:
 
 def _of_choice(params: "SamplingParams", index: int) -> "SamplingParams":
     """The choices of a seeded request differ, and each is repeatable."""
-    from dataclasses import replace
-
     return params if params.seed is None or index == 0 else replace(params, seed=params.seed + index)
 
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +185,8 @@ def test_the_documentation_is_served(server: Server) -> None:
         ("chat/completions", {"logprobs": True}, 400, "logprobs", "unsupported_value"),
         ("chat/completions", {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_value"),
         ("completions", {"prompt": None}, 400, "prompt", "invalid_value"),
-        ("completions", {"prompt": ""}, 400, "prompt", None),
-        ("completions", {"prompt": [5, 10**6]}, 400, "prompt", None),
+        ("completions", {"prompt": ""}, 400, "prompt", "invalid_value"),
+        ("completions", {"prompt": [5, 10**6]}, 400, "prompt", "invalid_value"),
         ("completions", {"prompt": "x" * 1000}, 400, "prompt", "context_length_exceeded"),
         ("completions", {"echo": True}, 400, "echo", "unsupported_value"),
     ],
@@ -199,6 +201,56 @@ def test_bad_requests_are_refused_by_name_before_any_byte(
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "param"),
+    [
+        ("chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages"),
+        ("completions", '{"prompt": "\\ud800"}', "prompt"),
+        ("completions", '{"prompt": {}}', "prompt"),
+        ("completions", '{"prompt": [[]]}', "prompt"),
+        ("completions", '{"prompt": []}', "prompt"),
+        ("completions", '{"prompt": "x", "top_k": 1' + "0" * 400 + "}", "top_k"),
+        ("completions", '{"prompt": "x", "temperature": NaN}', "temperature"),
+        ("completions", '{"prompt": "x", "repetition_penalty": 1e-300}', "repetition_penalty"),
+        ("completions", '{"prompt": "x", "logprobs": 0}', "logprobs"),
+        ("completions", '{"prompt": "x", "stop": ' + json.dumps(["s"] * 17) + "}", "stop"),
+        ("completions", '{"prompt": ' + json.dumps([[1]] * 5000) + "}", "prompt"),
+        (
+            "chat/completions",
+            '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
+            "messages[0].content[0]",
+        ),
+    ],
+)
+def test_hostile_requests_are_refused_by_name_and_others_live_on(
+    server: Server, path: str, text: str, param: str
+) -> None:
+    bystander = in_background(lambda: raw_events(server, **{**LONG, "max_tokens": 100}))
+    wait_until_running(server)
+    body = '{"model": "' + MODEL + '", ' + text[1:]
+    headers = {"content-type": "application/json"}
+    answer = httpx2.post(f"{server.url}/v1/{path}", content=body.encode(), headers=headers, timeout=30)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+    assert bystander()[-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": None}]},
+        {"role": "assistant", "content": ""},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "user", "content": ""},
+        {"role": "user", "content": [], "name": "<|im_end|>"},
+    ],
+)
+def test_odd_but_legal_messages_are_answered(server: Server, message: dict[str, Any]) -> None:
+    body = {"model": MODEL, "messages": [*HELLO, message], "max_tokens": 2, "stop": ["", "x"], "top_k": -1}
+    nulls = dict.fromkeys(["temperature", "top_p", "n", "seed", "stream", "user", "logit_bias", "stream_options"])
+    assert server.post("/v1/chat/completions", **nulls, **body).status_code == 200
 
 
 def test_missing_fields_broken_json_and_unknown_routes_have_the_same_shape(server: Server) -> None:
@@ -313,20 +365,67 @@ def write_hopeless_models(directory: Path) -> None:
     (directory / "huge" / "tokenizer.json").write_text("{}")
 
 
-def test_a_signal_lets_running_streams_finish(tiny_checkpoint: Path) -> None:
-    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint)) as server:
+LONG: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 400, "ignore_eos": True}
+
+
+def in_background(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Starts `work` in a thread; call the result to wait for what it returns."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+
+    def wait() -> Any:
+        thread.join(60)
+        return results[0]
+
+    return wait
+
+
+def wait_until_running(server: Server, num_sequences: int = 1) -> None:
+    while server.get("/health").json()["running"] < num_sequences:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("command", "status"), [(MAIN, 0), (UVICORN, -signal.SIGTERM)], ids=["main.py", "uvicorn"])
+def test_a_signal_lets_running_requests_finish(tiny_checkpoint: Path, command: list[str], status: int) -> None:
+    with serve(command, MODEL_PATH=str(tiny_checkpoint)) as server:
         server.wait_until_healthy()
-        results: list[list[str]] = []
-        reader = threading.Thread(
-            target=lambda: results.append(raw_events(server, messages=HELLO, max_tokens=300, ignore_eos=True))
-        )
-        reader.start()
-        while not server.get("/health").json()["running"]:
-            time.sleep(0.01)
+        stream = in_background(lambda: raw_events(server, **LONG))
+        whole = in_background(lambda: server.post("/v1/chat/completions", **LONG))
+        wait_until_running(server, 2)
         server.process.terminate()
-        reader.join(60)
-        assert results[0][-1] == "data: [DONE]" and len(results[0]) > 20
-        assert server.process.wait(30) in (0, -15)
+        assert stream()[-1] == "data: [DONE]" and len(stream()) > 20
+        assert whole().status_code == 200 and whole().json()["usage"]["completion_tokens"] == 400
+        assert server.process.wait(30) == status
+    assert "Traceback" not in "".join(server.lines)
+
+
+@pytest.mark.parametrize("num_signals", [1, 2], ids=["after the grace time", "at a second signal"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_does_not_finish_in_time_gets_an_error(tiny_checkpoint: Path, number: int, num_signals: int) -> None:
+    timeout = "0.1" if num_signals == 1 else "60"
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), SHUTDOWN_TIMEOUT=timeout) as server:
+        server.wait_until_healthy()
+        stream = in_background(lambda: raw_events(server, **LONG, n=16))
+        whole = in_background(lambda: server.post("/v1/chat/completions", **LONG, n=16))
+        wait_until_running(server, 32)
+        for _ in range(num_signals):
+            server.process.send_signal(number)
+            time.sleep(0.05)
+        error = json.loads(stream()[-1].removeprefix("data: "))["error"]
+        assert "shutting down" in error["message"]
+        assert whole().status_code == 503 and whole().json()["error"]["message"] == error["message"]
+        assert server.process.wait(10) == 0
+    assert "Traceback" not in "".join(server.lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_loading_ends_the_process_at_once(tiny_checkpoint: Path, number: int) -> None:
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint)) as server:
+        assert server.get("/health").status_code == 503
+        server.process.send_signal(number)
+        assert server.process.wait(5) == 0
+    assert "Traceback" not in "".join(server.lines)
 
 
 @pytest.mark.parametrize("command", [MAIN, UVICORN], ids=["main.py", "uvicorn"])

@@ -14,6 +14,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -110,6 +112,14 @@ def check_or_probe(directory: Path) -> None:
 
     tiny = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
     build_engine(MambaForCausalLM(tiny), EngineOptions(), frozenset())
+
+
+def test_attention_sinks_are_refused_rather_than_left_out() -> None:
+    config = GptOssConfig(**SMALL, head_dim=12, num_local_experts=2, num_experts_per_tok=1)
+    model = GptOssForCausalLM(config)
+    model.set_attn_implementation("paged_blocks")
+    with pytest.raises(ModelLoadError, match="gpt_oss.*s_aux"):
+        build_engine(model, EngineOptions(), frozenset())
 
 
 def test_dynamic_rotary_embeddings_are_refused() -> None:

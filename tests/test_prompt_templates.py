@@ -71,6 +71,12 @@ def test_a_final_assistant_message_is_continued() -> None:
     assert text(gemma(), ("user", "Count"), ("assistant", "1, 2,")).endswith("model\n1, 2,")
 
 
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_assistant_message_at_the_end_is_no_beginning(content: str) -> None:
+    for subject in (gemma(), template(), template(own=False)):
+        assert text(subject, ("user", "Hi"), ("assistant", content)) == text(subject, ("user", "Hi"))
+
+
 def test_a_template_that_refuses_is_asked_again_with_alternating_roles_then_it_is_a_400() -> None:
     subject = template()
     strict = (

@@ -53,6 +53,11 @@ def test_random_bytes_never_become_replacement_characters(seed: int) -> None:
     assert "".join(pieces) == whole
 
 
+@pytest.mark.parametrize("num_bytes", range(1, 12))
+def test_a_character_after_garbage_is_not_lost(num_bytes: int) -> None:
+    assert "".join(stream([ids("你")[0]] * num_bytes + ids("你"))) == "你"
+
+
 def test_an_answer_cut_inside_a_character_ends_before_it() -> None:
     assert "".join(stream(ids("ok 😀")[:-1])) == "ok "
 
