@@ -1,0 +1,104 @@
+"""The local provider: names, defaults, and choices that run side by side."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+
+import pytest
+
+from config import Settings
+from errors import ModelLoading, ModelNotFound
+from providers import Router
+from providers.local import LocalProvider, Piece, merge, sampling_defaults
+from schemas import ChatCompletionRequest
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def provider(**settings: str) -> LocalProvider:
+    return LocalProvider(Settings.model_validate(settings), on_failure=lambda sentence: None)
+
+
+def test_the_served_name_is_the_base_name_or_what_is_set_and_all_names_work_in_any_case() -> None:
+    plain = provider(model_path="/models/Org/Qwen3-0.6B/")
+    assert plain.models()[0].id == "Qwen3-0.6B"
+    named = provider(model_path="google/gemma-3-27b-it", served_model_name="my/model")
+    assert named.models()[0].id == "my/model" and named.models()[0].root == "google/gemma-3-27b-it"
+    for name in ("my/model", "MY/Model", "google/gemma-3-27b-it", "gemma-3-27b-it"):
+        assert named.serves(name)
+    assert not named.serves("gemma")
+
+
+def test_requests_before_the_model_is_ready_are_told_so_and_unknown_models_are_not_found() -> None:
+    early = provider(model_path="/models/x")
+    for model, error in (("x", ModelLoading), ("y", ModelNotFound)):
+        request = ChatCompletionRequest.model_validate({"model": model, "messages": HELLO})
+        with pytest.raises(error):
+            asyncio.run(anext(early.stream_chat(request)))
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, {"temperature": 0.7, "top_p": 1.0}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, {"temperature": 0.6, "top_p": 1.0, "top_k": 20}),
+        ({"repetition_penalty": 1.1}, {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.1}),
+        ({"do_sample": False, "temperature": 0.1}, {"temperature": 0.7, "top_p": 1.0}),
+    ],
+)
+def test_the_models_recommendation_goes_before_the_specifications(
+    own: dict[str, object], expected: dict[str, object]
+) -> None:
+    assert sampling_defaults(SimpleNamespace(**own)) == expected
+
+
+def test_the_longest_prefix_decides_who_answers() -> None:
+    local, cloud, special = provider(), provider(), provider()
+    router = Router({"": local, "openai/": cloud, "openai/special-": special})
+    assert router.resolve("google/gemma") == (local, "google/gemma")
+    assert router.resolve("openai/gpt") == (cloud, "gpt")
+    assert router.resolve("openai/special-x") == (special, "x")
+
+
+class Source:
+    """Yields `count` pieces, then fails if told so; knows whether it was closed."""
+
+    def __init__(self, index: int, count: int, fails: bool = False) -> None:
+        self.index, self.count, self.fails, self.is_closed = index, count, fails, False
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        try:
+            for number in range(self.count):
+                await asyncio.sleep(0)
+                yield Piece(self.index, "x", number)
+            if self.fails:
+                raise ValueError("broken")
+        finally:
+            self.is_closed = True
+
+
+@pytest.mark.parametrize("num_sources", [1, 5])
+def test_merged_choices_come_whole_and_in_their_own_order(num_sources: int) -> None:
+    async def main() -> list[Piece]:
+        return [piece async for piece in merge([Source(index, 20).pieces() for index in range(num_sources)])]
+
+    pieces = asyncio.run(main())
+    for index in range(num_sources):
+        assert [piece.num_tokens for piece in pieces if piece.index == index] == list(range(20))
+
+
+@pytest.mark.parametrize("num_sources", [1, 5])
+def test_leaving_merged_choices_or_an_error_in_one_closes_all(num_sources: int) -> None:
+    async def main() -> None:
+        sources = [Source(index, 1000) for index in range(num_sources)]
+        merged = merge([source.pieces() for source in sources])
+        await anext(merged)
+        await merged.aclose()
+        assert sources[0].is_closed and not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        sources = [Source(index, 1000 * (index > 0), fails=index == 0) for index in range(num_sources)]
+        with pytest.raises(ValueError, match="broken"):
+            async for _ in merge([source.pieces() for source in sources]):
+                pass
+        assert sources[0].is_closed and len(asyncio.all_tasks()) == 1
+
+    asyncio.run(main())
