@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -25,6 +25,7 @@ import errors
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from providers import Router
 from providers.local import LocalProvider
+from request_id import RequestId
 from schemas import UNSUPPORTED, ChatCompletion, ChatCompletionRequest, Completion, CompletionRequest, Model, ModelList
 from streaming import collect_chat, collect_completion, sse
 
@@ -55,6 +56,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None) -> Fa
     app.state.local = local
     app.state.router = Router({"": local})
     _add_cors(app, settings)
+    app.add_middleware(RequestId)
     _add_error_handlers(app)
     _add_endpoints(app)
     return app
@@ -64,26 +66,35 @@ def _add_endpoints(app: FastAPI) -> None:
     router: Router = app.state.router
     local: LocalProvider = app.state.local
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    api = APIRouter()
+
+    @api.post("/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         provider, body.model = router.resolve(body.model)
         return await _respond(request, body, provider.stream_chat(body), collect_chat)
 
-    @app.post("/v1/completions", response_model=Completion)
+    @api.post("/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         provider, body.model = router.resolve(body.model)
         return await _respond(request, body, provider.stream_completion(body), collect_completion)
 
-    @app.get("/v1/models")
+    @api.get("/models")
     async def list_models() -> ModelList:
         return ModelList(data=[model for provider in router.routes.values() for model in provider.models()])
 
-    @app.get("/v1/models/{model:path}")
+    @api.get("/models/{model:path}")
     async def retrieve_model(model: str) -> Model:
         provider, name = router.resolve(model)
         if not provider.serves(name):
             raise errors.ModelNotFound(f"The model {model!r} does not exist.", param="model")
         return provider.models()[0]
+
+    app.include_router(api, prefix="/v1")
+    app.include_router(api, include_in_schema=False)  # for clients that were given the address without /v1
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": app.version}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -170,7 +181,7 @@ def _ignored_fields_header(body: ChatCompletionRequest | CompletionRequest) -> d
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(errors.APIError)
     async def on_api_error(request: Request, error: errors.APIError) -> JSONResponse:
-        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else _RETRY.get(error.status // 100)
         return JSONResponse(error.body(), error.status, headers)
 
     @app.exception_handler(RequestValidationError)
@@ -190,11 +201,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         kind = {404: errors.NotFound, 405: errors.MethodNotAllowed}.get(error.status_code, errors.InvalidRequest)
         body = kind(f"{error.detail}: {request.method} {request.url.path}").body()
-        return JSONResponse(body, error.status_code, error.headers)
+        return JSONResponse(body, error.status_code, {**_RETRY[4], **(error.headers or {})})
 
-    @app.exception_handler(Exception)
-    async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(errors.APIError("The server failed; it has been logged.").body(), 500)
+
+_RETRY = {4: {"x-should-retry": "false"}}  # by hundreds of the status: the same request would fail again
 
 
 def _param_of(location: Sequence[int | str], body: Any, is_missing: bool) -> str | None:

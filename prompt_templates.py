@@ -4,6 +4,7 @@ The tokenizer's own chat template always wins; a family's is for tokenizers that
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,8 @@ class PromptTemplate:
         own = tokenizer.chat_template
         self._template = None if own else self.family.template
         self._source = own if isinstance(own, str) else self.family.template
+        control = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
+        self._control = re.compile("|".join(map(re.escape, reversed(control))) or "(?!)")
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -95,7 +98,7 @@ class PromptTemplate:
         """
         from jinja2 import TemplateError
 
-        plain = canonical(messages)
+        plain, seam = self._disarm(canonical(messages))
         attempts = [alternate(plain)] if self.family.alternates else [plain, alternate(plain)]
         for attempt in attempts:
             try:
@@ -104,10 +107,22 @@ class PromptTemplate:
                 refusal = error
             else:
                 _check_characters(text, "messages")
-                return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+                parts = text.split(seam)
+                return [i for part in parts for i in self.tokenizer(part, add_special_tokens=False).input_ids]
         raise InvalidRequest(
             f"The model's chat template does not take these messages: {refusal}", param="messages"
         ) from refusal
+
+    def _disarm(self, messages: list[CanonicalMessage]) -> tuple[list[CanonicalMessage], str]:
+        """Cuts each control token inside a message's text in two with a seam, at which the prompt is tokenized apart:
+        what a user writes, such as `<|im_end|>`, stays text and ends no turn."""
+        texts = "".join(message["content"] for message in messages)
+        seam = next(character for character in map(chr, range(0xFDD0, 0xFDF0)) if character not in texts)
+
+        def cut(match: re.Match[str]) -> str:
+            return match[0][:1] + seam + match[0][1:]
+
+        return [{**message, "content": self._control.sub(cut, message["content"])} for message in messages], seam
 
     def _apply(self, messages: list[CanonicalMessage]) -> str:
         if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip() and len(messages) > 1:

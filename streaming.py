@@ -4,6 +4,7 @@ The streamer belongs to the family of transformers' `TextIteratorStreamer`: `put
 """
 
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from schemas import (
     Usage,
 )
 
+log = logging.getLogger(__name__)
 REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character
 
 
@@ -102,6 +104,9 @@ async def sse(
         yield _event("[DONE]")
     except APIError as error:
         yield _event(json.dumps(error.body()))
+    except Exception:
+        log.exception("a stream failed")
+        yield _event(json.dumps(APIError("The server failed; it has been logged.").body()))
 
 
 def _event(data: str) -> bytes:

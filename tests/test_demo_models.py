@@ -88,6 +88,19 @@ def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
         assert not any(REPLACEMENT in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
+def test_control_tokens_that_a_user_writes_stay_text(name: str) -> None:
+    template = load_template(fetch(name), "gemma3_text" if "gemma" in name else "qwen2")
+    tokenizer = template.tokenizer
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    text = "x " + " ".join(control[:40])
+    plain = template.render_chat([Message(role="user", content="x")])
+    token_ids = template.render_chat([Message(role="user", content=text)])
+    ids = set(tokenizer.convert_tokens_to_ids(control))
+    assert sum(i in ids for i in token_ids) == sum(i in ids for i in plain)
+    assert text in tokenizer.decode(token_ids)
+
+
 @pytest.fixture(scope="module")
 def demo_server() -> Iterator[Server]:
     """As `make serve` starts it: nothing set, the default demo model."""

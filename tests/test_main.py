@@ -265,6 +265,25 @@ def test_missing_fields_broken_json_and_unknown_routes_have_the_same_shape(serve
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and wrong.json()["error"]["message"]
 
 
+def test_every_response_has_an_id_and_says_whether_to_try_again(server: Server) -> None:
+    for path, status in (("/health", 200), ("/v1/nothing", 404), ("/v1/completions", 405), ("/v1/models/none", 404)):
+        answer = server.get(path)
+        assert answer.status_code == status and answer.headers["x-request-id"]
+        assert answer.headers.get("x-should-retry") == (None if status == 200 else "false")
+    events = httpx2.post(server.url + "/v1/completions", json={"model": MODEL, "prompt": "x", "stream": True})
+    assert events.headers["x-request-id"]
+
+
+def test_the_routes_answer_without_v1_too(server: Server) -> None:
+    body = {"model": MODEL, "max_tokens": 2}
+    assert server.get("/models").json()["data"][0]["id"] == MODEL
+    assert server.get(f"/models/{MODEL}").json()["id"] == MODEL
+    assert server.post("/chat/completions", messages=HELLO, **body).status_code == 200
+    assert server.post("/completions", prompt="x", **body).status_code == 200
+    assert server.get("/version").json()["version"]
+    assert "/completions" not in server.get("/openapi.json").json()["paths"]
+
+
 def test_the_sdk_raises_its_own_errors(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="nobody", messages=HELLO)

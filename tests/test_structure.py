@@ -9,12 +9,13 @@ import pytest
 from process import ROOT
 
 OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
-OURS |= {"conversion", "atomic_files"}
+OURS |= {"conversion", "atomic_files", "request_id"}
 ALLOWED = {  # file or folder -> which of our modules it may import
     "errors.py": set(),
     "config.py": set(),
     "schemas.py": set(),
     "progress.py": set(),
+    "request_id.py": {"errors"},
     "atomic_files.py": {"errors"},
     "conversion.py": {"errors", "atomic_files"},
     "checkpoint.py": {"errors", "atomic_files", "conversion"},

@@ -1,0 +1,50 @@
+"""RequestId: every response carries an `x-request-id`, and an unforeseen exception becomes a 500 that names it.
+
+Pure ASGI, so that a client that leaves is still seen by the endpoint.
+"""
+
+import json
+import logging
+import re
+from uuid import uuid4
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import errors
+
+log = logging.getLogger(__name__)
+VALID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # what a client may choose: nothing that forges logs or headers
+
+
+class RequestId:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given if VALID.fullmatch(given) else f"req_{uuid4().hex}".encode()
+        has_begun = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s failed", request_id.decode())
+            if has_begun:
+                raise
+            await _send_failure(send_with_id)
+
+
+async def _send_failure(send: Send) -> None:
+    body = json.dumps(errors.APIError("The server failed; it has been logged.").body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
