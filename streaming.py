@@ -14,9 +14,12 @@ from schemas import (
     ChatCompletion,
     ChatCompletionChunk,
     Choice,
+    ChoiceLogprobs,
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
     FinishReason,
+    TokenLogprob,
     Usage,
 )
 
@@ -116,12 +119,20 @@ def _event(data: str) -> bytes:
 async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
     """The fold of a stream: what a client that concatenates its chunks would hold."""
     fold = _Fold()
+    logprobs: dict[int, list[TokenLogprob]] = {}
     async for chunk in chunks:
         fold.add(chunk)
         for choice in chunk.choices:
             fold.add_text(choice.index, choice.delta.content or "", choice.finish_reason)
+            if choice.logprobs:
+                logprobs.setdefault(choice.index, []).extend(choice.logprobs.content)
     choices = [
-        Choice(index=index, message=AssistantMessage(content=text), finish_reason=fold.reasons[index])
+        Choice(
+            index=index,
+            message=AssistantMessage(content=text),
+            logprobs=ChoiceLogprobs(content=logprobs[index]) if index in logprobs else None,
+            finish_reason=fold.reasons[index],
+        )
         for index, text in sorted(fold.texts.items())
     ]
     assert fold.last is not None and fold.usage is not None
@@ -133,12 +144,17 @@ async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatComple
 async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:
     """The same for text completions."""
     fold = _Fold()
+    logprobs: dict[int, CompletionLogprobs] = {}
     async for chunk in chunks:
         fold.add(chunk)
         for choice in chunk.choices:
             fold.add_text(choice.index, choice.text, choice.finish_reason)
+            if choice.logprobs:
+                whole = logprobs.setdefault(choice.index, CompletionLogprobs())
+                for name, values in choice.logprobs:
+                    getattr(whole, name).extend(values)
     choices = [
-        CompletionChoice(index=index, text=text, finish_reason=fold.reasons[index])
+        CompletionChoice(index=index, text=text, logprobs=logprobs.get(index), finish_reason=fold.reasons[index])
         for index, text in sorted(fold.texts.items())
     ]
     assert fold.last is not None

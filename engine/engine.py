@@ -175,7 +175,7 @@ class Engine:
             return
         outputs: list[tuple[Sink, TokenOutput | Exception]] = []
         try:
-            token_ids = self.runner.run(batch)
+            sampled = self.runner.run(batch)
         except Exception:
             log.exception("a step with %d sequences and %d tokens failed", len(batch.spans), batch.num_tokens)
             failed = EngineFailure("The model failed on this request; it has been logged.")
@@ -183,7 +183,7 @@ class Engine:
                 self.scheduler.remove(sequence)
                 outputs.append((sequence.sink, failed))
         else:
-            for sequence, output in self.scheduler.update(batch, token_ids):
+            for sequence, output in self.scheduler.update(batch, sampled):
                 bad = EngineFailure("The model computed a value that is not a number.")
                 outputs.append((sequence.sink, output or bad))
         self._deliver(outputs)
@@ -231,7 +231,9 @@ def build_engine(model: PreTrainedModel, options: EngineOptions, eos_token_ids: 
         *(limits.max_model_len, max_num_seqs, memory / 2**30, "+".join(str(g.num_blocks) for g in plan.groups)),
         options.kv_block_size,
     )
-    return Engine(ModelRunner(model, cache), Scheduler(cache, limits, eos_token_ids), options.max_waiting)
+    return Engine(
+        ModelRunner(model, cache, eos_token_ids), Scheduler(cache, limits, eos_token_ids), options.max_waiting
+    )
 
 
 def _model_context(model: PreTrainedModel, wanted: int | None) -> int:

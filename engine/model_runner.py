@@ -1,7 +1,7 @@
 """load_model, and ModelRunner: a Batch in, the next token ids out. It does not decide what runs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from engine import attention
 from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec
-from engine.sampling import Sampler
+from engine.sampling import SampledToken, Sampler
 from engine.scheduler import Batch, Span
 from errors import ModelLoadError
 
@@ -206,16 +206,16 @@ class _Layout:
 class ModelRunner:
     """Owns the model and its cache; all calls come from one thread."""
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVCache, eos_token_ids: Iterable[int] = ()) -> None:
         self.model = model
         self.cache = cache
-        self.sampler = Sampler()
+        self.sampler = Sampler(eos_token_ids)
         self.device = input_device(model)
         self.dtype = model.dtype
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int | None]:
-        """The next token id of each complete span, in the batch's order. Raises what the model raises."""
+    def run(self, batch: Batch) -> list[SampledToken | None]:
+        """The next token of each complete span, in the batch's order. Raises what the model raises."""
         layout = _Layout.of(batch)
         complete = [span for span in layout.spans if span.is_complete]
         logits = self.forward(layout, complete)

@@ -1,6 +1,7 @@
 """SamplingParams, and the Sampler that reads them: logits in, one token id per row out."""
 
 import random
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,6 +34,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     ignore_eos: bool = False
+    min_tokens: int = 0  # end-of-sequence tokens cannot be chosen before
+    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
+    num_logprobs: int | None = None  # best tokens to report beside the chosen one; None: report nothing
 
     @property
     def is_greedy(self) -> bool:
@@ -41,6 +45,15 @@ class SamplingParams:
     @property
     def needs_sorting(self) -> bool:
         return self.top_p < 1.0 or self.top_k > 0
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """Log-probabilities are the model's own, in float32, before penalties, bias and temperature."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), best first
 
 
 def uniform(seed: int, position: int) -> float:
@@ -64,18 +77,29 @@ def fresh_seed() -> int:
 class Sampler:
     """Chooses the next token of every row in one pass; no row's result depends on another row."""
 
-    def sample(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> list[int | None]:
+    def __init__(self, eos_token_ids: Iterable[int] = ()) -> None:
+        self._eos_token_ids = sorted(eos_token_ids)
+
+    def sample(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> list[SampledToken | None]:
         """logits: (rows, vocab), one row per sequence. None stands for a row without a finite maximum."""
-        logits = logits.float()
+        raw = logits.float()
+        reports_raw = any(sequence.params.num_logprobs is not None for sequence in sequences)
+        logits = raw.clone() if reports_raw else raw
         self._penalize(logits, sequences)
+        self._bias(logits, sequences)
         best, token_ids = logits.max(dim=-1)
         sampled = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
         if sampled:
             rows = torch.tensor(sampled, device=logits.device)
             chosen = [sequences[row] for row in sampled]
             token_ids[rows] = self._sample(logits if len(sampled) == len(sequences) else logits[rows], chosen)
+        chosen_ids = token_ids.tolist()
+        reports = _logprobs(raw, chosen_ids, sequences)
         finite = torch.isfinite(best).tolist()
-        return [token_id if ok else None for token_id, ok in zip(token_ids.tolist(), finite, strict=True)]
+        return [
+            reports.get(row, SampledToken(token_id)) if is_finite else None
+            for row, (token_id, is_finite) in enumerate(zip(chosen_ids, finite, strict=True))
+        ]
 
     def _penalize(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> None:
         """In place. Repetition over prompt and answer (transformers), then presence and frequency over the answer."""
@@ -93,6 +117,15 @@ class Sampler:
             presence = _column(sequences, "presence_penalty", logits)[keys // vocab]
             frequency = _column(sequences, "frequency_penalty", logits)[keys // vocab]
             flat[keys] -= presence + frequency * counts
+
+    def _bias(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> None:
+        """In place: logit_bias, and no end of the sequence before min_tokens."""
+        for row, sequence in enumerate(sequences):
+            if bias := sequence.params.logit_bias:
+                values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+                logits[row, list(bias)] += values
+            if sequence.num_output_tokens < sequence.params.min_tokens:
+                logits[row, self._eos_token_ids] = -torch.inf
 
     def _sample(self, logits: torch.Tensor, sequences: list["Sequence"]) -> torch.Tensor:
         """(rows, vocab) -> (rows,), by the inverse of the cumulative distribution at each row's own random number."""
@@ -146,6 +179,21 @@ def _invert(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulated, (at * cumulated[:, -1])[:, None], right=True)[:, 0].clamp(
         max=weights.shape[-1] - 1
     )
+
+
+def _logprobs(raw: torch.Tensor, token_ids: list[int], sequences: Rows["Sequence"]) -> dict[int, SampledToken]:
+    """The rows that want them, all in one pass: raw (rows, vocab) -> row: what it reports."""
+    rows = [row for row, sequence in enumerate(sequences) if sequence.params.num_logprobs is not None]
+    if not rows:
+        return {}
+    logprobs = raw[rows].log_softmax(-1)
+    counts = [sequences[row].params.num_logprobs or 0 for row in rows]
+    top = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
+    reports = {}
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        best = tuple(zip(top.indices[i, :count].tolist(), top.values[i, :count].tolist(), strict=True))
+        reports[row] = SampledToken(token_ids[row], float(logprobs[i, token_ids[row]]), best)
+    return reports
 
 
 def _column(sequences: Rows["Sequence"], name: str, like: torch.Tensor) -> torch.Tensor:

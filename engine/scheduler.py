@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from engine.kv_cache import KVCache
+from engine.sampling import SampledToken
 from engine.sequence import FinishReason, Sequence, Status, TokenOutput
 
 
@@ -118,17 +119,17 @@ class Scheduler:
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 
-    def update(self, batch: Batch, token_ids: list[int | None]) -> list[tuple[Sequence, TokenOutput | None]]:
+    def update(self, batch: Batch, sampled: list[SampledToken | None]) -> list[tuple[Sequence, TokenOutput | None]]:
         """Takes in a step's tokens, one per complete span; what each gained, None where its logits were bad."""
         outputs: list[tuple[Sequence, TokenOutput | None]] = []
-        tokens = iter(token_ids)
+        tokens = iter(sampled)
         for span in batch.spans:
             sequence = span.sequence
             sequence.num_computed = span.end
             self.cache.free_outside_window(sequence)
             if span.is_complete:
-                token_id = next(tokens)
-                output = None if token_id is None else self._append(sequence, token_id)
+                token = next(tokens)
+                output = None if token is None else self._append(sequence, token)
                 outputs.append((sequence, output))
                 if output is None:
                     self.cache.erase(sequence)
@@ -136,14 +137,15 @@ class Scheduler:
                     self.remove(sequence)
         return outputs
 
-    def _append(self, sequence: Sequence, token_id: int) -> TokenOutput:
+    def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
+        token_id = token.token_id
         sequence.token_ids.append(token_id)
         if token_id in self.eos_token_ids and not sequence.params.ignore_eos:
             return TokenOutput(None, "stop")
         reason: FinishReason | None = None
         if sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
             reason = "length"
-        return TokenOutput(token_id, reason)
+        return TokenOutput(token_id, reason, token)
 
     def remove(self, sequence: Sequence) -> None:
         """Finishes a sequence wherever it is; nothing of it stays."""

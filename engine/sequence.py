@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.sampling import SamplingParams, fresh_seed
+from engine.sampling import SampledToken, SamplingParams, fresh_seed
 
 FinishReason = Literal["stop", "length"]
 _numbers = itertools.count()
@@ -24,6 +24,7 @@ class TokenOutput:
 
     token_id: int | None
     finish_reason: FinishReason | None = None
+    sampled: SampledToken | None = None  # with the log-probabilities that were asked for
 
 
 Sink = Callable[[TokenOutput | Exception], None]

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import checkpoint
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound
+from logprobs import Scored, TokenTexts
 from progress import Progress
 from prompt_templates import PromptTemplate
 from schemas import (
@@ -33,7 +34,7 @@ from streaming import TextStreamer
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.sampling import SamplingParams
+    from engine.sampling import SampledToken, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,12 @@ class Piece:
     text: str
     num_tokens: int  # generated so far
     finish_reason: FinishReason | None = None
+    tokens: tuple["SampledToken", ...] = ()  # those that the text came from
+
+    @property
+    def scored(self) -> list[tuple[Scored, Sequence[Scored]]]:
+        """The tokens whose log-probabilities were asked for."""
+        return [((t.token_id, t.logprob), t.top_logprobs) for t in self.tokens if t.logprob is not None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Loaded:
 
     engine: "Engine"
     template: PromptTemplate
+    texts: TokenTexts
     defaults: dict[str, Any]  # sampling parameters of the model's generation config
 
 
@@ -165,8 +173,7 @@ class LocalProvider:
         async with aclosing(merge(choices)) as pieces:
             async for piece in pieces:
                 counts[piece.index] = piece.num_tokens
-                for delta, reason in _deltas(piece, piece.index not in begun):
-                    choice = ChunkChoice(index=piece.index, delta=delta, finish_reason=reason)
+                for choice in _chunk_choices(piece, piece.index not in begun, loaded.texts):
                     yield head.model_copy(update={"choices": [choice]})
                 begun.add(piece.index)
         yield head.model_copy(update={"usage": _usage(len(prompt_ids), sum(counts))})
@@ -185,10 +192,16 @@ class LocalProvider:
                 choices.append(_answer(loaded, number * n + i, prompt_ids, choice_params, request.stop_strings, tail))
         head = Completion(model=self.name, choices=[])
         counts = [0] * len(choices)
+        offsets = [0] * len(choices)  # characters, for the legacy log-probabilities
         async with aclosing(merge(choices)) as pieces:
             async for piece in pieces:
                 counts[piece.index] = piece.num_tokens
-                choice = CompletionChoice(index=piece.index, text=piece.text, finish_reason=piece.finish_reason)
+                scored = piece.scored
+                logprobs = loaded.texts.completion(scored, offsets[piece.index]) if scored else None
+                offsets[piece.index] += len(piece.text)
+                choice = CompletionChoice(
+                    index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=piece.finish_reason
+                )
                 yield head.model_copy(update={"choices": [choice]})
         yield head.model_copy(update={"usage": _usage(sum(map(len, prompts)), sum(counts))})
 
@@ -202,6 +215,7 @@ class LocalProvider:
         """The request's values, else the model's, else the specification's; raises ContextLengthExceeded."""
         from engine.sampling import SamplingParams
 
+        _check_bias(loaded.engine, request)
         limit = loaded.engine.max_model_len
         wanted = request.max_tokens
         if prompt_tokens + (wanted or 1) > limit:
@@ -211,6 +225,8 @@ class LocalProvider:
                 "completion). Please reduce the length of the prompt or of the completion.",
                 param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
             )
+        if (request.min_tokens or 0) > (wanted or limit):
+            raise InvalidRequest("min_tokens is larger than max_tokens.", param="min_tokens", code="invalid_value")
         left = limit - prompt_tokens
         given = {field.name: getattr(request, field.name) for field in fields(SamplingParams)}
         values = {**loaded.defaults, **{name: value for name, value in given.items() if value is not None}}
@@ -230,6 +246,15 @@ def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
             f"{num_sequences} answers are asked for, and this server takes {engine.max_live} at a time.", param=param
         )
     engine.check_open(num_sequences)
+
+
+def _check_bias(engine: "Engine", request: ChatCompletionRequest | CompletionRequest) -> None:
+    if any(not 0 <= token_id < engine.num_embeddings for token_id in request.logit_bias or ()):
+        raise InvalidRequest(
+            f"logit_bias: the model's token ids are from 0 to {engine.num_embeddings - 1}.",
+            param="logit_bias",
+            code="invalid_value",
+        )
 
 
 def _check_prompt(engine: "Engine", token_ids: list[int], param: str) -> None:
@@ -257,7 +282,9 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     template = load_template(directory, config.model_type)
     engine = load_engine(directory, options, template.stop_token_ids, progress.report)
     progress.report("ready", 1.0)
-    return Loaded(engine, template, sampling_defaults(engine.runner.model.generation_config))
+    return Loaded(
+        engine, template, TokenTexts(template.tokenizer), sampling_defaults(engine.runner.model.generation_config)
+    )
 
 
 async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:
@@ -316,31 +343,50 @@ async def _answer(
     """One choice: the engine's tokens as text, until it ends or a stop string comes."""
     streamer = TextStreamer(loaded.template.tokenizer, stop, prefix)  # type: ignore[arg-type]
     num_tokens = 0
+    pending: list[SampledToken] = []  # their text is not out yet
     async with aclosing(loaded.engine.generate(prompt_ids, params)) as outputs:
         async for output in outputs:
             num_tokens += 1
+            if output.sampled is not None:
+                pending.append(output.sampled)
             text = "" if output.token_id is None else streamer.put([output.token_id])
             reason = output.finish_reason
             if reason and not streamer.is_stopped:
                 text += streamer.end()
             if streamer.is_stopped:
                 reason = "stop"
-            if text or reason or num_tokens == 1:
-                yield Piece(index, text, num_tokens, reason)
+                pending = _visible(pending, text, loaded.texts)
+            if text or reason:
+                yield Piece(index, text, num_tokens, reason, tuple(pending))
+                pending = []
+            elif num_tokens == 1:
+                yield Piece(index, "", num_tokens)
             if reason:
                 return
 
 
-def _deltas(piece: Piece, is_first: bool) -> list[tuple[Delta, FinishReason | None]]:
+def _visible(tokens: list["SampledToken"], text: str, texts: TokenTexts) -> list["SampledToken"]:
+    """The tokens before a stop string: as many as it takes to cover the text that is left of theirs."""
+    length = len(text.encode())
+    covered, visible = 0, []
+    for token in tokens:
+        if covered >= length:
+            break
+        visible.append(token)
+        covered += len(texts.bytes_of(token.token_id))
+    return visible
+
+
+def _chunk_choices(piece: Piece, is_first: bool, texts: TokenTexts) -> Iterator[ChunkChoice]:
     """The chunks that a piece becomes: the role once, text, and the finish reason with an empty delta."""
-    deltas: list[tuple[Delta, FinishReason | None]] = []
     if is_first:
-        deltas.append((Delta(role="assistant", content=""), None))
-    if piece.text:
-        deltas.append((Delta(content=piece.text), None))
+        yield ChunkChoice(index=piece.index, delta=Delta(role="assistant", content=""))
+    scored = piece.scored
+    if piece.text or scored:
+        logprobs = texts.chat(scored) if scored else None
+        yield ChunkChoice(index=piece.index, delta=Delta(content=piece.text), logprobs=logprobs)
     if piece.finish_reason:
-        deltas.append((Delta(), piece.finish_reason))
-    return deltas
+        yield ChunkChoice(index=piece.index, delta=Delta(), finish_reason=piece.finish_reason)
 
 
 def _usage(prompt_tokens: int, completion_tokens: int) -> Usage:

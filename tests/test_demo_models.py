@@ -16,6 +16,7 @@ from engine import attention
 from engine.engine import EngineOptions, build_engine
 from engine.model_runner import load_model
 from engine.sampling import SamplingParams
+from logprobs import TokenTexts
 from prompt_templates import PromptTemplate
 from providers.local import load_template
 from schemas import Message
@@ -86,6 +87,8 @@ def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
         pieces = [streamer.put([token_id]) for token_id in tokenizer(text, add_special_tokens=False).input_ids]
         assert "".join([*pieces, streamer.end()]) == text
         assert not any(REPLACEMENT in piece for piece in pieces)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert b"".join(map(TokenTexts(tokenizer).bytes_of, ids)) == text.encode()
 
 
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)

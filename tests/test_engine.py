@@ -12,7 +12,7 @@ from models import FAMILIES, VOCAB, tiny_model
 
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.model_runner import ModelRunner, probe_layers
-from engine.sampling import SamplingParams
+from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch
 from errors import EngineFailure, Overloaded, Unavailable
 
@@ -181,7 +181,7 @@ class Fragile(ModelRunner):
 
     fails, spoils = 1, 2
 
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[SampledToken | None]:
         first = [sequence.token_ids[0] for sequence in batch.sequences]
         if self.fails in first:
             raise RuntimeError("a kernel failed")

@@ -14,10 +14,15 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
+from models import byte_tokenizer
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from process import MAIN, ROOT, UVICORN, Server, serve
+from transformers import AutoModelForCausalLM
+
+from logprobs import TokenTexts
 
 MODEL = "Tiny-Qwen3"
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, 世界"}]
@@ -136,6 +141,68 @@ def test_what_open_webui_sends_is_answered(server: Server) -> None:
     assert server.post("/v1/chat/completions", model=MODEL, messages=parts, max_tokens=4).status_code == 200
 
 
+def greedy_logprobs(checkpoint: Path, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """(tokens of the answer, vocab), by transformers in float32."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)
+
+
+def test_log_probabilities_are_those_of_transformers_streamed_and_whole(
+    server: Server, client: OpenAI, tiny_checkpoint: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    options: Any = {"model": MODEL, "messages": HELLO, "max_tokens": 40, "temperature": 0, "logprobs": True}
+    options |= {"top_logprobs": 3, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(**options).choices[0]
+    assert whole.logprobs is not None and whole.logprobs.content is not None and len(whole.logprobs.content) == 40
+    prompt = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    rows = {bytes(texts.bytes_of(i)): i for texts in [TokenTexts(tokenizer)] for i in range(len(tokenizer))}
+    answer = [rows[bytes(token.bytes or [])] for token in whole.logprobs.content]
+    expected = greedy_logprobs(tiny_checkpoint, prompt, answer)
+    for token, token_id, row in zip(whole.logprobs.content, answer, expected, strict=True):
+        assert token.logprob == pytest.approx(float(row[token_id]), abs=1e-3)
+        assert [top.logprob for top in token.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+    streamed = [token for choice in chunks if choice.logprobs for token in choice.logprobs.content or []]
+    assert [token.model_dump() for token in streamed] == [token.model_dump() for token in whole.logprobs.content]
+
+
+def test_completions_have_log_probabilities_in_the_legacy_shape(server: Server) -> None:
+    options = {"model": MODEL, "prompt": "ab", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    [choice] = server.post("/v1/completions", **options, logprobs=2).json()["choices"]
+    logprobs = choice["logprobs"]
+    assert [len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [12] * 4
+    for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True):
+        assert 2 <= len(top) <= 3 and token in top
+    [bare] = server.post("/v1/completions", **options, logprobs=0).json()["choices"]
+    assert bare["logprobs"]["token_logprobs"] == logprobs["token_logprobs"]
+    assert bare["logprobs"]["top_logprobs"] == [{}] * 12
+    [none] = server.post("/v1/completions", **options).json()["choices"]
+    assert none["logprobs"] is None
+
+
+def test_log_probabilities_end_before_a_stop_string(client: OpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 60, "logprobs": True}
+    options |= {"logit_bias": {"64": 100}, "extra_body": {"ignore_eos": True}}  # "a", again and again
+    choice = client.chat.completions.create(**options, stop="aaa").choices[0]
+    assert choice.message.content == "" and not (choice.logprobs and choice.logprobs.content)
+    choice = client.chat.completions.create(**options, stop="b").choices[0]
+    assert choice.message.content == "a" * 60
+    assert choice.logprobs is not None and len(choice.logprobs.content or []) == 60
+
+
+def test_min_tokens_keeps_an_answer_from_ending(client: OpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 50}
+    eos = byte_tokenizer().eos_token_id
+    ended = client.chat.completions.create(**options, logit_bias={str(eos): 100})
+    assert ended.usage is not None and ended.usage.completion_tokens == 1 and ended.choices[0].message.content == ""
+    later = client.chat.completions.create(**options, logit_bias={str(eos): 100}, extra_body={"min_tokens": 7})
+    assert later.usage is not None and later.usage.completion_tokens == 8
+    assert later.choices[0].finish_reason == "stop"
+
+
 # --- models and health
 
 
@@ -182,7 +249,13 @@ def test_the_documentation_is_served(server: Server) -> None:
         ("chat/completions", {"n": 129}, 400, "n", "invalid_value"),
         ("chat/completions", {"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
         ("chat/completions", {"max_tokens": 9999}, 400, "messages", "context_length_exceeded"),
-        ("chat/completions", {"logprobs": True}, 400, "logprobs", "unsupported_value"),
+        ("chat/completions", {"logprobs": 1}, 400, "logprobs", "invalid_value"),
+        ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
+        ("chat/completions", {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
+        ("chat/completions", {"logit_bias": {"5": 101}}, 400, "logit_bias[5]", "invalid_value"),
+        ("chat/completions", {"logit_bias": {"99999": 1}}, 400, "logit_bias", "invalid_value"),
+        ("chat/completions", {"logit_bias": {"-1": 1}}, 400, "logit_bias.-1", "invalid_value"),
+        ("chat/completions", {"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens", "invalid_value"),
         ("chat/completions", {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_value"),
         ("completions", {"prompt": None}, 400, "prompt", "invalid_value"),
         ("completions", {"prompt": ""}, 400, "prompt", "invalid_value"),
@@ -214,7 +287,7 @@ def test_bad_requests_are_refused_by_name_before_any_byte(
         ("completions", '{"prompt": "x", "top_k": 1' + "0" * 400 + "}", "top_k"),
         ("completions", '{"prompt": "x", "temperature": NaN}', "temperature"),
         ("completions", '{"prompt": "x", "repetition_penalty": 1e-300}', "repetition_penalty"),
-        ("completions", '{"prompt": "x", "logprobs": 0}', "logprobs"),
+        ("completions", '{"prompt": "x", "logprobs": 6}', "logprobs"),
         ("completions", '{"prompt": "x", "stop": ' + json.dumps(["s"] * 17) + "}", "stop"),
         ("completions", '{"prompt": ' + json.dumps([[1]] * 5000) + "}", "prompt"),
         (

@@ -27,6 +27,10 @@ PARAMS = [
 ]
 
 
+def draw(logits: torch.Tensor, rows: list[Sequence]) -> list[int | None]:
+    return [token and token.token_id for token in Sampler().sample(logits.clone(), rows)]
+
+
 def sequence(params: SamplingParams, prompt: list[int], output: list[int] | None = None) -> Sequence:
     result = Sequence(prompt, params, lambda output: None)
     result.token_ids += output or []
@@ -53,7 +57,7 @@ def test_frequencies_are_those_of_transformers_processors(params: SamplingParams
     logits = torch.randn(50) * 2
     num_draws = 20_000
     rows = [sequence(replace(params, seed=seed), [3, 7, 7]) for seed in range(num_draws)]
-    drawn = torch.tensor(Sampler().sample(logits.expand(num_draws, -1).clone(), rows))
+    drawn = torch.tensor(draw(logits.expand(num_draws, -1), rows))
     frequencies = torch.bincount(drawn, minlength=50) / num_draws
     expected = probabilities(logits, params, [3, 7, 7])
     assert (frequencies[expected == 0] == 0).all()
@@ -65,7 +69,7 @@ def test_top_p_beyond_the_first_candidates_is_exact() -> None:
     vocab = 8 * CANDIDATES
     logits = torch.linspace(0, 1e-3, vocab)
     rows = [sequence(SamplingParams(max_tokens=1, top_p=0.99, seed=seed), [0]) for seed in range(500)]
-    drawn = [token for token in Sampler().sample(logits.expand(500, -1).clone(), rows) if token is not None]
+    drawn = [token for token in draw(logits.expand(500, -1), rows) if token is not None]
     expected = probabilities(logits, rows[0].params, [0])
     assert (expected[drawn] > 0).all()
     assert min(drawn) < vocab / 10 and max(drawn) > vocab * 9 / 10
@@ -88,14 +92,14 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         sequence(replace(rng.choice(PARAMS), seed=rng.getrandbits(60), presence_penalty=rng.choice([0, 1.5])), [i], [i])
         for i in range(64)
     ]
-    together = Sampler().sample(logits.clone(), rows)
-    assert together == [Sampler().sample(logits[i : i + 1].clone(), rows[i : i + 1])[0] for i in range(64)]
+    together = draw(logits, rows)
+    assert together == [draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(64)]
 
 
 def test_greedy_rows_take_the_best_token_among_sampled_ones() -> None:
     logits = torch.randn(4, 100)
     rows = [sequence(SamplingParams(max_tokens=9, temperature=t), [0]) for t in (0, 2, 0, 2)]
-    drawn = Sampler().sample(logits.clone(), rows)
+    drawn = draw(logits, rows)
     assert [drawn[0], drawn[2]] == logits.argmax(-1)[[0, 2]].tolist()
 
 
@@ -104,7 +108,7 @@ def test_a_row_without_numbers_is_told_apart(temperature: float) -> None:
     logits = torch.randn(3, 10)
     logits[1, 4] = torch.nan
     rows = [sequence(SamplingParams(max_tokens=9, temperature=temperature), [0]) for _ in range(3)]
-    assert [token is None for token in Sampler().sample(logits, rows)] == [False, True, False]
+    assert [token is None for token in draw(logits, rows)] == [False, True, False]
 
 
 def test_random_numbers_are_uniform_and_depend_on_seed_and_position_alone() -> None:
@@ -114,3 +118,36 @@ def test_random_numbers_are_uniform_and_depend_on_seed_and_position_alone() -> N
     for pairs in (numbers[:, :2], numbers[:2].T):  # neither positions nor seeds follow one another
         assert abs(torch.corrcoef(pairs.T)[0, 1]) < 0.25
     assert uniform(5, 9) == uniform(5, 9)
+
+
+def test_a_bias_is_added_to_the_logits_and_can_ban_or_force() -> None:
+    logits = torch.zeros(5)
+    params = SamplingParams(max_tokens=1, logit_bias={2: 100.0, 4: -100.0})
+    assert draw(logits.expand(50, -1), [sequence(params, [0]) for _ in range(50)]) == [2] * 50
+    soft = SamplingParams(max_tokens=1, logit_bias={1: 1.0})
+    rows = [sequence(replace(soft, seed=seed), [0]) for seed in range(4000)]
+    share = draw(logits.expand(4000, -1), rows).count(1) / 4000
+    assert abs(share - torch.tensor([0.0, 1, 0, 0, 0]).softmax(-1)[1]) < 0.03
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_end_before_min_tokens(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 50.0]] * 2)
+    params = SamplingParams(max_tokens=9, temperature=temperature, min_tokens=2)
+    rows = [sequence(params, [0], output) for output in ([0], [0, 0])]
+    early, late = Sampler(eos_token_ids=[2]).sample(logits, rows)
+    assert early is not None and early.token_id != 2 and late is not None and late.token_id == 2
+
+
+def test_log_probabilities_are_the_models_own_whatever_is_drawn() -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(3, 40)
+    params = SamplingParams(max_tokens=9, temperature=1.5, logit_bias={7: 100.0}, num_logprobs=4, frequency_penalty=2)
+    rows = [sequence(params, [0], [1, 1]), sequence(replace(params, num_logprobs=0), [0]), sequence(PARAMS[0], [0])]
+    full, chosen_only, none = Sampler().sample(logits.clone(), rows)
+    expected = logits.log_softmax(-1)
+    assert full is not None and full.token_id == 7 and full.logprob == pytest.approx(float(expected[0, 7]))
+    assert [token for token, _ in full.top_logprobs] == expected[0].topk(4).indices.tolist()
+    assert [value for _, value in full.top_logprobs] == pytest.approx(expected[0].topk(4).values.tolist())
+    assert chosen_only is not None and chosen_only.logprob is not None and chosen_only.top_logprobs == ()
+    assert none is not None and none.logprob is None

@@ -5,7 +5,7 @@ import random
 import torch
 
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
-from engine.sampling import SamplingParams
+from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.sequence import Sequence
 
@@ -24,7 +24,7 @@ def sequence(num_tokens: int, max_tokens: int = 50) -> Sequence:
 
 def step(scheduler: Scheduler) -> Batch:
     batch = scheduler.schedule()
-    scheduler.update(batch, [7] * sum(span.is_complete for span in batch.spans))
+    scheduler.update(batch, [SampledToken(7)] * sum(span.is_complete for span in batch.spans))
     return batch
 
 

@@ -9,13 +9,14 @@ import pytest
 from process import ROOT
 
 OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
-OURS |= {"conversion", "atomic_files", "request_id"}
+OURS |= {"conversion", "atomic_files", "request_id", "logprobs"}
 ALLOWED = {  # file or folder -> which of our modules it may import
     "errors.py": set(),
     "config.py": set(),
     "schemas.py": set(),
     "progress.py": set(),
     "request_id.py": {"errors"},
+    "logprobs.py": {"schemas"},
     "atomic_files.py": {"errors"},
     "conversion.py": {"errors", "atomic_files"},
     "checkpoint.py": {"errors", "atomic_files", "conversion"},
