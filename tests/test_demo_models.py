@@ -18,7 +18,7 @@ from engine.model_runner import load_model
 from engine.sampling import SamplingParams
 from logprobs import TokenTexts
 from prompt_templates import PromptTemplate
-from providers.local import load_template
+from providers.loading import load_template
 from schemas import Message
 from streaming import REPLACEMENT
 

@@ -9,7 +9,8 @@ import pytest
 from config import Settings
 from errors import ModelLoading, ModelNotFound
 from providers import Router
-from providers.local import LocalProvider, Piece, merge, sampling_defaults
+from providers.loading import sampling_defaults
+from providers.local import LocalProvider, Piece, merge
 from schemas import ChatCompletionRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -1,0 +1,89 @@
+"""Loading of the local model: files, tokenizer, engine; in a thread of its own, since it takes seconds to minutes."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import checkpoint
+from config import Settings
+from errors import ModelLoadError
+from logprobs import TokenTexts
+from progress import Progress
+from prompt_templates import PromptTemplate
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # where request and model are silent; the specification's
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What exists once the model is ready."""
+
+    engine: "Engine"
+    template: PromptTemplate
+    texts: TokenTexts
+    defaults: dict[str, Any]  # sampling parameters of the model's generation config
+
+
+def load(path: str, settings: Settings, progress: Progress) -> Loaded:
+    """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
+    directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
+    progress.report("loading libraries", 0.0)
+    from engine.engine import EngineOptions, load_engine
+    from engine.model_runner import check_model
+
+    options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
+    config, _ = check_model(directory, options.dtype, options.device_map)
+    progress.report("loading tokenizer", 0.0)
+    template = load_template(directory, config.model_type)
+    engine = load_engine(directory, options, template.stop_token_ids, progress.report)
+    progress.report("ready", 1.0)
+    return Loaded(
+        engine, template, TokenTexts(template.tokenizer), sampling_defaults(engine.runner.model.generation_config)
+    )
+
+
+async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:
+    """As `asyncio.to_thread`, but the process may end before the thread does: loading can take minutes."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Loaded] = loop.create_future()
+
+    def deliver(finish: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            finish(value)
+
+    def run() -> None:
+        try:
+            outcome: tuple[Callable[[Any], None], Any] = (future.set_result, work())
+        except Exception as error:
+            outcome = (future.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, *outcome)
+
+    threading.Thread(target=run, name="loader", daemon=True).start()
+    return await future
+
+
+def load_template(directory: Path, model_type: str) -> PromptTemplate:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {error}".splitlines()[0]) from error
+    return PromptTemplate(tokenizer, model_type)
+
+
+def sampling_defaults(generation_config: Any) -> dict[str, Any]:
+    """What a model's authors recommend, over the specification's defaults."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    own = {name: getattr(generation_config, name, None) for name in names}
+    if getattr(generation_config, "do_sample", None) is False:
+        own["temperature"] = None  # without sampling it has no meaning
+    return {**SAMPLING_DEFAULTS, **{name: value for name, value in own.items() if value is not None}}
