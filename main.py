@@ -26,7 +26,19 @@ from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_networ
 from providers import Router
 from providers.local import LocalProvider
 from request_id import RequestId
-from schemas import UNSUPPORTED, ChatCompletion, ChatCompletionRequest, Completion, CompletionRequest, Model, ModelList
+from schemas import (
+    UNSUPPORTED,
+    ChatCompletion,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    Model,
+    ModelList,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 from streaming import collect_chat, collect_completion, sse
 
 log = logging.getLogger("main")
@@ -91,6 +103,14 @@ def _add_endpoints(app: FastAPI) -> None:
 
     app.include_router(api, prefix="/v1")
     app.include_router(api, include_in_schema=False)  # for clients that were given the address without /v1
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        return await local.tokenize(body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        return await local.detokenize(body)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

@@ -137,6 +137,31 @@ class CompletionRequest(_GenerationRequest):
         return list(self.prompt)
 
 
+class TokenizeRequest(_Request):
+    """A text, or a conversation as the model would be asked it; the shape is vLLM's."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    return_token_strs: bool | None = None
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(_Request):
+    model: str | None = None
+    tokens: TokenIds
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
 def _now() -> int:
     return int(time.time())
 

@@ -23,9 +23,13 @@ from schemas import (
     CompletionChoice,
     CompletionRequest,
     Delta,
+    DetokenizeRequest,
+    DetokenizeResponse,
     FinishReason,
     Model,
     ModelPermission,
+    TokenizeRequest,
+    TokenizeResponse,
     Usage,
 )
 from streaming import TextStreamer
@@ -191,6 +195,30 @@ class LocalProvider:
                 )
                 yield head.model_copy(update={"choices": [choice]})
         yield head.model_copy(update={"usage": _usage(sum(map(len, prompts)), sum(counts))})
+
+    # --- tokens
+
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
+        loaded = self._ready(request.model or self.name)
+        template = loaded.template
+        if (request.prompt is None) == (request.messages is None):
+            raise InvalidRequest("Send either prompt or messages.", param="prompt", code="invalid_value")
+        if request.messages is not None:
+            token_ids = await asyncio.to_thread(template.render_chat, request.messages)
+        else:
+            token_ids = await asyncio.to_thread(template.render_text, request.prompt or "")
+        texts = [loaded.texts.text_of(i) for i in token_ids] if request.return_token_strs else None
+        limit = loaded.engine.max_model_len
+        return TokenizeResponse(count=len(token_ids), max_model_len=limit, tokens=token_ids, token_strs=texts)
+
+    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
+        loaded = self._ready(request.model or self.name)
+        if any(token_id >= loaded.engine.num_embeddings for token_id in request.tokens):
+            raise InvalidRequest(
+                f"Token ids are below {loaded.engine.num_embeddings}.", param="tokens", code="invalid_value"
+            )
+        text = await asyncio.to_thread(loaded.template.tokenizer.decode, request.tokens)
+        return DetokenizeResponse(prompt=str(text))
 
     def _sampling_params(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from openai import OpenAI
-from process import MAIN, Server, serve
+from process import Server
 
 import checkpoint
 from config import Settings
@@ -102,14 +102,6 @@ def test_control_tokens_that_a_user_writes_stay_text(name: str) -> None:
     ids = set(tokenizer.convert_tokens_to_ids(control))
     assert sum(i in ids for i in token_ids) == sum(i in ids for i in plain)
     assert text in tokenizer.decode(token_ids)
-
-
-@pytest.fixture(scope="module")
-def demo_server() -> Iterator[Server]:
-    """As `make serve` starts it: nothing set, the default demo model."""
-    with serve(MAIN, MAX_MODEL_LEN="2048") as server:
-        server.wait_until_healthy()
-        yield server
 
 
 def test_the_default_demo_answers_through_the_sdk_streamed_and_whole(demo_server: Server) -> None:

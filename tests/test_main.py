@@ -222,6 +222,26 @@ def test_the_documentation_is_served(server: Server) -> None:
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= paths.keys()
 
 
+def test_texts_and_conversations_are_turned_into_tokens_and_back(server: Server) -> None:
+    text = "Hello, 世界 😀"
+    tokens = server.post("/tokenize", prompt=text, return_token_strs=True).json()
+    assert tokens["tokens"] == byte_tokenizer()(text).input_ids and tokens["count"] == len(text.encode())
+    assert tokens["max_model_len"] == 480 and tokens["token_strs"][0] == "H"
+    assert server.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": text}
+    chat = server.post("/tokenize", model=MODEL, messages=HELLO).json()
+    answer = server.post("/v1/chat/completions", model=MODEL, messages=HELLO, max_tokens=1).json()
+    assert chat["count"] == answer["usage"]["prompt_tokens"] and chat["token_strs"] is None
+    for path, body, param in (
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": HELLO}, "prompt"),
+        ("/detokenize", {"tokens": [10**9]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+    ):
+        refusal = server.post(path, **body)
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"] == param
+    assert server.post("/tokenize", model="nobody", prompt="x").status_code == 404
+
+
 # --- errors
 
 

@@ -26,23 +26,25 @@ def commands(readme: str) -> list[str]:
 
 
 def on(server: Server, text: str) -> str:
-    return text.replace("http://127.0.0.1:8000", server.url).replace("qwen2.5-coder-0.5b", "tiny-qwen3")
+    return text.replace("http://127.0.0.1:8000", server.url)
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_python_examples_run(server: Server, readme: str) -> None:
+def test_python_examples_run(demo_server: Server, readme: str) -> None:
     assert blocks(readme, "python")
     for code in blocks(readme, "python"):
-        ended = subprocess.run([sys.executable, "-c", on(server, code)], capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(
+            [sys.executable, "-c", on(demo_server, code)], capture_output=True, text=True, timeout=120
+        )
         assert ended.returncode == 0 and ended.stdout, ended.stderr
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_curl_examples_run(server: Server, readme: str) -> None:
+def test_curl_examples_run(demo_server: Server, readme: str) -> None:
     examples = [command for command in commands(readme) if command.startswith("curl")]
     assert examples
     for command in examples:
-        ended = subprocess.run(on(server, command), shell=True, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(on(demo_server, command), shell=True, capture_output=True, text=True, timeout=120)
         assert ended.returncode == 0 and "data: [DONE]" in ended.stdout, ended.stdout
 
 
