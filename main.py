@@ -136,7 +136,7 @@ async def _respond(
         if first is None:
             return Response(status_code=CLIENT_GONE)
         events = sse(_chain(first, chunks), body.includes_usage)
-        return EventStream(events, media_type="text/event-stream", headers={**headers, **_STREAM_HEADERS})
+        return EventStream(events, {**headers, **_STREAM_HEADERS})
     answer = await _unless_client_leaves(request, collect(chunks))
     if answer is None:
         return Response(status_code=CLIENT_GONE)
@@ -149,11 +149,15 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # fo
 class EventStream(StreamingResponse):
     """A stream that is closed when its response ends, however it ends."""
 
+    def __init__(self, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
 
 
 async def _chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:

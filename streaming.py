@@ -5,7 +5,8 @@ The streamer belongs to the family of transformers' `TextIteratorStreamer`: `put
 
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 from errors import APIError
@@ -28,7 +29,7 @@ REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole cha
 
 
 class Detokenizer(Protocol):
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str | list[str]: ...
 
 
 class TextStreamer:
@@ -65,8 +66,8 @@ class TextStreamer:
         text = self._release(rest)
         return text if self.is_stopped else text + self._held
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _decode_next(self, token_id: int) -> str:
         self._ids.append(token_id)
@@ -97,13 +98,14 @@ def _overlap(text: str, stop: str) -> int:
 
 
 async def sse(
-    chunks: AsyncIterator[ChatCompletionChunk] | AsyncIterator[Completion], include_usage: bool
-) -> AsyncIterator[bytes]:
+    chunks: AsyncGenerator[ChatCompletionChunk] | AsyncGenerator[Completion], include_usage: bool
+) -> AsyncGenerator[bytes]:
     """Server-sent events: `data: {json}`, at the end `data: [DONE]`; an error becomes the last event instead."""
     try:
-        async for chunk in chunks:
-            if include_usage or chunk.choices:
-                yield _event(chunk.model_dump_json(exclude=None if include_usage else {"usage"}))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if include_usage or chunk.choices:
+                    yield _event(chunk.model_dump_json(exclude=None if include_usage else {"usage"}))
         yield _event("[DONE]")
     except APIError as error:
         yield _event(json.dumps(error.body()))

@@ -6,7 +6,7 @@ the step's tensors in `StepAttention`.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -100,7 +100,7 @@ def paged_attention(
     `step` travels through the model's forward as a keyword argument, as transformers' own paged cache does.
     """
     assert step is not None, "the model does not hand keyword arguments on to its attention"
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = cast(int, module.layer_idx)
     if isinstance(step, Probe):
         step.note(layer, key, value, sliding_window)
         _refuse_what_is_not_computed(others)

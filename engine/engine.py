@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
@@ -74,7 +75,7 @@ class Engine:
     @property
     def num_embeddings(self) -> int:
         """Token ids are below it; a tokenizer may know more."""
-        return int(self.runner.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        return cast(torch.Tensor, self.runner.model.get_input_embeddings().weight).shape[0]
 
     @property
     def num_running(self) -> int:

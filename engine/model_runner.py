@@ -243,7 +243,7 @@ class ModelRunner:
             logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self.device),
             step=StepAttention(self.cache, groups),
         )
-        return output.logits[0]  # type: ignore[no-any-return]
+        return cast(torch.Tensor, output.logits[0])
 
     def _group_attention(self, index: int, group: LayerGroup, layout: _Layout) -> GroupAttention:
         block_size = self.cache.block_size

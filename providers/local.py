@@ -298,7 +298,7 @@ async def _answer(
     prefix: Sequence[int] = (),
 ) -> AsyncGenerator[Piece]:
     """One choice: the engine's tokens as text, until it ends or a stop string comes."""
-    streamer = TextStreamer(loaded.template.tokenizer, stop, prefix)  # type: ignore[arg-type]
+    streamer = TextStreamer(loaded.template.tokenizer, stop, prefix)
     num_tokens = 0
     pending: list[SampledToken] = []  # their text is not out yet
     async with aclosing(loaded.engine.generate(prompt_ids, params)) as outputs:

@@ -31,7 +31,7 @@ def demo_of(parts: list[bytes], **changes: object) -> DemoModel:
     whole = b"".join(parts)
     packages = tuple(f"part{number}==1.0" for number in range(len(parts)))
     settings = {"sha256": hashlib.sha256(whole).hexdigest(), "size": len(whole), "hub_file": None, **changes}
-    return DemoModel(packages, "*/data/*.bin", **settings)  # type: ignore[arg-type]
+    return DemoModel(packages, "*/data/*.bin", **settings)
 
 
 class Registry:

@@ -59,7 +59,7 @@ def test_qwen_without_a_template_speaks_chatml() -> None:
 
 @pytest.mark.parametrize("make", [template, gemma, lambda: template(own=False), lambda: template("mamba", own=False)])
 def test_every_order_of_roles_gives_a_prompt_with_all_of_the_text(make: object) -> None:
-    subject = make()  # type: ignore[operator]
+    subject = make()
     for roles in itertools.product(["system", "developer", "user", "assistant", "tool"], repeat=3):
         pairs = [(role, f"text {number}") for number, role in enumerate(roles)]
         prompt = text(subject, *pairs)
@@ -150,5 +150,5 @@ def test_a_completions_prompt_begins_with_one_bos_token() -> None:
             return type("Encoding", (), {"input_ids": [2, 2, 7] if prompt.startswith("<bos>") else [2, 7]})
 
     subject = PromptTemplate.__new__(PromptTemplate)
-    subject.tokenizer = Doubling()  # type: ignore[assignment]
+    subject.tokenizer = Doubling()
     assert subject.render_text("<bos>x") == subject.render_text("x") == [2, 7]
