@@ -9,7 +9,8 @@ from schemas import ChoiceLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Scored = tuple[int, float]  # token id, log-probability
+    from engine.sampling import SampledToken
+
 UNLIKELY = -9999.0  # what OpenAI shows instead of anything lower, minus infinity above all
 
 
@@ -43,31 +44,36 @@ class TokenTexts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def chat(self, tokens: Sequence[tuple[Scored, Sequence[Scored]]]) -> ChoiceLogprobs:
-        """(the chosen token, the best ones) for each token of a chunk."""
+    def chat(self, tokens: Sequence["SampledToken"]) -> ChoiceLogprobs:
+        """For the tokens of a chunk, all of them scored."""
         return ChoiceLogprobs(
             content=[
-                TokenLogprob(**self._top(chosen).model_dump(), top_logprobs=[self._top(other) for other in best])
-                for chosen, best in tokens
+                TokenLogprob(
+                    **self._top(token.token_id, token.logprob or 0.0).model_dump(),
+                    top_logprobs=[self._top(*other) for other in token.top_logprobs],
+                )
+                for token in tokens
             ]
         )
 
-    def _top(self, scored: Scored) -> TopLogprob:
-        token_id, logprob = scored
+    def _top(self, token_id: int, logprob: float) -> TopLogprob:
         data = list(self.bytes_of(token_id))
         return TopLogprob(token=self.text_of(token_id), logprob=max(logprob, UNLIKELY), bytes=data)
 
-    def completion(self, tokens: Sequence[tuple[Scored, Sequence[Scored]]], offset: int) -> CompletionLogprobs:
-        """The legacy shape; `offset` is the number of characters before. The chosen token is among the top ones."""
+    def completion(self, tokens: Sequence["SampledToken"], offset: int) -> CompletionLogprobs:
+        """The legacy shape; `offset` is the number of characters before, negative where the text does not show the
+        first token. The chosen token is among the top ones; a token without a log-probability is a prompt's first."""
         result = CompletionLogprobs()
-        for chosen, best in tokens:
-            text = self.text_of(chosen[0])
+        for token in tokens:
+            text, logprob = self.text_of(token.token_id), token.logprob
+            top = {self.text_of(other): max(value, UNLIKELY) for other, value in token.top_logprobs}
+            if top and logprob is not None:
+                top.setdefault(text, max(logprob, UNLIKELY))
             result.tokens.append(text)
-            result.token_logprobs.append(max(chosen[1], UNLIKELY))
-            top = [*best, chosen] if best else []
-            result.top_logprobs.append({self.text_of(token_id): max(value, UNLIKELY) for token_id, value in top})
-            result.text_offset.append(offset)
-            offset += len(text)
+            result.token_logprobs.append(None if logprob is None else max(logprob, UNLIKELY))
+            result.top_logprobs.append(None if logprob is None else top)
+            result.text_offset.append(max(offset, 0))
+            offset += sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token.token_id))  # characters that begin
         return result
 
 

@@ -27,7 +27,6 @@ from providers import Router
 from providers.local import LocalProvider
 from request_id import RequestId
 from schemas import (
-    UNSUPPORTED,
     ChatCompletion,
     ChatCompletionRequest,
     Completion,
@@ -129,7 +128,6 @@ async def _respond(
     collect: Callable[[AsyncIterator[Any]], Awaitable[Any]],
 ) -> Response:
     """A stream or its fold. Either stops the work behind it when the client leaves."""
-    _refuse_unsupported(body)
     headers = _ignored_fields_header(body)
     if body.stream:
         first = await _unless_client_leaves(request, anext(chunks))
@@ -187,15 +185,8 @@ async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | Non
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-def _refuse_unsupported(body: ChatCompletionRequest | CompletionRequest) -> None:
-    for name, value in (body.model_extra or {}).items():
-        neutral = UNSUPPORTED.get(name, (value,))
-        if not any(value == other and type(value) is type(other) for other in neutral):  # 0 is not False here
-            raise errors.InvalidRequest(f"{name} is not supported.", param=name, code="unsupported_value")
-
-
 def _ignored_fields_header(body: ChatCompletionRequest | CompletionRequest) -> dict[str, str]:
-    names = sorted(name for name in (body.model_extra or {}) if name.isascii() and name.isprintable())
+    names = [name for name in body.ignored_fields if name.isascii() and name.isprintable()]
     return {"X-Ignored-Fields": ", ".join(names)[:1000]} if names else {}
 
 
@@ -307,6 +298,7 @@ def main() -> None:
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,
+        timeout_keep_alive=75,  # longer than clients keep idle connections, so that none meets a closing one
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + 5,  # the drain comes first
     )
     server = uvicorn.Server(config)

@@ -55,6 +55,15 @@ class Family:
     alternates: bool = False  # its templates want user and assistant in turn, and know no system role
 
 
+# Tokens that mark (what is before the gap, what is after it, where to fill in); models that have them know the task.
+FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen 2.5 Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek Coder
+)
+END_OF_FILE = ("<|endoftext|>", "<|fim_pad|>", "<|file_sep|>", "<|file_separator|>", "<|repo_name|>")  # end a filling
+
+
 FAMILIES = (
     Family("gemma", ("gemma",), "<start_of_turn>", _GEMMA, alternates=True),
     Family("qwen", ("qwen",), "<|im_start|>", _CHATML),
@@ -81,6 +90,7 @@ class PromptTemplate:
         own = tokenizer.chat_template
         self._template = None if own else self.family.template
         self._source = own if isinstance(own, str) else self.family.template
+        self._knows_tools = "tool_calls" in self._source
         control = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
         self._control = re.compile("|".join(map(re.escape, reversed(control))) or "(?!)")
 
@@ -91,18 +101,24 @@ class PromptTemplate:
         own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return own + [vocabulary[token] for token in END_OF_TURN if token in self._source and token in vocabulary]
 
-    def render_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of a conversation; if its last message is the assistant's, the answer continues it.
+    def render_chat(
+        self, messages: Sequence[Message], continues: bool | None = None, opens: bool | None = None
+    ) -> list[int]:
+        """The prompt of a conversation.
 
+        continues: the answer goes on where the last message ends; by default if that is the assistant's.
+        opens: the prompt ends with the beginning of the assistant's turn; by default unless it continues.
         Raises InvalidRequest for messages that the template takes neither as they are nor with alternating roles.
         """
         from jinja2 import TemplateError
 
         plain, seam = self._disarm(canonical(messages))
-        attempts = [alternate(plain)] if self.family.alternates else [plain, alternate(plain)]
-        for attempt in attempts:
+        plain, continues, opens = _ending(plain, continues, opens)
+        folded = fold_tools(plain)
+        attempts = [] if self.family.alternates else [plain if self._knows_tools else folded]
+        for attempt in [*attempts, alternate(folded)]:
             try:
-                text = self._apply(attempt)
+                text = self._apply(attempt, continues, opens)
             except (TemplateError, TypeError, ValueError, RecursionError) as error:
                 refusal = error
             else:
@@ -116,23 +132,19 @@ class PromptTemplate:
     def _disarm(self, messages: list[CanonicalMessage]) -> tuple[list[CanonicalMessage], str]:
         """Cuts each control token inside a message's text in two with a seam, at which the prompt is tokenized apart:
         what a user writes, such as `<|im_end|>`, stays text and ends no turn."""
-        texts = "".join(message["content"] for message in messages)
-        seam = next(character for character in map(chr, range(0xFDD0, 0xFDF0)) if character not in texts)
+        try:
+            texts = json.dumps(messages, ensure_ascii=False)
+            seam = next(character for character in map(chr, range(0xFDD0, 0xFDF0)) if character not in texts)
+            return [_cut(message, self._control, seam) for message in messages], seam
+        except RecursionError as error:
+            raise InvalidRequest("The arguments of a tool call are nested too deeply.", param="messages") from error
 
-        def cut(match: re.Match[str]) -> str:
-            return match[0][:1] + seam + match[0][1:]
-
-        return [{**message, "content": self._control.sub(cut, message["content"])} for message in messages], seam
-
-    def _apply(self, messages: list[CanonicalMessage]) -> str:
-        if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip() and len(messages) > 1:
-            messages = messages[:-1]  # nothing to continue
-        continues = messages[-1]["role"] == "assistant"
+    def _apply(self, messages: list[CanonicalMessage], continues: bool, opens: bool) -> str:
         text = self.tokenizer.apply_chat_template(
             messages,
             chat_template=self._template,
             tokenize=False,
-            add_generation_prompt=not continues,
+            add_generation_prompt=opens,
             continue_final_message=continues,
         )
         assert isinstance(text, str)
@@ -145,34 +157,104 @@ class PromptTemplate:
         bos = self.tokenizer.bos_token_id
         return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
 
+    def render_gap(self, prefix: str, suffix: str) -> tuple[list[int], list[int]]:
+        """The prompt that asks for what is between two texts, and the tokens that end the answer.
+
+        Raises InvalidRequest for models without such a format.
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        marks = next((marks for marks in FILL_IN_THE_MIDDLE if all(mark in vocabulary for mark in marks)), None)
+        if marks is None:
+            raise InvalidRequest(
+                "suffix is not supported: this model has no fill-in-the-middle format.",
+                param="suffix",
+                code="unsupported_value",
+            )
+        _check_characters(suffix, "suffix")
+        ends = [vocabulary[token] for token in (*END_OF_FILE, *marks) if token in vocabulary]
+        return self.render_text(f"{marks[0]}{prefix}{marks[1]}{suffix}{marks[2]}"), ends
+
     def tail(self, token_ids: Sequence[int]) -> Sequence[int]:
         """The end of a completion's prompt: how its answer's first token reads depends on it."""
         return token_ids[-4:]
 
 
+ROLES = {"developer": "system", "function": "tool"}  # other names of the roles that templates know
+
+
+def _cut(value: Any, pattern: re.Pattern[str], seam: str) -> Any:
+    """The same JSON value with the seam behind the first character of each match in its texts."""
+    if isinstance(value, str):
+        return pattern.sub(lambda match: match[0][:1] + seam + match[0][1:], value)
+    if isinstance(value, list):
+        return [_cut(item, pattern, seam) for item in value]
+    if isinstance(value, dict):
+        return {_cut(key, pattern, seam): _cut(item, pattern, seam) for key, item in value.items()}
+    return value
+
+
 def canonical(messages: Sequence[Message]) -> list[CanonicalMessage]:
-    """What templates expect: text content, no developer role, and the arguments of tool calls as objects."""
+    """What templates expect: text content, four roles, and the arguments of tool calls as objects.
+
+    A participant's name leads the text, since templates have no place for it; a tool's name stays apart.
+    """
     result: list[CanonicalMessage] = []
     for number, message in enumerate(messages):
-        role = "system" if message.role == "developer" else message.role
-        item: CanonicalMessage = {"role": role, "content": _text(message, number)}
-        if message.tool_calls:
-            item["tool_calls"] = [_with_object_arguments(call) for call in message.tool_calls]
+        item: CanonicalMessage = {"role": ROLES.get(message.role, message.role), "content": _text(message, number)}
+        if item["role"] == "tool":
+            item |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key))}
+        elif message.name:
+            item["content"] = f"{message.name}: {item['content']}"
+        calls = message.tool_calls or ([{"function": message.function_call}] if message.function_call else [])
+        if calls:
+            item["tool_calls"] = [_with_object_arguments(call) for call in calls]
         result.append(item)
     return result
 
 
+def fold_tools(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """The same with tool calls and their results as text, for templates that would leave them out."""
+    names = {str(call.get("id")): _called(call).get("name") for m in messages for call in m.get("tool_calls", ())}
+    result: list[CanonicalMessage] = []
+    for message in messages:
+        text, role = message["content"], message["role"]
+        if role == "tool":
+            name = message.get("name") or names.get(str(message.get("tool_call_id")))
+            text, role = f"Result of {name or 'the tool'}:\n{text}", "user"
+        calls = [json.dumps(_called(call), ensure_ascii=False) for call in message.get("tool_calls", ())]
+        result.append({"role": role, "content": "\n".join(filter(None, [text, *calls]))})
+    return result
+
+
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    return function if isinstance(function, dict) else {}
+
+
+def _ending(
+    messages: list[CanonicalMessage], continues: bool | None, opens: bool | None
+) -> tuple[list[CanonicalMessage], bool, bool]:
+    """How a prompt ends where the request is silent; a blank message of the assistant's is no beginning."""
+    last = messages[-1]
+    is_assistant, has_text = last["role"] == "assistant", bool(last["content"].strip())
+    if is_assistant and not has_text and "tool_calls" not in last and len(messages) > 1 and continues is not False:
+        return messages[:-1], False, True
+    if continues is None:
+        continues = is_assistant and has_text and "tool_calls" not in last and not opens
+    return messages, continues, not continues if opens is None else opens
+
+
 def _text(message: Message, number: int) -> str:
     if not isinstance(message.content, list):
-        return message.content or ""
+        return message.content or message.refusal or ""
     for index, part in enumerate(message.content):
-        if part.type != "text" or part.text is None:
+        if part.type not in ("text", "refusal") or getattr(part, part.type) is None:
             raise InvalidRequest(
                 f"This model takes content parts of type 'text' with a text, and no {part.type!r}.",
                 param=f"messages[{number}].content[{index}]",
                 code="unsupported_value",
             )
-    return "".join(part.text or "" for part in message.content)
+    return "".join(getattr(part, part.type) for part in message.content)
 
 
 def _check_characters(text: str, param: str) -> None:
@@ -194,8 +276,8 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def alternate(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """The same text with user and assistant in turn, beginning with the user: system text leads the first turn, tool
-    results are the user's, and neighbours of one role become one message."""
+    """The same text with user and assistant in turn, beginning with the user: system text leads the first turn, and
+    neighbours of one role become one message."""
     system = [m["content"] for m in messages if m["role"] == "system"]
     turns: list[CanonicalMessage] = []
     for message in messages:

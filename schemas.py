@@ -1,56 +1,98 @@
 """The OpenAI wire format as pydantic models, and nothing else.
 
-Source: https://platform.openai.com/docs/api-reference (chat, completions, models); top_k, min_p, repetition_penalty and
-ignore_eos as vLLM names them.
+Source: https://platform.openai.com/docs/api-reference (chat, completions, responses, models). As vLLM names them:
+top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, continue_final_message and
+add_generation_prompt; as llama.cpp does: timings.
 """
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 FinishReason = Literal["stop", "length"]
-Role = Literal["system", "developer", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+Object = dict[str, Any]
+Support = Literal["honoured", "no meaning here", "not yet", "refused"]  # a field's `x-support` in /openapi.json
 
 
-# Fields that would change the answer and are not honoured yet: the values that ask for nothing; others are refused.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
-    "response_format": (None, {"type": "text"}),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-}
+def _no_meaning(why: str) -> Any:
+    """A field that could not change a local model's answer."""
+    return Field(None, description=f"Accepted: {why}", json_schema_extra={"x-support": "no meaning here"})
+
+
+def _not_yet(why: str) -> Any:
+    return Field(None, description=why, json_schema_extra={"x-support": "not yet"})
+
+
+def _refused(*neutral: Any) -> Any:
+    """A field that would change the answer and is not honoured; `neutral` are the values that ask for nothing."""
+    return Field(
+        None,
+        description=f"The local model refuses all but {', '.join(map(repr, [None, *neutral]))} with a 400.",
+        json_schema_extra={"x-support": "refused", "x-neutral": [None, *neutral]},
+    )
+
+
+def _mark_honoured(schema: Object) -> None:
+    """The fields that are not marked otherwise."""
+    for field in schema.get("properties", {}).values():
+        field.setdefault("x-support", "honoured")
 
 
 class _Request(BaseModel):
     """What is silent is None. Unknown fields are kept, and named in the answer's `X-Ignored-Fields` header."""
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_mark_honoured
+    )
+
+    @classmethod
+    def support(cls) -> dict[str, Support]:
+        """What becomes of each field."""
+        return {name: cls._mark(name).get("x-support", "honoured") for name in cls.model_fields}
+
+    @classmethod
+    def _mark(cls, name: str) -> Object:
+        return cast(Object, cls.model_fields[name].json_schema_extra or {})
+
+    @property
+    def refused_fields(self) -> list[str]:
+        """Those that ask for what the local model does not do."""
+        refused = [name for name, support in self.support().items() if support == "refused"]
+        return [name for name in refused if getattr(self, name) not in self._mark(name)["x-neutral"]]
+
+    @property
+    def ignored_fields(self) -> list[str]:
+        """Those that are sent and change nothing though their sender may have meant them to."""
+        sent = [name for name in self.model_fields_set & self.support().keys() if getattr(self, name) is not None]
+        return sorted([*(self.model_extra or {}), *(name for name in sent if self.support()[name] == "not yet")])
 
 
 class ContentPart(_Request):
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class Message(_Request):
     role: Role
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    refusal: str | None = None
+    tool_calls: list[Object] | None = None
     tool_call_id: str | None = None
+    function_call: Object | None = None  # the older form of one tool call
 
 
 class StreamOptions(_Request):
     include_usage: bool | None = None
+    include_obfuscation: bool | None = _no_meaning("nothing is added to the chunks.")
 
 
 StopString = Annotated[str, Field(max_length=1024)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _GenerationRequest(_Request):
@@ -67,13 +109,14 @@ class _GenerationRequest(_Request):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None  # OpenAI takes 4
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: str | None = _no_meaning("a label of the client's.")
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -82,6 +125,10 @@ class _GenerationRequest(_Request):
         if not isinstance(value, dict):
             return value
         return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -98,6 +145,28 @@ class ChatCompletionRequest(_GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    tools: list[Object] | None = _not_yet("Accepted, not shown to the model, and named in X-Ignored-Fields.")
+    parallel_tool_calls: bool | None = _not_yet("Accepted, and named in X-Ignored-Fields.")
+    tool_choice: str | Object | None = _refused("none", "auto")
+    functions: list[Object] | None = _refused([])
+    function_call: str | Object | None = _refused("none", "auto")
+    response_format: Object | None = _refused({"type": "text"})
+    audio: Object | None = _refused()
+    modalities: list[str] | None = _refused(["text"])
+    moderation: Object | None = _refused()
+    verbosity: str | None = _refused("medium")
+    web_search_options: Object | None = _refused()
+    metadata: Object | None = _no_meaning("nothing is stored.")
+    prediction: Object | None = _no_meaning("it could make the answer faster, not another one.")
+    prompt_cache_key: str | None = _no_meaning("prompts are told apart by their tokens.")
+    prompt_cache_options: Object | None = _no_meaning("prompts are told apart by their tokens.")
+    prompt_cache_retention: str | None = _no_meaning("prompts are kept while there is room.")
+    reasoning_effort: str | None = _no_meaning("these models have no such control.")
+    safety_identifier: str | None = _no_meaning("a label of the client's.")
+    service_tier: str | None = _no_meaning("there is one tier.")
+    store: bool | None = _no_meaning("nothing is stored.")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -117,17 +186,29 @@ class ChatCompletionRequest(_GenerationRequest):
             self.max_tokens = self.max_completion_tokens
         return self
 
-
-TokenIds = list[Annotated[int, Field(ge=0)]]
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _continues_or_answers(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and info.data.get("continue_final_message"):
+            raise ValueError("cannot be true together with continue_final_message")
+        return value
 
 
 class CompletionRequest(_GenerationRequest):
+    max_tokens: int | None = Field(None, ge=0)  # 0: only the prompt, for echo
     logprobs: int | None = Field(None, ge=0, le=5)
-    prompt: str | TokenIds | list[str] | list[TokenIds] = Field(union_mode="left_to_right")
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=128)
+    suffix: str | None = None
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = Field(union_mode="left_to_right")
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -155,7 +236,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(_Request):
     model: str | None = None
-    tokens: TokenIds
+    tokens: list[TokenId]
 
 
 class DetokenizeResponse(BaseModel):
@@ -166,12 +247,27 @@ def _now() -> int:
     return int(time.time())
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class Usage(BaseModel):
     """Counts of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class Timings(BaseModel):
+    """How long it took; from the request's arrival to the first token counts as the prompt's time."""
+
+    prompt_n: int  # tokens
+    prompt_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_second: float
 
 
 class TopLogprob(BaseModel):
@@ -193,16 +289,16 @@ class CompletionLogprobs(BaseModel):
     """The legacy shape: parallel lists, one element per token."""
 
     tokens: list[str] = []
-    token_logprobs: list[float] = []
-    top_logprobs: list[dict[str, float]] = []
-    text_offset: list[int] = []  # characters from the beginning of the answer
+    token_logprobs: list[float | None] = []  # None for a prompt's first token
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []  # characters from the beginning of the choice's text
 
 
 class Delta(BaseModel):
     """What a chunk adds; absent fields add nothing, and clients concatenate what is present."""
 
-    role: Literal["assistant"] | None = Field(None, exclude_if=lambda value: value is None)
-    content: str | None = Field(None, exclude_if=lambda value: value is None)
+    role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
+    content: str | None = Field(None, exclude_if=_is_none)
 
 
 class ChunkChoice(BaseModel):
@@ -219,6 +315,7 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    timings: Timings | None = Field(None, exclude_if=_is_none)
 
 
 class AssistantMessage(BaseModel):
@@ -241,6 +338,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+    timings: Timings | None = Field(None, exclude_if=_is_none)
 
 
 class CompletionChoice(BaseModel):
@@ -259,6 +357,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    timings: Timings | None = Field(None, exclude_if=_is_none)
 
 
 class ModelPermission(BaseModel):

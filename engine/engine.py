@@ -94,8 +94,12 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def generate(self, prompt_ids: list[int], params: SamplingParams) -> AsyncGenerator[TokenOutput]:
+    async def generate(
+        self, prompt_ids: list[int], params: SamplingParams, priority: int = 0
+    ) -> AsyncGenerator[TokenOutput]:
         """The answer, token by token; its last output has a finish_reason. Leaving the iterator aborts the sequence.
+
+        The prompts of a smaller `priority` are computed first.
 
         Raises Overloaded while too many wait, Unavailable while closing, EngineFailure when a step failed.
         """
@@ -103,7 +107,7 @@ class Engine:
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
         self.check_open()
         outputs: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
-        sequence = Sequence(prompt_ids, params, outputs.put_nowait)
+        sequence = Sequence(prompt_ids, params, outputs.put_nowait, priority)
         self._live.add(sequence)
         self.post(partial(self.scheduler.add, sequence))
         try:

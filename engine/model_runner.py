@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,13 @@ from transformers.utils import logging as transformers_logging
 from engine import attention
 from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec
-from engine.sampling import SampledToken, Sampler
+from engine.sampling import SampledToken, Sampler, score
 from engine.scheduler import Batch, Span
 from errors import ModelLoadError
 
 Report = Callable[[str, float], None]  # what is being done, fraction of it from 0 to 1
 
+SCORED_ROWS = 64  # of a prompt's logits
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 NEVER_FLOAT16 = (
     "gemma",
@@ -218,23 +220,28 @@ class ModelRunner:
         """The next token of each complete span, in the batch's order. Raises what the model raises."""
         layout = _Layout.of(batch)
         complete = [span for span in layout.spans if span.is_complete]
-        logits = self.forward(layout, complete)
+        prompts = {span.sequence.number: _scored_positions(span) for span in layout.spans}
+        starts = dict(zip(prompts, accumulate((s.num_tokens for s in layout.spans), initial=0), strict=False))
+        rows = [starts[span.sequence.number] + span.num_tokens - 1 for span in complete]
+        for span in layout.spans:
+            first = starts[span.sequence.number] - span.start
+            rows += [first + position for position in prompts[span.sequence.number]]
+        logits = self.forward(layout, rows)
+        if len(rows) > len(complete):
+            self._score_prompts(logits[len(complete) :], layout.spans, prompts)
         if not complete:
             return []
-        chosen = self.sampler.sample(logits, [span.sequence for span in complete])
+        chosen = self.sampler.sample(logits[: len(complete)], [span.sequence for span in complete])
         by_sequence = {span.sequence.number: token for span, token in zip(complete, chosen, strict=True)}
         return [by_sequence[span.sequence.number] for span in batch.spans if span.is_complete]
 
-    def forward(self, layout: _Layout, complete: list[Span]) -> torch.Tensor:
-        """Logits of the last token of each complete span: (complete, vocab)."""
+    def forward(self, layout: _Layout, rows: list[int]) -> torch.Tensor:
+        """The logits of the step's tokens number `rows`: (rows, vocab)."""
         token_ids: list[int] = []
         positions: list[int] = []
-        ends: dict[int, int] = {}
         for span in layout.spans:
             token_ids += span.sequence.token_ids[span.start : span.end]
             positions += range(span.start, span.end)
-            ends[span.sequence.number] = len(token_ids) - 1
-        rows = [ends[span.sequence.number] for span in complete]
         groups = [self._group_attention(index, group, layout) for index, group in enumerate(self.cache.groups)]
         output = self.model(
             input_ids=torch.tensor([token_ids], device=self.device),
@@ -244,6 +251,17 @@ class ModelRunner:
             step=StepAttention(self.cache, groups),
         )
         return cast(torch.Tensor, output.logits[0])
+
+    def _score_prompts(self, logits: torch.Tensor, spans: list[Span], positions: dict[int, range]) -> None:
+        """logits: (positions of all spans, vocab); SCORED_ROWS of them at a time in float32."""
+        owners = [span.sequence for span in spans for _ in positions[span.sequence.number]]
+        targets = [s.sequence.prompt_ids[p + 1] for s in spans for p in positions[s.sequence.number]]
+        for i in range(0, len(owners), SCORED_ROWS):
+            group = owners[i : i + SCORED_ROWS]
+            counts = [sequence.params.num_prompt_logprobs or 0 for sequence in group]
+            tokens = score(logits[i : i + SCORED_ROWS], targets[i : i + SCORED_ROWS], counts)
+            for sequence, token in zip(group, tokens, strict=True):
+                sequence.prompt_logprobs.append(token)
 
     def _group_attention(self, index: int, group: LayerGroup, layout: _Layout) -> GroupAttention:
         block_size = self.cache.block_size
@@ -293,6 +311,12 @@ class ModelRunner:
         if window is not None:
             hidden |= positions <= query - window
         return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _scored_positions(span: Span) -> range:
+    """Those of its sequence's `next_scores` that the span computes."""
+    wanted = span.sequence.next_scores
+    return range(max(span.start, wanted.start), min(span.end, wanted.stop))
 
 
 def _first_visible(position: int, window: int | None) -> int:

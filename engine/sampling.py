@@ -33,10 +33,12 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    stop_token_ids: Rows[int] = ()  # these end the answer as the model's own end-of-sequence tokens do
     ignore_eos: bool = False
     min_tokens: int = 0  # end-of-sequence tokens cannot be chosen before
     logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
     num_logprobs: int | None = None  # best tokens to report beside the chosen one; None: report nothing
+    num_prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
 
     @property
     def is_greedy(self) -> bool:
@@ -125,7 +127,7 @@ class Sampler:
                 values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
                 logits[row, list(bias)] += values
             if sequence.num_output_tokens < sequence.params.min_tokens:
-                logits[row, self._eos_token_ids] = -torch.inf
+                logits[row, [*self._eos_token_ids, *sequence.params.stop_token_ids]] = -torch.inf
 
     def _sample(self, logits: torch.Tensor, sequences: list["Sequence"]) -> torch.Tensor:
         """(rows, vocab) -> (rows,), by the inverse of the cumulative distribution at each row's own random number."""
@@ -186,14 +188,21 @@ def _logprobs(raw: torch.Tensor, token_ids: list[int], sequences: Rows["Sequence
     rows = [row for row, sequence in enumerate(sequences) if sequence.params.num_logprobs is not None]
     if not rows:
         return {}
-    logprobs = raw[rows].log_softmax(-1)
     counts = [sequences[row].params.num_logprobs or 0 for row in rows]
+    return dict(zip(rows, score(raw[rows], [token_ids[row] for row in rows], counts), strict=True))
+
+
+def score(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[SampledToken]:
+    """What each row (rows, vocab) makes of its token, and its `counts[row]` best ones."""
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     top = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
-    reports = {}
-    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        best = tuple(zip(top.indices[i, :count].tolist(), top.values[i, :count].tolist(), strict=True))
-        reports[row] = SampledToken(token_ids[row], float(logprobs[i, token_ids[row]]), best)
-    return reports
+    return [
+        SampledToken(token_id, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+        for token_id, logprob, ids, values, count in zip(
+            token_ids, own, top.indices.tolist(), top.values.tolist(), counts, strict=True
+        )
+    ]
 
 
 def _column(sequences: Rows["Sequence"], name: str, like: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Scheduler:
         self.cache = cache
         self.limits = limits
         self.eos_token_ids = eos_token_ids
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[Sequence] = deque()  # in the order of priority
         self.running: list[Sequence] = []  # in the order of admission
         self.num_preemptions = 0  # since the start
 
@@ -67,29 +67,44 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        """Behind those of its priority."""
+        self.waiting.insert(sum(other.priority <= sequence.priority for other in self.waiting), sequence)
 
     def schedule(self) -> Batch:
-        """The next step: every decode that has a block, then prompts, first come first served, within the budget."""
+        """The next step: every decode that has a block, then prompts within the budget, those of one priority in the
+        order in which they came."""
         spans: list[Span] = []
         for sequence in list(self.running):
             if sequence.num_uncomputed == 1 and self._make_room(sequence):
                 spans.append(Span(sequence, sequence.num_computed, 1))
         budget = (self.limits.max_num_mixed_tokens if spans else self.limits.max_num_batched_tokens) - len(spans)
-        for sequence in [s for s in self.running if s.num_uncomputed > 1]:
-            budget -= self._prefill(sequence, budget, spans)
-        while budget > 0 and self.waiting and len(self.running) < self.limits.max_num_seqs:
-            if not self.cache.can_admit(self.waiting[0], self._prefilling(), self.limits.max_num_batched_tokens):
-                break
-            sequence = self.waiting.popleft()
-            sequence.status = Status.RUNNING
-            self.running.append(sequence)
-            budget -= self._prefill(sequence, budget, spans)
+        prefilling = self._prefilling()
+        for priority in sorted({s.priority for s in [*prefilling, *self.waiting]}):
+            for sequence in [s for s in prefilling if s.priority == priority]:
+                budget -= self._prefill(sequence, budget, spans)
+            while budget > 0 and self._can_admit(priority):
+                sequence = self.waiting.popleft()
+                sequence.status = Status.RUNNING
+                self.running.append(sequence)
+                budget -= self._prefill(sequence, budget, spans)
         if not spans and len(self.running) > 1:  # prompts hold blocks that others of them lack
-            self._preempt(self.running[-1])
+            self._preempt(self._least_urgent())
             return self.schedule()
         assert spans or not self.running, "a sequence that fits the cache alone cannot proceed"
         return Batch(tuple(spans))
+
+    def _can_admit(self, priority: int) -> bool:
+        """The first that waits, if it has this priority."""
+        return (
+            bool(self.waiting)
+            and self.waiting[0].priority == priority
+            and len(self.running) < self.limits.max_num_seqs
+            and self.cache.can_admit(self.waiting[0], self._prefilling(), self.limits.max_num_batched_tokens)
+        )
+
+    def _least_urgent(self) -> Sequence:
+        """Among those of the lowest priority, the youngest."""
+        return max(reversed(self.running), key=lambda sequence: sequence.priority)
 
     def _prefilling(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.num_uncomputed > 1]
@@ -107,7 +122,7 @@ class Scheduler:
         while sequence.status is Status.RUNNING:
             if self.cache.allocate(sequence, sequence.num_tokens):
                 return True
-            self._preempt(self.running[-1])
+            self._preempt(self._least_urgent())
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -117,7 +132,7 @@ class Scheduler:
         self.num_preemptions += 1
         sequence.status = Status.WAITING
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.insert(sum(other.priority < sequence.priority for other in self.waiting), sequence)
 
     def update(self, batch: Batch, sampled: list[SampledToken | None]) -> list[tuple[Sequence, TokenOutput | None]]:
         """Takes in a step's tokens, one per complete span; what each gained, None where its logits were bad."""
@@ -140,12 +155,14 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
         token_id = token.token_id
         sequence.token_ids.append(token_id)
-        if token_id in self.eos_token_ids and not sequence.params.ignore_eos:
-            return TokenOutput(None, "stop")
+        prompt = tuple(sequence.prompt_logprobs) if sequence.num_output_tokens == 1 else ()
+        is_end = token_id in self.eos_token_ids and not sequence.params.ignore_eos
+        if is_end or token_id in sequence.params.stop_token_ids:
+            return TokenOutput(None, "stop", prompt=prompt)
         reason: FinishReason | None = None
         if sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
             reason = "length"
-        return TokenOutput(token_id, reason, token)
+        return TokenOutput(token_id, reason, token, prompt)
 
     def remove(self, sequence: Sequence) -> None:
         """Finishes a sequence wherever it is; nothing of it stays."""

@@ -25,6 +25,7 @@ class TokenOutput:
     token_id: int | None
     finish_reason: FinishReason | None = None
     sampled: SampledToken | None = None  # with the log-probabilities that were asked for
+    prompt: tuple[SampledToken, ...] = ()  # the prompt's own, from its second token on; with the first output
 
 
 Sink = Callable[[TokenOutput | Exception], None]
@@ -35,12 +36,14 @@ class Sequence:
     prompt_ids: list[int]
     params: SamplingParams
     sink: Sink  # called on the event loop's thread
+    priority: int = 0  # a smaller one goes first
     number: int = field(default_factory=lambda: next(_numbers))
     status: Status = Status.WAITING
     token_ids: list[int] = field(init=False)  # prompt and answer
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_tables: list[list[int]] = field(default_factory=list)  # per layer group; FREED where the window has passed
     seed: int = field(init=False)
+    prompt_logprobs: list[SampledToken] = field(default_factory=list)  # so far, if they are asked for
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -57,6 +60,13 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def next_scores(self) -> range:
+        """Positions of the prompt whose logits are to be scored, each against the token after it."""
+        if self.params.num_prompt_logprobs is None:
+            return range(0)
+        return range(len(self.prompt_logprobs), len(self.prompt_ids) - 1)
 
     @property
     def output_ids(self) -> list[int]:

@@ -3,60 +3,43 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound
-from logprobs import Scored, TokenTexts
+from logprobs import TokenTexts
 from progress import Progress
+from providers.answer import Meter, Piece, Question, answer, best, merge
+from providers.completion import Choices, Prompt, check_suffix, num_answers
 from providers.loading import Loaded, in_daemon_thread, load
 from schemas import (
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChunkChoice,
     Completion,
-    CompletionChoice,
     CompletionRequest,
     Delta,
     DetokenizeRequest,
     DetokenizeResponse,
-    FinishReason,
     Model,
     ModelPermission,
     TokenizeRequest,
     TokenizeResponse,
-    Usage,
 )
-from streaming import TextStreamer
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.sampling import SampledToken, SamplingParams
+    from engine.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
 COMPLETION_MAX_TOKENS = 2048  # where a completion request is silent; the specification's default
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one output of the engine means for one choice."""
-
-    index: int
-    text: str
-    num_tokens: int  # generated so far
-    finish_reason: FinishReason | None = None
-    tokens: tuple["SampledToken", ...] = ()  # those that the text came from
-
-    @property
-    def scored(self) -> list[tuple[Scored, Sequence[Scored]]]:
-        """The tokens whose log-probabilities were asked for."""
-        return [((t.token_id, t.logprob), t.top_logprobs) for t in self.tokens if t.logprob is not None]
+BACKGROUND = 1  # priority of what nobody is looking at
 
 
 class LocalProvider:
@@ -137,6 +120,13 @@ class LocalProvider:
             )
         ]
 
+    def _ready_for(self, request: ChatCompletionRequest | CompletionRequest) -> Loaded:
+        """The loaded model; raises InvalidRequest for a field that asks for what it does not do."""
+        loaded = self._ready(request.model)
+        for name in request.refused_fields:
+            raise InvalidRequest(f"{name} is not supported.", param=name, code="unsupported_value")
+        return loaded
+
     def _ready(self, model: str) -> Loaded:
         if not self.serves(model):
             raise ModelNotFound(f"The model {model!r} does not exist; this server has {self.name!r}.", param="model")
@@ -148,53 +138,58 @@ class LocalProvider:
     # --- answers
 
     async def stream_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
-        loaded = self._ready(request.model)
+        meter = Meter()
+        loaded = self._ready_for(request)
         num_choices = request.n or 1
         _check_room(loaded.engine, num_choices, "n")
-        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, request.messages)
+        prompt_ids = await asyncio.to_thread(
+            loaded.template.render_chat,
+            request.messages,
+            request.continue_final_message,
+            request.add_generation_prompt,
+        )
         _check_prompt(loaded.engine, prompt_ids, "messages")
         params = self._sampling_params(loaded, request, len(prompt_ids), None)
-        choices = [
-            _answer(loaded, index, prompt_ids, _of_choice(params, index), request.stop_strings)
-            for index in range(num_choices)
-        ]
+        question = Question(prompt_ids, params, request.stop_strings, priority=_priority(request))
+        meter.start(len(prompt_ids), num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
-        counts = [0] * num_choices
-        begun: set[int] = set()
-        async with aclosing(merge(choices)) as pieces:
+        sources = [answer(loaded, index, question.of_choice(index)) for index in range(num_choices)]
+        async with aclosing(merge(sources)) as pieces:
             async for piece in pieces:
-                counts[piece.index] = piece.num_tokens
-                for choice in _chunk_choices(piece, piece.index not in begun, loaded.texts):
-                    yield head.model_copy(update={"choices": [choice]})
-                begun.add(piece.index)
-        yield head.model_copy(update={"usage": _usage(len(prompt_ids), sum(counts))})
+                is_first = meter.add(piece)
+                for choice in _chunk_choices(piece, is_first, request.num_logprobs is not None, loaded.texts):
+                    is_last = meter.is_complete and choice.finish_reason is not None
+                    timings = meter.timings if is_last else None
+                    yield head.model_copy(update={"choices": [choice], "timings": timings})
+        yield head.model_copy(update={"usage": meter.usage, "timings": timings})
 
     async def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]:
-        loaded = self._ready(request.model)
-        n = request.n or 1
-        _check_room(loaded.engine, len(request.prompts) * n, "prompt")
-        prompts = [await asyncio.to_thread(_completion_prompt, loaded, prompt) for prompt in request.prompts]
-        choices = []
-        for number, prompt_ids in enumerate(prompts):
-            params = self._sampling_params(loaded, request, len(prompt_ids), COMPLETION_MAX_TOKENS)
-            tail = loaded.template.tail(prompt_ids)
-            for i in range(n):
-                choice_params = _of_choice(params, i)
-                choices.append(_answer(loaded, number * n + i, prompt_ids, choice_params, request.stop_strings, tail))
+        meter = Meter()
+        loaded = self._ready_for(request)
+        n, best_of = num_answers(request)
+        check_suffix(request)
+        _check_room(loaded.engine, len(request.prompts) * best_of, "prompt")
+        prompts = [await asyncio.to_thread(Prompt.of, loaded, request.suffix, prompt) for prompt in request.prompts]
+        sources: list[AsyncGenerator[Piece]] = []
+        for number, prompt in enumerate(prompts):
+            _check_prompt(loaded.engine, prompt.token_ids, "prompt")
+            params = self._sampling_params(loaded, request, len(prompt.token_ids), COMPLETION_MAX_TOKENS)
+            tail = loaded.template.tail(prompt.token_ids)
+            question = Question(prompt.token_ids, prompt.adapt(params, best_of > n), request.stop_strings, tail)
+            first = 0 if best_of > n else number * n
+            answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
+            sources += [best(answers, n, number * n)] if best_of > n else answers
+        meter.start(sum(len(prompt.token_ids) for prompt in prompts), len(prompts) * n)
+        choices = Choices(request, prompts, loaded.texts)
         head = Completion(model=self.name, choices=[])
-        counts = [0] * len(choices)
-        offsets = [0] * len(choices)  # characters, for the legacy log-probabilities
-        async with aclosing(merge(choices)) as pieces:
+        async with aclosing(merge(sources)) as pieces:
             async for piece in pieces:
-                counts[piece.index] = piece.num_tokens
-                scored = piece.scored
-                logprobs = loaded.texts.completion(scored, offsets[piece.index]) if scored else None
-                offsets[piece.index] += len(piece.text)
-                choice = CompletionChoice(
-                    index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=piece.finish_reason
-                )
-                yield head.model_copy(update={"choices": [choice]})
-        yield head.model_copy(update={"usage": _usage(sum(map(len, prompts)), sum(counts))})
+                if request.max_tokens == 0:  # the engine generates one at least
+                    piece = replace(piece, text="", num_tokens=0, finish_reason="length", tokens=())
+                choice = choices.of(piece, meter.add(piece))
+                timings = meter.timings if meter.is_complete else None
+                yield head.model_copy(update={"choices": [choice], "timings": timings})
+        yield head.model_copy(update={"usage": meter.usage, "timings": timings})
 
     # --- tokens
 
@@ -230,7 +225,7 @@ class LocalProvider:
         """The request's values, else the model's, else the specification's; raises ContextLengthExceeded."""
         from engine.sampling import SamplingParams
 
-        _check_bias(loaded.engine, request)
+        _check_token_ids(loaded.engine, request)
         limit = loaded.engine.max_model_len
         wanted = request.max_tokens
         if prompt_tokens + (wanted or 1) > limit:
@@ -248,10 +243,11 @@ class LocalProvider:
         return SamplingParams(**{**values, "max_tokens": wanted or min(left, default_max_tokens or left)})
 
 
-def _completion_prompt(loaded: Loaded, prompt: str | list[int]) -> list[int]:
-    token_ids = loaded.template.render_text(prompt) if isinstance(prompt, str) else prompt
-    _check_prompt(loaded.engine, token_ids, "prompt")
-    return token_ids
+def _priority(request: ChatCompletionRequest) -> int:
+    """Titles, tags and the like, which Open WebUI asks for beside a chat, let the chat's prompt go first."""
+    content = request.messages[-1].content
+    is_task = isinstance(content, str) and content.startswith("### Task:") and not request.stream
+    return BACKGROUND if is_task else 0
 
 
 def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
@@ -263,13 +259,14 @@ def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
     engine.check_open(num_sequences)
 
 
-def _check_bias(engine: "Engine", request: ChatCompletionRequest | CompletionRequest) -> None:
-    if any(not 0 <= token_id < engine.num_embeddings for token_id in request.logit_bias or ()):
-        raise InvalidRequest(
-            f"logit_bias: the model's token ids are from 0 to {engine.num_embeddings - 1}.",
-            param="logit_bias",
-            code="invalid_value",
-        )
+def _check_token_ids(engine: "Engine", request: ChatCompletionRequest | CompletionRequest) -> None:
+    for name in ("logit_bias", "stop_token_ids"):
+        if any(not 0 <= token_id < engine.num_embeddings for token_id in getattr(request, name) or ()):
+            raise InvalidRequest(
+                f"{name}: the model's token ids are from 0 to {engine.num_embeddings - 1}.",
+                param=name,
+                code="invalid_value",
+            )
 
 
 def _check_prompt(engine: "Engine", token_ids: list[int], param: str) -> None:
@@ -284,106 +281,12 @@ def _check_prompt(engine: "Engine", token_ids: list[int], param: str) -> None:
         )
 
 
-def _of_choice(params: "SamplingParams", index: int) -> "SamplingParams":
-    """The choices of a seeded request differ, and each is repeatable."""
-    return params if params.seed is None or index == 0 else replace(params, seed=params.seed + index)
-
-
-async def _answer(
-    loaded: Loaded,
-    index: int,
-    prompt_ids: list[int],
-    params: "SamplingParams",
-    stop: Sequence[str],
-    prefix: Sequence[int] = (),
-) -> AsyncGenerator[Piece]:
-    """One choice: the engine's tokens as text, until it ends or a stop string comes."""
-    streamer = TextStreamer(loaded.template.tokenizer, stop, prefix)
-    num_tokens = 0
-    pending: list[SampledToken] = []  # their text is not out yet
-    async with aclosing(loaded.engine.generate(prompt_ids, params)) as outputs:
-        async for output in outputs:
-            num_tokens += 1
-            if output.sampled is not None:
-                pending.append(output.sampled)
-            text = "" if output.token_id is None else streamer.put([output.token_id])
-            reason = output.finish_reason
-            if reason and not streamer.is_stopped:
-                text += streamer.end()
-            if streamer.is_stopped:
-                reason = "stop"
-                pending = _visible(pending, text, loaded.texts)
-            if text or reason:
-                yield Piece(index, text, num_tokens, reason, tuple(pending))
-                pending = []
-            elif num_tokens == 1:
-                yield Piece(index, "", num_tokens)
-            if reason:
-                return
-
-
-def _visible(tokens: list["SampledToken"], text: str, texts: TokenTexts) -> list["SampledToken"]:
-    """The tokens before a stop string: as many as it takes to cover the text that is left of theirs."""
-    length = len(text.encode())
-    covered, visible = 0, []
-    for token in tokens:
-        if covered >= length:
-            break
-        visible.append(token)
-        covered += len(texts.bytes_of(token.token_id))
-    return visible
-
-
-def _chunk_choices(piece: Piece, is_first: bool, texts: TokenTexts) -> Iterator[ChunkChoice]:
+def _chunk_choices(piece: Piece, is_first: bool, shows_logprobs: bool, texts: TokenTexts) -> Iterator[ChunkChoice]:
     """The chunks that a piece becomes: the role once, text, and the finish reason with an empty delta."""
     if is_first:
         yield ChunkChoice(index=piece.index, delta=Delta(role="assistant", content=""))
-    scored = piece.scored
-    if piece.text or scored:
-        logprobs = texts.chat(scored) if scored else None
+    logprobs = texts.chat(piece.tokens) if shows_logprobs and piece.tokens else None
+    if piece.text or logprobs:
         yield ChunkChoice(index=piece.index, delta=Delta(content=piece.text), logprobs=logprobs)
     if piece.finish_reason:
         yield ChunkChoice(index=piece.index, delta=Delta(), finish_reason=piece.finish_reason)
-
-
-def _usage(prompt_tokens: int, completion_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-    )
-
-
-async def merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
-    """The items of all sources as they come; leaving it leaves them all. The first error ends it."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as source:
-            async for piece in source:
-                yield piece
-        return
-    items: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-
-    async def pump(source: AsyncGenerator[Piece]) -> None:
-        try:
-            async with aclosing(source):
-                async for piece in source:
-                    items.put_nowait(piece)
-            items.put_nowait(None)
-        except Exception as error:
-            items.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(source)) for source in sources]
-    try:
-        pending = len(tasks)
-        while pending:
-            item = await items.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                pending -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,7 +10,8 @@ from config import Settings
 from errors import ModelLoading, ModelNotFound
 from providers import Router
 from providers.loading import sampling_defaults
-from providers.local import LocalProvider, Piece, merge
+from providers.answer import Piece, merge
+from providers.local import LocalProvider
 from schemas import ChatCompletionRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -281,7 +281,8 @@ def test_texts_and_conversations_are_turned_into_tokens_and_back(server: Server)
         ("completions", {"prompt": ""}, 400, "prompt", "invalid_value"),
         ("completions", {"prompt": [5, 10**6]}, 400, "prompt", "invalid_value"),
         ("completions", {"prompt": "x" * 1000}, 400, "prompt", "context_length_exceeded"),
-        ("completions", {"echo": True}, 400, "echo", "unsupported_value"),
+        ("completions", {"suffix": "y"}, 400, "suffix", "unsupported_value"),
+        ("completions", {"best_of": 2, "n": 3}, 400, "best_of", "invalid_value"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -332,7 +333,7 @@ def test_hostile_requests_are_refused_by_name_and_others_live_on(
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 150}}]},
         {"role": "assistant", "content": None, "tool_calls": [{"function": None}]},
         {"role": "assistant", "content": ""},
         {"role": "tool", "content": "", "tool_call_id": "1"},

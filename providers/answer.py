@@ -1,0 +1,196 @@
+"""Answers: the engine's tokens for one prompt as text, piece by piece; several at once; the best of many."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from logprobs import TokenTexts
+from providers.loading import Loaded
+from schemas import FinishReason, Timings, Usage
+from streaming import TextStreamer
+
+if TYPE_CHECKING:
+    from engine.sampling import SampledToken, SamplingParams
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the engine is asked."""
+
+    prompt_ids: list[int]
+    params: "SamplingParams"
+    stop: Sequence[str]
+    prefix: Sequence[int] = ()  # the prompt's end, if the answer continues its text
+    priority: int = 0  # a smaller one goes first
+
+    def of_choice(self, number: int) -> "Question":
+        """The choices of a seeded request differ, and each is repeatable."""
+        if self.params.seed is None or number == 0:
+            return self
+        return replace(self, params=replace(self.params, seed=self.params.seed + number))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one output of the engine means for one choice."""
+
+    index: int
+    text: str
+    num_tokens: int  # generated so far
+    finish_reason: FinishReason | None = None
+    tokens: tuple["SampledToken", ...] = ()  # those that the text came from
+    prompt: tuple["SampledToken", ...] = ()  # the prompt's, from its second token on, if they are scored
+
+
+class Meter:
+    """What a request costs: tokens and time."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._first: float | None = None
+        self._prompt_tokens = 0
+        self._counts: dict[int, int] = {}  # tokens of each choice
+        self._num_unfinished = 0
+
+    def start(self, prompt_tokens: int, num_choices: int) -> None:
+        self._prompt_tokens, self._num_unfinished = prompt_tokens, num_choices
+
+    def add(self, piece: Piece) -> bool:
+        """Whether the piece is its choice's first."""
+        if self._first is None:
+            self._first = time.perf_counter()
+        is_first = piece.index not in self._counts
+        self._counts[piece.index] = piece.num_tokens
+        self._num_unfinished -= piece.finish_reason is not None
+        return is_first
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._num_unfinished
+
+    @property
+    def usage(self) -> Usage:
+        completion_tokens = sum(self._counts.values())
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=self._prompt_tokens + completion_tokens,
+        )
+
+    @property
+    def timings(self) -> Timings:
+        now = time.perf_counter()
+        first = self._first or now
+        waited, generated = max(first - self._begin, 1e-6), max(now - first, 1e-6)
+        num_tokens = sum(self._counts.values())
+        return Timings(
+            prompt_n=self._prompt_tokens,
+            prompt_ms=waited * 1000,
+            prompt_per_second=self._prompt_tokens / waited,
+            predicted_n=num_tokens,
+            predicted_ms=generated * 1000,
+            predicted_per_second=max(num_tokens - len(self._counts), 0) / generated,
+        )
+
+
+async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerator[Piece]:
+    """One choice, until it ends or a stop string comes."""
+    streamer = TextStreamer(loaded.template.tokenizer, question.stop, question.prefix)
+    num_tokens = 0
+    pending: list[SampledToken] = []  # their text is not out yet
+    async with aclosing(loaded.engine.generate(question.prompt_ids, question.params, question.priority)) as outputs:
+        async for output in outputs:
+            num_tokens += 1
+            if output.sampled is not None:
+                pending.append(output.sampled)
+            text = "" if output.token_id is None else streamer.put([output.token_id])
+            reason = output.finish_reason
+            if reason and not streamer.is_stopped:
+                text += streamer.end()
+            if streamer.is_stopped:
+                reason = "stop"
+                pending = visible(pending, text, loaded.texts)
+            if text or reason:
+                yield Piece(index, text, num_tokens, reason, tuple(pending), output.prompt)
+                pending = []
+            elif num_tokens == 1:
+                yield Piece(index, "", num_tokens, prompt=output.prompt)
+            if reason:
+                return
+
+
+def visible(tokens: list["SampledToken"], text: str, texts: TokenTexts) -> list["SampledToken"]:
+    """The tokens before a stop string: as many as it takes to cover the text that is left of theirs."""
+    length = len(text.encode())
+    covered, shown = 0, []
+    for token in tokens:
+        if covered >= length:
+            break
+        shown.append(token)
+        covered += len(texts.bytes_of(token.token_id))
+    return shown
+
+
+async def best(sources: Sequence[AsyncGenerator[Piece]], n: int, first_index: int) -> AsyncGenerator[Piece]:
+    """The `n` answers whose tokens have the highest mean log-probability, best first, each as one piece.
+
+    The first one's `num_tokens` counts the discarded answers too: they were computed.
+    """
+    wholes: dict[int, Piece] = {}
+    async with aclosing(merge(sources)) as pieces:
+        async for piece in pieces:
+            whole = wholes.get(piece.index, piece)
+            wholes[piece.index] = piece if whole is piece else _joined(whole, piece)
+    ranked = sorted(wholes.values(), key=_mean_logprob, reverse=True)
+    discarded = sum(piece.num_tokens for piece in ranked[n:])
+    for rank, piece in enumerate(ranked[:n]):
+        extra = 0 if rank else discarded
+        yield replace(piece, index=first_index + rank, num_tokens=piece.num_tokens + extra)
+
+
+def _joined(whole: Piece, piece: Piece) -> Piece:
+    text, tokens = whole.text + piece.text, whole.tokens + piece.tokens
+    return replace(piece, text=text, tokens=tokens, prompt=whole.prompt)
+
+
+def _mean_logprob(piece: Piece) -> float:
+    values = [token.logprob for token in piece.tokens if token.logprob is not None]
+    return sum(values) / len(values) if values else 0.0
+
+
+async def merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
+    """The items of all sources as they come; leaving it leaves them all. The first error ends it."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as source:
+            async for piece in source:
+                yield piece
+        return
+    items: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def pump(source: AsyncGenerator[Piece]) -> None:
+        try:
+            async with aclosing(source):
+                async for piece in source:
+                    items.put_nowait(piece)
+            items.put_nowait(None)
+        except Exception as error:
+            items.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        pending = len(tasks)
+        while pending:
+            item = await items.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                pending -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

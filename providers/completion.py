@@ -1,0 +1,90 @@
+"""Text completions: prompts of text or tokens, fill-in-the-middle, and choices that may begin with their prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from errors import InvalidRequest
+from logprobs import TokenTexts
+from providers.answer import Piece
+from providers.loading import Loaded
+from schemas import CompletionChoice, CompletionLogprobs, CompletionRequest
+
+if TYPE_CHECKING:
+    from engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str  # as `echo` shows it
+    token_ids: list[int]
+    num_hidden: int = 0  # characters of a first token that the text does not show
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's and the request's
+
+    @classmethod
+    def of(cls, loaded: Loaded, suffix: str | None, prompt: str | list[int]) -> "Prompt":
+        """Takes milliseconds, more for long prompts; raises InvalidRequest."""
+        tokenizer = loaded.template.tokenizer
+        if isinstance(prompt, list):
+            return cls(str(tokenizer.decode(prompt)), prompt)
+        if suffix:
+            token_ids, ends = loaded.template.render_gap(prompt, suffix)
+            return cls(prompt, token_ids, stop_token_ids=tuple(ends))
+        token_ids = loaded.template.render_text(prompt)
+        bos = str(tokenizer.bos_token or "")
+        is_hidden = token_ids[:1] == [tokenizer.bos_token_id] and not prompt.startswith(bos)
+        return cls(prompt, token_ids, len(bos) if is_hidden else 0)
+
+    def adapt(self, params: "SamplingParams", is_ranked: bool) -> "SamplingParams":
+        """`is_ranked`: the answer's log-probabilities are needed, whether they are shown or not."""
+        stop_token_ids = (*params.stop_token_ids, *self.stop_token_ids)
+        num_logprobs = 0 if is_ranked and params.num_logprobs is None else params.num_logprobs
+        return replace(params, stop_token_ids=stop_token_ids, num_logprobs=num_logprobs)
+
+
+def num_answers(request: CompletionRequest) -> tuple[int, int]:
+    """How many each prompt gets, and how many are computed for that; raises InvalidRequest."""
+    n = request.n or 1
+    best_of = request.best_of or n
+    if best_of < n:
+        raise InvalidRequest("best_of must not be smaller than n.", param="best_of", code="invalid_value")
+    if best_of > n and request.stream:
+        raise InvalidRequest(
+            "best_of larger than n cannot be streamed: the best answers are known at the end.",
+            param="best_of",
+            code="invalid_value",
+        )
+    return n, best_of
+
+
+def check_suffix(request: CompletionRequest) -> None:
+    if request.suffix and (request.echo or not all(isinstance(prompt, str) for prompt in request.prompts)):
+        raise InvalidRequest(
+            "suffix goes with prompts of text, and without echo.", param="suffix", code="unsupported_value"
+        )
+
+
+class Choices:
+    """Pieces as choices; it remembers how far each choice's text is."""
+
+    def __init__(self, request: CompletionRequest, prompts: Sequence[Prompt], texts: TokenTexts) -> None:
+        self._echoes, self._shows_logprobs = bool(request.echo), request.logprobs is not None
+        self._prompts = prompts
+        self._answers_per_prompt = request.n or 1
+        self._texts = texts
+        self._offsets: dict[int, int] = {}  # characters
+
+    def of(self, piece: Piece, is_first: bool) -> CompletionChoice:
+        text, tokens, hidden = piece.text, piece.tokens, 0
+        if is_first and self._echoes:
+            from engine.sampling import SampledToken  # not at the top: it takes seconds, and the server answers first
+
+            prompt = self._prompts[piece.index // self._answers_per_prompt]
+            text, hidden = prompt.text + text, prompt.num_hidden
+            tokens = (SampledToken(prompt.token_ids[0]), *piece.prompt, *tokens)
+        offset = self._offsets.get(piece.index, 0)
+        self._offsets[piece.index] = offset + len(text)
+        logprobs: CompletionLogprobs | None = None
+        if self._shows_logprobs and tokens:
+            logprobs = self._texts.completion(tokens, offset - hidden)
+        return CompletionChoice(index=piece.index, text=text, logprobs=logprobs, finish_reason=piece.finish_reason)
