@@ -33,6 +33,11 @@ class InvalidRequest(APIError):
     type = "invalid_request_error"
 
 
+def unsupported(param: str) -> InvalidRequest:
+    """For a field, or a value of it, that cannot be honoured."""
+    return InvalidRequest(f"{param} is not supported.", param=param, code="unsupported_value")
+
+
 class ContextLengthExceeded(InvalidRequest):
     """Prompt and answer do not fit the model's context; the sentence is the one that clients look for."""
 

@@ -2,16 +2,28 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from schemas import ChoiceLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from engine.sampling import SampledToken
 
 UNLIKELY = -9999.0  # what OpenAI shows instead of anything lower, minus infinity above all
+
+
+class Scored(Protocol):
+    """A token of the engine's."""
+
+    @property
+    def token_id(self) -> int: ...
+
+    @property
+    def logprob(self) -> float | None: ...
+
+    @property
+    def top_logprobs(self) -> Sequence[tuple[int, float]]: ...
 
 
 class TokenTexts:
@@ -44,7 +56,7 @@ class TokenTexts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def chat(self, tokens: Sequence["SampledToken"]) -> ChoiceLogprobs:
+    def chat(self, tokens: Sequence[Scored]) -> ChoiceLogprobs:
         """For the tokens of a chunk, all of them scored."""
         return ChoiceLogprobs(
             content=[
@@ -60,7 +72,7 @@ class TokenTexts:
         data = list(self.bytes_of(token_id))
         return TopLogprob(token=self.text_of(token_id), logprob=max(logprob, UNLIKELY), bytes=data)
 
-    def completion(self, tokens: Sequence["SampledToken"], offset: int) -> CompletionLogprobs:
+    def completion(self, tokens: Sequence[Scored], offset: int) -> CompletionLogprobs:
         """The legacy shape; `offset` is the number of characters before, negative where the text does not show the
         first token. The chosen token is among the top ones; a token without a log-probability is a prompt's first."""
         result = CompletionLogprobs()

@@ -22,8 +22,10 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 import errors
+import responses
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from providers import Router
+from providers.loading import Load, load
 from providers.local import LocalProvider
 from request_id import RequestId
 from schemas import (
@@ -35,18 +37,20 @@ from schemas import (
     DetokenizeResponse,
     Model,
     ModelList,
+    ResponseObject,
+    ResponsesRequest,
     TokenizeRequest,
     TokenizeResponse,
 )
-from streaming import collect_chat, collect_completion, sse
+from streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
 
 log = logging.getLogger("main")
 T = TypeVar("T")
 CLIENT_GONE = 499  # nobody reads it; for the log
 
 
-def create_app(settings: Settings, stop: Callable[[], None] | None = None) -> FastAPI:
-    """The application. `stop` ends the process when the model cannot be loaded."""
+def create_app(settings: Settings, stop: Callable[[], None] | None = None, load: Load = load) -> FastAPI:
+    """The application. `stop` ends the process when the model cannot be loaded; `load` loads it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +65,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None) -> Fa
         app.state.failure = sentence
         (stop or _terminate)()
 
-    local = LocalProvider(settings, on_failure)
+    local = LocalProvider(settings, on_failure, load)
     app = FastAPI(title="Gemma 3 / Qwen server", version="0.1.0", lifespan=lifespan)
     app.state.failure = None
     app.state.local = local
@@ -82,12 +86,21 @@ def _add_endpoints(app: FastAPI) -> None:
     @api.post("/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         provider, body.model = router.resolve(body.model)
-        return await _respond(request, body, provider.stream_chat(body), collect_chat)
+        wire = ChunkWire(body.includes_usage)
+        return await _respond(request, body, provider.stream_chat(body), collect_chat, wire)
 
     @api.post("/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         provider, body.model = router.resolve(body.model)
-        return await _respond(request, body, provider.stream_completion(body), collect_completion)
+        wire = ChunkWire(body.includes_usage)
+        return await _respond(request, body, provider.stream_completion(body), collect_completion, wire)
+
+    @api.post("/responses", response_model=ResponseObject)
+    async def create_response(body: ResponsesRequest, request: Request) -> Response:
+        chat = responses.as_chat(body)
+        provider, chat.model = router.resolve(body.model)
+        events = responses.stream(body, provider.stream_chat(chat))
+        return await _respond(request, body, events, responses.collect, EventWire())
 
     @api.get("/models")
     async def list_models() -> ModelList:
@@ -123,9 +136,10 @@ def _add_endpoints(app: FastAPI) -> None:
 
 async def _respond(
     request: Request,
-    body: ChatCompletionRequest | CompletionRequest,
+    body: ChatCompletionRequest | CompletionRequest | ResponsesRequest,
     chunks: AsyncGenerator[Any],
     collect: Callable[[AsyncIterator[Any]], Awaitable[Any]],
+    wire: Wire,
 ) -> Response:
     """A stream or its fold. Either stops the work behind it when the client leaves."""
     headers = _ignored_fields_header(body)
@@ -133,7 +147,7 @@ async def _respond(
         first = await _unless_client_leaves(request, anext(chunks))
         if first is None:
             return Response(status_code=CLIENT_GONE)
-        events = sse(_chain(first, chunks), body.includes_usage)
+        events = sse(first, chunks, wire)
         return EventStream(events, {**headers, **_STREAM_HEADERS})
     answer = await _unless_client_leaves(request, collect(chunks))
     if answer is None:
@@ -158,15 +172,6 @@ class EventStream(StreamingResponse):
             await self._events.aclose()
 
 
-async def _chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    try:
-        yield first
-        async for item in rest:
-            yield item
-    finally:
-        await rest.aclose()
-
-
 async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | None:
     """The result of `work`; None, and `work` cancelled, if the connection closes first."""
 
@@ -185,7 +190,7 @@ async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | Non
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-def _ignored_fields_header(body: ChatCompletionRequest | CompletionRequest) -> dict[str, str]:
+def _ignored_fields_header(body: ChatCompletionRequest | CompletionRequest | ResponsesRequest) -> dict[str, str]:
     names = [name for name in body.ignored_fields if name.isascii() and name.isprintable()]
     return {"X-Ignored-Fields": ", ".join(names)[:1000]} if names else {}
 

@@ -86,6 +86,7 @@ class PromptTemplate:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", model_type: str) -> None:
         self.tokenizer = tokenizer
+        self.detokenizer = _detokenizer(tokenizer)
         self.family = family_of(model_type, tokenizer.get_vocab())
         own = tokenizer.chat_template
         self._template = None if own else self.family.template
@@ -229,6 +230,17 @@ def fold_tools(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
 def _called(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     return function if isinstance(function, dict) else {}
+
+
+def _detokenizer(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """What decodes single tokens: the tokenizer's core, in a fifth of the time, where its `decode` adds nothing."""
+    from transformers import PreTrainedTokenizerFast
+
+    adds_nothing = all(
+        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")
+    )
+    is_plain = adds_nothing and not tokenizer.clean_up_tokenization_spaces
+    return tokenizer.backend_tokenizer if is_plain else tokenizer
 
 
 def _ending(

@@ -49,25 +49,29 @@ class _Request(BaseModel):
     )
 
     @classmethod
-    def support(cls) -> dict[str, Support]:
-        """What becomes of each field."""
-        return {name: cls._mark(name).get("x-support", "honoured") for name in cls.model_fields}
+    def support(cls, name: str) -> Support:
+        """What becomes of a field."""
+        return cast(Support, cls._mark(name).get("x-support", "honoured"))
 
     @classmethod
     def _mark(cls, name: str) -> Object:
         return cast(Object, cls.model_fields[name].json_schema_extra or {})
 
     @property
+    def _sent_fields(self) -> set[str]:
+        return self.model_fields_set & type(self).model_fields.keys()
+
+    @property
     def refused_fields(self) -> list[str]:
         """Those that ask for what the local model does not do."""
-        refused = [name for name, support in self.support().items() if support == "refused"]
-        return [name for name in refused if getattr(self, name) not in self._mark(name)["x-neutral"]]
+        refused = [name for name in self._sent_fields if self.support(name) == "refused"]
+        return sorted(name for name in refused if getattr(self, name) not in self._mark(name)["x-neutral"])
 
     @property
     def ignored_fields(self) -> list[str]:
         """Those that are sent and change nothing though their sender may have meant them to."""
-        sent = [name for name in self.model_fields_set & self.support().keys() if getattr(self, name) is not None]
-        return sorted([*(self.model_extra or {}), *(name for name in sent if self.support()[name] == "not yet")])
+        not_yet = [name for name in self._sent_fields if self.support(name) == "not yet"]
+        return sorted([*(self.model_extra or {}), *(name for name in not_yet if getattr(self, name) is not None)])
 
 
 class ContentPart(_Request):
@@ -95,11 +99,10 @@ StopString = Annotated[str, Field(max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _GenerationRequest(_Request):
-    """The fields that chat completions and completions share."""
+class _SamplingRequest(_Request):
+    """The fields that all requests for text share."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
@@ -113,9 +116,7 @@ class _GenerationRequest(_Request):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: str | None = _no_meaning("a label of the client's.")
 
     @field_validator("logit_bias", mode="before")
@@ -125,6 +126,17 @@ class _GenerationRequest(_Request):
         if not isinstance(value, dict):
             return value
         return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
+
+
+SAMPLING_FIELDS = tuple(_SamplingRequest.model_fields)
+
+
+class _CompletionRequest(_SamplingRequest):
+    """The fields that chat completions and completions share."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=128)
+    stream_options: StreamOptions | None = None
 
     @property
     def num_prompt_logprobs(self) -> int | None:
@@ -140,7 +152,7 @@ class _GenerationRequest(_Request):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatCompletionRequest(_GenerationRequest):
+class ChatCompletionRequest(_CompletionRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -194,7 +206,7 @@ class ChatCompletionRequest(_GenerationRequest):
         return value
 
 
-class CompletionRequest(_GenerationRequest):
+class CompletionRequest(_CompletionRequest):
     max_tokens: int | None = Field(None, ge=0)  # 0: only the prompt, for echo
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
@@ -216,6 +228,61 @@ class CompletionRequest(_GenerationRequest):
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)
+
+
+class InputPart(_Request):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class InputItem(_Request):
+    """A message, a tool call or its result; the fields of the others are None."""
+
+    type: str = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[InputPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[InputPart] | None = None
+
+
+class TextConfig(_Request):
+    format: Object | None = _refused({"type": "text"})
+    verbosity: str | None = _refused("medium")
+
+
+class ResponsesRequest(_SamplingRequest):
+    input: str | list[InputItem]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    include: list[str] | None = Field(None, description="message.output_text.logprobs; others have nothing to include.")
+    text: TextConfig | None = None
+    tools: list[Object] | None = _not_yet("Accepted, not shown to the model, and named in X-Ignored-Fields.")
+    parallel_tool_calls: bool | None = _not_yet("Accepted, and named in X-Ignored-Fields.")
+    tool_choice: str | Object | None = _refused("none", "auto")
+    background: bool | None = _refused(False)
+    context_management: list[Object] | None = _refused([])
+    conversation: str | Object | None = _refused()
+    moderation: Object | None = _refused()
+    previous_response_id: str | None = _refused()
+    prompt: Object | None = _refused()
+    truncation: str | None = _refused("disabled")
+    access_programs: Object | None = _no_meaning("there are none.")
+    background_options: Object | None = _no_meaning("nothing runs in the background.")
+    image: Object | None = _no_meaning("no image is made.")
+    max_tool_calls: int | None = _no_meaning("the server calls no tools.")
+    metadata: Object | None = _no_meaning("nothing is stored; it comes back with the answer.")
+    prompt_cache_key: str | None = _no_meaning("prompts are told apart by their tokens.")
+    prompt_cache_options: Object | None = _no_meaning("prompts are told apart by their tokens.")
+    prompt_cache_retention: str | None = _no_meaning("prompts are kept while there is room.")
+    reasoning: Object | None = _no_meaning("these models have no such control.")
+    safety_identifier: str | None = _no_meaning("a label of the client's.")
+    service_tier: str | None = _no_meaning("there is one tier.")
+    store: bool | None = _no_meaning("nothing is stored.")
+    stream_options: StreamOptions | None = _no_meaning("nothing is added to the events.")
 
 
 class TokenizeRequest(_Request):
@@ -389,3 +456,115 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+# --- responses
+
+
+class OutputText(BaseModel):
+    type: Literal["output_text"] = "output_text"
+    text: str = ""
+    annotations: list[Object] = []
+    logprobs: list[TokenLogprob] = []
+
+
+class OutputMessage(BaseModel):
+    id: str = Field(default_factory=lambda: f"msg_{uuid4().hex}")
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[OutputText] = []
+
+
+class InputTokensDetails(BaseModel):
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(BaseModel):
+    reasoning_tokens: int = 0
+
+
+class ResponsesUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails = InputTokensDetails()
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
+    total_tokens: int
+
+
+class ResponseObject(BaseModel):
+    id: str = Field(default_factory=lambda: f"resp_{uuid4().hex}")
+    object: Literal["response"] = "response"
+    created_at: float = Field(default_factory=time.time)
+    completed_at: float | None = None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: Object | None = None
+    incomplete_details: Object | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    metadata: Object = {}
+    model: str
+    output: list[OutputMessage] = []
+    parallel_tool_calls: bool = True
+    previous_response_id: None = None
+    store: Literal[False] = False
+    temperature: float | None = None
+    text: Object = {"format": {"type": "text"}}
+    tool_choice: str = "auto"
+    tools: list[Object] = []
+    top_logprobs: int | None = None
+    top_p: float | None = None
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponsesUsage | None = None
+    user: str | None = None
+
+
+class ResponsesEvent(BaseModel):
+    type: str
+    sequence_number: int = 0
+
+    def numbered(self, sequence_number: int) -> "ResponsesEvent":
+        self.sequence_number = sequence_number
+        return self
+
+
+class ResponseStateEvent(ResponsesEvent):
+    response: ResponseObject
+
+
+class OutputItemEvent(ResponsesEvent):
+    output_index: int
+    item: OutputMessage
+
+
+class ContentPartEvent(ResponsesEvent):
+    output_index: int
+    content_index: int
+    item_id: str
+    part: OutputText
+
+
+class OutputTextDelta(ResponsesEvent):
+    type: Literal["response.output_text.delta"] = "response.output_text.delta"
+    output_index: int
+    content_index: int
+    item_id: str
+    delta: str
+    logprobs: list[TokenLogprob]
+
+
+class OutputTextDone(ResponsesEvent):
+    type: Literal["response.output_text.done"] = "response.output_text.done"
+    output_index: int
+    content_index: int
+    item_id: str
+    text: str
+    logprobs: list[TokenLogprob]
+
+
+class ErrorEvent(ResponsesEvent):
+    type: Literal["error"] = "error"
+    message: str
+    code: str | None
+    param: str | None

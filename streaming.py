@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 from errors import APIError
 from schemas import (
@@ -19,7 +19,11 @@ from schemas import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    ErrorEvent,
     FinishReason,
+    ResponseObject,
+    ResponsesEvent,
+    ResponseStateEvent,
     TokenLogprob,
     Usage,
 )
@@ -81,6 +85,8 @@ class TextStreamer:
         return new.replace(REPLACEMENT, "")
 
     def _release(self, text: str) -> str:
+        if not self._stop:
+            return text
         self._held += text
         found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
         if found:  # the one that was complete first, so that it does not matter how the text was split
@@ -97,25 +103,84 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-async def sse(
-    chunks: AsyncGenerator[ChatCompletionChunk] | AsyncGenerator[Completion], include_usage: bool
-) -> AsyncGenerator[bytes]:
-    """Server-sent events: `data: {json}`, at the end `data: [DONE]`; an error becomes the last event instead."""
+class Wire(Protocol):
+    """How the objects of a stream become server-sent events."""
+
+    def event(self, item: Any) -> bytes: ...
+
+    def failure(self, error: APIError) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+
+class ChunkWire:
+    """Chat completions and completions: `data: {json}`, at the end `data: [DONE]`; an error as the last event instead.
+
+    `usage` is on every chunk, null but for the last one, if it was asked for; else there is no such key.
+    """
+
+    def __init__(self, include_usage: bool) -> None:
+        self._include_usage = include_usage
+
+    def event(self, item: ChatCompletionChunk | Completion) -> bytes:
+        if self._include_usage:
+            return _data(item.model_dump_json())
+        return _data(item.model_dump_json(exclude={"usage"})) if item.choices else b""
+
+    def failure(self, error: APIError) -> bytes:
+        return _data(json.dumps(error.body()))
+
+    def end(self) -> bytes:
+        return _data("[DONE]")
+
+
+class EventWire:
+    """Responses: events with names. An error is one of them, and ends in a response that failed."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._response: ResponseObject | None = None
+
+    def event(self, item: ResponsesEvent) -> bytes:
+        self._number = item.sequence_number
+        if isinstance(item, ResponseStateEvent):
+            self._response = item.response
+        return f"event: {item.type}\n".encode() + _data(item.model_dump_json())
+
+    def failure(self, error: APIError) -> bytes:
+        number = self._number + 1
+        told = ErrorEvent(sequence_number=number, message=error.message, code=error.code, param=error.param)
+        if self._response is None:
+            return self.event(told)
+        problem = {"code": "server_error", "message": error.message}
+        failed = self._response.model_copy(update={"status": "failed", "error": problem})
+        last = ResponseStateEvent(type="response.failed", sequence_number=number + 1, response=failed)
+        return self.event(told) + self.event(last)
+
+    def end(self) -> bytes:
+        return b""
+
+
+async def sse(first: Any, rest: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
+    """Server-sent events of a stream that has begun, its errors among them."""
     try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                if include_usage or chunk.choices:
-                    yield _event(chunk.model_dump_json(exclude=None if include_usage else {"usage"}))
-        yield _event("[DONE]")
+        async with aclosing(rest):
+            if event := wire.event(first):
+                yield event
+            async for item in rest:
+                if event := wire.event(item):
+                    yield event
+        if end := wire.end():
+            yield end
     except APIError as error:
-        yield _event(json.dumps(error.body()))
+        yield wire.failure(error)
     except Exception:
         log.exception("a stream failed")
-        yield _event(json.dumps(APIError("The server failed; it has been logged.").body()))
+        yield wire.failure(APIError("The server failed; it has been logged."))
 
 
-def _event(data: str) -> bytes:
-    return b"data: " + data.encode() + b"\n\n"
+def _data(text: str) -> bytes:
+    return b"data: " + text.encode() + b"\n\n"
 
 
 async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
@@ -138,8 +203,9 @@ async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatComple
         for index, text in sorted(fold.texts.items())
     ]
     assert fold.last is not None and fold.usage is not None
+    last = fold.last
     return ChatCompletion(
-        id=fold.last.id, created=fold.last.created, model=fold.last.model, choices=choices, usage=fold.usage
+        id=last.id, created=last.created, model=last.model, choices=choices, usage=fold.usage, timings=last.timings
     )
 
 
@@ -159,10 +225,8 @@ async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:
         CompletionChoice(index=index, text=text, logprobs=logprobs.get(index), finish_reason=fold.reasons[index])
         for index, text in sorted(fold.texts.items())
     ]
-    assert fold.last is not None
-    return Completion(
-        id=fold.last.id, created=fold.last.created, model=fold.last.model, choices=choices, usage=fold.usage
-    )
+    assert isinstance(fold.last, Completion)
+    return fold.last.model_copy(update={"choices": choices})
 
 
 class _Fold:

@@ -69,7 +69,7 @@ class Server:
 @contextmanager
 def serving(model_path: str) -> Iterator[Server]:
     """`python main.py` on a free port of this machine, until the block ends."""
-    port = _free_port()
+    port = free_port()
     place = {"MODEL_PATH": model_path, "DTYPE": DTYPE, "HOST": "127.0.0.1", "PORT": str(port)}
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "server.log"
@@ -84,7 +84,7 @@ def serving(model_path: str) -> Iterator[Server]:
             _stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from engine.engine import Engine, EngineOptions, build_engine
-from engine.model_runner import load_model
+from engine.model_runner import ModelRunner, load_model
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
@@ -52,9 +52,10 @@ class Parts:
     def __init__(self, engine: Engine) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of the step under way
         self._wrap(engine.scheduler, "schedule", "update")
-        self._wrap(engine.runner, "run")
-        self._wrap(engine.runner.model, "forward")
-        self._wrap(engine.runner.sampler, "sample")
+        runner = cast(ModelRunner, engine.runner)
+        self._wrap(runner, "run")
+        self._wrap(runner.model, "forward")
+        self._wrap(runner.sampler, "sample")
 
     def _wrap(self, owner: object, *names: str) -> None:
         for name in names:
@@ -124,7 +125,7 @@ def measure(engine: Engine, bare: BareModel, parts: Parts, batch: int) -> StepCo
 def _prefill(engine: Engine, bare: BareModel, batch: int) -> list[Sequence]:
     """Takes both past the prompts, which have one length and are computed in one step."""
     rng = random.Random(batch)
-    vocabulary = engine.runner.model.config.get_text_config().vocab_size
+    vocabulary = engine.runner.num_embeddings
     prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(batch)]
     params = SamplingParams(max_tokens=NUM_WARM_UP + NUM_STEPS + 2, temperature=0.0, ignore_eos=True)
     sequences = [Sequence(prompt, params, sink=lambda output: None) for prompt in prompts]

@@ -9,16 +9,16 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Protocol
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.model_runner import ModelRunner, Report, load_model, probe_layers
-from engine.sampling import SamplingParams
-from engine.scheduler import Limits, Scheduler
+from engine.sampling import SampledToken, SamplingParams
+from engine.scheduler import Batch, Limits, Scheduler
 from engine.sequence import Sequence, Sink, TokenOutput
 from errors import EngineFailure, ModelLoadError, Overloaded, Unavailable
 
@@ -50,8 +50,17 @@ _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max
 }
 
 
+class Runner(Protocol):
+    """What computes the batches: a ModelRunner, or something that stands in for it."""
+
+    @property
+    def num_embeddings(self) -> int: ...
+
+    def run(self, batch: Batch) -> list[SampledToken | None]: ...
+
+
 class Engine:
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, max_waiting: int = 1024) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, max_waiting: int = 1024) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.max_waiting = max_waiting
@@ -75,7 +84,7 @@ class Engine:
     @property
     def num_embeddings(self) -> int:
         """Token ids are below it; a tokenizer may know more."""
-        return cast(torch.Tensor, self.runner.model.get_input_embeddings().weight).shape[0]
+        return self.runner.num_embeddings
 
     @property
     def num_running(self) -> int:
@@ -203,15 +212,19 @@ def _call_sinks(outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
         sink(output)
 
 
-def load_engine(directory: Path, options: EngineOptions, stop_token_ids: Iterable[int], report: Report) -> Engine:
-    """The engine for the model in `directory`, not started. Raises ModelLoadError. Blocks for seconds or minutes.
+def load_engine(
+    directory: Path, options: EngineOptions, stop_token_ids: Iterable[int], report: Report
+) -> tuple[Engine, GenerationConfig | None]:
+    """The engine for the model in `directory`, not started, and what the model's authors recommend.
+
+    Raises ModelLoadError. Blocks for seconds or minutes.
 
     `stop_token_ids` end an answer beside those that the model's own generation config names.
     """
     model = load_model(directory, options.dtype, options.device_map, report)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos_ids = frozenset([*stop_token_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
-    return build_engine(model, options, eos_ids)
+    return build_engine(model, options, eos_ids), model.generation_config
 
 
 def build_engine(model: PreTrainedModel, options: EngineOptions, eos_token_ids: frozenset[int]) -> Engine:

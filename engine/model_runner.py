@@ -215,6 +215,10 @@ class ModelRunner:
         self.device = input_device(model)
         self.dtype = model.dtype
 
+    @property
+    def num_embeddings(self) -> int:
+        return cast(torch.Tensor, self.model.get_input_embeddings().weight).shape[0]
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[SampledToken | None]:
         """The next token of each complete span, in the batch's order. Raises what the model raises."""

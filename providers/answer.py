@@ -98,7 +98,7 @@ class Meter:
 
 async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerator[Piece]:
     """One choice, until it ends or a stop string comes."""
-    streamer = TextStreamer(loaded.template.tokenizer, question.stop, question.prefix)
+    streamer = TextStreamer(loaded.template.detokenizer, question.stop, question.prefix)
     num_tokens = 0
     pending: list[SampledToken] = []  # their text is not out yet
     async with aclosing(loaded.engine.generate(question.prompt_ids, question.params, question.priority)) as outputs:
@@ -161,13 +161,12 @@ def _mean_logprob(piece: Piece) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-async def merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
+def merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
     """The items of all sources as they come; leaving it leaves them all. The first error ends it."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as source:
-            async for piece in source:
-                yield piece
-        return
+    return sources[0] if len(sources) == 1 else _merge(sources)
+
+
+async def _merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
     items: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
 
     async def pump(source: AsyncGenerator[Piece]) -> None:

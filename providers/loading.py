@@ -31,6 +31,9 @@ class Loaded:
     defaults: dict[str, Any]  # sampling parameters of the model's generation config
 
 
+Load = Callable[[str, Settings, Progress], Loaded]
+
+
 def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
@@ -42,11 +45,9 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     config, _ = check_model(directory, options.dtype, options.device_map)
     progress.report("loading tokenizer", 0.0)
     template = load_template(directory, config.model_type)
-    engine = load_engine(directory, options, template.stop_token_ids, progress.report)
+    engine, generation_config = load_engine(directory, options, template.stop_token_ids, progress.report)
     progress.report("ready", 1.0)
-    return Loaded(
-        engine, template, TokenTexts(template.tokenizer), sampling_defaults(engine.runner.model.generation_config)
-    )
+    return Loaded(engine, template, TokenTexts(template.tokenizer), sampling_defaults(generation_config))
 
 
 async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:

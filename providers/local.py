@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import checkpoint
 from config import Settings
-from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound
+from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
 from logprobs import TokenTexts
 from progress import Progress
 from providers.answer import Meter, Piece, Question, answer, best, merge
 from providers.completion import Choices, Prompt, check_suffix, num_answers
-from providers.loading import Loaded, in_daemon_thread, load
+from providers.loading import Load, Loaded, in_daemon_thread, load
 from schemas import (
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -43,7 +43,7 @@ BACKGROUND = 1  # priority of what nobody is looking at
 
 
 class LocalProvider:
-    def __init__(self, settings: Settings, on_failure: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, on_failure: Callable[[str], None], load: Load = load) -> None:
         """`on_failure` gets one sentence if the model cannot be loaded."""
         self.settings = settings
         self.progress = Progress()
@@ -52,7 +52,8 @@ class LocalProvider:
         self._names = {name.casefold() for name in (self.name, self.path, checkpoint.served_name(self.path))}
         self._created = int(time.time())
         self._on_failure = on_failure
-        self._loaded: Loaded | None = None
+        self._load_model = load
+        self.loaded: Loaded | None = None
         self._loading: asyncio.Task[None] | None = None
         self._failure: str | None = None
 
@@ -70,14 +71,14 @@ class LocalProvider:
     async def _load(self) -> None:
         begin = time.monotonic()
         try:
-            self._loaded = await in_daemon_thread(partial(load, self.path, self.settings, self.progress))
+            self.loaded = await in_daemon_thread(partial(self._load_model, self.path, self.settings, self.progress))
         except ModelLoadError as error:
             self._fail(str(error))
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             self._fail(f"The model {self.path} cannot be loaded: {type(error).__name__}: {error}")
         else:
-            self._loaded.engine.start()
+            self.loaded.engine.start()
             log.info("%s is ready after %.1f s", self.name, time.monotonic() - begin)
 
     def _fail(self, sentence: str) -> None:
@@ -87,18 +88,18 @@ class LocalProvider:
     async def close(self, timeout: float) -> None:
         if self._loading is not None:
             self._loading.cancel()
-        if self._loaded is not None:
-            await self._loaded.engine.close(timeout)
+        if self.loaded is not None:
+            await self.loaded.engine.close(timeout)
 
     @property
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Whether it can serve, and what to say about it."""
         if self._failure is not None:
             return False, {"status": "failed", "model": self.name, "message": self._failure}
-        if self._loaded is None:
+        if self.loaded is None:
             progress = {"phase": self.progress.phase, "fraction": round(self.progress.fraction, 3)}
             return False, {"status": "loading", "model": self.name, "progress": progress}
-        engine = self._loaded.engine
+        engine = self.loaded.engine
         counts = {"running": engine.num_running, "waiting": engine.num_waiting, "kv_blocks": engine.num_used_blocks}
         if engine.failure is not None:
             return False, {"status": "failed", "model": self.name, **counts}
@@ -116,7 +117,7 @@ class LocalProvider:
                 created=self._created,
                 permission=[ModelPermission(created=self._created)],
                 root=self.path,
-                max_model_len=self._loaded.engine.max_model_len if self._loaded else None,
+                max_model_len=self.loaded.engine.max_model_len if self.loaded else None,
             )
         ]
 
@@ -124,16 +125,16 @@ class LocalProvider:
         """The loaded model; raises InvalidRequest for a field that asks for what it does not do."""
         loaded = self._ready(request.model)
         for name in request.refused_fields:
-            raise InvalidRequest(f"{name} is not supported.", param=name, code="unsupported_value")
+            raise unsupported(name)
         return loaded
 
     def _ready(self, model: str) -> Loaded:
         if not self.serves(model):
             raise ModelNotFound(f"The model {model!r} does not exist; this server has {self.name!r}.", param="model")
-        if self._loaded is None:
+        if self.loaded is None:
             percent = round(100 * self.progress.fraction)
             raise ModelLoading(f"The model is loading ({self.progress.phase}: {percent} %).", retry_after=5)
-        return self._loaded
+        return self.loaded
 
     # --- answers
 

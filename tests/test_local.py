@@ -9,8 +9,8 @@ import pytest
 from config import Settings
 from errors import ModelLoading, ModelNotFound
 from providers import Router
-from providers.loading import sampling_defaults
 from providers.answer import Piece, merge
+from providers.loading import sampling_defaults
 from providers.local import LocalProvider
 from schemas import ChatCompletionRequest
 

@@ -10,7 +10,7 @@ from models import byte_tokenizer
 
 from errors import Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, Usage
-from streaming import REPLACEMENT, TextStreamer, collect_chat, sse
+from streaming import REPLACEMENT, ChunkWire, TextStreamer, collect_chat, sse
 
 TOKENIZER = byte_tokenizer()
 TEXTS = ["plain text", "日本語のテキスト", "😀👩‍👩‍👧‍👦🇫🇷", "naïve Ωμέγα\n\n한국어 text", "a" * 50]
@@ -113,7 +113,8 @@ async def chunks(fail: bool = False) -> AsyncIterator[ChatCompletionChunk]:
 
 def events(include_usage: bool, fail: bool = False) -> list[str]:
     async def read() -> bytes:
-        return b"".join([event async for event in sse(chunks(fail), include_usage)])
+        items = chunks(fail)
+        return b"".join([event async for event in sse(await anext(items), items, ChunkWire(include_usage))])
 
     text = asyncio.run(read()).decode()
     assert text.endswith("\n\n")

@@ -9,7 +9,7 @@ import pytest
 from process import ROOT
 
 OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
-OURS |= {"conversion", "atomic_files", "request_id", "logprobs"}
+OURS |= {"conversion", "atomic_files", "request_id", "logprobs", "responses"}
 ALLOWED = {  # file or folder -> which of our modules it may import
     "errors.py": set(),
     "config.py": set(),
@@ -21,6 +21,7 @@ ALLOWED = {  # file or folder -> which of our modules it may import
     "conversion.py": {"errors", "atomic_files"},
     "checkpoint.py": {"errors", "atomic_files", "conversion"},
     "streaming.py": {"errors", "schemas"},
+    "responses.py": {"errors", "schemas"},
     "prompt_templates.py": {"errors", "schemas"},
     "engine": {"errors", "engine"},
 }

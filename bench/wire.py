@@ -1,0 +1,222 @@
+"""Wire: what the server itself costs per streamed token, with a model that computes nothing.
+
+    python -m bench.wire
+
+Everything but the forward is the real thing: uvicorn, the app, templates, scheduler, streamer, chunks. The null model
+gives each sequence a token of a real text, at once or at a pace. Measured in the server: processor time of the event
+loop's thread over the tokens streamed, and a heartbeat on the loop, missed where a tick comes after the next was due.
+At a pace the loop sleeps and wakes between steps, which is in its time too; the more so, the fewer the streams.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx2
+import torch
+import uvicorn
+
+import checkpoint
+from config import Settings
+from engine.engine import Engine
+from engine.kv_cache import CachePlan, KVCache, LayerSpec
+from engine.sampling import SampledToken
+from engine.scheduler import Batch, Limits, Scheduler
+from logprobs import TokenTexts
+from main import create_app
+from progress import Progress
+from providers.loading import Loaded, load_template
+
+HEARTBEAT = 0.5  # seconds
+MAX_COST = 60.0  # microseconds of the event loop per token
+LEVELS = (  # concurrent streams, tokens of each, seconds between two tokens of a stream
+    (1, 1000, 0.0),
+    (16, 1000, 0.0),
+    (100, 400, 0.0),
+    (16, 200, 0.05),
+    (500, 100, 0.1),
+)
+WORDS = "The old lighthouse keeper measured the broken clock before the rain began, 安静地, and wrote it all down. "
+CONTEXT = 2048
+
+
+class NullRunner:
+    """Gives every sequence the next token of the same text, one batch per `interval` seconds."""
+
+    def __init__(self, token_ids: list[int], num_embeddings: int) -> None:
+        self.num_embeddings = num_embeddings
+        self.num_tokens = 0
+        self.interval = 0.0
+        self._token_ids = token_ids
+        self._next_step = 0.0
+
+    def run(self, batch: Batch) -> list[SampledToken | None]:
+        time.sleep(max(0.0, self._next_step - time.monotonic()))
+        self._next_step = time.monotonic() + self.interval
+        complete = [span.sequence for span in batch.spans if span.is_complete]
+        self.num_tokens += len(complete)
+        return [SampledToken(self._token_ids[s.num_output_tokens % len(self._token_ids)]) for s in complete]
+
+
+def load_null(path: str, settings: Settings, progress: Progress) -> Loaded:
+    """The tokenizer and template of a real model, without its weights."""
+    directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
+    template = load_template(directory, json.loads((directory / "config.json").read_text())["model_type"])
+    token_ids = template.render_text(WORDS)
+    runner = NullRunner(token_ids, len(template.tokenizer))
+    specs = {0: LayerSpec(1, 1, 1, None, torch.float32, torch.device("cpu"))}
+    plan = CachePlan.fit(specs, 512 * CONTEXT * specs[0].bytes_per_token, 16, 512, CONTEXT)
+    scheduler = Scheduler(KVCache(plan, specs), Limits(512, 1 << 16, 1 << 16, CONTEXT), frozenset())
+    return Loaded(Engine(runner, scheduler), template, TokenTexts(template.tokenizer), {"temperature": 0.0})
+
+
+class Gauge:
+    """The event loop's processor time, and its heartbeat, since the last reading."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0  # seconds that a tick came late
+        self.num_missed = 0
+
+    async def beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        for tick in itertools.count(1):
+            if tick == 1:
+                start = loop.time()
+            await asyncio.sleep(start + tick * HEARTBEAT - loop.time())
+            late = loop.time() - (start + tick * HEARTBEAT)
+            self.worst = max(self.worst, late)
+            self.num_missed += late > HEARTBEAT
+
+    def read(self) -> dict[str, float]:
+        reading = {"cpu_s": time.thread_time(), "worst_s": self.worst, "num_missed": self.num_missed}
+        self.worst, self.num_missed = 0.0, 0
+        return reading
+
+
+def serve(port: int) -> None:
+    settings = Settings(_cli_parse_args=False, port=port, host="127.0.0.1", max_num_seqs=512)
+    app = create_app(settings, load=load_null)
+    gauge = Gauge()
+    beats: list[asyncio.Task[None]] = []
+
+    @app.get("/gauge")
+    async def read(interval: float) -> dict[str, float]:
+        if not beats:
+            beats.append(asyncio.create_task(gauge.beat()))
+        runner: NullRunner = app.state.local.loaded.engine.runner
+        runner.interval = interval
+        return {**gauge.read(), "num_tokens": runner.num_tokens}
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+@dataclass(frozen=True)
+class Cost:
+    streams: int
+    interval_s: float
+    tokens: int
+    loop_us_per_token: float
+    tokens_per_s: float
+    worst_heartbeat_ms: float
+    missed_heartbeats: int
+
+
+def measure(port: int, streams: int, tokens: int, interval: float) -> Cost:
+    url = f"http://127.0.0.1:{port}/gauge?interval={interval}"
+    before = httpx2.get(url, trust_env=False).json()
+    begin = time.perf_counter()
+    _read_to_the_end([_request(port, tokens) for _ in range(streams)])
+    wall = time.perf_counter() - begin
+    after = httpx2.get(url, trust_env=False).json()
+    counted = after["num_tokens"] - before["num_tokens"]
+    cost = (after["cpu_s"] - before["cpu_s"]) / counted * 1e6
+    return Cost(streams, interval, counted, cost, counted / wall, after["worst_s"] * 1e3, int(after["num_missed"]))
+
+
+def _request(port: int, tokens: int) -> socket.socket:
+    """A streaming chat over a bare socket."""
+    model = checkpoint.served_name(checkpoint.default_model_path())
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": tokens, "stream": True}
+    text = json.dumps(body)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close"
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(f"{head}\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+    connection.setblocking(False)
+    return connection
+
+
+def _read_to_the_end(connections: list[socket.socket]) -> None:
+    """Looks at the sockets now and then: a reader that waits must be woken for each event, at the server's expense."""
+    tails = dict.fromkeys(connections, b"")
+    open_ones = set(connections)
+    while open_ones:
+        time.sleep(0.2)
+        for connection in list(open_ones):
+            with suppress(BlockingIOError):
+                while data := connection.recv(1 << 20):
+                    tails[connection] = (tails[connection] + data)[-64:]
+                open_ones.remove(connection)
+                connection.close()
+    failed = sum(b"data: [DONE]" not in tail for tail in tails.values())
+    if failed:
+        sys.exit(f"error: {failed} of {len(tails)} streams did not end with [DONE]")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", type=int, metavar="PORT", help="be the server")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        return serve(arguments.serve)
+    costs = measure_all()
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(cost) for cost in costs]))
+
+
+def measure_all() -> list[Cost]:
+    from bench.run import ROOT, free_port
+
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "bench.wire", "--serve", str(port)], cwd=ROOT)
+    try:
+        _wait(process, port)
+        print("streams  pace s  loop us/token  tokens/s  worst heartbeat ms  missed")
+        costs = []
+        for level in LEVELS:
+            cost = measure(port, *level)
+            costs.append(cost)
+            print(
+                f"{cost.streams:7d}  {cost.interval_s:6.2f}  {cost.loop_us_per_token:13.1f}  {cost.tokens_per_s:8.0f}"
+                f"  {cost.worst_heartbeat_ms:18.1f}  {cost.missed_heartbeats:6d}",
+                flush=True,
+            )
+        return costs
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            sys.exit("error: the null server ended")
+        try:
+            if httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200:
+                return
+        except httpx2.TransportError:
+            pass
+        time.sleep(0.1)
+    sys.exit("error: the null server did not start")
+
+
+if __name__ == "__main__":
+    main()

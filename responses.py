@@ -1,0 +1,207 @@
+"""/v1/responses as a view of chat completions: its request becomes one, and the chunks become its events.
+
+Stateless: nothing is stored, so whatever refers to an earlier response is refused by name. Source of the events and of
+their order: https://platform.openai.com/docs/api-reference/responses-streaming. It knows no provider.
+"""
+
+import itertools
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from errors import APIError, InvalidRequest, unsupported
+from schemas import (
+    SAMPLING_FIELDS,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ContentPartEvent,
+    InputItem,
+    InputPart,
+    OutputItemEvent,
+    OutputMessage,
+    OutputText,
+    OutputTextDelta,
+    OutputTextDone,
+    ResponseObject,
+    ResponsesEvent,
+    ResponsesRequest,
+    ResponseStateEvent,
+    ResponsesUsage,
+    Usage,
+)
+
+PART_TYPES = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # here -> in chat
+LOGPROBS = "message.output_text.logprobs"  # what `include` says to ask for them
+
+
+def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
+    """The same question as a chat completion. Raises InvalidRequest, whose param names the field of this request."""
+    for name in request.refused_fields:
+        raise unsupported(name)
+    for name in request.text.refused_fields if request.text else ():
+        raise unsupported(f"text.{name}")
+    shared: dict[str, Any] = request.model_dump(include=set(SAMPLING_FIELDS), exclude_none=True)
+    wants_logprobs = LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
+    return ChatCompletionRequest.model_validate(
+        {
+            **shared,
+            "messages": _messages(request),
+            "max_tokens": request.max_output_tokens,
+            "logprobs": wants_logprobs or None,
+            "top_logprobs": request.top_logprobs,
+        }
+    )
+
+
+def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    if request.instructions:
+        messages.append({"role": "system", "content": request.instructions})
+    if isinstance(request.input, str):
+        return [*messages, {"role": "user", "content": request.input}]
+    for number, item in enumerate(request.input):
+        add = _ITEMS.get(item.type)
+        if add is None:
+            raise unsupported(f"input[{number}].type")
+        add(messages, item, f"input[{number}]")
+    if not messages:
+        raise InvalidRequest("input is empty.", param="input", code="invalid_value")
+    return messages
+
+
+def _add_message(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+    if item.role is None:
+        raise InvalidRequest(f"{path} has no role.", param=f"{path}.role", code="missing_required_parameter")
+    messages.append({"role": item.role, "content": _content(item.content, f"{path}.content")})
+
+
+def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+    """The calls of one turn become one message."""
+    function = {"name": item.name or "", "arguments": item.arguments or ""}
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None})
+    messages[-1].setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+
+
+def _add_result(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+    content = _content(item.output, f"{path}.output")
+    messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+
+
+def _add_nothing(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+    """Reasoning of an earlier turn: chat templates leave it out."""
+
+
+_ITEMS = {
+    "message": _add_message,
+    "function_call": _add_call,
+    "function_call_output": _add_result,
+    "reasoning": _add_nothing,
+}
+
+
+def _content(content: str | Sequence[InputPart] | None, path: str) -> str | list[dict[str, Any]] | None:
+    if content is None or isinstance(content, str):
+        return content
+    parts: list[dict[str, Any]] = []
+    for number, part in enumerate(content):
+        kind = PART_TYPES.get(part.type)
+        if kind is None:
+            raise unsupported(f"{path}[{number}].type")
+        text = part.refusal if kind == "refusal" else part.text
+        if text is None:
+            raise InvalidRequest(
+                f"{path}[{number}] has no text.", param=f"{path}[{number}]", code="missing_required_parameter"
+            )
+        parts.append({"type": kind, kind: text})
+    return parts
+
+
+async def stream(
+    request: ResponsesRequest, chunks: AsyncGenerator[ChatCompletionChunk]
+) -> AsyncGenerator[ResponsesEvent]:
+    """The events, from `response.created` on; each has the next `sequence_number`. Raises what the chunks raise."""
+    numbers = itertools.count()
+    item = OutputMessage(status="in_progress")
+    part = OutputText()
+    where: dict[str, Any] = {"output_index": 0, "content_index": 0, "item_id": item.id}
+    response = _response(request)
+    usage: Usage | None = None
+    has_begun = False
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if not has_begun:
+                    has_begun, response.model = True, chunk.model
+                    for event in _opening(response, item, where):
+                        yield event.numbered(next(numbers))
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    if choice.finish_reason == "length":
+                        response.status, response.incomplete_details = "incomplete", {"reason": "max_output_tokens"}
+                    logprobs = choice.logprobs.content if choice.logprobs else []
+                    part.logprobs += logprobs
+                    if choice.delta.content:
+                        part.text += choice.delta.content
+                        delta = OutputTextDelta(**where, delta=choice.delta.content, logprobs=logprobs)
+                        yield delta.numbered(next(numbers))
+    except APIError as error:
+        raise _naming_input(error) from None
+    response.usage = _usage(usage)
+    for event in _closing(response, item, part, where):
+        yield event.numbered(next(numbers))
+
+
+def _naming_input(error: APIError) -> APIError:
+    """What is wrong with the messages is wrong with the input: that is the field which was sent."""
+    if error.param and error.param.startswith("messages"):
+        error.param = "input"
+    return error
+
+
+def _response(request: ResponsesRequest) -> ResponseObject:
+    """With what was asked, where that means something."""
+    names = (ResponseObject.model_fields.keys() & ResponsesRequest.model_fields.keys()) - {"text", "store"}
+    asked = {name: value for name in names if (value := getattr(request, name)) is not None}
+    return ResponseObject(**asked, status="in_progress")
+
+
+def _opening(response: ResponseObject, item: OutputMessage, where: dict[str, Any]) -> list[ResponsesEvent]:
+    return [
+        ResponseStateEvent(type="response.created", response=response.model_copy()),
+        ResponseStateEvent(type="response.in_progress", response=response.model_copy()),
+        OutputItemEvent(type="response.output_item.added", output_index=0, item=item.model_copy()),
+        ContentPartEvent(type="response.content_part.added", **where, part=OutputText()),
+    ]
+
+
+def _closing(
+    response: ResponseObject, item: OutputMessage, part: OutputText, where: dict[str, Any]
+) -> list[ResponsesEvent]:
+    status = "incomplete" if response.status == "incomplete" else "completed"
+    item = item.model_copy(update={"status": status, "content": [part]})
+    response = response.model_copy(update={"status": status, "output": [item], "completed_at": time.time()})
+    return [
+        OutputTextDone(**where, text=part.text, logprobs=part.logprobs),
+        ContentPartEvent(type="response.content_part.done", **where, part=part),
+        OutputItemEvent(type="response.output_item.done", output_index=0, item=item),
+        ResponseStateEvent(type=f"response.{status}", response=response),
+    ]
+
+
+def _usage(usage: Usage | None) -> ResponsesUsage | None:
+    if usage is None:
+        return None
+    return ResponsesUsage(
+        input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
+    )
+
+
+async def collect(events: AsyncIterator[ResponsesEvent]) -> ResponseObject:
+    """The fold of a stream: its last event holds everything."""
+    last: ResponsesEvent | None = None
+    async for event in events:
+        last = event
+    assert isinstance(last, ResponseStateEvent)
+    return last.response

@@ -1,0 +1,298 @@
+"""Every field of the requests: honoured, with an effect that is seen here; accepted, where it has no meaning; or
+refused by its name."""
+
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import pytest
+from models import byte_tokenizer
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
+from process import Server
+
+from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest
+
+MODEL = "Tiny-Qwen3"
+HELLO = [{"role": "user", "content": "Hello"}]
+REQUESTS: dict[str, Any] = {
+    "chat/completions": (ChatCompletionRequest, chat_create_params, {"messages": HELLO}),
+    "completions": (CompletionRequest, completion_create_params, {"prompt": "Hello"}),
+    "responses": (ResponsesRequest, response_create_params, {"input": "Hello"}),
+}
+A, B = 64, 65  # token ids of "a" and "b"
+
+
+def ask(server: Server, path: str, **body: Any) -> Any:
+    """An answer that is the same each time, unless the body says otherwise."""
+    length = "max_output_tokens" if path == "responses" else "max_tokens"
+    start = {"model": MODEL, length: 24, "temperature": 0, "ignore_eos": True, **REQUESTS[path][2]}
+    return server.post(f"/v1/{path}", **{name: value for name, value in {**start, **body}.items() if value != "unset"})
+
+
+def texts(server: Server, path: str, **body: Any) -> list[str]:
+    answer = ask(server, path, **body)
+    assert answer.status_code == 200, answer.text
+    if path == "responses":
+        return [answer.json()["output"][0]["content"][0]["text"]]
+    return [c["text"] if path == "completions" else c["message"]["content"] for c in answer.json()["choices"]]
+
+
+def num_tokens(server: Server, path: str, **body: Any) -> int:
+    usage = ask(server, path, **body).json()["usage"]
+    return int(usage["output_tokens" if path == "responses" else "completion_tokens"])
+
+
+# --- honoured: one function per field, for every request that has it
+
+
+def temperature(server: Server, path: str) -> None:
+    assert len({texts(server, path, temperature=2, seed=seed)[0] for seed in range(4)}) == 4
+    assert len({texts(server, path, temperature=0, seed=seed)[0] for seed in range(4)}) == 1
+
+
+def top_p(server: Server, path: str) -> None:
+    assert texts(server, path, temperature=2, top_p=1e-9) == texts(server, path)
+
+
+def top_k(server: Server, path: str) -> None:
+    assert texts(server, path, temperature=2, top_k=1) == texts(server, path)
+    assert texts(server, path, temperature=2, top_k=-1, seed=1) == texts(server, path, temperature=2, seed=1)
+
+
+def min_p(server: Server, path: str) -> None:
+    assert texts(server, path, temperature=2, min_p=1) == texts(server, path)
+
+
+def seed(server: Server, path: str) -> None:
+    assert texts(server, path, temperature=2, seed=3) == texts(server, path, temperature=2, seed=3)
+
+
+def presence_penalty(server: Server, path: str) -> None:
+    assert texts(server, path, presence_penalty=2) != texts(server, path, presence_penalty=-2)
+
+
+def frequency_penalty(server: Server, path: str) -> None:
+    bias = {A: 100, B: 80}  # after ten more of them than of "b", "a" is no longer the best
+    assert set(texts(server, path, logit_bias=bias)[0]) == {"a"}
+    assert set(texts(server, path, logit_bias=bias, frequency_penalty=2)[0]) == {"a", "b"}
+
+
+def repetition_penalty(server: Server, path: str) -> None:
+    assert texts(server, path, repetition_penalty=1.5) != texts(server, path)
+
+
+def logit_bias(server: Server, path: str) -> None:
+    assert texts(server, path, logit_bias={str(A): 100}) == ["a" * 24]
+    assert "a" not in texts(server, path, logit_bias={A: -100})[0]
+
+
+def stop(server: Server, path: str) -> None:
+    whole = texts(server, path)[0]
+    assert texts(server, path, stop=whole[5]) == texts(server, path, stop=["never", whole[5]])
+    assert texts(server, path, stop=whole[5])[0] == whole[: whole.index(whole[5])]
+
+
+def stop_token_ids(server: Server, path: str) -> None:
+    assert texts(server, path, logit_bias={A: 100}, stop_token_ids=[B, A]) == [""]
+    assert num_tokens(server, path, logit_bias={A: 100}, stop_token_ids=[A]) == 1
+
+
+def ignore_eos(server: Server, path: str) -> None:
+    eos = byte_tokenizer().eos_token_id
+    assert num_tokens(server, path, logit_bias={eos: 100}, ignore_eos=False) == 1
+    assert num_tokens(server, path, logit_bias={eos: 100}, ignore_eos=True) == 24
+
+
+def min_tokens(server: Server, path: str) -> None:
+    eos = byte_tokenizer().eos_token_id
+    assert num_tokens(server, path, logit_bias={eos: 100}, ignore_eos=False, min_tokens=5) == 6
+
+
+def max_tokens(server: Server, path: str) -> None:
+    assert num_tokens(server, path, max_tokens=7) == 7
+
+
+def max_completion_tokens(server: Server, path: str) -> None:
+    assert num_tokens(server, path, max_completion_tokens=7, max_tokens=9) == 7
+
+
+def max_output_tokens(server: Server, path: str) -> None:
+    answer = ask(server, path, max_output_tokens=7).json()
+    assert answer["usage"]["output_tokens"] == 7 and answer["status"] == "incomplete"
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+def n(server: Server, path: str) -> None:
+    answers = texts(server, path, n=3, temperature=2, seed=1)
+    assert len(set(answers)) == 3 and answers == texts(server, path, n=3, temperature=2, seed=1)
+    assert answers[0] == texts(server, path, temperature=2, seed=1)[0]
+
+
+def model(server: Server, path: str) -> None:
+    assert texts(server, path, model="tiny-qwen3") == texts(server, path)
+    assert ask(server, path, model="other").status_code == 404
+
+
+def stream(server: Server, path: str) -> None:
+    assert ask(server, path, stream=True).headers["content-type"].startswith("text/event-stream")
+    assert ask(server, path, stream=False).headers["content-type"] == "application/json"
+
+
+def stream_options(server: Server, path: str) -> None:
+    events = ask(server, path, stream=True, stream_options={"include_usage": True}).text.split("\n\n")
+    assert '"completion_tokens":24' in events[-3] and '"choices":[]' in events[-3]
+    assert "usage" not in ask(server, path, stream=True).text
+
+
+def messages(server: Server, path: str) -> None:
+    other = [{"role": "system", "content": "S"}, *HELLO]
+    assert texts(server, path, messages=other) != texts(server, path)
+
+
+def prompt(server: Server, path: str) -> None:
+    assert texts(server, path, prompt="Other") != texts(server, path)
+
+
+def input(server: Server, path: str) -> None:
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "Hel"}, {"type": "input_text", "text": "lo"}]}]
+    assert texts(server, path, input=parts) == texts(server, path) == texts(server, "chat/completions")
+
+
+def instructions(server: Server, path: str) -> None:
+    chat = texts(server, "chat/completions", messages=[{"role": "system", "content": "S"}, *HELLO])
+    assert texts(server, path, instructions="S") == chat != texts(server, path)
+
+
+def logprobs(server: Server, path: str) -> None:
+    """Their values are compared with transformers' elsewhere."""
+    key, value = ("token_logprobs", 0) if path == "completions" else ("content", True)
+    assert len(ask(server, path, logprobs=value).json()["choices"][0]["logprobs"][key]) == 24
+    assert ask(server, path).json()["choices"][0]["logprobs"] is None
+
+
+def top_logprobs(server: Server, path: str) -> None:
+    if path == "responses":
+        [token, *_] = ask(server, path, top_logprobs=3).json()["output"][0]["content"][0]["logprobs"]
+    else:
+        [token, *_] = ask(server, path, logprobs=True, top_logprobs=3).json()["choices"][0]["logprobs"]["content"]
+    assert len(token["top_logprobs"]) == 3 and token["top_logprobs"][0]["logprob"] == token["logprob"]
+
+
+def include(server: Server, path: str) -> None:
+    part = ask(server, path, include=["message.output_text.logprobs"]).json()["output"][0]["content"][0]
+    assert len(part["logprobs"]) == 24 and part["logprobs"][0]["top_logprobs"] == []
+
+
+def text(server: Server, path: str) -> None:
+    assert ask(server, path, text={"format": {"type": "text"}, "verbosity": "medium"}).status_code == 200
+    refusal = ask(server, path, text={"format": {"type": "json_object"}})
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "text.format"
+
+
+def echo(server: Server, path: str) -> None:
+    assert texts(server, path, echo=True) == ["Hello" + texts(server, path)[0]]
+
+
+def best_of(server: Server, path: str) -> None:
+    options: dict[str, Any] = {"temperature": 1, "seed": 4, "logprobs": 0}
+    tries = ask(server, path, n=5, **options).json()["choices"]
+    means = {c["text"]: math.fsum(c["logprobs"]["token_logprobs"]) / 24 for c in tries}
+    best = ask(server, path, n=2, best_of=5, **options).json()
+    assert [c["text"] for c in best["choices"]] == sorted(means, key=lambda text: -means[text])[:2]
+    assert [c["index"] for c in best["choices"]] == [0, 1] and best["usage"]["completion_tokens"] == 120
+    hidden = ask(server, path, n=2, best_of=5, **{**options, "logprobs": None}).json()["choices"]
+    assert [c["text"] for c in hidden] == [c["text"] for c in best["choices"]]
+    assert hidden[0]["logprobs"] is None
+
+
+def suffix(server: Server, path: str) -> None:
+    """Of this model; the demo model has the format."""
+    refusal = ask(server, path, suffix="x")
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "suffix"
+    assert texts(server, path, suffix="") == texts(server, path)
+
+
+def continue_final_message(server: Server, path: str) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "Well"}]
+    assert texts(server, path, messages=begun, continue_final_message=True) == texts(server, path, messages=begun)
+    assert texts(server, path, messages=begun, continue_final_message=False) != texts(server, path, messages=begun)
+
+
+def add_generation_prompt(server: Server, path: str) -> None:
+    with_prompt = ask(server, path, add_generation_prompt=True).json()["usage"]["prompt_tokens"]
+    without = ask(server, path, add_generation_prompt=False).json()["usage"]["prompt_tokens"]
+    assert with_prompt - without == len("assistant\n") + 1  # a token per byte, and the turn's own
+
+
+EFFECTS: dict[str, Callable[[Server, str], None]] = {
+    name: function
+    for name, function in inspect.getmembers(sys.modules[__name__], inspect.isfunction)
+    if list(inspect.signature(function).parameters) == ["server", "path"]
+}
+BY_SUPPORT = [
+    (path, name, request.support(name)) for path, (request, _, _) in REQUESTS.items() for name in request.model_fields
+]
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, name, kind in BY_SUPPORT if kind == "honoured"])
+def test_an_honoured_field_has_its_effect(server: Server, path: str, name: str) -> None:
+    EFFECTS[name](server, path)
+
+
+VALUES: dict[str, Any] = {  # of the types that fields are declared with, the more special ones first
+    "StreamOptions": {"include_obfuscation": True},
+    "list[str]": ["audio"],
+    "list": [{}],
+    "dict": {"a": "b"},
+    "bool": True,
+    "int": 3,
+    "str": "text",
+}
+
+
+def example(annotation: Any) -> Any:
+    return next(value for kind, value in VALUES.items() if kind in str(annotation))
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, name, kind in BY_SUPPORT if kind == "refused"])
+def test_a_refused_field_is_named_and_its_neutral_values_pass(server: Server, path: str, name: str) -> None:
+    field = REQUESTS[path][0].model_fields[name]
+    refusal = ask(server, path, **{name: example(field.annotation)})
+    assert refusal.status_code == 400, refusal.text
+    error = refusal.json()["error"]
+    assert (error["param"], error["code"], error["type"]) == (name, "unsupported_value", "invalid_request_error")
+    for neutral in field.json_schema_extra["x-neutral"]:
+        assert texts(server, path, **{name: neutral}) == texts(server, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path, name, kind in BY_SUPPORT if kind in ("no meaning here", "not yet")]
+)
+def test_a_field_without_effect_is_accepted_and_reported_if_it_was_meant_to_have_one(
+    server: Server, path: str, name: str
+) -> None:
+    request, _, _ = REQUESTS[path]
+    value = example(request.model_fields[name].annotation)
+    answer = ask(server, path, **{name: value})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers.get("x-ignored-fields") == (name if request.support(name) == "not yet" else None)
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_every_field_of_the_sdk_is_declared_and_unknown_ones_are_reported(server: Server, path: str) -> None:
+    request, sdk, _ = REQUESTS[path]
+    bases = [kind for name, kind in vars(sdk).items() if name.endswith("ParamsBase") or name.endswith("Streaming")]
+    theirs = {name for base in bases for name in get_type_hints(base)}
+    assert len(theirs) > 10 and theirs <= request.model_fields.keys()
+    assert ask(server, path, foo=1, keep_alive="5m", bar=None).headers["x-ignored-fields"] == "bar, foo, keep_alive"
+
+
+def test_the_support_of_each_field_can_be_read_in_the_openapi_document(server: Server) -> None:
+    schemas = server.get("/openapi.json").json()["components"]["schemas"]
+    for path, name, kind in BY_SUPPORT:
+        described = schemas[REQUESTS[path][0].__name__]["properties"][name]
+        assert described["x-support"] == kind and (kind == "honoured" or described["description"])
