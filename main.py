@@ -206,7 +206,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
-        problem = error.errors()[0]
+        problem = _most_precise(error.errors())
         where, kind = problem["loc"][1:], problem["type"]
         if kind == "json_invalid" or not where:
             message = "The body must be a JSON object, sent with Content-Type: application/json"
@@ -225,6 +225,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 _RETRY = {4: {"x-should-retry": "false"}}  # by hundreds of the status: the same request would fail again
+
+
+def _most_precise(problems: Sequence[Any]) -> Any:
+    """Of the first field that is wrong, the deepest place: where a field has several types, each of them complains."""
+    field = problems[0]["loc"][:2]
+    return max((problem for problem in problems if problem["loc"][:2] == field), key=lambda p: len(p["loc"]))
 
 
 def _param_of(location: Sequence[int | str], body: Any, is_missing: bool) -> str | None:

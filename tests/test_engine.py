@@ -100,6 +100,29 @@ def test_preempted_sequences_give_the_tokens_of_generate(family: str) -> None:
     assert engine.scheduler.num_preemptions > 0, "the cache was not small enough"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_scores_of_prompts_are_those_of_the_model_also_after_a_preemption(family: str) -> None:
+    requests = prompts(8, longest=60)
+    params = SamplingParams(max_tokens=60, temperature=0, num_prompt_logprobs=2)
+
+    async def use(engine: Engine) -> list[tuple[SampledToken, ...]]:
+        async def scores(prompt: list[int]) -> tuple[SampledToken, ...]:
+            return [output.prompt async for output in engine.generate(prompt, params)][0]
+
+        return await asyncio.gather(*(scores(prompt) for prompt in requests))
+
+    engine = engine_of(family, small_cache(family, num_tokens=200, max_num_batched_tokens=32))
+    model = tiny_model(family, "eager")
+    for prompt, tokens in zip(requests, run(engine, use), strict=True):
+        with torch.inference_mode():
+            rows = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert [token.token_id for token in tokens] == prompt[1:]
+        for token, row in zip(tokens, rows, strict=False):
+            assert token.logprob == pytest.approx(float(row[token.token_id]), abs=1e-3)
+            assert token.top_logprobs[0][1] == pytest.approx(float(row.max()), abs=1e-3)
+    assert engine.scheduler.num_preemptions > 0
+
+
 def small_cache(family: str, num_tokens: int, **options: int) -> EngineOptions:
     """Room for `num_tokens` tokens in every layer."""
     bytes_per_token = sum(spec.bytes_per_token for spec in probe_layers(tiny_model(family)).values())

@@ -503,7 +503,7 @@ def wait_until_running(server: Server, num_sequences: int = 1) -> None:
 
 @pytest.mark.parametrize(("command", "status"), [(MAIN, 0), (UVICORN, -signal.SIGTERM)], ids=["main.py", "uvicorn"])
 def test_a_signal_lets_running_requests_finish(tiny_checkpoint: Path, command: list[str], status: int) -> None:
-    with serve(command, MODEL_PATH=str(tiny_checkpoint)) as server:
+    with serve(command, MODEL_PATH=str(tiny_checkpoint), SHUTDOWN_TIMEOUT="120") as server:
         server.wait_until_healthy()
         stream = in_background(lambda: raw_events(server, **LONG))
         whole = in_background(lambda: server.post("/v1/chat/completions", **LONG))
@@ -511,7 +511,7 @@ def test_a_signal_lets_running_requests_finish(tiny_checkpoint: Path, command: l
         server.process.terminate()
         assert stream()[-1] == "data: [DONE]" and len(stream()) > 20
         assert whole().status_code == 200 and whole().json()["usage"]["completion_tokens"] == 400
-        assert server.process.wait(30) == status
+        assert server.process.wait(60) == status
     assert "Traceback" not in "".join(server.lines)
 
 

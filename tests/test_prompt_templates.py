@@ -152,3 +152,108 @@ def test_a_completions_prompt_begins_with_one_bos_token() -> None:
     subject = PromptTemplate.__new__(PromptTemplate)
     subject.tokenizer = Doubling()
     assert subject.render_text("<bos>x") == subject.render_text("x") == [2, 7]
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+WITH_TOOLS = [
+    Message(role="user", content="Weather?"),
+    Message(role="assistant", content=None, tool_calls=[CALL]),
+    Message(role="tool", content="sunny", tool_call_id="c1"),
+    Message(role="assistant", content="", function_call={"name": "again", "arguments": "not JSON"}),
+    Message(role="function", name="again", content="rain"),
+]
+
+
+@pytest.mark.parametrize("make", [template, gemma, lambda: template("mamba", own=False)])
+def test_tool_calls_and_results_are_text_where_a_template_would_leave_them_out(make: object) -> None:
+    subject = make()
+    prompt = str(subject.tokenizer.decode(subject.render_chat(WITH_TOOLS)))
+    for part in (
+        '{"name": "get_weather", "arguments": {"city": "Paris"}}',
+        "Result of get_weather:\nsunny",
+        '{"name": "again", "arguments": "not JSON"}',
+        "Result of again:\nrain",
+    ):
+        assert part in prompt
+
+
+def test_a_template_that_knows_tools_gets_them_as_they_are() -> None:
+    subject = template()
+    subject.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}{% endfor %}"
+    )
+    prompt = PromptTemplate(subject.tokenizer, "qwen3").render_chat(WITH_TOOLS[:3])
+    assert subject.tokenizer.decode(prompt) == ('<user>Weather?<assistant>get_weather({"city": "Paris"})<tool>sunny')
+
+
+@pytest.mark.parametrize("knows_tools", [True, False])
+def test_control_tokens_in_tool_calls_and_names_stay_text(knows_tools: bool) -> None:
+    subject = template()
+    if knows_tools:
+        source = "{% for m in messages %}{{ m.role + m.content }}{{ m.tool_calls | default([]) | tojson }}{% endfor %}"
+        subject.tokenizer.chat_template = source
+        subject = PromptTemplate(subject.tokenizer, "qwen3")
+    call = {"function": {"name": "<|im_end|>", "arguments": '{"<|im_start|>": ["<|im_end|>"]}'}}
+    token_ids = subject.render_chat(
+        [Message(role="user", content="x", name="<|im_end|>"), Message(role="assistant", tool_calls=[call])],
+        opens=False,
+    )
+    control = subject.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert sum(token_id in control for token_id in token_ids) == (0 if knows_tools else 4)  # two turns
+
+
+def test_participants_are_told_apart_by_their_names() -> None:
+    named = [Message(role="user", content="Hello", name="Ann"), Message(role="user", content="Hi", name="Bob")]
+    for subject in (template(), gemma()):
+        prompt = str(subject.tokenizer.decode(subject.render_chat(named)))
+        assert "Ann: Hello" in prompt and "Bob: Hi" in prompt
+
+
+def test_how_the_prompt_ends_can_be_said() -> None:
+    subject = template(own=False)
+    begun = messages(("user", "Count"), ("assistant", "1, 2,"))
+
+    def end(continues: bool | None = None, opens: bool | None = None) -> str:
+        return str(subject.tokenizer.decode(subject.render_chat(begun, continues, opens))).split("Count")[1]
+
+    assert end() == end(continues=True) == end(True, False) == "<|im_end|>\n<|im_start|>assistant\n1, 2,"
+    assert (
+        end(continues=False)
+        == end(opens=True)
+        == ("<|im_end|>\n<|im_start|>assistant\n1, 2,<|im_end|>\n<|im_start|>assistant\n")
+    )
+    user = subject.render_chat(messages(("user", "I thi")), True)
+    assert str(subject.tokenizer.decode(user)) == "<|im_start|>user\nI thi"
+
+
+def test_a_refusal_of_the_assistants_is_its_text() -> None:
+    part = {"type": "refusal", "refusal": "I will not."}
+    for message in (Message(role="assistant", refusal="I will not."), Message(role="assistant", content=[part])):
+        assert canonical([message])[0]["content"] == "I will not."
+
+
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "refusal"}, {"type": "image_url"}, {"type": "x" * 99}])
+def test_a_part_without_its_text_is_refused_by_name(part: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        canonical([Message(role="user", content="x"), Message(role="user", content=[part])])
+    assert refusal.value.param == "messages[1].content[0]"
+
+
+def test_arguments_nested_beyond_reason_are_refused_or_text() -> None:
+    for depth in (50, 400, 5000):
+        call = {"function": {"name": "f", "arguments": "[" * depth + "]" * depth}}
+        try:
+            template().render_chat([Message(role="assistant", tool_calls=[call])])
+        except InvalidRequest as refusal:
+            assert refusal.param == "messages"
+
+
+def test_a_gap_is_marked_for_models_that_know_it_and_refused_for_others() -> None:
+    marks = {"a": "<fim_prefix>", "b": "<fim_suffix>", "c": "<fim_middle>"}
+    subject = template("starcoder2", **marks)
+    token_ids, ends = subject.render_gap("x = ", "\n")
+    assert subject.tokenizer.decode(token_ids) == "<fim_prefix>x = <fim_suffix>\n<fim_middle>"
+    assert set(subject.tokenizer.convert_tokens_to_ids(["<fim_prefix>", "<|endoftext|>"])) <= set(ends)
+    with pytest.raises(InvalidRequest, match="fill-in-the-middle"):
+        template().render_gap("x", "y")

@@ -58,10 +58,30 @@ def test_frequencies_are_those_of_transformers_processors(params: SamplingParams
     num_draws = 20_000
     rows = [sequence(replace(params, seed=seed), [3, 7, 7]) for seed in range(num_draws)]
     drawn = torch.tensor(draw(logits.expand(num_draws, -1), rows))
-    frequencies = torch.bincount(drawn, minlength=50) / num_draws
-    expected = probabilities(logits, params, [3, 7, 7])
-    assert (frequencies[expected == 0] == 0).all()
-    assert (frequencies - expected).abs().max() < 4.5 * (0.25 / num_draws) ** 0.5
+    counts = torch.bincount(drawn, minlength=50).double()
+    expected = probabilities(logits, params, [3, 7, 7]).double() * num_draws
+    assert (counts[expected == 0] == 0).all()
+    assert chi_square_p(counts, expected) > 1e-3
+
+
+def chi_square_p(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Pearson's test: how likely counts at least this far from the expected ones are. Rare outcomes count as one."""
+    is_common = expected >= 5
+    counts = torch.cat([counts[is_common], counts[~is_common].sum()[None]])
+    expected = torch.cat([expected[is_common], expected[~is_common].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    if len(expected) == 1:
+        return 1.0
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2))
+
+
+def test_the_test_of_frequencies_finds_a_wrong_distribution() -> None:
+    expected = torch.full((10,), 2000.0).double()
+    torch.manual_seed(0)
+    drawn = torch.bincount(torch.randint(10, (20_000,)), minlength=10).double()
+    assert chi_square_p(drawn, expected) > 1e-3
+    assert chi_square_p(drawn + torch.tensor([200.0, -200] + [0] * 8), expected) < 1e-6
 
 
 def test_top_p_beyond_the_first_candidates_is_exact() -> None:

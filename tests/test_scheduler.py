@@ -80,3 +80,31 @@ def test_random_traffic_ends_with_everything_free() -> None:
     for _ in range(3000):
         step(subject)
     assert not subject.has_work and subject.cache.num_used_blocks == 0 and subject.num_preemptions > 0
+
+
+def urgent(num_tokens: int, priority: int) -> Sequence:
+    return Sequence([1] * num_tokens, SamplingParams(max_tokens=50), lambda output: None, priority)
+
+
+def test_a_prompt_of_higher_priority_goes_before_those_that_came_first() -> None:
+    subject = scheduler()
+    task, chat = urgent(100, 1), urgent(70, 0)
+    subject.add(task)
+    step(subject)
+    subject.add(chat)
+    assert [step(subject).sequences for _ in range(2)] == [[chat], [chat]]
+    assert step(subject).sequences == [chat, task]  # the last of the chat's prompt, and what the budget leaves
+    waiting = [urgent(200, priority) for priority in (1, 0, 1, 0)]
+    for one in waiting:
+        subject.add(one)
+    assert list(subject.waiting) == [waiting[1], waiting[3], waiting[0], waiting[2]]
+
+
+def test_the_least_urgent_gives_way_when_blocks_run_out() -> None:
+    subject = scheduler(num_blocks=12)
+    task, chat = urgent(20, 1), urgent(20, 0)
+    for one in (task, chat):
+        subject.add(one)
+    while not subject.num_preemptions:
+        step(subject)
+    assert chat in subject.running and list(subject.waiting) == [task]
