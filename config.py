@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     )
     cache_dir: Path = Field(Path("~/.cache/gemma3-server"), description="demo models and converted GGUF files")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    max_body_size: Bytes = Field(64 * 2**20, description="bytes of a request such as 64MiB; more is refused with 413")
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="the weights' and the cache's")

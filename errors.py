@@ -39,7 +39,7 @@ def unsupported(param: str) -> InvalidRequest:
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and answer do not fit the model's context; the sentence is the one that clients look for."""
+    """Prompt and answer do not fit the model's context; clients look for the sentence, LangChain for the code in it."""
 
     code = "context_length_exceeded"
 

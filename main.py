@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 import errors
 import responses
+from body_limit import BodyLimit
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from providers import Router
 from providers.loading import Load, load
@@ -71,6 +72,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     app.state.local = local
     app.state.router = Router({"": local})
     _add_cors(app, settings)
+    app.add_middleware(BodyLimit, max_body_size=settings.max_body_size)
     app.add_middleware(RequestId)
     _add_error_handlers(app)
     _add_endpoints(app)

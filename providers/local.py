@@ -233,7 +233,7 @@ class LocalProvider:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {limit} tokens. However, you requested "
                 f"{prompt_tokens + (wanted or 1)} tokens ({prompt_tokens} in the prompt, {wanted or 1} in the "
-                "completion). Please reduce the length of the prompt or of the completion.",
+                "completion). Please reduce the length of the prompt or of the completion. (context_length_exceeded)",
                 param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
             )
         if (request.min_tokens or 0) > (wanted or limit):

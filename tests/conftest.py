@@ -30,6 +30,6 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Server]:
     """As `make serve` starts it: nothing set but the context, the default demo model."""
-    with serve(MAIN, MAX_MODEL_LEN="2048") as server:
+    with serve(MAIN, MAX_MODEL_LEN="2048", OMP_NUM_THREADS="2") as server:
         server.wait_until_healthy()
         yield server

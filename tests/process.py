@@ -66,7 +66,7 @@ def serve(command: list[str], **environment: str) -> Iterator[Server]:
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**inherited, "OMP_NUM_THREADS": "2", **environment},
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,12 +9,13 @@ import pytest
 from process import ROOT
 
 OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
-OURS |= {"conversion", "atomic_files", "request_id", "logprobs", "responses"}
+OURS |= {"conversion", "atomic_files", "request_id", "logprobs", "responses", "body_limit"}
 ALLOWED = {  # file or folder -> which of our modules it may import
     "errors.py": set(),
     "config.py": set(),
     "schemas.py": set(),
     "progress.py": set(),
+    "body_limit.py": set(),
     "request_id.py": {"errors"},
     "logprobs.py": {"schemas"},
     "atomic_files.py": {"errors"},
