@@ -1,4 +1,4 @@
-# make serve | test | check | bench | setup | clean
+# make serve | test | test-clients | check | bench | setup | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,13 +6,18 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 export HOST PORT
 
-.PHONY: serve test check bench setup setup-dev clean
+.PHONY: serve test test-clients check bench setup setup-dev clean
 
 serve: setup
 	@$(BIN)/python main.py
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+# The clients have environments of their own, and start the server in this one
+test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed
+	SERVER_PYTHON=$(abspath $(BIN))/python LEGACY_PYTHON=$(abspath $(VENV)-clients-legacy/bin)/python \
+		$(VENV)-clients/bin/python -m pytest tests/clients
 
 check: setup-dev
 	$(BIN)/ruff check .
@@ -39,5 +44,10 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+$(VENV)-%/.installed: requirements-%.txt | $(VENV)/bin/python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-clients-legacy .pytest_cache .mypy_cache .ruff_cache

@@ -36,6 +36,7 @@ from schemas import (
     CompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
+    ErrorBody,
     Model,
     ModelList,
     ResponseObject,
@@ -79,25 +80,34 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     return app
 
 
+# What /openapi.json says of every endpoint
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is wrong; `param` names the field"},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer, or not now: then `Retry-After` says when"},
+}
+_EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+
+
 def _add_endpoints(app: FastAPI) -> None:
     router: Router = app.state.router
     local: LocalProvider = app.state.local
 
-    api = APIRouter()
+    api = APIRouter(responses=_ERRORS)
 
-    @api.post("/chat/completions", response_model=ChatCompletion)
+    @api.post("/chat/completions", response_model=ChatCompletion, responses=_STREAM)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         provider, body.model = router.resolve(body.model)
         wire = ChunkWire(body.includes_usage)
         return await _respond(request, body, provider.stream_chat(body), collect_chat, wire)
 
-    @api.post("/completions", response_model=Completion)
+    @api.post("/completions", response_model=Completion, responses=_STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         provider, body.model = router.resolve(body.model)
         wire = ChunkWire(body.includes_usage)
         return await _respond(request, body, provider.stream_completion(body), collect_completion, wire)
 
-    @api.post("/responses", response_model=ResponseObject)
+    @api.post("/responses", response_model=ResponseObject, responses=_STREAM)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         chat = responses.as_chat(body)
         provider, chat.model = router.resolve(body.model)
@@ -118,11 +128,11 @@ def _add_endpoints(app: FastAPI) -> None:
     app.include_router(api, prefix="/v1")
     app.include_router(api, include_in_schema=False)  # for clients that were given the address without /v1
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses=_ERRORS)
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         return await local.tokenize(body)
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         return await local.detokenize(body)
 
@@ -130,7 +140,7 @@ def _add_endpoints(app: FastAPI) -> None:
     async def version() -> dict[str, str]:
         return {"version": app.version}
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "Loading, or failed"}})
     async def health() -> JSONResponse:
         is_healthy, report = local.health
         return JSONResponse(report, 200 if is_healthy else 503)

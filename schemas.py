@@ -104,7 +104,7 @@ class _SamplingRequest(_Request):
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)  # 0 keeps the best token alone
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
@@ -288,6 +288,8 @@ class ResponsesRequest(_SamplingRequest):
 class TokenizeRequest(_Request):
     """A text, or a conversation as the model would be asked it; the shape is vLLM's."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
+
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
@@ -316,6 +318,17 @@ def _now() -> int:
 
 def _is_none(value: Any) -> bool:
     return value is None
+
+
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetails
 
 
 class Usage(BaseModel):

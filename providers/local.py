@@ -116,7 +116,7 @@ class LocalProvider:
                 id=self.name,
                 created=self._created,
                 permission=[ModelPermission(created=self._created)],
-                root=self.path,
+                root=self.name,
                 max_model_len=self.loaded.engine.max_model_len if self.loaded else None,
             )
         ]

@@ -8,6 +8,7 @@ import torch
 from models import save_tiny_checkpoint
 from process import MAIN, Server, serve
 
+collect_ignore = ["clients"]  # `make test-clients` runs them, in another environment
 torch.set_num_threads(1)  # tiny models lose more to a second thread than they gain
 
 

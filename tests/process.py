@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx2
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 UVICORN = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", "0"]
 MAIN = [sys.executable, "main.py", "--port", "0"]
 

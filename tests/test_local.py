@@ -25,7 +25,7 @@ def test_the_served_name_is_the_base_name_or_what_is_set_and_all_names_work_in_a
     plain = provider(model_path="/models/Org/Qwen3-0.6B/")
     assert plain.models()[0].id == "Qwen3-0.6B"
     named = provider(model_path="google/gemma-3-27b-it", served_model_name="my/model")
-    assert named.models()[0].id == "my/model" and named.models()[0].root == "google/gemma-3-27b-it"
+    assert named.models()[0].id == "my/model" and named.models()[0].root == "my/model"
     for name in ("my/model", "MY/Model", "google/gemma-3-27b-it", "gemma-3-27b-it"):
         assert named.serves(name)
     assert not named.serves("gemma")

@@ -206,12 +206,15 @@ def test_min_tokens_keeps_an_answer_from_ending(client: OpenAI) -> None:
 # --- models and health
 
 
-def test_models_are_listed_and_found_by_name_alias_and_path(server: Server, client: OpenAI) -> None:
+def test_models_are_listed_and_found_by_name_alias_and_path(
+    server: Server, client: OpenAI, tiny_checkpoint: Path
+) -> None:
     [model] = client.models.list().data
     assert model.id == MODEL and model.object == "model" and model.owned_by == "local"
     described = server.get("/v1/models").json()["data"][0]
     assert described["max_model_len"] == 480 and described["parent"] is None and described["permission"]
-    for name in (MODEL, "tiny-qwen3", described["root"]):
+    assert described["root"] == MODEL, "a path is nobody's business"
+    for name in (MODEL, "tiny-qwen3", str(tiny_checkpoint)):
         assert client.models.retrieve(name).id == MODEL
         assert server.post("/v1/completions", model=name, prompt="x", max_tokens=1).status_code == 200
 

@@ -56,6 +56,7 @@ def temperature(server: Server, path: str) -> None:
 
 def top_p(server: Server, path: str) -> None:
     assert texts(server, path, temperature=2, top_p=1e-9) == texts(server, path)
+    assert texts(server, path, temperature=2, top_p=0) == texts(server, path)
 
 
 def top_k(server: Server, path: str) -> None:
