@@ -26,7 +26,7 @@ import httpx2
 import psutil
 
 import checkpoint
-from bench import load, machine
+from bench import load, machine, wire
 from config import Settings
 from engine.engine import EngineOptions
 from errors import ModelLoadError
@@ -69,7 +69,7 @@ class Server:
 @contextmanager
 def serving(model_path: str) -> Iterator[Server]:
     """`python main.py` on a free port of this machine, until the block ends."""
-    port = free_port()
+    port = _free_port()
     place = {"MODEL_PATH": model_path, "DTYPE": DTYPE, "HOST": "127.0.0.1", "PORT": str(port)}
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "server.log"
@@ -84,7 +84,7 @@ def serving(model_path: str) -> Iterator[Server]:
             _stop(process)
 
 
-def free_port() -> int:
+def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -157,15 +157,14 @@ def _exit_on(complaints: list[str]) -> None:
         sys.exit(f"error: {'; '.join(complaints)}")
 
 
-def measure_steps(directory: Path) -> list[dict[str, Any]]:
-    """In a process of its own, after the server's end."""
+def measure_apart(module: str, *arguments: str) -> list[dict[str, Any]]:
+    """What another module of the benchmark measures, in a process of its own."""
     with tempfile.TemporaryDirectory() as results:
-        path = Path(results) / "steps.json"
-        command = [sys.executable, "-m", "bench.step", str(directory), "--dtype", DTYPE, "--json", str(path)]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit("error: bench.step failed")
-        steps: list[dict[str, Any]] = json.loads(path.read_text())
-    return steps
+        path = Path(results) / "results.json"
+        if subprocess.run([sys.executable, "-m", module, *arguments, "--json", str(path)], cwd=ROOT).returncode:
+            sys.exit(f"error: {module} failed")
+        rows: list[dict[str, Any]] = json.loads(path.read_text())
+    return rows
 
 
 @dataclass(frozen=True)
@@ -184,12 +183,19 @@ class Ratio:
         return f"{self.name:36} {self.value:6.2f}   target: {limit:14} {'reached' if self.is_reached else 'missed'}"
 
 
-def ratios(levels: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[Ratio]:
+def ratios(levels: list[dict[str, Any]], steps: list[dict[str, Any]], wires: list[dict[str, Any]]) -> list[Ratio]:
     speedup = levels[-1]["total_tokens_per_s"] / levels[0]["total_tokens_per_s"]
     return [
         Ratio(f"tokens/s, {levels[-1]['concurrency']} streams / 1 stream", speedup, MIN_SPEEDUP, True),
         *(Ratio(f"step / bare forward, batch of {s['batch']}", s["ratio"], MAX_STEP_RATIO, False) for s in steps),
+        *(Ratio(f"event loop us/token, {_of(w)}", w["loop_us_per_token"], wire.MAX_COST, False) for w in wires),
+        Ratio("missed heartbeats", sum(w["missed_heartbeats"] for w in wires), 0, False),
     ]
+
+
+def _of(wire: dict[str, Any]) -> str:
+    pace = f" at {1 / wire['interval_s']:.0f}/s" if wire["interval_s"] else ""
+    return f"{wire['streams']} streams{pace}"
 
 
 def write(results: dict[str, Any]) -> Path:
@@ -212,8 +218,10 @@ def main() -> None:
         sys.exit(f"error: {error}")
     server = measure_server(model_path)
     print()
-    steps = measure_steps(directory)
-    reached = ratios(server["levels"], steps)
+    steps = measure_apart("bench.step", str(directory), "--dtype", DTYPE)
+    print()
+    wires = measure_apart("bench.wire")
+    reached = ratios(server["levels"], steps, wires)
     print("", *reached, sep="\n")
     options = {field.name: getattr(settings, field.name) for field in fields(EngineOptions)}
     path = write(
@@ -224,6 +232,7 @@ def main() -> None:
             "settings": {**options, "dtype": DTYPE},
             "server": server,
             "steps": steps,
+            "wire": wires,
             "ratios": [{**asdict(ratio), "is_reached": ratio.is_reached} for ratio in reached],
         }
     )

@@ -46,6 +46,7 @@ LEVELS = (  # concurrent streams, tokens of each, seconds between two tokens of 
 )
 WORDS = "The old lighthouse keeper measured the broken clock before the rain began, 安静地, and wrote it all down. "
 CONTEXT = 2048
+ROOT = Path(__file__).parents[1]
 
 
 class NullRunner:
@@ -183,9 +184,7 @@ def main() -> None:
 
 
 def measure_all() -> list[Cost]:
-    from bench.run import ROOT, free_port
-
-    port = free_port()
+    port = _free_port()
     process = subprocess.Popen([sys.executable, "-m", "bench.wire", "--serve", str(port)], cwd=ROOT)
     try:
         _wait(process, port)
@@ -203,6 +202,12 @@ def measure_all() -> list[Cost]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:

@@ -4,12 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from process import ROOT, Server, serve
 
 from checkpoint import DEMO_MODELS
 from config import Settings
+from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest, Support
 
 READMES = ["README.md", "readme_zh.md"]
 
@@ -61,7 +63,7 @@ def test_commands_that_start_the_server_start_it(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_make_targets_exist(readme: str) -> None:
-    targets = set(re.findall(r"make (\w+)", "\n".join(commands(readme)))) | {"setup", "check", "bench"}
+    targets = set(re.findall(r"make ([\w-]+)", "\n".join(commands(readme)))) | {"setup", "check", "bench"}
     assert {"serve", "test"} <= targets
     subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
 
@@ -84,6 +86,19 @@ def test_every_demo_model_and_file_is_listed(readme: str) -> None:
     assert all(f"`{name}`" in text for name in DEMO_MODELS)
     files = [path for folder in (".", "engine", "providers") for path in (ROOT / folder).glob("*.py")]
     assert all(path.name in text for path in files if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_table_of_fields_is_that_of_the_requests(readme: str) -> None:
+    kinds = get_args(Support)
+    rows = re.findall(r"^\|.*`model`.*\n(?:\|.*\n)*", (ROOT / readme).read_text(), re.MULTILINE)[0].splitlines()
+    for column, request in enumerate((ChatCompletionRequest, CompletionRequest, ResponsesRequest), start=2):
+        listed = {
+            name: kind
+            for kind, row in zip(kinds, rows, strict=True)
+            for name in re.findall(r"`(\w+)`", row.split("|")[column])
+        }
+        assert listed == {name: request.support(name) for name in request.model_fields}
 
 
 def test_both_languages_have_the_same_examples_and_tables() -> None:
