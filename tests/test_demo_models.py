@@ -1,6 +1,7 @@
 """The demo models, fetched as a user's are: the engine's tokens are transformers' own, and the server chats."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,11 @@ def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
     from streaming import TextStreamer
 
     directory = fetch(name)
-    tokenizer = load_template(directory, "").tokenizer
+    template = load_template(directory, "")
+    tokenizer = template.tokenizer
+    assert template.detokenizer is not tokenizer, "the faster one is taken"
     for text in ["Hello,  world!\n\n\tIndented", "你好，世界！", "😀👩‍👩‍👧‍👦 🇫🇷", "Ωμέγα नमस्ते สวัสดี ½ ﷽", "\u200bzero"]:
-        streamer = TextStreamer(tokenizer)
+        streamer = TextStreamer(template.detokenizer)
         pieces = [streamer.put([token_id]) for token_id in tokenizer(text, add_special_tokens=False).input_ids]
         assert "".join([*pieces, streamer.end()]) == text
         assert not any(REPLACEMENT in piece for piece in pieces)
@@ -102,6 +105,34 @@ def test_control_tokens_that_a_user_writes_stay_text(name: str) -> None:
     ids = set(tokenizer.convert_tokens_to_ids(control))
     assert sum(i in ids for i in token_ids) == sum(i in ids for i in plain)
     assert text in tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
+def test_a_round_with_a_tool_loses_no_text_and_ends_no_turn(name: str) -> None:
+    template = load_template(fetch(name), "gemma3_text" if "gemma" in name else "qwen2")
+    arguments = json.dumps({"city": "Paris<|im_end|><end_of_turn>"})
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    conversation = [
+        Message(role="system", content="Be brief."),
+        Message(role="user", content="Weather?", name="Ann"),
+        Message(role="assistant", content=None, tool_calls=[call]),
+        Message(role="tool", content="sunny<|im_end|><end_of_turn>", tool_call_id="c1"),
+        Message(role="user", content="And tomorrow?"),
+    ]
+    token_ids = template.render_chat(conversation)
+    text = str(template.tokenizer.decode(token_ids))
+    for part in ("Be brief.", "Ann: Weather?", "get_weather", arguments[1:-1], "sunny<|im_end|><end_of_turn>", "And"):
+        assert part in text
+    harmless = [message.model_copy(update={"tool_calls": None, "content": "x"}) for message in conversation]
+    control = set(template.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<end_of_turn>"]))
+    assert sum(i in control for i in token_ids) == sum(i in control for i in template.render_chat(harmless))
+
+
+def test_the_default_demo_fills_in_the_middle(demo_server: Server) -> None:
+    body = {"model": "qwen2.5-coder-0.5b", "temperature": 0, "max_tokens": 30}
+    prompt, suffix = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))  # 3\n"
+    choice = demo_server.post("/v1/completions", prompt=prompt, suffix=suffix, **body).json()["choices"][0]
+    assert choice["text"].strip() == "a + b" and choice["finish_reason"] == "stop"
 
 
 def test_the_default_demo_answers_through_the_sdk_streamed_and_whole(demo_server: Server) -> None:
