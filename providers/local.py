@@ -173,10 +173,7 @@ class LocalProvider:
         prompts = [await asyncio.to_thread(Prompt.of, loaded, request.suffix, prompt) for prompt in request.prompts]
         sources: list[AsyncGenerator[Piece]] = []
         for number, prompt in enumerate(prompts):
-            _check_prompt(loaded.engine, prompt.token_ids, "prompt")
-            params = self._sampling_params(loaded, request, len(prompt.token_ids), COMPLETION_MAX_TOKENS)
-            tail = loaded.template.tail(prompt.token_ids)
-            question = Question(prompt.token_ids, prompt.adapt(params, best_of > n), request.stop_strings, tail)
+            question = self._question(loaded, request, prompt, best_of > n)
             first = 0 if best_of > n else number * n
             answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
@@ -191,6 +188,12 @@ class LocalProvider:
                 timings = meter.timings if meter.is_complete else None
                 yield head.model_copy(update={"choices": [choice], "timings": timings})
         yield head.model_copy(update={"usage": meter.usage, "timings": timings})
+
+    def _question(self, loaded: Loaded, request: CompletionRequest, prompt: Prompt, is_ranked: bool) -> Question:
+        _check_prompt(loaded.engine, prompt.token_ids, "prompt")
+        params = self._sampling_params(loaded, request, len(prompt.token_ids), COMPLETION_MAX_TOKENS)
+        tail = loaded.template.tail(prompt.token_ids)
+        return Question(prompt.token_ids, prompt.adapt(params, is_ranked), request.stop_strings, tail)
 
     # --- tokens
 
