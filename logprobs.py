@@ -84,8 +84,9 @@ class TokenTexts:
             result.tokens.append(text)
             result.token_logprobs.append(None if logprob is None else max(logprob, UNLIKELY))
             result.top_logprobs.append(None if logprob is None else top)
-            result.text_offset.append(max(offset, 0))
-            offset += sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token.token_id))  # characters that begin
+            begins = [byte & 0xC0 != 0x80 for byte in self.bytes_of(token.token_id)]  # a character, in UTF-8
+            result.text_offset.append(max(offset - (not all(begins[:1])), 0))
+            offset += sum(begins)
         return result
 
 
