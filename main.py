@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import logging
 import math
 import os
@@ -39,6 +40,7 @@ from schemas import (
     ErrorBody,
     Model,
     ModelList,
+    RequestBody,
     ResponseObject,
     ResponsesRequest,
     TokenizeRequest,
@@ -129,11 +131,13 @@ def _add_endpoints(app: FastAPI) -> None:
     app.include_router(api, include_in_schema=False)  # for clients that were given the address without /v1
 
     @app.post("/tokenize", responses=_ERRORS)
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+    async def tokenize(body: TokenizeRequest, response: Response) -> TokenizeResponse:
+        response.headers.update(_ignored_fields_header(body))
         return await local.tokenize(body)
 
     @app.post("/detokenize", responses=_ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+    async def detokenize(body: DetokenizeRequest, response: Response) -> DetokenizeResponse:
+        response.headers.update(_ignored_fields_header(body))
         return await local.detokenize(body)
 
     @app.get("/version")
@@ -202,8 +206,8 @@ async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | Non
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-def _ignored_fields_header(body: ChatCompletionRequest | CompletionRequest | ResponsesRequest) -> dict[str, str]:
-    names = [name for name in body.ignored_fields if name.isascii() and name.isprintable()]
+def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
+    names = [json.dumps(name)[1:-1] for name in body.ignored_fields]  # headers are ASCII
     return {"X-Ignored-Fields": ", ".join(names)[:1000]} if names else {}
 
 
@@ -240,16 +244,24 @@ _RETRY = {4: {"x-should-retry": "false"}}  # by hundreds of the status: the same
 
 
 def _most_precise(problems: Sequence[Any]) -> Any:
-    """Of the first field that is wrong, the deepest place: where a field has several types, each of them complains."""
+    """Of the first field that is wrong, the furthest place: where a field has several types, each of them complains,
+    and the one that was meant got furthest."""
+
+    def reach(problem: Any) -> tuple[list[int], bool, int]:
+        where = problem["loc"]
+        return [part for part in where if isinstance(part, int)], not problem["type"].endswith("_type"), len(where)
+
     field = problems[0]["loc"][:2]
-    return max((problem for problem in problems if problem["loc"][:2] == field), key=lambda p: len(p["loc"]))
+    return max((problem for problem in problems if problem["loc"][:2] == field), key=reach)
 
 
 def _param_of(location: Sequence[int | str], body: Any, is_missing: bool) -> str | None:
     """("messages", 0, "content", "str") -> "messages[0].content": pydantic also names the union member it tried."""
     path = ""
     for number, part in enumerate(location):
-        if isinstance(part, int):
+        if isinstance(part, int) and isinstance(body, dict):  # a token id
+            path, body = f"{path}.{part}", None
+        elif isinstance(part, int):
             path += f"[{part}]"
             body = body[part] if isinstance(body, list) and part < len(body) else None
         elif isinstance(body, dict) and (part in body or (is_missing and number == len(location) - 1)):

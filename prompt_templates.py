@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Tokens that end a turn in some family's template; a model's own configuration (a GGUF's above all) may not name them.
 END_OF_TURN = ("<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
 
+MARKUP = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response|tools?)>|<(start|end)_of_\w+>|<\w+_soft_token>")
+SEAMS = [chr(code) for code in [*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100)]]  # in no text that means something
+
 CanonicalMessage = dict[str, Any]  # role: system, user, assistant or tool; content: text
 
 _CHATML = (
@@ -27,13 +30,15 @@ _CHATML = (
 )
 _GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + m.content | trim }}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' }}"
+    "{{ m.content if loop.last and not add_generation_prompt else m.content | trim }}"
     "{% if not loop.last or add_generation_prompt %}{{ '<end_of_turn>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 _LLAMA = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{{ m.content if loop.last and not add_generation_prompt else m.content | trim }}"
     "{% if not loop.last or add_generation_prompt %}{{ '<|eot_id|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -92,8 +97,15 @@ class PromptTemplate:
         self._template = None if own else self.family.template
         self._source = own if isinstance(own, str) else self.family.template
         self._knows_tools = "tool_calls" in self._source
-        control = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
-        self._control = re.compile("|".join(map(re.escape, reversed(control))) or "(?!)")
+        added = tokenizer.added_tokens_decoder.values()
+        control = [token.content for token in added if token.special]
+        self._control = _any_of(control)  # nobody may write these
+        # nor these, but for the assistant: its earlier thoughts and calls come back in its own words
+        self._markup = _any_of([*control, *(t.content for t in added if self._is_markup(t.content))])
+
+    def _is_markup(self, token: str) -> bool:
+        """Of the tokens that are not special to the tokenizer, those that are to the model; `<h1>` is not."""
+        return bool(MARKUP.fullmatch(token)) or (bool(token.strip()) and token in self._source and "<" in token)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -116,7 +128,11 @@ class PromptTemplate:
         plain, seam = self._disarm(canonical(messages))
         plain, continues, opens = _ending(plain, continues, opens)
         folded = fold_tools(plain)
-        attempts = [] if self.family.alternates else [plain if self._knows_tools else folded]
+        if continues and plain[-1]["role"] not in ("assistant", "user"):
+            raise InvalidRequest(
+                "Only a message of the assistant's or the user's can be continued.", param="continue_final_message"
+            )
+        attempts = [] if self.family.alternates else [_with_names(plain) if self._knows_tools else folded]
         for attempt in [*attempts, alternate(folded)]:
             try:
                 text = self._apply(attempt, continues, opens)
@@ -135,10 +151,15 @@ class PromptTemplate:
         what a user writes, such as `<|im_end|>`, stays text and ends no turn."""
         try:
             texts = json.dumps(messages, ensure_ascii=False)
-            seam = next(character for character in map(chr, range(0xFDD0, 0xFDF0)) if character not in texts)
-            return [_cut(message, self._control, seam) for message in messages], seam
+            seam = next((character for character in SEAMS if character not in texts), None)
+            if seam is None:
+                raise InvalidRequest("The messages hold all of Unicode's noncharacters.", param="messages")
+            return [_cut(message, self._pattern(message), seam) for message in messages], seam
         except RecursionError as error:
             raise InvalidRequest("The arguments of a tool call are nested too deeply.", param="messages") from error
+
+    def _pattern(self, message: CanonicalMessage) -> re.Pattern[str]:
+        return self._control if message["role"] == "assistant" else self._markup
 
     def _apply(self, messages: list[CanonicalMessage], continues: bool, opens: bool) -> str:
         text = self.tokenizer.apply_chat_template(
@@ -151,10 +172,10 @@ class PromptTemplate:
         assert isinstance(text, str)
         return text
 
-    def render_text(self, prompt: str) -> list[int]:
+    def render_text(self, prompt: str, has_bos: bool = True) -> list[int]:
         """The prompt of a completion, with the one beginning-of-sequence token that the tokenizer adds."""
         _check_characters(prompt, "prompt")
-        token_ids = list(self.tokenizer(prompt).input_ids)
+        token_ids = list(self.tokenizer(prompt, add_special_tokens=has_bos).input_ids)
         bos = self.tokenizer.bos_token_id
         return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
 
@@ -174,10 +195,6 @@ class PromptTemplate:
         _check_characters(suffix, "suffix")
         ends = [vocabulary[token] for token in (*END_OF_FILE, *marks) if token in vocabulary]
         return self.render_text(f"{marks[0]}{prefix}{marks[1]}{suffix}{marks[2]}"), ends
-
-    def tail(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """The end of a completion's prompt: how its answer's first token reads depends on it."""
-        return token_ids[-4:]
 
 
 ROLES = {"developer": "system", "function": "tool"}  # other names of the roles that templates know
@@ -227,6 +244,14 @@ def fold_tools(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
     return result
 
 
+def _with_names(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """For templates that tell a result by its call: one without a call says itself what it is of."""
+    return [
+        {**m, "content": f"{m['name']}: {m['content']}"} if m.get("name") and not m.get("tool_call_id") else m
+        for m in messages
+    ]
+
+
 def _called(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     return function if isinstance(function, dict) else {}
@@ -241,6 +266,10 @@ def _detokenizer(tokenizer: "PreTrainedTokenizerBase") -> Any:
     )
     is_plain = adds_nothing and not tokenizer.clean_up_tokenization_spaces
     return tokenizer.backend_tokenizer if is_plain else tokenizer
+
+
+def _any_of(tokens: list[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def _ending(
@@ -260,12 +289,16 @@ def _text(message: Message, number: int) -> str:
     if not isinstance(message.content, list):
         return message.content or message.refusal or ""
     for index, part in enumerate(message.content):
-        if part.type not in ("text", "refusal") or getattr(part, part.type) is None:
+        param = f"messages[{number}].content[{index}]"
+        if part.type not in ("text", "refusal"):
             raise InvalidRequest(
-                f"This model takes content parts of type 'text' with a text, and no {part.type!r}.",
-                param=f"messages[{number}].content[{index}]",
+                f"This model takes content parts of type 'text', and no {part.type!r}.",
+                param=param,
                 code="unsupported_value",
             )
+        if getattr(part, part.type) is None:
+            param = f"{param}.{part.type}"
+            raise InvalidRequest(f"{param}: Field required", param=param, code="missing_required_parameter")
     return "".join(getattr(part, part.type) for part in message.content)
 
 
@@ -278,6 +311,8 @@ def _check_characters(text: str, param: str) -> None:
 
 
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(custom := call.get("custom"), dict):  # a tool that takes text
+        return {**call, "function": {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}}
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call

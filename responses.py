@@ -5,10 +5,13 @@ their order: https://platform.openai.com/docs/api-reference/responses-streaming.
 """
 
 import itertools
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
+
+from pydantic_core import to_json
 
 from errors import APIError, InvalidRequest, unsupported
 from schemas import (
@@ -39,8 +42,6 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
     """The same question as a chat completion. Raises InvalidRequest, whose param names the field of this request."""
     for name in request.refused_fields:
         raise unsupported(name)
-    for name in request.text.refused_fields if request.text else ():
-        raise unsupported(f"text.{name}")
     shared: dict[str, Any] = request.model_dump(include=set(SAMPLING_FIELDS), exclude_none=True)
     wants_logprobs = LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
     return ChatCompletionRequest.model_validate(
@@ -78,7 +79,8 @@ def _add_message(messages: list[dict[str, Any]], item: InputItem, path: str) -> 
 
 def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
     """The calls of one turn become one message."""
-    function = {"name": item.name or "", "arguments": item.arguments or ""}
+    arguments = item.arguments or "" if item.input is None else json.dumps({"input": item.input}, ensure_ascii=False)
+    function = {"name": item.name or "", "arguments": arguments}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
     messages[-1].setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
@@ -97,6 +99,8 @@ _ITEMS = {
     "message": _add_message,
     "function_call": _add_call,
     "function_call_output": _add_result,
+    "custom_tool_call": _add_call,
+    "custom_tool_call_output": _add_result,
     "reasoning": _add_nothing,
 }
 
@@ -164,6 +168,11 @@ def _response(request: ResponsesRequest) -> ResponseObject:
     """With what was asked, where that means something."""
     names = (ResponseObject.model_fields.keys() & ResponsesRequest.model_fields.keys()) - {"text", "store"}
     asked = {name: value for name in names if (value := getattr(request, name)) is not None}
+    for name, value in asked.items():
+        try:
+            to_json(value)
+        except (ValueError, RecursionError) as error:  # half a character, or nested beyond what can be written
+            raise InvalidRequest(f"{name} cannot be sent back.", param=name, code="invalid_value") from error
     return ResponseObject(**asked, status="in_progress")
 
 

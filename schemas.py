@@ -6,6 +6,7 @@ add_generation_prompt; as llama.cpp does: timings.
 """
 
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 from uuid import uuid4
 
@@ -41,7 +42,7 @@ def _mark_honoured(schema: Object) -> None:
         field.setdefault("x-support", "honoured")
 
 
-class _Request(BaseModel):
+class RequestBody(BaseModel):
     """What is silent is None. Unknown fields are kept, and named in the answer's `X-Ignored-Fields` header."""
 
     model_config = ConfigDict(
@@ -63,24 +64,44 @@ class _Request(BaseModel):
 
     @property
     def refused_fields(self) -> list[str]:
-        """Those that ask for what the local model does not do."""
-        refused = [name for name in self._sent_fields if self.support(name) == "refused"]
-        return sorted(name for name in refused if getattr(self, name) not in self._mark(name)["x-neutral"])
+        """Those that ask for what the local model does not do, such as `audio` or `messages[0].audio`."""
+        return sorted(
+            path + name
+            for path, part in self._parts()
+            for name in part._sent_fields
+            if part.support(name) == "refused" and getattr(part, name) not in part._mark(name)["x-neutral"]
+        )
 
     @property
     def ignored_fields(self) -> list[str]:
         """Those that are sent and change nothing though their sender may have meant them to."""
-        not_yet = [name for name in self._sent_fields if self.support(name) == "not yet"]
-        return sorted([*(self.model_extra or {}), *(name for name in not_yet if getattr(self, name) is not None)])
+        ignored: list[str] = []
+        for path, part in self._parts():
+            not_yet = [name for name in part._sent_fields if part.support(name) == "not yet"]
+            ignored += [path + name for name in not_yet if getattr(part, name) is not None]
+            ignored += [path + name for name in part.model_extra or ()]
+        return sorted(ignored)
+
+    def _parts(self, path: str = "") -> Iterator[tuple[str, "RequestBody"]]:
+        """This object and those inside, each with what leads to it."""
+        yield path, self
+        for name in self._sent_fields:
+            value = getattr(self, name)
+            if isinstance(value, RequestBody):
+                yield from value._parts(f"{path}{name}.")
+            elif isinstance(value, list):
+                for index, item in enumerate(value):
+                    if isinstance(item, RequestBody):
+                        yield from item._parts(f"{path}{name}[{index}].")
 
 
-class ContentPart(_Request):
+class ContentPart(RequestBody):
     type: str
     text: str | None = None
     refusal: str | None = None
 
 
-class Message(_Request):
+class Message(RequestBody):
     role: Role
     content: str | list[ContentPart] | None = None
     name: str | None = None
@@ -88,18 +109,20 @@ class Message(_Request):
     tool_calls: list[Object] | None = None
     tool_call_id: str | None = None
     function_call: Object | None = None  # the older form of one tool call
+    audio: Object | None = _refused()
 
 
-class StreamOptions(_Request):
+class StreamOptions(RequestBody):
     include_usage: bool | None = None
     include_obfuscation: bool | None = _no_meaning("nothing is added to the chunks.")
 
 
 StopString = Annotated[str, Field(max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(max_length=2**20)]
 
 
-class _SamplingRequest(_Request):
+class _SamplingRequest(RequestBody):
     """The fields that all requests for text share."""
 
     model: str
@@ -153,7 +176,7 @@ class _CompletionRequest(_SamplingRequest):
 
 
 class ChatCompletionRequest(_CompletionRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=10_000)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -212,7 +235,7 @@ class CompletionRequest(_CompletionRequest):
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=128)
     suffix: str | None = None
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = Field(union_mode="left_to_right")
+    prompt: str | TokenIds | list[str] | list[TokenIds] = Field(union_mode="left_to_right")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -230,13 +253,25 @@ class CompletionRequest(_CompletionRequest):
         return list(self.prompt)
 
 
-class InputPart(_Request):
+Includable = Literal[
+    "message.output_text.logprobs",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+class InputPart(RequestBody):
     type: str
     text: str | None = None
     refusal: str | None = None
 
 
-class InputItem(_Request):
+class InputItem(RequestBody):
     """A message, a tool call or its result; the fields of the others are None."""
 
     type: str = "message"
@@ -245,10 +280,11 @@ class InputItem(_Request):
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
+    input: str | None = None
     output: str | list[InputPart] | None = None
 
 
-class TextConfig(_Request):
+class TextConfig(RequestBody):
     format: Object | None = _refused({"type": "text"})
     verbosity: str | None = _refused("medium")
 
@@ -258,7 +294,7 @@ class ResponsesRequest(_SamplingRequest):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: list[str] | None = Field(None, description="message.output_text.logprobs; others have nothing to include.")
+    include: list[Includable] | None = Field(None, description="Of these, text has the log-probabilities alone.")
     text: TextConfig | None = None
     tools: list[Object] | None = _not_yet("Accepted, not shown to the model, and named in X-Ignored-Fields.")
     parallel_tool_calls: bool | None = _not_yet("Accepted, and named in X-Ignored-Fields.")
@@ -285,14 +321,17 @@ class ResponsesRequest(_SamplingRequest):
     stream_options: StreamOptions | None = _no_meaning("nothing is added to the events.")
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(RequestBody):
     """A text, or a conversation as the model would be asked it; the shape is vLLM's."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=10_000)
+    add_special_tokens: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -303,9 +342,9 @@ class TokenizeResponse(BaseModel):
     token_strs: list[str] | None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(RequestBody):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 class DetokenizeResponse(BaseModel):

@@ -11,6 +11,8 @@ from engine.kv_cache import KVCache
 from engine.sampling import SampledToken
 from engine.sequence import FinishReason, Sequence, Status, TokenOutput
 
+PATIENCE = 300  # steps
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -74,7 +76,8 @@ class Scheduler:
         """The next step: every decode that has a block, then prompts within the budget, those of one priority in the
         order in which they came."""
         spans: list[Span] = []
-        for sequence in list(self.running):
+        self._promote()
+        for sequence in sorted(self.running, key=lambda s: s.priority):  # whoever gives way comes after
             if sequence.num_uncomputed == 1 and self._make_room(sequence):
                 spans.append(Span(sequence, sequence.num_computed, 1))
         budget = (self.limits.max_num_mixed_tokens if spans else self.limits.max_num_batched_tokens) - len(spans)
@@ -92,6 +95,16 @@ class Scheduler:
             return self.schedule()
         assert spans or not self.running, "a sequence that fits the cache alone cannot proceed"
         return Batch(tuple(spans))
+
+    def _promote(self) -> None:
+        """What has let others go first for PATIENCE steps is as urgent as they are."""
+        for sequence in [s for s in [*self._prefilling(), *self.waiting] if s.priority > 0]:
+            sequence.num_deferrals += 1
+            if sequence.num_deferrals > PATIENCE:
+                sequence.priority = 0
+                if sequence.status is Status.WAITING:
+                    self.waiting.remove(sequence)
+                    self.add(sequence)
 
     def _can_admit(self, priority: int) -> bool:
         """The first that waits, if it has this priority."""

@@ -37,6 +37,7 @@ class Sequence:
     params: SamplingParams
     sink: Sink  # called on the event loop's thread
     priority: int = 0  # a smaller one goes first
+    num_deferrals: int = 0  # steps in which its prompt could have waited for others
     number: int = field(default_factory=lambda: next(_numbers))
     status: Status = Status.WAITING
     token_ids: list[int] = field(init=False)  # prompt and answer

@@ -8,7 +8,7 @@ from errors import InvalidRequest
 from logprobs import TokenTexts
 from providers.answer import Piece
 from providers.loading import Loaded
-from schemas import CompletionChoice, CompletionLogprobs, CompletionRequest
+from schemas import CompletionChoice, CompletionRequest
 
 if TYPE_CHECKING:
     from engine.sampling import SamplingParams
@@ -26,7 +26,8 @@ class Prompt:
         """Takes milliseconds, more for long prompts; raises InvalidRequest."""
         tokenizer = loaded.template.tokenizer
         if isinstance(prompt, list):
-            return cls(str(tokenizer.decode(prompt)), prompt)
+            is_too_long = len(prompt) >= loaded.engine.max_model_len  # the caller will say so
+            return cls("" if is_too_long else str(tokenizer.decode(prompt)), prompt)
         if suffix:
             token_ids, ends = loaded.template.render_gap(prompt, suffix)
             return cls(prompt, token_ids, stop_token_ids=tuple(ends))
@@ -84,7 +85,5 @@ class Choices:
             tokens = (SampledToken(prompt.token_ids[0]), *piece.prompt, *tokens)
         offset = self._offsets.get(piece.index, 0)
         self._offsets[piece.index] = offset + len(text)
-        logprobs: CompletionLogprobs | None = None
-        if self._shows_logprobs and tokens:
-            logprobs = self._texts.completion(tokens, offset - hidden)
+        logprobs = self._texts.completion(tokens, offset - hidden) if self._shows_logprobs else None
         return CompletionChoice(index=piece.index, text=text, logprobs=logprobs, finish_reason=piece.finish_reason)

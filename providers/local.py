@@ -20,6 +20,7 @@ from providers.loading import Load, Loaded, in_daemon_thread, load
 from schemas import (
     ChatCompletionChunk,
     ChatCompletionRequest,
+    ChoiceLogprobs,
     ChunkChoice,
     Completion,
     CompletionRequest,
@@ -182,7 +183,7 @@ class LocalProvider:
         head = Completion(model=self.name, choices=[])
         async with aclosing(merge(sources)) as pieces:
             async for piece in pieces:
-                if request.max_tokens == 0:  # the engine generates one at least
+                if request.max_tokens == 0:
                     piece = replace(piece, text="", num_tokens=0, finish_reason="length", tokens=())
                 choice = choices.of(piece, meter.add(piece))
                 timings = meter.timings if meter.is_complete else None
@@ -192,8 +193,8 @@ class LocalProvider:
     def _question(self, loaded: Loaded, request: CompletionRequest, prompt: Prompt, is_ranked: bool) -> Question:
         _check_prompt(loaded.engine, prompt.token_ids, "prompt")
         params = self._sampling_params(loaded, request, len(prompt.token_ids), COMPLETION_MAX_TOKENS)
-        tail = loaded.template.tail(prompt.token_ids)
-        return Question(prompt.token_ids, prompt.adapt(params, is_ranked), request.stop_strings, tail)
+        prefix = prompt.token_ids[-4:]  # how the answer's first token reads depends on these
+        return Question(prompt.token_ids, prompt.adapt(params, is_ranked), request.stop_strings, prefix)
 
     # --- tokens
 
@@ -203,9 +204,11 @@ class LocalProvider:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either prompt or messages.", param="prompt", code="invalid_value")
         if request.messages is not None:
-            token_ids = await asyncio.to_thread(template.render_chat, request.messages)
+            ending = (request.continue_final_message, request.add_generation_prompt)
+            token_ids = await asyncio.to_thread(template.render_chat, request.messages, *ending)
         else:
-            token_ids = await asyncio.to_thread(template.render_text, request.prompt or "")
+            has_bos = request.add_special_tokens is not False
+            token_ids = await asyncio.to_thread(template.render_text, request.prompt or "", has_bos)
         texts = [loaded.texts.text_of(i) for i in token_ids] if request.return_token_strs else None
         limit = loaded.engine.max_model_len
         return TokenizeResponse(count=len(token_ids), max_model_len=limit, tokens=token_ids, token_strs=texts)
@@ -231,15 +234,16 @@ class LocalProvider:
 
         _check_token_ids(loaded.engine, request)
         limit = loaded.engine.max_model_len
-        wanted = request.max_tokens
-        if prompt_tokens + (wanted or 1) > limit:
+        wanted = None if request.max_tokens is None else max(request.max_tokens, 1)  # 0: one that is not shown
+        at_least = wanted or 1
+        if prompt_tokens + at_least > limit:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {limit} tokens. However, you requested "
-                f"{prompt_tokens + (wanted or 1)} tokens ({prompt_tokens} in the prompt, {wanted or 1} in the "
-                "completion). Please reduce the length of the prompt or of the completion. (context_length_exceeded)",
+                f"{prompt_tokens + at_least} tokens ({prompt_tokens} in the prompt, {at_least} in the completion). "
+                "Please reduce the length of the prompt or of the completion. (context_length_exceeded)",
                 param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
             )
-        if (request.min_tokens or 0) > (wanted or limit):
+        if (request.min_tokens or 0) > (limit if request.max_tokens is None else request.max_tokens):
             raise InvalidRequest("min_tokens is larger than max_tokens.", param="min_tokens", code="invalid_value")
         left = limit - prompt_tokens
         given = {field.name: getattr(request, field.name) for field in fields(SamplingParams)}
@@ -288,7 +292,8 @@ def _check_prompt(engine: "Engine", token_ids: list[int], param: str) -> None:
 def _chunk_choices(piece: Piece, is_first: bool, shows_logprobs: bool, texts: TokenTexts) -> Iterator[ChunkChoice]:
     """The chunks that a piece becomes: the role once, text, and the finish reason with an empty delta."""
     if is_first:
-        yield ChunkChoice(index=piece.index, delta=Delta(role="assistant", content=""))
+        none_yet = ChoiceLogprobs(content=[]) if shows_logprobs else None
+        yield ChunkChoice(index=piece.index, delta=Delta(role="assistant", content=""), logprobs=none_yet)
     logprobs = texts.chat(piece.tokens) if shows_logprobs and piece.tokens else None
     if piece.text or logprobs:
         yield ChunkChoice(index=piece.index, delta=Delta(content=piece.text), logprobs=logprobs)

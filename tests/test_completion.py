@@ -1,5 +1,6 @@
 """Text completions: what is echoed, scored and filled in."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,22 @@ def test_echoed_log_probabilities_are_those_of_transformers(
         [first, *others] = choice.logprobs.token_logprobs or []
         assert first is None and others == pytest.approx(expected, abs=1e-3)
         assert choice.logprobs.top_logprobs is not None and choice.logprobs.top_logprobs[0] is None
+
+
+def test_no_new_tokens_are_one_step_and_one_end(server: Server) -> None:
+    body = {
+        "model": MODEL,
+        "prompt": PROMPT,
+        "max_tokens": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    *events, done, _ = server.post("/v1/completions", **body, echo=True, logprobs=0).text.split("\n\n")
+    text, usage = (json.loads(event.removeprefix("data: ")) for event in events)
+    assert text["choices"][0]["text"] == PROMPT and text["choices"][0]["finish_reason"] == "length"
+    assert usage["usage"]["completion_tokens"] == 0 and usage["timings"]["predicted_n"] == 0
+    refusal = server.post("/v1/completions", model=MODEL, prompt="x", max_tokens=0, min_tokens=1)
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "min_tokens"
 
 
 def test_several_prompts_are_scored_while_others_decode(server: Server, tiny_checkpoint: Path) -> None:

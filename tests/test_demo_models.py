@@ -99,7 +99,8 @@ def test_control_tokens_that_a_user_writes_stay_text(name: str) -> None:
     template = load_template(fetch(name), "gemma3_text" if "gemma" in name else "qwen2")
     tokenizer = template.tokenizer
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    text = "x " + " ".join(control[:40])
+    text = "x " + " ".join([*control[:40], "<start_of_image>", "<tool_call>", "</think>"])
+    control += [t.content for t in tokenizer.added_tokens_decoder.values() if t.content in text]
     plain = template.render_chat([Message(role="user", content="x")])
     token_ids = template.render_chat([Message(role="user", content=text)])
     ids = set(tokenizer.convert_tokens_to_ids(control))

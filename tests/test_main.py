@@ -231,7 +231,9 @@ def test_texts_and_conversations_are_turned_into_tokens_and_back(server: Server)
     assert tokens["tokens"] == byte_tokenizer()(text).input_ids and tokens["count"] == len(text.encode())
     assert tokens["max_model_len"] == 480 and tokens["token_strs"][0] == "H"
     assert server.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": text}
+    bare = server.post("/tokenize", messages=HELLO, add_generation_prompt=False).json()
     chat = server.post("/tokenize", model=MODEL, messages=HELLO).json()
+    assert chat["count"] - bare["count"] == len("assistant\n") + 1
     answer = server.post("/v1/chat/completions", model=MODEL, messages=HELLO, max_tokens=1).json()
     assert chat["count"] == answer["usage"]["prompt_tokens"] and chat["token_strs"] is None
     for path, body, param in (
@@ -275,7 +277,7 @@ def test_texts_and_conversations_are_turned_into_tokens_and_back(server: Server)
         ("chat/completions", {"logprobs": 1}, 400, "logprobs", "invalid_value"),
         ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
         ("chat/completions", {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
-        ("chat/completions", {"logit_bias": {"5": 101}}, 400, "logit_bias[5]", "invalid_value"),
+        ("chat/completions", {"logit_bias": {"5": 101}}, 400, "logit_bias.5", "invalid_value"),
         ("chat/completions", {"logit_bias": {"99999": 1}}, 400, "logit_bias", "invalid_value"),
         ("chat/completions", {"logit_bias": {"-1": 1}}, 400, "logit_bias.-1", "invalid_value"),
         ("chat/completions", {"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens", "invalid_value"),

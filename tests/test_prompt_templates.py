@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 from models import byte_tokenizer
+from tokenizers import AddedToken
 
 from errors import InvalidRequest
-from prompt_templates import PromptTemplate, alternate, canonical, family_of
+from prompt_templates import SEAMS, PromptTemplate, alternate, canonical, family_of
 from schemas import Message
 
 CONVERSATION = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye")]
@@ -146,7 +147,7 @@ def test_a_completions_prompt_begins_with_one_bos_token() -> None:
     class Doubling:
         bos_token_id = 2
 
-        def __call__(self, prompt: str) -> object:
+        def __call__(self, prompt: str, add_special_tokens: bool) -> object:
             return type("Encoding", (), {"input_ids": [2, 2, 7] if prompt.startswith("<bos>") else [2, 7]})
 
     subject = PromptTemplate.__new__(PromptTemplate)
@@ -233,11 +234,14 @@ def test_a_refusal_of_the_assistants_is_its_text() -> None:
         assert canonical([message])[0]["content"] == "I will not."
 
 
-@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "refusal"}, {"type": "image_url"}, {"type": "x" * 99}])
-def test_a_part_without_its_text_is_refused_by_name(part: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("part", "path"),
+    [({"type": "text"}, ".text"), ({"type": "refusal"}, ".refusal"), ({"type": "image_url"}, ""), ({"type": "x"}, "")],
+)
+def test_a_part_without_its_text_is_refused_by_name(part: dict[str, str], path: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         canonical([Message(role="user", content="x"), Message(role="user", content=[part])])
-    assert refusal.value.param == "messages[1].content[0]"
+    assert refusal.value.param == "messages[1].content[0]" + path
 
 
 def test_arguments_nested_beyond_reason_are_refused_or_text() -> None:
@@ -257,3 +261,54 @@ def test_a_gap_is_marked_for_models_that_know_it_and_refused_for_others() -> Non
     assert set(subject.tokenizer.convert_tokens_to_ids(["<fim_prefix>", "<|endoftext|>"])) <= set(ends)
     with pytest.raises(InvalidRequest, match="fill-in-the-middle"):
         template().render_gap("x", "y")
+
+
+def test_text_of_noncharacters_is_text_and_of_all_seams_is_refused() -> None:
+    noncharacters = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    assert noncharacters in text(template(), ("user", noncharacters))
+    with pytest.raises(InvalidRequest):
+        text(template(), ("user", "".join(SEAMS)))
+
+
+MARKUP = ["<start_of_image>", "<tool_call>", "</think>", "<image_soft_token>", "<|file_sep|>"]
+
+
+@pytest.mark.parametrize("role", ["user", "system", "tool", "assistant"])
+def test_markup_that_the_tokenizer_does_not_call_special_stays_text_but_for_the_assistant(role: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in [*MARKUP, "<h1>"]])
+    subject = PromptTemplate(tokenizer, "qwen3")
+    content = " ".join([*MARKUP, "<h1>"])
+    token_ids = subject.render_chat(messages((role, content), ("user", "x")))
+    found = [token for token in [*MARKUP, "<h1>"] if tokenizer.convert_tokens_to_ids(token) in token_ids]
+    assert found == ([*MARKUP, "<h1>"] if role == "assistant" else ["<h1>"])
+    assert content in str(tokenizer.decode(token_ids))
+
+
+@pytest.mark.parametrize("make", [template, gemma])
+def test_a_call_of_a_tool_that_takes_text_keeps_its_text(make: object) -> None:
+    call = {"id": "c1", "type": "custom", "custom": {"name": "grep", "input": "needle"}}
+    subject = make()
+    result = Message(role="tool", content="found", tool_call_id="c1")
+    prompt = str(subject.tokenizer.decode(subject.render_chat([Message(role="assistant", tool_calls=[call]), result])))
+    assert '"name": "grep"' in prompt and "needle" in prompt and "Result of grep" in prompt
+
+
+def test_a_result_without_a_call_says_what_it_is_of_where_the_template_would_not() -> None:
+    subject = template()
+    subject.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    subject = PromptTemplate(subject.tokenizer, "qwen3")
+    result = Message(role="function", name="get_weather", content="42")
+    assert "get_weather: 42" in str(subject.tokenizer.decode(subject.render_chat([result])))
+
+
+@pytest.mark.parametrize("make", [lambda: template(own=False), gemma])
+def test_what_is_continued_keeps_its_leading_blanks(make: object) -> None:
+    assert "\n  def f():" in text(make(), ("user", "Write"), ("assistant", "  def f():"))
+
+
+def test_only_what_the_assistant_or_the_user_said_can_be_continued() -> None:
+    late = messages(("user", "U"), ("assistant", "A"), ("system", "S"))
+    with pytest.raises(InvalidRequest) as refusal:
+        gemma().render_chat(late, continues=True)
+    assert refusal.value.param == "continue_final_message"

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from openai import OpenAI
@@ -77,6 +78,7 @@ def test_a_conversation_with_a_tool_becomes_messages() -> None:
         {"type": "reasoning", "id": "rs_1", "summary": []},
         {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
         {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+        {"type": "custom_tool_call", "call_id": "c3", "name": "h", "input": "text"},
         {"type": "function_call_output", "call_id": "c1", "output": "1"},
         {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
         {"role": "assistant", "content": [{"type": "output_text", "text": "A"}, {"type": "refusal", "refusal": "R"}]},
@@ -86,7 +88,8 @@ def test_a_conversation_with_a_tool_becomes_messages() -> None:
     assert [m["role"] for m in result] == [
         *("system", "developer", "user", "assistant", "tool", "tool", "assistant", "user")
     ]
-    assert [call["id"] for call in result[3]["tool_calls"]] == ["c1", "c2"]
+    assert [call["id"] for call in result[3]["tool_calls"]] == ["c1", "c2", "c3"]
+    assert result[3]["tool_calls"][2]["function"] == {"name": "h", "arguments": '{"input": "text"}'}
     assert [m["tool_call_id"] for m in result[4:6]] == ["c1", "c2"]
 
 
@@ -112,12 +115,34 @@ def test_sampling_parameters_are_passed_on() -> None:
         ({"input": "x" * 999}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"text": {"verbosity": "high"}}, "text.verbosity"),
+        ({"include": ["nonsense"]}, "include[0]"),
     ],
 )
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_bad_requests_are_refused_by_name(server: Server, body: dict[str, Any], param: str, is_stream: bool) -> None:
     refusal = server.post("/v1/responses", **{"model": MODEL, "input": "x", "stream": is_stream, **body})
     assert refusal.status_code == 400 and refusal.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("user", '"\\ud800"'),
+        ("instructions", '"\\ud800"'),
+        ("metadata", '{"a": "\\ud800"}'),
+        ("tools", '[{"a": "\\ud800"}]'),
+        ("metadata", '{"a": ' * 150 + "1" + "}" * 150),
+        ("tools", '[{"a": ' * 100 + "1" + "}]" * 100),
+    ],
+)
+def test_what_cannot_be_sent_back_is_refused_by_name(server: Server, field: str, value: str, is_stream: bool) -> None:
+    body = f'{{"model": "{MODEL}", "input": "x", "stream": {json.dumps(is_stream)}, "{field}": {value}}}'
+    headers = {"content-type": "application/json"}
+    refusal = httpx2.post(server.url + "/v1/responses", content=body.encode(), headers=headers, timeout=30)
+    assert refusal.status_code in (200, 400) and (refusal.status_code == 400 or "completed" in refusal.text)
+    if refusal.status_code == 400:
+        assert refusal.json()["error"]["param"] in (field, None)  # None: not even JSON, for its depth
 
 
 def test_the_sdk_raises_its_own_errors(client: OpenAI) -> None:

@@ -6,8 +6,8 @@ import torch
 
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.sampling import SampledToken, SamplingParams
-from engine.scheduler import Batch, Limits, Scheduler
-from engine.sequence import Sequence
+from engine.scheduler import PATIENCE, Batch, Limits, Scheduler
+from engine.sequence import Sequence, Status
 
 SPECS = {0: LayerSpec(1, 4, 4, None, torch.float32, torch.device("cpu"))}
 
@@ -72,10 +72,15 @@ def test_random_traffic_ends_with_everything_free() -> None:
     for _ in range(3000):
         if rng.random() < 0.2 and len(alive) < 40:
             alive.append(sequence(rng.randrange(1, 150), rng.randrange(1, 50)))
+            alive[-1].priority = rng.randrange(2)
             subject.add(alive[-1])
         if alive and rng.random() < 0.02:
             subject.remove(alive.pop(rng.randrange(len(alive))))
-        batch = step(subject)
+        batch = subject.schedule()
+        for span in batch.spans:
+            assert span.sequence.status is Status.RUNNING
+            assert len(span.sequence.block_tables[0]) * 4 >= span.end
+        subject.update(batch, [SampledToken(7)] * sum(span.is_complete for span in batch.spans))
         assert batch.num_tokens <= 32 and bool(batch.spans) == bool(subject.has_work or batch.spans)
     for _ in range(3000):
         step(subject)
@@ -108,3 +113,16 @@ def test_the_least_urgent_gives_way_when_blocks_run_out() -> None:
     while not subject.num_preemptions:
         step(subject)
     assert chat in subject.running and list(subject.waiting) == [task]
+
+
+def test_what_is_not_urgent_gets_its_turn_in_the_end() -> None:
+    subject = scheduler()
+    task = urgent(40, 1)
+    subject.add(task)
+    for _ in range(3 * PATIENCE):
+        if len(subject.waiting) + len(subject.running) < 4:
+            subject.add(Sequence([1] * 60, SamplingParams(max_tokens=1), lambda output: None))
+        step(subject)
+        if task.num_output_tokens:
+            return
+    raise AssertionError("others always went first")

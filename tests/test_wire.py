@@ -279,6 +279,72 @@ def test_a_bad_body_is_a_400_that_says_where(server: Server, body: str, param: s
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt": ["a", None]}, "prompt[1]", ""),
+        ({"prompt": ["a", 5]}, "prompt[1]", "string"),
+        ({"prompt": [[1], "a"]}, "prompt[1]", ""),
+        ({"prompt": [1, "a"]}, "prompt[1]", ""),
+        ({"stop": ["a"] * 17}, "stop", "16 items"),
+        ({"stop": ["a", "b" * 2000]}, "stop[1]", "1024 characters"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a", "integer"),
+    ],
+)
+def test_where_a_field_has_several_types_the_one_that_was_meant_is_told(
+    server: Server, fields: dict[str, Any], param: str, words: str
+) -> None:
+    error = server.post("/v1/completions", **{"model": MODEL, "prompt": "x", **fields}).json()["error"]
+    assert error["param"] == param and words in error["message"]
+
+
+def test_what_is_longer_than_any_context_is_refused_at_once(server: Server) -> None:
+    begin = time.monotonic()
+    assert chat(server, messages=HELLO * 10_001).json()["error"]["param"] == "messages"
+    tokens = server.post("/v1/completions", model=MODEL, prompt=[5] * 1_000_000).json()["error"]
+    assert tokens["code"] == "context_length_exceeded" and time.monotonic() - begin < 5
+
+
+def test_fields_inside_of_others_are_refused_and_reported_too(server: Server) -> None:
+    refusal = chat(server, messages=[*HELLO, {"role": "assistant", "audio": {"id": "x"}}]).json()["error"]
+    assert (refusal["param"], refusal["code"]) == ("messages[1].audio", "unsupported_value")
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    answer = chat(server, messages=[{"role": "user", "content": [part]}], stream_options={"foo": 1}, größe=1)
+    assert answer.headers["x-ignored-fields"] == (
+        "gr\\u00f6\\u00dfe, messages[0].content[0].cache_control, stream_options.foo"
+    )
+    tokens = server.post("/tokenize", prompt="x", foo=1)
+    assert tokens.status_code == 200 and tokens.headers["x-ignored-fields"] == "foo"
+
+
+def test_an_empty_answer_has_empty_log_probabilities_if_they_were_asked_for(server: Server) -> None:
+    ended = {"logit_bias": {"258": 100}}
+    assert chat(server, **ended, logprobs=True).json()["choices"][0]["logprobs"]["content"] == []
+    text = server.post("/v1/completions", model=MODEL, prompt="x", **ended, logprobs=0).json()["choices"][0]
+    assert text["text"] == "" and text["logprobs"]["tokens"] == []
+
+
+def test_a_preempted_task_and_what_preempts_it_are_answered(tiny_checkpoint: Path) -> None:
+    options = {"max_tokens": 380, "ignore_eos": True}
+    with serve(
+        MAIN, MODEL_PATH=str(tiny_checkpoint), DTYPE="float32", KV_CACHE_MEMORY="400KiB", MAX_MODEL_LEN="480"
+    ) as server:
+        server.wait_until_healthy()
+        for length in (0, 4, 9, 13):
+            statuses: list[int] = []
+
+            def ask(content: str, statuses: list[int] = statuses) -> None:
+                statuses.append(chat(server, messages=[{"role": "user", "content": content}], **options).status_code)
+
+            task = threading.Thread(target=ask, args=("### Task: title",))
+            task.start()
+            time.sleep(0.05)
+            ask("hello" + "y" * length)
+            task.join()
+            assert statuses == [200, 200]
+
+
 def test_a_body_of_another_kind_is_a_400(server: Server) -> None:
     refusal = httpx2.post(server.url + "/v1/chat/completions", data={"model": MODEL})
     assert refusal.status_code == 400 and "application/json" in refusal.json()["error"]["message"]
