@@ -72,10 +72,10 @@ class TokenTexts:
         data = list(self.bytes_of(token_id))
         return TopLogprob(token=self.text_of(token_id), logprob=max(logprob, UNLIKELY), bytes=data)
 
-    def completion(self, tokens: Sequence[Scored], offset: int) -> CompletionLogprobs:
-        """The legacy shape; `offset` is the number of characters before, negative where the text does not show the
-        first token. The chosen token is among the top ones; a token without a log-probability is a prompt's first."""
-        result = CompletionLogprobs()
+    def completion(self, tokens: Sequence[Scored], offsets: Sequence[int]) -> CompletionLogprobs:
+        """The legacy shape; `offsets` are characters. The chosen token is among the top ones; a token without a
+        log-probability is a prompt's first."""
+        result = CompletionLogprobs(text_offset=list(offsets))
         for token in tokens:
             text, logprob = self.text_of(token.token_id), token.logprob
             top = {self.text_of(other): max(value, UNLIKELY) for other, value in token.top_logprobs}
@@ -84,9 +84,6 @@ class TokenTexts:
             result.tokens.append(text)
             result.token_logprobs.append(None if logprob is None else max(logprob, UNLIKELY))
             result.top_logprobs.append(None if logprob is None else top)
-            begins = [byte & 0xC0 != 0x80 for byte in self.bytes_of(token.token_id)]  # a character, in UTF-8
-            result.text_offset.append(max(offset - (not all(begins[:1])), 0))
-            offset += sum(begins)
         return result
 
 

@@ -50,6 +50,7 @@ class TextStreamer:
         self._read = len(self._ids)
         self._shown = self._decode(self._ids).rstrip(REPLACEMENT)  # a character that the answer may complete
         self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self.num_characters = 0  # decoded so far
         self.is_stopped = False
 
     def put(self, token_ids: Sequence[int]) -> str:
@@ -85,6 +86,7 @@ class TextStreamer:
         return new.replace(REPLACEMENT, "")
 
     def _release(self, text: str) -> str:
+        self.num_characters += len(text)
         if not self._stop:
             return text
         self._held += text

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,33 @@ class Runner(Protocol):
     def run(self, batch: Batch) -> list[SampledToken | None]: ...
 
 
+class Mailbox:
+    """A sequence's outputs on their way to the caller; it belongs to the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._outputs: list[TokenOutput] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: TokenOutput | Exception) -> None:
+        if isinstance(output, Exception):
+            self._error = output
+        else:
+            self._outputs.append(output)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[TokenOutput]:
+        """All that has come, as soon as there is something; raises the error that came after the outputs."""
+        if not self._outputs and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        outputs, self._outputs = self._outputs, []
+        if not outputs and self._error is not None:
+            raise self._error
+        return outputs
+
+
 class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, max_waiting: int = 1024) -> None:
         self.runner = runner
@@ -106,26 +134,34 @@ class Engine:
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, priority: int = 0
     ) -> AsyncGenerator[TokenOutput]:
-        """The answer, token by token; its last output has a finish_reason. Leaving the iterator aborts the sequence.
+        """The answer, token by token, as `stream` gives it."""
+        async with aclosing(self.stream(prompt_ids, params, priority)) as lists:
+            async for outputs in lists:
+                for output in outputs:
+                    yield output
 
-        The prompts of a smaller `priority` are computed first.
+    async def stream(
+        self, prompt_ids: list[int], params: SamplingParams, priority: int = 0
+    ) -> AsyncGenerator[list[TokenOutput]]:
+        """The answer as it comes: what is there whenever the caller is ready for more, mostly one token.
+
+        Its last output has a finish_reason. Leaving the iterator aborts the sequence. The prompts of a smaller
+        `priority` are computed first.
 
         Raises Overloaded while too many wait, Unavailable while closing, EngineFailure when a step failed.
         """
         assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
         self.check_open()
-        outputs: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
-        sequence = Sequence(prompt_ids, params, outputs.put_nowait, priority)
+        mailbox = Mailbox()
+        sequence = Sequence(prompt_ids, params, mailbox.put, priority)
         self._live.add(sequence)
         self.post(partial(self.scheduler.add, sequence))
         try:
             while True:
-                output = await outputs.get()
-                if isinstance(output, Exception):
-                    raise output
-                yield output
-                if output.finish_reason:
+                outputs = await mailbox.take()
+                yield outputs
+                if outputs[-1].finish_reason:
                     return
         finally:
             self._live.discard(sequence)

@@ -42,6 +42,7 @@ class Piece:
     num_tokens: int  # generated so far
     finish_reason: FinishReason | None = None
     tokens: tuple["SampledToken", ...] = ()  # those that the text came from
+    offsets: tuple[int, ...] = ()  # characters of the answer before each of them
     prompt: tuple["SampledToken", ...] = ()  # the prompt's, from its second token on, if they are scored
 
 
@@ -101,23 +102,29 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
     streamer = TextStreamer(loaded.template.detokenizer, question.stop, question.prefix)
     num_tokens = 0
     pending: list[SampledToken] = []  # their text is not out yet
-    async with aclosing(loaded.engine.generate(question.prompt_ids, question.params, question.priority)) as outputs:
-        async for output in outputs:
-            num_tokens += 1
-            if output.sampled is not None:
-                pending.append(output.sampled)
-            text = "" if output.token_id is None else streamer.put([output.token_id])
-            reason = output.finish_reason
+    offsets: list[int] = []
+    async with aclosing(loaded.engine.stream(question.prompt_ids, question.params, question.priority)) as lists:
+        async for outputs in lists:
+            text, reason, is_first = "", None, not num_tokens
+            for output in outputs:
+                num_tokens += 1
+                if output.sampled is not None:
+                    pending.append(output.sampled)
+                    offsets.append(streamer.num_characters)
+                text += "" if output.token_id is None else streamer.put([output.token_id])
+                reason = output.finish_reason
+                if streamer.is_stopped:
+                    break
             if reason and not streamer.is_stopped:
                 text += streamer.end()
             if streamer.is_stopped:
                 reason = "stop"
                 pending = visible(pending, text, loaded.texts)
-            if text or reason:
-                yield Piece(index, text, num_tokens, reason, tuple(pending), output.prompt)
-                pending = []
-            elif num_tokens == 1:
-                yield Piece(index, "", num_tokens, prompt=output.prompt)
+            if text or reason or is_first:
+                num_shown = len(pending) if text or reason else 0
+                shown = tuple(pending[:num_shown]), tuple(offsets[:num_shown])
+                yield Piece(index, text, num_tokens, reason, *shown, outputs[0].prompt)
+                pending, offsets = pending[num_shown:], offsets[num_shown:]
             if reason:
                 return
 
@@ -152,8 +159,8 @@ async def best(sources: Sequence[AsyncGenerator[Piece]], n: int, first_index: in
 
 
 def _joined(whole: Piece, piece: Piece) -> Piece:
-    text, tokens = whole.text + piece.text, whole.tokens + piece.tokens
-    return replace(piece, text=text, tokens=tokens, prompt=whole.prompt)
+    tokens, offsets = whole.tokens + piece.tokens, whole.offsets + piece.offsets
+    return replace(piece, text=whole.text + piece.text, tokens=tokens, offsets=offsets, prompt=whole.prompt)
 
 
 def _mean_logprob(piece: Piece) -> float:

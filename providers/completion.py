@@ -11,7 +11,7 @@ from providers.loading import Loaded
 from schemas import CompletionChoice, CompletionRequest
 
 if TYPE_CHECKING:
-    from engine.sampling import SamplingParams
+    from engine.sampling import SampledToken, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,21 @@ class Prompt:
         bos = str(tokenizer.bos_token or "")
         is_hidden = token_ids[:1] == [tokenizer.bos_token_id] and not prompt.startswith(bos)
         return cls(prompt, token_ids, len(bos) if is_hidden else 0)
+
+    def tokens(self, piece: Piece) -> "tuple[SampledToken, ...]":
+        """Its own, scored; the first one cannot be."""
+        from engine.sampling import SampledToken  # not at the top: it takes seconds, and the server answers first
+
+        return (SampledToken(self.token_ids[0]), *piece.prompt)
+
+    def offsets(self, texts: TokenTexts) -> list[int]:
+        """Where in the text each of them begins; inside a character: where that does."""
+        offsets, num_begun = [], -self.num_hidden
+        for token_id in self.token_ids:
+            begins = [byte & 0xC0 != 0x80 for byte in texts.bytes_of(token_id)]  # a character, in UTF-8
+            offsets.append(max(num_begun - (not all(begins[:1])), 0))
+            num_begun += sum(begins)
+        return offsets
 
     def adapt(self, params: "SamplingParams", is_ranked: bool) -> "SamplingParams":
         """`is_ranked`: the answer's log-probabilities are needed, whether they are shown or not."""
@@ -66,24 +81,20 @@ def check_suffix(request: CompletionRequest) -> None:
 
 
 class Choices:
-    """Pieces as choices; it remembers how far each choice's text is."""
+    """Pieces as choices."""
 
     def __init__(self, request: CompletionRequest, prompts: Sequence[Prompt], texts: TokenTexts) -> None:
         self._echoes, self._shows_logprobs = bool(request.echo), request.logprobs is not None
         self._prompts = prompts
         self._answers_per_prompt = request.n or 1
         self._texts = texts
-        self._offsets: dict[int, int] = {}  # characters
 
     def of(self, piece: Piece, is_first: bool) -> CompletionChoice:
-        text, tokens, hidden = piece.text, piece.tokens, 0
-        if is_first and self._echoes:
-            from engine.sampling import SampledToken  # not at the top: it takes seconds, and the server answers first
-
-            prompt = self._prompts[piece.index // self._answers_per_prompt]
-            text, hidden = prompt.text + text, prompt.num_hidden
-            tokens = (SampledToken(prompt.token_ids[0]), *piece.prompt, *tokens)
-        offset = self._offsets.get(piece.index, 0)
-        self._offsets[piece.index] = offset + len(text)
-        logprobs = self._texts.completion(tokens, offset - hidden) if self._shows_logprobs else None
+        echoed = self._prompts[piece.index // self._answers_per_prompt] if self._echoes else None
+        start = len(echoed.text) if echoed else 0
+        text, tokens, offsets = piece.text, piece.tokens, [start + offset for offset in piece.offsets]
+        if is_first and echoed:
+            text = echoed.text + text
+            tokens, offsets = (*echoed.tokens(piece), *tokens), [*echoed.offsets(self._texts), *offsets]
+        logprobs = self._texts.completion(tokens, offsets) if self._shows_logprobs else None
         return CompletionChoice(index=piece.index, text=text, logprobs=logprobs, finish_reason=piece.finish_reason)

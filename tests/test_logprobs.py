@@ -5,6 +5,7 @@ from models import byte_tokenizer
 
 from engine.sampling import SampledToken
 from logprobs import UNLIKELY, TokenTexts
+from providers.completion import Prompt
 
 TEXTS = TokenTexts(byte_tokenizer())
 
@@ -25,15 +26,15 @@ def test_what_has_no_probability_is_shown_as_openai_shows_it() -> None:
     assert token.logprob == token.top_logprobs[0].logprob == UNLIKELY
 
 
-def test_the_legacy_shape_counts_characters_and_has_the_chosen_token_among_the_top() -> None:
+def test_the_legacy_shape_has_the_chosen_token_among_the_top() -> None:
     ids = byte_tokenizer()("abc", add_special_tokens=False).input_ids
-    shape = TEXTS.completion([SampledToken(i, -2.0, ((ids[0], -0.5),)) for i in ids[1:]], offset=10)
-    assert shape.tokens == ["b", "c"] and shape.text_offset == [10, 11]
-    assert shape.top_logprobs == [{"a": -0.5, "b": -2.0}, {"a": -0.5, "c": -2.0}]
+    scored = [SampledToken(ids[0]), *(SampledToken(i, -2.0, ((ids[0], -0.5),)) for i in ids[1:])]
+    shape = TEXTS.completion(scored, [0, 1, 2])
+    assert shape.tokens == ["a", "b", "c"] and shape.text_offset == [0, 1, 2]
+    assert shape.token_logprobs == [None, -2.0, -2.0]
+    assert shape.top_logprobs == [None, {"a": -0.5, "b": -2.0}, {"a": -0.5, "c": -2.0}]
 
 
-def test_the_legacy_shape_begins_with_what_the_text_does_not_show() -> None:
+def test_offsets_in_a_prompt_are_where_the_characters_begin() -> None:
     ids = byte_tokenizer()("日b", add_special_tokens=False).input_ids
-    shape = TEXTS.completion([SampledToken(258), *(SampledToken(i, -1.0) for i in ids)], offset=-len("<|im_end|>"))
-    assert shape.token_logprobs == [None, -1.0, -1.0, -1.0, -1.0] and shape.top_logprobs[0] is None
-    assert shape.text_offset == [0, 0, 0, 0, 1]
+    assert Prompt("日b", [258, *ids], num_hidden=len("<|im_end|>")).offsets(TEXTS) == [0, 0, 0, 0, 1]

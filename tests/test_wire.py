@@ -73,7 +73,18 @@ def test_a_streamed_chat_adds_up_to_the_whole_one(server: Server, number: int) -
         assert "".join(part["delta"].get("content", "") for part in parts) == choice["message"]["content"]
         assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice["finish_reason"]]
         scores = [token for part in parts if part["logprobs"] for token in part["logprobs"]["content"]]
-        assert scores == (choice["logprobs"] or {"content": []})["content"]
+        assert is_close(scores, (choice["logprobs"] or {"content": []})["content"])
+
+
+def is_close(one: Any, other: Any) -> bool:
+    """Equal but for what another batch's rounding does to a number."""
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) < 1e-4
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_close, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(is_close(one[key], other[key]) for key in one)
+    return bool(one == other)
 
 
 @pytest.mark.parametrize("number", range(15))
@@ -92,7 +103,7 @@ def test_a_streamed_completion_adds_up_to_the_whole_one(server: Server, number: 
         assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice["finish_reason"]]
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset") if choice["logprobs"] else ():
             streamed = [value for part in parts if part["logprobs"] for value in part["logprobs"][name]]
-            assert streamed == choice["logprobs"][name]
+            assert is_close(streamed, choice["logprobs"][name])
 
 
 # --- Open WebUI; the numbers are those of what it was seen to do
