@@ -21,6 +21,7 @@ from schemas import (
     ContentPartEvent,
     InputItem,
     InputPart,
+    InputTokensDetails,
     OutputItemEvent,
     OutputMessage,
     OutputText,
@@ -203,7 +204,10 @@ def _usage(usage: Usage | None) -> ResponsesUsage | None:
     if usage is None:
         return None
     return ResponsesUsage(
-        input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
+        input_tokens=usage.prompt_tokens,
+        input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
+        output_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
     )
 
 

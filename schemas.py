@@ -370,12 +370,17 @@ class ErrorBody(BaseModel):
     error: ErrorDetails
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0  # not computed: another request had computed them
+
+
 class Usage(BaseModel):
     """Counts of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
 class Timings(BaseModel):

@@ -1,17 +1,19 @@
 """KVCache: keys and values in blocks. It hands out blocks and holds the tensors; it does not compute attention.
 
 Layers with the same sliding window form a group with block tables of their own, so that a sliding layer gives back
-what its window has left. Paged blocks as in PagedAttention (Kwon et al. 2023).
+what its window has left. Paged blocks as in PagedAttention (Kwon et al. 2023). A full block is known by its tokens and
+all those before it, so that a prompt that begins like another one takes over what was computed for that.
 """
 
-import heapq
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy
 import torch
 
+from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 
 FREED = -1
@@ -90,34 +92,33 @@ class KVCache:
             shape = (plan.groups[self.group_of[layer]].num_blocks, plan.block_size, spec.num_kv_heads)
             self.keys[layer] = _zeros((*shape, spec.key_dim), spec)
             self.values[layer] = _zeros((*shape, spec.value_dim), spec)
-        # lowest number first: memory that nobody has needed yet stays untouched
-        self._free = [list(range(group.num_blocks)) for group in plan.groups]
+        self.pools = [BlockPool(group.num_blocks) for group in plan.groups]
 
     @property
     def num_free_blocks(self) -> int:
         """Of the scarcest group."""
-        return min(len(free) for free in self._free)
+        return min(pool.num_free for pool in self.pools)
 
     @property
     def num_used_blocks(self) -> int:
-        return sum(group.num_blocks - len(free) for group, free in zip(self.groups, self._free, strict=True))
+        return sum(pool.num_held for pool in self.pools)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Makes room for the sequence's first `num_tokens` tokens; False, and nothing is taken, if there is none."""
         sequence.block_tables = sequence.block_tables or [[] for _ in self.groups]
         wanted = -(-num_tokens // self.block_size)
         missing = [wanted - len(table) for table in sequence.block_tables]
-        if any(count > len(free) for count, free in zip(missing, self._free, strict=True)):
+        if any(count > pool.num_free for count, pool in zip(missing, self.pools, strict=True)):
             return False
-        for table, free, count in zip(sequence.block_tables, self._free, missing, strict=True):
-            table.extend(heapq.heappop(free) for _ in range(count))
+        for table, pool, count in zip(sequence.block_tables, self.pools, missing, strict=True):
+            table.extend(pool.take() for _ in range(count))
         return True
 
     def can_admit(self, sequence: Sequence, running: Iterable[Sequence], step_tokens: int) -> bool:
         """Whether the whole prompt fits beside what the running sequences still need for theirs."""
-        for index, (group, free) in enumerate(zip(self.groups, self._free, strict=True)):
+        for index, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
             reserved = sum(self._num_missing(index, group.window, other, step_tokens) for other in running)
-            if reserved + self._num_missing(index, group.window, sequence, step_tokens) > len(free):
+            if reserved + self._num_missing(index, group.window, sequence, step_tokens) > pool.num_free:
                 return False
         return True
 
@@ -129,32 +130,100 @@ class KVCache:
             tokens = min(tokens, window + step_tokens + 2 * self.block_size)
         return max(0, -(-tokens // self.block_size) - len(held))
 
+    # --- reuse
+
+    def reuse(self, sequence: Sequence) -> None:
+        """Gives a sequence without blocks those of the longest beginning of its tokens that is known; at least one
+        token is left to compute."""
+        keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
+        length = self._num_known(keys)
+        sequence.num_computed = sequence.num_reused = length * self.block_size
+        sequence.block_tables = []
+        for group, pool in zip(self.groups, self.pools, strict=True):
+            first = self._first_visible(group, length)
+            blocks = [pool.find(key) for key in keys[first:length]]
+            for block in blocks:
+                pool.hold(cast(int, block))
+            sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
+
+    def _num_known(self, keys: list[bytes]) -> int:
+        """The largest number of leading blocks of which every group has what the next token sees."""
+        runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
+        lengths = range(len(keys), 0, -1)
+        return next(
+            (
+                n
+                for n in lengths
+                if all(
+                    run[n] >= n - self._first_visible(group, n) for group, run in zip(self.groups, runs, strict=True)
+                )
+            ),
+            0,
+        )
+
+    def _first_visible(self, group: LayerGroup, num_blocks: int) -> int:
+        """The first block that the token after so many blocks sees."""
+        return 0 if group.window is None else max(0, num_blocks * self.block_size + 1 - group.window) // self.block_size
+
+    def publish(self, sequence: Sequence, is_checked: bool) -> None:
+        """Lets others find the sequence's full blocks, unless they hold values that are no numbers.
+
+        is_checked: that has been seen already, by what was computed from them.
+        """
+        num_full = sequence.num_computed // self.block_size
+        if sequence.num_published >= num_full:
+            return
+        keys = sequence.block_keys(self.block_size)
+        for group, pool, table in zip(self.groups, self.pools, sequence.block_tables, strict=True):
+            fresh = [i for i in range(sequence.num_published, num_full) if table[i] != FREED]
+            if is_checked or self._is_finite(group, [table[i] for i in fresh]):
+                for index in fresh:
+                    pool.publish(table[index], keys[index])
+        sequence.num_published = num_full
+
+    def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:
+        """Its last layer tells: what is no number in a token's state stays so in all layers after."""
+        layer = group.layers[-1]
+        return all(bool(torch.isfinite(cache[layer][blocks]).all()) for cache in (self.keys, self.values))
+
+    # --- giving back
+
     def free_outside_window(self, sequence: Sequence) -> None:
         """Gives back the blocks that no later token of the sequence can see."""
-        for group, table, free in zip(self.groups, sequence.block_tables, self._free, strict=True):
+        for group, table, pool in zip(self.groups, sequence.block_tables, self.pools, strict=True):
             if group.window is None:
                 continue
             first_visible = max(0, sequence.num_computed + 1 - group.window)
             for index in range(first_visible // self.block_size - 1, -1, -1):
                 if table[index] == FREED:
                     break
-                heapq.heappush(free, table[index])
+                pool.release(table[index])
                 table[index] = FREED
 
     def erase(self, sequence: Sequence) -> None:
-        """For blocks that hold NaN, before they are freed: even masked it would reach their next owner."""
+        """For blocks that may hold NaN, before they are freed: even masked it would reach their next owner."""
         for layer, group in self.group_of.items():
-            blocks = [block for block in sequence.block_tables[group] if block != FREED]
+            pool, table = self.pools[group], sequence.block_tables[group]
+            blocks = [block for block in table if block != FREED and not pool.is_published(block)]
             self.keys[layer][blocks] = 0
             self.values[layer][blocks] = 0
 
     def free(self, sequence: Sequence) -> None:
-        """All its blocks; one that never ran has none."""
-        for table, free in zip(sequence.block_tables, self._free, strict=False):
-            for block in table:
+        """All its blocks, the last ones first: they are forgotten first, and the beginning is what others share."""
+        for table, pool in zip(sequence.block_tables, self.pools, strict=False):
+            for block in reversed(table):
                 if block != FREED:
-                    heapq.heappush(free, block)
+                    pool.release(block)
         sequence.block_tables = []
+        sequence.num_published = 0
+
+
+def _runs(flags: list[bool]) -> list[int]:
+    """How many of the flags just before each place, 0 to len(flags), are set without a gap."""
+    runs = [0]
+    for flag in flags:
+        runs.append(runs[-1] + 1 if flag else 0)
+    return runs
 
 
 def _zeros(shape: tuple[int, ...], spec: LayerSpec) -> torch.Tensor:

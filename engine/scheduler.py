@@ -81,15 +81,17 @@ class Scheduler:
             if sequence.num_uncomputed == 1 and self._make_room(sequence):
                 spans.append(Span(sequence, sequence.num_computed, 1))
         budget = (self.limits.max_num_mixed_tokens if spans else self.limits.max_num_batched_tokens) - len(spans)
-        prefilling = self._prefilling()
+        prefilling, is_full = self._prefilling(), False
         for priority in sorted({s.priority for s in [*prefilling, *self.waiting]}):
             for sequence in [s for s in prefilling if s.priority == priority]:
                 budget -= self._prefill(sequence, budget, spans)
-            while budget > 0 and self._can_admit(priority):
-                sequence = self.waiting.popleft()
-                sequence.status = Status.RUNNING
-                self.running.append(sequence)
-                budget -= self._prefill(sequence, budget, spans)
+            for sequence in [s for s in self.waiting if s.priority == priority]:
+                if budget <= 0 or is_full or len(self.running) >= self.limits.max_num_seqs:
+                    break
+                if self._is_being_computed(sequence):
+                    continue  # it will take that over
+                is_full = not self._admit(sequence)
+                budget -= self._prefill(sequence, budget, spans) if not is_full else 0
         if not spans and len(self.running) > 1:  # prompts hold blocks that others of them lack
             self._preempt(self._least_urgent())
             return self.schedule()
@@ -106,14 +108,32 @@ class Scheduler:
                     self.waiting.remove(sequence)
                     self.add(sequence)
 
-    def _can_admit(self, priority: int) -> bool:
-        """The first that waits, if it has this priority."""
-        return (
-            bool(self.waiting)
-            and self.waiting[0].priority == priority
-            and len(self.running) < self.limits.max_num_seqs
-            and self.cache.can_admit(self.waiting[0], self._prefilling(), self.limits.max_num_batched_tokens)
-        )
+    def _admit(self, sequence: Sequence) -> bool:
+        """Lets a waiting sequence run, if there is room for its prompt."""
+        if not sequence.scores_prompt:  # else every token is computed
+            self.cache.reuse(sequence)
+        if not self.cache.can_admit(sequence, self._prefilling(), self.limits.max_num_batched_tokens):
+            self._reset(sequence)
+            return False
+        sequence.status = Status.RUNNING
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether the next block of a running prompt is one of its own."""
+        size = self.cache.block_size
+        keys = sequence.block_keys(size)[: (sequence.num_tokens - 1) // size]
+        for other in [s for s in self._prefilling() if s.priority <= sequence.priority and not s.scores_prompt]:
+            index = other.num_computed // size
+            if index < len(keys) and other.block_keys(size)[index : index + 1] == [keys[index]]:
+                return not sequence.scores_prompt
+        return False
+
+    def _reset(self, sequence: Sequence) -> None:
+        """Gives all its blocks back; it will be computed again from its tokens."""
+        self.cache.free(sequence)
+        sequence.num_computed = 0
 
     def _least_urgent(self) -> Sequence:
         """Among those of the lowest priority, the youngest."""
@@ -140,8 +160,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Gives all its blocks back; it will be computed again from its tokens, before those that wait."""
-        self.cache.free(sequence)
-        sequence.num_computed = 0
+        self._erase_unseen(sequence)
+        self._reset(sequence)
         self.num_preemptions += 1
         sequence.status = Status.WAITING
         self.running.remove(sequence)
@@ -153,29 +173,36 @@ class Scheduler:
         tokens = iter(sampled)
         for span in batch.spans:
             sequence = span.sequence
+            is_complete = span.is_complete
             sequence.num_computed = span.end
-            self.cache.free_outside_window(sequence)
-            if span.is_complete:
-                token = next(tokens)
-                output = None if token is None else self._append(sequence, token)
-                outputs.append((sequence, output))
-                if output is None:
-                    self.cache.erase(sequence)
-                if output is None or output.finish_reason:
-                    self.remove(sequence)
+            if not is_complete:
+                self.cache.publish(sequence, is_checked=False)
+                self.cache.free_outside_window(sequence)
+                continue
+            token = next(tokens)
+            output = None if token is None else self._append(sequence, token)
+            outputs.append((sequence, output))
+            if output is None:
+                self.cache.erase(sequence)
+            else:
+                self.cache.publish(sequence, is_checked=True)
+                self.cache.free_outside_window(sequence)
+            if output is None or output.finish_reason:
+                self.remove(sequence)
         return outputs
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
         token_id = token.token_id
         sequence.token_ids.append(token_id)
-        prompt = tuple(sequence.prompt_logprobs) if sequence.num_output_tokens == 1 else ()
+        is_first = sequence.num_output_tokens == 1
+        about_prompt = (sequence.num_reused, tuple(sequence.prompt_logprobs)) if is_first else (0, ())
         is_end = token_id in self.eos_token_ids and not sequence.params.ignore_eos
         if is_end or token_id in sequence.params.stop_token_ids:
-            return TokenOutput(None, "stop", prompt=prompt)
+            return TokenOutput(None, "stop", None, *about_prompt)
         reason: FinishReason | None = None
         if sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
             reason = "length"
-        return TokenOutput(token_id, reason, token, prompt)
+        return TokenOutput(token_id, reason, token, *about_prompt)
 
     def remove(self, sequence: Sequence) -> None:
         """Finishes a sequence wherever it is; nothing of it stays."""
@@ -186,7 +213,11 @@ class Scheduler:
                 self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-        if sequence.num_computed and not sequence.num_output_tokens:
-            self.cache.erase(sequence)  # nobody has seen whether its values are numbers
+        self._erase_unseen(sequence)
         self.cache.free(sequence)
         sequence.status = Status.FINISHED
+
+    def _erase_unseen(self, sequence: Sequence) -> None:
+        """Where nobody has seen whether a prompt's values are numbers."""
+        if sequence.num_computed and not sequence.num_output_tokens:
+            self.cache.erase(sequence)

@@ -2,8 +2,10 @@
 
 import enum
 import itertools
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Literal
 
 from engine.sampling import SampledToken, SamplingParams, fresh_seed
@@ -25,6 +27,7 @@ class TokenOutput:
     token_id: int | None
     finish_reason: FinishReason | None = None
     sampled: SampledToken | None = None  # with the log-probabilities that were asked for
+    num_reused: int = 0  # tokens of the prompt that were not computed; with the first output
     prompt: tuple[SampledToken, ...] = ()  # the prompt's own, from its second token on; with the first output
 
 
@@ -43,8 +46,12 @@ class Sequence:
     token_ids: list[int] = field(init=False)  # prompt and answer
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_tables: list[list[int]] = field(default_factory=list)  # per layer group; FREED where the window has passed
+    num_reused: int = 0  # of the computed ones, those that another sequence had computed
+    num_published: int = 0  # leading blocks that others can find
     seed: int = field(init=False)
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # so far, if they are asked for
+
+    _block_keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -62,10 +69,22 @@ class Sequence:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
 
+    def block_keys(self, block_size: int) -> list[bytes]:
+        """A name for each full block of its tokens, which stands for these and all tokens before them."""
+        for end in range((len(self._block_keys) + 1) * block_size, len(self.token_ids) + 1, block_size):
+            before = self._block_keys[-1] if self._block_keys else b""
+            tokens = array("I", self.token_ids[end - block_size : end]).tobytes()
+            self._block_keys.append(blake2b(before + tokens, digest_size=16).digest())
+        return self._block_keys
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.params.num_prompt_logprobs is not None
+
     @property
     def next_scores(self) -> range:
         """Positions of the prompt whose logits are to be scored, each against the token after it."""
-        if self.params.num_prompt_logprobs is None:
+        if not self.scores_prompt:
             return range(0)
         return range(len(self.prompt_logprobs), len(self.prompt_ids) - 1)
 

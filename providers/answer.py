@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from logprobs import TokenTexts
 from providers.loading import Loaded
-from schemas import FinishReason, Timings, Usage
+from schemas import FinishReason, PromptTokensDetails, Timings, Usage
 from streaming import TextStreamer
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Piece:
     tokens: tuple["SampledToken", ...] = ()  # those that the text came from
     offsets: tuple[int, ...] = ()  # characters of the answer before each of them
     prompt: tuple["SampledToken", ...] = ()  # the prompt's, from its second token on, if they are scored
+    num_reused: int = 0  # tokens of the prompt that were not computed; with the first piece
 
 
 class Meter:
@@ -55,15 +56,21 @@ class Meter:
         self._prompt_tokens = 0
         self._counts: dict[int, int] = {}  # tokens of each choice
         self._num_unfinished = 0
+        self._answers_per_prompt = 1
+        self._reused: dict[int, int] = {}  # tokens of each prompt, by the answer that reused the fewest
 
-    def start(self, prompt_tokens: int, num_choices: int) -> None:
-        self._prompt_tokens, self._num_unfinished = prompt_tokens, num_choices
+    def start(self, prompt_tokens: list[int], answers_per_prompt: int) -> None:
+        self._prompt_tokens, self._answers_per_prompt = sum(prompt_tokens), answers_per_prompt
+        self._num_unfinished = len(prompt_tokens) * answers_per_prompt
 
     def add(self, piece: Piece) -> bool:
         """Whether the piece is its choice's first."""
         if self._first is None:
             self._first = time.perf_counter()
         is_first = piece.index not in self._counts
+        if is_first:
+            prompt = piece.index // self._answers_per_prompt
+            self._reused[prompt] = min(piece.num_reused, self._reused.get(prompt, piece.num_reused))
         self._counts[piece.index] = piece.num_tokens
         self._num_unfinished -= piece.finish_reason is not None
         return is_first
@@ -79,6 +86,7 @@ class Meter:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=self._prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._reused.values())),
         )
 
     @property
@@ -123,7 +131,7 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
             if text or reason or is_first:
                 num_shown = len(pending) if text or reason else 0
                 shown = tuple(pending[:num_shown]), tuple(offsets[:num_shown])
-                yield Piece(index, text, num_tokens, reason, *shown, outputs[0].prompt)
+                yield Piece(index, text, num_tokens, reason, *shown, outputs[0].prompt, outputs[0].num_reused)
                 pending, offsets = pending[num_shown:], offsets[num_shown:]
             if reason:
                 return
@@ -160,7 +168,8 @@ async def best(sources: Sequence[AsyncGenerator[Piece]], n: int, first_index: in
 
 def _joined(whole: Piece, piece: Piece) -> Piece:
     tokens, offsets = whole.tokens + piece.tokens, whole.offsets + piece.offsets
-    return replace(piece, text=whole.text + piece.text, tokens=tokens, offsets=offsets, prompt=whole.prompt)
+    joined = replace(piece, text=whole.text + piece.text, tokens=tokens, offsets=offsets)
+    return replace(joined, prompt=whole.prompt, num_reused=whole.num_reused)
 
 
 def _mean_logprob(piece: Piece) -> float:

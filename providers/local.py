@@ -153,7 +153,7 @@ class LocalProvider:
         _check_prompt(loaded.engine, prompt_ids, "messages")
         params = self._sampling_params(loaded, request, len(prompt_ids), None)
         question = Question(prompt_ids, params, request.stop_strings, priority=_priority(request))
-        meter.start(len(prompt_ids), num_choices)
+        meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
         sources = [answer(loaded, index, question.of_choice(index)) for index in range(num_choices)]
         async with aclosing(merge(sources)) as pieces:
@@ -178,7 +178,7 @@ class LocalProvider:
             first = 0 if best_of > n else number * n
             answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
-        meter.start(sum(len(prompt.token_ids) for prompt in prompts), len(prompts) * n)
+        meter.start([len(prompt.token_ids) for prompt in prompts], n)
         choices = Choices(request, prompts, loaded.texts)
         head = Completion(model=self.name, choices=[])
         async with aclosing(merge(sources)) as pieces:

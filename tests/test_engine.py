@@ -123,6 +123,33 @@ def test_the_scores_of_prompts_are_those_of_the_model_also_after_a_preemption(fa
     assert engine.scheduler.num_preemptions > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("room", ["plenty", "scarce"])
+def test_a_beginning_that_was_computed_before_gives_the_tokens_of_generate(family: str, room: str) -> None:
+    """One after the other and all at once, diverging at every place, with blocks kept and blocks forgotten."""
+    long, *_ = prompts(1, longest=121)
+    long = (long * 120)[:120]
+    requests = [
+        long[:n] + other for n, other in zip((119, 120, 30, 64, 65, 100, 8, 7), prompts(8, longest=20), strict=True)
+    ]
+    requests = [request[:140] for request in requests]
+    reused: list[int] = []
+
+    async def use(engine: Engine) -> list[list[int]]:
+        async def one(prompt: list[int]) -> list[int]:
+            outputs = [output async for output in engine.generate(prompt, greedy(16))]
+            reused.append(outputs[0].num_reused)
+            return [output.token_id for output in outputs if output.token_id is not None]
+
+        return [await one(prompt) for prompt in requests] + await asyncio.gather(*map(one, requests))
+
+    tokens = {"plenty": 4000, "scarce": 330}[room]
+    engine = engine_of(family, small_cache(family, num_tokens=tokens, max_num_batched_tokens=32))
+    expected = [reference(family, prompt, 16) for prompt in requests]
+    assert run(engine, use) == expected * 2
+    assert sum(reused) > (900 if room == "plenty" else 50)
+
+
 def small_cache(family: str, num_tokens: int, **options: int) -> EngineOptions:
     """Room for `num_tokens` tokens in every layer."""
     bytes_per_token = sum(spec.bytes_per_token for spec in probe_layers(tiny_model(family)).values())

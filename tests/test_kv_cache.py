@@ -78,3 +78,121 @@ def test_a_failed_allocation_takes_nothing() -> None:
     free = cache.num_free_blocks
     assert not cache.allocate(sequence(1), 10_000)
     assert cache.num_free_blocks == free
+
+
+def numbered(num_tokens: int, first: int = 0, shared: int = 0) -> Sequence:
+    """`shared` tokens that all have, then tokens of its own."""
+    own = range(1000 * first, 1000 * first + num_tokens - shared)
+    return Sequence([*range(shared), *own], SamplingParams(max_tokens=1), lambda output: None)
+
+
+def compute(cache: KVCache, one: Sequence, is_checked: bool = True) -> None:
+    assert cache.allocate(one, one.num_tokens)
+    one.num_computed = one.num_tokens
+    cache.publish(one, is_checked)
+    cache.free_outside_window(one)
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 10), (10, 30)])
+def test_what_was_computed_is_taken_over_as_far_as_the_tokens_agree(windows: tuple[int | None, ...]) -> None:
+    cache = KVCache(CachePlan.fit(specs(*windows), 60_000, 4, 8, 16), specs(*windows))
+    first = numbered(43, first=1, shared=39)
+    assert cache.allocate(first, 43)
+    tables = [list(table) for table in first.block_tables]
+    compute(cache, first)
+    other = numbered(60, first=2, shared=39)
+    cache.reuse(other)
+    assert other.num_computed == other.num_reused == 36  # nine full blocks
+    for group, table, own in zip(cache.groups, other.block_tables, tables, strict=True):
+        visible = 0 if group.window is None else max(0, 36 + 1 - group.window) // 4
+        assert table == [FREED] * visible + own[visible:9]
+    used = cache.num_used_blocks
+    cache.free(first)
+    cache.free(other)
+    assert 0 < used and cache.num_used_blocks == 0
+    again = numbered(39, shared=39)
+    cache.reuse(again)
+    assert again.num_computed == 36, "they are kept while there is room"
+    same = numbered(36, shared=36)
+    cache.reuse(same)
+    assert same.num_computed == 32, "at least one token is computed"
+
+
+def test_what_was_not_used_for_the_longest_time_is_forgotten_first() -> None:
+    cache = KVCache(CachePlan.fit(specs(None), 12 * 4 * 128, 4, 8, 16), specs(None))
+    conversation, small = numbered(17, first=1), numbered(9, first=2)
+    for one in (conversation, small):
+        compute(cache, one)
+        cache.free(one)
+    known = numbered(17, first=1)
+    cache.reuse(known)  # used again
+    cache.free(known)
+    large = numbered(25, first=3)
+    compute(cache, large)
+    cache.free(large)
+    again, gone = numbered(17, first=1), numbered(9, first=2)
+    cache.reuse(again)
+    cache.reuse(gone)
+    assert again.num_computed == 16 and gone.num_computed < 8
+
+
+def test_what_is_no_number_is_never_taken_over() -> None:
+    cache = KVCache(CachePlan.fit(specs(None, None), 60_000, 4, 8, 16), specs(None, None))
+    bad = numbered(20, first=1)
+    assert cache.allocate(bad, 20)
+    cache.values[1][bad.block_tables[0][2]] = torch.nan
+    bad.num_computed = 20
+    cache.publish(bad, is_checked=False)
+    other = numbered(20, first=1)
+    cache.reuse(other)
+    assert other.num_computed == 0
+    cache.erase(bad)
+    assert torch.isfinite(cache.values[1]).all()
+
+
+def test_blocks_of_random_traffic_hold_what_their_sequences_have() -> None:
+    """Each block is marked with the tokens that it stands for, and read back by whoever takes it over."""
+    layers = specs(None, 12)
+    cache = KVCache(CachePlan.fit(layers, 40_000, 4, 8, 16), layers)
+    rng = random.Random(3)
+    alive: list[Sequence] = []
+    num_reused = 0
+    for _ in range(3000):
+        if rng.random() < 0.3 and len(alive) < 6:
+            tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 60))]
+            one = Sequence(tokens, SamplingParams(max_tokens=1), lambda output: None)
+            cache.reuse(one)
+            num_reused += one.num_reused
+            check(cache, one)
+            alive.append(one)
+        if alive:
+            one = rng.choice(alive)
+            step = min(rng.randrange(1, 9), one.num_uncomputed)
+            if rng.random() < 0.15 or not step:
+                cache.free(one)
+                alive.remove(one)
+            elif cache.allocate(one, one.num_computed + step):
+                for position in range(one.num_computed, one.num_computed + step):
+                    for layer in layers:
+                        block = one.block_tables[cache.group_of[layer]][position // 4]
+                        cache.keys[layer][block, position % 4] = mark(one, position)
+                one.num_computed += step
+                cache.publish(one, is_checked=rng.random() < 0.5)
+                cache.free_outside_window(one)
+                check(cache, one)
+    for one in alive:
+        check(cache, one)
+        cache.free(one)
+    assert cache.num_used_blocks == 0 and num_reused > 1000
+
+
+def mark(one: Sequence, position: int) -> float:
+    return float(hash(tuple(one.token_ids[: position + 1])) % 10_007)
+
+
+def check(cache: KVCache, one: Sequence) -> None:
+    for layer, group in cache.group_of.items():
+        window = cache.groups[group].window or 10**6
+        for position in range(max(0, one.num_computed + 1 - window), one.num_computed):
+            block = one.block_tables[group][position // 4]
+            assert (cache.keys[layer][block, position % 4] == mark(one, position)).all()

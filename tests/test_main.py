@@ -100,12 +100,30 @@ def test_completions_take_texts_and_tokens_and_number_their_choices(server: Serv
     both = server.post("/v1/completions", prompt=["ab", "xyz"], n=2, **options).json()
     assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
     assert both["choices"][0]["text"] == both["choices"][1]["text"] == single["text"]
-    assert both["usage"] == {"prompt_tokens": 5, "completion_tokens": 32, "total_tokens": 37}
+    counts = {"prompt_tokens": 5, "completion_tokens": 32, "total_tokens": 37}
+    assert both["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}  # less than a block
     token_ids = [64, 65]  # "ab"
     assert server.post("/v1/completions", prompt=token_ids, **options).json()["choices"][0]["text"] == single["text"]
     events = raw_events(server, "/v1/completions", prompt=["ab", "xyz"], **{**options, "max_tokens": 8})
     streamed = [json.loads(event[6:])["choices"][0] for event in events[:-1]]
     assert "".join(choice["text"] for choice in streamed if choice["index"] == 0) == single["text"]
+
+
+def test_a_beginning_that_was_sent_before_is_not_computed_again_and_usage_says_so(client: OpenAI) -> None:
+    messages: Any = [{"role": "system", "content": "A system prompt of many words. " * 5}, *HELLO]
+    options: Any = {"model": MODEL, "max_tokens": 4, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+    def ask(last: str, n: int = 1) -> tuple[str | None, int, int]:
+        answer = client.chat.completions.create(messages=[*messages, {"role": "user", "content": last}], n=n, **options)
+        details = answer.usage.prompt_tokens_details if answer.usage else None
+        assert answer.usage is not None and details is not None and details.cached_tokens is not None
+        return answer.choices[-1].message.content, details.cached_tokens, answer.usage.prompt_tokens
+
+    first, again, other = ask("one"), ask("one"), ask("two", n=3)
+    assert first[0] == again[0] and first[1] == 0
+    assert again[1] == (again[2] - 1) // 16 * 16 and 100 < other[1] < other[2]
+    response = client.responses.create(model=MODEL, input=[*messages], max_output_tokens=1)
+    assert response.usage is not None and response.usage.input_tokens_details.cached_tokens > 100
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(client: OpenAI) -> None:

@@ -1,5 +1,6 @@
 """Who runs in a step: decodes always, prompts within the budget, in the order of their arrival."""
 
+import itertools
 import random
 
 import torch
@@ -18,8 +19,13 @@ def scheduler(num_blocks: int = 100, **limits: int) -> Scheduler:
     return Scheduler(KVCache(plan, SPECS), Limits(**{**values, **limits}), frozenset())
 
 
+NUMBERS = itertools.count(2)
+
+
 def sequence(num_tokens: int, max_tokens: int = 50) -> Sequence:
-    return Sequence([1] * num_tokens, SamplingParams(max_tokens=max_tokens), lambda output: None)
+    return Sequence(
+        [next(NUMBERS)] + [1] * (num_tokens - 1), SamplingParams(max_tokens=max_tokens), lambda output: None
+    )
 
 
 def step(scheduler: Scheduler) -> Batch:
@@ -88,7 +94,10 @@ def test_random_traffic_ends_with_everything_free() -> None:
 
 
 def urgent(num_tokens: int, priority: int) -> Sequence:
-    return Sequence([1] * num_tokens, SamplingParams(max_tokens=50), lambda output: None, priority)
+    """One that begins like no other."""
+    return Sequence(
+        [next(NUMBERS)] + [1] * (num_tokens - 1), SamplingParams(max_tokens=50), lambda output: None, priority
+    )
 
 
 def test_a_prompt_of_higher_priority_goes_before_those_that_came_first() -> None:
@@ -121,8 +130,48 @@ def test_what_is_not_urgent_gets_its_turn_in_the_end() -> None:
     subject.add(task)
     for _ in range(3 * PATIENCE):
         if len(subject.waiting) + len(subject.running) < 4:
-            subject.add(Sequence([1] * 60, SamplingParams(max_tokens=1), lambda output: None))
+            subject.add(sequence(60, max_tokens=1))
         step(subject)
         if task.num_output_tokens:
             return
     raise AssertionError("others always went first")
+
+
+def same(num_tokens: int, max_tokens: int = 50) -> Sequence:
+    return Sequence([1] * num_tokens, SamplingParams(max_tokens=max_tokens), lambda output: None)
+
+
+def test_sequences_that_begin_alike_compute_that_once() -> None:
+    subject = scheduler(max_num_mixed_tokens=32)
+    first, second, third = same(90), same(90), same(70)
+    for one in (first, second, third):
+        subject.add(one)
+    total = 0
+    while not all(one.num_output_tokens for one in (first, second, third)):
+        batch = step(subject)
+        total += batch.num_tokens
+    assert (second.num_reused, third.num_reused) == (88, 68)
+    assert total < 90 + 2 + 2 + 20
+
+
+def test_random_traffic_of_sequences_that_begin_alike_ends_with_everything_free() -> None:
+    rng = random.Random(2)
+    subject = scheduler(num_blocks=60)
+    alive = []
+    for _ in range(3000):
+        if rng.random() < 0.2 and len(alive) < 40:
+            tokens = [rng.randrange(2) for _ in range(4)] * rng.randrange(1, 40)
+            params = SamplingParams(max_tokens=rng.randrange(1, 40), num_prompt_logprobs=rng.choice([None, None, 0]))
+            alive.append(Sequence(tokens, params, lambda output: None, rng.randrange(2)))
+            subject.add(alive[-1])
+        if alive and rng.random() < 0.02:
+            subject.remove(alive.pop(rng.randrange(len(alive))))
+        batch = subject.schedule()
+        for span in batch.spans:
+            assert span.sequence.status is Status.RUNNING
+            assert len(span.sequence.block_tables[0]) * 4 >= span.end
+            assert not span.sequence.scores_prompt or not span.sequence.num_reused
+        subject.update(batch, [SampledToken(7)] * sum(span.is_complete for span in batch.spans))
+    for _ in range(3000):
+        step(subject)
+    assert not subject.has_work and subject.cache.num_used_blocks == 0 and subject.num_preemptions > 0
