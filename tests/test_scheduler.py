@@ -34,6 +34,13 @@ def step(scheduler: Scheduler) -> Batch:
     return batch
 
 
+def check(batch: Batch) -> None:
+    """What is to be computed runs, and has a place."""
+    for span in batch.spans:
+        assert span.sequence.status is Status.RUNNING
+        assert len(span.sequence.block_tables[0]) * 4 >= span.end
+
+
 def test_a_decode_never_waits_for_a_long_prompt() -> None:
     subject = scheduler()
     short = sequence(3)
@@ -83,9 +90,7 @@ def test_random_traffic_ends_with_everything_free() -> None:
         if alive and rng.random() < 0.02:
             subject.remove(alive.pop(rng.randrange(len(alive))))
         batch = subject.schedule()
-        for span in batch.spans:
-            assert span.sequence.status is Status.RUNNING
-            assert len(span.sequence.block_tables[0]) * 4 >= span.end
+        check(batch)
         subject.update(batch, [SampledToken(7)] * sum(span.is_complete for span in batch.spans))
         assert batch.num_tokens <= 32 and bool(batch.spans) == bool(subject.has_work or batch.spans)
     for _ in range(3000):
@@ -167,10 +172,8 @@ def test_random_traffic_of_sequences_that_begin_alike_ends_with_everything_free(
         if alive and rng.random() < 0.02:
             subject.remove(alive.pop(rng.randrange(len(alive))))
         batch = subject.schedule()
-        for span in batch.spans:
-            assert span.sequence.status is Status.RUNNING
-            assert len(span.sequence.block_tables[0]) * 4 >= span.end
-            assert not span.sequence.scores_prompt or not span.sequence.num_reused
+        check(batch)
+        assert not any(one.scores_prompt and one.num_reused for one in batch.sequences)
         subject.update(batch, [SampledToken(7)] * sum(span.is_complete for span in batch.spans))
     for _ in range(3000):
         step(subject)
