@@ -150,17 +150,11 @@ class KVCache:
     def _num_known(self, keys: list[bytes]) -> int:
         """The largest number of leading blocks of which every group has what the next token sees."""
         runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
-        lengths = range(len(keys), 0, -1)
-        return next(
-            (
-                n
-                for n in lengths
-                if all(
-                    run[n] >= n - self._first_visible(group, n) for group, run in zip(self.groups, runs, strict=True)
-                )
-            ),
-            0,
-        )
+        for n in range(len(keys), 0, -1):
+            needed = (n - self._first_visible(group, n) for group in self.groups)
+            if all(run[n] >= count for run, count in zip(runs, needed, strict=True)):
+                return n
+        return 0
 
     def _first_visible(self, group: LayerGroup, num_blocks: int) -> int:
         """The first block that the token after so many blocks sees."""
