@@ -175,33 +175,38 @@ class _CompletionRequest(_SamplingRequest):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatCompletionRequest(_CompletionRequest):
+class _ConversationRequest(RequestBody):
+    """What chat completions and responses share beside: nothing of it is honoured."""
+
+    tools: list[Object] | None = _not_yet("Accepted, not shown to the model, and named in X-Ignored-Fields.")
+    parallel_tool_calls: bool | None = _not_yet("Accepted, and named in X-Ignored-Fields.")
+    tool_choice: str | Object | None = _refused("none", "auto")
+    moderation: Object | None = _refused()
+    metadata: Object | None = _no_meaning("nothing is stored; a response has it again.")
+    prompt_cache_key: str | None = _no_meaning("prompts are told apart by their tokens.")
+    prompt_cache_options: Object | None = _no_meaning("prompts are told apart by their tokens.")
+    prompt_cache_retention: str | None = _no_meaning("prompts are kept while there is room.")
+    safety_identifier: str | None = _no_meaning("a label of the client's.")
+    service_tier: str | None = _no_meaning("there is one tier.")
+    store: bool | None = _no_meaning("nothing is stored.")
+
+
+class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     messages: list[Message] = Field(min_length=1, max_length=10_000)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    tools: list[Object] | None = _not_yet("Accepted, not shown to the model, and named in X-Ignored-Fields.")
-    parallel_tool_calls: bool | None = _not_yet("Accepted, and named in X-Ignored-Fields.")
-    tool_choice: str | Object | None = _refused("none", "auto")
     functions: list[Object] | None = _refused([])
     function_call: str | Object | None = _refused("none", "auto")
     response_format: Object | None = _refused({"type": "text"})
     audio: Object | None = _refused()
     modalities: list[str] | None = _refused(["text"])
-    moderation: Object | None = _refused()
     verbosity: str | None = _refused("medium")
     web_search_options: Object | None = _refused()
-    metadata: Object | None = _no_meaning("nothing is stored.")
     prediction: Object | None = _no_meaning("it could make the answer faster, not another one.")
-    prompt_cache_key: str | None = _no_meaning("prompts are told apart by their tokens.")
-    prompt_cache_options: Object | None = _no_meaning("prompts are told apart by their tokens.")
-    prompt_cache_retention: str | None = _no_meaning("prompts are kept while there is room.")
     reasoning_effort: str | None = _no_meaning("these models have no such control.")
-    safety_identifier: str | None = _no_meaning("a label of the client's.")
-    service_tier: str | None = _no_meaning("there is one tier.")
-    store: bool | None = _no_meaning("nothing is stored.")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -289,20 +294,16 @@ class TextConfig(RequestBody):
     verbosity: str | None = _refused("medium")
 
 
-class ResponsesRequest(_SamplingRequest):
+class ResponsesRequest(_SamplingRequest, _ConversationRequest):
     input: str | list[InputItem]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: list[Includable] | None = Field(None, description="Of these, text has the log-probabilities alone.")
     text: TextConfig | None = None
-    tools: list[Object] | None = _not_yet("Accepted, not shown to the model, and named in X-Ignored-Fields.")
-    parallel_tool_calls: bool | None = _not_yet("Accepted, and named in X-Ignored-Fields.")
-    tool_choice: str | Object | None = _refused("none", "auto")
     background: bool | None = _refused(False)
     context_management: list[Object] | None = _refused([])
     conversation: str | Object | None = _refused()
-    moderation: Object | None = _refused()
     previous_response_id: str | None = _refused()
     prompt: Object | None = _refused()
     truncation: str | None = _refused("disabled")
@@ -310,14 +311,7 @@ class ResponsesRequest(_SamplingRequest):
     background_options: Object | None = _no_meaning("nothing runs in the background.")
     image: Object | None = _no_meaning("no image is made.")
     max_tool_calls: int | None = _no_meaning("the server calls no tools.")
-    metadata: Object | None = _no_meaning("nothing is stored; it comes back with the answer.")
-    prompt_cache_key: str | None = _no_meaning("prompts are told apart by their tokens.")
-    prompt_cache_options: Object | None = _no_meaning("prompts are told apart by their tokens.")
-    prompt_cache_retention: str | None = _no_meaning("prompts are kept while there is room.")
     reasoning: Object | None = _no_meaning("these models have no such control.")
-    safety_identifier: str | None = _no_meaning("a label of the client's.")
-    service_tier: str | None = _no_meaning("there is one tier.")
-    store: bool | None = _no_meaning("nothing is stored.")
     stream_options: StreamOptions | None = _no_meaning("nothing is added to the events.")
 
 

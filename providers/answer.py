@@ -152,7 +152,8 @@ def visible(tokens: list["SampledToken"], text: str, texts: TokenTexts) -> list[
 async def best(sources: Sequence[AsyncGenerator[Piece]], n: int, first_index: int) -> AsyncGenerator[Piece]:
     """The `n` answers whose tokens have the highest mean log-probability, best first, each as one piece.
 
-    The first one's `num_tokens` counts the discarded answers too: they were computed.
+    The first one's `num_tokens` counts the discarded answers too: they were computed; and what one of them computed
+    of the prompt was not reused, whichever is kept.
     """
     wholes: dict[int, Piece] = {}
     async with aclosing(merge(sources)) as pieces:
@@ -161,9 +162,10 @@ async def best(sources: Sequence[AsyncGenerator[Piece]], n: int, first_index: in
             wholes[piece.index] = piece if whole is piece else _joined(whole, piece)
     ranked = sorted(wholes.values(), key=_mean_logprob, reverse=True)
     discarded = sum(piece.num_tokens for piece in ranked[n:])
+    num_reused = min(piece.num_reused for piece in ranked)
     for rank, piece in enumerate(ranked[:n]):
         extra = 0 if rank else discarded
-        yield replace(piece, index=first_index + rank, num_tokens=piece.num_tokens + extra)
+        yield replace(piece, index=first_index + rank, num_tokens=piece.num_tokens + extra, num_reused=num_reused)
 
 
 def _joined(whole: Piece, piece: Piece) -> Piece:

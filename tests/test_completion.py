@@ -92,6 +92,14 @@ def test_text_offsets_are_the_places_of_the_tokens_in_the_text(server: Server) -
         assert token.startswith("bytes:") or choice["text"][offset] == token
 
 
+def test_what_best_of_computed_itself_is_not_counted_as_cached(server: Server) -> None:
+    prompt = "A prompt that no other test sends, and that is some blocks of sixteen tokens long."
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 4, "temperature": 2, "ignore_eos": True}
+    for seed, cached in ((1, 0), (2, (len(prompt) - 1) // 16 * 16)):
+        usage = server.post("/v1/completions", **body, best_of=6, seed=seed).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == cached and usage["completion_tokens"] == 24
+
+
 def test_an_echo_is_the_beginning_of_the_stream_and_stop_strings_do_not_cut_it(server: Server) -> None:
     body: dict[str, Any] = {"model": MODEL, "prompt": "a stop b", "echo": True, "stop": "stop", "temperature": 0}
     body |= {"logit_bias": {"64": 100}, "max_tokens": 6, "logprobs": 1}

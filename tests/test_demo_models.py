@@ -129,6 +129,15 @@ def test_a_round_with_a_tool_loses_no_text_and_ends_no_turn(name: str) -> None:
     assert sum(i in control for i in token_ids) == sum(i in control for i in template.render_chat(harmless))
 
 
+def test_the_default_demo_answers_responses_streamed_and_whole(demo_server: Server) -> None:
+    client = OpenAI(base_url=demo_server.url + "/v1", api_key="none")
+    options: Any = {"model": "qwen2.5-coder-0.5b", "instructions": "Answer in one word.", "temperature": 0}
+    whole = client.responses.create(input="What is the capital of France?", **options)
+    assert "Paris" in whole.output_text and whole.status == "completed"
+    with client.responses.stream(input="What is the capital of France?", **options) as stream:
+        assert stream.get_final_response().output_text == whole.output_text
+
+
 def test_the_default_demo_fills_in_the_middle(demo_server: Server) -> None:
     body = {"model": "qwen2.5-coder-0.5b", "temperature": 0, "max_tokens": 30}
     prompt, suffix = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))  # 3\n"

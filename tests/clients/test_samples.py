@@ -236,8 +236,9 @@ curl -X POST http://localhost:8000/v1/chat/completions \
 """
 
 FIRST_EVENT = """
-{"id":"chatcmpl-123","object":"chat.completion.chunk","created":1234567890,"model":"qwen3-0.6b","choices":[{"index":0,"delta":{"role":"assistant"},"finish_reason":null}]}
-"""  # noqa: E501
+{"id":"chatcmpl-123","object":"chat.completion.chunk","created":1234567890,"model":"qwen3-0.6b",
+"choices":[{"index":0,"delta":{"role":"assistant"},"finish_reason":null}]}
+"""
 
 ERROR = """
 {
