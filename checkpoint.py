@@ -29,7 +29,7 @@ from conversion import convert_gguf, last_line
 DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
 DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"
 CONNECT_TIMEOUT = 3.0  # seconds
-CONVERSION_VERSION = 1  # goes up when a directory that `_convert` wrote before must not be used any more
+CONVERSION_VERSION = 2  # goes up when a directory that `_convert` wrote before must not be used any more
 CHUNK = 1 << 20  # bytes
 HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]

@@ -57,6 +57,9 @@ class Settings(BaseSettings):
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="the weights' and the cache's")
     device_map: str = Field("auto", description="as in accelerate: auto, cpu, cuda:0, balanced, sequential")
+    quantization: Literal["auto", "none", "int8", "int4", "nf4", "bnb-8bit", "bnb-4bit"] = Field(
+        "auto", description="the weights' bits; auto on CPU: a GGUF file's own or int8, else none"
+    )
     max_model_len: int | None = Field(None, gt=0, description="tokens of prompt and answer; default: the model's own")
     max_num_seqs: int | None = Field(None, gt=0, description="sequences in a batch; default: 32 on CPU, 256 on GPU")
     max_num_batched_tokens: int | None = Field(

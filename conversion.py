@@ -14,7 +14,7 @@ from atomic_files import Report, locked, require_room, temporary
 
 
 def convert_gguf(gguf: Path, target: Path, report: Report) -> Path:
-    """Writes a GGUF file's weights, in bfloat16, and its tokenizer to the directory `target`, once.
+    """Writes a GGUF file's weights, in bfloat16 and packed, and its tokenizer to the directory `target`, once.
 
     transformers would dequantise a GGUF at every start, for tens of seconds. A child process does it here, so that
     the server does not keep the memory that it takes.
@@ -60,6 +60,8 @@ def _convert(gguf: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from engine import packed_checkpoint
+
     print(0.1, flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     print(0.4, flush=True)
@@ -67,12 +69,14 @@ def _convert(gguf: Path, directory: Path) -> None:
     model, loaded = load(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, output_loading_info=True)
     if loaded["missing_keys"]:  # they would be random numbers: one file of several, say
         raise errors.ModelLoadError(f"it lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}")
-    print(0.9, flush=True)
+    print(0.7, flush=True)
     model.hf_quantizer = None  # else it saves a GGUF's settings beside weights that are none any more
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    require_room(directory.parent, model.num_parameters() * 2, gguf.name)
+    require_room(directory.parent, model.num_parameters() * 2 + gguf.stat().st_size, gguf.name)
     model.save_pretrained(directory)
+    print(0.8, flush=True)
+    packed_checkpoint.write(model, gguf, directory)
     tokenizer.save_pretrained(directory)
 
 

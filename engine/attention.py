@@ -6,12 +6,14 @@ the step's tensors in `StepAttention`.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from engine import kernels
 from engine.kv_cache import KVCache, LayerSpec
 
 NAME = "paged_blocks"
@@ -23,8 +25,18 @@ class DecodeGroup:
 
     start: int  # among the step's tokens
     end: int
-    blocks: torch.Tensor  # (rows * num_blocks,)
-    mask: torch.Tensor  # (rows, 1, 1, num_blocks * block_size), 0 where visible, else -inf
+    tables: torch.Tensor  # (rows, num_blocks)
+    visible: torch.Tensor  # (rows, 2), the first position of a table's blocks that is visible, and the end
+    block_size: int
+    dtype: torch.dtype
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(rows, 1, 1, num_blocks * block_size), 0 where visible, else -inf."""
+        positions = torch.arange(self.tables.shape[1] * self.block_size, device=self.tables.device)
+        hidden = (positions < self.visible[:, :1]) | (positions >= self.visible[:, 1:])
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.tables.device)
+        return mask.masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class GroupAttention:
         """A copy whose tensors are on `device`."""
         return GroupAttention(
             self.slots.to(device),
-            tuple(replace(d, blocks=d.blocks.to(device), mask=d.mask.to(device)) for d in self.decodes),
+            tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
             tuple(replace(p, blocks=_to(p.blocks, device), mask=_to(p.mask, device)) for p in self.prefills),
         )
 
@@ -111,12 +123,16 @@ def paged_attention(
     keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
     num_kv_heads, value_dim = values.shape[2:]
+    has_kernel = softcap is None and kernels.can_attend(keys, values)
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     for decode in group.decodes:
-        rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
-        visible = _gather(keys, values, decode.blocks, decode.end - decode.start)
-        output[decode.start : decode.end] = _attend(rows, *visible, decode.mask, scaling, softcap)
+        part, result = query[:, :, decode.start : decode.end], output[decode.start : decode.end]
+        if has_kernel:
+            kernels.attend(part, keys, values, decode.tables, decode.visible, _scale(scaling, query), result)
+        else:
+            visible = _gather(keys, values, decode.tables.flatten(), len(result))
+            result.copy_(_attend(part.permute(2, 0, 1, 3), *visible, decode.mask, scaling, softcap))
     for chunk in group.prefills:
         part = query[:, :, chunk.start : chunk.end]  # (kv_heads, group, tokens, dim)
         if chunk.blocks is None:
@@ -129,6 +145,10 @@ def paged_attention(
         result = _attend(part, k[:, None].expand(shape), v[:, None].expand(shape), chunk.mask, scaling, softcap)
         output[chunk.start : chunk.end] = result.permute(2, 0, 1, 3)
     return output.flatten(1, 2)[None], None
+
+
+def _scale(scaling: float | None, query: torch.Tensor) -> float:
+    return scaling or query.shape[-1] ** -0.5
 
 
 def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
@@ -157,7 +177,7 @@ def _attend(
 ) -> torch.Tensor:
     """(a, b, queries, dim) over (a, b, visible, dim); without a mask it is causal."""
     if softcap is not None:
-        return _attend_softcapped(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap)
+        return _attend_softcapped(query, key, value, mask, _scale(scaling, query), softcap)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
 

@@ -36,6 +36,7 @@ class EngineOptions:
 
     dtype: str = "auto"
     device_map: str = "auto"
+    quantization: str = "none"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -257,7 +258,7 @@ def load_engine(
 
     `stop_token_ids` end an answer beside those that the model's own generation config names.
     """
-    model = load_model(directory, options.dtype, options.device_map, report)
+    model = load_model(directory, options.dtype, options.device_map, report, options.quantization)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos_ids = frozenset([*stop_token_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
     return build_engine(model, options, eos_ids), model.generation_config

@@ -1,0 +1,303 @@
+"""Small programs for this machine's CPU: written as LLVM's intermediate representation, compiled when first used.
+
+They run on torch's own OpenMP threads, since two pools of threads would fight for the cores. It knows no models.
+"""
+
+import ctypes
+import functools
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+LANES = 16  # numbers of 32 bits in the vectors that the programs compute with
+
+Value = Any  # of llvmlite, which has no types for mypy
+Program = Callable[..., None]
+
+
+def vector(element: Value, count: int = LANES) -> Value:
+    return ir.VectorType(element, count)
+
+
+FLOATS, INTS, BYTES = vector(F32), vector(I32), vector(I8, 4 * LANES)
+
+
+class Builder(ir.IRBuilder):  # type: ignore[misc]
+    """A function under construction. Addresses and counts are int64; vectors have 16 lanes unless said otherwise."""
+
+    def __init__(self, name: str, arguments: tuple[str, ...], features: str) -> None:
+        self.name = name
+        self.program = ir.Module(name)
+        self.program.triple = llvm.get_process_triple()
+        self.features = features
+        self.names = arguments
+        kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I64, I64])
+        function = ir.Function(self.program, kind, "run")
+        super().__init__(function.append_basic_block())
+        values, self.thread, self.num_threads = function.args
+        self.argument = {name: self.load(self.gep(values, [I64(i)])) for i, name in enumerate(arguments)}
+
+    # --- control
+
+    @contextmanager
+    def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
+        """for i in range(start, stop, step)"""
+        before = self.block
+        head, body, after = (self.append_basic_block(name) for name in ("head", "body", "after"))
+        self.branch(head)
+        self.position_at_end(head)
+        index = self.phi(I64)
+        index.add_incoming(start, before)
+        self.cbranch(self.icmp_signed("<", index, stop), body, after)
+        self.position_at_end(body)
+        yield index
+        index.add_incoming(self.add(index, I64(step)), self.block)
+        self.branch(head)
+        self.position_at_end(after)
+
+    @contextmanager
+    def share(self, count: Value) -> Iterator[Value]:
+        """The loop over this thread's part of range(count)."""
+        first = self.sdiv(self.mul(count, self.thread), self.num_threads)
+        last = self.sdiv(self.mul(count, self.add(self.thread, I64(1))), self.num_threads)
+        with self.loop(first, last) as index:
+            yield index
+
+    # --- memory
+
+    def address(self, base: Value, index: Value, size: int) -> Value:
+        """Of element `index` of the elements of `size` bytes at `base`."""
+        return self.add(base, self.mul(index, I64(size)))
+
+    def read(self, kind: Value, address: Value, align: int = 1) -> Value:
+        return self.load(self.inttoptr(address, kind.as_pointer()), align=align)
+
+    def write(self, value: Value, address: Value, align: int = 1) -> None:
+        self.store(value, self.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def read_floats(self, dtype: torch.dtype, address: Value, count: int = LANES) -> Value:
+        """A vector of `dtype` as one of float32."""
+        if dtype == torch.float32:
+            return self.read(vector(F32, count), address)
+        if dtype == torch.float16:
+            return self.fpext(self.read(vector(F16, count), address), vector(F32, count))
+        bits = self.zext(self.read(vector(I16, count), address), vector(I32, count))
+        return self.bitcast(self.shl(bits, constant(bits.type, 16)), vector(F32, count))
+
+    def write_floats(self, value: Value, dtype: torch.dtype, address: Value) -> None:
+        """Rounds to the nearest, ties to even; a bfloat16 is the upper half of a float32."""
+        if dtype == torch.bfloat16:
+            bits = self.bitcast(value, INTS)
+            odd = self.and_(self.lshr(bits, constant(INTS, 16)), constant(INTS, 1))
+            bits = self.add(bits, self.add(odd, constant(INTS, 0x7FFF)))
+            value = self.trunc(self.lshr(bits, constant(INTS, 16)), vector(I16))
+        elif dtype == torch.float16:
+            value = self.fptrunc(value, vector(F16))
+        self.write(value, address)
+
+    def variable(self, initial: Value) -> "Variable":
+        """One that loops change; it lives in a register."""
+        return Variable(self, initial)
+
+    def scratch(self, num_vectors: int) -> Value:
+        """The address of that many float vectors on the thread's stack, for use outside of loops."""
+        memory = self.alloca(FLOATS, num_vectors)
+        memory.align = 64
+        return self.ptrtoint(memory, I64)
+
+    # --- arithmetic
+
+    def smaller(self, a: Value, b: Value) -> Value:
+        return self.select(self.icmp_signed("<", a, b), a, b)
+
+    def larger(self, a: Value, b: Value) -> Value:
+        return self.select(self.icmp_signed("<", a, b), b, a)
+
+    def splat(self, value: Value, count: int = LANES) -> Value:
+        """A vector of that scalar."""
+        empty = ir.Constant(vector(value.type, count), ir.Undefined)
+        one = self.insert_element(empty, value, I32(0))
+        return self.shuffle_vector(one, empty, constant(vector(I32, count), 0))
+
+    def intrinsic(self, name: str, result: Value, *arguments: Value) -> Value:
+        """A call of LLVM's own function of that name: https://llvm.org/docs/LangRef.html#intrinsic-functions."""
+        function = self.program.globals.get(name)
+        if function is None:
+            function = ir.Function(self.program, ir.FunctionType(result, [a.type for a in arguments]), name)
+        return self.call(function, list(arguments))
+
+    def fused(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c"""
+        return self.intrinsic(f"llvm.fma.{_suffix(c.type)}", c.type, a, b, c)
+
+    def prefetch(self, address: Value) -> None:
+        """Asks for the line of memory, for reading, into all levels of the cache."""
+        pointer = self.inttoptr(address, I8.as_pointer())
+        self.intrinsic("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+
+    def total(self, value: Value) -> Value:
+        """The sum of a vector's floats, in any order."""
+        name = f"llvm.vector.reduce.fadd.{_suffix(value.type)}"
+        function = self.program.globals.get(name)
+        if function is None:
+            function = ir.Function(self.program, ir.FunctionType(F32, [F32, value.type]), name)
+        return self.call(function, [F32(0.0), value], fastmath=("reassoc",))
+
+    def exp(self, x: Value) -> Value:
+        """e**x of a vector of 16 to about one unit in the last place, 0 below -87; NaN stays.
+
+        2**n * e**r with |r| <= ln 2 / 2, e**r by a polynomial: Cephes' expf, https://www.netlib.org/cephes.
+        """
+        x = self.intrinsic("llvm.minimum.v16f32", FLOATS, x, constant(FLOATS, 88.0))
+        clamped = self.intrinsic("llvm.maximum.v16f32", FLOATS, x, constant(FLOATS, -87.0))
+        n = self.intrinsic("llvm.roundeven.v16f32", FLOATS, self.fmul(clamped, constant(FLOATS, 1.4426950408889634)))
+        r = self.fused(n, constant(FLOATS, -0.693359375), clamped)
+        r = self.fused(n, constant(FLOATS, 2.12194440e-4), r)
+        y = constant(FLOATS, 1.9875691500e-4)
+        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
+            y = self.fused(y, r, constant(FLOATS, c))
+        exponent = self.intrinsic("llvm.fptosi.sat.v16i32.v16f32", INTS, n)
+        scale = self.bitcast(self.shl(self.add(exponent, constant(INTS, 127)), constant(INTS, 23)), FLOATS)
+        underflows = self.fcmp_ordered("<", x, constant(FLOATS, -87.0))
+        return self.select(underflows, constant(FLOATS, 0.0), self.fmul(y, scale))
+
+    def sigmoid(self, x: Value) -> Value:
+        one = constant(FLOATS, 1.0)
+        return self.fdiv(one, self.fadd(one, self.exp(self.fneg(x))))
+
+    def dot4(self, sums: Value, unsigned: Value, signed: Value) -> Value:
+        """Adds to each of 16 lanes the products of its 4 unsigned and 4 signed bytes."""
+        if "+avx512vnni" in self.features:
+            return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", INTS, sums, unsigned, signed)
+        if "+avxvnni" in self.features:
+            halves = [self._dot4_half(sums, unsigned, signed, half) for half in (0, 1)]
+            return self.shuffle_vector(*halves, ir.Constant(vector(I32), list(range(16))))
+        # Anywhere: bytes 0 and 2 of a lane, then 1 and 3, as pairs of 16 bits, which compilers know to multiply and add
+        wide, eight = vector(I16, 2 * LANES), constant(vector(I16, 2 * LANES), 8)
+        u, s = self.bitcast(unsigned, wide), self.bitcast(signed, wide)
+        pairs = (
+            (self.and_(u, constant(wide, 255)), self.ashr(self.shl(s, eight), eight)),
+            (self.lshr(u, eight), self.ashr(s, eight)),
+        )
+        for a, b in pairs:
+            product = self.mul(self.sext(a, vector(I32, 32)), self.sext(b, vector(I32, 32)))
+            for parity in (0, 1):
+                every_other = ir.Constant(vector(I32), list(range(parity, 32, 2)))
+                sums = self.add(sums, self.shuffle_vector(product, product, every_other))
+        return sums
+
+    def _dot4_half(self, sums: Value, unsigned: Value, signed: Value, half: int) -> Value:
+        lanes = ir.Constant(vector(I32, 8), list(range(8 * half, 8 * half + 8)))
+        octets = ir.Constant(vector(I32, 32), list(range(32 * half, 32 * half + 32)))
+        parts = (self.shuffle_vector(v, v, at) for v, at in ((sums, lanes), (unsigned, octets), (signed, octets)))
+        return self.intrinsic("llvm.x86.avx512.vpdpbusd.256", vector(I32, 8), *parts)
+
+
+class Variable:
+    def __init__(self, b: Builder, initial: Value) -> None:
+        self._builder = b
+        with b.goto_entry_block():  # where the compiler looks for what can be a register
+            self._memory = b.alloca(initial.type)
+        self.set(initial)
+
+    def set(self, value: Value) -> None:
+        self._builder.store(value, self._memory)
+
+    def get(self) -> Value:
+        return self._builder.load(self._memory)
+
+
+def constant(kind: Value, value: float) -> Value:
+    """A vector of that kind with `value` in every lane."""
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _suffix(kind: Value) -> str:
+    return f"v{kind.count}f32"
+
+
+# --- compiling and running
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch has loaded, if it is GNU's."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    found += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*"))
+    if not found:
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    library.GOMP_parallel.restype = None
+    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+        llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    return library
+
+
+def is_available() -> bool:
+    """Whether programs run well here: Linux, a torch that brings GNU's OpenMP, and on x86 a CPU since 2013 or so."""
+    return _openmp() is not None and (platform.machine() != "x86_64" or "+avx2" in host()[1])
+
+
+@functools.cache
+def host() -> tuple[str, str]:
+    """The CPU's name and its features as LLVM writes them: `+avx2,+avx512vnni,-amx...`."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
+_engines: list[Any] = []  # compiled code lives as long as these
+
+
+def compile_program(builder: Builder, cpu: str) -> Program:
+    """The finished function, to be called with its arguments, integers, and `num_threads`."""
+    builder.ret_void()
+    _add_parallel_entry(builder.program)
+    module = llvm.parse_assembly(str(builder.program))
+    module.verify()
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=builder.features, opt=3)
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_unrolling = False  # the programs are unrolled as far as registers reach
+    llvm.create_pass_builder(machine, tuning).getModulePassManager().run(
+        module, llvm.create_pass_builder(machine, tuning)
+    )
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    _engines.append(engine)
+    return _launcher(engine, len(builder.names))
+
+
+def _add_parallel_entry(module: Value) -> None:
+    """`parallel(values)`, what each OpenMP thread calls."""
+    entry = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "parallel")
+    body = ir.IRBuilder(entry.append_basic_block())
+    asked = [ir.Function(module, ir.FunctionType(I32, []), f"omp_get_{what}") for what in ("thread_num", "num_threads")]
+    numbers = [body.zext(body.call(function, []), I64) for function in asked]
+    body.call(module.get_global("run"), [entry.args[0], *numbers])
+    body.ret_void()
+
+
+def _launcher(engine: Any, num_arguments: int) -> Program:
+    library = cast(ctypes.CDLL, _openmp())
+    values_type = ctypes.c_int64 * num_arguments
+    alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("run"))
+    together = engine.get_function_address("parallel")
+    in_parallel = library.GOMP_parallel
+
+    def run(*arguments: int, num_threads: int) -> None:
+        values = values_type(*arguments)
+        if num_threads == 1:
+            alone(ctypes.addressof(values), 0, 1)
+        else:
+            in_parallel(together, ctypes.addressof(values), num_threads, 0)
+
+    return run

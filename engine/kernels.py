@@ -1,0 +1,427 @@
+"""Kernels for the CPU: the parts of a forward that torch computes too slowly for a few rows, on torch's own threads.
+
+Products of packed weights and activations of 8 bits, root mean squares, gates, and attention of decodes over the
+paged cache. Tensors in, tensors out; compiled for this machine when first used.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from llvmlite import ir
+
+from engine import jit
+from engine.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
+from engine.packing import GROUP, Format, PackedWeight
+
+ROWS = 64  # of activations that pass a tile of weights while their sums stay in the first-level cache
+PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page
+FEW_ROWS = 4  # fewer are not worth waking the other threads
+DTYPES = (torch.bfloat16, torch.float32)  # of activations
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Rows of 8 bits, each group of 32 columns with a scale of its own; blocks = columns / 32."""
+
+    values: torch.Tensor  # (blocks, rows, 32) int8
+    scales: torch.Tensor  # (blocks, rows) float32
+    sums: torch.Tensor  # (blocks, rows, 2) int32, of the values of each half
+
+
+def are_available() -> bool:
+    """Whether this platform can run them."""
+    return jit.is_available()
+
+
+def _new_activations(num_rows: int, num_columns: int) -> Activations:
+    blocks = num_columns // GROUP
+    return Activations(
+        torch.empty(blocks, num_rows, GROUP, dtype=torch.int8),
+        torch.empty(blocks, num_rows),
+        torch.empty(blocks, num_rows, 2, dtype=torch.int32),
+    )
+
+
+def quantize(x: torch.Tensor) -> Activations:
+    """x: (rows, columns), contiguous."""
+    num_rows, num_columns = x.shape
+    result = _new_activations(num_rows, num_columns)
+    addresses = (result.values.data_ptr(), result.scales.data_ptr(), result.sums.data_ptr())
+    _quantize(x.dtype)(x.data_ptr(), *addresses, num_rows, num_columns // GROUP, num_threads=_threads(num_rows))
+    return result
+
+
+def matmul(
+    x: Activations, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype, program: Program | None = None
+) -> torch.Tensor:
+    """x times the transposed weight, plus bias: (rows, weight rows) of `dtype`. bias: float32, of whole tiles."""
+    program = program or _matmul(weight.format, dtype)
+    blocks, num_rows, _ = x.values.shape
+    tiles = weight.quants.shape[0]
+    output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
+    program(
+        x.values.data_ptr(),
+        x.scales.data_ptr(),
+        x.sums.data_ptr(),
+        weight.quants.data_ptr(),
+        weight.scales.data_ptr(),
+        0 if weight.minimums is None else weight.minimums.data_ptr(),
+        bias.data_ptr(),
+        output.data_ptr(),
+        num_rows,
+        blocks,
+        tiles,
+        num_threads=torch.get_num_threads(),
+    )
+    return output[:, : weight.num_rows]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """weight * x / root of the mean of x * x + epsilon; x: (..., columns), contiguous; weight: (columns,) float32."""
+    output = torch.empty_like(x)
+    size = x.shape[-1]
+    rows = x.numel() // size
+    _rms_norm(x.dtype, epsilon)(
+        x.data_ptr(), weight.data_ptr(), output.data_ptr(), rows, size, num_threads=_threads(rows)
+    )
+    return output
+
+
+def gate(gate_up: torch.Tensor, activation: str) -> Activations:
+    """activation(gate) * up of rows that hold both, (rows, 2 * columns); activation: one of ACTIVATIONS."""
+    num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    result = _new_activations(num_rows, size)
+    addresses = (result.values.data_ptr(), result.scales.data_ptr(), result.sums.data_ptr())
+    threads = torch.get_num_threads() if num_rows > 1 else 1
+    _gate(gate_up.dtype, activation)(gate_up.data_ptr(), *addresses, num_rows, size // GROUP, num_threads=threads)
+    return result
+
+
+def can_attend(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    dims = {keys.shape[-1], values.shape[-1]}
+    is_here = keys.device.type == "cpu" and keys.dtype in DTYPES and are_available()
+    return is_here and len(dims) == 1 and not keys.shape[-1] % LANES
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    ranges: torch.Tensor,
+    scaling: float,
+    output: torch.Tensor,
+) -> None:
+    """Attention of one query per sequence over its blocks; writes output.
+
+    query: (kv_heads, group, sequences, dim), its heads evenly apart. keys, values: (blocks, block_size, kv_heads, dim).
+    tables: (sequences, width) int64 block numbers. ranges: (sequences, 2) int64, the first position in the table's
+    blocks that is visible, and the end. output: (sequences, kv_heads, group, dim).
+    """
+    group, sequences, dim = query.shape[1:]
+    head_stride = query.stride(0) // group
+    _, block_size, kv_heads, _ = keys.shape
+    assert output.is_contiguous() and query.stride(3) == 1 and query.stride(0) == group * head_stride
+    longest = tables.shape[1] * block_size
+    padded = -(-longest // LANES) * LANES
+    threads = torch.get_num_threads() if sequences * longest > 64 else 1
+    scores = torch.empty(threads, padded)
+    _attend(keys.dtype, dim, scaling)(
+        query.data_ptr(),
+        head_stride,
+        query.stride(2),
+        keys.data_ptr(),
+        values.data_ptr(),
+        tables.data_ptr(),
+        tables.shape[1],
+        ranges.data_ptr(),
+        output.data_ptr(),
+        scores.data_ptr(),
+        padded,
+        sequences,
+        kv_heads * group,
+        kv_heads,
+        block_size,
+        num_threads=threads,
+    )
+
+
+def _threads(num_rows: int) -> int:
+    return torch.get_num_threads() if num_rows > FEW_ROWS else 1
+
+
+# --- the programs
+
+
+def _compiled(builder: Builder) -> Program:
+    return jit.compile_program(builder, jit.host()[0])
+
+
+@functools.cache
+def _quantize(dtype: torch.dtype) -> Program:
+    b = Builder("quantize", ("x", "values", "scales", "sums", "rows", "blocks"), jit.host()[1])
+    rows, blocks = b.argument["rows"], b.argument["blocks"]
+    with b.share(blocks) as block, b.loop(I64(0), rows) as row:
+        start = b.address(b.argument["x"], b.add(b.mul(row, blocks), block), GROUP * dtype.itemsize)
+        halves = [b.read_floats(dtype, b.add(start, I64(half * LANES * dtype.itemsize))) for half in (0, 1)]
+        _write_quantized(b, halves, b.add(b.mul(block, rows), row))
+    return _compiled(b)
+
+
+def _write_quantized(b: Builder, halves: list[jit.Value], place: jit.Value) -> None:
+    """A group of 32, as two vectors, to place `place` of values, scales and sums. What is not finite makes the scale
+    so, and with it all that is computed from the group: as integers, its bits are the largest."""
+    absolute = [b.and_(b.bitcast(half, INTS), constant(INTS, 0x7FFFFFFF)) for half in halves]
+    largest = b.select(b.icmp_unsigned(">", *absolute), *absolute)
+    top = b.bitcast(b.intrinsic("llvm.vector.reduce.umax.v16i32", I32, largest), F32)
+    inverse = b.select(b.fcmp_ordered(">", top, F32(0.0)), b.fdiv(F32(127.0), top), F32(0.0))
+    b.write(b.fdiv(top, F32(127.0)), b.address(b.argument["scales"], place, 4))
+    sums = []
+    for half, values in enumerate(halves):
+        steps = b.intrinsic("llvm.roundeven.v16f32", FLOATS, b.fmul(values, b.splat(inverse)))
+        codes = b.intrinsic("llvm.fptosi.sat.v16i32.v16f32", INTS, steps)
+        index = b.add(b.mul(place, I64(2)), I64(half))
+        b.write(b.trunc(codes, vector(I8)), b.address(b.argument["values"], index, LANES))
+        sums.append(b.intrinsic("llvm.vector.reduce.add.v16i32", I32, codes))
+    for half, total in enumerate(sums):
+        b.write(total, b.add(b.address(b.argument["sums"], place, 8), I64(4 * half)))
+
+
+_MATMUL = ("x", "x_scales", "x_sums", "quants", "scales", "minimums", "bias", "output", "rows", "blocks", "tiles")
+
+
+@functools.cache
+def _matmul(fmt: Format, dtype: torch.dtype) -> Program:
+    return matmul_program(fmt, dtype, *jit.host())
+
+
+def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> Program:
+    """For ROWS rows at a time and each tile: a block's weights go to eight registers once, then every row meets them.
+
+    The integer sum over a block's group times both scales is added to the row's sixteen outputs in float32. Weights
+    are unsigned codes; that they are `offset` too large is taken back through the sum of the row's values.
+    """
+    b = Builder("matmul", _MATMUL, features)
+    rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
+    sums = b.scratch(ROWS)
+    with b.loop(I64(0), rows, ROWS) as first:
+        left = b.sub(rows, first)
+        count = b.smaller(left, I64(ROWS))
+        with b.share(tiles) as tile:
+            bias = b.read(FLOATS, b.address(b.argument["bias"], tile, 4 * LANES))
+            with b.loop(I64(0), count) as row:
+                b.write(bias, b.address(sums, row, 64), align=64)
+            with b.loop(I64(0), blocks) as block:
+                place = b.add(b.mul(tile, blocks), block)
+                weight = _read_block(b, fmt, place)
+                activations = b.add(b.mul(block, rows), first)
+                with b.loop(I64(0), count) as row:
+                    address = b.address(sums, row, 64)
+                    total = b.read(FLOATS, address, align=64)
+                    total = _add_block(b, fmt, weight, b.add(activations, row), total)
+                    b.write(total, address, align=64)
+            with b.loop(I64(0), count) as row:
+                index = b.add(b.mul(b.add(first, row), tiles), tile)
+                total = b.read(FLOATS, b.address(sums, row, 64), align=64)
+                b.write_floats(total, dtype, b.address(b.argument["output"], index, LANES * dtype.itemsize))
+    return jit.compile_program(b, cpu)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A tile's weights of 32 columns, in registers."""
+
+    codes: list[jit.Value]  # 8, each 4 columns of the 16 rows
+    scales: list[jit.Value]
+    minimum: jit.Value | None
+
+
+def _read_block(b: Builder, fmt: Format, place: jit.Value) -> _Block:
+    start = b.address(b.argument["quants"], place, fmt.block_bytes)
+    for line in range(0, fmt.block_bytes, 64):
+        b.prefetch(b.add(start, I64(PREFETCH + line)))
+
+    def read(index: int) -> jit.Value:
+        return b.read(BYTES, b.add(start, I64(64 * index)))
+
+    if fmt.bits == 8:
+        codes = [read(index) for index in range(8)]
+    else:
+        pairs = [read(index) for index in range(4)]
+        codes = [b.and_(pair, constant(BYTES, 15)) for pair in pairs]
+        codes += [b.lshr(pair, constant(BYTES, 4)) for pair in pairs]
+    for plane in range(fmt.num_planes):
+        bits = b.bitcast(read(4 + plane), INTS)
+        for index in range(8):
+            shift = index - 4 - plane  # from bit `index` of the plane to bit 4 + plane of the code
+            moved = b.lshr(bits, constant(INTS, shift)) if shift > 0 else b.shl(bits, constant(INTS, -shift))
+            codes[index] = b.or_(codes[index], b.and_(b.bitcast(moved, BYTES), constant(BYTES, 16 << plane)))
+    halves = [b.add(b.mul(place, I64(fmt.num_scales)), I64(index)) for index in range(fmt.num_scales)]
+    scales = [_read_halfs(b, b.address(b.argument["scales"], half, 2 * LANES)) for half in halves]
+    minimum = _read_halfs(b, b.address(b.argument["minimums"], place, 2 * LANES)) if fmt.has_minimum else None
+    return _Block(codes, scales, minimum)
+
+
+def _read_halfs(b: Builder, address: jit.Value) -> jit.Value:
+    return b.fpext(b.read(vector(F16), address), FLOATS)
+
+
+def _add_block(b: Builder, fmt: Format, weight: _Block, place: jit.Value, total: jit.Value) -> jit.Value:
+    """The products with one row's group of 32, added to its sums."""
+    scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
+    values = b.address(b.argument["x"], place, GROUP)
+    halves = [b.read(I32, b.address(b.argument["x_sums"], b.add(b.mul(place, I64(2)), I64(i)), 4)) for i in (0, 1)]
+    parts = halves if fmt.num_scales == 2 else [b.add(*halves)]
+    num_fours = fmt.group // 4
+    for index, (part, own_scale) in enumerate(zip(parts, weight.scales, strict=True)):
+        products = b.splat(b.mul(part, I32(-fmt.offset)))
+        for four in range(index * num_fours, (index + 1) * num_fours):
+            x = b.bitcast(b.splat(b.read(I32, b.add(values, I64(4 * four)))), BYTES)
+            products = b.dot4(products, weight.codes[four], x)
+        total = b.fused(b.sitofp(products, FLOATS), b.fmul(own_scale, scale), total)
+    if weight.minimum is not None:
+        whole = b.fmul(b.splat(b.sitofp(b.add(*halves), F32)), scale)
+        total = b.fused(weight.minimum, whole, total)
+    return total
+
+
+@functools.cache
+def _rms_norm(dtype: torch.dtype, epsilon: float) -> Program:
+    b = Builder("rms_norm", ("x", "weight", "output", "rows", "columns"), jit.host()[1])
+    columns = b.argument["columns"]
+    bytes_per_row = b.mul(columns, I64(dtype.itemsize))
+    squares = b.variable(constant(FLOATS, 0.0))
+    with b.share(b.argument["rows"]) as row:
+        start = b.mul(row, bytes_per_row)
+        x, output = b.add(b.argument["x"], start), b.add(b.argument["output"], start)
+        squares.set(constant(FLOATS, 0.0))
+        with b.loop(I64(0), columns, LANES) as column:
+            value = b.read_floats(dtype, b.address(x, column, dtype.itemsize))
+            squares.set(b.fused(value, value, squares.get()))
+        mean = b.fdiv(b.total(squares.get()), b.sitofp(columns, F32))
+        root = b.intrinsic("llvm.sqrt.f32", F32, b.fadd(mean, F32(epsilon)))
+        scale = b.splat(b.fdiv(F32(1.0), root))
+        with b.loop(I64(0), columns, LANES) as column:
+            value = b.fmul(b.read_floats(dtype, b.address(x, column, dtype.itemsize)), scale)
+            value = b.fmul(value, b.read(FLOATS, b.address(b.argument["weight"], column, 4)))
+            b.write_floats(value, dtype, b.address(output, column, dtype.itemsize))
+    return _compiled(b)
+
+
+def _silu(b: Builder, x: jit.Value) -> jit.Value:
+    return b.fmul(x, b.sigmoid(x))
+
+
+def _gelu_tanh(b: Builder, x: jit.Value) -> jit.Value:
+    """0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x**3)."""
+    inner = b.fused(b.fmul(x, x), constant(FLOATS, 0.044715), constant(FLOATS, 1.0))
+    return b.fmul(x, b.sigmoid(b.fmul(b.fmul(x, inner), constant(FLOATS, 1.5957691216057308))))
+
+
+ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
+
+
+@functools.cache
+def _gate(dtype: torch.dtype, activation: str) -> Program:
+    b = Builder("gate", ("x", "values", "scales", "sums", "rows", "blocks"), jit.host()[1])
+    rows, blocks = b.argument["rows"], b.argument["blocks"]
+    with b.share(blocks) as block, b.loop(I64(0), rows) as row:
+        gates = b.add(b.mul(row, b.mul(blocks, I64(2))), block)
+        operands = [
+            [b.read_floats(dtype, b.add(start, I64(half * LANES * dtype.itemsize))) for half in (0, 1)]
+            for start in (b.address(b.argument["x"], g, GROUP * dtype.itemsize) for g in (gates, b.add(gates, blocks)))
+        ]
+        halves = [b.fmul(ACTIVATIONS[activation](b, g), up) for g, up in zip(*operands, strict=True)]
+        _write_quantized(b, halves, b.add(b.mul(block, rows), row))
+    return _compiled(b)
+
+
+_ATTEND = (
+    *("query", "head_stride", "sequence_stride", "keys", "values", "tables", "width", "ranges", "output"),
+    *("scores", "num_scores", "sequences", "heads", "kv_heads", "block_size"),
+)
+
+
+@functools.cache
+def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
+    """A thread's share is some heads of some sequences. Scores first, their softmax, then the sum of the values."""
+    b = Builder("attend", _ATTEND, jit.host()[1])
+    argument, size = b.argument, dtype.itemsize
+    parts = range(0, dim, LANES)
+    scores = b.add(argument["scores"], b.mul(b.mul(b.thread, argument["num_scores"]), I64(4)))
+    best, total = b.variable(constant(FLOATS, 0.0)), b.variable(constant(FLOATS, 0.0))
+    sums = [b.variable(constant(FLOATS, 0.0)) for _ in parts]
+    with b.share(b.mul(argument["sequences"], argument["heads"])) as index:
+        sequence, head = b.sdiv(index, argument["heads"]), b.srem(index, argument["heads"])
+        start = b.add(b.mul(head, argument["head_stride"]), b.mul(sequence, argument["sequence_stride"]))
+        query = [b.read_floats(dtype, b.address(argument["query"], b.add(start, I64(i)), size)) for i in parts]
+        query = [b.fmul(part, constant(FLOATS, scaling)) for part in query]
+        kv_head = b.sdiv(head, b.sdiv(argument["heads"], argument["kv_heads"]))
+        visible = _Visible(b, sequence, kv_head, dim * size)
+        with visible.tokens(argument["keys"]) as (position, key):
+            products = constant(FLOATS, 0.0)
+            for i, part in zip(parts, query, strict=True):
+                products = b.fused(part, b.read_floats(dtype, b.add(key, I64(i * size))), products)
+            b.write(b.total(products), b.address(scores, position, 4))
+        _softmax(b, scores, visible, best, total)
+        for part in sums:
+            part.set(constant(FLOATS, 0.0))
+        with visible.tokens(argument["values"]) as (position, value):
+            weight = b.splat(b.read(F32, b.address(scores, position, 4)))
+            for i, part in zip(parts, sums, strict=True):
+                part.set(b.fused(weight, b.read_floats(dtype, b.add(value, I64(i * size))), part.get()))
+        scale = b.splat(b.fdiv(F32(1.0), b.total(total.get())))
+        for i, part in zip(parts, sums, strict=True):
+            place = b.add(b.mul(index, I64(dim)), I64(i))
+            b.write_floats(b.fmul(part.get(), scale), dtype, b.address(argument["output"], place, size))
+    return _compiled(b)
+
+
+class _Visible:
+    """The tokens that a sequence's query sees, in the blocks of its table."""
+
+    def __init__(self, b: Builder, sequence: jit.Value, kv_head: jit.Value, head_bytes: int) -> None:
+        self.b, self.kv_head, self.head_bytes = b, kv_head, head_bytes
+        self.table = b.address(b.argument["tables"], b.mul(sequence, b.argument["width"]), 8)
+        ends = b.address(b.argument["ranges"], sequence, 16)
+        self.first, self.end = b.read(I64, ends), b.read(I64, b.add(ends, I64(8)))
+
+    @contextmanager
+    def tokens(self, cache: jit.Value) -> Iterator[tuple[jit.Value, jit.Value]]:
+        """The loop over their positions and the addresses of their heads in `cache`."""
+        b, size = self.b, self.b.argument["block_size"]
+        last = b.add(b.sdiv(b.sub(self.end, I64(1)), size), I64(1))
+        with b.loop(b.sdiv(self.first, size), last) as index:
+            before = b.mul(index, size)
+            block = b.read(I64, b.address(self.table, index, 8))
+            low, high = b.larger(self.first, before), b.smaller(self.end, b.add(before, size))
+            with b.loop(low, high) as position:
+                slot = b.add(b.mul(block, size), b.sub(position, before))
+                place = b.add(b.mul(slot, b.argument["kv_heads"]), self.kv_head)
+                yield position, b.address(cache, place, self.head_bytes)
+
+
+def _softmax(b: Builder, scores: jit.Value, visible: _Visible, best: jit.Variable, total: jit.Variable) -> None:
+    """In place, not yet divided by their sum, which goes to `total` lane by lane."""
+    lanes = ir.Constant(vector(I64), list(range(LANES)))
+    best.set(constant(FLOATS, float("-inf")))
+    total.set(constant(FLOATS, 0.0))
+    first = b.and_(visible.first, I64(-LANES))
+    with b.loop(first, visible.end, LANES) as position:
+        place = b.address(scores, position, 4)
+        positions = b.add(b.splat(position), lanes)  # at both ends the vector reaches beyond what is visible
+        inside = b.and_(
+            b.icmp_signed(">=", positions, b.splat(visible.first)), b.icmp_signed("<", positions, b.splat(visible.end))
+        )
+        score = b.select(inside, b.read(FLOATS, place), constant(FLOATS, float("-inf")))
+        b.write(score, place)
+        best.set(b.intrinsic("llvm.maximum.v16f32", FLOATS, best.get(), score))
+    top = b.splat(b.intrinsic("llvm.vector.reduce.fmaximum.v16f32", F32, best.get()))
+    with b.loop(first, visible.end, LANES) as position:
+        place = b.address(scores, position, 4)
+        weights = b.exp(b.fsub(b.read(FLOATS, place), top))
+        b.write(weights, place)
+        total.set(b.fadd(total.get(), weights))

@@ -1,0 +1,150 @@
+"""A model whose linear layers keep the blocks of the GGUF file that it came from: written once, loaded in a moment.
+
+The file lies beside the model's safetensors; it is one too, but for its name, which keeps others from reading it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from gguf import GGUFReader
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from engine import gguf_blocks
+from engine.packed_layers import fuse, replace_layer
+from engine.packing import Codes, Format, PackedWeight, can_pack, pack
+
+FILE = "weights.packed"
+HASHED_ROWS = 4096  # at a time
+
+
+def exists(directory: Path) -> bool:
+    return (directory / FILE).exists()
+
+
+def size(directory: Path) -> int:
+    """Bytes."""
+    return (directory / FILE).stat().st_size
+
+
+# --- writing
+
+
+def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
+    """Packs each linear layer and the embedding whose tensor is found in the GGUF file, and keeps all else.
+
+    model: what transformers made of the file, in bfloat16. It renames tensors and moves rows, differently for each
+    architecture, so they are found by what is in them.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    formats: dict[str, dict[str, Any]] = {}
+    sources = _Sources(gguf)
+    packed_by_storage: dict[int, str] = {}
+    same: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear | nn.Embedding) or not can_pack(layer.weight.shape[1]):
+            continue
+        storage = layer.weight.data_ptr()
+        if storage in packed_by_storage:
+            same[name] = packed_by_storage[storage]
+        elif (codes := sources.find(layer.weight.data)) is not None:
+            packed = pack(codes)
+            formats[name] = {**asdict(packed.format), "num_rows": packed.num_rows}
+            tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(packed)}
+            packed_by_storage[storage] = same[name] = name
+    replaced = {f"{name}.weight" for name in same}
+    tensors |= {name: value.contiguous() for name, value in model.state_dict().items() if name not in replaced}
+    metadata = {"layers": json.dumps(same), "formats": json.dumps(formats)}
+    save_file(tensors, directory / FILE, metadata)
+
+
+def _parts(packed: PackedWeight) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "quants", packed.quants
+    yield "scales", packed.scales
+    if packed.minimums is not None:
+        yield "minimums", packed.minimums
+
+
+class _Sources:
+    """The GGUF file's quantised matrices, each waiting for the layer that has its rows."""
+
+    def __init__(self, gguf: Path) -> None:
+        matrices = (t for t in GGUFReader(gguf).tensors if t.tensor_type.name in gguf_blocks.BLOCK_BYTES)
+        self._waiting = [tensor for tensor in matrices if len(tensor.shape) == 2]
+
+    def find(self, weight: torch.Tensor) -> Codes | None:
+        """weight: (rows, columns) bfloat16. Its codes in the order of its rows; None if the file has other numbers."""
+        first = _hashes(weight[:1])
+        for tensor in self._waiting:
+            if list(tensor.shape) != [weight.shape[1], weight.shape[0]]:
+                continue
+            codes = gguf_blocks.decode(torch.from_numpy(tensor.data), tensor.tensor_type.name)
+            hashes = _codes_hashes(codes)
+            if first.item() not in hashes:
+                continue
+            places = {value: row for row, value in enumerate(hashes)}
+            order = [places.get(value) for value in _hashes(weight).tolist()]
+            if None not in order:
+                self._waiting.remove(tensor)
+                return _in_order(codes, torch.tensor(order))
+        return None
+
+
+def _in_order(codes: Codes, order: torch.Tensor) -> Codes:
+    minimums = None if codes.minimums is None else codes.minimums[order]
+    return Codes(codes.format, codes.codes[order], codes.scales[order], minimums)
+
+
+def _codes_hashes(codes: Codes) -> list[int]:
+    result: list[int] = []
+    for start in range(0, len(codes.codes), HASHED_ROWS):
+        part = _in_order(codes, torch.arange(start, min(start + HASHED_ROWS, len(codes.codes))))
+        result += _hashes(part.dequantize().bfloat16()).tolist()
+    return result
+
+
+def _hashes(rows: torch.Tensor) -> torch.Tensor:
+    """A number for each row of bfloat16 that stands for its bits: sums with fixed random factors, modulo 2**64."""
+    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
+    parts = rows.contiguous().view(torch.int16).split(HASHED_ROWS)
+    return torch.cat([(part.long() * factors).sum(1) for part in parts])
+
+
+# --- reading
+
+
+def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: Any) -> PreTrainedModel:
+    """The model with packed layers; all else is of `dtype`."""
+    with safe_open(directory / FILE, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    formats = {name: _format(tensors, name, values) for name, values in json.loads(metadata["formats"]).items()}
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    plain = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    model.load_state_dict(plain, strict=False, assign=True)
+    for name, source in json.loads(metadata["layers"]).items():
+        replace_layer(model, name, formats[source])
+    fuse(model)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def _format(tensors: dict[str, torch.Tensor], name: str, values: dict[str, Any]) -> PackedWeight:
+    num_rows = values.pop("num_rows")
+    minimums = tensors.pop(f"{name}.minimums", None)
+    return PackedWeight(
+        Format(**values),
+        num_rows,
+        tensors.pop(f"{name}.quants").clone(),  # into memory of the process, aligned to lines of the cache
+        tensors.pop(f"{name}.scales").clone(),
+        None if minimums is None else minimums.clone(),
+    )

@@ -1,0 +1,256 @@
+"""Layers that compute with packed weights, and pack_model, which puts them where a stock model has others.
+
+Stock models stay in charge of their structure: a layer is replaced by one that gives the same result faster. Where
+several layers are replaced by one (norms, MLPs), the replacement is first compared with what it replaces.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine import kernels
+from engine.kernels import Activations
+from engine.packing import INT4, INT8, LANES, PackedWeight, can_pack, pack, quantize_weight
+
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+FORMATS = {"int8": INT8, "int4": INT4}
+ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the same computation may be apart
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with a packed weight; x is rounded to 8 bits, each group of 32 columns with its own scale."""
+
+    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = weight
+        self.bias = _padded_bias(weight, bias)
+        self.dtype = dtype  # of what comes out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return self.multiply(kernels.quantize(rows.contiguous())).view(*x.shape[:-1], self.packed.num_rows)
+
+    def multiply(self, x: Activations) -> torch.Tensor:
+        return kernels.matmul(x, self.packed, self.bias, self.dtype)
+
+
+def _padded_bias(weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    padded = torch.zeros(weight.quants.shape[0] * LANES)
+    if bias is not None:
+        padded[: weight.num_rows] = bias
+    return padded
+
+
+class SharedInput:
+    """Linear layers that a module applies to the same tensor one after the other: what they share is computed once.
+
+    The tensor is quantised once, and the weights of one format are one product.
+    """
+
+    def __init__(self, layers: list[PackedLinear]) -> None:
+        self._layers = layers
+        self._products = list(_joined(layers))
+        self._input: torch.Tensor | None = None
+        self._outputs: list[torch.Tensor] = []
+
+    def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if x is not self._input:
+            rows = kernels.quantize(x.reshape(-1, x.shape[-1]).contiguous())
+            self._outputs = [part for product in self._products for part in product(rows)]
+            self._input = x
+        output = self._outputs[index]
+        if index == len(self._outputs) - 1:  # the last one: nothing is kept for longer than needed
+            self._input, self._outputs = None, []
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def _joined(layers: list[PackedLinear]) -> Iterator[Callable[[Activations], tuple[torch.Tensor, ...]]]:
+    """A product for each run of layers that can be computed as one."""
+    run: list[PackedLinear] = []
+    for layer in layers:
+        if run and not _can_join(run[-1], layer):
+            yield _product(run)
+            run = []
+        run.append(layer)
+    yield _product(run)
+
+
+def _can_join(first: PackedLinear, second: PackedLinear) -> bool:
+    """They have one format, and the first one's rows end with a tile."""
+    return first.packed.format == second.packed.format and first.packed.num_rows % LANES == 0
+
+
+def _product(layers: list[PackedLinear]) -> Callable[[Activations], tuple[torch.Tensor, ...]]:
+    whole = join(layers)
+    sizes = [layer.packed.num_rows for layer in layers]
+    return lambda x: whole.multiply(x).split(sizes, dim=-1)
+
+
+def join(layers: list[PackedLinear]) -> PackedLinear:
+    """One layer whose outputs are theirs side by side; they become views of its weights."""
+    if len(layers) == 1:
+        return layers[0]
+    weights = [layer.packed for layer in layers]
+    minimums = None
+    if weights[0].minimums is not None:
+        minimums = torch.cat([cast(torch.Tensor, weight.minimums) for weight in weights])
+    whole = PackedWeight(
+        weights[0].format,
+        sum(weight.num_rows for weight in weights),
+        torch.cat([weight.quants for weight in weights]),
+        torch.cat([weight.scales for weight in weights]),
+        minimums,
+    )
+    joined = PackedLinear(whole, torch.cat([layer.bias for layer in layers]), layers[0].dtype)
+    start = 0
+    for layer in layers:
+        layer.packed = whole.tiles(start, layer.packed.num_rows)
+        start += layer.packed.quants.shape[0]
+    return joined
+
+
+class SharedLinear(nn.Module):
+    """One of the layers of a SharedInput."""
+
+    def __init__(self, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self._shared, self._index = shared, index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._shared.output(self._index, x)
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of a packed weight, times the scale that some families give their embeddings."""
+
+    def __init__(self, weight: PackedWeight, scale: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed, self.scale, self.dtype = weight, scale, dtype
+        self.num_embeddings = weight.num_rows
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        rows = self.packed.rows(token_ids.flatten()).to(self.dtype).view(*token_ids.shape, -1)
+        return rows if self.scale is None else rows * self.scale.to(self.dtype)
+
+
+class FusedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)); between the two products everything stays in one kernel."""
+
+    def __init__(self, gate_up: PackedLinear, activation: str, down: PackedLinear) -> None:
+        super().__init__()
+        self._gate_up, self._activation, self._down = gate_up, activation, down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self._gate_up.multiply(kernels.quantize(x.reshape(-1, x.shape[-1]).contiguous()))
+        return self._down.multiply(kernels.gate(both, self._activation)).view(x.shape)
+
+
+class FusedNorm(nn.Module):
+    """Root mean square normalisation in one kernel."""
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self._weight, self._epsilon = weight, epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.rms_norm(x.contiguous(), self._weight, self._epsilon)
+
+
+# --- replacing a model's layers
+
+
+def pack_model(model: PreTrainedModel, quantization: str, report: Callable[[float], None]) -> None:
+    """Quantises a stock model's linear layers, in place; an int4 model's output layer has 8 bits, as it decides most.
+
+    quantization: one of FORMATS.
+    """
+    head, embedding = model.get_output_embeddings(), cast(nn.Embedding, model.get_input_embeddings())
+    linears = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    for number, (name, layer) in enumerate(linears):
+        report(number / len(linears))
+        if not can_pack(layer.in_features):
+            continue
+        packed = pack(quantize_weight(layer.weight.data, INT8 if layer is head else FORMATS[quantization]))
+        is_tied = embedding.weight is layer.weight
+        replace_layer(model, name, packed)
+        if is_tied:
+            replace_layer(model, _name_of(model, embedding), packed)
+    fuse(model)
+
+
+def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
+    names = {module: name for name, module in model.named_modules()}
+    return names[wanted]
+
+
+def replace_layer(model: PreTrainedModel, name: str, packed: PackedWeight) -> None:
+    """Puts a packed weight in the place of the linear layer or embedding `name`. The output layer gives float32."""
+    layer = model.get_submodule(name)
+    dtype = cast(torch.Tensor, layer.weight).dtype
+    if isinstance(layer, nn.Embedding):
+        scale = cast(torch.Tensor | None, getattr(layer, "embed_scale", None))
+        model.set_submodule(name, PackedEmbedding(packed, scale, dtype))
+    else:
+        output = torch.float32 if layer is model.get_output_embeddings() else dtype
+        bias = cast(torch.Tensor | None, layer.bias)
+        model.set_submodule(name, PackedLinear(packed, None if bias is None else bias.data, output))
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Joins what the stock modules compute in steps, wherever that gives the same."""
+    for name, module in list(model.named_modules()):
+        inputs = [getattr(module, part, None) for part in ATTENTION_INPUTS]
+        if all(isinstance(layer, PackedLinear) for layer in inputs):
+            shared = SharedInput(cast(list[PackedLinear], inputs))
+            for index, part in enumerate(ATTENTION_INPUTS):
+                setattr(module, part, SharedLinear(shared, index))
+        fused = _fused_mlp(module) or _fused_norm(module)
+        if fused is not None and name:
+            model.set_submodule(name, fused)
+
+
+def _fused_mlp(module: nn.Module) -> FusedMLP | None:
+    layers = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
+    activation = _activation_name(getattr(module, "act_fn", None))
+    if activation is None or not all(isinstance(layer, PackedLinear) for layer in layers):
+        return None
+    gate, up, down = cast(list[PackedLinear], layers)
+    if not _can_join(gate, up) or gate.packed.num_rows != up.packed.num_rows or up.packed.num_rows % LANES:
+        return None
+    x = torch.randn(3, gate.packed.num_columns).to(gate.dtype)
+    expected = module(x)
+    fused = FusedMLP(join([gate, up]), activation, down)
+    return fused if _is_same(fused(x), expected) else None
+
+
+def _activation_name(function: Any) -> str | None:
+    if not callable(function):
+        return None
+    points = torch.linspace(-4, 4, 64)
+    stock: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": nn.functional.silu,
+        "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    }
+    return next((name for name, same in stock.items() if torch.allclose(function(points), same(points))), None)
+
+
+def _fused_norm(module: nn.Module) -> FusedNorm | None:
+    """Some families store the weight less one, and some of their weights are so large that only float32 tells."""
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None or weight.numel() % LANES:
+        return None
+    x = torch.randn(2, weight.numel())
+    for offset in (0.0, 1.0):
+        fused = FusedNorm(weight.data.float() + offset, float(epsilon))
+        if _is_same(fused(x), module(x).float()):
+            return fused
+    return None
+
+
+def _is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    difference = (actual.float() - expected.float()).norm()
+    return bool(difference <= ROUNDING[expected.dtype] * expected.float().norm())

@@ -1,0 +1,35 @@
+import numpy
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+
+from engine.gguf_blocks import BLOCK_BYTES, decode
+from engine.packing import pack
+
+
+def random_blocks(name: str, rows: int, num_blocks: int) -> numpy.ndarray:
+    """Any bytes are codes, but the float16 numbers among them must be finite."""
+    rng = numpy.random.default_rng(0)
+    data = rng.integers(0, 256, (rows, num_blocks, BLOCK_BYTES[name]), dtype=numpy.uint8)
+    offsets = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(name, (0,))
+    for offset in offsets:
+        halfs = rng.uniform(0.001, 0.1, (rows, num_blocks)).astype(numpy.float16)
+        data[:, :, offset : offset + 2] = halfs[..., None].view(numpy.uint8)
+    return data.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("name", BLOCK_BYTES)
+def test_blocks_are_decoded_as_the_gguf_library_does(name: str) -> None:
+    data = random_blocks(name, 5, 3)
+    expected = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[name]))
+    assert torch.equal(decode(torch.from_numpy(data), name).dequantize(), expected)
+
+
+@pytest.mark.parametrize("name", BLOCK_BYTES)
+def test_packing_rounds_no_more_than_a_float16_scale(name: str) -> None:
+    codes = decode(torch.from_numpy(random_blocks(name, 32, 2)), name)
+    exact, packed = codes.dequantize(), pack(codes).dequantize()
+    largest = codes.scales.abs().max() * 2**codes.format.bits
+    assert (packed - exact).abs().max() <= largest * 2**-10
+    if not name.endswith("_K"):  # these blocks have float16 scales themselves
+        assert torch.equal(packed, exact)

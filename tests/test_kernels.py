@@ -1,0 +1,136 @@
+import itertools
+import platform
+
+import pytest
+import torch
+
+from engine import jit, kernels
+from engine.packing import GROUP, INT4, INT8, Codes, Format, can_pack, pack, quantize_weight
+
+FORMATS = (INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16))
+pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+
+
+def random_codes(fmt: Format, rows: int, columns: int) -> Codes:
+    codes = torch.randint(0, 2**fmt.bits, (rows, columns), dtype=torch.uint8)
+    scales = (torch.rand(rows, columns // fmt.group) * 0.1).half()
+    minimums = -torch.rand(rows, columns // GROUP).half() if fmt.has_minimum else None
+    return Codes(fmt, codes, scales, minimums)
+
+
+def as_floats(x: kernels.Activations) -> torch.Tensor:
+    return (x.values.double() * x.scales.double()[..., None]).transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_activations_lose_at_most_half_a_step(dtype: torch.dtype) -> None:
+    x = torch.randn(7, 96, dtype=dtype)
+    x[3] = 0
+    quantized = kernels.quantize(x)
+    step = x.double().view(7, -1, 32).abs().amax(-1, keepdim=True) / 127
+    error = (as_floats(quantized) - x.double()).abs().view(7, -1, 32)
+    assert (error <= step / 2 * (1 + 1e-5)).all()
+    assert torch.equal(quantized.sums, quantized.values.int().view(3, 7, 2, 16).sum(-1).int())
+
+
+@pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(FORMATS, (1, 3, 64, 65, 130))))
+def test_a_product_is_that_of_the_dequantized_weight(fmt: Format, rows: int) -> None:
+    torch.manual_seed(rows)
+    weight = random_codes(fmt, 50, 160)
+    x = kernels.quantize(torch.randn(rows, 160))
+    bias = torch.cat([torch.randn(50), torch.zeros(14)])
+    product = kernels.matmul(x, pack(weight), bias, torch.float32)
+    expected = as_floats(x) @ weight.dequantize().double().T + bias[:50].double()
+    assert product.shape == (rows, 50)
+    torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's instructions")
+@pytest.mark.parametrize("removed", [("+avx512vnni",), ("+avx512", "+avxvnni")])
+def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tuple[str, ...]) -> None:
+    _, features = jit.host()
+    features = ",".join(f for f in features.split(",") if not f.startswith(removed))
+    weight = random_codes(Format(5, 16), 32, 64)
+    x = kernels.quantize(torch.randn(3, 64))
+    expected = as_floats(x) @ weight.dequantize().double().T
+    program = kernels.matmul_program(weight.format, torch.float32, "x86-64-v3", features)
+    product = kernels.matmul(x, pack(weight), torch.zeros(32), torch.float32, program)
+    torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_reaches_the_product(bad: float) -> None:
+    x = torch.randn(2, 64)
+    x[1, 40] = bad
+    product = kernels.matmul(kernels.quantize(x), pack(random_codes(INT8, 16, 64)), torch.zeros(16), torch.float32)
+    assert product[0].isfinite().all()
+    assert not product[1].isfinite().any()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_packing_keeps_every_code_scale_and_minimum(fmt: Format) -> None:
+    weight = random_codes(fmt, 37, 96)
+    packed = pack(weight)
+    assert torch.equal(packed.dequantize(), weight.dequantize())
+    some = torch.tensor([36, 0, 17])
+    assert torch.equal(packed.rows(some), weight.dequantize()[some])
+
+
+@pytest.mark.parametrize(("fmt", "limit"), [(INT8, 1 / 254), (INT4, 0.07)])
+def test_quantizing_loses_about_half_a_step(fmt: Format, limit: float) -> None:
+    weight = torch.randn(48, 128)
+    error = (quantize_weight(weight, fmt).dequantize() - weight).view(48, -1, GROUP)
+    largest = weight.view(48, -1, GROUP).abs().amax(-1)
+    assert (error.square().mean(-1).sqrt() <= limit * largest).all()
+
+
+def test_zeros_and_constants_can_be_quantized() -> None:
+    for weight, fmt in itertools.product((torch.zeros(16, 32), torch.full((16, 32), -0.5)), (INT4, INT8)):
+        torch.testing.assert_close(quantize_weight(weight, fmt).dequantize(), weight, rtol=1e-3, atol=0)
+
+
+def test_columns_must_fill_the_groups() -> None:
+    assert can_pack(64) and not can_pack(40)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_rms_norm_is_that_of_torch(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 9, 80, dtype=dtype), torch.randn(80)
+    expected = torch.nn.functional.rms_norm(x.float(), (80,), weight, 1e-6)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6).float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("silu", torch.nn.functional.silu), ("gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh"))],
+)
+def test_a_gate_is_its_activation_times_the_other_half(name: str, function: object, rows: int) -> None:
+    x = torch.randn(rows, 128) * 5
+    x[0, :4] = torch.tensor([-100.0, 100.0, 0.0, -20.0])
+    expected = function(x[:, :64].double()) * x[:, 64:].double()
+    error = (as_floats(kernels.gate(x, name)) - expected).abs().view(rows, 2, 32)
+    step = expected.view(rows, 2, 32).abs().amax(-1, keepdim=True) / 127
+    assert (error <= step * 0.501).all()
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256)])
+def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
+    torch.manual_seed(heads)
+    block_size, width, lengths, firsts = 16, 5, [1, 16, 17, 80], [0, 0, 3, 47]
+    keys, values = (torch.randn(32, block_size, kv_heads, dim).to(dtype) for _ in range(2))
+    tables = torch.stack([torch.randperm(32)[:width] for _ in lengths])
+    query = torch.randn(1, len(lengths), heads, dim).to(dtype).transpose(1, 2)[0]  # strided, as models give it
+    query = query.unflatten(0, (kv_heads, -1))
+    ranges = torch.tensor(list(zip(firsts, lengths, strict=True)))
+    output = torch.empty(len(lengths), kv_heads, heads // kv_heads, dim, dtype=dtype)
+    kernels.attend(query, keys, values, tables, ranges, 0.3, output)
+    for row, (first, end) in enumerate(zip(firsts, lengths, strict=True)):
+        k, v = (cache[tables[row]].flatten(0, 1)[first:end].transpose(0, 1).float() for cache in (keys, values))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query.flatten(0, 1)[:, row, None].float(), k, v, scale=0.3, enable_gqa=True
+        )
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(output[row].flatten(0, 1).float(), expected[:, 0], rtol=tolerance, atol=tolerance)
