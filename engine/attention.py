@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from engine import kernels
+from engine import attention_kernels
 from engine.kv_cache import KVCache, LayerSpec
 
 NAME = "paged_blocks"
@@ -43,10 +43,28 @@ class DecodeGroup:
 class PrefillChunk:
     """One sequence's chunk of its prompt."""
 
-    start: int
+    start: int  # among the step's tokens
     end: int
-    blocks: torch.Tensor | None  # (num_blocks,); None where the chunk sees only itself
-    mask: torch.Tensor | None  # (tokens, visible); None: causal
+    table: torch.Tensor  # (num_blocks,), all that the chunk sees
+    position: int  # of the first token in the table's blocks
+    window: int | None
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def sees_only_itself(self) -> bool:
+        return self.position == 0 and (self.window is None or self.end - self.start <= self.window)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(tokens, visible): 0 where the position is at or before the query and within its window, else -inf."""
+        positions = torch.arange(len(self.table) * self.block_size, device=self.table.device)
+        query = torch.arange(self.end - self.start, device=self.table.device)[:, None] + self.position
+        hidden = positions > query
+        if self.window is not None:
+            hidden |= positions <= query - self.window
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.table.device)
+        return mask.masked_fill_(hidden, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -62,12 +80,8 @@ class GroupAttention:
         return GroupAttention(
             self.slots.to(device),
             tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
-            tuple(replace(p, blocks=_to(p.blocks, device), mask=_to(p.mask, device)) for p in self.prefills),
+            tuple(replace(p, table=p.table.to(device)) for p in self.prefills),
         )
-
-
-def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)
 
 
 @dataclass
@@ -123,32 +137,44 @@ def paged_attention(
     keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
     num_kv_heads, value_dim = values.shape[2:]
-    has_kernel = softcap is None and kernels.can_attend(keys, values)
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
+    if softcap is None and attention_kernels.can_attend(keys, values):
+        _attend_with_kernels(query, keys, values, group, scaling or query.shape[-1] ** -0.5, output)
+        return output.flatten(1, 2)[None], None
     for decode in group.decodes:
-        part, result = query[:, :, decode.start : decode.end], output[decode.start : decode.end]
-        if has_kernel:
-            kernels.attend(part, keys, values, decode.tables, decode.visible, _scale(scaling, query), result)
-        else:
-            visible = _gather(keys, values, decode.tables.flatten(), len(result))
-            result.copy_(_attend(part.permute(2, 0, 1, 3), *visible, decode.mask, scaling, softcap))
+        rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
+        visible = _gather(keys, values, decode.tables.flatten(), decode.end - decode.start)
+        output[decode.start : decode.end] = _attend(rows, *visible, decode.mask, scaling, softcap)
     for chunk in group.prefills:
         part = query[:, :, chunk.start : chunk.end]  # (kv_heads, group, tokens, dim)
-        if chunk.blocks is None:
+        if chunk.sees_only_itself:
             own = slice(chunk.start, chunk.end)
-            k, v = key[0, :, own], value[0, :, own]
+            k, v, mask = key[0, :, own], value[0, :, own], None
         else:
-            gathered = _gather(keys, values, chunk.blocks, 1)
-            k, v = gathered[0][0], gathered[1][0]
+            gathered = _gather(keys, values, chunk.table, 1)
+            k, v, mask = gathered[0][0], gathered[1][0], chunk.mask
         shape = (-1, query.shape[1], -1, -1)  # the heads of a group share one key: no copy
-        result = _attend(part, k[:, None].expand(shape), v[:, None].expand(shape), chunk.mask, scaling, softcap)
+        result = _attend(part, k[:, None].expand(shape), v[:, None].expand(shape), mask, scaling, softcap)
         output[chunk.start : chunk.end] = result.permute(2, 0, 1, 3)
     return output.flatten(1, 2)[None], None
 
 
-def _scale(scaling: float | None, query: torch.Tensor) -> float:
-    return scaling or query.shape[-1] ** -0.5
+def _attend_with_kernels(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    group: GroupAttention,
+    scaling: float,
+    output: torch.Tensor,
+) -> None:
+    for decode in group.decodes:
+        own = slice(decode.start, decode.end)
+        attention_kernels.attend(query[:, :, own], keys, values, decode.tables, decode.visible, scaling, output[own])
+    for chunk in group.prefills:
+        own = slice(chunk.start, chunk.end)
+        place = (chunk.table, chunk.position, chunk.window)
+        attention_kernels.attend_chunk(query[:, :, own], keys, values, *place, scaling, output[own])
 
 
 def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
@@ -177,7 +203,7 @@ def _attend(
 ) -> torch.Tensor:
     """(a, b, queries, dim) over (a, b, visible, dim); without a mask it is causal."""
     if softcap is not None:
-        return _attend_softcapped(query, key, value, mask, _scale(scaling, query), softcap)
+        return _attend_softcapped(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
 

@@ -151,22 +151,28 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
             function = ir.Function(self.program, ir.FunctionType(F32, [F32, value.type]), name)
         return self.call(function, [F32(0.0), value], fastmath=("reassoc",))
 
+    def round(self, x: Value, scale: Value) -> tuple[Value, Value]:
+        """The integer nearest to x * scale, within 2**22, as floats and as integers. What is no number gives any."""
+        shift = constant(FLOATS, 1.5 * 2**23)  # leaves no bits behind the point, and the integer in the lowest ones
+        shifted = self.fused(x, scale, shift)
+        return self.fsub(shifted, shift), self.sub(self.bitcast(shifted, INTS), constant(INTS, 0x4B400000))
+
     def exp(self, x: Value) -> Value:
         """e**x of a vector of 16 to about one unit in the last place, 0 below -87; NaN stays.
 
         2**n * e**r with |r| <= ln 2 / 2, e**r by a polynomial: Cephes' expf, https://www.netlib.org/cephes.
         """
-        x = self.intrinsic("llvm.minimum.v16f32", FLOATS, x, constant(FLOATS, 88.0))
-        clamped = self.intrinsic("llvm.maximum.v16f32", FLOATS, x, constant(FLOATS, -87.0))
-        n = self.intrinsic("llvm.roundeven.v16f32", FLOATS, self.fmul(clamped, constant(FLOATS, 1.4426950408889634)))
-        r = self.fused(n, constant(FLOATS, -0.693359375), clamped)
+        high, low = constant(FLOATS, 88.0), constant(FLOATS, -87.0)
+        underflows = self.fcmp_ordered("<", x, low)
+        x = self.select(self.fcmp_ordered(">", x, high), high, x)
+        x = self.select(underflows, low, x)
+        n, exponent = self.round(x, constant(FLOATS, 1.4426950408889634))
+        r = self.fused(n, constant(FLOATS, -0.693359375), x)
         r = self.fused(n, constant(FLOATS, 2.12194440e-4), r)
         y = constant(FLOATS, 1.9875691500e-4)
         for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
             y = self.fused(y, r, constant(FLOATS, c))
-        exponent = self.intrinsic("llvm.fptosi.sat.v16i32.v16f32", INTS, n)
         scale = self.bitcast(self.shl(self.add(exponent, constant(INTS, 127)), constant(INTS, 23)), FLOATS)
-        underflows = self.fcmp_ordered("<", x, constant(FLOATS, -87.0))
         return self.select(underflows, constant(FLOATS, 0.0), self.fmul(y, scale))
 
     def sigmoid(self, x: Value) -> Value:

@@ -1,16 +1,13 @@
 """Kernels for the CPU: the parts of a forward that torch computes too slowly for a few rows, on torch's own threads.
 
-Products of packed weights and activations of 8 bits, root mean squares, gates, and attention of decodes over the
-paged cache. Tensors in, tensors out; compiled for this machine when first used.
+Products of packed weights and activations of 8 bits, root mean squares and gates. Tensors in, tensors out; compiled
+for this machine when first used.
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from llvmlite import ir
 
 from engine import jit
 from engine.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
@@ -100,55 +97,6 @@ def gate(gate_up: torch.Tensor, activation: str) -> Activations:
     return result
 
 
-def can_attend(keys: torch.Tensor, values: torch.Tensor) -> bool:
-    dims = {keys.shape[-1], values.shape[-1]}
-    is_here = keys.device.type == "cpu" and keys.dtype in DTYPES and are_available()
-    return is_here and len(dims) == 1 and not keys.shape[-1] % LANES
-
-
-def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables: torch.Tensor,
-    ranges: torch.Tensor,
-    scaling: float,
-    output: torch.Tensor,
-) -> None:
-    """Attention of one query per sequence over its blocks; writes output.
-
-    query: (kv_heads, group, sequences, dim), its heads evenly apart. keys, values: (blocks, block_size, kv_heads, dim).
-    tables: (sequences, width) int64 block numbers. ranges: (sequences, 2) int64, the first position in the table's
-    blocks that is visible, and the end. output: (sequences, kv_heads, group, dim).
-    """
-    group, sequences, dim = query.shape[1:]
-    head_stride = query.stride(0) // group
-    _, block_size, kv_heads, _ = keys.shape
-    assert output.is_contiguous() and query.stride(3) == 1 and query.stride(0) == group * head_stride
-    longest = tables.shape[1] * block_size
-    padded = -(-longest // LANES) * LANES
-    threads = torch.get_num_threads() if sequences * longest > 64 else 1
-    scores = torch.empty(threads, padded)
-    _attend(keys.dtype, dim, scaling)(
-        query.data_ptr(),
-        head_stride,
-        query.stride(2),
-        keys.data_ptr(),
-        values.data_ptr(),
-        tables.data_ptr(),
-        tables.shape[1],
-        ranges.data_ptr(),
-        output.data_ptr(),
-        scores.data_ptr(),
-        padded,
-        sequences,
-        kv_heads * group,
-        kv_heads,
-        block_size,
-        num_threads=threads,
-    )
-
-
 def _threads(num_rows: int) -> int:
     return torch.get_num_threads() if num_rows > FEW_ROWS else 1
 
@@ -156,7 +104,7 @@ def _threads(num_rows: int) -> int:
 # --- the programs
 
 
-def _compiled(builder: Builder) -> Program:
+def compiled(builder: Builder) -> Program:
     return jit.compile_program(builder, jit.host()[0])
 
 
@@ -168,7 +116,7 @@ def _quantize(dtype: torch.dtype) -> Program:
         start = b.address(b.argument["x"], b.add(b.mul(row, blocks), block), GROUP * dtype.itemsize)
         halves = [b.read_floats(dtype, b.add(start, I64(half * LANES * dtype.itemsize))) for half in (0, 1)]
         _write_quantized(b, halves, b.add(b.mul(block, rows), row))
-    return _compiled(b)
+    return compiled(b)
 
 
 def _write_quantized(b: Builder, halves: list[jit.Value], place: jit.Value) -> None:
@@ -181,8 +129,7 @@ def _write_quantized(b: Builder, halves: list[jit.Value], place: jit.Value) -> N
     b.write(b.fdiv(top, F32(127.0)), b.address(b.argument["scales"], place, 4))
     sums = []
     for half, values in enumerate(halves):
-        steps = b.intrinsic("llvm.roundeven.v16f32", FLOATS, b.fmul(values, b.splat(inverse)))
-        codes = b.intrinsic("llvm.fptosi.sat.v16i32.v16f32", INTS, steps)
+        _, codes = b.round(values, b.splat(inverse))
         index = b.add(b.mul(place, I64(2)), I64(half))
         b.write(b.trunc(codes, vector(I8)), b.address(b.argument["values"], index, LANES))
         sums.append(b.intrinsic("llvm.vector.reduce.add.v16i32", I32, codes))
@@ -308,7 +255,7 @@ def _rms_norm(dtype: torch.dtype, epsilon: float) -> Program:
             value = b.fmul(b.read_floats(dtype, b.address(x, column, dtype.itemsize)), scale)
             value = b.fmul(value, b.read(FLOATS, b.address(b.argument["weight"], column, 4)))
             b.write_floats(value, dtype, b.address(output, column, dtype.itemsize))
-    return _compiled(b)
+    return compiled(b)
 
 
 def _silu(b: Builder, x: jit.Value) -> jit.Value:
@@ -336,92 +283,4 @@ def _gate(dtype: torch.dtype, activation: str) -> Program:
         ]
         halves = [b.fmul(ACTIVATIONS[activation](b, g), up) for g, up in zip(*operands, strict=True)]
         _write_quantized(b, halves, b.add(b.mul(block, rows), row))
-    return _compiled(b)
-
-
-_ATTEND = (
-    *("query", "head_stride", "sequence_stride", "keys", "values", "tables", "width", "ranges", "output"),
-    *("scores", "num_scores", "sequences", "heads", "kv_heads", "block_size"),
-)
-
-
-@functools.cache
-def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
-    """A thread's share is some heads of some sequences. Scores first, their softmax, then the sum of the values."""
-    b = Builder("attend", _ATTEND, jit.host()[1])
-    argument, size = b.argument, dtype.itemsize
-    parts = range(0, dim, LANES)
-    scores = b.add(argument["scores"], b.mul(b.mul(b.thread, argument["num_scores"]), I64(4)))
-    best, total = b.variable(constant(FLOATS, 0.0)), b.variable(constant(FLOATS, 0.0))
-    sums = [b.variable(constant(FLOATS, 0.0)) for _ in parts]
-    with b.share(b.mul(argument["sequences"], argument["heads"])) as index:
-        sequence, head = b.sdiv(index, argument["heads"]), b.srem(index, argument["heads"])
-        start = b.add(b.mul(head, argument["head_stride"]), b.mul(sequence, argument["sequence_stride"]))
-        query = [b.read_floats(dtype, b.address(argument["query"], b.add(start, I64(i)), size)) for i in parts]
-        query = [b.fmul(part, constant(FLOATS, scaling)) for part in query]
-        kv_head = b.sdiv(head, b.sdiv(argument["heads"], argument["kv_heads"]))
-        visible = _Visible(b, sequence, kv_head, dim * size)
-        with visible.tokens(argument["keys"]) as (position, key):
-            products = constant(FLOATS, 0.0)
-            for i, part in zip(parts, query, strict=True):
-                products = b.fused(part, b.read_floats(dtype, b.add(key, I64(i * size))), products)
-            b.write(b.total(products), b.address(scores, position, 4))
-        _softmax(b, scores, visible, best, total)
-        for part in sums:
-            part.set(constant(FLOATS, 0.0))
-        with visible.tokens(argument["values"]) as (position, value):
-            weight = b.splat(b.read(F32, b.address(scores, position, 4)))
-            for i, part in zip(parts, sums, strict=True):
-                part.set(b.fused(weight, b.read_floats(dtype, b.add(value, I64(i * size))), part.get()))
-        scale = b.splat(b.fdiv(F32(1.0), b.total(total.get())))
-        for i, part in zip(parts, sums, strict=True):
-            place = b.add(b.mul(index, I64(dim)), I64(i))
-            b.write_floats(b.fmul(part.get(), scale), dtype, b.address(argument["output"], place, size))
-    return _compiled(b)
-
-
-class _Visible:
-    """The tokens that a sequence's query sees, in the blocks of its table."""
-
-    def __init__(self, b: Builder, sequence: jit.Value, kv_head: jit.Value, head_bytes: int) -> None:
-        self.b, self.kv_head, self.head_bytes = b, kv_head, head_bytes
-        self.table = b.address(b.argument["tables"], b.mul(sequence, b.argument["width"]), 8)
-        ends = b.address(b.argument["ranges"], sequence, 16)
-        self.first, self.end = b.read(I64, ends), b.read(I64, b.add(ends, I64(8)))
-
-    @contextmanager
-    def tokens(self, cache: jit.Value) -> Iterator[tuple[jit.Value, jit.Value]]:
-        """The loop over their positions and the addresses of their heads in `cache`."""
-        b, size = self.b, self.b.argument["block_size"]
-        last = b.add(b.sdiv(b.sub(self.end, I64(1)), size), I64(1))
-        with b.loop(b.sdiv(self.first, size), last) as index:
-            before = b.mul(index, size)
-            block = b.read(I64, b.address(self.table, index, 8))
-            low, high = b.larger(self.first, before), b.smaller(self.end, b.add(before, size))
-            with b.loop(low, high) as position:
-                slot = b.add(b.mul(block, size), b.sub(position, before))
-                place = b.add(b.mul(slot, b.argument["kv_heads"]), self.kv_head)
-                yield position, b.address(cache, place, self.head_bytes)
-
-
-def _softmax(b: Builder, scores: jit.Value, visible: _Visible, best: jit.Variable, total: jit.Variable) -> None:
-    """In place, not yet divided by their sum, which goes to `total` lane by lane."""
-    lanes = ir.Constant(vector(I64), list(range(LANES)))
-    best.set(constant(FLOATS, float("-inf")))
-    total.set(constant(FLOATS, 0.0))
-    first = b.and_(visible.first, I64(-LANES))
-    with b.loop(first, visible.end, LANES) as position:
-        place = b.address(scores, position, 4)
-        positions = b.add(b.splat(position), lanes)  # at both ends the vector reaches beyond what is visible
-        inside = b.and_(
-            b.icmp_signed(">=", positions, b.splat(visible.first)), b.icmp_signed("<", positions, b.splat(visible.end))
-        )
-        score = b.select(inside, b.read(FLOATS, place), constant(FLOATS, float("-inf")))
-        b.write(score, place)
-        best.set(b.intrinsic("llvm.maximum.v16f32", FLOATS, best.get(), score))
-    top = b.splat(b.intrinsic("llvm.vector.reduce.fmaximum.v16f32", F32, best.get()))
-    with b.loop(first, visible.end, LANES) as position:
-        place = b.address(scores, position, 4)
-        weights = b.exp(b.fsub(b.read(FLOATS, place), top))
-        b.write(weights, place)
-        total.set(b.fadd(total.get(), weights))
+    return compiled(b)

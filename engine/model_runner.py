@@ -358,23 +358,14 @@ class ModelRunner:
         return DecodeGroup(start, start + len(spans), padded, torch.tensor(visible), block_size, self.dtype)
 
     def _prefill_chunk(self, index: int, window: int | None, span: Span, start: int) -> PrefillChunk:
-        end = start + span.num_tokens
-        if span.start == 0 and (window is None or span.num_tokens <= window):
-            return PrefillChunk(start, end, None, None)
         block_size = self.cache.block_size
         first = _first_visible(span.start, window) // block_size
         table = span.sequence.block_tables[index][first : -(-span.end // block_size)]
         assert FREED not in table
-        positions = torch.arange(first * block_size, (first + len(table)) * block_size)
-        mask = self._mask(positions, torch.arange(span.start, span.end)[:, None], window)
-        return PrefillChunk(start, end, torch.tensor(table), mask)
-
-    def _mask(self, positions: torch.Tensor, query: torch.Tensor, window: int | None) -> torch.Tensor:
-        """0 where the position is at or before the query and within its window, else -inf."""
-        hidden = positions > query
-        if window is not None:
-            hidden |= positions <= query - window
-        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+        position = span.start - first * block_size
+        return PrefillChunk(
+            start, start + span.num_tokens, torch.tensor(table), position, window, block_size, self.dtype
+        )
 
 
 def _scored_positions(span: Span) -> range:

@@ -182,7 +182,7 @@ def pack_model(model: PreTrainedModel, quantization: str, report: Callable[[floa
 
 
 def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     return names[wanted]
 
 

@@ -113,24 +113,3 @@ def test_a_gate_is_its_activation_times_the_other_half(name: str, function: obje
     error = (as_floats(kernels.gate(x, name)) - expected).abs().view(rows, 2, 32)
     step = expected.view(rows, 2, 32).abs().amax(-1, keepdim=True) / 127
     assert (error <= step * 0.501).all()
-
-
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256)])
-def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
-    torch.manual_seed(heads)
-    block_size, width, lengths, firsts = 16, 5, [1, 16, 17, 80], [0, 0, 3, 47]
-    keys, values = (torch.randn(32, block_size, kv_heads, dim).to(dtype) for _ in range(2))
-    tables = torch.stack([torch.randperm(32)[:width] for _ in lengths])
-    query = torch.randn(1, len(lengths), heads, dim).to(dtype).transpose(1, 2)[0]  # strided, as models give it
-    query = query.unflatten(0, (kv_heads, -1))
-    ranges = torch.tensor(list(zip(firsts, lengths, strict=True)))
-    output = torch.empty(len(lengths), kv_heads, heads // kv_heads, dim, dtype=dtype)
-    kernels.attend(query, keys, values, tables, ranges, 0.3, output)
-    for row, (first, end) in enumerate(zip(firsts, lengths, strict=True)):
-        k, v = (cache[tables[row]].flatten(0, 1)[first:end].transpose(0, 1).float() for cache in (keys, values))
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            query.flatten(0, 1)[:, row, None].float(), k, v, scale=0.3, enable_gqa=True
-        )
-        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(output[row].flatten(0, 1).float(), expected[:, 0], rtol=tolerance, atol=tolerance)

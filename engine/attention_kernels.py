@@ -1,0 +1,323 @@
+"""Kernels for attention over the paged cache on the CPU: of decodes, and of chunks of prompts.
+
+They read keys and values where they lie, need no masks, and compute in float32 whatever the cache holds.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from llvmlite import ir
+
+from engine import jit
+from engine.jit import F32, FLOATS, I64, LANES, Builder, Program, constant, vector
+from engine.kernels import DTYPES, are_available, compiled
+
+TILE = 4  # queries that share what is read
+PARTS = 4  # vectors of a head that they sum up at a time: with the queries, half of the registers
+
+
+def can_attend(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    dims = {keys.shape[-1], values.shape[-1]}
+    is_here = keys.device.type == "cpu" and keys.dtype in DTYPES and are_available()
+    return is_here and len(dims) == 1 and not keys.shape[-1] % LANES
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    ranges: torch.Tensor,
+    scaling: float,
+    output: torch.Tensor,
+) -> None:
+    """Attention of one query per sequence over its blocks; writes output.
+
+    query: (kv_heads, group, sequences, dim), its heads evenly apart. keys, values: (blocks, block_size, kv_heads, dim).
+    tables: (sequences, width) int64 block numbers. ranges: (sequences, 2) int64, the first position in the table's
+    blocks that is visible, and the end. output: (sequences, kv_heads, group, dim).
+    """
+    group, sequences, dim = query.shape[1:]
+    head_stride = query.stride(0) // group
+    _, block_size, kv_heads, _ = keys.shape
+    assert output.is_contiguous() and query.stride(3) == 1 and query.stride(0) == group * head_stride
+    longest = tables.shape[1] * block_size
+    padded = -(-longest // LANES) * LANES
+    threads = torch.get_num_threads() if sequences * longest > 64 else 1
+    scores = torch.empty(threads, padded)
+    _attend(keys.dtype, dim, scaling)(
+        query.data_ptr(),
+        head_stride,
+        query.stride(2),
+        keys.data_ptr(),
+        values.data_ptr(),
+        tables.data_ptr(),
+        tables.shape[1],
+        ranges.data_ptr(),
+        output.data_ptr(),
+        scores.data_ptr(),
+        padded,
+        sequences,
+        kv_heads * group,
+        kv_heads,
+        block_size,
+        num_threads=threads,
+    )
+
+
+def attend_chunk(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    start: int,
+    window: int | None,
+    scaling: float,
+    output: torch.Tensor,
+) -> None:
+    """Causal attention of neighbouring queries of one sequence; writes output.
+
+    query: (kv_heads, group, tokens, dim), its heads evenly apart; output: (tokens, kv_heads, group, dim).
+    table: (num_blocks,) int64, which hold the queries' own keys too. start: the first query's position in the table's
+    blocks. window: how many positions a query sees, its own included; None: all.
+    """
+    group, tokens, dim = query.shape[1:]
+    _, block_size, kv_heads, _ = keys.shape
+    head_stride = query.stride(0) // group
+    assert output.is_contiguous() and query.stride(3) == 1 and query.stride(0) == group * head_stride
+    threads, length = torch.get_num_threads(), start + tokens
+    padded = -(-length // LANES) * LANES
+    lanes = torch.empty(kv_heads, padded // LANES, dim, LANES)  # keys side by side, as the scores are computed
+    rows = torch.empty(kv_heads, length, dim)
+    arguments = (keys.data_ptr(), values.data_ptr(), table.data_ptr(), lanes.data_ptr(), rows.data_ptr())
+    _unfold(keys.dtype, dim)(*arguments, length, padded, kv_heads, block_size, num_threads=threads)
+    scores = torch.empty(threads, TILE, padded)
+    _attend_chunk(keys.dtype, dim, scaling)(
+        query.data_ptr(),
+        head_stride,
+        query.stride(2),
+        lanes.data_ptr(),
+        rows.data_ptr(),
+        output.data_ptr(),
+        scores.data_ptr(),
+        tokens,
+        kv_heads * group,
+        group,
+        length,
+        padded,
+        start,
+        length if window is None else window,
+        num_threads=threads,
+    )
+
+
+# --- the programs
+
+
+_ATTEND = (
+    *("query", "head_stride", "sequence_stride", "keys", "values", "tables", "width", "ranges", "output"),
+    *("scores", "num_scores", "sequences", "heads", "kv_heads", "block_size"),
+)
+
+
+@functools.cache
+def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
+    """A thread's share is some heads of some sequences. Scores first, their softmax, then the sum of the values."""
+    b = Builder("attend", _ATTEND, jit.host()[1])
+    argument, size = b.argument, dtype.itemsize
+    parts = range(0, dim, LANES)
+    scores = b.add(argument["scores"], b.mul(b.mul(b.thread, argument["num_scores"]), I64(4)))
+    best, total = b.variable(constant(FLOATS, 0.0)), b.variable(constant(FLOATS, 0.0))
+    sums = [b.variable(constant(FLOATS, 0.0)) for _ in parts]
+    with b.share(b.mul(argument["sequences"], argument["heads"])) as index:
+        sequence, head = b.sdiv(index, argument["heads"]), b.srem(index, argument["heads"])
+        start = b.add(b.mul(head, argument["head_stride"]), b.mul(sequence, argument["sequence_stride"]))
+        query = [b.read_floats(dtype, b.address(argument["query"], b.add(start, I64(i)), size)) for i in parts]
+        query = [b.fmul(part, constant(FLOATS, scaling)) for part in query]
+        kv_head = b.sdiv(head, b.sdiv(argument["heads"], argument["kv_heads"]))
+        visible = _Visible(b, sequence, kv_head, dim * size)
+        with visible.tokens(argument["keys"]) as (position, key):
+            products = constant(FLOATS, 0.0)
+            for i, part in zip(parts, query, strict=True):
+                products = b.fused(part, b.read_floats(dtype, b.add(key, I64(i * size))), products)
+            b.write(b.total(products), b.address(scores, position, 4))
+        _softmax(b, scores, visible, best, total)
+        for part in sums:
+            part.set(constant(FLOATS, 0.0))
+        with visible.tokens(argument["values"]) as (position, value):
+            weight = b.splat(b.read(F32, b.address(scores, position, 4)))
+            for i, part in zip(parts, sums, strict=True):
+                part.set(b.fused(weight, b.read_floats(dtype, b.add(value, I64(i * size))), part.get()))
+        scale = b.splat(b.fdiv(F32(1.0), b.total(total.get())))
+        for i, part in zip(parts, sums, strict=True):
+            place = b.add(b.mul(index, I64(dim)), I64(i))
+            b.write_floats(b.fmul(part.get(), scale), dtype, b.address(argument["output"], place, size))
+    return compiled(b)
+
+
+class _Visible:
+    """The tokens that a sequence's query sees, in the blocks of its table."""
+
+    def __init__(self, b: Builder, sequence: jit.Value, kv_head: jit.Value, head_bytes: int) -> None:
+        self.b, self.kv_head, self.head_bytes = b, kv_head, head_bytes
+        self.table = b.address(b.argument["tables"], b.mul(sequence, b.argument["width"]), 8)
+        ends = b.address(b.argument["ranges"], sequence, 16)
+        self.first, self.end = b.read(I64, ends), b.read(I64, b.add(ends, I64(8)))
+
+    @contextmanager
+    def tokens(self, cache: jit.Value) -> Iterator[tuple[jit.Value, jit.Value]]:
+        """The loop over their positions and the addresses of their heads in `cache`."""
+        b, size = self.b, self.b.argument["block_size"]
+        last = b.add(b.sdiv(b.sub(self.end, I64(1)), size), I64(1))
+        with b.loop(b.sdiv(self.first, size), last) as index:
+            before = b.mul(index, size)
+            block = b.read(I64, b.address(self.table, index, 8))
+            low, high = b.larger(self.first, before), b.smaller(self.end, b.add(before, size))
+            with b.loop(low, high) as position:
+                slot = b.add(b.mul(block, size), b.sub(position, before))
+                place = b.add(b.mul(slot, b.argument["kv_heads"]), self.kv_head)
+                yield position, b.address(cache, place, self.head_bytes)
+
+
+def _softmax(b: Builder, scores: jit.Value, visible: _Visible, best: jit.Variable, total: jit.Variable) -> None:
+    """In place, not yet divided by their sum, which goes to `total` lane by lane."""
+    best.set(constant(FLOATS, float("-inf")))
+    total.set(constant(FLOATS, 0.0))
+    first = b.and_(visible.first, I64(-LANES))
+    with b.loop(first, visible.end, LANES) as position:
+        place = b.address(scores, position, 4)
+        inside = _is_inside(b, position, visible.first, visible.end)
+        score = b.select(inside, b.read(FLOATS, place), constant(FLOATS, float("-inf")))
+        b.write(score, place)
+        best.set(b.intrinsic("llvm.maximum.v16f32", FLOATS, best.get(), score))
+    _exponentiate(b, scores, first, visible.end, best, total)
+
+
+def _is_inside(b: Builder, position: jit.Value, first: jit.Value, end: jit.Value) -> jit.Value:
+    """Which of sixteen positions are visible: at both ends a vector reaches beyond."""
+    positions = b.add(b.splat(position), ir.Constant(vector(I64), list(range(LANES))))
+    return b.and_(b.icmp_signed(">=", positions, b.splat(first)), b.icmp_signed("<", positions, b.splat(end)))
+
+
+def _exponentiate(
+    b: Builder, scores: jit.Value, first: jit.Value, end: jit.Value, best: jit.Variable, total: jit.Variable
+) -> None:
+    top = b.splat(b.intrinsic("llvm.vector.reduce.fmaximum.v16f32", F32, best.get()))
+    with b.loop(first, end, LANES) as position:
+        place = b.address(scores, position, 4)
+        weights = b.exp(b.fsub(b.read(FLOATS, place), top))
+        b.write(weights, place)
+        total.set(b.fadd(total.get(), weights))
+
+
+@functools.cache
+def _unfold(dtype: torch.dtype, dim: int) -> Program:
+    """A sequence's keys and values as float32: sixteen keys side by side, values one after the other."""
+    names = ("keys", "values", "table", "lanes", "rows", "length", "padded", "kv_heads", "block_size")
+    b = Builder("unfold", names, jit.host()[1])
+    argument, size = b.argument, dtype.itemsize
+    with b.share(argument["length"]) as position, b.loop(I64(0), argument["kv_heads"]) as head:
+        block = b.read(I64, b.address(argument["table"], b.sdiv(position, argument["block_size"]), 8))
+        slot = b.add(b.mul(block, argument["block_size"]), b.srem(position, argument["block_size"]))
+        source = b.mul(b.add(b.mul(slot, argument["kv_heads"]), head), I64(dim * size))
+        row = b.address(argument["rows"], b.add(b.mul(head, argument["length"]), position), 4 * dim)
+        group = b.add(b.mul(head, argument["padded"]), b.and_(position, I64(-LANES)))
+        lane = b.add(b.address(argument["lanes"], group, 4 * dim), b.mul(b.and_(position, I64(LANES - 1)), I64(4)))
+        for i in range(0, dim, LANES):
+            value = b.read_floats(dtype, b.add(b.add(argument["values"], source), I64(i * size)))
+            b.write(value, b.add(row, I64(4 * i)))
+            key = b.read_floats(dtype, b.add(b.add(argument["keys"], source), I64(i * size)))
+            for j in range(LANES):
+                element = b.extract_element(key, ir.Constant(ir.IntType(32), j))
+                b.write(element, b.add(lane, I64(4 * LANES * (i + j))))
+    return compiled(b)
+
+
+_ATTEND_CHUNK = (
+    *("query", "head_stride", "token_stride", "lanes", "rows", "output", "scores"),
+    *("tokens", "heads", "group", "length", "padded", "start", "window"),
+)
+
+
+@functools.cache
+def _attend_chunk(dtype: torch.dtype, dim: int, scaling: float) -> Program:
+    """A thread's share is some tiles of some heads. As in `_attend`: all scores, their softmax, the sum of values."""
+    b = Builder("attend_chunk", _ATTEND_CHUNK, jit.host()[1])
+    argument = b.argument
+    queries = b.scratch(TILE * dim // LANES)
+    tiles = b.sdiv(b.add(argument["tokens"], I64(TILE - 1)), I64(TILE))
+    best = [b.variable(constant(FLOATS, 0.0)) for _ in range(TILE)]
+    total = [b.variable(constant(FLOATS, 0.0)) for _ in range(TILE)]
+    products = [b.variable(constant(FLOATS, 0.0)) for _ in range(TILE)]
+    sums = [[b.variable(constant(FLOATS, 0.0)) for _ in range(PARTS)] for _ in range(TILE)]
+    scores = b.add(argument["scores"], b.mul(b.mul(b.thread, argument["padded"]), I64(4 * TILE)))
+    score_rows = [b.add(scores, b.mul(argument["padded"], I64(4 * r))) for r in range(TILE)]
+    with b.share(b.mul(argument["heads"], tiles)) as index:
+        head, tile = b.sdiv(index, tiles), b.srem(index, tiles)
+        kv_head = b.sdiv(head, argument["group"])
+        keys = b.address(argument["lanes"], b.mul(kv_head, argument["padded"]), 4 * dim)
+        values = b.address(argument["rows"], b.mul(kv_head, argument["length"]), 4 * dim)
+        # The last tile may be incomplete: its last query is then computed more than once
+        last = b.sub(argument["tokens"], I64(1))
+        tokens = [b.smaller(b.add(b.mul(tile, I64(TILE)), I64(r)), last) for r in range(TILE)]
+        ends = [b.add(b.add(argument["start"], token), I64(1)) for token in tokens]
+        firsts = [b.larger(b.sub(end, argument["window"]), I64(0)) for end in ends]
+        _copy_queries(b, dtype, dim, scaling, head, tokens, queries)
+        first, end = b.and_(firsts[0], I64(-LANES)), ends[-1]
+        for r in range(TILE):
+            best[r].set(constant(FLOATS, float("-inf")))
+            total[r].set(constant(FLOATS, 0.0))
+        with b.loop(first, end, LANES) as position:
+            for product in products:
+                product.set(constant(FLOATS, 0.0))
+            key = b.address(keys, position, 4 * dim)
+            with b.loop(I64(0), I64(dim), LANES) as i:
+                _add_products(b, dim, b.address(key, i, 4 * LANES), b.address(queries, i, 4), products)
+            for r in range(TILE):
+                inside = _is_inside(b, position, firsts[r], ends[r])
+                score = b.select(inside, products[r].get(), constant(FLOATS, float("-inf")))
+                b.write(score, b.address(score_rows[r], position, 4))
+                best[r].set(b.intrinsic("llvm.maximum.v16f32", FLOATS, best[r].get(), score))
+        for r in range(TILE):
+            _exponentiate(b, score_rows[r], first, end, best[r], total[r])
+        scales = [b.splat(b.fdiv(F32(1.0), b.total(total[r].get()))) for r in range(TILE)]
+        for start in range(0, dim, PARTS * LANES):
+            parts = range(start, min(dim, start + PARTS * LANES), LANES)
+            for row in sums:
+                for part in row:
+                    part.set(constant(FLOATS, 0.0))
+            with b.loop(firsts[0], end) as position:
+                value = b.address(values, position, 4 * dim)
+                vectors = [b.read(FLOATS, b.add(value, I64(4 * i))) for i in parts]
+                for r in range(TILE):
+                    weight = b.splat(b.read(F32, b.address(score_rows[r], position, 4)))
+                    for part, value in zip(sums[r], vectors, strict=False):
+                        part.set(b.fused(weight, value, part.get()))
+            for r in range(TILE):
+                place = b.mul(b.add(b.mul(tokens[r], argument["heads"]), head), I64(dim))
+                for i, part in zip(parts, sums[r], strict=False):
+                    address = b.address(argument["output"], b.add(place, I64(i)), dtype.itemsize)
+                    b.write_floats(b.fmul(part.get(), scales[r]), dtype, address)
+    return compiled(b)
+
+
+def _copy_queries(
+    b: Builder, dtype: torch.dtype, dim: int, scaling: float, head: jit.Value, tokens: list[jit.Value], to: jit.Value
+) -> None:
+    """The tile's queries, scaled, in float32: (TILE, dim)."""
+    for r, token in enumerate(tokens):
+        start = b.add(b.mul(head, b.argument["head_stride"]), b.mul(token, b.argument["token_stride"]))
+        for i in range(0, dim, LANES):
+            part = b.read_floats(dtype, b.address(b.argument["query"], b.add(start, I64(i)), dtype.itemsize))
+            b.write(b.fmul(part, constant(FLOATS, scaling)), b.add(to, I64(4 * (dim * r + i))))
+
+
+def _add_products(b: Builder, dim: int, keys: jit.Value, queries: jit.Value, products: list[jit.Variable]) -> None:
+    """Sixteen elements of sixteen keys times those of each query of the tile."""
+    for j in range(LANES):
+        key = b.read(FLOATS, b.add(keys, I64(4 * LANES * j)))
+        for r, product in enumerate(products):
+            query = b.splat(b.read(F32, b.add(queries, I64(4 * (dim * r + j)))))
+            product.set(b.fused(query, key, product.get()))

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from engine import attention_kernels, kernels
+
+pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256)])
+def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
+    torch.manual_seed(heads)
+    block_size, width, lengths, firsts = 16, 5, [1, 16, 17, 80], [0, 0, 3, 47]
+    keys, values = (torch.randn(32, block_size, kv_heads, dim).to(dtype) for _ in range(2))
+    tables = torch.stack([torch.randperm(32)[:width] for _ in lengths])
+    query = torch.randn(1, len(lengths), heads, dim).to(dtype).transpose(1, 2)[0]  # strided, as models give it
+    query = query.unflatten(0, (kv_heads, -1))
+    ranges = torch.tensor(list(zip(firsts, lengths, strict=True)))
+    output = torch.empty(len(lengths), kv_heads, heads // kv_heads, dim, dtype=dtype)
+    attention_kernels.attend(query, keys, values, tables, ranges, 0.3, output)
+    for row, (first, end) in enumerate(zip(firsts, lengths, strict=True)):
+        k, v = (cache[tables[row]].flatten(0, 1)[first:end].transpose(0, 1).float() for cache in (keys, values))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query.flatten(0, 1)[:, row, None].float(), k, v, scale=0.3, enable_gqa=True
+        )
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(output[row].flatten(0, 1).float(), expected[:, 0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256), (4, 2, 80)])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 40), (37, 30), (64, 4)])
+def test_attention_of_a_chunk_is_that_of_torch(
+    dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, dim: int, start: int, tokens: int
+) -> None:
+    torch.manual_seed(tokens)
+    keys, values = (torch.randn(32, 16, kv_heads, dim).to(dtype) for _ in range(2))
+    table = torch.randperm(32)[: -(-(start + tokens) // 16)]
+    query = torch.randn(1, tokens, heads, dim).to(dtype).transpose(1, 2)[0].unflatten(0, (kv_heads, -1))
+    output = torch.empty(tokens, kv_heads, heads // kv_heads, dim, dtype=dtype)
+    attention_kernels.attend_chunk(query, keys, values, table, start, window, 0.3, output)
+    k, v = (cache[table].flatten(0, 1)[: start + tokens].transpose(0, 1).float() for cache in (keys, values))
+    distance = torch.arange(start, start + tokens)[:, None] - torch.arange(start + tokens)
+    mask = (distance >= 0) & (distance < (window or 10**6))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.flatten(0, 1).float(), k, v, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(output.flatten(1, 2).float(), expected.transpose(0, 1), rtol=tolerance, atol=tolerance)
