@@ -250,17 +250,18 @@ def _call_sinks(outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
 
 
 def load_engine(
-    directory: Path, options: EngineOptions, stop_token_ids: Iterable[int], report: Report
+    directory: Path, options: EngineOptions, stop_token_ids: Callable[[], Iterable[int]], report: Report
 ) -> tuple[Engine, GenerationConfig | None]:
     """The engine for the model in `directory`, not started, and what the model's authors recommend.
 
     Raises ModelLoadError. Blocks for seconds or minutes.
 
-    `stop_token_ids` end an answer beside those that the model's own generation config names.
+    `stop_token_ids` end an answer beside those that the model's own generation config names; they are asked for once
+    the weights are there.
     """
     model = load_model(directory, options.dtype, options.device_map, report, options.quantization)
     eos = model.generation_config.eos_token_id if model.generation_config else None
-    eos_ids = frozenset([*stop_token_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
+    eos_ids = frozenset([*stop_token_ids(), *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
     return build_engine(model, options, eos_ids), model.generation_config
 
 

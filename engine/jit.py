@@ -270,8 +270,8 @@ def compile_program(builder: Builder, cpu: str) -> Program:
     _add_parallel_entry(builder.program)
     module = llvm.parse_assembly(str(builder.program))
     module.verify()
-    machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=builder.features, opt=3)
-    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=builder.features, opt=2)
+    tuning = llvm.create_pipeline_tuning_options(speed_level=1)
     tuning.loop_unrolling = False  # the programs are unrolled as far as registers reach
     llvm.create_pass_builder(machine, tuning).getModulePassManager().run(
         module, llvm.create_pass_builder(machine, tuning)

@@ -11,7 +11,7 @@ import torch
 
 from engine import jit
 from engine.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.packing import GROUP, Format, PackedWeight
+from engine.packing import GROUP, INT8, Q4_K_M, Format, PackedWeight
 
 ROWS = 64  # of activations that pass a tile of weights while their sums stay in the first-level cache
 PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page
@@ -73,7 +73,7 @@ def matmul(
         tiles,
         num_threads=torch.get_num_threads(),
     )
-    return output[:, : weight.num_rows]
+    return output[:, : weight.num_rows].contiguous()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -95,6 +95,16 @@ def gate(gate_up: torch.Tensor, activation: str) -> Activations:
     threads = torch.get_num_threads() if num_rows > 1 else 1
     _gate(gate_up.dtype, activation)(gate_up.data_ptr(), *addresses, num_rows, size // GROUP, num_threads=threads)
     return result
+
+
+def warm_up() -> None:
+    """Compiles what most models will need, half a second's work, so that it can go on while other things load."""
+    if are_available():
+        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        _quantize(dtype)
+        _matmul(INT8, torch.float32)
+        for fmt in (INT8, *Q4_K_M):
+            _matmul(fmt, dtype)
 
 
 def _threads(num_rows: int) -> int:

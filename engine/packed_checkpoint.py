@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from gguf import GGUFReader
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -59,10 +58,22 @@ def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
             formats[name] = {**asdict(packed.format), "num_rows": packed.num_rows}
             tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(packed)}
             packed_by_storage[storage] = same[name] = name
-    replaced = {f"{name}.weight" for name in same}
-    tensors |= {name: value.contiguous() for name, value in model.state_dict().items() if name not in replaced}
-    metadata = {"layers": json.dumps(same), "formats": json.dumps(formats)}
-    save_file(tensors, directory / FILE, metadata)
+    plain = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in same}
+    aliases = _aliases(plain)
+    tensors |= {name: value.contiguous() for name, value in plain.items() if name not in aliases}
+    tables = {"layers": same, "formats": formats, "aliases": aliases}
+    save_file(tensors, directory / FILE, {name: json.dumps(table) for name, table in tables.items()})
+
+
+def _aliases(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """The names of tensors that are another one's, as in models that tie their embeddings -> that one's name."""
+    first: dict[int, str] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        source = first.setdefault(tensor.data_ptr(), name)
+        if source != name:
+            result[name] = source
+    return result
 
 
 def _parts(packed: PackedWeight) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,6 +87,8 @@ class _Sources:
     """The GGUF file's quantised matrices, each waiting for the layer that has its rows."""
 
     def __init__(self, gguf: Path) -> None:
+        from gguf import GGUFReader  # for the conversion alone
+
         matrices = (t for t in GGUFReader(gguf).tensors if t.tensor_type.name in gguf_blocks.BLOCK_BYTES)
         self._waiting = [tensor for tensor in matrices if len(tensor.shape) == 2]
 
@@ -85,7 +98,7 @@ class _Sources:
         for tensor in self._waiting:
             if list(tensor.shape) != [weight.shape[1], weight.shape[0]]:
                 continue
-            codes = gguf_blocks.decode(torch.from_numpy(tensor.data), tensor.tensor_type.name)
+            codes = gguf_blocks.decode(torch.from_numpy(tensor.data.copy()), tensor.tensor_type.name)
             hashes = _codes_hashes(codes)
             if first.item() not in hashes:
                 continue
@@ -123,14 +136,15 @@ def _hashes(rows: torch.Tensor) -> torch.Tensor:
 def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: Any) -> PreTrainedModel:
     """The model with packed layers; all else is of `dtype`."""
     with safe_open(directory / FILE, "pt") as file:
-        metadata = file.metadata()
+        tables = {name: json.loads(table) for name, table in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    formats = {name: _format(tensors, name, values) for name, values in json.loads(metadata["formats"]).items()}
+    formats = {name: _format(tensors, name, values) for name, values in tables["formats"].items()}
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    plain = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    plain = {name: value.to(dtype, copy=True) for name, value in tensors.items()}
+    plain |= {name: plain[source] for name, source in tables["aliases"].items()}
     model.load_state_dict(plain, strict=False, assign=True)
-    for name, source in json.loads(metadata["layers"]).items():
+    for name, source in tables["layers"].items():
         replace_layer(model, name, formats[source])
     fuse(model)
     if (directory / "generation_config.json").exists():

@@ -39,6 +39,7 @@ class Format:
 
 INT8 = Format(8, offset=128)
 INT4 = Format(4, has_minimum=True)
+Q4_K_M = (INT4, Format(5, offset=16), Format(6, offset=32, group=16))  # what such files consist of, beside INT8
 
 
 class Codes(NamedTuple):

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -38,16 +39,23 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
     progress.report("loading libraries", 0.0)
+    from engine import kernels
+
+    threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
     from engine.engine import EngineOptions, load_engine
     from engine.model_runner import check_model
 
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
     config, _ = check_model(directory, options.dtype, options.device_map)
-    progress.report("loading tokenizer", 0.0)
-    template = load_template(directory, config.model_type)
-    engine, generation_config = load_engine(directory, options, template.stop_token_ids, progress.report)
+    with ThreadPoolExecutor(1, "tokenizer") as pool:
+        template = pool.submit(load_template, directory, config.model_type)
+        engine, generation_config = load_engine(
+            directory, options, lambda: template.result().stop_token_ids, progress.report
+        )
     progress.report("ready", 1.0)
-    return Loaded(engine, template, TokenTexts(template.tokenizer), sampling_defaults(generation_config))
+    return Loaded(
+        engine, template.result(), TokenTexts(template.result().tokenizer), sampling_defaults(generation_config)
+    )
 
 
 async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:

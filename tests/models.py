@@ -52,11 +52,14 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, implementation: str = attention.NAME) -> PreTrainedModel:
+def tiny_model(family: str, implementation: str = attention.NAME, **changes: object) -> PreTrainedModel:
     """The same weights for every `implementation` of attention; float32."""
     model_class, config = FAMILIES[family]
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
     torch.manual_seed(0)
-    model = model_class(copy.deepcopy(config))
+    model = model_class(config)
     model.set_attn_implementation(implementation)
     return model.eval()
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from models import FAMILIES, VOCAB, tiny_model
 
+from engine.attention import PrefillChunk
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.model_runner import ModelRunner, probe_layers
 from engine.sampling import SampledToken, SamplingParams
@@ -158,17 +160,17 @@ def small_cache(family: str, num_tokens: int, **options: int) -> EngineOptions:
     )
 
 
-class SeesTheFuture(ModelRunner):
-    def _mask(self, positions: torch.Tensor, query: torch.Tensor, window: int | None) -> torch.Tensor:
-        return super()._mask(positions, query + 1, window)
+class SeesTooLittle(ModelRunner):
+    def _prefill_chunk(self, *arguments: Any) -> PrefillChunk:
+        return replace(super()._prefill_chunk(*arguments), window=8)
 
 
 class ForgetsTheWindow(ModelRunner):
-    def _mask(self, positions: torch.Tensor, query: torch.Tensor, window: int | None) -> torch.Tensor:
-        return super()._mask(positions, query, None)
+    def _prefill_chunk(self, *arguments: Any) -> PrefillChunk:
+        return replace(super()._prefill_chunk(*arguments), window=None)
 
 
-@pytest.mark.parametrize("wrong", [SeesTheFuture, ForgetsTheWindow])
+@pytest.mark.parametrize("wrong", [SeesTooLittle, ForgetsTheWindow])
 def test_a_wrong_mask_gives_other_tokens(wrong: type[ModelRunner]) -> None:
     """That the comparison above can fail."""
     requests = prompts(4)

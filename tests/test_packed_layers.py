@@ -1,0 +1,206 @@
+"""Packed models give the tokens of the same quantised weights in a stock model, and are found again in GGUF files."""
+
+import copy
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+import torch
+from models import FAMILIES, tiny_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine import attention, kernels, packed_checkpoint, packed_layers
+from engine.engine import EngineOptions, build_engine
+from engine.model_runner import choose_quantization, load_model
+from engine.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedLinear
+from engine.sampling import SamplingParams
+from engine.sequence import Sequence
+
+pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+
+def model_of(family: str, implementation: str = attention.NAME, **changes: object) -> PreTrainedModel:
+    return tiny_model(family, implementation, **{**SIZES, **changes})
+
+
+class Reference(nn.Module):
+    """What a PackedLinear is to compute, step by step in torch."""
+
+    def __init__(self, layer: nn.Linear, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        groups = x.unflatten(-1, (-1, 32))
+        scales = groups.abs().amax(-1, keepdim=True) / 127
+        rounded = (groups / scales.clamp(min=1e-30)).round() * scales
+        return nn.functional.linear(rounded.flatten(-2), self.weight, self.bias)
+
+
+def reference_of(family: str, packed: PreTrainedModel, **changes: object) -> PreTrainedModel:
+    """The stock model with the packed model's weights, dequantised."""
+    model = model_of(family, "eager", **changes)
+    weights = dequantized(packed)
+    for name, layer in list(model.named_modules()):
+        if name in weights and isinstance(layer, nn.Linear):
+            model.set_submodule(name, Reference(layer, weights[name]))
+        elif name in weights:
+            layer.weight.data = weights[name]
+    return model
+
+
+def dequantized(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, module in model.named_modules():
+        parts: dict[str, nn.Module] = {name: module}
+        if isinstance(module, SharedLinear):
+            parts = {name: module._shared._layers[module._index]}
+        elif isinstance(module, FusedMLP):
+            both = module._gate_up.packed
+            half = both.num_rows // 2
+            result[f"{name}.gate_proj"], result[f"{name}.up_proj"] = both.dequantize().split(half)
+            parts = {f"{name}.down_proj": module._down}
+        for part, layer in parts.items():
+            if isinstance(layer, PackedLinear | PackedEmbedding):
+                result[part] = layer.packed.dequantize()
+    return result
+
+
+def engine_answers(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+    engine = build_engine(model, EngineOptions(max_num_seqs=8), frozenset())
+    params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+    sequences = [Sequence(prompt, params, sink=lambda output: None) for prompt in prompts]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    while engine.scheduler.has_work:
+        engine.step()
+    return [sequence.output_ids for sequence in sequences]
+
+
+@pytest.mark.parametrize("quantization", packed_layers.FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_are_those_of_the_dequantized_weights(family: str, quantization: str, tied: bool) -> None:
+    model = model_of(family, tie_word_embeddings=tied)
+    with torch.inference_mode():
+        packed_layers.pack_model(model, quantization, lambda fraction: None)
+    stock = reference_of(family, model, tie_word_embeddings=tied)
+    prompts = [[7, 3, 9], list(range(20, 70)), [5]]
+    exact = 0
+    for prompt, answer in zip(prompts, engine_answers(model, prompts, 24), strict=True):
+        logits = stock(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        short = logits.amax(-1) - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        # An activation half-way between two codes may fall to either, so that nearly equal logits change places
+        assert (short <= 0.02 * logits.std(-1)).all()
+        exact += int((short == 0).sum())
+    assert exact >= 0.95 * 24 * len(prompts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_that_can_be_is_packed_or_fused(family: str) -> None:
+    model = model_of(family)
+    with torch.inference_mode():
+        packed_layers.pack_model(model, "int8", lambda fraction: None)
+    kinds = [type(module) for module in model.modules()]
+    layers = model.config.num_hidden_layers
+    assert kinds.count(FusedMLP) == layers and kinds.count(SharedLinear) == 3 * layers
+    assert nn.Linear not in kinds and not any(kind.__name__.endswith("RMSNorm") for kind in kinds)
+    assert kinds.count(FusedNorm) > 2 * layers
+
+
+def test_a_norm_with_large_weights_is_told_from_one_that_adds_one() -> None:
+    model = model_of("gemma3")
+    expected = copy.deepcopy(model)
+    for module in (*model.modules(), *expected.modules()):
+        if type(module).__name__ == "Gemma3RMSNorm":
+            module.weight.data = torch.full_like(module.weight, 300.0)
+    packed_layers.fuse(model)
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(model.model.norm(x), expected.model.norm(x), rtol=1e-4, atol=1e-4)
+
+
+def test_columns_that_fill_no_groups_stay_as_they_are() -> None:
+    model = model_of("llama", hidden_size=80, head_dim=16)
+    with torch.inference_mode():
+        packed_layers.pack_model(model, "int8", lambda fraction: None)
+    assert isinstance(model.lm_head, nn.Linear) and len(engine_answers(model, [[1, 2, 3]], 4)[0]) == 4
+
+
+# --- GGUF files
+
+TYPES = ("Q5_0", "Q8_0", "Q4_0", "Q4_1", "Q5_1")
+
+
+def write_gguf(model: PreTrainedModel, path: Path) -> None:
+    """The model's matrices, each of another type, under other names and with their rows moved; the model gets what
+    is then in the file."""
+    writer = gguf.GGUFWriter(path, "llama")
+    rng = numpy.random.default_rng(0)
+    for number, (_, layer) in enumerate(matrices(model)):
+        kind = gguf.GGMLQuantizationType[TYPES[number % len(TYPES)]]
+        weight = layer.weight.data.float().numpy()
+        order = rng.permutation(len(weight))
+        data = gguf.quants.quantize(weight[order], kind)
+        stored = numpy.empty_like(weight)
+        stored[order] = gguf.quants.dequantize(data, kind)
+        layer.weight.data = torch.from_numpy(stored).to(layer.weight.dtype)
+        writer.add_tensor(f"blk.{number}", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def matrices(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    return list({m.weight.data_ptr(): (n, m) for n, m in found}.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+def test_a_gguf_files_blocks_are_kept_bit_by_bit(family: str, tied: bool, tmp_path: Path) -> None:
+    model = model_of(family, tie_word_embeddings=tied).bfloat16()
+    write_gguf(model, tmp_path / "model.gguf")
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    packed_checkpoint.write(model, tmp_path / "model.gguf", tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "auto", "cpu", lambda what, fraction: None, "auto")
+    weights = dequantized(loaded)
+    assert len(weights) == len(matrices(model)) + tied
+    for name, weight in weights.items():
+        assert torch.equal(weight.bfloat16(), model.get_submodule(name).weight.data), name
+    stock = reference_of(family, loaded, tie_word_embeddings=tied)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits = stock(input_ids=ids).logits
+    with torch.inference_mode():
+        packed = loaded(input_ids=ids, use_cache=False, step=attention.Probe()).logits
+    assert packed.shape == logits.shape and packed.isfinite().all()
+
+
+def test_a_matrix_that_is_not_in_the_file_stays_as_it_is(tmp_path: Path) -> None:
+    model = model_of("qwen3").bfloat16()
+    write_gguf(model, tmp_path / "model.gguf")
+    changed = model.model.layers[1].mlp.down_proj
+    changed.weight.data[3, 5] += 1
+    packed_checkpoint.write(model, tmp_path / "model.gguf", tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "auto", "cpu", lambda what, fraction: None, "auto")
+    kept = loaded.model.layers[1].mlp.down_proj
+    assert isinstance(kept, nn.Linear) and torch.equal(kept.weight, changed.weight)
+    assert isinstance(loaded.model.layers[0].mlp.down_proj, PackedLinear)
+
+
+# --- the choice
+
+
+def test_the_default_keeps_what_dtype_asks_for_and_a_files_own_blocks(tmp_path: Path) -> None:
+    assert choose_quantization("auto", "float32", False, tmp_path) == "none"
+    assert choose_quantization("auto", "auto", True, tmp_path) == "none"
+    assert choose_quantization("auto", "auto", False, tmp_path) == "int8"
+    (tmp_path / packed_checkpoint.FILE).touch()
+    assert choose_quantization("auto", "auto", False, tmp_path) == "from file"
+    assert choose_quantization("int4", "auto", False, tmp_path) == "int4"
