@@ -176,7 +176,7 @@ def open_client(target: Target) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(
         headers={"Authorization": f"Bearer {target.api_key}"},
         timeout=target.timeout,
-        limits=httpx2.Limits(max_connections=None),
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),  # some servers close idle ones
         trust_env=False,
     )
 

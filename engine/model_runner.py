@@ -1,7 +1,9 @@
 """load_model, and ModelRunner: a Batch in, the next token ids out. It does not decide what runs."""
 
+import ctypes
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +83,15 @@ def load_model(
     if how in packed_layers.FORMATS:
         with torch.inference_mode():
             packed_layers.pack_model(model, how, lambda fraction: report("quantizing weights", fraction))
+    _give_back_memory()
     return model
+
+
+def _give_back_memory() -> None:
+    """What loading has freed would else stay with the process, where the C library is GNU's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _load_stock(
