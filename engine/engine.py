@@ -225,6 +225,7 @@ class Engine:
         if not batch.spans:
             return
         outputs: list[tuple[Sink, TokenOutput | Exception]] = []
+        start = time.perf_counter()
         try:
             sampled = self.runner.run(batch)
         except Exception:
@@ -234,6 +235,9 @@ class Engine:
                 self.scheduler.remove(sequence)
                 outputs.append((sequence.sink, failed))
         else:
+            self.scheduler.pace.note(
+                batch.num_decodes, batch.num_tokens - batch.num_decodes, time.perf_counter() - start
+            )
             for sequence, output in self.scheduler.update(batch, sampled):
                 bad = EngineFailure("The model computed a value that is not a number.")
                 outputs.append((sequence.sink, output or bad))

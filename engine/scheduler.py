@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from engine.kv_cache import KVCache
+from engine.pace import Pace
 from engine.sampling import SampledToken
 from engine.sequence import FinishReason, Sequence, Status, TokenOutput
 
@@ -20,7 +21,7 @@ class Limits:
 
     max_num_seqs: int
     max_num_batched_tokens: int  # while nothing decodes
-    max_num_mixed_tokens: int  # while sequences decode: bounds how long they wait for somebody's prompt
+    max_num_mixed_tokens: int  # while sequences decode, at most: bounds how long they wait for somebody's prompt
     max_model_len: int
 
 
@@ -54,6 +55,10 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(span.num_tokens for span in self.spans)
 
+    @property
+    def num_decodes(self) -> int:
+        return sum(span.num_tokens == 1 for span in self.spans)
+
 
 class Scheduler:
     def __init__(self, cache: KVCache, limits: Limits, eos_token_ids: frozenset[int]) -> None:
@@ -63,6 +68,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # in the order of priority
         self.running: list[Sequence] = []  # in the order of admission
         self.num_preemptions = 0  # since the start
+        self.pace = Pace(limits.max_num_mixed_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -80,7 +86,9 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: s.priority):  # whoever gives way comes after
             if sequence.num_uncomputed == 1 and self._make_room(sequence):
                 spans.append(Span(sequence, sequence.num_computed, 1))
-        budget = (self.limits.max_num_mixed_tokens if spans else self.limits.max_num_batched_tokens) - len(spans)
+        budget = self.limits.max_num_batched_tokens
+        if spans:
+            budget = min(self.pace.budget, self.limits.max_num_mixed_tokens - len(spans))
         prefilling, is_full = self._prefilling(), False
         for priority in sorted({s.priority for s in [*prefilling, *self.waiting]}):
             for sequence in [s for s in prefilling if s.priority == priority]:
