@@ -59,12 +59,12 @@ class NullRunner:
         self._token_ids = token_ids
         self._next_step = 0.0
 
-    def run(self, batch: Batch) -> list[SampledToken | None]:
+    def run(self, batch: Batch) -> list[list[SampledToken | None]]:
         time.sleep(max(0.0, self._next_step - time.monotonic()))
         self._next_step = time.monotonic() + self.interval
         complete = [span.sequence for span in batch.spans if span.is_complete]
         self.num_tokens += len(complete)
-        return [SampledToken(self._token_ids[s.num_output_tokens % len(self._token_ids)]) for s in complete]
+        return [[SampledToken(self._token_ids[s.num_output_tokens % len(self._token_ids)])] for s in complete]
 
 
 def load_null(path: str, settings: Settings, progress: Progress) -> Loaded:

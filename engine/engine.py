@@ -44,6 +44,7 @@ class EngineOptions:
     max_waiting: int = 1024
     kv_cache_memory: int | None = None
     kv_block_size: int = 16
+    num_speculative_tokens: int = 8
 
 
 _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
@@ -58,7 +59,7 @@ class Runner(Protocol):
     @property
     def num_embeddings(self) -> int: ...
 
-    def run(self, batch: Batch) -> list[SampledToken | None]: ...
+    def run(self, batch: Batch) -> list[list[SampledToken | None]]: ...
 
 
 class Mailbox:
@@ -235,9 +236,8 @@ class Engine:
                 self.scheduler.remove(sequence)
                 outputs.append((sequence.sink, failed))
         else:
-            self.scheduler.pace.note(
-                batch.num_decodes, batch.num_tokens - batch.num_decodes, time.perf_counter() - start
-            )
+            seconds = time.perf_counter() - start
+            self.scheduler.pace.note(batch.num_decodes, batch.num_prompt_tokens, seconds)
             for sequence, output in self.scheduler.update(batch, sampled):
                 bad = EngineFailure("The model computed a value that is not a number.")
                 outputs.append((sequence.sink, output or bad))
@@ -284,7 +284,8 @@ def build_engine(model: PreTrainedModel, options: EngineOptions, eos_token_ids: 
         _free_memory(specs), max_num_seqs * (context + options.kv_block_size) * bytes_per_token
     )
     plan = CachePlan.fit(specs, memory, options.kv_block_size, max_num_seqs, max(batched, mixed))
-    limits = Limits(max_num_seqs, batched, mixed, _fit_context(context, plan, options, memory))
+    longest = _fit_context(context, plan, options, memory)
+    limits = Limits(max_num_seqs, batched, mixed, longest, options.num_speculative_tokens)
     cache = KVCache(plan, specs)
     log.info(
         "context %d tokens, %d sequences at once, KV cache %.2f GiB in %s blocks of %d tokens",

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -261,17 +260,27 @@ def probe_layers(model: PreTrainedModel) -> dict[int, LayerSpec]:
 class _Layout:
     """A step's tokens in the order of the forward."""
 
-    decodes: list[Span]  # by number of blocks
+    decodes: list[Span]  # of one token each, by number of blocks; a guessed token is one more decode
     prefills: list[Span]
 
     @classmethod
     def of(cls, batch: Batch) -> "_Layout":
-        decodes = sorted((s for s in batch.spans if s.num_tokens == 1), key=lambda s: s.start)
-        return cls(decodes, [s for s in batch.spans if s.num_tokens > 1])
+        parts = [
+            Span(span.sequence, position, 1, span.draft)
+            for span in batch.spans
+            if span.is_decode
+            for position in range(span.start, span.end)
+        ]
+        return cls(sorted(parts, key=lambda s: s.start), [s for s in batch.spans if not s.is_decode])
 
     @property
     def spans(self) -> list[Span]:
         return self.decodes + self.prefills
+
+    def rows(self) -> dict[tuple[int, int], int]:
+        """(sequence's number, position) -> its row in the forward."""
+        places = ((span.sequence.number, p) for span in self.spans for p in range(span.start, span.end))
+        return {place: row for row, place in enumerate(places)}
 
 
 class ModelRunner:
@@ -289,31 +298,38 @@ class ModelRunner:
         return cast(int, self.model.get_input_embeddings().num_embeddings)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[SampledToken | None]:
-        """The next token of each complete span, in the batch's order. Raises what the model raises."""
+    def run(self, batch: Batch) -> list[list[SampledToken | None]]:
+        """The next tokens of each complete span, in the batch's order: one, and one for each guess that was right.
+
+        Raises what the model raises.
+        """
         layout = _Layout.of(batch)
-        complete = [span for span in layout.spans if span.is_complete]
+        row_of = layout.rows()
+        complete = [span for span in batch.spans if span.is_complete]
+        places = [
+            (span.sequence.number, p) for span in complete for p in range(span.end - len(span.draft) - 1, span.end)
+        ]
         prompts = {span.sequence.number: _scored_positions(span) for span in layout.spans}
-        starts = dict(zip(prompts, accumulate((s.num_tokens for s in layout.spans), initial=0), strict=False))
-        rows = [starts[span.sequence.number] + span.num_tokens - 1 for span in complete]
-        for span in layout.spans:
-            first = starts[span.sequence.number] - span.start
-            rows += [first + position for position in prompts[span.sequence.number]]
-        logits = self.forward(layout, rows)
-        if len(rows) > len(complete):
-            self._score_prompts(logits[len(complete) :], layout.spans, prompts)
+        scored = [(number, p) for number, positions in prompts.items() for p in positions]
+        logits = self.forward(layout, [row_of[place] for place in places + scored])
+        if scored:
+            self._score_prompts(logits[len(places) :], layout.spans, prompts)
         if not complete:
             return []
-        chosen = self.sampler.sample(logits[: len(complete)], [span.sequence for span in complete])
-        by_sequence = {span.sequence.number: token for span, token in zip(complete, chosen, strict=True)}
-        return [by_sequence[span.sequence.number] for span in batch.spans if span.is_complete]
+        heirs = [
+            span.sequence.continued(span.draft[:length]) if length else span.sequence
+            for span in complete
+            for length in range(len(span.draft) + 1)
+        ]
+        tokens = iter(self.sampler.sample(logits[: len(places)], heirs))
+        return [_confirmed([next(tokens) for _ in range(len(span.draft) + 1)], span.draft) for span in complete]
 
     def forward(self, layout: _Layout, rows: list[int]) -> torch.Tensor:
         """The logits of the step's tokens number `rows`: (rows, vocab)."""
         token_ids: list[int] = []
         positions: list[int] = []
         for span in layout.spans:
-            token_ids += span.sequence.token_ids[span.start : span.end]
+            token_ids += [span.token_at(position) for position in range(span.start, span.end)]
             positions += range(span.start, span.end)
         groups = [self._group_attention(index, group, layout) for index, group in enumerate(self.cache.groups)]
         output = self.model(
@@ -386,6 +402,15 @@ def _scored_positions(span: Span) -> range:
 
 def _first_visible(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position + 1 - window)
+
+
+def _confirmed(tokens: list[SampledToken | None], draft: tuple[int, ...]) -> list[SampledToken | None]:
+    """The tokens up to the first that was guessed wrongly: what comes after it was computed for another text."""
+    for index, guess in enumerate(draft):
+        token = tokens[index]
+        if token is None or token.token_id != guess:
+            return tokens[: index + 1]
+    return tokens
 
 
 def _similar_lengths(decodes: list[Span], window: int | None, block_size: int) -> Iterator[list[Span]]:

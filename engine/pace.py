@@ -1,6 +1,6 @@
 """Pace: how much of the waiting prompts a step may compute beside running decodes, learnt from how long steps take."""
 
-STRETCH = 2.0  # times as long as a step of decodes alone, at most, is what a step with prompts may take
+STRETCH = 1.8  # times as long as a step of decodes alone, at most, is what a step with prompts may take
 FEWEST_TOKENS = 8  # of prompts in a step, however slow: they must come on
 MEMORY = 0.8  # how much an earlier measurement counts beside a new one
 LARGEST_CHANGE = 1.5  # of the budget from step to step: one slow step may be somebody else's fault

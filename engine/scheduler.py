@@ -13,6 +13,7 @@ from engine.sampling import SampledToken
 from engine.sequence import FinishReason, Sequence, Status, TokenOutput
 
 PATIENCE = 300  # steps
+MOST_DRAFTED_ROWS = 16  # tokens in a step with guesses: beyond, a row costs about as much as a token is worth
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,35 @@ class Limits:
     max_num_batched_tokens: int  # while nothing decodes
     max_num_mixed_tokens: int  # while sequences decode, at most: bounds how long they wait for somebody's prompt
     max_model_len: int
+    num_speculative_tokens: int = 0  # of one sequence
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start .. start + num_tokens of a sequence, computed in one step."""
+    """Tokens start .. start + num_tokens of a sequence, computed in one step; the last ones may be a guess."""
 
     sequence: Sequence
     start: int
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
 
     @property
+    def is_decode(self) -> bool:
+        """One token, and what may follow it."""
+        return self.num_tokens - len(self.draft) == 1
+
+    @property
     def is_complete(self) -> bool:
-        """Its last token is the sequence's last: the step yields the next one."""
-        return self.end == self.sequence.num_tokens
+        """It has the sequence's last token: the step yields the next one, or more of them."""
+        return self.end - len(self.draft) == self.sequence.num_tokens
+
+    def token_at(self, position: int) -> int:
+        known = self.sequence.token_ids
+        return known[position] if position < len(known) else self.draft[position - len(known)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,11 @@ class Batch:
 
     @property
     def num_decodes(self) -> int:
-        return sum(span.num_tokens == 1 for span in self.spans)
+        return sum(span.is_decode for span in self.spans)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(span.num_tokens for span in self.spans if not span.is_decode)
 
 
 class Scheduler:
@@ -100,11 +116,31 @@ class Scheduler:
                     continue  # it will take that over
                 is_full = not self._admit(sequence)
                 budget -= self._prefill(sequence, budget, spans) if not is_full else 0
+        if all(span.is_decode for span in spans):
+            spans = self._with_drafts(spans)
         if not spans and len(self.running) > 1:  # prompts hold blocks that others of them lack
             self._preempt(self._least_urgent())
             return self.schedule()
         assert spans or not self.running, "a sequence that fits the cache alone cannot proceed"
         return Batch(tuple(spans))
+
+    def _with_drafts(self, decodes: list[Span]) -> list[Span]:
+        """Guesses at what follows, while rows of the step are left that cost little."""
+        rows = MOST_DRAFTED_ROWS // max(1, len(decodes)) - 1
+        most = min(self.limits.num_speculative_tokens, rows)
+        return [self._with_draft(span, most) for span in decodes] if most > 0 else decodes
+
+    def _with_draft(self, span: Span, most: int) -> Span:
+        sequence = span.sequence
+        most = min(
+            most,
+            sequence.params.max_tokens - sequence.num_output_tokens - 1,
+            self.limits.max_model_len - sequence.num_tokens - 1,
+        )
+        draft = sequence.drafter.propose(sequence.token_ids, most) if most > 0 else ()
+        if not draft or not self.cache.allocate(sequence, sequence.num_tokens + len(draft)):
+            return span
+        return Span(sequence, span.start, 1 + len(draft), draft)
 
     def _promote(self) -> None:
         """What has let others go first for PATIENCE steps is as urgent as they are."""
@@ -175,28 +211,41 @@ class Scheduler:
         self.running.remove(sequence)
         self.waiting.insert(sum(other.priority < sequence.priority for other in self.waiting), sequence)
 
-    def update(self, batch: Batch, sampled: list[SampledToken | None]) -> list[tuple[Sequence, TokenOutput | None]]:
-        """Takes in a step's tokens, one per complete span; what each gained, None where its logits were bad."""
+    def update(
+        self, batch: Batch, sampled: list[list[SampledToken | None]]
+    ) -> list[tuple[Sequence, TokenOutput | None]]:
+        """Takes in a step's tokens, those of each complete span; what each gained, None where its logits were bad."""
         outputs: list[tuple[Sequence, TokenOutput | None]] = []
         tokens = iter(sampled)
         for span in batch.spans:
             sequence = span.sequence
-            is_complete = span.is_complete
-            sequence.num_computed = span.end
-            if not is_complete:
+            if not span.is_complete:
+                sequence.num_computed = span.end
                 self.cache.publish(sequence, is_checked=False)
                 self.cache.free_outside_window(sequence)
                 continue
-            token = next(tokens)
-            output = None if token is None else self._append(sequence, token)
-            outputs.append((sequence, output))
-            if output is None:
+            gained = self._append_all(span, next(tokens))
+            outputs += ((sequence, output) for output in gained)
+            if gained[-1] is None:
                 self.cache.erase(sequence)
             else:
                 self.cache.publish(sequence, is_checked=True)
                 self.cache.free_outside_window(sequence)
-            if output is None or output.finish_reason:
+            if gained[-1] is None or gained[-1].finish_reason:
                 self.remove(sequence)
+        return outputs
+
+    def _append_all(self, span: Span, tokens: list[SampledToken | None]) -> list[TokenOutput | None]:
+        """Up to the one that ends the answer. Of the span's tokens those stay computed that the answer has."""
+        sequence, num_before = span.sequence, span.sequence.num_tokens
+        outputs: list[TokenOutput | None] = []
+        for token in tokens:
+            outputs.append(None if token is None else self._append(sequence, token))
+            if outputs[-1] is None or outputs[-1].finish_reason:
+                break
+        sequence.num_computed = num_before + len(outputs) - 1
+        if span.draft:
+            sequence.drafter.note(len(span.draft), len(tokens) - 1, sequence.num_tokens)
         return outputs
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:

@@ -4,11 +4,13 @@ import enum
 import itertools
 from array import array
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
 from engine.sampling import SampledToken, SamplingParams, fresh_seed
+from engine.speculation import Drafter
 
 FinishReason = Literal["stop", "length"]
 _numbers = itertools.count()
@@ -50,6 +52,7 @@ class Sequence:
     num_published: int = 0  # leading blocks that others can find
     seed: int = field(init=False)
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # so far, if they are asked for
+    drafter: Drafter = field(default_factory=Drafter)
 
     _block_keys: list[bytes] = field(default_factory=list)
 
@@ -76,6 +79,12 @@ class Sequence:
             tokens = array("I", self.token_ids[end - block_size : end]).tobytes()
             self._block_keys.append(blake2b(before + tokens, digest_size=16).digest())
         return self._block_keys
+
+    def continued(self, draft: tuple[int, ...]) -> "Sequence":
+        """What it will be if those tokens follow, for the sampler."""
+        other = copy(self)
+        other.token_ids = [*self.token_ids, *draft]
+        return other
 
     @property
     def scores_prompt(self) -> bool:

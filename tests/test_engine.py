@@ -233,13 +233,13 @@ class Fragile(ModelRunner):
 
     fails, spoils = 1, 2
 
-    def run(self, batch: Batch) -> list[SampledToken | None]:
+    def run(self, batch: Batch) -> list[list[SampledToken | None]]:
         first = [sequence.token_ids[0] for sequence in batch.sequences]
         if self.fails in first:
             raise RuntimeError("a kernel failed")
         tokens = iter(super().run(batch))
         complete = [span for span in batch.spans if span.is_complete]
-        return [None if s.sequence.token_ids[0] == self.spoils else t for s, t in zip(complete, tokens, strict=True)]
+        return [[None] if s.sequence.token_ids[0] == self.spoils else t for s, t in zip(complete, tokens, strict=True)]
 
 
 @pytest.mark.parametrize("first", [Fragile.fails, Fragile.spoils])

@@ -30,7 +30,7 @@ def sequence(num_tokens: int, max_tokens: int = 50) -> Sequence:
 
 def step(scheduler: Scheduler) -> Batch:
     batch = scheduler.schedule()
-    scheduler.update(batch, [SampledToken(7)] * sum(span.is_complete for span in batch.spans))
+    scheduler.update(batch, [[SampledToken(7)]] * sum(span.is_complete for span in batch.spans))
     return batch
 
 
@@ -91,7 +91,7 @@ def test_random_traffic_ends_with_everything_free() -> None:
             subject.remove(alive.pop(rng.randrange(len(alive))))
         batch = subject.schedule()
         check(batch)
-        subject.update(batch, [SampledToken(7)] * sum(span.is_complete for span in batch.spans))
+        subject.update(batch, [[SampledToken(7)]] * sum(span.is_complete for span in batch.spans))
         assert batch.num_tokens <= 32 and bool(batch.spans) == bool(subject.has_work or batch.spans)
     for _ in range(3000):
         step(subject)
@@ -174,7 +174,7 @@ def test_random_traffic_of_sequences_that_begin_alike_ends_with_everything_free(
         batch = subject.schedule()
         check(batch)
         assert not any(one.scores_prompt and one.num_reused for one in batch.sequences)
-        subject.update(batch, [SampledToken(7)] * sum(span.is_complete for span in batch.spans))
+        subject.update(batch, [[SampledToken(7)]] * sum(span.is_complete for span in batch.spans))
     for _ in range(3000):
         step(subject)
     assert not subject.has_work and subject.cache.num_used_blocks == 0 and subject.num_preemptions > 0

@@ -1,0 +1,123 @@
+"""Guesses come from the text so far, and never change an answer."""
+
+import random
+
+import pytest
+import torch
+from models import FAMILIES, VOCAB, tiny_model
+
+from engine.engine import EngineOptions, build_engine
+from engine.sampling import SampledToken, SamplingParams
+from engine.sequence import Sequence, TokenOutput
+from engine.speculation import LONGEST_PAUSE, NGRAM, Drafter
+
+
+def test_what_followed_before_is_proposed_again() -> None:
+    drafter = Drafter()
+    assert drafter.propose([1, 2, 3, 4, 5, 6, 7], 8) == ()
+    assert drafter.propose([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], 8) == (4, 5, 6, 7)
+    assert drafter.propose([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], 2) == (4, 5)
+    assert drafter.propose([1, 2], 8) == () and NGRAM == 3
+
+
+def test_the_latest_occurrence_is_the_one_that_counts() -> None:
+    assert Drafter().propose([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 1) == (5,)
+
+
+def test_right_guesses_make_the_next_one_longer_and_wrong_ones_shorter() -> None:
+    drafter, text = Drafter(), [*range(40), 0, 1, 2]
+    assert len(drafter.propose(text, 99)) == 4
+    drafter.note(4, 4, len(text))
+    assert len(drafter.propose(text, 99)) == 8
+    drafter.note(8, 1, len(text))
+    assert len(drafter.propose(text, 99)) == 2
+
+
+def test_guessing_pauses_while_it_does_not_pay() -> None:
+    drafter, proposals = Drafter(), 0
+    text = [1, 2, 3] * 4
+    for _ in range(600):
+        text += [1, 2, 3] if len(text) % 3 == 0 else [random.randrange(5)]
+        if guess := drafter.propose(text, 8):
+            proposals += 1
+            drafter.note(len(guess), 0, len(text))
+    assert 3 <= proposals <= 30 < LONGEST_PAUSE
+
+
+# --- through the engine
+
+
+def prompts(count: int) -> list[list[int]]:
+    """With passages that come again, so that there is something to guess."""
+    rng = random.Random(3)
+    passages = [[rng.randrange(VOCAB) for _ in range(12)] for _ in range(3)]
+    return [[t for _ in range(6) for t in rng.choice(passages)] + [rng.randrange(VOCAB)] for _ in range(count)]
+
+
+def answers(
+    family: str, num_speculative_tokens: int, params: list[SamplingParams], **options: int
+) -> tuple[list[list[TokenOutput]], int]:
+    """What each of the prompts' sinks would get, and the number of steps."""
+    settings = EngineOptions(num_speculative_tokens=num_speculative_tokens, kv_block_size=4, **options)
+    engine = build_engine(tiny_model(family), settings, frozenset())
+    sequences = [Sequence(p, q, lambda output: None) for p, q in zip(prompts(len(params)), params, strict=True)]
+    outputs: dict[Sequence, list[TokenOutput]] = {sequence: [] for sequence in sequences}
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    steps = 0
+    while engine.scheduler.has_work:
+        batch = engine.scheduler.schedule()
+        with torch.inference_mode():
+            sampled = engine.runner.run(batch)
+        for sequence, output in engine.scheduler.update(batch, sampled):
+            outputs[sequence].append(output)
+        steps += 1
+    assert engine.num_used_blocks == 0
+    return list(outputs.values()), steps
+
+
+def flat(outputs: list[list[TokenOutput]]) -> list[list[tuple[int | None, str | None, SampledToken | None]]]:
+    """Log-probabilities rounded: kernels for more rows round differently."""
+
+    def rounded(token: SampledToken | None) -> object:
+        return token and (token.token_id, token.logprob is not None and round(token.logprob, 3))
+
+    return [[(o.token_id, o.finish_reason, rounded(o.sampled)) for o in row] for row in outputs]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_greedy_answers_are_the_same_in_fewer_steps(family: str, count: int) -> None:
+    few = dict.fromkeys((5, 6, 7), 60.0)  # so that the answer repeats itself
+    params = [SamplingParams(max_tokens=90, temperature=0.0, ignore_eos=True, logit_bias=few)] * count
+    with_guesses, fewer = answers(family, 8, params)
+    without, steps = answers(family, 0, params)
+    assert flat(with_guesses) == flat(without)
+    assert fewer < steps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_answers_with_all_parameters_are_the_same(family: str) -> None:
+    params = [
+        SamplingParams(max_tokens=60, temperature=0.3, seed=1, num_logprobs=2),
+        SamplingParams(max_tokens=61, temperature=0.8, seed=2, top_k=5, repetition_penalty=1.2),
+        SamplingParams(max_tokens=62, temperature=0.5, seed=3, frequency_penalty=0.4, presence_penalty=0.2),
+        SamplingParams(max_tokens=63, temperature=0.4, seed=4, min_p=0.1, min_tokens=50, stop_token_ids=(3, 5, 7)),
+    ]
+    assert flat(answers(family, 4, params)[0]) == flat(answers(family, 0, params)[0])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
+def test_an_end_among_the_guesses_ends_the_answer_there(family: str) -> None:
+    """Whatever token ends it, and however many blocks there are."""
+    plain = SamplingParams(max_tokens=60, temperature=0.0)
+    (text,), _ = answers(family, 0, [plain])
+    for stop in {output.token_id for output in text[5:]}:
+        params = [SamplingParams(max_tokens=60, temperature=0.0, stop_token_ids=(stop or 0,))] * 2
+        assert flat(answers(family, 8, params)[0]) == flat(answers(family, 0, params)[0])
+
+
+def test_scarce_blocks_and_the_context_bound_the_guesses() -> None:
+    params = [SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)] * 3
+    options = {"max_model_len": 120, "kv_cache_memory": 240 * 2 * 3 * 2 * 16 * 4}
+    assert flat(answers("qwen3", 8, params, **options)[0]) == flat(answers("qwen3", 0, params, **options)[0])
