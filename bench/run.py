@@ -2,7 +2,9 @@
 
     MODEL_PATH=... python -m bench.run
 
-Settings are the server's own, from the environment or `.env`; the data type is bfloat16 whatever they say.
+Settings are the server's own, from the environment or `.env`, but that nothing is guessed: how often guesses are right
+depends on the text. Steps are compared with the bare model in bfloat16, not quantised. With PEERS="NAME=URL ..." other
+servers are measured beside it (bench.peers).
 """
 
 import asyncio
@@ -36,6 +38,7 @@ RESULTS = ROOT / "bench" / "results"
 DTYPE = "bfloat16"
 LEVELS = ((1, 3), (4, 8), (16, 16))  # concurrent streams, requests
 MIN_SPEEDUP = 5.0  # tokens/s of the most streams over those of one
+MAX_OVERHEAD = 0.05  # of a step: all but the model's forward
 MAX_STEP_RATIO = 1.15  # an engine step over the bare forward of the same batch
 START_TIMEOUT = 600.0  # seconds
 STOP_TIMEOUT = 60.0
@@ -70,7 +73,7 @@ class Server:
 def serving(model_path: str) -> Iterator[Server]:
     """`python main.py` on a free port of this machine, until the block ends."""
     port = _free_port()
-    place = {"MODEL_PATH": model_path, "DTYPE": DTYPE, "HOST": "127.0.0.1", "PORT": str(port)}
+    place = {"MODEL_PATH": model_path, "NUM_SPECULATIVE_TOKENS": "0", "HOST": "127.0.0.1", "PORT": str(port)}
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "server.log"
         with output.open("w") as log:
@@ -129,6 +132,10 @@ def measure_server(model_path: str) -> dict[str, Any]:
         first_token = _time_first_token(server, target)
         print(f"first token after {first_token:.1f} s; resident memory {idle:.0f} MiB\n\n{load.HEAD}  peak MiB")
         levels = [_measure_level(server, target, *level) for level in LEVELS]
+        if os.environ.get("PEERS"):
+            print()
+            servers = [f"ours={base_url}", *os.environ["PEERS"].split()]
+            subprocess.run([sys.executable, "-m", "bench.peers", "--curve", *servers], cwd=ROOT, check=True)
         return {
             "start_to_ready_s": ready,
             "start_to_first_token_s": first_token,
@@ -188,9 +195,15 @@ def ratios(levels: list[dict[str, Any]], steps: list[dict[str, Any]], wires: lis
     return [
         Ratio(f"tokens/s, {levels[-1]['concurrency']} streams / 1 stream", speedup, MIN_SPEEDUP, True),
         *(Ratio(f"step / bare forward, batch of {s['batch']}", s["ratio"], MAX_STEP_RATIO, False) for s in steps),
+        Ratio(f"step without the forward, batch of {steps[-1]['batch']}", _overhead(steps[-1]), MAX_OVERHEAD, False),
         *(Ratio(f"event loop us/token, {_of(w)}", w["loop_us_per_token"], wire.MAX_COST, False) for w in wires),
         Ratio("missed heartbeats", sum(w["missed_heartbeats"] for w in wires), 0, False),
     ]
+
+
+def _overhead(step: dict[str, Any]) -> float:
+    parts: dict[str, float] = step["parts"]
+    return 1.0 - parts["forward"] / sum(parts.values())
 
 
 def _of(wire: dict[str, Any]) -> str:
@@ -211,7 +224,7 @@ def main() -> None:
     settings = Settings()
     model_path = settings.model_path or checkpoint.default_model_path()
     name, described = checkpoint.served_name(model_path), machine.describe()
-    print(f"{name}, {DTYPE}, on {described['cpu']}, {described['cores']} cores", flush=True)
+    print(f"{name} on {described['cpu']}, {described['cores']} cores", flush=True)
     try:
         directory = checkpoint.fetch(model_path, settings.cache_dir, lambda what, fraction: None).directory
     except ModelLoadError as error:
@@ -229,7 +242,7 @@ def main() -> None:
             "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             "machine": described,
             "model": name,
-            "settings": {**options, "dtype": DTYPE},
+            "settings": {**options, "num_speculative_tokens": 0},
             "server": server,
             "steps": steps,
             "wire": wires,

@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
-from engine.model_runner import ModelRunner, Report, load_model, probe_layers
+from engine.model_runner import STOCK, ModelRunner, Report, load_model, probe_layers
 from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.sequence import Sequence, Sink, TokenOutput
@@ -36,7 +36,7 @@ class EngineOptions:
 
     dtype: str = "auto"
     device_map: str = "auto"
-    quantization: str = "none"
+    quantization: str = STOCK
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None

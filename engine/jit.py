@@ -27,7 +27,15 @@ def vector(element: Value, count: int = LANES) -> Value:
     return ir.VectorType(element, count)
 
 
+class _BFloat(ir.types.Type):  # type: ignore[misc]
+    """Which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
 FLOATS, INTS, BYTES = vector(F32), vector(I32), vector(I8, 4 * LANES)
+PAIRS = vector(_BFloat(), 2 * LANES)
 
 
 class Builder(ir.IRBuilder):  # type: ignore[misc]
@@ -199,6 +207,11 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
                 every_other = ir.Constant(vector(I32), list(range(parity, 32, 2)))
                 sums = self.add(sums, self.shuffle_vector(product, product, every_other))
         return sums
+
+    def dot2(self, sums: Value, a: Value, b: Value) -> Value:
+        """Adds to each of 16 lanes the products of its 2 bfloat16 in `a` and `b`, vectors of 16 integers."""
+        operands = (self.bitcast(a, PAIRS), self.bitcast(b, PAIRS))
+        return self.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, *operands)
 
     def _dot4_half(self, sums: Value, unsigned: Value, signed: Value, half: int) -> Value:
         lanes = ir.Constant(vector(I32, 8), list(range(8 * half, 8 * half + 8)))

@@ -5,17 +5,19 @@ for this machine when first used.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from engine import jit
 from engine.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.packing import GROUP, INT8, Q4_K_M, Format, PackedWeight
+from engine.packing import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight
 
 ROWS = 64  # of activations that pass a tile of weights while their sums stay in the first-level cache
 PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page
 FEW_ROWS = 4  # fewer are not worth waking the other threads
+AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], None]
 DTYPES = (torch.bfloat16, torch.float32)  # of activations
 
 
@@ -49,6 +51,26 @@ def quantize(x: torch.Tensor) -> Activations:
     addresses = (result.values.data_ptr(), result.scales.data_ptr(), result.sums.data_ptr())
     _quantize(x.dtype)(x.data_ptr(), *addresses, num_rows, num_columns // GROUP, num_threads=_threads(num_rows))
     return result
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in one instruction."""
+    return are_available() and "+avx512bf16" in jit.host()[1]
+
+
+def matmul_bfloat16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `matmul`, for a weight of bfloat16; x: (blocks, rows, 32) bfloat16, as `group` makes it."""
+    blocks, num_rows, _ = x.shape
+    tiles = weight.quants.shape[0]
+    output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
+    addresses = (x.data_ptr(), weight.quants.data_ptr(), bias.data_ptr(), output.data_ptr())
+    _matmul_bfloat16(dtype)(*addresses, num_rows, blocks, tiles, num_threads=torch.get_num_threads())
+    return output[:, : weight.num_rows].contiguous()
+
+
+def group(x: torch.Tensor) -> torch.Tensor:
+    """(rows, columns) -> (blocks, rows, 32)."""
+    return x.reshape(x.shape[0], -1, GROUP).transpose(0, 1).contiguous()
 
 
 def matmul(
@@ -163,28 +185,61 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> 
     """
     b = Builder("matmul", _MATMUL, features)
     rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
+
+    def add_block(place: jit.Value, first: jit.Value, count: jit.Value, block: jit.Value, sums: jit.Value) -> None:
+        weight = _read_block(b, fmt, place)
+        activations = b.add(b.mul(block, rows), first)
+        with b.loop(I64(0), count) as row:
+            address = b.address(sums, row, 64)
+            total = b.read(FLOATS, address, align=64)
+            b.write(_add_block(b, fmt, weight, b.add(activations, row), total), address, align=64)
+
+    _tiled(b, rows, blocks, tiles, dtype, add_block)
+    return jit.compile_program(b, cpu)
+
+
+@functools.cache
+def _matmul_bfloat16(dtype: torch.dtype) -> Program:
+    """As `_matmul`, with the sums in float32 from the start and a block's weights in sixteen registers."""
+    b = Builder("matmul_bfloat16", ("x", "quants", "bias", "output", "rows", "blocks", "tiles"), jit.host()[1])
+    rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
+    num_pairs = GROUP // 2
+
+    def add_block(place: jit.Value, first: jit.Value, count: jit.Value, block: jit.Value, sums: jit.Value) -> None:
+        start = b.address(b.argument["quants"], place, BFLOAT16.block_bytes)
+        for line in range(0, BFLOAT16.block_bytes, 64):
+            b.prefetch(b.add(start, I64(PREFETCH + line)))
+        weight = [b.read(INTS, b.add(start, I64(64 * pair))) for pair in range(num_pairs)]
+        activations = b.address(b.argument["x"], b.add(b.mul(block, rows), first), 2 * GROUP)
+        with b.loop(I64(0), count) as row:
+            values = b.address(activations, row, 2 * GROUP)
+            address = b.address(sums, row, 64)
+            total = b.read(FLOATS, address, align=64)
+            for pair in range(num_pairs):
+                total = b.dot2(total, weight[pair], b.splat(b.read(I32, b.add(values, I64(4 * pair)))))
+            b.write(total, address, align=64)
+
+    _tiled(b, rows, blocks, tiles, dtype, add_block)
+    return compiled(b)
+
+
+def _tiled(
+    b: Builder, rows: jit.Value, blocks: jit.Value, tiles: jit.Value, dtype: torch.dtype, add_block: AddBlock
+) -> None:
+    """The loops of a product: ROWS rows at a time, this thread's tiles, the blocks of their columns."""
     sums = b.scratch(ROWS)
     with b.loop(I64(0), rows, ROWS) as first:
-        left = b.sub(rows, first)
-        count = b.smaller(left, I64(ROWS))
+        count = b.smaller(b.sub(rows, first), I64(ROWS))
         with b.share(tiles) as tile:
             bias = b.read(FLOATS, b.address(b.argument["bias"], tile, 4 * LANES))
             with b.loop(I64(0), count) as row:
                 b.write(bias, b.address(sums, row, 64), align=64)
             with b.loop(I64(0), blocks) as block:
-                place = b.add(b.mul(tile, blocks), block)
-                weight = _read_block(b, fmt, place)
-                activations = b.add(b.mul(block, rows), first)
-                with b.loop(I64(0), count) as row:
-                    address = b.address(sums, row, 64)
-                    total = b.read(FLOATS, address, align=64)
-                    total = _add_block(b, fmt, weight, b.add(activations, row), total)
-                    b.write(total, address, align=64)
+                add_block(b.add(b.mul(tile, blocks), block), first, count, block, sums)
             with b.loop(I64(0), count) as row:
                 index = b.add(b.mul(b.add(first, row), tiles), tile)
                 total = b.read(FLOATS, b.address(sums, row, 64), align=64)
                 b.write_floats(total, dtype, b.address(b.argument["output"], index, LANES * dtype.itemsize))
-    return jit.compile_program(b, cpu)
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,12 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 NEVER_FLOAT16 = (
     "gemma",
 )  # activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
+STOCK = "stock"  # the model's own layers, to compare with
 FROM_FILE = "from file"
 WEIGHTS = {  # what a choice of quantization means, as the log says it
     "none": "as in the model's files, not quantized",
     FROM_FILE: "the GGUF file's own blocks",
+    "bfloat16": "bfloat16, not quantized",
     "int8": "8 bits in groups of 32, rounded to nearest",
     "int4": "4 bits in groups of 32, the output layer 8 bits",
     "bnb-8bit": "8 bits by bitsandbytes",
@@ -62,11 +64,13 @@ def choose_dtype(wanted: str, model_type: str, on_cuda: bool) -> torch.dtype:
 
 
 def load_model(
-    directory: Path, dtype: str, device_map: str, report: Report, quantization: str = "none"
+    directory: Path, dtype: str, device_map: str, report: Report, quantization: str = STOCK
 ) -> PreTrainedModel:
     """The model in evaluation mode, its text layers attending through this engine. Raises ModelLoadError."""
     config, chosen = check_model(directory, dtype, device_map)
     how = choose_quantization(quantization, dtype, _is_on_cuda(device_map), directory)
+    if how == "none" and quantization != STOCK and _multiplies_bfloat16(chosen, device_map):
+        how = "bfloat16"
     log.info("weights: %s", WEIGHTS[how])
     report("loading weights", 0.0)
     try:
@@ -117,6 +121,8 @@ def choose_quantization(wanted: str, dtype: str, on_cuda: bool, directory: Path)
     """One of WEIGHTS. `auto` on a CPU keeps a GGUF file's own blocks and gives other files 8 bits, which changes the
     perplexity by less than 1 %; a type of weights that is asked for by DTYPE is kept. Raises ModelLoadError."""
     has_kernels = kernels.are_available() and not on_cuda
+    if wanted == STOCK:
+        return "none"
     if wanted == "auto":
         if not has_kernels or dtype != "auto":
             return "none"
@@ -126,6 +132,10 @@ def choose_quantization(wanted: str, dtype: str, on_cuda: bool, directory: Path)
             f"QUANTIZATION={wanted} needs a CPU under Linux; on a GPU take one of {', '.join(BITSANDBYTES)}."
         )
     return wanted
+
+
+def _multiplies_bfloat16(dtype: torch.dtype, device_map: str) -> bool:
+    return dtype == torch.bfloat16 and kernels.has_bfloat16() and not _is_on_cuda(device_map)
 
 
 def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTrainedConfig, torch.dtype]:

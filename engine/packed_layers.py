@@ -13,15 +13,27 @@ from transformers import PreTrainedModel
 
 from engine import kernels
 from engine.kernels import Activations
-from engine.packing import INT4, INT8, LANES, PackedWeight, can_pack, pack, quantize_weight
+from engine.packing import (
+    BFLOAT16,
+    INT4,
+    INT8,
+    LANES,
+    Format,
+    PackedWeight,
+    can_pack,
+    pack,
+    pack_bfloat16,
+    quantize_weight,
+)
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-FORMATS = {"int8": INT8, "int4": INT4}
+FORMATS = {"int8": INT8, "int4": INT4, "bfloat16": BFLOAT16}
+Prepared = Activations | torch.Tensor  # what `prepare` makes of a layer's input
 ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the same computation may be apart
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with a packed weight; x is rounded to 8 bits, each group of 32 columns with its own scale."""
+    """y = x W^T + b with a packed weight. Where that is quantised x is too: to 8 bits, with a scale for 32 columns."""
 
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -30,11 +42,18 @@ class PackedLinear(nn.Module):
         self.dtype = dtype  # of what comes out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        return self.multiply(kernels.quantize(rows.contiguous())).view(*x.shape[:-1], self.packed.num_rows)
+        return self.multiply(prepare(x, self.packed.format)).view(*x.shape[:-1], self.packed.num_rows)
 
-    def multiply(self, x: Activations) -> torch.Tensor:
-        return kernels.matmul(x, self.packed, self.bias, self.dtype)
+    def multiply(self, x: Prepared) -> torch.Tensor:
+        if isinstance(x, Activations):
+            return kernels.matmul(x, self.packed, self.bias, self.dtype)
+        return kernels.matmul_bfloat16(x, self.packed, self.bias, self.dtype)
+
+
+def prepare(x: torch.Tensor, fmt: Format) -> Prepared:
+    """(..., columns) as the products with a weight of that format read it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return kernels.quantize(rows.contiguous()) if fmt.is_quantized else kernels.group(rows)
 
 
 def _padded_bias(weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -58,7 +77,7 @@ class SharedInput:
 
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if x is not self._input:
-            rows = kernels.quantize(x.reshape(-1, x.shape[-1]).contiguous())
+            rows = prepare(x, self._layers[0].packed.format)
             self._outputs = [part for product in self._products for part in product(rows)]
             self._input = x
         output = self._outputs[index]
@@ -67,7 +86,7 @@ class SharedInput:
         return output.view(*x.shape[:-1], output.shape[-1])
 
 
-def _joined(layers: list[PackedLinear]) -> Iterator[Callable[[Activations], tuple[torch.Tensor, ...]]]:
+def _joined(layers: list[PackedLinear]) -> Iterator[Callable[[Prepared], tuple[torch.Tensor, ...]]]:
     """A product for each run of layers that can be computed as one."""
     run: list[PackedLinear] = []
     for layer in layers:
@@ -83,7 +102,7 @@ def _can_join(first: PackedLinear, second: PackedLinear) -> bool:
     return first.packed.format == second.packed.format and first.packed.num_rows % LANES == 0
 
 
-def _product(layers: list[PackedLinear]) -> Callable[[Activations], tuple[torch.Tensor, ...]]:
+def _product(layers: list[PackedLinear]) -> Callable[[Prepared], tuple[torch.Tensor, ...]]:
     whole = join(layers)
     sizes = [layer.packed.num_rows for layer in layers]
     return lambda x: whole.multiply(x).split(sizes, dim=-1)
@@ -144,7 +163,7 @@ class FusedMLP(nn.Module):
         self._gate_up, self._activation, self._down = gate_up, activation, down
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        both = self._gate_up.multiply(kernels.quantize(x.reshape(-1, x.shape[-1]).contiguous()))
+        both = self._gate_up.multiply(prepare(x, self._gate_up.packed.format))
         return self._down.multiply(kernels.gate(both, self._activation)).view(x.shape)
 
 
@@ -173,12 +192,16 @@ def pack_model(model: PreTrainedModel, quantization: str, report: Callable[[floa
         report(number / len(linears))
         if not can_pack(layer.in_features):
             continue
-        packed = pack(quantize_weight(layer.weight.data, INT8 if layer is head else FORMATS[quantization]))
+        packed = _pack(layer.weight.data, INT8 if layer is head and quantization == "int4" else FORMATS[quantization])
         is_tied = embedding.weight is layer.weight
         replace_layer(model, name, packed)
         if is_tied:
             replace_layer(model, _name_of(model, embedding), packed)
     fuse(model)
+
+
+def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
+    return pack(quantize_weight(weight, fmt)) if fmt.is_quantized else pack_bfloat16(weight)
 
 
 def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
@@ -203,7 +226,7 @@ def fuse(model: PreTrainedModel) -> None:
     """Joins what the stock modules compute in steps, wherever that gives the same."""
     for name, module in list(model.named_modules()):
         inputs = [getattr(module, part, None) for part in ATTENTION_INPUTS]
-        if all(isinstance(layer, PackedLinear) for layer in inputs):
+        if all(isinstance(layer, PackedLinear) for layer in inputs) and _are_alike(cast(list[PackedLinear], inputs)):
             shared = SharedInput(cast(list[PackedLinear], inputs))
             for index, part in enumerate(ATTENTION_INPUTS):
                 setattr(module, part, SharedLinear(shared, index))
@@ -212,13 +235,23 @@ def fuse(model: PreTrainedModel) -> None:
             model.set_submodule(name, fused)
 
 
+def _are_alike(layers: list[PackedLinear]) -> bool:
+    """They read the same kind of input."""
+    return len({layer.packed.format.is_quantized for layer in layers}) == 1
+
+
 def _fused_mlp(module: nn.Module) -> FusedMLP | None:
     layers = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
     activation = _activation_name(getattr(module, "act_fn", None))
     if activation is None or not all(isinstance(layer, PackedLinear) for layer in layers):
         return None
     gate, up, down = cast(list[PackedLinear], layers)
-    if not _can_join(gate, up) or gate.packed.num_rows != up.packed.num_rows or up.packed.num_rows % LANES:
+    if (
+        not down.packed.format.is_quantized
+        or not _can_join(gate, up)
+        or gate.packed.num_rows != up.packed.num_rows
+        or up.packed.num_rows % LANES
+    ):
         return None
     x = torch.randn(3, gate.packed.num_columns).to(gate.dtype)
     expected = module(x)

@@ -1,4 +1,4 @@
-"""PackedWeight: a weight matrix of 4 to 8 bits in the order in which the kernels read it, and how one is made.
+"""PackedWeight: a weight matrix of 4 to 8 bits, or bfloat16, in the order in which the kernels read it; how one is made.
 
 It knows no kernels and no models. Every group of 32 (or 16) columns of a row has a scale of its own, and in some
 formats a minimum, as in the blocks of GGUF files: their codes are kept bit by bit.
@@ -28,17 +28,22 @@ class Format:
         return GROUP // self.group
 
     @property
+    def is_quantized(self) -> bool:
+        return self.bits < 16
+
+    @property
     def num_planes(self) -> int:
         """Bits of a code beyond four, each stored in a plane of its own."""
-        return 0 if self.bits == 8 else self.bits - 4
+        return 0 if self.bits >= 8 else self.bits - 4
 
     @property
     def block_bytes(self) -> int:
-        return LANES * GROUP if self.bits == 8 else LANES * GROUP // 2 + LANES * GROUP // 8 * self.num_planes
+        return LANES * GROUP * self.bits // 8  # whole bytes, or nibbles and planes of bits
 
 
 INT8 = Format(8, offset=128)
 INT4 = Format(4, has_minimum=True)
+BFLOAT16 = Format(16)  # no codes and no scales: the numbers themselves
 Q4_K_M = (INT4, Format(5, offset=16), Format(6, offset=32, group=16))  # what such files consist of, beside INT8
 
 
@@ -88,6 +93,9 @@ class PackedWeight:
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The weights of some rows, (len(index), columns), in float32."""
         tile, lane = index // LANES, index % LANES
+        if not self.format.is_quantized:
+            pairs = self.quants.view(torch.bfloat16).view(*self.quants.shape[:2], -1, LANES, 2)
+            return pairs[tile, :, :, lane].reshape(len(index), -1).float()
         codes = self._codes(self.quants[tile], lane)
         scales = self.scales[tile, :, :, lane].flatten(1)
         minimums = None if self.minimums is None else self.minimums[tile, :, lane]
@@ -136,6 +144,13 @@ def pack(weight: Codes) -> PackedWeight:
     if weight.minimums is not None:
         minimums = _padded(weight.minimums).view(tiles, LANES, blocks).permute(0, 2, 1).half().contiguous()
     return PackedWeight(fmt, num_rows, quants, scales.half().contiguous(), minimums)
+
+
+def pack_bfloat16(weight: torch.Tensor) -> PackedWeight:
+    """weight: (rows, columns) bfloat16. Sixteen rows side by side, two columns of each in a lane."""
+    num_rows, columns = weight.shape
+    pairs = _padded(weight).view(-1, LANES, columns // GROUP, GROUP // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
+    return PackedWeight(BFLOAT16, num_rows, pairs.flatten(2).view(torch.uint8), torch.empty(0, 0, 1, LANES), None)
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:

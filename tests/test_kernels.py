@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine import jit, kernels
-from engine.packing import GROUP, INT4, INT8, Codes, Format, can_pack, pack, quantize_weight
+from engine.packing import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
 
 FORMATS = (INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16))
 pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
@@ -65,6 +65,17 @@ def test_what_is_no_number_reaches_the_product(bad: float) -> None:
     product = kernels.matmul(kernels.quantize(x), pack(random_codes(INT8, 16, 64)), torch.zeros(16), torch.float32)
     assert product[0].isfinite().all()
     assert not product[1].isfinite().any()
+
+
+@pytest.mark.skipif(not kernels.has_bfloat16(), reason="needs AVX512-BF16")
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_a_product_of_bfloat16_is_that_of_torch(rows: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(50, 96).bfloat16()
+    packed = pack_bfloat16(weight)
+    assert torch.equal(packed.dequantize(), weight.float())
+    product = kernels.matmul_bfloat16(kernels.group(x), packed, torch.ones(64), torch.float32)
+    torch.testing.assert_close(product, x.float() @ weight.float().T + 1, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -80,7 +80,7 @@ def engine_answers(model: PreTrainedModel, prompts: list[list[int]], count: int)
     return [sequence.output_ids for sequence in sequences]
 
 
-@pytest.mark.parametrize("quantization", packed_layers.FORMATS)
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_tokens_are_those_of_the_dequantized_weights(family: str, quantization: str, tied: bool) -> None:
@@ -97,6 +97,18 @@ def test_tokens_are_those_of_the_dequantized_weights(family: str, quantization: 
         assert (short <= 0.02 * logits.std(-1)).all()
         exact += int((short == 0).sum())
     assert exact >= 0.95 * 24 * len(prompts)
+
+
+@pytest.mark.skipif(not kernels.has_bfloat16(), reason="needs AVX512-BF16")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_layers_give_the_logits_of_the_stock_model(family: str) -> None:
+    stock, packed = model_of(family, "eager").bfloat16(), model_of(family).bfloat16()
+    with torch.inference_mode():
+        packed_layers.pack_model(packed, "bfloat16", lambda fraction: None)
+        probe = {"input_ids": torch.tensor([[5]]), "use_cache": False}
+        expected, actual = stock(**probe).logits.float(), packed(**probe, step=attention.Probe()).logits.float()
+    assert nn.Linear not in [type(module) for module in packed.modules()]
+    assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
