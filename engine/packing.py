@@ -1,4 +1,4 @@
-"""PackedWeight: a weight matrix of 4 to 8 bits, or bfloat16, in the order in which the kernels read it; how one is made.
+"""PackedWeight: a weight matrix of 4 to 8 bits, or bfloat16, in the order kernels read it; how it is made.
 
 It knows no kernels and no models. Every group of 32 (or 16) columns of a row has a scale of its own, and in some
 formats a minimum, as in the blocks of GGUF files: their codes are kept bit by bit.
