@@ -104,7 +104,8 @@ class Scheduler:
                 spans.append(Span(sequence, sequence.num_computed, 1))
         budget = self.limits.max_num_batched_tokens
         if spans:
-            budget = min(self.pace.budget, self.limits.max_num_mixed_tokens - len(spans))
+            num_prompts = len(self._prefilling()) + len(self.waiting)
+            budget = min(self.pace.budget(len(spans), num_prompts), self.limits.max_num_mixed_tokens - len(spans))
         prefilling, is_full = self._prefilling(), False
         for priority in sorted({s.priority for s in [*prefilling, *self.waiting]}):
             for sequence in [s for s in prefilling if s.priority == priority]:
