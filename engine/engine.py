@@ -266,7 +266,17 @@ def load_engine(
     model = load_model(directory, options.dtype, options.device_map, report, options.quantization)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos_ids = frozenset([*stop_token_ids(), *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
-    return build_engine(model, options, eos_ids), model.generation_config
+    engine = build_engine(model, options, eos_ids)
+    _warm_up(engine)
+    return engine, model.generation_config
+
+
+def _warm_up(engine: Engine) -> None:
+    """A prompt and a decode, so that what is compiled when first used does not wait for somebody's stream."""
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    engine.scheduler.add(Sequence([0, 0, 0], params, sink=lambda output: None))
+    while engine.scheduler.has_work:
+        engine.step()
 
 
 def build_engine(model: PreTrainedModel, options: EngineOptions, eos_token_ids: frozenset[int]) -> Engine:

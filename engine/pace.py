@@ -1,6 +1,6 @@
 """Pace: how much of the waiting prompts a step may compute beside running decodes, learnt from how long steps take."""
 
-STRETCH = 1.6  # times as long as a step of decodes alone is what a step with prompts may take, and more the more wait
+STRETCH = 1.3  # times as long as a step of decodes alone is what a step with prompts may take, and more the more wait
 FEWEST_TOKENS = 8  # of prompts in a step, however slow: they must come on
 MEMORY = 0.7  # how much earlier measurements count beside a new one
 
