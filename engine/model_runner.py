@@ -102,6 +102,7 @@ def _load_stock(
 ) -> PreTrainedModel:
     options: dict[str, Any] = {}
     if how in BITSANDBYTES:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns with every product
         options["quantization_config"] = BitsAndBytesConfig(**BITSANDBYTES[how], bnb_4bit_compute_dtype=dtype)
     with _weights_progress(report):
         model = AutoModelForCausalLM.from_pretrained(
