@@ -142,7 +142,8 @@ def test_the_default_demo_fills_in_the_middle(demo_server: Server) -> None:
     body = {"model": "qwen2.5-coder-0.5b", "temperature": 0, "max_tokens": 30}
     prompt, suffix = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))  # 3\n"
     choice = demo_server.post("/v1/completions", prompt=prompt, suffix=suffix, **body).json()["choices"][0]
-    assert choice["text"].strip() == "a + b" and choice["finish_reason"] == "stop"
+    # What comes after the line is nearly a tie for this model: -0.7 and -0.9, and kernels round differently
+    assert choice["text"].splitlines()[0] == "a + b" and choice["finish_reason"] == "stop"
 
 
 def test_the_default_demo_answers_through_the_sdk_streamed_and_whole(demo_server: Server) -> None:
