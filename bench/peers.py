@@ -180,7 +180,11 @@ def main() -> None:
     described = machine.describe()
     print("", table(rows, list(servers)), sep="\n")
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{arguments.name}-{machine.slug(described['cpu'])}.json"
-    results: dict[str, Any] = {"machine": described, "models": {n: t.model for n, t in servers.items()}, "rows": rows}
+    results: dict[str, Any] = {
+        "machine": described,
+        "models": {name: Path(target.model).name for name, target in servers.items()},
+        "rows": rows,
+    }
     if arguments.curve:
         results["curve"] = asyncio.run(curve(servers, arguments.salt))
         plot(results["curve"], f"{next(iter(servers.values())).model}, {described['cpu']}", path.with_suffix(".png"))

@@ -34,9 +34,9 @@ class Perplexity:
 
 
 def text() -> str:
-    descriptions = [distribution(name).metadata.get_payload() for name in PACKAGES]  # type: ignore[attr-defined]
+    descriptions = [(distribution(name).read_text("METADATA") or "").partition("\n\n")[2] for name in PACKAGES]
     sources = [Path(str(distribution("gguf").locate_file(name))).read_text(encoding="utf-8") for name in SOURCES]
-    return "\n".join([*map(str, descriptions), *sources])
+    return "\n".join([*descriptions, *sources])
 
 
 def windows(directory: Path, length: int, count: int) -> list[list[int]]:

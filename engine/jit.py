@@ -27,7 +27,7 @@ def vector(element: Value, count: int = LANES) -> Value:
     return ir.VectorType(element, count)
 
 
-class _BFloat(ir.types.Type):  # type: ignore[misc]
+class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no types
     """Which llvmlite does not know."""
 
     def _to_string(self) -> str:
@@ -38,7 +38,7 @@ FLOATS, INTS, BYTES = vector(F32), vector(I32), vector(I8, 4 * LANES)
 PAIRS = vector(_BFloat(), 2 * LANES)
 
 
-class Builder(ir.IRBuilder):  # type: ignore[misc]
+class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
     """A function under construction. Addresses and counts are int64; vectors have 16 lanes unless said otherwise."""
 
     def __init__(self, name: str, arguments: tuple[str, ...], features: str) -> None:

@@ -137,7 +137,7 @@ def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attentio
     """The model with packed layers; all else is of `dtype`."""
     with safe_open(directory / FILE, "pt") as file:
         tables = {name: json.loads(table) for name, table in file.metadata().items()}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     formats = {name: _format(tensors, name, values) for name, values in tables["formats"].items()}
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
