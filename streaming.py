@@ -51,6 +51,7 @@ class TextStreamer:
         self._shown = self._decode(self._ids).rstrip(REPLACEMENT)  # a character that the answer may complete
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self.num_characters = 0  # decoded so far
+        self.num_released = 0  # of them
         self.is_stopped = False
 
     def put(self, token_ids: Sequence[int]) -> str:
@@ -60,6 +61,7 @@ class TextStreamer:
             if self.is_stopped:
                 break
             text += self._release(self._decode_next(token_id))
+        self.num_released += len(text)
         return text
 
     def end(self) -> str:
@@ -69,7 +71,9 @@ class TextStreamer:
         rest = self._decode(self._ids)[len(self._shown) :].replace(REPLACEMENT, "")
         self._ids, self._shown = [], ""
         text = self._release(rest)
-        return text if self.is_stopped else text + self._held
+        text += "" if self.is_stopped else self._held
+        self.num_released += len(text)
+        return text
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

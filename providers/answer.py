@@ -2,12 +2,12 @@
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from logprobs import TokenTexts
 from providers.loading import Loaded
 from schemas import FinishReason, PromptTokensDetails, Timings, Usage
 from streaming import TextStreamer
@@ -125,28 +125,16 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
                     break
             if reason and not streamer.is_stopped:
                 text += streamer.end()
-            if streamer.is_stopped:
-                reason = "stop"
-                pending = visible(pending, text, loaded.texts)
+            reason = "stop" if streamer.is_stopped else reason
+            num_shown = bisect_left(offsets, streamer.num_released)  # their text has begun to show
+            if reason and not streamer.is_stopped:
+                num_shown = len(pending)
             if text or reason or is_first:
-                num_shown = len(pending) if text or reason else 0
                 shown = tuple(pending[:num_shown]), tuple(offsets[:num_shown])
                 yield Piece(index, text, num_tokens, reason, *shown, outputs[0].prompt, outputs[0].num_reused)
                 pending, offsets = pending[num_shown:], offsets[num_shown:]
             if reason:
                 return
-
-
-def visible(tokens: list["SampledToken"], text: str, texts: TokenTexts) -> list["SampledToken"]:
-    """The tokens before a stop string: as many as it takes to cover the text that is left of theirs."""
-    length = len(text.encode())
-    covered, shown = 0, []
-    for token in tokens:
-        if covered >= length:
-            break
-        shown.append(token)
-        covered += len(texts.bytes_of(token.token_id))
-    return shown
 
 
 async def best(sources: Sequence[AsyncGenerator[Piece]], n: int, first_index: int) -> AsyncGenerator[Piece]:

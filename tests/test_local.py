@@ -1,15 +1,20 @@
 """The local provider: names, defaults, and choices that run side by side."""
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from models import byte_tokenizer
 
 from config import Settings
+from engine.sampling import SampledToken, SamplingParams
+from engine.sequence import TokenOutput
 from errors import ModelLoading, ModelNotFound
 from providers import Router
-from providers.answer import Piece, merge
+from providers.answer import Piece, Question, answer, merge
 from providers.loading import sampling_defaults
 from providers.local import LocalProvider
 from schemas import ChatCompletionRequest
@@ -60,6 +65,51 @@ def test_the_longest_prefix_decides_who_answers() -> None:
     assert router.resolve("google/gemma") == (local, "google/gemma")
     assert router.resolve("openai/gpt") == (cloud, "gpt")
     assert router.resolve("openai/special-x") == (special, "x")
+
+
+class Groups:
+    """An engine whose tokens arrive in groups, as they do when the caller is sometimes slow."""
+
+    def __init__(self, groups: list[list[TokenOutput]]) -> None:
+        self.groups = groups
+
+    async def stream(self, *question: Any) -> AsyncGenerator[list[TokenOutput]]:
+        for group in self.groups:
+            yield group
+
+
+def answered(groups: list[list[TokenOutput]], stop: str) -> tuple[str, list[int], list[int], int]:
+    """Text, tokens, their offsets, and how many were counted."""
+    template = SimpleNamespace(detokenizer=byte_tokenizer())
+    loaded = cast(Any, SimpleNamespace(engine=Groups(groups), template=template))
+
+    async def gather() -> list[Piece]:
+        return [piece async for piece in answer(loaded, 0, Question([1], SamplingParams(99), [stop]))]
+
+    pieces = asyncio.run(gather())
+    tokens = [token.token_id for piece in pieces for token in piece.tokens]
+    text = "".join(piece.text for piece in pieces)
+    return text, tokens, [offset for piece in pieces for offset in piece.offsets], pieces[-1].num_tokens
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_how_tokens_are_grouped_does_not_matter_to_an_answer(seed: int) -> None:
+    """Bytes that are no character, and a stop string that comes, comes nearly, or does not."""
+    rng = random.Random(seed)
+    tokenizer = byte_tokenizer()
+    letters = tokenizer("aab世é", add_special_tokens=False).input_ids
+    token_ids = [rng.choice(letters) for _ in range(30)]
+    outputs = [TokenOutput(token_id, sampled=SampledToken(token_id, -1.0)) for token_id in token_ids]
+    outputs.append(TokenOutput(None, "stop"))
+    stop = rng.choice(["aab", "b世", "zz"])
+    expected = answered([[output] for output in outputs], stop)
+    for _ in range(5):
+        cuts = sorted(rng.sample(range(1, len(outputs)), 6))
+        groups = [outputs[i:j] for i, j in zip([0, *cuts], [*cuts, len(outputs)], strict=True)]
+        assert answered(groups, stop) == expected
+    assert expected[1] == token_ids[: len(expected[1])]
+    if stop == "zz":
+        assert expected[1] == token_ids
 
 
 class Source:
