@@ -99,14 +99,33 @@ class StepAttention:
         return self._placed[group, device]
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a layer hands to attention; shapes as in `paged_attention`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    window: int | None
+    scaling: float
+    softcap: float | None
+
+    @property
+    def spec(self) -> LayerSpec:
+        _, num_kv_heads, _, key_dim = self.key.shape
+        return LayerSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, self.key.dtype, self.key.device)
+
+    @property
+    def stand_in(self) -> torch.Tensor:
+        """The values themselves, in the shape of what attention would give."""
+        return self.value.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1).transpose(1, 2)
+
+
 @dataclass
 class Probe:
-    """Takes the place of StepAttention in a first forward, and notes what each layer stores."""
+    """Takes the place of StepAttention in a first forward, and notes what each layer asks for."""
 
-    specs: dict[int, LayerSpec] = field(default_factory=dict)
-
-    def note(self, layer: int, key: torch.Tensor, value: torch.Tensor, window: int | None) -> None:
-        self.specs[layer] = LayerSpec(key.shape[1], key.shape[3], value.shape[3], window, key.dtype, key.device)
+    calls: dict[int, Call] = field(default_factory=dict)
 
 
 def paged_attention(
@@ -127,11 +146,11 @@ def paged_attention(
     """
     assert step is not None, "the model does not hand keyword arguments on to its attention"
     layer = cast(int, module.layer_idx)
+    scaling = scaling or query.shape[-1] ** -0.5
     if isinstance(step, Probe):
-        step.note(layer, key, value, sliding_window)
         _refuse_what_is_not_computed(others)
-        num_groups = query.shape[1] // key.shape[1]
-        return value.repeat_interleave(num_groups, dim=1).transpose(1, 2), None
+        step.calls[layer] = Call(query, key, value, sliding_window, scaling, softcap)
+        return step.calls[layer].stand_in, None
     group = step.of_layer(layer, key.device)
     keys, values = step.cache.keys[layer], step.cache.values[layer]  # (num_blocks, block_size, kv_heads, dim)
     keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
@@ -140,7 +159,7 @@ def paged_attention(
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     if softcap is None and attention_kernels.can_attend(keys, values):
-        _attend_with_kernels(query, keys, values, group, scaling or query.shape[-1] ** -0.5, output)
+        attend_with_kernels(query, keys, values, group, scaling, output)
         return output.flatten(1, 2)[None], None
     for decode in group.decodes:
         rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
@@ -160,7 +179,7 @@ def paged_attention(
     return output.flatten(1, 2)[None], None
 
 
-def _attend_with_kernels(
+def attend_with_kernels(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -168,6 +187,7 @@ def _attend_with_kernels(
     scaling: float,
     output: torch.Tensor,
 ) -> None:
+    """query: (kv_heads, group, tokens, dim), their keys and values in the cache; writes output, as the kernels do."""
     for decode in group.decodes:
         own = slice(decode.start, decode.end)
         attention_kernels.attend(query[:, :, own], keys, values, decode.tables, decode.visible, scaling, output[own])
@@ -198,12 +218,12 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None,
+    scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
     """(a, b, queries, dim) over (a, b, visible, dim); without a mask it is causal."""
     if softcap is not None:
-        return _attend_softcapped(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap)
+        return _attend_softcapped(query, key, value, mask, scaling, softcap)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
 

@@ -1,4 +1,4 @@
-"""Kernels for attention over the paged cache on the CPU: of decodes, and of chunks of prompts.
+"""Kernels for attention over the paged cache on the CPU: what goes in, of decodes, and of chunks of prompts.
 
 They read keys and values where they lie, need no masks, and compute in float32 whatever the cache holds.
 """
@@ -12,10 +12,13 @@ from llvmlite import ir
 
 from engine import jit
 from engine.jit import F32, FLOATS, I64, LANES, Builder, Program, constant, vector
-from engine.kernels import DTYPES, are_available, compiled
+from engine.kernels import DTYPES, FEW_ROWS, are_available, compiled
 
 TILE = 4  # queries that share what is read
+MOST_ROTATED = 256  # elements of a head, which has to stay in registers
 PARTS = 4  # vectors of a head that they sum up at a time: with the queries, half of the registers
+
+Norms = tuple[torch.Tensor, torch.Tensor, float] | None
 
 
 def can_attend(keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -113,7 +116,104 @@ def attend_chunk(
     )
 
 
+def can_rotate(dim: int) -> bool:
+    return not dim % (2 * LANES) and dim <= MOST_ROTATED
+
+
+def rotate(
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    angles: tuple[torch.Tensor, torch.Tensor],
+    norms: Norms,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """Rotary embeddings, after a normalisation if `norms` is given; keys and values go to the cache at `slots`.
+
+    heads: queries, keys and values, each (tokens, heads * dim) with rows that may be apart. angles: cosines and sines,
+    (1, tokens, dim) of the same dtype. norms: weights of queries and keys, (dim,) float32, and epsilon. keys, values:
+    (blocks, block_size, kv_heads, dim). slots: (tokens,) int64. Gives the queries, (tokens, heads, dim).
+    """
+    query, key, value = heads
+    cosine, sine = angles
+    num_tokens, dim, kv_heads = query.shape[0], keys.shape[-1], keys.shape[-2]
+    num_heads = query.shape[1] // dim
+    assert cosine.dtype == query.dtype == keys.dtype and cosine.is_contiguous() and sine.is_contiguous()
+    output = torch.empty(num_tokens, num_heads, dim, dtype=query.dtype)
+    weights = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+    _rotate(query.dtype, dim, None if norms is None else norms[2])(
+        *(address for part in heads for address in (part.data_ptr(), part.stride(0))),
+        cosine.data_ptr(),
+        sine.data_ptr(),
+        *weights,
+        keys.data_ptr(),
+        values.data_ptr(),
+        slots.data_ptr(),
+        output.data_ptr(),
+        num_tokens,
+        num_heads,
+        kv_heads,
+        num_threads=torch.get_num_threads() if num_tokens > FEW_ROWS else 1,
+    )
+    return output
+
+
 # --- the programs
+
+
+_ROTATE = (
+    *("query", "query_stride", "key", "key_stride", "value", "value_stride", "cosine", "sine", "query_weight"),
+    *("key_weight", "keys", "values", "slots", "output", "tokens", "heads", "kv_heads"),
+)
+
+
+@functools.cache
+def _rotate(dtype: torch.dtype, dim: int, epsilon: float | None) -> Program:
+    """A thread's share is some tokens. The first half of a head rotates with the second, as in GPT-NeoX."""
+    b = Builder("rotate", _ROTATE, jit.host()[1])
+    argument, size = b.argument, dtype.itemsize
+    with b.share(argument["tokens"]) as token:
+        slot = b.read(I64, b.address(argument["slots"], token, 8))
+        place = b.mul(b.mul(slot, argument["kv_heads"]), I64(dim * size))
+        angles = [b.address(argument[name], token, dim * size) for name in ("cosine", "sine")]
+        to = b.address(argument["output"], b.mul(token, argument["heads"]), dim * size)
+        for name, count, target in (("query", "heads", to), ("key", "kv_heads", b.add(argument["keys"], place))):
+            source = b.address(argument[name], b.mul(token, argument[f"{name}_stride"]), size)
+            with b.loop(I64(0), argument[count]) as head:
+                start = b.address(source, head, dim * size)
+                parts = [b.read_floats(dtype, b.add(start, I64(i * size))) for i in range(0, dim, LANES)]
+                if epsilon is not None:
+                    parts = _normalized(b, parts, argument[f"{name}_weight"], epsilon)
+                for i, part in enumerate(_rotated(b, dtype, parts, *angles)):
+                    b.write_floats(part, dtype, b.add(b.address(target, head, dim * size), I64(i * LANES * size)))
+        source = b.address(argument["value"], b.mul(token, argument["value_stride"]), size)
+        with b.loop(I64(0), b.mul(argument["kv_heads"], I64(dim)), LANES) as i:
+            copied = b.read_floats(dtype, b.address(source, i, size))
+            b.write_floats(copied, dtype, b.address(b.add(argument["values"], place), i, size))
+    return compiled(b)
+
+
+def _normalized(b: Builder, parts: list[jit.Value], weight: jit.Value, epsilon: float) -> list[jit.Value]:
+    """A head over the root of the mean of its squares, times the weight."""
+    squares = constant(FLOATS, 0.0)
+    for part in parts:
+        squares = b.fused(part, part, squares)
+    mean = b.fdiv(b.total(squares), F32(float(len(parts) * LANES)))
+    scale = b.splat(b.fdiv(F32(1.0), b.intrinsic("llvm.sqrt.f32", F32, b.fadd(mean, F32(epsilon)))))
+    weights = [b.read(FLOATS, b.add(weight, I64(4 * LANES * i))) for i in range(len(parts))]
+    return [b.fmul(b.fmul(part, scale), own) for part, own in zip(parts, weights, strict=True)]
+
+
+def _rotated(
+    b: Builder, dtype: torch.dtype, parts: list[jit.Value], cosine: jit.Value, sine: jit.Value
+) -> list[jit.Value]:
+    size, half = LANES * dtype.itemsize, len(parts) // 2
+    partners = [*(b.fneg(part) for part in parts[half:]), *parts[:half]]
+    rotated = []
+    for i, (part, partner) in enumerate(zip(parts, partners, strict=True)):
+        cos, sin = (b.read_floats(dtype, b.add(start, I64(i * size))) for start in (cosine, sine))
+        rotated.append(b.fused(part, cos, b.fmul(partner, sin)))
+    return rotated
 
 
 _ATTEND = (

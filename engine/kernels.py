@@ -25,9 +25,38 @@ DTYPES = (torch.bfloat16, torch.float32)  # of activations
 class Activations:
     """Rows of 8 bits, each group of 32 columns with a scale of its own; blocks = columns / 32."""
 
-    values: torch.Tensor  # (blocks, rows, 32) int8
-    scales: torch.Tensor  # (blocks, rows) float32
-    sums: torch.Tensor  # (blocks, rows, 2) int32, of the values of each half
+    memory: torch.Tensor  # values, scales and sums, one after the other
+    num_rows: int
+    blocks: int
+
+    @classmethod
+    def empty(cls, num_rows: int, blocks: int) -> "Activations":
+        return cls(torch.empty(num_rows * blocks * (GROUP + 4 + 8), dtype=torch.uint8), num_rows, blocks)
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        start, groups = self.memory.data_ptr(), self.num_rows * self.blocks
+        return start, start + GROUP * groups, start + (GROUP + 4) * groups
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(blocks, rows, 32) int8"""
+        return self._part(torch.int8, 0, GROUP)
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """(blocks, rows) float32"""
+        return self._part(torch.float32, GROUP, 4)[..., 0]
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """(blocks, rows, 2) int32, of the values of each half"""
+        return self._part(torch.int32, GROUP + 4, 8)
+
+    def _part(self, dtype: torch.dtype, start: int, size: int) -> torch.Tensor:
+        """Of every group, `size` bytes."""
+        groups = self.num_rows * self.blocks
+        return self.memory[start * groups : (start + size) * groups].view(dtype).view(self.blocks, self.num_rows, -1)
 
 
 def are_available() -> bool:
@@ -35,21 +64,11 @@ def are_available() -> bool:
     return jit.is_available()
 
 
-def _new_activations(num_rows: int, num_columns: int) -> Activations:
-    blocks = num_columns // GROUP
-    return Activations(
-        torch.empty(blocks, num_rows, GROUP, dtype=torch.int8),
-        torch.empty(blocks, num_rows),
-        torch.empty(blocks, num_rows, 2, dtype=torch.int32),
-    )
-
-
 def quantize(x: torch.Tensor) -> Activations:
     """x: (rows, columns), contiguous."""
     num_rows, num_columns = x.shape
-    result = _new_activations(num_rows, num_columns)
-    addresses = (result.values.data_ptr(), result.scales.data_ptr(), result.sums.data_ptr())
-    _quantize(x.dtype)(x.data_ptr(), *addresses, num_rows, num_columns // GROUP, num_threads=_threads(num_rows))
+    result = Activations.empty(num_rows, num_columns // GROUP)
+    _quantize(x.dtype)(x.data_ptr(), *result.addresses, num_rows, result.blocks, num_threads=_threads(num_rows))
     return result
 
 
@@ -65,7 +84,11 @@ def matmul_bfloat16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor, d
     output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
     addresses = (x.data_ptr(), weight.quants.data_ptr(), bias.data_ptr(), output.data_ptr())
     _matmul_bfloat16(dtype)(*addresses, num_rows, blocks, tiles, num_threads=torch.get_num_threads())
-    return output[:, : weight.num_rows].contiguous()
+    return _without_padding(output, weight)
+
+
+def _without_padding(output: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    return output if output.shape[1] == weight.num_rows else output[:, : weight.num_rows].contiguous()
 
 
 def group(x: torch.Tensor) -> torch.Tensor:
@@ -78,24 +101,11 @@ def matmul(
 ) -> torch.Tensor:
     """x times the transposed weight, plus bias: (rows, weight rows) of `dtype`. bias: float32, of whole tiles."""
     program = program or _matmul(weight.format, dtype)
-    blocks, num_rows, _ = x.values.shape
     tiles = weight.quants.shape[0]
-    output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
-    program(
-        x.values.data_ptr(),
-        x.scales.data_ptr(),
-        x.sums.data_ptr(),
-        weight.quants.data_ptr(),
-        weight.scales.data_ptr(),
-        0 if weight.minimums is None else weight.minimums.data_ptr(),
-        bias.data_ptr(),
-        output.data_ptr(),
-        num_rows,
-        blocks,
-        tiles,
-        num_threads=torch.get_num_threads(),
-    )
-    return output[:, : weight.num_rows].contiguous()
+    output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
+    addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
+    program(*addresses, x.num_rows, x.blocks, tiles, num_threads=torch.get_num_threads())
+    return _without_padding(output, weight)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -112,10 +122,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 def gate(gate_up: torch.Tensor, activation: str) -> Activations:
     """activation(gate) * up of rows that hold both, (rows, 2 * columns); activation: one of ACTIVATIONS."""
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    result = _new_activations(num_rows, size)
-    addresses = (result.values.data_ptr(), result.scales.data_ptr(), result.sums.data_ptr())
+    result = Activations.empty(num_rows, size // GROUP)
     threads = torch.get_num_threads() if num_rows > 1 else 1
-    _gate(gate_up.dtype, activation)(gate_up.data_ptr(), *addresses, num_rows, size // GROUP, num_threads=threads)
+    program = _gate(gate_up.dtype, activation)
+    program(gate_up.data_ptr(), *result.addresses, num_rows, result.blocks, num_threads=threads)
     return result
 
 

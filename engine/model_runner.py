@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from engine import attention, kernels, packed_checkpoint, packed_layers
+from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers
 from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec
 from engine.sampling import SampledToken, Sampler, score
@@ -86,6 +86,8 @@ def load_model(
     if how in packed_layers.FORMATS:
         with torch.inference_mode():
             packed_layers.pack_model(model, how, lambda fraction: report("quantizing weights", fraction))
+    if how in {*packed_layers.FORMATS, FROM_FILE}:
+        fused_attention.fuse(model)
     _give_back_memory()
     return model
 
@@ -259,12 +261,12 @@ def probe_layers(model: PreTrainedModel) -> dict[int, LayerSpec]:
     except AssertionError as error:
         raise ModelLoadError(f"Models of type {model.config.model_type!r} are not supported: {error}.") from error
     num_layers = model.config.get_text_config().num_hidden_layers
-    if set(probe.specs) != set(range(num_layers)):
+    if set(probe.calls) != set(range(num_layers)):
         raise ModelLoadError(
             f"Models of type {model.config.model_type!r} are not supported: "
             "not all of their layers use transformers' attention interface."
         )
-    return probe.specs
+    return {layer: call.spec for layer, call in probe.calls.items()}
 
 
 @dataclass(frozen=True)

@@ -71,14 +71,19 @@ class SharedInput:
 
     def __init__(self, layers: list[PackedLinear]) -> None:
         self._layers = layers
+        self.num_columns = layers[0].packed.num_columns
         self._products = list(_joined(layers))
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
 
+    def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Of all layers, (rows, their rows)."""
+        rows = prepare(x, self._layers[0].packed.format)
+        return [part for product in self._products for part in product(rows)]
+
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if x is not self._input:
-            rows = prepare(x, self._layers[0].packed.format)
-            self._outputs = [part for product in self._products for part in product(rows)]
+            self._outputs = self.outputs(x)
             self._input = x
         output = self._outputs[index]
         if index == len(self._outputs) - 1:  # the last one: nothing is kept for longer than needed
@@ -136,10 +141,10 @@ class SharedLinear(nn.Module):
 
     def __init__(self, shared: SharedInput, index: int) -> None:
         super().__init__()
-        self._shared, self._index = shared, index
+        self.shared, self._index = shared, index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._shared.output(self._index, x)
+        return self.shared.output(self._index, x)
 
 
 class PackedEmbedding(nn.Module):
@@ -172,10 +177,10 @@ class FusedNorm(nn.Module):
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
-        self._weight, self._epsilon = weight, epsilon
+        self.weight, self.epsilon = weight, epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.rms_norm(x.contiguous(), self._weight, self._epsilon)
+        return kernels.rms_norm(x.contiguous(), self.weight, self.epsilon)
 
 
 # --- replacing a model's layers
@@ -256,7 +261,7 @@ def _fused_mlp(module: nn.Module) -> FusedMLP | None:
     x = torch.randn(3, gate.packed.num_columns).to(gate.dtype)
     expected = module(x)
     fused = FusedMLP(join([gate, up]), activation, down)
-    return fused if _is_same(fused(x), expected) else None
+    return fused if is_same(fused(x), expected) else None
 
 
 def _activation_name(function: Any) -> str | None:
@@ -279,11 +284,12 @@ def _fused_norm(module: nn.Module) -> FusedNorm | None:
     x = torch.randn(2, weight.numel())
     for offset in (0.0, 1.0):
         fused = FusedNorm(weight.data.float() + offset, float(epsilon))
-        if _is_same(fused(x), module(x).float()):
+        if is_same(fused(x), module(x).float()):
             return fused
     return None
 
 
-def _is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+def is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """But for rounding."""
     difference = (actual.float() - expected.float()).norm()
     return bool(difference <= ROUNDING[expected.dtype] * expected.float().norm())

@@ -5,6 +5,7 @@ formats a minimum, as in the blocks of GGUF files: their codes are kept bit by b
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,12 @@ class PackedWeight:
     @property
     def num_columns(self) -> int:
         return self.quants.shape[1] * GROUP
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of quants, scales and minimums; 0 where there are none."""
+        minimums = 0 if self.minimums is None else self.minimums.data_ptr()
+        return self.quants.data_ptr(), self.scales.data_ptr(), minimums
 
     @property
     def num_bytes(self) -> int:

@@ -1,0 +1,112 @@
+"""FusedAttention: a stock attention module's work in six kernels, from its input to its output.
+
+As in packed_layers, it is first compared with what it replaces: what the stock module hands to attention, and what it
+makes of the result.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from engine import attention_kernels
+from engine.attention import Probe, StepAttention, attend_with_kernels
+from engine.attention_kernels import Norms
+from engine.packed_layers import ATTENTION_INPUTS, FusedNorm, PackedLinear, SharedInput, SharedLinear, is_same
+
+Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
+
+
+class FusedAttention(nn.Module):
+    """Queries, keys and values; their normalisation and rotation; attention; the output layer."""
+
+    def __init__(self, stock: nn.Module, shared: SharedInput, head_dim: int, norms: Norms, scaling: float) -> None:
+        super().__init__()
+        self._stock = stock  # what notes a model's layers wants them as they are
+        self._layer = cast(int, stock.layer_idx)
+        self._output = cast(PackedLinear, stock.o_proj)
+        self._shared, self._head_dim, self._norms, self._scaling = shared, head_dim, norms, scaling
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Angles | None = None, **others: Any
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states: (1, tokens, columns)."""
+        step = others.get("step")
+        if not isinstance(step, StepAttention) or position_embeddings is None:
+            others["position_embeddings"] = position_embeddings
+            return cast(tuple[torch.Tensor, None], self._stock(hidden_states=hidden_states, **others))
+        group = step.of_layer(self._layer, hidden_states.device)
+        keys, values = step.cache.keys[self._layer], step.cache.values[self._layer]
+        query = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
+        tokens, num_kv_heads = len(query), keys.shape[2]
+        output = torch.empty_like(query).view(tokens, num_kv_heads, -1, self._head_dim)
+        grouped = query.view(output.shape).permute(1, 2, 0, 3)
+        attend_with_kernels(grouped, keys, values, group, self._scaling, output)
+        return self.project(output), None
+
+    def heads(
+        self, x: torch.Tensor, angles: Angles, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """The queries, (tokens, heads, dim); keys and values go to the cache."""
+        query, key, value = self._shared.outputs(x)
+        return attention_kernels.rotate((query, key, value), angles, self._norms, keys, values, slots)
+
+    def project(self, output: torch.Tensor) -> torch.Tensor:
+        """What attention gave, (tokens, ...), as the module's output."""
+        return cast(torch.Tensor, self._output(output.reshape(1, len(output), -1)))
+
+
+@torch.inference_mode()
+def fuse(model: nn.Module) -> None:
+    """Puts one in the place of every stock module whose work it does."""
+    for name, module in list(model.named_modules()):
+        fused = fused_attention(module)
+        if fused is not None:
+            model.set_submodule(name, fused)
+
+
+def fused_attention(module: nn.Module) -> FusedAttention | None:
+    """For a module whose layers are packed already; None where it computes something else."""
+    layers = [getattr(module, part, None) for part in ATTENTION_INPUTS]
+    head_dim, output = getattr(module, "head_dim", None), getattr(module, "o_proj", None)
+    if not all(isinstance(layer, SharedLinear) for layer in layers) or not isinstance(output, PackedLinear):
+        return None
+    if not isinstance(head_dim, int) or not attention_kernels.can_rotate(head_dim):
+        return None
+    shared = cast(SharedLinear, layers[0]).shared
+    x = torch.randn(1, 3, shared.num_columns).to(output.dtype)
+    half = torch.rand(1, 3, head_dim // 2) * 6
+    angles = torch.cat([half, half], dim=-1)
+    places = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+    probe = Probe()
+    try:
+        expected = module(hidden_states=x, position_embeddings=places, attention_mask=None, step=probe)[0]
+        (call,) = probe.calls.values()
+        norms = _norms(module)
+    except Exception:  # it wants to be called in another way
+        return None
+    if call.softcap is not None:
+        return None
+    fused = FusedAttention(module, shared, head_dim, norms, call.scaling)
+    spec = call.spec
+    if spec.key_dim != head_dim or spec.value_dim != head_dim or spec.dtype != x.dtype:
+        return None
+    keys, values = torch.empty(2, 1, 3, spec.num_kv_heads, head_dim, dtype=x.dtype)
+    query = fused.heads(x, places, keys, values, torch.arange(3))
+    pairs = (
+        (query, call.query[0].transpose(0, 1)),
+        (keys[0], call.key[0].transpose(0, 1)),
+        (values[0], call.value[0].transpose(0, 1)),
+        (fused.project(call.stand_in[0]), expected),
+    )
+    return fused if all(a.shape == b.shape and is_same(a, b) for a, b in pairs) else None
+
+
+def _norms(module: nn.Module) -> Norms:
+    """Raises ValueError where they are no plain root mean squares over a head."""
+    query, key = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+    if query is None and key is None:
+        return None
+    if not isinstance(query, FusedNorm) or not isinstance(key, FusedNorm) or query.epsilon != key.epsilon:
+        raise ValueError("another normalisation")
+    return query.weight, key.weight, query.epsilon
