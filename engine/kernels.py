@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from llvmlite import ir
 
 from engine import jit
 from engine.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
@@ -127,6 +128,20 @@ def gate(gate_up: torch.Tensor, activation: str) -> Activations:
     program = _gate(gate_up.dtype, activation)
     program(gate_up.data_ptr(), *result.addresses, num_rows, result.blocks, num_threads=threads)
     return result
+
+
+def can_argmax(logits: torch.Tensor) -> bool:
+    is_plain = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
+    return is_plain and logits.shape[-1] >= LANES and are_available()
+
+
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row, NaN if there is one, and where it is first; logits: (rows, columns)."""
+    rows, columns = logits.shape
+    best, index = torch.empty(rows), torch.empty(rows, dtype=torch.long)
+    threads = torch.get_num_threads() if rows > 1 else 1
+    _argmax()(logits.data_ptr(), best.data_ptr(), index.data_ptr(), rows, columns, num_threads=threads)
+    return best, index
 
 
 def warm_up() -> None:
@@ -330,6 +345,36 @@ def _rms_norm(dtype: torch.dtype, epsilon: float) -> Program:
             value = b.fmul(b.read_floats(dtype, b.address(x, column, dtype.itemsize)), scale)
             value = b.fmul(value, b.read(FLOATS, b.address(b.argument["weight"], column, 4)))
             b.write_floats(value, dtype, b.address(output, column, dtype.itemsize))
+    return compiled(b)
+
+
+@functools.cache
+def _argmax() -> Program:
+    b = Builder("argmax", ("x", "best", "index", "rows", "columns"), jit.host()[1])
+    columns = b.argument["columns"]
+    best, index = b.variable(constant(FLOATS, 0.0)), b.variable(constant(INTS, 0))
+    lanes = ir.Constant(INTS, list(range(LANES)))
+    with b.share(b.argument["rows"]) as row:
+        start = b.address(b.argument["x"], b.mul(row, columns), 4)
+
+        def add(column: jit.Value) -> None:
+            value = b.read(FLOATS, b.address(start, column, 4))
+            place = b.add(b.splat(b.trunc(column, I32)), lanes)
+            index.set(b.select(b.fcmp_ordered(">", value, best.get()), place, index.get()))
+            best.set(b.intrinsic("llvm.maximum.v16f32", FLOATS, best.get(), value))
+
+        best.set(constant(FLOATS, float("-inf")))
+        index.set(constant(INTS, 0))
+        last = b.sub(columns, I64(LANES))
+        with b.loop(I64(0), last, LANES) as column:
+            add(column)
+        add(last)  # some of them for the second time
+        top = b.intrinsic("llvm.vector.reduce.fmaximum.v16f32", F32, best.get())
+        is_best = b.fcmp_ordered("==", best.get(), b.splat(top))
+        places = b.select(is_best, index.get(), constant(INTS, 2**31 - 1))
+        first = b.intrinsic("llvm.vector.reduce.smin.v16i32", I32, places)
+        b.write(top, b.address(b.argument["best"], row, 4))
+        b.write(b.sext(first, I64), b.address(b.argument["index"], row, 8))
     return compiled(b)
 
 

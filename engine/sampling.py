@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine import kernels
+
 if TYPE_CHECKING:
     from engine.sequence import Sequence
 
@@ -89,7 +91,7 @@ class Sampler:
         logits = raw.clone() if reports_raw else raw
         self._penalize(logits, sequences)
         self._bias(logits, sequences)
-        best, token_ids = logits.max(dim=-1)
+        best, token_ids = kernels.argmax(logits) if kernels.can_argmax(logits) else logits.max(dim=-1)
         sampled = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
         if sampled:
             rows = torch.tensor(sampled, device=logits.device)

@@ -124,3 +124,22 @@ def test_a_gate_is_its_activation_times_the_other_half(name: str, function: obje
     error = (as_floats(kernels.gate(x, name)) - expected).abs().view(rows, 2, 32)
     step = expected.view(rows, 2, 32).abs().amax(-1, keepdim=True) / 127
     assert (error <= step * 0.501).all()
+
+
+@pytest.mark.parametrize("columns", [16, 17, 31, 32, 97, 5003])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_argmax_is_the_first_of_the_largest(rows: int, columns: int) -> None:
+    for scale in (1.0, 50.0):  # many of one size, or hardly two
+        logits = (torch.randn(rows, columns) * scale).round() - 100
+        best, index = kernels.argmax(logits)
+        assert torch.equal(best, logits.amax(-1))
+        assert index.tolist() == [row.index(max(row)) for row in logits.tolist()]
+
+
+@pytest.mark.parametrize("place", [0, 3, 20, 39])
+def test_argmax_shows_what_is_no_number(place: int) -> None:
+    logits = torch.randn(3, 40)
+    logits[1, place], logits[2, place] = torch.nan, torch.inf
+    best, index = kernels.argmax(logits)
+    assert best[0] == logits[0].amax() and best[1].isnan() and best[2].isinf() and index[2] == place
+    assert kernels.argmax(torch.full((1, 40), -torch.inf))[0].isinf()
