@@ -72,7 +72,10 @@ class Settings(BaseSettings):
     kv_cache_memory: Bytes | None = Field(None, description="bytes such as 4GiB; default: from free memory")
     kv_block_size: int = Field(16, gt=0, description="tokens in a block of the KV cache")
     num_speculative_tokens: int = Field(
-        8, ge=0, description="guessed from the text so far and checked at once; 0: none"
+        8, ge=0, description="guessed from the text so far, or by a draft model, and checked at once; 0: none"
+    )
+    draft_model_path: str | None = Field(
+        None, description="a smaller model of the same vocabulary that guesses; as MODEL_PATH"
     )
 
     @field_validator("cors_allow_origins", mode="before")

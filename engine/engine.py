@@ -10,12 +10,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from engine.draft_model import CATCH_UP, DraftModel
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.model_runner import STOCK, ModelRunner, Report, load_model, probe_layers
 from engine.sampling import SampledToken, SamplingParams
@@ -254,32 +255,44 @@ def _call_sinks(outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
 
 
 def load_engine(
-    directory: Path, options: EngineOptions, stop_token_ids: Callable[[], Iterable[int]], report: Report
+    directory: Path,
+    options: EngineOptions,
+    stop_token_ids: Callable[[], Iterable[int]],
+    report: Report,
+    draft: Path | None = None,
 ) -> tuple[Engine, GenerationConfig | None]:
     """The engine for the model in `directory`, not started, and what the model's authors recommend.
 
     Raises ModelLoadError. Blocks for seconds or minutes.
 
     `stop_token_ids` end an answer beside those that the model's own generation config names; they are asked for once
-    the weights are there.
+    the weights are there. `draft`: a directory with a smaller model of the same vocabulary, which guesses.
     """
     model = load_model(directory, options.dtype, options.device_map, report, options.quantization)
+    small = None
+    if draft is not None:
+        small = load_model(draft, options.dtype, options.device_map, report, options.quantization)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos_ids = frozenset([*stop_token_ids(), *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
-    engine = build_engine(model, options, eos_ids)
+    engine = build_engine(model, options, eos_ids, small)
     _warm_up(engine)
     return engine, model.generation_config
 
 
 def _warm_up(engine: Engine) -> None:
-    """A prompt and a decode, so that what is compiled when first used does not wait for somebody's stream."""
-    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    """A prompt and decodes, so that what is compiled when first used does not wait for somebody's stream."""
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     engine.scheduler.add(Sequence([0, 0, 0], params, sink=lambda output: None))
     while engine.scheduler.has_work:
         engine.step()
 
 
-def build_engine(model: PreTrainedModel, options: EngineOptions, eos_token_ids: frozenset[int]) -> Engine:
+def build_engine(
+    model: PreTrainedModel,
+    options: EngineOptions,
+    eos_token_ids: frozenset[int],
+    draft: PreTrainedModel | None = None,
+) -> Engine:
     """The engine for a loaded model, its cache sized from free memory."""
     specs = probe_layers(model)
     max_num_seqs, batched, mixed = _DEVICE_DEFAULTS[
@@ -289,22 +302,48 @@ def build_engine(model: PreTrainedModel, options: EngineOptions, eos_token_ids: 
     batched = max(options.max_num_batched_tokens or batched, max_num_seqs)
     mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)
     context = _model_context(model, options.max_model_len)
-    bytes_per_token = sum(spec.bytes_per_token for spec in specs.values())
-    memory = options.kv_cache_memory or min(
-        _free_memory(specs), max_num_seqs * (context + options.kv_block_size) * bytes_per_token
+    guesser = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
+    plan, memory = _plan(specs, options, context, max_num_seqs, max(batched, mixed))
+    limits = Limits(
+        max_num_seqs, batched, mixed, _fit_context(context, plan, options, memory), options.num_speculative_tokens
     )
-    plan = CachePlan.fit(specs, memory, options.kv_block_size, max_num_seqs, max(batched, mixed))
-    longest = _fit_context(context, plan, options, memory)
-    limits = Limits(max_num_seqs, batched, mixed, longest, options.num_speculative_tokens)
     cache = KVCache(plan, specs)
     log.info(
         "context %d tokens, %d sequences at once, KV cache %.2f GiB in %s blocks of %d tokens",
         *(limits.max_model_len, max_num_seqs, memory / 2**30, "+".join(str(g.num_blocks) for g in plan.groups)),
         options.kv_block_size,
     )
-    return Engine(
-        ModelRunner(model, cache, eos_token_ids), Scheduler(cache, limits, eos_token_ids), options.max_waiting
+    scheduler = Scheduler(cache, limits, eos_token_ids, guesser)
+    return Engine(ModelRunner(model, cache, eos_token_ids), scheduler, options.max_waiting)
+
+
+def _plan(
+    specs: dict[int, LayerSpec], options: EngineOptions, context: int, max_num_seqs: int, step_tokens: int
+) -> tuple[CachePlan, int]:
+    """The cache's blocks, and the bytes that they were fitted to."""
+    bytes_per_token = sum(spec.bytes_per_token for spec in specs.values())
+    memory = options.kv_cache_memory or min(
+        _free_memory(specs), max_num_seqs * (context + options.kv_block_size) * bytes_per_token
     )
+    return CachePlan.fit(specs, memory, options.kv_block_size, max_num_seqs, step_tokens), memory
+
+
+def _draft_model(
+    draft: PreTrainedModel,
+    model: PreTrainedModel,
+    options: EngineOptions,
+    max_num_seqs: int,
+    context: int,
+    eos_token_ids: frozenset[int],
+) -> DraftModel:
+    specs = probe_layers(draft)
+    context = min(context, _model_context(draft, None))
+    plan, memory = _plan(specs, options, context, max_num_seqs, CATCH_UP)
+    cache = KVCache(plan, specs)
+    log.info("guesses come from a draft model, whose KV cache has %.2f GiB", memory / 2**30)
+    runner = ModelRunner(draft, cache, eos_token_ids)
+    num_embeddings = cast(int, model.get_input_embeddings().num_embeddings)
+    return DraftModel(runner, cache, num_embeddings, min(context, plan.max_tokens))
 
 
 def _model_context(model: PreTrainedModel, wanted: int | None) -> int:

@@ -13,7 +13,7 @@ class Pace:
 
     def budget(self, num_decodes: int, num_prompts: int) -> int:
         """Tokens of prompts in the next step: the fewer streams it delays for the more that wait, the more."""
-        decode_time = self._decode_time(num_decodes)
+        decode_time = self.decode_time(num_decodes)
         if decode_time is None or not self._token_time:
             return self.most
         allowed = (STRETCH * (1 + num_prompts / num_decodes) - 1) * decode_time
@@ -23,7 +23,7 @@ class Pace:
         """What a step took."""
         if not num_decodes:
             return
-        decode_time = self._decode_time(num_decodes)
+        decode_time = self.decode_time(num_decodes)
         if not num_prompt_tokens:
             size = _size(num_decodes)
             self._decode_times[size] = _mean(self._decode_times.get(size), seconds)
@@ -31,7 +31,7 @@ class Pace:
             added = max(0.0, seconds - decode_time) / num_prompt_tokens
             self._token_time = _mean(self._token_time, added)
 
-    def _decode_time(self, num_decodes: int) -> float | None:
+    def decode_time(self, num_decodes: int) -> float | None:
         """Of steps with as many decodes, or else with the next fewer, or more."""
         size = _size(num_decodes)
         known = sorted(self._decode_times, key=lambda other: (other > size, abs(other - size)))

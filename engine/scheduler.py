@@ -11,6 +11,7 @@ from engine.kv_cache import KVCache
 from engine.pace import Pace
 from engine.sampling import SampledToken
 from engine.sequence import FinishReason, Sequence, Status, TokenOutput
+from engine.speculation import Guesser, PromptLookup
 
 PATIENCE = 300  # steps
 MOST_DRAFTED_ROWS = 16  # tokens in a step with guesses: beyond, a row costs about as much as a token is worth
@@ -77,8 +78,11 @@ class Batch:
 
 
 class Scheduler:
-    def __init__(self, cache: KVCache, limits: Limits, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, cache: KVCache, limits: Limits, eos_token_ids: frozenset[int], guesser: Guesser | None = None
+    ) -> None:
         self.cache = cache
+        self.guesser = guesser or PromptLookup()
         self.limits = limits
         self.eos_token_ids = eos_token_ids
         self.waiting: deque[Sequence] = deque()  # in the order of priority
@@ -127,18 +131,20 @@ class Scheduler:
 
     def _with_drafts(self, decodes: list[Span]) -> list[Span]:
         """Guesses at what follows, while rows of the step are left that cost little."""
-        rows = MOST_DRAFTED_ROWS // max(1, len(decodes)) - 1
-        most = min(self.limits.num_speculative_tokens, rows)
-        return [self._with_draft(span, most) for span in decodes] if most > 0 else decodes
+        most = min(self.limits.num_speculative_tokens, MOST_DRAFTED_ROWS // max(1, len(decodes)) - 1)
+        if most <= 0:
+            return decodes
+        requests = [(span.sequence, min(most, self._num_left(span.sequence) - 1)) for span in decodes]
+        drafts = self.guesser.propose(requests, self.pace.decode_time(len(decodes)))
+        return [self._with_draft(span, draft) for span, draft in zip(decodes, drafts, strict=True)]
 
-    def _with_draft(self, span: Span, most: int) -> Span:
+    def _num_left(self, sequence: Sequence) -> int:
+        """Tokens that its answer can still get, at least one."""
+        left = sequence.params.max_tokens - sequence.num_output_tokens
+        return min(left, self.limits.max_model_len - sequence.num_tokens)
+
+    def _with_draft(self, span: Span, draft: tuple[int, ...]) -> Span:
         sequence = span.sequence
-        most = min(
-            most,
-            sequence.params.max_tokens - sequence.num_output_tokens - 1,
-            self.limits.max_model_len - sequence.num_tokens - 1,
-        )
-        draft = sequence.drafter.propose(sequence.token_ids, most) if most > 0 else ()
         if not draft or not self.cache.allocate(sequence, sequence.num_tokens + len(draft)):
             return span
         return Span(sequence, span.start, 1 + len(draft), draft)
@@ -246,7 +252,7 @@ class Scheduler:
                 break
         sequence.num_computed = num_before + len(outputs) - 1
         if span.draft:
-            sequence.drafter.note(len(span.draft), len(tokens) - 1, sequence.num_tokens)
+            self.guesser.note(sequence, len(span.draft), len(tokens) - 1)
         return outputs
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
@@ -273,6 +279,7 @@ class Scheduler:
             self.running.remove(sequence)
         self._erase_unseen(sequence)
         self.cache.free(sequence)
+        self.guesser.forget(sequence)
         sequence.status = Status.FINISHED
 
     def _erase_unseen(self, sequence: Sequence) -> None:

@@ -38,6 +38,8 @@ Load = Callable[[str, Settings, Progress], Loaded]
 def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
+    draft = settings.draft_model_path if settings.num_speculative_tokens else None
+    draft_directory = draft and checkpoint.fetch(draft, settings.cache_dir, progress.report).directory
     progress.report("loading libraries", 0.0)
     from engine import kernels
 
@@ -49,8 +51,10 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     config, _ = check_model(directory, options.dtype, options.device_map)
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         template = pool.submit(load_template, directory, config.model_type)
+        if draft_directory:
+            check_vocabulary(template.result(), load_template(draft_directory, config.model_type))
         engine, generation_config = load_engine(
-            directory, options, lambda: template.result().stop_token_ids, progress.report
+            directory, options, lambda: template.result().stop_token_ids, progress.report, draft_directory or None
         )
     progress.report("ready", 1.0)
     return Loaded(
@@ -87,6 +91,12 @@ def load_template(directory: Path, model_type: str) -> PromptTemplate:
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {error}".splitlines()[0]) from error
     return PromptTemplate(tokenizer, model_type)
+
+
+def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:
+    """Raises ModelLoadError unless both models mean the same by a token."""
+    if template.tokenizer.get_vocab() != draft.tokenizer.get_vocab():
+        raise ModelLoadError("The model at DRAFT_MODEL_PATH has another vocabulary: its guesses would mean nothing.")
 
 
 def sampling_defaults(generation_config: Any) -> dict[str, Any]:

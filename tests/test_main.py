@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import shutil
 import subprocess
 import sys
 import threading
@@ -485,6 +486,24 @@ def test_a_model_that_cannot_be_served_ends_the_process_with_a_sentence(
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and sentence in errors[0]
     assert "Traceback" not in ended.stderr
+
+
+def test_a_draft_model_changes_no_answer_and_must_have_the_same_vocabulary(
+    server: Server, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    body: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 60, "seed": 5, "temperature": 0.9}
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    settings = {"MODEL_PATH": str(tiny_checkpoint), "DTYPE": "float32", "MAX_MODEL_LEN": "480"}
+    with serve(MAIN, **settings, DRAFT_MODEL_PATH=str(other)) as drafting:
+        drafting.wait_until_healthy()
+        answers = [s.post("/v1/chat/completions", **body).json() for s in (drafting, server)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    tokenizer = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(tokenizer.replace('"A":', '"Alpha":'))
+    command = [sys.executable, "main.py", "--port", "0", "--model-path", str(tiny_checkpoint)]
+    command += ["--draft-model-path", str(other)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0 and "error: The model at DRAFT_MODEL_PATH has another vocabulary" in ended.stderr
 
 
 def write_hopeless_models(directory: Path) -> None:
