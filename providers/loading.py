@@ -1,10 +1,11 @@
 """Loading of the local model: files, tokenizer, engine; in a thread of its own, since it takes seconds to minutes."""
 
 import asyncio
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,19 @@ class Loaded:
 Load = Callable[[str, Settings, Progress], Loaded]
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Loading makes a million objects, most of which stay: to look for garbage among them again and again takes a
+    second of a start, and later stalls streams."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@uncollected()
 def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
