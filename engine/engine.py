@@ -22,6 +22,7 @@ from engine.model_runner import STOCK, ModelRunner, Report, load_model, probe_la
 from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.sequence import Sequence, Sink, TokenOutput
+from engine.threads import set_threads
 from errors import EngineFailure, ModelLoadError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -268,6 +269,7 @@ def load_engine(
     `stop_token_ids` end an answer beside those that the model's own generation config names; they are asked for once
     the weights are there. `draft`: a directory with a smaller model of the same vocabulary, which guesses.
     """
+    set_threads()
     model = load_model(directory, options.dtype, options.device_map, report, options.quantization)
     small = None
     if draft is not None:

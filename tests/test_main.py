@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import threading
