@@ -24,7 +24,7 @@ def test_without_a_quota_the_cores_count(tmp_path: Path, text: str) -> None:
     assert num_threads(tmp_path / "cpu.max") == num_threads(tmp_path / "none") <= cores
 
 
-@pytest.mark.parametrize("wanted", [None, "3"])
+@pytest.mark.parametrize("wanted", [None, "1"])
 def test_what_the_environment_says_wins(wanted: str | None) -> None:
     code = "import torch; from engine import threads; threads.set_threads(); print(torch.get_num_threads())"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
