@@ -70,7 +70,9 @@ class Settings(BaseSettings):
     )
     max_waiting: int = Field(1024, gt=0, description="sequences that may wait; more are refused with 503")
     kv_cache_memory: Bytes | None = Field(None, description="bytes such as 4GiB; default: from free memory")
-    kv_block_size: int = Field(16, gt=0, description="tokens in a block of the KV cache")
+    kv_block_size: int | None = Field(
+        None, gt=0, description="tokens in a block of the KV cache; default: 16, or 256 where a GPU's kernels want that"
+    )
     num_speculative_tokens: int = Field(
         8, ge=0, description="guessed from the text so far, or by a draft model, and checked at once; 0: none"
     )

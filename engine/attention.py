@@ -13,8 +13,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from engine import attention_kernels
+from engine import attention_kernels, paged_flash
 from engine.kv_cache import KVCache, LayerSpec
+from engine.paged_flash import FlashBatch, Kernel
 
 NAME = "paged_blocks"
 
@@ -74,9 +75,12 @@ class GroupAttention:
     slots: torch.Tensor  # (tokens,): block * block_size + offset, where a token's key and value go
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillChunk, ...]
+    flash: FlashBatch | None = None  # both of them, where a GPU computes them in one
 
     def to(self, device: torch.device) -> "GroupAttention":
         """A copy whose tensors are on `device`."""
+        if self.flash is not None:
+            return GroupAttention(self.slots.to(device), (), (), self.flash.to(device))
         return GroupAttention(
             self.slots.to(device),
             tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
@@ -90,6 +94,7 @@ class StepAttention:
 
     cache: KVCache
     groups: list[GroupAttention]
+    flash: Kernel | None = None
     _placed: dict[tuple[int, torch.device], GroupAttention] = field(default_factory=dict)
 
     def of_layer(self, layer: int, device: torch.device) -> GroupAttention:
@@ -113,7 +118,8 @@ class Call:
     @property
     def spec(self) -> LayerSpec:
         _, num_kv_heads, _, key_dim = self.key.shape
-        return LayerSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, self.key.dtype, self.key.device)
+        place = (self.key.dtype, self.key.device)
+        return LayerSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, *place, self.softcap)
 
     @property
     def stand_in(self) -> torch.Tensor:
@@ -155,6 +161,9 @@ def paged_attention(
     keys, values = step.cache.keys[layer], step.cache.values[layer]  # (num_blocks, block_size, kv_heads, dim)
     keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
+    if step.flash is not None and group.flash is not None:
+        output = paged_flash.attend(step.flash, query[0].transpose(0, 1), keys, values, group.flash, scaling)
+        return output[None], None
     num_kv_heads, value_dim = values.shape[2:]
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first

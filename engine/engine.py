@@ -16,9 +16,11 @@ import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from engine import paged_flash
 from engine.draft_model import CATCH_UP, DraftModel
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.model_runner import STOCK, ModelRunner, Report, load_model, probe_layers
+from engine.paged_flash import Kernel
 from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.sequence import Sequence, Sink, TokenOutput
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 CPU_CACHE_MEMORY = 4 * 2**30  # bytes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
+BLOCK_SIZES = (16, 256)  # tokens, the first one that the device's attention takes
 GPU_RESERVE = 0.1  # of a GPU's memory, for activations
 
 
@@ -45,7 +48,7 @@ class EngineOptions:
     max_num_mixed_tokens: int | None = None
     max_waiting: int = 1024
     kv_cache_memory: int | None = None
-    kv_block_size: int = 16
+    kv_block_size: int | None = None
     num_speculative_tokens: int = 8
 
 
@@ -305,7 +308,8 @@ def build_engine(
     mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)
     context = _model_context(model, options.max_model_len)
     guesser = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
-    plan, memory = _plan(specs, options, context, max_num_seqs, max(batched, mixed))
+    block_size, flash = _attention_of(specs, options)
+    plan, memory = _plan(specs, options, block_size, context, max_num_seqs, max(batched, mixed))
     limits = Limits(
         max_num_seqs, batched, mixed, _fit_context(context, plan, options, memory), options.num_speculative_tokens
     )
@@ -313,21 +317,35 @@ def build_engine(
     log.info(
         "context %d tokens, %d sequences at once, KV cache %.2f GiB in %s blocks of %d tokens",
         *(limits.max_model_len, max_num_seqs, memory / 2**30, "+".join(str(g.num_blocks) for g in plan.groups)),
-        options.kv_block_size,
+        block_size,
     )
-    scheduler = Scheduler(cache, limits, eos_token_ids, guesser)
-    return Engine(ModelRunner(model, cache, eos_token_ids), scheduler, options.max_waiting)
+    runner = ModelRunner(model, cache, eos_token_ids, flash)
+    if flash is not None and len({spec.device for spec in specs.values()}) == 1:
+        runner.record_graphs(max_num_seqs, limits.max_model_len)
+    return Engine(runner, Scheduler(cache, limits, eos_token_ids, guesser), options.max_waiting)
+
+
+def _attention_of(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
+    """Tokens in a block, and the kernel that attends to such blocks on a GPU; some take only large ones."""
+    sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
+    found = ((size, paged_flash.find(specs.values(), size)) for size in sizes)
+    return next(((size, kernel) for size, kernel in found if kernel is not None), (sizes[0], None))
 
 
 def _plan(
-    specs: dict[int, LayerSpec], options: EngineOptions, context: int, max_num_seqs: int, step_tokens: int
+    specs: dict[int, LayerSpec],
+    options: EngineOptions,
+    block_size: int,
+    context: int,
+    max_num_seqs: int,
+    step_tokens: int,
 ) -> tuple[CachePlan, int]:
     """The cache's blocks, and the bytes that they were fitted to."""
     bytes_per_token = sum(spec.bytes_per_token for spec in specs.values())
     memory = options.kv_cache_memory or min(
-        _free_memory(specs), max_num_seqs * (context + options.kv_block_size) * bytes_per_token
+        _free_memory(specs), max_num_seqs * (context + block_size) * bytes_per_token
     )
-    return CachePlan.fit(specs, memory, options.kv_block_size, max_num_seqs, step_tokens), memory
+    return CachePlan.fit(specs, memory, block_size, max_num_seqs, step_tokens), memory
 
 
 def _draft_model(
@@ -340,10 +358,11 @@ def _draft_model(
 ) -> DraftModel:
     specs = probe_layers(draft)
     context = min(context, _model_context(draft, None))
-    plan, memory = _plan(specs, options, context, max_num_seqs, CATCH_UP)
+    block_size, flash = _attention_of(specs, options)
+    plan, memory = _plan(specs, options, block_size, context, max_num_seqs, CATCH_UP)
     cache = KVCache(plan, specs)
     log.info("guesses come from a draft model, whose KV cache has %.2f GiB", memory / 2**30)
-    runner = ModelRunner(draft, cache, eos_token_ids)
+    runner = ModelRunner(draft, cache, eos_token_ids, flash)
     num_embeddings = cast(int, model.get_input_embeddings().num_embeddings)
     return DraftModel(runner, cache, num_embeddings, min(context, plan.max_tokens))
 

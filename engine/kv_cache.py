@@ -30,6 +30,13 @@ class LayerSpec:
     window: int | None  # tokens that a query sees, itself included; None: all
     dtype: torch.dtype
     device: torch.device
+    softcap: float | None = None  # of the scores
+
+    @property
+    def can_use_flash(self) -> bool:
+        """Whether it is plain attention in 16 bits, on a GPU."""
+        is_plain = self.softcap is None and self.key_dim == self.value_dim
+        return is_plain and self.device.type == "cuda" and self.dtype.itemsize == 2
 
     @property
     def bytes_per_token(self) -> int:
@@ -85,11 +92,12 @@ class KVCache:
         self.plan = plan
         self.groups = plan.groups
         self.block_size = plan.block_size
-        self.keys: dict[int, torch.Tensor] = {}  # layer -> (num_blocks, block_size, num_kv_heads, key_dim)
+        self.keys: dict[int, torch.Tensor] = {}  # layer -> (num_blocks + 1, block_size, num_kv_heads, key_dim)
         self.values: dict[int, torch.Tensor] = {}
         self.group_of = {layer: g for g, group in enumerate(plan.groups) for layer in group.layers}
         for layer, spec in specs.items():
-            shape = (plan.groups[self.group_of[layer]].num_blocks, plan.block_size, spec.num_kv_heads)
+            num_blocks = plan.groups[self.group_of[layer]].num_blocks + 1  # the last one is nobody's
+            shape = (num_blocks, plan.block_size, spec.num_kv_heads)
             self.keys[layer] = _zeros((*shape, spec.key_dim), spec)
             self.values[layer] = _zeros((*shape, spec.value_dim), spec)
         self.pools = [BlockPool(group.num_blocks) for group in plan.groups]
@@ -211,6 +219,11 @@ class KVCache:
                     pool.release(block)
         sequence.block_tables = []
         sequence.num_published = 0
+
+
+def first_visible(position: int, window: int | None) -> int:
+    """The first token that the one at `position` sees."""
+    return 0 if window is None else max(0, position + 1 - window)
 
 
 def _runs(flags: list[bool]) -> list[int]:

@@ -18,7 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers
 from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention
-from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec
+from engine.cuda_graphs import DecodeGraphs, Record, record
+from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec, first_visible
+from engine.paged_flash import FlashBatch, Kernel
 from engine.sampling import SampledToken, Sampler, score
 from engine.scheduler import Batch, Span
 from errors import ModelLoadError
@@ -299,8 +301,13 @@ class _Layout:
 class ModelRunner:
     """Owns the model and its cache; all calls come from one thread."""
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: KVCache, eos_token_ids: Iterable[int] = (), flash: Kernel | None = None
+    ) -> None:
+        """flash: attends to all of a step's tokens in one."""
         self.model = model
+        self.flash = flash
+        self._graphs: DecodeGraphs | None = None
         self.cache = cache
         self.sampler = Sampler(eos_token_ids)
         self.device = input_device(model)
@@ -339,20 +346,40 @@ class ModelRunner:
 
     def forward(self, layout: _Layout, rows: list[int]) -> torch.Tensor:
         """The logits of the step's tokens number `rows`: (rows, vocab)."""
+        if self._graphs is not None and not layout.prefills:
+            recorded = self._graphs.run(layout.decodes)
+            if recorded is not None:
+                return recorded[rows]
         token_ids: list[int] = []
         positions: list[int] = []
         for span in layout.spans:
             token_ids += [span.token_at(position) for position in range(span.start, span.end)]
             positions += range(span.start, span.end)
         groups = [self._group_attention(index, group, layout) for index, group in enumerate(self.cache.groups)]
+        return self._compute(
+            torch.tensor([token_ids], device=self.device),
+            torch.tensor([positions], device=self.device),
+            StepAttention(self.cache, groups, self.flash),
+            torch.tensor(rows, dtype=torch.long, device=self.device),
+        )
+
+    def _compute(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, step: StepAttention, rows: torch.Tensor | int = 0
+    ) -> torch.Tensor:
+        """token_ids, positions: (1, tokens); rows: whose logits are wanted, 0 for all of them."""
         output = self.model(
-            input_ids=torch.tensor([token_ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self.device),
-            step=StepAttention(self.cache, groups),
+            input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=rows, step=step
         )
         return cast(torch.Tensor, output.logits[0])
+
+    @torch.inference_mode()
+    def record_graphs(self, most: int, max_model_len: int, record: Record = record) -> None:
+        """Steps of up to `most` decodes, where the model can be recorded; it needs `flash`."""
+        assert self.flash is not None
+        try:
+            self._graphs = DecodeGraphs(self._compute, self.cache, self.flash, most, max_model_len, self.device, record)
+        except RuntimeError as error:  # it moves something to the CPU, or memory is short
+            log.info("decodes are not recorded as CUDA graphs: %s", _first_line(error))
 
     def _score_prompts(self, logits: torch.Tensor, spans: list[Span], positions: dict[int, range]) -> None:
         """logits: (positions of all spans, vocab); SCORED_ROWS of them at a time in float32."""
@@ -371,6 +398,8 @@ class ModelRunner:
         for span in layout.spans:
             table = span.sequence.block_tables[index]
             slots += [table[p // block_size] * block_size + p % block_size for p in range(span.start, span.end)]
+        if self.flash is not None:
+            return GroupAttention(torch.tensor(slots), (), (), self._flash_batch(index, group.window, layout.spans))
         decodes, start = [], 0
         for spans in _similar_lengths(layout.decodes, group.window, block_size):
             decodes.append(self._decode_group(index, group.window, spans, start))
@@ -381,9 +410,23 @@ class ModelRunner:
             start += span.num_tokens
         return GroupAttention(torch.tensor(slots), tuple(decodes), tuple(prefills))
 
+    def _flash_batch(self, index: int, window: int | None, spans: list[Span]) -> FlashBatch:
+        block_size = self.cache.block_size
+        firsts = [first_visible(span.start, window) // block_size for span in spans]
+        tables = [
+            span.sequence.block_tables[index][first : -(-span.end // block_size)]
+            for span, first in zip(spans, firsts, strict=True)
+        ]
+        width = max(len(table) for table in tables)
+        padded = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
+        lengths = [span.end - first * block_size for span, first in zip(spans, firsts, strict=True)]
+        starts = torch.tensor([0, *(span.num_tokens for span in spans)]).cumsum(0).int()
+        longest_query = max(span.num_tokens for span in spans)
+        return FlashBatch(starts, padded, torch.tensor(lengths).int(), longest_query, width * block_size, window)
+
     def _decode_group(self, index: int, window: int | None, spans: list[Span], start: int) -> DecodeGroup:
         block_size = self.cache.block_size
-        firsts = [_first_visible(span.start, window) // block_size for span in spans]
+        firsts = [first_visible(span.start, window) // block_size for span in spans]
         tables = [
             span.sequence.block_tables[index][first : span.start // block_size + 1]
             for span, first in zip(spans, firsts, strict=True)
@@ -391,14 +434,14 @@ class ModelRunner:
         width = max(len(table) for table in tables)
         padded = torch.tensor([table + [table[-1]] * (width - len(table)) for table in tables])
         visible = [
-            (_first_visible(span.start, window) - first * block_size, span.end - first * block_size)
+            (first_visible(span.start, window) - first * block_size, span.end - first * block_size)
             for span, first in zip(spans, firsts, strict=True)
         ]
         return DecodeGroup(start, start + len(spans), padded, torch.tensor(visible), block_size, self.dtype)
 
     def _prefill_chunk(self, index: int, window: int | None, span: Span, start: int) -> PrefillChunk:
         block_size = self.cache.block_size
-        first = _first_visible(span.start, window) // block_size
+        first = first_visible(span.start, window) // block_size
         table = span.sequence.block_tables[index][first : -(-span.end // block_size)]
         assert FREED not in table
         position = span.start - first * block_size
@@ -411,10 +454,6 @@ def _scored_positions(span: Span) -> range:
     """Those of its sequence's `next_scores` that the span computes."""
     wanted = span.sequence.next_scores
     return range(max(span.start, wanted.start), min(span.end, wanted.stop))
-
-
-def _first_visible(position: int, window: int | None) -> int:
-    return 0 if window is None else max(0, position + 1 - window)
 
 
 def _confirmed(tokens: list[SampledToken | None], draft: tuple[int, ...]) -> list[SampledToken | None]:
@@ -441,4 +480,4 @@ def _similar_lengths(decodes: list[Span], window: int | None, block_size: int) -
 
 
 def _num_visible_blocks(span: Span, window: int | None, block_size: int) -> int:
-    return span.start // block_size - _first_visible(span.start, window) // block_size + 1
+    return span.start // block_size - first_visible(span.start, window) // block_size + 1

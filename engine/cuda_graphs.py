@@ -1,0 +1,110 @@
+"""DecodeGraphs: steps of decodes, recorded once for a few sizes, so that a GPU waits for no Python.
+
+A recorded step reads its tokens and tables from the same memory every time: one matrix of integers, a row for each
+sequence. Rows without a sequence write to a block that nobody owns.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from engine.attention import GroupAttention, StepAttention
+from engine.kv_cache import KVCache, LayerGroup, first_visible
+from engine.paged_flash import FlashBatch, Kernel
+from engine.scheduler import Span
+
+Compute = Callable[[torch.Tensor, torch.Tensor, StepAttention], torch.Tensor]  # ids, positions (1, rows), step: logits
+Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
+
+
+def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """What `run` does on the GPU, to be repeated: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+class DecodeGraphs:
+    def __init__(
+        self,
+        compute: Compute,
+        cache: KVCache,
+        kernel: Kernel,
+        most: int,
+        max_model_len: int,
+        device: torch.device,
+        record: Record = record,
+    ) -> None:
+        """most: sequences; record: how a step is kept, for tests without a GPU."""
+        self._cache, self._kernel = cache, kernel
+        self._sizes = [1]
+        while self._sizes[-1] < most:
+            self._sizes.append(2 * self._sizes[-1])
+        self._widths = [_width(group, cache.block_size, max_model_len) for group in cache.groups]
+        # A row: token, position, and for each group: slot, length, table
+        self._rows = torch.zeros(
+            self._sizes[-1], 2 + sum(2 + w for w in self._widths), dtype=torch.int32, device=device
+        )
+        self._fill([], self._sizes[-1])
+        self._replays = {size: record(partial(self._run, compute, size)) for size in reversed(self._sizes)}
+
+    def run(self, spans: list[Span]) -> torch.Tensor | None:
+        """Logits of decodes, (rows, vocab), to be used before the next step; None where there are too many."""
+        size = next((size for size in self._sizes if size >= len(spans)), None)
+        if size is None:
+            return None
+        self._fill(spans, size)
+        return self._replays[size]()[: len(spans)]
+
+    def _fill(self, spans: list[Span], size: int) -> None:
+        rows = [self._row(span) for span in spans]
+        rows += [self._idle_row()] * (size - len(spans))
+        self._rows[:size].copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
+
+    def _row(self, span: Span) -> list[int]:
+        row, size = [span.token_at(span.start), span.start], self._cache.block_size
+        for index, (group, width) in enumerate(zip(self._cache.groups, self._widths, strict=True)):
+            table = span.sequence.block_tables[index]
+            first = first_visible(span.start, group.window) // size
+            seen = table[first : span.start // size + 1]
+            row += [table[span.start // size] * size + span.start % size, span.end - first * size]
+            row += seen + [0] * (width - len(seen))
+        return row
+
+    def _idle_row(self) -> list[int]:
+        row, size = [0, 0], self._cache.block_size
+        for group, width in zip(self._cache.groups, self._widths, strict=True):
+            row += [group.num_blocks * size, 1, group.num_blocks, *([0] * (width - 1))]
+        return row
+
+    def _run(self, compute: Compute, size: int) -> torch.Tensor:
+        rows, column = self._rows[:size], 2
+        groups = []
+        starts = torch.arange(size + 1, dtype=torch.int32, device=rows.device)
+        for group, width in zip(self._cache.groups, self._widths, strict=True):
+            slots, lengths = rows[:, column].long(), rows[:, column + 1].contiguous()
+            tables = rows[:, column + 2 : column + 2 + width].contiguous()
+            column += 2 + width
+            longest = width * self._cache.block_size
+            batch = FlashBatch(starts, tables, lengths, 1, longest, group.window)
+            groups.append(GroupAttention(slots, (), (), batch))
+        step = StepAttention(self._cache, groups, self._kernel)
+        return compute(rows[None, :, 0].long(), rows[None, :, 1].long(), step)
+
+
+def _width(group: LayerGroup, block_size: int, max_model_len: int) -> int:
+    """Blocks that one query sees at most."""
+    full = -(-max_model_len // block_size)
+    return full if group.window is None else min(full, -(-group.window // block_size) + 1)

@@ -1,0 +1,112 @@
+"""The GPU's path, as far as it can be shown without one: the same tokens by one call of attention for all sequences,
+and by recorded steps. The kernel is stood in for by what it is compared with where there is a GPU."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import FAMILIES, VOCAB, tiny_model
+
+from engine import paged_flash
+from engine.engine import Engine, EngineOptions, build_engine
+from engine.kv_cache import LayerSpec
+from engine.model_runner import ModelRunner
+from engine.sampling import SamplingParams
+from engine.sequence import Sequence
+
+OPTIONS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=6, kv_block_size=8)
+
+
+def engine_of(family: str, flash: bool, graphs: bool = False, most: int = 6) -> Engine:
+    model = tiny_model(family)
+    engine = build_engine(model, OPTIONS, frozenset())
+    if flash:
+        runner = ModelRunner(model, engine.scheduler.cache, flash=paged_flash.reference)
+        if graphs:
+            runner.record_graphs(most, engine.max_model_len, record=lambda run: run)
+        engine.runner = runner
+    return engine
+
+
+def answers(engine: Engine, count: int = 9) -> list[list[int]]:
+    """More prompts than run at once, some alike, of very different lengths."""
+    rng = random.Random(1)
+    common = [rng.randrange(VOCAB) for _ in range(40)]
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    sequences = []
+    for number in range(count):
+        own = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 7, 60, 130)))]
+        sequences.append(Sequence([*common, *own] if number % 2 else own, params, sink=lambda output: None))
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    while engine.scheduler.has_work:
+        engine.step()
+    return [sequence.output_ids for sequence in sequences]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_call_for_all_sequences_gives_the_same_tokens(family: str) -> None:
+    assert answers(engine_of(family, flash=True)) == answers(engine_of(family, flash=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("most", [6, 3])
+def test_recorded_steps_give_the_same_tokens(family: str, most: int) -> None:
+    """Also where some steps have more decodes than were recorded."""
+    assert answers(engine_of(family, True, True, most)) == answers(engine_of(family, flash=False))
+
+
+@torch.inference_mode()
+def test_a_step_reads_its_inputs_anew_and_idle_rows_write_to_nobodys_block() -> None:
+    engine = engine_of("gemma3", True, True)
+    for cache in (engine.scheduler.cache.keys, engine.scheduler.cache.values):
+        for layer in cache.values():
+            layer[:-1] = 7.0
+    graphs = engine.runner._graphs  # type: ignore[attr-defined]
+    for size in (1, 2, 4):
+        graphs._fill([], size)
+        graphs._replays[size]()
+    for cache in (engine.scheduler.cache.keys, engine.scheduler.cache.values):
+        assert all((layer[:-1] == 7.0).all() for layer in cache.values())
+
+
+def test_a_model_that_cannot_be_recorded_runs_without() -> None:
+    engine = engine_of("llama", True)
+    assert isinstance(engine.runner, ModelRunner)
+
+    def refuse(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine.runner.record_graphs(4, 100, record=refuse)
+    assert answers(engine) == answers(engine_of("llama", flash=False))
+
+
+SPEC = LayerSpec(2, 32, 32, None, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_kernel_is_compared_before_it_is_used(window: int | None) -> None:
+    spec = LayerSpec(2, 32, 32, window, torch.bfloat16, torch.device("cpu"))
+
+    def causal_to_the_left(*arguments: object, **options: object) -> torch.Tensor:
+        return paged_flash.reference(*arguments, **{**options, "window_size": (3, 0)})  # type: ignore[arg-type]
+
+    def broken(*arguments: object, **options: object) -> torch.Tensor:
+        raise RuntimeError("page_block_size must be divisible by 256")
+
+    assert paged_flash.agrees(paged_flash.reference, spec, 16)
+    assert not paged_flash.agrees(causal_to_the_left, spec, 16)
+    assert not paged_flash.agrees(broken, spec, 16)
+
+
+def test_without_a_gpu_there_is_no_flash_attention() -> None:
+    assert paged_flash.find([SPEC], 16) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_torchs_kernel_agrees_or_is_refused(block_size: int) -> None:
+    spec = LayerSpec(8, 128, 128, None, torch.bfloat16, torch.device("cuda"))
+    kernel = paged_flash.find([spec], block_size)
+    assert kernel is None or paged_flash.agrees(kernel, spec, block_size)
