@@ -60,12 +60,16 @@ class DecodeGraphs:
         self._fill([], self._sizes[-1])
         self._replays = {size: record(partial(self._run, compute, size)) for size in reversed(self._sizes)}
 
-    def run(self, spans: list[Span]) -> torch.Tensor | None:
-        """Logits of decodes, (rows, vocab), to be used before the next step; None where there are too many."""
+    def run(self, spans: list[Span], known: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Logits of decodes, (rows, vocab), to be used before the next step; None where there are too many.
+
+        known: (rows,), their tokens, where the CPU does not have them yet."""
         size = next((size for size in self._sizes if size >= len(spans)), None)
         if size is None:
             return None
         self._fill(spans, size)
+        if known is not None:
+            self._rows[: len(spans), 0].copy_(known)
         return self._replays[size]()[: len(spans)]
 
     def _fill(self, spans: list[Span], size: int) -> None:

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from engine import paged_flash
 from engine.draft_model import CATCH_UP, DraftModel
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
+from engine.lookahead import Lookahead
 from engine.model_runner import STOCK, ModelRunner, Report, load_model, probe_layers
 from engine.paged_flash import Kernel
 from engine.sampling import SampledToken, SamplingParams
@@ -128,6 +129,10 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return max(0, len(self._live) - self.num_running)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing waits to run, or to be told to the worker thread."""
+        return not self.scheduler.waiting and self._inbox.empty()
 
     @property
     def num_used_blocks(self) -> int:
@@ -322,7 +327,10 @@ def build_engine(
     runner = ModelRunner(model, cache, eos_token_ids, flash)
     if flash is not None and len({spec.device for spec in specs.values()}) == 1:
         runner.record_graphs(max_num_seqs, limits.max_model_len)
-    return Engine(runner, Scheduler(cache, limits, eos_token_ids, guesser), options.max_waiting)
+    engine = Engine(runner, Scheduler(cache, limits, eos_token_ids, guesser), options.max_waiting)
+    if runner.device.type == "cuda":
+        engine.runner = Lookahead(runner, engine.is_quiet)
+    return engine
 
 
 def _attention_of(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[int, Kernel | None]:

@@ -21,7 +21,7 @@ from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, S
 from engine.cuda_graphs import DecodeGraphs, Record, record
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec, first_visible
 from engine.paged_flash import FlashBatch, Kernel
-from engine.sampling import SampledToken, Sampler, score
+from engine.sampling import Chosen, SampledToken, Sampler, score
 from engine.scheduler import Batch, Span
 from errors import ModelLoadError
 
@@ -298,6 +298,29 @@ class _Layout:
         return {place: row for row, place in enumerate(places)}
 
 
+@dataclass(frozen=True)
+class Started:
+    """A step under way."""
+
+    batch: Batch
+    complete: list[Span]
+    chosen: Chosen | None  # None: no span is complete
+
+    @torch.inference_mode()
+    def tokens(self) -> list[list[SampledToken | None]]:
+        """Those of each complete span; waits for the device."""
+        tokens = iter([] if self.chosen is None else self.chosen.read())
+        return [_confirmed([next(tokens) for _ in range(len(span.draft) + 1)], span.draft) for span in self.complete]
+
+
+def _tokens_after(started: Started, rows: list[int], batch: Batch, layout: _Layout) -> torch.Tensor:
+    """The tokens of a batch of decodes, in the forward's order: those that `rows` of the step before choose."""
+    assert started.chosen is not None
+    row_of = {span.sequence.number: row for span, row in zip(batch.spans, rows, strict=True)}
+    order = [row_of[span.sequence.number] for span in layout.spans]
+    return started.chosen.token_ids[order]
+
+
 class ModelRunner:
     """Owns the model and its cache; all calls come from one thread."""
 
@@ -317,37 +340,42 @@ class ModelRunner:
     def num_embeddings(self) -> int:
         return cast(int, self.model.get_input_embeddings().num_embeddings)
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:
         """The next tokens of each complete span, in the batch's order: one, and one for each guess that was right.
 
         Raises what the model raises.
         """
+        return self.start(batch).tokens()
+
+    @torch.inference_mode()
+    def start(self, batch: Batch, after: "tuple[Started, list[int]] | None" = None) -> "Started":
+        """As `run`, without waiting for the tokens. `after`: a step that is not read yet, and which of its rows
+        choose the token of each of the batch's sequences."""
         layout = _Layout.of(batch)
         row_of = layout.rows()
-        complete = [span for span in batch.spans if span.is_complete]
+        complete = [span for span in batch.spans if span.is_complete or after is not None]
         places = [
             (span.sequence.number, p) for span in complete for p in range(span.end - len(span.draft) - 1, span.end)
         ]
         prompts = {span.sequence.number: _scored_positions(span) for span in layout.spans}
         scored = [(number, p) for number, positions in prompts.items() for p in positions]
-        logits = self.forward(layout, [row_of[place] for place in places + scored])
+        known = None if after is None else _tokens_after(*after, batch, layout)
+        logits = self.forward(layout, [row_of[place] for place in places + scored], known)
         if scored:
             self._score_prompts(logits[len(places) :], layout.spans, prompts)
         if not complete:
-            return []
+            return Started(batch, [], None)
         heirs = [
-            span.sequence.continued(span.draft[:length]) if length else span.sequence
+            span.sequence.continued(span.draft[:length] or (0,) * (after is not None))
             for span in complete
             for length in range(len(span.draft) + 1)
         ]
-        tokens = iter(self.sampler.sample(logits[: len(places)], heirs))
-        return [_confirmed([next(tokens) for _ in range(len(span.draft) + 1)], span.draft) for span in complete]
+        return Started(batch, complete, self.sampler.choose(logits[: len(places)], heirs))
 
-    def forward(self, layout: _Layout, rows: list[int]) -> torch.Tensor:
-        """The logits of the step's tokens number `rows`: (rows, vocab)."""
+    def forward(self, layout: _Layout, rows: list[int], known: torch.Tensor | None = None) -> torch.Tensor:
+        """The logits of the step's tokens number `rows`: (rows, vocab). known: the tokens, where the CPU lacks them."""
         if self._graphs is not None and not layout.prefills:
-            recorded = self._graphs.run(layout.decodes)
+            recorded = self._graphs.run(layout.decodes, known)
             if recorded is not None:
                 return recorded[rows]
         token_ids: list[int] = []
@@ -357,7 +385,7 @@ class ModelRunner:
             positions += range(span.start, span.end)
         groups = [self._group_attention(index, group, layout) for index, group in enumerate(self.cache.groups)]
         return self._compute(
-            torch.tensor([token_ids], device=self.device),
+            torch.tensor([token_ids], device=self.device) if known is None else known[None],
             torch.tensor([positions], device=self.device),
             StepAttention(self.cache, groups, self.flash),
             torch.tensor(rows, dtype=torch.long, device=self.device),

@@ -47,6 +47,11 @@ class SamplingParams:
         return self.temperature < MIN_TEMPERATURE
 
     @property
+    def is_independent(self) -> bool:
+        """Whether how a token is chosen depends on how many came before, but not on which."""
+        return not self.presence_penalty and not self.frequency_penalty and self.repetition_penalty == 1.0
+
+    @property
     def needs_sorting(self) -> bool:
         return self.top_p < 1.0 or self.top_k > 0
 
@@ -78,6 +83,26 @@ def fresh_seed() -> int:
     return random.SystemRandom().getrandbits(64)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A step's choice, perhaps still on its way from the device."""
+
+    token_ids: torch.Tensor  # (rows,)
+    best: torch.Tensor  # (rows,), each one's largest logit
+    raw: torch.Tensor  # (rows, vocab)
+    sequences: Rows["Sequence"]
+
+    def read(self) -> list[SampledToken | None]:
+        """Waits for it. None stands for a row without a finite maximum."""
+        chosen_ids = self.token_ids.tolist()
+        reports = _logprobs(self.raw, chosen_ids, self.sequences)
+        finite = torch.isfinite(self.best).tolist()
+        return [
+            reports.get(row, SampledToken(token_id)) if is_finite else None
+            for row, (token_id, is_finite) in enumerate(zip(chosen_ids, finite, strict=True))
+        ]
+
+
 class Sampler:
     """Chooses the next token of every row in one pass; no row's result depends on another row."""
 
@@ -86,6 +111,10 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> list[SampledToken | None]:
         """logits: (rows, vocab), one row per sequence. None stands for a row without a finite maximum."""
+        return self.choose(logits, sequences).read()
+
+    def choose(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> Chosen:
+        """As `sample`, without waiting for the device."""
         raw = logits.float()
         reports_raw = any(sequence.params.num_logprobs is not None for sequence in sequences)
         logits = raw.clone() if reports_raw else raw
@@ -97,13 +126,7 @@ class Sampler:
             rows = torch.tensor(sampled, device=logits.device)
             chosen = [sequences[row] for row in sampled]
             token_ids[rows] = self._sample(logits if len(sampled) == len(sequences) else logits[rows], chosen)
-        chosen_ids = token_ids.tolist()
-        reports = _logprobs(raw, chosen_ids, sequences)
-        finite = torch.isfinite(best).tolist()
-        return [
-            reports.get(row, SampledToken(token_id)) if is_finite else None
-            for row, (token_id, is_finite) in enumerate(zip(chosen_ids, finite, strict=True))
-        ]
+        return Chosen(token_ids, best, raw, sequences)
 
     def _penalize(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> None:
         """In place. Repetition over prompt and answer (transformers), then presence and frequency over the answer."""
@@ -141,12 +164,14 @@ class Sampler:
         if plain:
             token_ids[plain] = self._draw_from_all(logits[plain], [sequences[row] for row in plain], at[plain])
         pending = [row for row, s in enumerate(sequences) if s.params.needs_sorting]
-        for width in (min(CANDIDATES, logits.shape[-1]), logits.shape[-1]):
+        vocab = logits.shape[-1]  # on a GPU sorting costs less than waiting for whether it has to be repeated
+        for width in (vocab,) if logits.is_cuda else (min(CANDIDATES, vocab), vocab):
             if pending:
                 chosen = [sequences[row] for row in pending]
                 drawn, complete = self._draw_from_sorted(logits[pending], chosen, at[pending], width)
                 token_ids[pending] = drawn
-                pending = [row for row, ok in zip(pending, complete, strict=True) if not ok]
+                done = [True] * len(pending) if width == vocab else complete.tolist()
+                pending = [row for row, ok in zip(pending, done, strict=True) if not ok]
         return token_ids
 
     def _draw_from_all(self, logits: torch.Tensor, sequences: list["Sequence"], at: torch.Tensor) -> torch.Tensor:
@@ -157,7 +182,7 @@ class Sampler:
 
     def _draw_from_sorted(
         self, logits: torch.Tensor, sequences: list["Sequence"], at: torch.Tensor, width: int
-    ) -> tuple[torch.Tensor, list[bool]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws from the `width` best candidates; False where a row's top_k or top_p may reach beyond them."""
         vocab = logits.shape[-1]
         values, candidates = logits.topk(width, dim=-1) if width < vocab else logits.sort(-1, descending=True)
@@ -170,7 +195,7 @@ class Sampler:
         total = torch.where(top_k[:, 0] <= width, weights.sum(-1), (logits - best).exp().sum(-1))
         mass = weights.double().cumsum(-1) / total.double()[:, None]
         top_p = _column(sequences, "top_p", logits)[:, None]
-        complete = ((top_k[:, 0] <= width) | (mass[:, -1] >= top_p[:, 0])).tolist()
+        complete = (top_k[:, 0] <= width) | (mass[:, -1] >= top_p[:, 0])
         before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
         weights[(before >= top_p) & (rank > 0)] = 0  # the token that crosses top_p is kept
         weights[weights < _column(sequences, "min_p", logits)[:, None]] = 0

@@ -52,8 +52,11 @@ class Span:
         return self.end - len(self.draft) == self.sequence.num_tokens
 
     def token_at(self, position: int) -> int:
+        """0 where it is not known yet."""
         known = self.sequence.token_ids
-        return known[position] if position < len(known) else self.draft[position - len(known)]
+        if position < len(known):
+            return known[position]
+        return self.draft[position - len(known)] if self.draft else 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""Lookahead: on a GPU the next step begins before this one's tokens are known to the CPU.
+
+Mostly the next step has the same sequences, each one token on. That is started as a guess, its tokens taken over on
+the GPU; if the scheduler then decides otherwise, the guess is dropped, and the step computed as usual.
+"""
+
+from collections.abc import Callable
+
+from engine.model_runner import ModelRunner, Started
+from engine.sampling import SampledToken
+from engine.scheduler import Batch, Span
+
+
+class Lookahead:
+    """A Runner around a ModelRunner."""
+
+    def __init__(self, runner: ModelRunner, is_quiet: Callable[[], bool]) -> None:
+        """is_quiet: whether nothing waits that would change the next step."""
+        self.runner = runner
+        self._is_quiet = is_quiet
+        self._guess: Started | None = None
+        self.num_right = 0  # guesses since the start
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.runner.num_embeddings
+
+    def run(self, batch: Batch) -> list[list[SampledToken | None]]:
+        guess, self._guess = self._guess, None
+        rows = None if guess is None else _rows(batch, guess.batch)
+        if guess is None or rows is None:
+            started = self.runner.start(batch)
+            rows = list(range(len(batch.spans)))
+        else:
+            started = guess
+            self.num_right += 1
+        if self._is_quiet():
+            self._guess = self._start_next(batch, started, rows)
+        tokens = started.tokens()
+        return [tokens[row] for row in rows] if started is guess else tokens
+
+    def _start_next(self, batch: Batch, started: Started, rows: list[int]) -> Started | None:
+        spans = []
+        for span in batch.spans:
+            sequence, params = span.sequence, span.sequence.params
+            is_last = sequence.num_output_tokens + 1 >= params.max_tokens
+            if not span.is_complete or span.draft or is_last or not params.is_independent:
+                return None
+            if not self.runner.cache.allocate(sequence, sequence.num_tokens + 1):
+                return None
+            spans.append(Span(sequence, sequence.num_tokens, 1))
+        return self.runner.start(Batch(tuple(spans)), (started, rows))
+
+
+def _rows(batch: Batch, guess: Batch) -> list[int] | None:
+    """Which of the guess's rows are those of the batch; None if it has others."""
+    row_of = {(span.sequence.number, span.start): row for row, span in enumerate(guess.spans)}
+    rows = [row_of.get((span.sequence.number, span.start)) for span in batch.spans if span.num_tokens == 1]
+    return [row for row in rows if row is not None] if len(rows) == len(batch.spans) and None not in rows else None
