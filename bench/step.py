@@ -52,7 +52,7 @@ class Parts:
     def __init__(self, engine: Engine) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of the step under way
         self._wrap(engine.scheduler, "schedule", "update")
-        runner = cast(ModelRunner, engine.runner)
+        runner = cast(ModelRunner, getattr(engine.runner, "runner", engine.runner))
         self._wrap(runner, "run")
         self._wrap(runner.model, "forward")
         self._wrap(runner.sampler, "sample")
