@@ -55,7 +55,7 @@ class Parts:
         runner = cast(ModelRunner, getattr(engine.runner, "runner", engine.runner))
         self._wrap(runner, "run")
         self._wrap(runner.model, "forward")
-        self._wrap(runner.sampler, "sample")
+        self._wrap(runner.sampler, "choose")
 
     def _wrap(self, owner: object, *names: str) -> None:
         for name in names:
@@ -70,8 +70,8 @@ class Parts:
     def take(self, step: float) -> dict[str, float]:
         """Where the seconds of the step that has ended went."""
         spent, self._seconds = self._seconds, defaultdict(float)
-        parts = {name: spent[name] for name in ("schedule", "forward", "sample", "update")}
-        parts["build tensors"] = spent["run"] - spent["forward"] - spent["sample"]
+        parts = {name: spent[name] for name in ("schedule", "forward", "choose", "update")}
+        parts["build tensors"] = spent["run"] - spent["forward"] - spent["choose"]
         parts["other"] = step - spent["schedule"] - spent["run"] - spent["update"]
         return parts
 

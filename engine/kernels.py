@@ -130,6 +130,16 @@ def gate(gate_up: torch.Tensor, activation: str) -> Activations:
     return result
 
 
+def embed(token_ids: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The rows of a quantised weight with those numbers: (len(token_ids), columns). token_ids: int64, below its
+    rows."""
+    blocks, rows = weight.num_columns // GROUP, len(token_ids)
+    output = torch.empty(rows, weight.num_columns, dtype=dtype)
+    addresses = (token_ids.data_ptr(), *weight.addresses, output.data_ptr())
+    _embed(weight.format, dtype)(*addresses, rows, blocks, num_threads=_threads(rows))
+    return output
+
+
 def can_argmax(logits: torch.Tensor) -> bool:
     is_plain = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
     return is_plain and logits.shape[-1] >= LANES and are_available()
@@ -345,6 +355,32 @@ def _rms_norm(dtype: torch.dtype, epsilon: float) -> Program:
             value = b.fmul(b.read_floats(dtype, b.address(x, column, dtype.itemsize)), scale)
             value = b.fmul(value, b.read(FLOATS, b.address(b.argument["weight"], column, 4)))
             b.write_floats(value, dtype, b.address(output, column, dtype.itemsize))
+    return compiled(b)
+
+
+@functools.cache
+def _embed(fmt: Format, dtype: torch.dtype) -> Program:
+    """A block's weights as in a product, of which one lane is taken."""
+    b = Builder("embed", ("ids", "quants", "scales", "minimums", "output", "rows", "blocks"), jit.host()[1])
+    blocks, half = b.argument["blocks"], LANES // 4
+    with b.share(b.argument["rows"]) as row:
+        token = b.read(I64, b.address(b.argument["ids"], row, 8))
+        tile, lane = b.sdiv(token, I64(LANES)), b.trunc(b.srem(token, I64(LANES)), I32)
+        with b.loop(I64(0), blocks) as block:
+            weight = _read_block(b, fmt, b.add(b.mul(tile, blocks), block))
+            fours = [b.extract_element(b.bitcast(codes, INTS), lane) for codes in weight.codes]
+            for index in (0, 1):
+                packed = ir.Constant(vector(I32, half), ir.Undefined)
+                for place, four in enumerate(fours[index * half : (index + 1) * half]):
+                    packed = b.insert_element(packed, four, I32(place))
+                codes = b.zext(b.bitcast(packed, vector(I8)), INTS)
+                scale = b.extract_element(weight.scales[index % fmt.num_scales], lane)
+                values = b.sitofp(b.sub(codes, constant(INTS, fmt.offset)), FLOATS)
+                values = b.fmul(values, b.splat(scale))
+                if weight.minimum is not None:
+                    values = b.fadd(values, b.splat(b.extract_element(weight.minimum, lane)))
+                start = b.address(b.argument["output"], b.add(b.mul(row, blocks), block), GROUP * dtype.itemsize)
+                b.write_floats(values, dtype, b.add(start, I64(index * LANES * dtype.itemsize)))
     return compiled(b)
 
 

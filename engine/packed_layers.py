@@ -156,7 +156,12 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings = weight.num_rows
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        rows = self.packed.rows(token_ids.flatten()).to(self.dtype).view(*token_ids.shape, -1)
+        flat = token_ids.flatten()
+        if self.packed.format.is_quantized:
+            rows = kernels.embed(flat, self.packed, self.dtype)
+        else:
+            rows = self.packed.rows(flat).to(self.dtype)
+        rows = rows.view(*token_ids.shape, -1)
         return rows if self.scale is None else rows * self.scale.to(self.dtype)
 
 

@@ -87,6 +87,15 @@ def test_packing_keeps_every_code_scale_and_minimum(fmt: Format) -> None:
     assert torch.equal(packed.rows(some), weight.dequantize()[some])
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_an_embedding_is_a_row_of_the_weight(fmt: Format, dtype: torch.dtype) -> None:
+    weight = pack(random_codes(fmt, 37, 96))
+    token_ids = torch.tensor([36, 0, 17, 16, 15, 0])
+    expected = weight.rows(token_ids).to(dtype)
+    torch.testing.assert_close(kernels.embed(token_ids, weight, dtype), expected, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize(("fmt", "limit"), [(INT8, 1 / 254), (INT4, 0.07)])
 def test_quantizing_loses_about_half_a_step(fmt: Format, limit: float) -> None:
     weight = torch.randn(48, 128)
