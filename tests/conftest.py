@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import save_tiny_checkpoint
+from openai import OpenAI
 from process import MAIN, Server, serve
 
 collect_ignore = ["clients"]  # `make test-clients` runs them, in another environment
@@ -28,9 +29,21 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Server]:
     """As `make serve` starts it: nothing set but the context, the default demo model."""
     with serve(MAIN, MAX_MODEL_LEN="2048", OMP_NUM_THREADS="2") as server:
         server.wait_until_healthy()
         yield server
+
+
+@pytest.fixture
+def demo_client(demo_server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=demo_server.url + "/v1", api_key="none") as client:
+        yield client

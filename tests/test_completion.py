@@ -17,11 +17,6 @@ MODEL = "Tiny-Qwen3"
 PROMPT = "Größe 世界 of a prompt that is longer than a chunk of sixty-four tokens, so that it is computed in several"
 
 
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
-
-
 def expected_logprobs(checkpoint: Path, token_ids: list[int]) -> list[float]:
     """Of each token but the first, by transformers in float32."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -100,12 +95,11 @@ def test_what_best_of_computed_itself_is_not_counted_as_cached(server: Server) -
         assert usage["prompt_tokens_details"]["cached_tokens"] == cached and usage["completion_tokens"] == 24
 
 
-def test_an_echo_is_the_beginning_of_the_stream_and_stop_strings_do_not_cut_it(server: Server) -> None:
+def test_an_echo_is_the_beginning_of_the_stream_and_stop_strings_do_not_cut_it(server: Server, client: OpenAI) -> None:
     body: dict[str, Any] = {"model": MODEL, "prompt": "a stop b", "echo": True, "stop": "stop", "temperature": 0}
     body |= {"logit_bias": {"64": 100}, "max_tokens": 6, "logprobs": 1}
     whole = server.post("/v1/completions", **body).json()["choices"][0]
     assert whole["text"] == "a stop b" + "a" * 6
-    client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
     extra = {"extra_body": {"echo": True}}
     del body["echo"]
     chunks = [chunk.choices[0] for chunk in client.completions.create(**body, **extra, stream=True)]

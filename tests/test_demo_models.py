@@ -129,12 +129,11 @@ def test_a_round_with_a_tool_loses_no_text_and_ends_no_turn(name: str) -> None:
     assert sum(i in control for i in token_ids) == sum(i in control for i in template.render_chat(harmless))
 
 
-def test_the_default_demo_answers_responses_streamed_and_whole(demo_server: Server) -> None:
-    client = OpenAI(base_url=demo_server.url + "/v1", api_key="none")
+def test_the_default_demo_answers_responses_streamed_and_whole(demo_client: OpenAI) -> None:
     options: Any = {"model": "qwen2.5-coder-0.5b", "instructions": "Answer in one word.", "temperature": 0}
-    whole = client.responses.create(input="What is the capital of France?", **options)
+    whole = demo_client.responses.create(input="What is the capital of France?", **options)
     assert "Paris" in whole.output_text and whole.status == "completed"
-    with client.responses.stream(input="What is the capital of France?", **options) as stream:
+    with demo_client.responses.stream(input="What is the capital of France?", **options) as stream:
         assert stream.get_final_response().output_text == whole.output_text
 
 
@@ -146,22 +145,20 @@ def test_the_default_demo_fills_in_the_middle(demo_server: Server) -> None:
     assert choice["text"].splitlines()[0] == "a + b" and choice["finish_reason"] == "stop"
 
 
-def test_the_default_demo_answers_through_the_sdk_streamed_and_whole(demo_server: Server) -> None:
-    client = OpenAI(base_url=demo_server.url + "/v1", api_key="none")
-    model = client.models.list().data[0].id
+def test_the_default_demo_answers_through_the_sdk_streamed_and_whole(demo_client: OpenAI) -> None:
+    model = demo_client.models.list().data[0].id
     question: Any = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
-    whole = client.chat.completions.create(model=model, messages=question, temperature=0)
+    whole = demo_client.chat.completions.create(model=model, messages=question, temperature=0)
     assert "Paris" in (whole.choices[0].message.content or "")
     assert whole.choices[0].finish_reason == "stop"
-    with client.chat.completions.stream(model=model, messages=question, temperature=0) as stream:
+    with demo_client.chat.completions.stream(model=model, messages=question, temperature=0) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.content == whole.choices[0].message.content
 
 
-def test_the_default_demo_streams_emoji_and_chinese_whole(demo_server: Server) -> None:
-    client = OpenAI(base_url=demo_server.url + "/v1", api_key="none")
+def test_the_default_demo_streams_emoji_and_chinese_whole(demo_client: OpenAI) -> None:
     question: Any = [{"role": "user", "content": "用中文介绍一下北京。每句话后面加一个表情符号 🎉"}]
-    stream = client.chat.completions.create(
+    stream = demo_client.chat.completions.create(
         model="qwen2.5-coder-0.5b", messages=question, temperature=0, max_tokens=60, stream=True
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)

@@ -29,11 +29,6 @@ MODEL = "Tiny-Qwen3"
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, 世界"}]
 
 
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
-
-
 def raw_events(server: Server, path: str = "/v1/chat/completions", **body: Any) -> list[str]:
     body = {"model": MODEL, "stream": True, "max_tokens": 20, **body}
     with httpx2.stream("POST", server.url + path, json=body, timeout=60) as response:

@@ -31,11 +31,6 @@ ORDER = [
 ]
 
 
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
-
-
 def request(**fields: Any) -> ResponsesRequest:
     return ResponsesRequest.model_validate({"model": "m", "input": "Hello", **fields})
 

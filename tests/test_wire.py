@@ -19,11 +19,6 @@ MODEL = "Tiny-Qwen3"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
-
-
 def chat(server: Server, **body: Any) -> httpx2.Response:
     return server.post("/v1/chat/completions", **{"model": MODEL, "messages": HELLO, "max_tokens": 8, **body})
 
