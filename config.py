@@ -53,6 +53,11 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(Path("~/.cache/gemma3-server"), description="demo models and converted GGUF files")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     max_body_size: Bytes = Field(64 * 2**20, description="bytes of a request such as 64MiB; more is refused with 413")
+    max_images: int = Field(16, ge=0, description="in a request")
+    allow_private_image_urls: bool = Field(False, description="whether images may come from private addresses")
+    image_url_hosts: Annotated[list[str] | None, NoDecode] = Field(
+        None, description="comma-separated hosts, the only ones that images are fetched from; default: all public ones"
+    )
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="the weights' and the cache's")
@@ -80,7 +85,7 @@ class Settings(BaseSettings):
         None, description="a smaller model of the same vocabulary that guesses; as MODEL_PATH"
     )
 
-    @field_validator("cors_allow_origins", mode="before")
+    @field_validator("cors_allow_origins", "image_url_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value

@@ -50,6 +50,27 @@ _PLAIN = (
 
 
 @dataclass(frozen=True)
+class ImageFormat:
+    """How a family's prompts show images. Source: the family's processor in transformers."""
+
+    mark: str  # what the template writes for an image
+    token: str  # stands for a piece of it
+    before: str
+    after: str
+
+    def of(self, num_views: int, tokens_per_view: int) -> str:
+        """An image, and then parts of it."""
+        view = f"{self.before}{self.mark}{self.token * tokens_per_view}{self.after}"
+        if num_views == 1:
+            return view
+        parts = " ".join([view] * (num_views - 1))
+        return f"Here is the original image {view} and here are some crops to help you see better {parts}"
+
+
+_GEMMA_IMAGES = ImageFormat("<start_of_image>", "<image_soft_token>", "\n\n", "<end_of_image>\n\n")
+
+
+@dataclass(frozen=True)
 class Family:
     """How a family of models is recognised and spoken to."""
 
@@ -58,6 +79,7 @@ class Family:
     marker: str | None  # a token that its chat format needs
     template: str  # Jinja, for a tokenizer without one of its own
     alternates: bool = False  # its templates want user and assistant in turn, and know no system role
+    images: ImageFormat | None = None  # of its models that see
 
 
 # Tokens that mark (what is before the gap, what is after it, where to fill in); models that have them know the task.
@@ -70,7 +92,7 @@ END_OF_FILE = ("<|endoftext|>", "<|fim_pad|>", "<|file_sep|>", "<|file_separator
 
 
 FAMILIES = (
-    Family("gemma", ("gemma",), "<start_of_turn>", _GEMMA, alternates=True),
+    Family("gemma", ("gemma",), "<start_of_turn>", _GEMMA, alternates=True, images=_GEMMA_IMAGES),
     Family("qwen", ("qwen",), "<|im_start|>", _CHATML),
     Family("llama", ("llama",), "<|start_header_id|>", _LLAMA),
     Family("chatml", ("",), "<|im_start|>", _CHATML),
@@ -89,8 +111,10 @@ def family_of(model_type: str, vocabulary: Iterable[str]) -> Family:
 class PromptTemplate:
     """One model's: messages or text in, token ids out. Its methods take milliseconds, more for long prompts."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", model_type: str) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", model_type: str, tokens_per_image: int = 0) -> None:
+        """tokens_per_image: 0 for a model that does not see."""
         self.tokenizer = tokenizer
+        self._tokens_per_image = tokens_per_image
         self.detokenizer = _detokenizer(tokenizer)
         self.family = family_of(model_type, tokenizer.get_vocab())
         own = tokenizer.chat_template
@@ -115,9 +139,15 @@ class PromptTemplate:
         return own + [vocabulary[token] for token in END_OF_TURN if token in self._source and token in vocabulary]
 
     def render_chat(
-        self, messages: Sequence[Message], continues: bool | None = None, opens: bool | None = None
+        self,
+        messages: Sequence[Message],
+        continues: bool | None = None,
+        opens: bool | None = None,
+        num_views: Sequence[int] = (),
     ) -> list[int]:
         """The prompt of a conversation.
+
+        num_views: how often each image is shown, whole and in parts.
 
         continues: the answer goes on where the last message ends; by default if that is the assistant's.
         opens: the prompt ends with the beginning of the assistant's turn; by default unless it continues.
@@ -125,17 +155,19 @@ class PromptTemplate:
         """
         from jinja2 import TemplateError
 
-        plain, seam = self._disarm(canonical(messages))
+        plain, seam, mark = self._disarm(messages)
         plain, continues, opens = _ending(plain, continues, opens)
         folded = fold_tools(plain)
         if continues and plain[-1]["role"] not in ("assistant", "user"):
             raise InvalidRequest(
                 "Only a message of the assistant's or the user's can be continued.", param="continue_final_message"
             )
-        attempts = [] if self.family.alternates else [_with_names(plain) if self._knows_tools else folded]
+        attempts = [_with_names(plain) if self._knows_tools else folded]
+        if self.family.alternates and not num_views:
+            attempts = []
         for attempt in [*attempts, alternate(folded)]:
             try:
-                text = self._apply(attempt, continues, opens)
+                text = self._show(self._apply(_parted(attempt, mark), continues, opens), num_views)
             except (TemplateError, TypeError, ValueError, RecursionError) as error:
                 refusal = error
             else:
@@ -146,15 +178,33 @@ class PromptTemplate:
             f"The model's chat template does not take these messages: {refusal}", param="messages"
         ) from refusal
 
-    def _disarm(self, messages: list[CanonicalMessage]) -> tuple[list[CanonicalMessage], str]:
+    def _show(self, text: str, num_views: Sequence[int]) -> str:
+        """The prompt with each image's tokens in the place of its mark; only the template writes that."""
+        if not num_views:
+            return text
+        assert self.family.images is not None
+        between = text.split(self.family.images.mark)
+        if len(between) != len(num_views) + 1:
+            raise ValueError("it shows another number of images")
+        shown = [self.family.images.of(count, self._tokens_per_image) for count in num_views]
+        return between[0] + "".join(image + rest for image, rest in zip(shown, between[1:], strict=True))
+
+    @property
+    def sees(self) -> bool:
+        return bool(self._tokens_per_image) and self.family.images is not None
+
+    def _disarm(self, messages: Sequence[Message]) -> tuple[list[CanonicalMessage], str, str]:
         """Cuts each control token inside a message's text in two with a seam, at which the prompt is tokenized apart:
-        what a user writes, such as `<|im_end|>`, stays text and ends no turn."""
+        what a user writes, such as `<|im_end|>`, stays text and ends no turn. With the seam, and a character that
+        stands for an image in the text."""
         try:
-            texts = json.dumps(messages, ensure_ascii=False)
-            seam = next((character for character in SEAMS if character not in texts), None)
-            if seam is None:
+            texts = json.dumps(canonical(messages, "" if self.sees else None), ensure_ascii=False)
+            free = [character for character in SEAMS if character not in texts][:2]
+            if len(free) < 2:
                 raise InvalidRequest("The messages hold all of Unicode's noncharacters.", param="messages")
-            return [_cut(message, self._pattern(message), seam) for message in messages], seam
+            seam, mark = free
+            plain = canonical(messages, mark if self.sees else None)
+            return [_cut(message, self._pattern(message), seam) for message in plain], seam, mark
         except RecursionError as error:
             raise InvalidRequest("The arguments of a tool call are nested too deeply.", param="messages") from error
 
@@ -211,14 +261,34 @@ def _cut(value: Any, pattern: re.Pattern[str], seam: str) -> Any:
     return value
 
 
-def canonical(messages: Sequence[Message]) -> list[CanonicalMessage]:
+def _parted(messages: Sequence[CanonicalMessage], mark: str) -> list[CanonicalMessage]:
+    """Content with images as the parts that templates expect of it."""
+    result: list[CanonicalMessage] = []
+    for message in messages:
+        if mark not in message["content"]:
+            result.append(message)
+            continue
+        texts = message["content"].split(mark)
+        parts = [{"type": "text", "text": texts[0]}]
+        for text in texts[1:]:
+            parts += [{"type": "image"}, {"type": "text", "text": text}]
+        result.append({**message, "content": [part for part in parts if part.get("text") != ""]})
+    return result
+
+
+def canonical(messages: Sequence[Message], image_mark: str | None = None) -> list[CanonicalMessage]:
     """What templates expect: text content, four roles, and the arguments of tool calls as objects.
+
+    image_mark: what stands for an image in the text; None: there must be none.
 
     A participant's name leads the text, since templates have no place for it; a tool's name stays apart.
     """
     result: list[CanonicalMessage] = []
     for number, message in enumerate(messages):
-        item: CanonicalMessage = {"role": ROLES.get(message.role, message.role), "content": _text(message, number)}
+        item: CanonicalMessage = {
+            "role": ROLES.get(message.role, message.role),
+            "content": _text(message, number, image_mark),
+        }
         if item["role"] == "tool":
             item |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key))}
         elif message.name:
@@ -285,21 +355,26 @@ def _ending(
     return messages, continues, not continues if opens is None else opens
 
 
-def _text(message: Message, number: int) -> str:
+def _text(message: Message, number: int, image_mark: str | None) -> str:
     if not isinstance(message.content, list):
         return message.content or message.refusal or ""
     for index, part in enumerate(message.content):
         param = f"messages[{number}].content[{index}]"
+        if part.type == "image_url" and image_mark is not None:
+            continue
+        if part.type == "image_url":
+            raise InvalidRequest("This model does not accept images.", param=param, code="unsupported_value")
         if part.type not in ("text", "refusal"):
+            known = "'text'" if image_mark is None else "'text' and 'image_url'"
             raise InvalidRequest(
-                f"This model takes content parts of type 'text', and no {part.type!r}.",
+                f"This model takes content parts of type {known}, and no {part.type!r}.",
                 param=param,
                 code="unsupported_value",
             )
         if getattr(part, part.type) is None:
             param = f"{param}.{part.type}"
             raise InvalidRequest(f"{param}: Field required", param=param, code="missing_required_parameter")
-    return "".join(getattr(part, part.type) for part in message.content)
+    return "".join(image_mark or "" if p.type == "image_url" else getattr(p, p.type) for p in message.content)
 
 
 def _check_characters(text: str, param: str) -> None:

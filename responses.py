@@ -111,6 +111,9 @@ def _content(content: str | Sequence[InputPart] | None, path: str) -> str | list
         return content
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
+        if part.type == "input_image" and part.image_url is not None:
+            parts.append({"type": "image_url", "image_url": {"url": part.image_url, "detail": part.detail or "auto"}})
+            continue
         kind = PART_TYPES.get(part.type)
         if kind is None:
             raise unsupported(f"{path}[{number}].type")

@@ -95,10 +95,23 @@ class RequestBody(BaseModel):
                         yield from item._parts(f"{path}{name}[{index}].")
 
 
+class ImageURL(RequestBody):
+    url: str | None = None
+    detail: str | None = None
+
+
 class ContentPart(RequestBody):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: ImageURL | str | None = None
+
+    @property
+    def image(self) -> tuple[str | None, str]:
+        """Its URL and how closely to look."""
+        if isinstance(self.image_url, ImageURL):
+            return self.image_url.url, self.image_url.detail or "auto"
+        return self.image_url, "auto"
 
 
 class Message(RequestBody):
@@ -274,6 +287,8 @@ class InputPart(RequestBody):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
+    detail: str | None = None
 
 
 class InputItem(RequestBody):

@@ -30,6 +30,7 @@ from engine.engine import Engine
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.sampling import SampledToken
 from engine.scheduler import Batch, Limits, Scheduler
+from engine.vision import Image
 from logprobs import TokenTexts
 from main import create_app
 from progress import Progress
@@ -58,6 +59,9 @@ class NullRunner:
         self.interval = 0.0
         self._token_ids = token_ids
         self._next_step = 0.0
+
+    def encode(self, images: list[Image]) -> None:
+        raise NotImplementedError
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:
         time.sleep(max(0.0, self._next_step - time.monotonic()))

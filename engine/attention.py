@@ -5,6 +5,7 @@ packed as one row (1, heads, tokens, dim), first the decodes, then the chunks of
 the step's tensors in `StepAttention`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -47,25 +48,30 @@ class PrefillChunk:
     start: int  # among the step's tokens
     end: int
     table: torch.Tensor  # (num_blocks,), all that the chunk sees
-    position: int  # of the first token in the table's blocks
-    window: int | None
+    visible: torch.Tensor  # (tokens, 2), the first position in the table's blocks that each sees, and the end
+    sees_only_itself: bool  # and what is causal in it
     block_size: int
     dtype: torch.dtype
 
-    @property
-    def sees_only_itself(self) -> bool:
-        return self.position == 0 and (self.window is None or self.end - self.start <= self.window)
-
     @cached_property
     def mask(self) -> torch.Tensor:
-        """(tokens, visible): 0 where the position is at or before the query and within its window, else -inf."""
+        """(tokens, positions): 0 where visible, else -inf."""
         positions = torch.arange(len(self.table) * self.block_size, device=self.table.device)
-        query = torch.arange(self.end - self.start, device=self.table.device)[:, None] + self.position
-        hidden = positions > query
-        if self.window is not None:
-            hidden |= positions <= query - self.window
+        hidden = (positions < self.visible[:, :1]) | (positions >= self.visible[:, 1:])
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.table.device)
         return mask.masked_fill_(hidden, -torch.inf)
+
+
+def visible_of(start: int, num_tokens: int, window: int | None, images: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """(tokens, 2), first position and end that each of `num_tokens` tokens from `start` on sees: all before it and
+    itself, or so many as the window holds; of an image (start, end), also all of it."""
+    ends = torch.arange(start + 1, start + num_tokens + 1)
+    firsts = torch.zeros_like(ends) if window is None else (ends - window).clamp(min=0)
+    for image_start, image_end in images:
+        own = slice(max(image_start - start, 0), image_end - start)
+        ends[own] = image_end
+        firsts[own].clamp_(max=image_start)
+    return torch.stack([firsts, ends], dim=1)
 
 
 @dataclass(frozen=True)
@@ -75,16 +81,15 @@ class GroupAttention:
     slots: torch.Tensor  # (tokens,): block * block_size + offset, where a token's key and value go
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillChunk, ...]
-    flash: FlashBatch | None = None  # both of them, where a GPU computes them in one
+    flash: FlashBatch | None = None  # all of them in one, but for chunks with images, where a GPU computes that
 
     def to(self, device: torch.device) -> "GroupAttention":
         """A copy whose tensors are on `device`."""
-        if self.flash is not None:
-            return GroupAttention(self.slots.to(device), (), (), self.flash.to(device))
         return GroupAttention(
             self.slots.to(device),
             tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
-            tuple(replace(p, table=p.table.to(device)) for p in self.prefills),
+            tuple(replace(p, table=p.table.to(device), visible=p.visible.to(device)) for p in self.prefills),
+            None if self.flash is None else self.flash.to(device),
         )
 
 
@@ -161,15 +166,18 @@ def paged_attention(
     keys, values = step.cache.keys[layer], step.cache.values[layer]  # (num_blocks, block_size, kv_heads, dim)
     keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
-    if step.flash is not None and group.flash is not None:
-        output = paged_flash.attend(step.flash, query[0].transpose(0, 1), keys, values, group.flash, scaling)
-        return output[None], None
+    flat = query[0].transpose(0, 1)  # (tokens, heads, dim)
+    if step.flash is not None and group.flash is not None and not group.prefills:
+        return paged_flash.attend(step.flash, flat, keys, values, group.flash, scaling)[None], None
     num_kv_heads, value_dim = values.shape[2:]
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     if softcap is None and attention_kernels.can_attend(keys, values):
         attend_with_kernels(query, keys, values, group, scaling, output)
         return output.flatten(1, 2)[None], None
+    if step.flash is not None and group.flash is not None:
+        own = slice(0, group.flash.num_tokens)
+        output[own] = paged_flash.attend(step.flash, flat[own], keys, values, group.flash, scaling).view_as(output[own])
     for decode in group.decodes:
         rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
         visible = _gather(keys, values, decode.tables.flatten(), decode.end - decode.start)
@@ -202,8 +210,7 @@ def attend_with_kernels(
         attention_kernels.attend(query[:, :, own], keys, values, decode.tables, decode.visible, scaling, output[own])
     for chunk in group.prefills:
         own = slice(chunk.start, chunk.end)
-        place = (chunk.table, chunk.position, chunk.window)
-        attention_kernels.attend_chunk(query[:, :, own], keys, values, *place, scaling, output[own])
+        attention_kernels.attend_chunk(query[:, :, own], keys, values, chunk.table, chunk.visible, scaling, output[own])
 
 
 def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:

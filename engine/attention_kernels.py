@@ -75,22 +75,21 @@ def attend_chunk(
     keys: torch.Tensor,
     values: torch.Tensor,
     table: torch.Tensor,
-    start: int,
-    window: int | None,
+    ranges: torch.Tensor,
     scaling: float,
     output: torch.Tensor,
 ) -> None:
-    """Causal attention of neighbouring queries of one sequence; writes output.
+    """Attention of neighbouring queries of one sequence; writes output.
 
     query: (kv_heads, group, tokens, dim), its heads evenly apart; output: (tokens, kv_heads, group, dim).
-    table: (num_blocks,) int64, which hold the queries' own keys too. start: the first query's position in the table's
-    blocks. window: how many positions a query sees, its own included; None: all.
+    table: (num_blocks,) int64, which hold the queries' own keys too. ranges: (tokens, 2) int64, the first position in
+    the table's blocks that each query sees, and the end; neither ever decreases.
     """
     group, tokens, dim = query.shape[1:]
     _, block_size, kv_heads, _ = keys.shape
     head_stride = query.stride(0) // group
     assert output.is_contiguous() and query.stride(3) == 1 and query.stride(0) == group * head_stride
-    threads, length = torch.get_num_threads(), start + tokens
+    threads, length = torch.get_num_threads(), int(ranges[-1, 1])
     padded = -(-length // LANES) * LANES
     lanes = torch.empty(kv_heads, padded // LANES, dim, LANES)  # keys side by side, as the scores are computed
     rows = torch.empty(kv_heads, length, dim)
@@ -110,8 +109,7 @@ def attend_chunk(
         group,
         length,
         padded,
-        start,
-        length if window is None else window,
+        ranges.data_ptr(),
         num_threads=threads,
     )
 
@@ -337,7 +335,7 @@ def _unfold(dtype: torch.dtype, dim: int) -> Program:
 
 _ATTEND_CHUNK = (
     *("query", "head_stride", "token_stride", "lanes", "rows", "output", "scores"),
-    *("tokens", "heads", "group", "length", "padded", "start", "window"),
+    *("tokens", "heads", "group", "length", "padded", "ranges"),
 )
 
 
@@ -362,8 +360,9 @@ def _attend_chunk(dtype: torch.dtype, dim: int, scaling: float) -> Program:
         # The last tile may be incomplete: its last query is then computed more than once
         last = b.sub(argument["tokens"], I64(1))
         tokens = [b.smaller(b.add(b.mul(tile, I64(TILE)), I64(r)), last) for r in range(TILE)]
-        ends = [b.add(b.add(argument["start"], token), I64(1)) for token in tokens]
-        firsts = [b.larger(b.sub(end, argument["window"]), I64(0)) for end in ends]
+        places = [b.address(argument["ranges"], token, 16) for token in tokens]
+        firsts = [b.read(I64, place) for place in places]
+        ends = [b.read(I64, b.add(place, I64(8))) for place in places]
         _copy_queries(b, dtype, dim, scaling, head, tokens, queries)
         first, end = b.and_(firsts[0], I64(-LANES)), ends[-1]
         for r in range(TILE):

@@ -102,7 +102,7 @@ class DecodeGraphs:
             tables = rows[:, column + 2 : column + 2 + width].contiguous()
             column += 2 + width
             longest = width * self._cache.block_size
-            batch = FlashBatch(starts, tables, lengths, 1, longest, group.window)
+            batch = FlashBatch(starts, tables, lengths, 1, longest, size, group.window)
             groups.append(GroupAttention(slots, (), (), batch))
         step = StepAttention(self._cache, groups, self._kernel)
         return compute(rows[None, :, 0].long(), rows[None, :, 1].long(), step)

@@ -73,7 +73,9 @@ class DraftModel:
 
     def propose(self, requests: Tokens[tuple[Sequence, int]], step_time: float | None = None) -> list[tuple[int, ...]]:
         guesses = self._lookup.propose(requests)
-        wanted = {s: most for (s, most), guess in zip(requests, guesses, strict=True) if most and not guess}
+        wanted = {
+            s: most for (s, most), guess in zip(requests, guesses, strict=True) if most and not guess and not s.images
+        }
         wanted = {} if self._is_broken else wanted
         mirrors = [mirror for s, most in wanted.items() if (mirror := self._prepare(s, most))]
         try:

@@ -26,6 +26,7 @@ from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.sequence import Sequence, Sink, TokenOutput
 from engine.threads import set_threads
+from engine.vision import Image
 from errors import EngineFailure, ModelLoadError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 CPU_CACHE_MEMORY = 4 * 2**30  # bytes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
 BLOCK_SIZES = (16, 256)  # tokens, the first one that the device's attention takes
+ENCODED_TOGETHER = 4  # images
 GPU_RESERVE = 0.1  # of a GPU's memory, for activations
 
 
@@ -66,6 +68,8 @@ class Runner(Protocol):
     def num_embeddings(self) -> int: ...
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]: ...
+
+    def encode(self, images: list[Image]) -> None: ...
 
 
 class Mailbox:
@@ -144,16 +148,16 @@ class Engine:
         self._thread.start()
 
     async def generate(
-        self, prompt_ids: list[int], params: SamplingParams, priority: int = 0
+        self, prompt_ids: list[int], params: SamplingParams, priority: int = 0, images: tuple[Image, ...] = ()
     ) -> AsyncGenerator[TokenOutput]:
         """The answer, token by token, as `stream` gives it."""
-        async with aclosing(self.stream(prompt_ids, params, priority)) as lists:
+        async with aclosing(self.stream(prompt_ids, params, priority, images)) as lists:
             async for outputs in lists:
                 for output in outputs:
                     yield output
 
     async def stream(
-        self, prompt_ids: list[int], params: SamplingParams, priority: int = 0
+        self, prompt_ids: list[int], params: SamplingParams, priority: int = 0, images: tuple[Image, ...] = ()
     ) -> AsyncGenerator[list[TokenOutput]]:
         """The answer as it comes: what is there whenever the caller is ready for more, mostly one token.
 
@@ -166,7 +170,7 @@ class Engine:
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
         self.check_open()
         mailbox = Mailbox()
-        sequence = Sequence(prompt_ids, params, mailbox.put, priority)
+        sequence = Sequence(prompt_ids, params, mailbox.put, priority, images)
         self._live.add(sequence)
         self.post(partial(self.scheduler.add, sequence))
         try:
@@ -232,6 +236,7 @@ class Engine:
 
     def step(self) -> None:
         """Computes one batch. Its sequences are told if that fails; the others, and the engine, live on."""
+        self._encode_images()
         batch = self.scheduler.schedule()
         if not batch.spans:
             return
@@ -252,6 +257,22 @@ class Engine:
                 bad = EngineFailure("The model computed a value that is not a number.")
                 outputs.append((sequence.sink, output or bad))
         self._deliver(outputs)
+
+    def _encode_images(self) -> None:
+        """Of those that prompts wait for some at a time, and one while sequences decode."""
+        wanted = self.scheduler.wanted_images()
+        if not wanted:
+            return
+        most = 1 if self.scheduler.num_decoding else ENCODED_TOGETHER
+        try:
+            self.runner.encode(wanted[:most])
+        except Exception:
+            log.exception("an image could not be encoded")
+            failed = EngineFailure("The model failed on an image; it has been logged.")
+            owners = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if set(wanted[:most]) & {*s.images}]
+            for sequence in owners:
+                self.scheduler.remove(sequence)
+            self._deliver([(sequence.sink, failed) for sequence in owners])
 
     def _deliver(self, outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
         if outputs and self._loop is not None and not self._loop.is_closed():
@@ -309,7 +330,7 @@ def build_engine(
         "cuda" if next(iter(specs.values())).device.type == "cuda" else "cpu"
     ]
     max_num_seqs = options.max_num_seqs or max_num_seqs
-    batched = max(options.max_num_batched_tokens or batched, max_num_seqs)
+    batched = max(options.max_num_batched_tokens or batched, max_num_seqs, _tokens_per_image(model))
     mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)
     context = _model_context(model, options.max_model_len)
     guesser = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
@@ -338,6 +359,11 @@ def _attention_of(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
     found = ((size, paged_flash.find(specs.values(), size)) for size in sizes)
     return next(((size, kernel) for size, kernel in found if kernel is not None), (sizes[0], None))
+
+
+def _tokens_per_image(model: PreTrainedModel) -> int:
+    """An image is never split between steps; 0 for models of text."""
+    return getattr(model.config, "mm_tokens_per_image", 0) if hasattr(model.config, "vision_config") else 0
 
 
 def _plan(

@@ -144,7 +144,7 @@ class KVCache:
         """Gives a sequence without blocks those of the longest beginning of its tokens that is known; at least one
         token is left to compute."""
         keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
-        length = self._num_known(keys)
+        length = self._num_known(keys, sequence)
         sequence.num_computed = sequence.num_reused = length * self.block_size
         sequence.num_published = length
         sequence.block_tables = []
@@ -155,12 +155,15 @@ class KVCache:
                 pool.hold(cast(int, block))
             sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
 
-    def _num_known(self, keys: list[bytes]) -> int:
-        """The largest number of leading blocks of which every group has what the next token sees."""
+    def _num_known(self, keys: list[bytes], sequence: Sequence) -> int:
+        """The largest number of leading blocks of which every group has what the next token sees. They do not end
+        inside an image, whose tokens see each other."""
         runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
         for n in range(len(keys), 0, -1):
             needed = (n - self._first_visible(group, n) for group in self.groups)
-            if all(run[n] >= count for run, count in zip(runs, needed, strict=True)):
+            place = n * self.block_size
+            is_inside = any(image.start < place for image in sequence.images_in(place, place + 1))
+            if not is_inside and all(run[n] >= count for run, count in zip(runs, needed, strict=True)):
                 return n
         return 0
 

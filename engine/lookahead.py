@@ -9,6 +9,7 @@ from collections.abc import Callable
 from engine.model_runner import ModelRunner, Started
 from engine.sampling import SampledToken
 from engine.scheduler import Batch, Span
+from engine.vision import Image
 
 
 class Lookahead:
@@ -24,6 +25,9 @@ class Lookahead:
     @property
     def num_embeddings(self) -> int:
         return self.runner.num_embeddings
+
+    def encode(self, images: list[Image]) -> None:
+        self.runner.encode(images)
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:
         guess, self._guess = self._guess, None

@@ -17,12 +17,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers
-from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention
+from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
 from engine.cuda_graphs import DecodeGraphs, Record, record
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec, first_visible
 from engine.paged_flash import FlashBatch, Kernel
 from engine.sampling import Chosen, SampledToken, Sampler, score
 from engine.scheduler import Batch, Span
+from engine.vision import Image, VisionEncoder
 from errors import ModelLoadError
 
 log = logging.getLogger(__name__)
@@ -276,7 +277,7 @@ class _Layout:
     """A step's tokens in the order of the forward."""
 
     decodes: list[Span]  # of one token each, by number of blocks; a guessed token is one more decode
-    prefills: list[Span]
+    prefills: list[Span]  # those with images last
 
     @classmethod
     def of(cls, batch: Batch) -> "_Layout":
@@ -286,7 +287,8 @@ class _Layout:
             if span.is_decode
             for position in range(span.start, span.end)
         ]
-        return cls(sorted(parts, key=lambda s: s.start), [s for s in batch.spans if not s.is_decode])
+        prefills = sorted((s for s in batch.spans if not s.is_decode), key=lambda s: bool(_images_in(s)))
+        return cls(sorted(parts, key=lambda s: s.start), prefills)
 
     @property
     def spans(self) -> list[Span]:
@@ -331,10 +333,20 @@ class ModelRunner:
         self.model = model
         self.flash = flash
         self._graphs: DecodeGraphs | None = None
+        self.vision: VisionEncoder | None = None
         self.cache = cache
         self.sampler = Sampler(eos_token_ids)
         self.device = input_device(model)
         self.dtype = next(iter(cache.keys.values())).dtype
+
+    def encode(self, images: list[Image]) -> None:
+        """Gives them their features; raises what the model raises."""
+        if self.vision is None:
+            self.vision = VisionEncoder(self.model)
+        for image in images:
+            self.vision.recall(image)
+        if missing := [image for image in images if image.features is None]:
+            self.vision.encode(missing)
 
     @property
     def num_embeddings(self) -> int:
@@ -389,16 +401,31 @@ class ModelRunner:
             torch.tensor([positions], device=self.device),
             StepAttention(self.cache, groups, self.flash),
             torch.tensor(rows, dtype=torch.long, device=self.device),
+            _features(layout),
         )
 
     def _compute(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, step: StepAttention, rows: torch.Tensor | int = 0
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        step: StepAttention,
+        rows: torch.Tensor | int = 0,
+        features: Iterable[tuple[int, torch.Tensor]] = (),
     ) -> torch.Tensor:
-        """token_ids, positions: (1, tokens); rows: whose logits are wanted, 0 for all of them."""
-        output = self.model(
-            input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=rows, step=step
-        )
+        """token_ids, positions: (1, tokens); rows: whose logits are wanted, 0 for all of them; features: of images,
+        and the first token of each."""
+        inputs: dict[str, torch.Tensor] = {"input_ids": token_ids}
+        if features:
+            inputs = {"inputs_embeds": self._embed(token_ids, features)}
+        output = self.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=rows, step=step)
         return cast(torch.Tensor, output.logits[0])
+
+    def _embed(self, token_ids: torch.Tensor, features: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        """(1, tokens, hidden size)"""
+        embeddings = cast(torch.Tensor, self.model.get_input_embeddings()(token_ids))
+        for first, own in features:
+            embeddings[0, first : first + len(own)] = own.to(embeddings)
+        return embeddings
 
     @torch.inference_mode()
     def record_graphs(self, most: int, max_model_len: int, record: Record = record) -> None:
@@ -426,17 +453,20 @@ class ModelRunner:
         for span in layout.spans:
             table = span.sequence.block_tables[index]
             slots += [table[p // block_size] * block_size + p % block_size for p in range(span.start, span.end)]
-        if self.flash is not None:
-            return GroupAttention(torch.tensor(slots), (), (), self._flash_batch(index, group.window, layout.spans))
-        decodes, start = [], 0
-        for spans in _similar_lengths(layout.decodes, group.window, block_size):
+        decodes, prefills, start, flash = [], [], 0, None
+        apart = layout
+        if self.flash is not None:  # whose kernel knows no tokens that see later ones
+            plain = [span for span in layout.spans if not _images_in(span)]
+            flash = self._flash_batch(index, group.window, plain) if plain else None
+            start = sum(span.num_tokens for span in plain)
+            apart = _Layout([], [span for span in layout.prefills if _images_in(span)])
+        for spans in _similar_lengths(apart.decodes, group.window, block_size):
             decodes.append(self._decode_group(index, group.window, spans, start))
             start += len(spans)
-        prefills = []
-        for span in layout.prefills:
+        for span in apart.prefills:
             prefills.append(self._prefill_chunk(index, group.window, span, start))
             start += span.num_tokens
-        return GroupAttention(torch.tensor(slots), tuple(decodes), tuple(prefills))
+        return GroupAttention(torch.tensor(slots), tuple(decodes), tuple(prefills), flash)
 
     def _flash_batch(self, index: int, window: int | None, spans: list[Span]) -> FlashBatch:
         block_size = self.cache.block_size
@@ -448,9 +478,10 @@ class ModelRunner:
         width = max(len(table) for table in tables)
         padded = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
         lengths = [span.end - first * block_size for span, first in zip(spans, firsts, strict=True)]
-        starts = torch.tensor([0, *(span.num_tokens for span in spans)]).cumsum(0).int()
-        longest_query = max(span.num_tokens for span in spans)
-        return FlashBatch(starts, padded, torch.tensor(lengths).int(), longest_query, width * block_size, window)
+        counts = [span.num_tokens for span in spans]
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        limits = (max(counts), width * block_size, sum(counts))
+        return FlashBatch(starts, padded, torch.tensor(lengths).int(), *limits, window)
 
     def _decode_group(self, index: int, window: int | None, spans: list[Span], start: int) -> DecodeGroup:
         block_size = self.cache.block_size
@@ -472,10 +503,26 @@ class ModelRunner:
         first = first_visible(span.start, window) // block_size
         table = span.sequence.block_tables[index][first : -(-span.end // block_size)]
         assert FREED not in table
-        position = span.start - first * block_size
-        return PrefillChunk(
-            start, start + span.num_tokens, torch.tensor(table), position, window, block_size, self.dtype
-        )
+        images = [(image.start, image.end) for image in _images_in(span)]
+        visible = visible_of(span.start, span.num_tokens, window, images) - first * block_size
+        is_alone = span.start == 0 and not images and (window is None or span.num_tokens <= window)
+        place = (start, start + span.num_tokens)
+        return PrefillChunk(*place, torch.tensor(table), visible, is_alone, block_size, self.dtype)
+
+
+def _images_in(span: Span) -> tuple[Image, ...]:
+    return span.sequence.images_in(span.start, span.end)
+
+
+def _features(layout: _Layout) -> list[tuple[int, torch.Tensor]]:
+    """Those of the step's images, and the row of each one's first token."""
+    found, row = [], 0
+    for span in layout.spans:
+        for image in _images_in(span):
+            assert image.features is not None and span.start <= image.start and image.end <= span.end
+            found.append((row + image.start - span.start, image.features))
+        row += span.num_tokens
+    return found
 
 
 def _scored_positions(span: Span) -> range:

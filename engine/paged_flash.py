@@ -28,6 +28,7 @@ class FlashBatch:
     lengths: torch.Tensor  # (sequences,) int32, tokens in these blocks, the queries included
     longest_query: int
     longest: int  # tokens that a table's row can hold
+    num_tokens: int  # of the step's, from the first on
     window: int | None
 
     def to(self, device: torch.device) -> "FlashBatch":
@@ -83,6 +84,7 @@ def agrees(kernel: Kernel, spec: LayerSpec, block_size: int) -> bool:
         torch.tensor(lengths, dtype=torch.int32),
         max(num_queries),
         3 * block_size,
+        sum(num_queries),
         None if spec.window is None else min(spec.window, block_size + 2),
     ).to(spec.device)
     query = numbers(sum(num_queries), 2 * spec.num_kv_heads, spec.key_dim)

@@ -12,6 +12,7 @@ from engine.pace import Pace
 from engine.sampling import SampledToken
 from engine.sequence import FinishReason, Sequence, Status, TokenOutput
 from engine.speculation import Guesser, PromptLookup
+from engine.vision import Image
 
 PATIENCE = 300  # steps
 MOST_DRAFTED_ROWS = 16  # tokens in a step with guesses: beyond, a row costs about as much as a token is worth
@@ -174,6 +175,17 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
+    @property
+    def num_decoding(self) -> int:
+        return sum(sequence.num_uncomputed == 1 for sequence in self.running)
+
+    def wanted_images(self) -> list[Image]:
+        """Those that the prompts under way, and those next to come, wait for, the most urgent first."""
+        room = self.limits.max_num_seqs - len(self.running)
+        owners = [*self._prefilling(), *list(self.waiting)[: max(1, room)]]
+        images = [image for owner in owners for image in owner.images_in(owner.num_computed, owner.num_tokens)]
+        return [image for image in images if image.features is None]
+
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """Whether the next block of a running prompt is one of its own."""
         size = self.cache.block_size
@@ -198,7 +210,8 @@ class Scheduler:
 
     def _prefill(self, sequence: Sequence, budget: int, spans: list[Span]) -> int:
         """Adds the next chunk of a prompt; the number of its tokens, 0 where budget or blocks are lacking."""
-        num_tokens = min(sequence.num_uncomputed, budget)
+        end = sequence.num_computed + min(sequence.num_uncomputed, budget)
+        num_tokens = sequence.whole_chunk(end) - sequence.num_computed if budget > 0 else 0
         if num_tokens <= 0 or not self.cache.allocate(sequence, sequence.num_computed + num_tokens):
             return 0
         spans.append(Span(sequence, sequence.num_computed, num_tokens))

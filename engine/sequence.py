@@ -11,6 +11,7 @@ from typing import Literal
 
 from engine.sampling import SampledToken, SamplingParams, fresh_seed
 from engine.speculation import Drafter
+from engine.vision import Image
 
 FinishReason = Literal["stop", "length"]
 _numbers = itertools.count()
@@ -42,6 +43,7 @@ class Sequence:
     params: SamplingParams
     sink: Sink  # called on the event loop's thread
     priority: int = 0  # a smaller one goes first
+    images: tuple[Image, ...] = ()  # in the prompt, in their order
     num_deferrals: int = 0  # steps in which its prompt could have waited for others
     number: int = field(default_factory=lambda: next(_numbers))
     status: Status = Status.WAITING
@@ -73,12 +75,30 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_ids)
 
     def block_keys(self, block_size: int) -> list[bytes]:
-        """A name for each full block of its tokens, which stands for these and all tokens before them."""
+        """A name for each full block of its tokens, which stands for these, all before them, and their images."""
         for end in range((len(self._block_keys) + 1) * block_size, len(self.token_ids) + 1, block_size):
             before = self._block_keys[-1] if self._block_keys else b""
             tokens = array("I", self.token_ids[end - block_size : end]).tobytes()
-            self._block_keys.append(blake2b(before + tokens, digest_size=16).digest())
+            shown = b"".join(
+                image.digest + (image.start - end).to_bytes(8, "big", signed=True)
+                for image in self.images_in(end - block_size, end)
+            )
+            self._block_keys.append(blake2b(before + tokens + shown, digest_size=16).digest())
         return self._block_keys
+
+    def images_in(self, start: int, end: int) -> tuple[Image, ...]:
+        """Those of which some tokens are among start .. end."""
+        return tuple(image for image in self.images if image.start < end and image.end > start)
+
+    def whole_chunk(self, end: int) -> int:
+        """Where a chunk of the prompt that could reach to `end` has to end: behind an image or before it, never inside
+        of it, and before one without features."""
+        for image in self.images_in(self.num_computed, end):
+            if image.features is None:
+                return image.start
+            if image.end > end:
+                return image.start if image.start > self.num_computed else image.end
+        return end
 
     def continued(self, draft: tuple[int, ...]) -> "Sequence":
         """What it will be if those tokens follow, for the sampler."""

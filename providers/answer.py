@@ -14,6 +14,7 @@ from streaming import TextStreamer
 
 if TYPE_CHECKING:
     from engine.sampling import SampledToken, SamplingParams
+    from engine.vision import Image
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Question:
     stop: Sequence[str]
     prefix: Sequence[int] = ()  # the prompt's end, if the answer continues its text
     priority: int = 0  # a smaller one goes first
+    images: "tuple[Image, ...]" = ()
 
     def of_choice(self, number: int) -> "Question":
         """The choices of a seeded request differ, and each is repeatable."""
@@ -111,7 +113,9 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
     num_tokens = 0
     pending: list[SampledToken] = []  # their text is not out yet
     offsets: list[int] = []
-    async with aclosing(loaded.engine.stream(question.prompt_ids, question.params, question.priority)) as lists:
+    async with aclosing(
+        loaded.engine.stream(question.prompt_ids, question.params, question.priority, question.images)
+    ) as lists:
         async for outputs in lists:
             text, reason, is_first = "", None, not num_tokens
             for output in outputs:

@@ -16,6 +16,7 @@ from errors import ModelLoadError
 from logprobs import TokenTexts
 from progress import Progress
 from prompt_templates import PromptTemplate
+from providers.vision import Eyes
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -31,6 +32,7 @@ class Loaded:
     template: PromptTemplate
     texts: TokenTexts
     defaults: dict[str, Any]  # sampling parameters of the model's generation config
+    eyes: Eyes | None = None  # of a model that sees
 
 
 Load = Callable[[str, Settings, Progress], Loaded]
@@ -64,16 +66,27 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
     config, _ = check_model(directory, options.dtype, options.device_map)
     with ThreadPoolExecutor(1, "tokenizer") as pool:
-        template = pool.submit(load_template, directory, config.model_type)
+        eyes = open_eyes(directory, config)
+        tokens_per_image = config.mm_tokens_per_image if eyes else 0
+        template = pool.submit(load_template, directory, config.model_type, tokens_per_image)
         if draft_directory:
             check_vocabulary(template.result(), load_template(draft_directory, config.model_type))
         engine, generation_config = load_engine(
             directory, options, lambda: template.result().stop_token_ids, progress.report, draft_directory or None
         )
     progress.report("ready", 1.0)
-    return Loaded(
-        engine, template.result(), TokenTexts(template.result().tokenizer), sampling_defaults(generation_config)
-    )
+    texts = TokenTexts(template.result().tokenizer)
+    return Loaded(engine, template.result(), texts, sampling_defaults(generation_config), eyes)
+
+
+def open_eyes(directory: Path, config: Any) -> Eyes | None:
+    """For a model with a vision tower; raises ModelLoadError if its image processor's configuration is missing."""
+    if not hasattr(config, "vision_config"):
+        return None
+    try:
+        return Eyes.open(directory, config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(f"The image processor in {directory} cannot be loaded: {error}".splitlines()[0]) from error
 
 
 async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:
@@ -97,14 +110,14 @@ async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:
     return await future
 
 
-def load_template(directory: Path, model_type: str) -> PromptTemplate:
+def load_template(directory: Path, model_type: str, tokens_per_image: int = 0) -> PromptTemplate:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {error}".splitlines()[0]) from error
-    return PromptTemplate(tokenizer, model_type)
+    return PromptTemplate(tokenizer, model_type, tokens_per_image)
 
 
 def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:

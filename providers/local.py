@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import checkpoint
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
+from fetching import ImageFetcher
 from logprobs import TokenTexts
 from progress import Progress
 from providers.answer import Meter, Piece, Question, answer, best, merge
@@ -36,6 +37,7 @@ from schemas import (
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.sampling import SamplingParams
+    from engine.vision import Image
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class LocalProvider:
         self.loaded: Loaded | None = None
         self._loading: asyncio.Task[None] | None = None
         self._failure: str | None = None
+        self._fetcher = ImageFetcher(settings.allow_private_image_urls, settings.image_url_hosts)
 
     # --- life
 
@@ -91,6 +94,7 @@ class LocalProvider:
             self._loading.cancel()
         if self.loaded is not None:
             await self.loaded.engine.close(timeout)
+        await self._fetcher.close()
 
     @property
     def health(self) -> tuple[bool, dict[str, Any]]:
@@ -144,15 +148,10 @@ class LocalProvider:
         loaded = self._ready_for(request)
         num_choices = request.n or 1
         _check_room(loaded.engine, num_choices, "n")
-        prompt_ids = await asyncio.to_thread(
-            loaded.template.render_chat,
-            request.messages,
-            request.continue_final_message,
-            request.add_generation_prompt,
-        )
+        prompt_ids, images = await self._render(loaded, request)
         _check_prompt(loaded.engine, prompt_ids, "messages")
         params = self._sampling_params(loaded, request, len(prompt_ids), None)
-        question = Question(prompt_ids, params, request.stop_strings, priority=_priority(request))
+        question = Question(prompt_ids, params, request.stop_strings, priority=_priority(request), images=images)
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
         sources = [answer(loaded, index, question.of_choice(index)) for index in range(num_choices)]
@@ -164,6 +163,19 @@ class LocalProvider:
                     timings = meter.timings if is_last else None
                     yield head.model_copy(update={"choices": [choice], "timings": timings})
         yield head.model_copy(update={"usage": meter.usage, "timings": timings})
+
+    async def _render(
+        self, loaded: Loaded, request: ChatCompletionRequest | TokenizeRequest
+    ) -> "tuple[list[int], tuple[Image, ...]]":
+        """The prompt of messages, and where its images are. A model that does not see fetches nothing."""
+        messages = request.messages or []
+        views = [] if loaded.eyes is None else await loaded.eyes.see(messages, self._fetcher, self.settings.max_images)
+        counts = [len(own) for own in views]
+        ending = (request.continue_final_message, request.add_generation_prompt)
+        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, messages, *ending, counts)
+        if loaded.eyes is None or not views:
+            return prompt_ids, ()
+        return prompt_ids, loaded.eyes.place(prompt_ids, [view for own in views for view in own])
 
     async def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]:
         meter = Meter()
@@ -204,8 +216,7 @@ class LocalProvider:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either prompt or messages.", param="prompt", code="invalid_value")
         if request.messages is not None:
-            ending = (request.continue_final_message, request.add_generation_prompt)
-            token_ids = await asyncio.to_thread(template.render_chat, request.messages, *ending)
+            token_ids, _ = await self._render(loaded, request)
         else:
             has_bos = request.add_special_tokens is not False
             token_ids = await asyncio.to_thread(template.render_text, request.prompt or "", has_bos)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from engine import attention_kernels, kernels
+from engine.attention import visible_of
 
 pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
 
@@ -31,18 +32,29 @@ def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, k
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256), (4, 2, 80)])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 40), (37, 30), (64, 4)])
+@pytest.mark.parametrize("has_images", [False, True])
 def test_attention_of_a_chunk_is_that_of_torch(
-    dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, dim: int, start: int, tokens: int
+    dtype: torch.dtype,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    start: int,
+    tokens: int,
+    has_images: bool,
 ) -> None:
+    images = [(start + tokens // 5, start + tokens // 2), (start + tokens // 2, start + tokens)] if has_images else []
     torch.manual_seed(tokens)
     keys, values = (torch.randn(32, 16, kv_heads, dim).to(dtype) for _ in range(2))
     table = torch.randperm(32)[: -(-(start + tokens) // 16)]
     query = torch.randn(1, tokens, heads, dim).to(dtype).transpose(1, 2)[0].unflatten(0, (kv_heads, -1))
     output = torch.empty(tokens, kv_heads, heads // kv_heads, dim, dtype=dtype)
-    attention_kernels.attend_chunk(query, keys, values, table, start, window, 0.3, output)
+    attention_kernels.attend_chunk(query, keys, values, table, visible_of(start, tokens, window, images), 0.3, output)
     k, v = (cache[table].flatten(0, 1)[: start + tokens].transpose(0, 1).float() for cache in (keys, values))
     distance = torch.arange(start, start + tokens)[:, None] - torch.arange(start + tokens)
     mask = (distance >= 0) & (distance < (window or 10**6))
+    for first, end in images:  # all of whose tokens see each other
+        mask[max(first - start, 0) : end - start, first:end] = True
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.flatten(0, 1).float(), k, v, attn_mask=mask, scale=0.3, enable_gqa=True
     )

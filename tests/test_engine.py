@@ -162,12 +162,18 @@ def small_cache(family: str, num_tokens: int, **options: int) -> EngineOptions:
 
 class SeesTooLittle(ModelRunner):
     def _prefill_chunk(self, *arguments: Any) -> PrefillChunk:
-        return replace(super()._prefill_chunk(*arguments), window=8)
+        chunk = super()._prefill_chunk(*arguments)
+        firsts, ends = chunk.visible.unbind(1)
+        return replace(
+            chunk, visible=torch.stack([torch.maximum(firsts, ends - 8), ends], dim=1), sees_only_itself=False
+        )
 
 
 class ForgetsTheWindow(ModelRunner):
     def _prefill_chunk(self, *arguments: Any) -> PrefillChunk:
-        return replace(super()._prefill_chunk(*arguments), window=None)
+        chunk = super()._prefill_chunk(*arguments)
+        ends = chunk.visible[:, 1]
+        return replace(chunk, visible=torch.stack([torch.zeros_like(ends), ends], dim=1))
 
 
 @pytest.mark.parametrize("wrong", [SeesTooLittle, ForgetsTheWindow])

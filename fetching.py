@@ -1,0 +1,153 @@
+"""ImageFetcher: what an image's URL stands for, its bytes. It reaches the public internet and nothing else.
+
+Every hop of a redirect is checked, the name is resolved once, and the connection goes to the address that was checked
+(https://owasp.org/www-community/attacks/Server_Side_Request_Forgery).
+"""
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Collection
+from urllib.parse import unquote_to_bytes
+
+import httpx2
+
+from errors import InvalidRequest
+from images import MAX_BYTES, too_large
+
+TIMEOUT = 10.0  # seconds for all of it
+MAX_REDIRECTS = 5
+REDIRECTS = {301, 302, 303, 307, 308}
+NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a name; raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[4][0]) for address in found]
+
+
+class ImageFetcher:
+    def __init__(
+        self,
+        allows_private: bool = False,
+        hosts: Collection[str] | None = None,
+        resolve: Resolve = resolve,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        """hosts: if given, images come from these alone."""
+        self._allows_private, self._resolve, self._timeout = allows_private, resolve, timeout
+        self._hosts = None if hosts is None else {host.casefold() for host in hosts}
+        self._client = httpx2.AsyncClient(trust_env=False, follow_redirects=False, timeout=timeout)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def fetch(self, url: str, param: str) -> bytes:
+        """Raises InvalidRequest, whose text does not tell what a network looks like inside."""
+        scheme = url.partition(":")[0].casefold()
+        if scheme == "data":
+            return _decode_data_url(url, param)
+        if scheme not in ("http", "https"):
+            raise _refused("Images are given as data:, http: or https: URLs.", param)
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._follow(url, param)
+        except TimeoutError as error:
+            raise _failed(f"An image did not arrive within {self._timeout:g} seconds.", param) from error
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError, ValueError) as error:
+            raise _failed("An image could not be fetched.", param) from error
+
+    async def _follow(self, url: str, param: str) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = await self._get(url, param)
+            if isinstance(answer, bytes):
+                return answer
+            url = answer
+        raise _failed("An image's URL redirects too often.", param)
+
+    async def _get(self, url: str, param: str) -> bytes | str:
+        """The body, or where it is said to be."""
+        parsed = httpx2.URL(url)
+        address = await self._check(parsed, url, param)
+        pinned = parsed.copy_with(host=address)
+        headers = {"Host": parsed.netloc.decode("ascii"), "Accept": "image/*", "Accept-Encoding": "identity"}
+        extensions = {"sni_hostname": parsed.raw_host.decode("ascii")} if parsed.scheme == "https" else {}
+        request = self._client.build_request("GET", pinned, headers=headers, extensions=extensions)
+        response = await self._client.send(request, stream=True)
+        try:
+            if response.status_code in REDIRECTS and "location" in response.headers:
+                return str(parsed.join(response.headers["location"]))
+            return await _body(response, param)
+        finally:
+            await response.aclose()
+
+    async def _check(self, parsed: httpx2.URL, url: str, param: str) -> str:
+        """The address to connect to."""
+        is_odd = any(ord(character) <= 32 or character == "\\" for character in url) or parsed.userinfo
+        if parsed.scheme not in ("http", "https") or not parsed.host or is_odd:
+            raise _refused("An image's URL is not a plain http: or https: URL.", param)
+        if self._hosts is not None and parsed.host.casefold() not in self._hosts:
+            raise _refused("Images are not fetched from this host.", param)
+        port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        addresses = await self._resolve(parsed.raw_host.decode("ascii").strip("[]"), port)
+        if not addresses or not (self._allows_private or all(is_public(address) for address in addresses)):
+            raise _refused("An image's URL does not lead to a public address.", param)
+        return addresses[0]
+
+
+def is_public(text: str) -> bool:
+    """Also where an IPv6 address stands for an IPv4 one."""
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
+        if any(address in network for network in NAT64):
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner:
+            return is_public(str(inner))
+        if address.scope_id or address.is_site_local:
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
+
+
+async def _body(response: httpx2.Response, param: str) -> bytes:
+    if response.status_code != 200:
+        raise _failed(f"An image could not be fetched: HTTP {response.status_code}.", param)
+    kind = response.headers.get("content-type", "image/").partition(";")[0].strip().casefold()
+    is_plain = response.headers.get("content-encoding", "identity").casefold() == "identity"
+    if not (kind.startswith("image/") or kind in ("application/octet-stream", "binary/octet-stream")) or not is_plain:
+        raise _failed("What an image's URL leads to is no image.", param)
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise too_large(param)
+    return bytes(body)
+
+
+def _decode_data_url(url: str, param: str) -> bytes:
+    """https://www.rfc-editor.org/rfc/rfc2397; white space and URL-safe base64 are taken too."""
+    head, comma, data = url.partition(",")
+    if not comma:
+        raise _refused("A data: URL has no comma.", param)
+    if len(data) > 2 * MAX_BYTES:
+        raise too_large(param)
+    try:
+        raw = unquote_to_bytes(data)
+        if not head.casefold().endswith(";base64"):
+            return raw
+        raw = b"".join(raw.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _refused("A data: URL does not hold valid base64.", param) from error
+
+
+def _refused(message: str, param: str) -> InvalidRequest:
+    return InvalidRequest(message, param=param, code="invalid_image_url")
+
+
+def _failed(message: str, param: str) -> InvalidRequest:
+    return InvalidRequest(message, param=param, code="image_fetch_failed")

@@ -1,0 +1,106 @@
+"""Eyes: from the images of a request's messages to views in pixels, and from the prompt's tokens to their places."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import images
+from errors import InvalidRequest
+from fetching import ImageFetcher
+from schemas import ContentPart, Message
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.vision import Image
+
+PAN_AND_SCAN = {  # of `detail: high`, as in Gemma 3's report; `auto` does the same with elongated images
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+}
+ELONGATED = {"auto": 1.5, "high": 1.2}  # from which ratio of its sides on an image is also shown in parts
+DECODED_TOGETHER = 4  # images, which bounds the memory for it
+
+
+@dataclass(frozen=True)
+class View:
+    """An image, or a part of it, as the model sees it."""
+
+    pixels: "torch.Tensor"  # (channels, height, width)
+    digest: bytes
+
+
+class Eyes:
+    """What a model that sees needs beside its engine."""
+
+    def __init__(self, processor: Any, image_token_id: int, tokens_per_view: int) -> None:
+        """processor: transformers' image processor of the model."""
+        self._processor = processor
+        self._image_token_id, self._tokens_per_view = image_token_id, tokens_per_view
+        self._room = asyncio.Semaphore(DECODED_TOGETHER)
+
+    @classmethod
+    def open(cls, directory: Path, config: Any) -> "Eyes":
+        """With Pillow's image processor, which needs no torchvision. Raises OSError or ValueError."""
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        return cls(processor, config.image_token_id, config.mm_tokens_per_image)
+
+    async def see(self, messages: Sequence[Message], fetcher: ImageFetcher, most: int) -> list[list[View]]:
+        """The views of each image, in the order of the messages. Raises InvalidRequest."""
+        parts = list(image_parts(messages))
+        if len(parts) > most:
+            raise InvalidRequest(f"A request can have {most} images.", param=parts[most][0], code="too_many_images")
+        return await asyncio.gather(*(self._views(part, param, fetcher) for param, part in parts))
+
+    async def _views(self, part: ContentPart, param: str, fetcher: ImageFetcher) -> list[View]:
+        url, detail = part.image
+        if url is None:
+            raise InvalidRequest(f"{param}.image_url has no url.", param=param, code="missing_required_parameter")
+        if detail not in ("low", "high", "auto"):
+            raise InvalidRequest("detail is low, high or auto.", param=f"{param}.detail", code="invalid_value")
+        data = await fetcher.fetch(url, param)
+        async with self._room:
+            return await asyncio.to_thread(self._process, data, detail, param)
+
+    def _process(self, data: bytes, detail: str, param: str) -> list[View]:
+        options: dict[str, Any] = {"do_pan_and_scan": False}
+        if detail in ELONGATED:
+            options = {**PAN_AND_SCAN, "pan_and_scan_min_ratio_to_activate": ELONGATED[detail]}
+        picture = images.decode(data, param)
+        pixels = self._processor(picture, return_tensors="pt", **options)["pixel_values"]
+        return [View(own, blake2b(own.numpy().tobytes(), digest_size=16).digest()) for own in pixels]
+
+    def place(self, token_ids: Sequence[int], views: Sequence[View]) -> "tuple[Image, ...]":
+        """The views where the prompt has their tokens."""
+        from engine.vision import Image
+
+        starts = list(self._starts(token_ids))
+        assert len(starts) == len(views), "the prompt was rendered for other images"
+        return tuple(
+            Image(view.digest, view.pixels, start, self._tokens_per_view)
+            for start, view in zip(starts, views, strict=True)
+        )
+
+    def _starts(self, token_ids: Sequence[int]) -> Iterator[int]:
+        position = 0
+        while position < len(token_ids):
+            if token_ids[position] == self._image_token_id:
+                yield position
+                position += self._tokens_per_view
+            else:
+                position += 1
+
+
+def image_parts(messages: Sequence[Message]) -> Iterator[tuple[str, ContentPart]]:
+    """With the path of each."""
+    for number, message in enumerate(messages):
+        if isinstance(message.content, list):
+            for index, part in enumerate(message.content):
+                if part.type == "image_url":
+                    yield f"messages[{number}].content[{index}]", part

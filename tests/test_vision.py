@@ -1,0 +1,272 @@
+"""Images in the continuous batch: the tokens are those of transformers' own Gemma 3, however images come and share."""
+
+import random
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from models import VOCAB
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+from engine import attention, fused_attention, packed_layers, paged_flash
+from engine.attention import PrefillChunk, visible_of
+from engine.engine import Engine, EngineOptions, build_engine
+from engine.kernels import are_available
+from engine.model_runner import ModelRunner
+from engine.sampling import SamplingParams
+from engine.sequence import Sequence
+from engine.vision import Image, VisionEncoder
+
+IMAGE, TOKENS, SIDE = VOCAB - 1, 16, 112  # the placeholder's id, tokens of an image, pixels
+NUM_NEW = 12
+SMALL_STEPS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=8, kv_block_size=8)
+GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True)
+
+
+def gemma(implementation: str = attention.NAME) -> Gemma3ForConditionalGeneration:
+    text = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=20,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=14,
+    )
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=TOKENS, image_token_index=IMAGE, eos_token_id=None
+    )
+    parts = {"text_config": implementation, "vision_config": "eager", "": "eager"}
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation=parts)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_()
+    return model.eval()
+
+
+def pixels(number: int) -> torch.Tensor:
+    return torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(number))
+
+
+# What stands between numbers of images is text, in tokens
+LAYOUTS: dict[str, list[Any]] = {
+    "one image": [[7, 3, 9], 0, [5, 6]],
+    "an image first": [0, [5, 6, 7]],
+    "two images side by side": [[7], 0, 1, [8, 9]],
+    "text between": [list(range(10, 40)), 0, list(range(20, 50)), 1, [3]],
+    "in the second half of a chunk": [list(range(10, 28)), 0, list(range(30, 60))],
+    "across what would be the end of a chunk": [list(range(10, 25)), 0, [4], 2, [5, 5, 5]],
+    "the same image twice": [[9], 0, [1, 2], 0, [3, 4]],
+    "many turns": [[t for i in range(5) for t in (i, i + 50)], 0, [11, 12], 1, [13], 2, list(range(60, 99)), 3, [2]],
+}
+
+
+def prompt_of(layout: list[Any]) -> tuple[list[int], tuple[Image, ...]]:
+    token_ids: list[int] = []
+    images: list[Image] = []
+    for part in layout:
+        if isinstance(part, int):
+            images.append(Image(bytes([part]), pixels(part), len(token_ids), TOKENS))
+            token_ids += [IMAGE] * TOKENS
+        else:
+            token_ids += part
+    return token_ids, tuple(images)
+
+
+@cache
+def expected(name: str) -> list[int]:
+    token_ids, images = prompt_of(LAYOUTS[name])
+    ids = torch.tensor([token_ids])
+    output = gemma("eager").generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        token_type_ids=(ids == IMAGE).long(),
+        pixel_values=torch.stack([image.pixels for image in images]),
+        max_new_tokens=NUM_NEW,
+        do_sample=False,
+    )
+    return output[0, len(token_ids) :].tolist()
+
+
+def engine_of(options: EngineOptions = SMALL_STEPS) -> Engine:
+    return build_engine(gemma(), options, frozenset())
+
+
+def sequence_of(name: str) -> Sequence:
+    token_ids, images = prompt_of(LAYOUTS[name])
+    return Sequence(token_ids, GREEDY, sink=lambda output: None, images=images)
+
+
+def finish(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    while engine.scheduler.has_work:
+        engine.step()
+    assert engine.num_used_blocks == 0
+    return [sequence.output_ids for sequence in sequences]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("step_tokens", [24, 64, 512])
+def test_the_tokens_are_those_of_transformers(name: str, step_tokens: int) -> None:
+    options = replace(SMALL_STEPS, max_num_batched_tokens=step_tokens)
+    assert finish(engine_of(options), [sequence_of(name)]) == [expected(name)]
+
+
+def test_requests_with_and_without_images_share_the_batch() -> None:
+    texts = [[random.Random(i).randrange(VOCAB - 1) for _ in range(5 + 20 * i)] for i in range(4)]
+    alone = [finish(engine_of(), [Sequence(t, GREEDY, lambda output: None)])[0] for t in texts]
+    sequences = [sequence_of(name) for name in LAYOUTS]
+    mates = [Sequence(text, GREEDY, sink=lambda output: None) for text in texts]
+    together = finish(engine_of(), [*sequences[:4], *mates, *sequences[4:]])
+    assert together == [*map(expected, list(LAYOUTS)[:4]), *alone, *map(expected, list(LAYOUTS)[4:])]
+
+
+def test_an_image_is_encoded_once_and_its_blocks_are_found_again() -> None:
+    engine = engine_of()
+    assert isinstance(engine.runner, ModelRunner)
+    first, again = sequence_of("text between"), sequence_of("text between")
+    assert finish(engine, [first]) == finish(engine, [again]) == [expected("text between")]
+    assert engine.runner.vision is not None and engine.runner.vision.num_encoded == 2
+    assert first.num_reused == 0 and again.num_reused >= 80
+
+
+@pytest.mark.parametrize("block_size", [3, 8, 16])
+def test_another_image_in_the_same_place_shares_only_what_comes_before(block_size: int) -> None:
+    engine = engine_of(replace(SMALL_STEPS, kv_block_size=block_size))
+    for name in ("one image", "text between", "across what would be the end of a chunk"):
+        finish(engine, [sequence_of(name)])
+        layout = [part + 1 if isinstance(part, int) else part for part in LAYOUTS[name]]
+        LAYOUTS["other"] = layout
+        expected.cache_clear()
+        other = sequence_of("other")
+        assert finish(engine, [other]) == [expected("other")]
+        assert other.num_reused <= other.images[0].start
+    del LAYOUTS["other"]
+
+
+def test_preempted_requests_are_computed_again() -> None:
+    model = gemma()
+    layers, per_token = 7, 2 * 2 * 32 * 4
+    options = replace(SMALL_STEPS, kv_cache_memory=150 * layers * per_token, max_model_len=140)
+    engine = build_engine(model, options, frozenset())
+    names = [name for name in LAYOUTS if name != "many turns"]
+    assert finish(engine, [sequence_of(name) for name in names]) == [expected(name) for name in names]
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_the_gpus_path_gives_the_same_tokens() -> None:
+    engine = engine_of()
+    runner = ModelRunner(gemma(), engine.scheduler.cache, flash=paged_flash.reference)
+    runner.record_graphs(8, engine.max_model_len, record=lambda run: run)
+    engine.runner = runner
+    assert finish(engine, [sequence_of(name) for name in LAYOUTS]) == [expected(name) for name in LAYOUTS]
+
+
+class SeesNoLaterTokens(ModelRunner):
+    def _prefill_chunk(self, index: int, window: int | None, span: Any, start: int) -> PrefillChunk:
+        chunk = super()._prefill_chunk(index, window, span, start)
+        causal = visible_of(span.start, span.num_tokens, window, [])
+        first = int((visible_of(span.start, 1, window, []) - chunk.visible[:1])[0, 0])
+        return replace(chunk, visible=causal - first)
+
+
+def test_a_causal_mask_gives_other_tokens() -> None:
+    """That the comparisons above can fail."""
+    engine = engine_of()
+    assert isinstance(engine.runner, ModelRunner)
+    engine.runner = SeesNoLaterTokens(engine.runner.model, engine.scheduler.cache)
+    assert finish(engine, [sequence_of("many turns")]) != [expected("many turns")]
+
+
+class Diary(ModelRunner):
+    """Notes what is done between steps."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.notes: list[str] = []
+
+    def encode(self, images: list[Image]) -> None:
+        super().encode(images)
+        self.notes.append(f"encode {len(images)}")
+
+    def run(self, batch: Any) -> Any:
+        spans = [(span.start, span.end, span.sequence) for span in batch.spans if not span.is_decode]
+        for start, end, sequence in spans:  # none begins or ends inside an image
+            assert all(start <= image.start and image.end <= end for image in sequence.images_in(start, end))
+        self.notes.append("decode" if batch.num_decodes else "prefill")
+        return super().run(batch)
+
+
+def test_running_streams_wait_for_one_image_at_a_time() -> None:
+    engine = engine_of()
+    assert isinstance(engine.runner, ModelRunner)
+    diary = engine.runner = Diary(engine.runner.model, engine.scheduler.cache)
+    running = Sequence([1, 2, 3], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True), lambda output: None)
+    engine.scheduler.add(running)
+    engine.step()
+    engine.step()
+    diary.notes.clear()
+    finish(engine, [sequence_of("many turns"), sequence_of("two images side by side")])
+    assert diary.notes.count("encode 1") >= 4
+    for one, two in zip(diary.notes, diary.notes[1:], strict=False):
+        assert not (one.startswith("encode") and two.startswith("encode"))
+    idle = engine_of()
+    assert isinstance(idle.runner, ModelRunner)
+    diary = idle.runner = Diary(idle.runner.model, idle.scheduler.cache)
+    finish(idle, [sequence_of("many turns")])
+    assert diary.notes[0] == "encode 4"
+
+
+def test_an_image_that_cannot_be_encoded_fails_its_request_alone() -> None:
+    engine = engine_of()
+    broken = sequence_of("one image")
+    broken.images[0].pixels = torch.zeros(3, 5, 5)
+    results = finish(engine, [broken, sequence_of("an image first")])
+    assert results == [[], expected("an image first")]
+
+
+def test_features_are_kept_within_bounds() -> None:
+    encoder = VisionEncoder(gemma(), memory=3 * TOKENS * 64 * 4)
+    images = [Image(bytes([number]), pixels(number), 0, TOKENS) for number in range(5)]
+    encoder.encode(images)
+    assert all(image.features is not None for image in images)
+    later = [Image(bytes([number]), pixels(number), 0, TOKENS) for number in range(5)]
+    for image in later:
+        encoder.recall(image)
+    assert [image.features is not None for image in later] == [False, False, True, True, True]
+
+
+@pytest.mark.skipif(not are_available(), reason="needs torch with GNU's OpenMP")
+def test_a_quantized_model_sees_too() -> None:
+    """Its features and its answer are near those of the stock model: the first token's logits are."""
+    model = gemma()
+    with torch.inference_mode():
+        packed_layers.pack_model(model, "int8", lambda fraction: None)
+    fused_attention.fuse(model)
+    encoder, stock = VisionEncoder(model), VisionEncoder(gemma())
+    one, other = (Image(b"0", pixels(0), 0, TOKENS) for _ in range(2))
+    encoder.encode([one])
+    stock.encode([other])
+    assert one.features is not None and other.features is not None
+    assert (one.features - other.features).norm() < 0.05 * other.features.norm()
+    engine = build_engine(model, SMALL_STEPS, frozenset())
+    assert len(finish(engine, [sequence_of("many turns")])[0]) == NUM_NEW
