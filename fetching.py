@@ -88,11 +88,11 @@ class ImageFetcher:
     async def _check(self, parsed: httpx2.URL, url: str, param: str) -> str:
         """The address to connect to."""
         is_odd = any(ord(character) <= 32 or character == "\\" for character in url) or parsed.userinfo
-        if parsed.scheme not in ("http", "https") or not parsed.host or is_odd:
+        port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        if parsed.scheme not in ("http", "https") or not parsed.host or port > 65535 or is_odd:
             raise _refused("An image's URL is not a plain http: or https: URL.", param)
         if self._hosts is not None and parsed.host.casefold() not in self._hosts:
             raise _refused("Images are not fetched from this host.", param)
-        port = parsed.port or (443 if parsed.scheme == "https" else 80)
         addresses = await self._resolve(parsed.raw_host.decode("ascii").strip("[]"), port)
         if not addresses or not (self._allows_private or all(is_public(address) for address in addresses)):
             raise _refused("An image's URL does not lead to a public address.", param)

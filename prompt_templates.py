@@ -167,7 +167,7 @@ class PromptTemplate:
             attempts = []
         for attempt in [*attempts, alternate(folded)]:
             try:
-                text = self._show(self._apply(_parted(attempt, mark), continues, opens), num_views)
+                text = self._show(self._apply(self._with_images(attempt, mark), continues, opens), num_views)
             except (TemplateError, TypeError, ValueError, RecursionError) as error:
                 refusal = error
             else:
@@ -177,6 +177,20 @@ class PromptTemplate:
         raise InvalidRequest(
             f"The model's chat template does not take these messages: {refusal}", param="messages"
         ) from refusal
+
+    def _with_images(self, messages: list[CanonicalMessage], mark: str) -> list[CanonicalMessage]:
+        """Content with images as the parts that a tokenizer's template expects; a family's takes text."""
+        result: list[CanonicalMessage] = []
+        for message in messages:
+            first, *others = message["content"].split(mark)
+            parts = [{"type": "text", "text": first}]
+            for text in others:
+                parts += [{"type": "image"}, {"type": "text", "text": text}]
+            content: Any = [part for part in parts if part.get("text") != ""]
+            if self._template is not None and self.family.images is not None:
+                content = self.family.images.mark.join([first, *others])
+            result.append({**message, "content": content if others else message["content"]})
+        return result
 
     def _show(self, text: str, num_views: Sequence[int]) -> str:
         """The prompt with each image's tokens in the place of its mark; only the template writes that."""
@@ -259,21 +273,6 @@ def _cut(value: Any, pattern: re.Pattern[str], seam: str) -> Any:
     if isinstance(value, dict):
         return {_cut(key, pattern, seam): _cut(item, pattern, seam) for key, item in value.items()}
     return value
-
-
-def _parted(messages: Sequence[CanonicalMessage], mark: str) -> list[CanonicalMessage]:
-    """Content with images as the parts that templates expect of it."""
-    result: list[CanonicalMessage] = []
-    for message in messages:
-        if mark not in message["content"]:
-            result.append(message)
-            continue
-        texts = message["content"].split(mark)
-        parts = [{"type": "text", "text": texts[0]}]
-        for text in texts[1:]:
-            parts += [{"type": "image"}, {"type": "text", "text": text}]
-        result.append({**message, "content": [part for part in parts if part.get("text") != ""]})
-    return result
 
 
 def canonical(messages: Sequence[Message], image_mark: str | None = None) -> list[CanonicalMessage]:

@@ -172,12 +172,12 @@ def paged_attention(
     num_kv_heads, value_dim = values.shape[2:]
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
-    if softcap is None and attention_kernels.can_attend(keys, values):
-        attend_with_kernels(query, keys, values, group, scaling, output)
-        return output.flatten(1, 2)[None], None
     if step.flash is not None and group.flash is not None:
         own = slice(0, group.flash.num_tokens)
         output[own] = paged_flash.attend(step.flash, flat[own], keys, values, group.flash, scaling).view_as(output[own])
+    if softcap is None and attention_kernels.can_attend(keys, values):
+        attend_with_kernels(query, keys, values, group, scaling, output)
+        return output.flatten(1, 2)[None], None
     for decode in group.decodes:
         rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
         visible = _gather(keys, values, decode.tables.flatten(), decode.end - decode.start)

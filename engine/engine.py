@@ -236,7 +236,8 @@ class Engine:
 
     def step(self) -> None:
         """Computes one batch. Its sequences are told if that fails; the others, and the engine, live on."""
-        self._encode_images()
+        if not self._encode_images():
+            return
         batch = self.scheduler.schedule()
         if not batch.spans:
             return
@@ -258,21 +259,29 @@ class Engine:
                 outputs.append((sequence.sink, output or bad))
         self._deliver(outputs)
 
-    def _encode_images(self) -> None:
-        """Of those that prompts wait for some at a time, and one while sequences decode."""
+    def _encode_images(self) -> bool:
+        """Of those that prompts wait for some at a time, and one while sequences decode. False if one failed."""
         wanted = self.scheduler.wanted_images()
         if not wanted:
-            return
-        most = 1 if self.scheduler.num_decoding else ENCODED_TOGETHER
+            return True
+        bad = self._encode(wanted[: 1 if self.scheduler.num_decoding else ENCODED_TOGETHER])
+        failed = EngineFailure("The model failed on an image; it has been logged.")
+        owners = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if bad & {*s.images}]
+        for sequence in owners:
+            self.scheduler.remove(sequence)
+        self._deliver([(sequence.sink, failed) for sequence in owners])
+        return not bad
+
+    def _encode(self, images: list[Image]) -> set[Image]:
+        """Those that the model fails on."""
         try:
-            self.runner.encode(wanted[:most])
+            self.runner.encode(images)
         except Exception:
+            if len(images) > 1:
+                return {bad for image in images for bad in self._encode([image])}
             log.exception("an image could not be encoded")
-            failed = EngineFailure("The model failed on an image; it has been logged.")
-            owners = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if set(wanted[:most]) & {*s.images}]
-            for sequence in owners:
-                self.scheduler.remove(sequence)
-            self._deliver([(sequence.sink, failed) for sequence in owners])
+            return set(images)
+        return set()
 
     def _deliver(self, outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
         if outputs and self._loop is not None and not self._loop.is_closed():

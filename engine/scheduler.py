@@ -136,7 +136,7 @@ class Scheduler:
     def _with_drafts(self, decodes: list[Span]) -> list[Span]:
         """Guesses at what follows, while rows of the step are left that cost little."""
         most = min(self.limits.num_speculative_tokens, MOST_DRAFTED_ROWS // max(1, len(decodes)) - 1)
-        if most <= 0:
+        if most <= 0 or not decodes:
             return decodes
         requests = [(span.sequence, min(most, self._num_left(span.sequence) - 1)) for span in decodes]
         drafts = self.guesser.propose(requests, self.pace.decode_time(len(decodes)))

@@ -16,7 +16,7 @@ from errors import ModelLoadError
 from logprobs import TokenTexts
 from progress import Progress
 from prompt_templates import PromptTemplate
-from providers.vision import Eyes
+from providers.eyes import Eyes
 
 if TYPE_CHECKING:
     from engine.engine import Engine

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_tiny_checkpoint
+from models import save_checkpoint_that_sees, save_tiny_checkpoint
 from openai import OpenAI
 from process import MAIN, Server, serve
 
@@ -33,6 +33,20 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
 def client(server: Server) -> Iterator[OpenAI]:
     with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def seeing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint_that_sees(tmp_path_factory.mktemp("models") / "Tiny-Gemma3")
+
+
+@pytest.fixture(scope="session")
+def seeing_server(seeing_checkpoint: Path) -> Iterator[Server]:
+    """With a tiny Gemma 3 that takes images, also from this machine."""
+    settings = {"MODEL_PATH": str(seeing_checkpoint), "DTYPE": "float32", "ALLOW_PRIVATE_IMAGE_URLS": "true"}
+    with serve(MAIN, **settings, MAX_IMAGES="6") as server:
+        server.wait_until_healthy()
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,7 +19,9 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from engine import attention
 
@@ -91,4 +96,96 @@ def save_tiny_checkpoint(directory: Path) -> Path:
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+# --- a model that sees
+
+TOKENS, SIDE = 16, 112  # of an image: tokens, pixels
+GEMMA_SPECIAL = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+GEMMA_IMAGE = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+GEMMA_CHAT = (
+    "{{ bos_token }}{% set prefix, turns = '', messages %}"
+    "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}{% set first = messages[0].content %}"
+    "{% set prefix = (first if first is string else first[0].text) + '\n\n' %}{% endif %}"
+    "{% for m in turns %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (prefix if loop.first else '') }}"
+    "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}{{ '<start_of_image>' }}{% else %}{{ part.text | trim }}{% endif %}{% endfor %}"
+    "{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def tiny_gemma_that_sees(
+    image_token: int, implementation: str = attention.NAME, vocab_size: int = VOCAB, eos_token_id: int | None = None
+) -> Gemma3ForConditionalGeneration:
+    """With a vision tower of two layers and random weights; image_token: the placeholder's id."""
+    text = Gemma3TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=20,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        tie_word_embeddings=False,  # tied random weights repeat one token
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=14,
+    )
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=TOKENS,
+        image_token_index=image_token,
+        tie_word_embeddings=False,
+        eos_token_id=eos_token_id,
+    )
+    torch.manual_seed(0)
+    parts = {"text_config": implementation, "vision_config": "eager", "": "eager"}
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation=parts)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_()
+    return model.eval()
+
+
+def gemma_processor() -> Gemma3Processor:
+    """The genuine processor with a tokenizer of bytes."""
+    plain = byte_tokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=GEMMA_SPECIAL,
+        extra_special_tokens=GEMMA_IMAGE,
+    )
+    pictures = Gemma3ImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_pan_and_scan=False
+    )
+    return Gemma3Processor(pictures, tokenizer, chat_template=GEMMA_CHAT, image_seq_length=TOKENS)
+
+
+def save_checkpoint_that_sees(directory: Path) -> Path:
+    processor = gemma_processor()
+    tokenizer = processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    model = tiny_gemma_that_sees(processor.image_token_id, "eager", len(tokenizer), end)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
     return directory

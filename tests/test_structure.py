@@ -9,7 +9,7 @@ import pytest
 from process import ROOT
 
 OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
-OURS |= {"conversion", "atomic_files", "request_id", "logprobs", "responses", "body_limit"}
+OURS |= {"conversion", "atomic_files", "request_id", "logprobs", "responses", "body_limit", "images", "fetching"}
 ALLOWED = {  # file or folder -> which of our modules it may import
     "errors.py": set(),
     "config.py": set(),
@@ -22,6 +22,8 @@ ALLOWED = {  # file or folder -> which of our modules it may import
     "conversion.py": {"errors", "atomic_files", "engine"},  # in the child alone
     "checkpoint.py": {"errors", "atomic_files", "conversion"},
     "streaming.py": {"errors", "schemas"},
+    "images.py": {"errors"},
+    "fetching.py": {"errors", "images"},
     "responses.py": {"errors", "schemas"},
     "prompt_templates.py": {"errors", "schemas"},
     "engine": {"errors", "engine"},

@@ -1,0 +1,123 @@
+"""Vision: what images of some clients do to the streams of others.
+
+    python -m bench.vision --build DIRECTORY             a checkpoint to serve: the demo Gemma 3 270M, which reads as
+                                                         ever, with a vision tower of random weights that costs its time
+    python -m bench.vision --base-url http://127.0.0.1:8000/v1
+
+Sixteen clients stream text, first alone and then while sixteen others send an image each.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from bench import load
+from bench.load import Level, Stream, Target
+
+CLIENTS = 16
+SIDE, PATCH, TOKENS_PER_IMAGE = 448, 14, 64  # pixels, pixels, tokens: a quarter of Gemma 3's in each
+
+
+@dataclass(frozen=True)
+class ImageTarget(Target):
+    """Every request has an image of its own."""
+
+    def body(self, prompt: str) -> dict[str, Any]:
+        body = super().body(prompt)
+        image = {"type": "image_url", "image_url": {"url": picture(prompt)}}
+        body["messages"] = [{"role": "user", "content": [image, {"type": "text", "text": prompt}]}]
+        return body
+
+
+def picture(seed: str) -> str:
+    rng = random.Random(seed)
+    small = Image.frombytes("RGB", (16, 16), rng.randbytes(3 * 16 * 16))
+    file = io.BytesIO()
+    small.resize((640, 480)).save(file, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+async def measure(target: Target, images: int, salt: str) -> tuple[Level, Level]:
+    """Of the text streams and of those with an image."""
+    seeing = ImageTarget(**{**vars(target), "max_tokens": 16})
+    async with load.open_client(target) as client:
+        texts = [load.send(client, target, p) for p in load.make_prompts(target, CLIENTS, f"{salt}/text")]
+        running = [asyncio.ensure_future(text) for text in texts]
+        await asyncio.sleep(1.0)
+        prompts = load.make_prompts(replace(seeing, prompt_tokens=30), images, f"{salt}/image")
+        shown = await asyncio.gather(*(load.send(client, seeing, prompt) for prompt in prompts))
+        read: Sequence[Stream] = await asyncio.gather(*running)
+    return load.summarize(target, CLIENTS, list(read), 1.0), load.summarize(seeing, images, shown, 1.0)
+
+
+def build(directory: Path) -> None:
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    import checkpoint
+    from config import Settings
+
+    source = checkpoint.fetch("demo:gemma-3-270m", Settings().cache_dir, lambda phase, fraction: None).directory
+    text = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    vision = SiglipVisionConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    token = tokenizer.get_vocab()["<image_soft_token>"]
+    config = Gemma3Config(
+        text_config=text.config,
+        vision_config=vision,
+        mm_tokens_per_image=TOKENS_PER_IMAGE,
+        image_token_index=token,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).bfloat16()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    Gemma3ImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_pan_and_scan=False
+    ).save_pretrained(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, metavar="DIRECTORY")
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--salt", default="0", help="another one gives other prompts and images")
+    arguments = parser.parse_args()
+    if arguments.build:
+        build(arguments.build)
+        return
+    target = Target(arguments.base_url, asyncio.run(load.first_model(arguments.base_url)), is_chat=True)
+    print(load.HEAD)
+    for images in (0, CLIENTS):
+        text, shown = asyncio.run(measure(target, images, f"{arguments.salt}/{images}"))
+        for level, kind in ((text, f"text beside {images} images"), (shown, "with an image"))[: 1 + bool(images)]:
+            print(load.row(level), kind, json.dumps(level.errors) if level.errors else "")
+
+
+if __name__ == "__main__":
+    main()
