@@ -16,7 +16,7 @@ class Image:
     """One view of an image, and its place in a prompt."""
 
     digest: bytes  # of the pixels
-    pixels: torch.Tensor  # (channels, height, width), as the vision tower takes them
+    pixels: torch.Tensor | None  # (channels, height, width), as the vision tower takes them; not kept any longer
     start: int  # position of its first token
     num_tokens: int
     features: torch.Tensor | None = None  # (num_tokens, hidden size), once they are computed
@@ -39,7 +39,7 @@ class VisionEncoder:
         """Gives the image what is known of one like it."""
         if (features := self._known.get(image.digest)) is not None:
             self._known.move_to_end(image.digest)
-            image.features = features
+            image.features, image.pixels = features, None
 
     @torch.inference_mode()
     def encode(self, images: Images[Image]) -> None:
@@ -47,12 +47,13 @@ class VisionEncoder:
         distinct = {image.digest: image for image in images if image.features is None}
         tower: torch.nn.Module = self._model
         weight = next(p for name, p in tower.named_parameters() if "vision" in name)
-        pixels = torch.stack([image.pixels for image in distinct.values()]).to(weight.device, weight.dtype)
+        stacked = torch.stack([image.pixels for image in distinct.values() if image.pixels is not None])
+        pixels = stacked.to(weight.device, weight.dtype)
         features = self._model.get_image_features(pixels, return_dict=True).pooler_output
         self.num_encoded += len(distinct)
         for digest, own in zip(distinct, features, strict=True):
             self._known[digest] = own.clone()  # not a view, which would keep all of them
         for image in images:
-            image.features = self._known.get(image.digest)
+            image.features, image.pixels = self._known[image.digest], None
         while self._known and sum(features.nbytes for features in self._known.values()) > self._memory:
             self._known.popitem(last=False)

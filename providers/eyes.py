@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import images
-from errors import InvalidRequest
+from errors import InvalidRequest, Overloaded
 from fetching import ImageFetcher
 from schemas import ContentPart, Message
 
@@ -24,6 +25,7 @@ PAN_AND_SCAN = {  # of `detail: high`, as in Gemma 3's report; `auto` does the s
 }
 ELONGATED = {"auto": 1.5, "high": 1.2}  # from which ratio of its sides on an image is also shown in parts
 DECODED_TOGETHER = 4  # images, which bounds the memory for it
+MAX_WAITING_BYTES = 2**30  # of pixels that wait to be encoded; more requests are told to come back
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Eyes:
         self._processor = processor
         self._image_token_id, self._tokens_per_view = image_token_id, tokens_per_view
         self._room = asyncio.Semaphore(DECODED_TOGETHER)
+        self._waiting: WeakSet[torch.Tensor] = WeakSet()
 
     @classmethod
     def open(cls, directory: Path, config: Any) -> "Eyes":
@@ -52,8 +55,10 @@ class Eyes:
         return cls(processor, config.image_token_id, config.mm_tokens_per_image)
 
     async def see(self, messages: Sequence[Message], fetcher: ImageFetcher, most: int) -> list[list[View]]:
-        """The views of each image, in the order of the messages. Raises InvalidRequest."""
+        """The views of each image, in the order of the messages. Raises InvalidRequest, or Overloaded."""
         parts = list(image_parts(messages))
+        if parts and sum(pixels.nbytes for pixels in list(self._waiting)) > MAX_WAITING_BYTES:
+            raise Overloaded("Too many images wait to be seen; try again later.", retry_after=5)
         if len(parts) > most:
             raise InvalidRequest(f"A request can have {most} images.", param=parts[most][0], code="too_many_images")
         return await asyncio.gather(*(self._views(part, param, fetcher) for param, part in parts))
@@ -66,7 +71,9 @@ class Eyes:
             raise InvalidRequest("detail is low, high or auto.", param=f"{param}.detail", code="invalid_value")
         data = await fetcher.fetch(url, param)
         async with self._room:
-            return await asyncio.to_thread(self._process, data, detail, param)
+            views = await asyncio.to_thread(self._process, data, detail, param)
+        self._waiting.update(view.pixels for view in views)
+        return views
 
     def _process(self, data: bytes, detail: str, param: str) -> list[View]:
         options: dict[str, Any] = {"do_pan_and_scan": False}

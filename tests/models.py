@@ -167,12 +167,12 @@ def tiny_gemma_that_sees(
 def gemma_processor() -> Gemma3Processor:
     """The genuine processor with a tokenizer of bytes."""
     plain = byte_tokenizer()
+    plain.backend_tokenizer.add_special_tokens(GEMMA_SPECIAL)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=plain.backend_tokenizer,
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=GEMMA_SPECIAL,
         extra_special_tokens=GEMMA_IMAGE,
     )
     pictures = Gemma3ImageProcessorPil(
@@ -185,7 +185,7 @@ def save_checkpoint_that_sees(directory: Path) -> Path:
     processor = gemma_processor()
     tokenizer = processor.tokenizer
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    model = tiny_gemma_that_sees(processor.image_token_id, "eager", len(tokenizer), end)
+    model = tiny_gemma_that_sees(processor.tokenizer.image_token_id, "eager", len(tokenizer), end)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory
