@@ -76,6 +76,8 @@ def build(directory: Path) -> None:
     source = checkpoint.fetch("demo:gemma-3-270m", Settings().cache_dir, lambda phase, fraction: None).directory
     text = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)  # models of text alone have none
+    text.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     vision = SiglipVisionConfig(
         hidden_size=768,
         intermediate_size=3072,
