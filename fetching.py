@@ -9,7 +9,10 @@ import base64
 import binascii
 import ipaddress
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import unquote_to_bytes
 
 import httpx2
@@ -20,13 +23,28 @@ from images import MAX_BYTES, too_large
 TIMEOUT = 10.0  # seconds for all of it
 MAX_REDIRECTS = 5
 REDIRECTS = {301, 302, 303, 307, 308}
-NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the IPv4 address is in its last 32 bits
+NEVER = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "64:ff9b:1::/48",  # a network's own NAT64: it alone knows where the address is
+            "2001::/32",  # Teredo
+            "168.63.129.16/32",  # of the machine's host, in Azure
+        ),
+    )
+)
+MAX_ESCAPED = 2**20  # characters of a data: URL with %, which take a hundred times their length to read
 Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+
+_resolvers = ThreadPoolExecutor(8, "resolver")  # of their own, since nobody can end a name server's silence
 
 
 async def resolve(host: str, port: int) -> list[str]:
     """The addresses of a name; raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_resolvers, ask)
     return [str(address[4][0]) for address in found]
 
 
@@ -41,43 +59,44 @@ class ImageFetcher:
         """hosts: if given, images come from these alone."""
         self._allows_private, self._resolve, self._timeout = allows_private, resolve, timeout
         self._hosts = None if hosts is None else {host.casefold() for host in hosts}
-        self._client = httpx2.AsyncClient(trust_env=False, follow_redirects=False, timeout=timeout)
-
-    async def close(self) -> None:
-        await self._client.aclose()
+        self._tls = ssl.create_default_context()
 
     async def fetch(self, url: str, param: str) -> bytes:
         """Raises InvalidRequest, whose text does not tell what a network looks like inside."""
         scheme = url.partition(":")[0].casefold()
         if scheme == "data":
-            return _decode_data_url(url, param)
+            return await asyncio.to_thread(_decode_data_url, url, param)
         if scheme not in ("http", "https"):
             raise _refused("Images are given as data:, http: or https: URLs.", param)
         try:
-            async with asyncio.timeout(self._timeout):
-                return await self._follow(url, param)
+            # A client for each image: neither cookies nor connections of one host are another's at the same address
+            client = httpx2.AsyncClient(trust_env=False, verify=self._tls, timeout=self._timeout)
+            async with asyncio.timeout(self._timeout), client:
+                return await self._follow(client, url, param)
         except TimeoutError as error:
             raise _failed(f"An image did not arrive within {self._timeout:g} seconds.", param) from error
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError, ValueError) as error:
             raise _failed("An image could not be fetched.", param) from error
 
-    async def _follow(self, url: str, param: str) -> bytes:
+    async def _follow(self, client: httpx2.AsyncClient, url: str, param: str) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._get(url, param)
+            client.cookies.clear()
+            answer = await self._get(client, url, param)
             if isinstance(answer, bytes):
                 return answer
             url = answer
         raise _failed("An image's URL redirects too often.", param)
 
-    async def _get(self, url: str, param: str) -> bytes | str:
+    async def _get(self, client: httpx2.AsyncClient, url: str, param: str) -> bytes | str:
         """The body, or where it is said to be."""
         parsed = httpx2.URL(url)
         address = await self._check(parsed, url, param)
         pinned = parsed.copy_with(host=address)
-        headers = {"Host": parsed.netloc.decode("ascii"), "Accept": "image/*", "Accept-Encoding": "identity"}
+        host = parsed.netloc.decode("ascii")
+        headers = {"Host": host, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
         extensions = {"sni_hostname": parsed.raw_host.decode("ascii")} if parsed.scheme == "https" else {}
-        request = self._client.build_request("GET", pinned, headers=headers, extensions=extensions)
-        response = await self._client.send(request, stream=True)
+        request = client.build_request("GET", pinned, headers=headers, extensions=extensions)
+        response = await client.send(request, stream=True)
         try:
             if response.status_code in REDIRECTS and "location" in response.headers:
                 return str(parsed.join(response.headers["location"]))
@@ -91,7 +110,8 @@ class ImageFetcher:
         port = parsed.port or (443 if parsed.scheme == "https" else 80)
         if parsed.scheme not in ("http", "https") or not parsed.host or port > 65535 or is_odd:
             raise _refused("An image's URL is not a plain http: or https: URL.", param)
-        if self._hosts is not None and parsed.host.casefold() not in self._hosts:
+        names = {parsed.host.casefold(), parsed.raw_host.decode("ascii").casefold()}
+        if self._hosts is not None and not names & self._hosts:
             raise _refused("Images are not fetched from this host.", param)
         addresses = await self._resolve(parsed.raw_host.decode("ascii").strip("[]"), port)
         if not addresses or not (self._allows_private or all(is_public(address) for address in addresses)):
@@ -102,9 +122,11 @@ class ImageFetcher:
 def is_public(text: str) -> bool:
     """Also where an IPv6 address stands for an IPv4 one."""
     address = ipaddress.ip_address(text)
+    if any(address in network for network in NEVER):
+        return False
     if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
-        if any(address in network for network in NAT64):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
@@ -133,13 +155,13 @@ def _decode_data_url(url: str, param: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma:
         raise _refused("A data: URL has no comma.", param)
-    if len(data) > 2 * MAX_BYTES:
+    if len(data) > 2 * MAX_BYTES or ("%" in data and len(data) > MAX_ESCAPED):
         raise too_large(param)
     try:
-        raw = unquote_to_bytes(data)
+        raw = unquote_to_bytes(data) if "%" in data else data.encode("ascii")
         if not head.casefold().endswith(";base64"):
             return raw
-        raw = b"".join(raw.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        raw = raw.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n").rstrip(b"=")
         return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise _refused("A data: URL does not hold valid base64.", param) from error

@@ -15,6 +15,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_BYTES = 20 * 2**20  # of a file
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 20_000
+MAX_SCANS = 100  # of a progressive JPEG, each of which costs as much as an image: the customary ones have ten
 ENOUGH = (4096, 4096)  # a JPEG is decoded no larger than it has to be for these
 
 
@@ -25,6 +26,8 @@ def decode(data: bytes, param: str) -> Image.Image:
     """
     if len(data) > MAX_BYTES:
         raise too_large(param)
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise _invalid(f"An image has more than {MAX_SCANS} scans.", param)
     try:
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -33,11 +36,18 @@ def decode(data: bytes, param: str) -> Image.Image:
                 raise _invalid(f"An image has more than {MAX_PIXELS} pixels, or a side of more than {MAX_SIDE}.", param)
             image.draft("RGB", ENOUGH)
             image.load()
-            return _opaque(ImageOps.exif_transpose(image))
+            return _opaque(_upright(image))
     except InvalidRequest:
         raise
     except Exception as error:  # decoders raise whatever they meet
         raise _invalid("An image could not be decoded: PNG, JPEG, WebP and GIF are taken.", param) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # what the camera noted is broken, the image is not
+        return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:

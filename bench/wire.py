@@ -60,7 +60,7 @@ class NullRunner:
         self._token_ids = token_ids
         self._next_step = 0.0
 
-    def encode(self, images: list[Image]) -> None:
+    def encode(self, images: list[Image], most: int) -> None:
         raise NotImplementedError
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:

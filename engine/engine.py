@@ -69,7 +69,7 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]: ...
 
-    def encode(self, images: list[Image]) -> None: ...
+    def encode(self, images: list[Image], most: int) -> None: ...
 
 
 class Mailbox:
@@ -264,7 +264,7 @@ class Engine:
         wanted = self.scheduler.wanted_images()
         if not wanted:
             return True
-        bad = self._encode(wanted[: 1 if self.scheduler.num_decoding else ENCODED_TOGETHER])
+        bad = self._encode(wanted, 1 if self.scheduler.num_decoding else ENCODED_TOGETHER)
         failed = EngineFailure("The model failed on an image; it has been logged.")
         owners = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if bad & {*s.images}]
         for sequence in owners:
@@ -272,15 +272,16 @@ class Engine:
         self._deliver([(sequence.sink, failed) for sequence in owners])
         return not bad
 
-    def _encode(self, images: list[Image]) -> set[Image]:
+    def _encode(self, images: list[Image], most: int) -> set[Image]:
         """Those that the model fails on."""
         try:
-            self.runner.encode(images)
+            self.runner.encode(images, most)
         except Exception:
-            if len(images) > 1:
-                return {bad for image in images for bad in self._encode([image])}
+            missing = [image for image in images if image.features is None]
+            if len(missing) > 1:
+                return {bad for image in missing[:most] for bad in self._encode([image], 1)}
             log.exception("an image could not be encoded")
-            return set(images)
+            return set(missing)
         return set()
 
     def _deliver(self, outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:

@@ -26,8 +26,8 @@ class Lookahead:
     def num_embeddings(self) -> int:
         return self.runner.num_embeddings
 
-    def encode(self, images: list[Image]) -> None:
-        self.runner.encode(images)
+    def encode(self, images: list[Image], most: int) -> None:
+        self.runner.encode(images, most)
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:
         guess, self._guess = self._guess, None

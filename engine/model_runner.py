@@ -339,14 +339,17 @@ class ModelRunner:
         self.device = input_device(model)
         self.dtype = next(iter(cache.keys.values())).dtype
 
-    def encode(self, images: list[Image]) -> None:
-        """Gives them their features; raises what the model raises."""
+    def encode(self, images: list[Image], most: int) -> None:
+        """Gives features to those that are known, and to the first others, `most` of them; raises what the model
+        raises."""
         if self.vision is None:
             self.vision = VisionEncoder(self.model)
         for image in images:
             self.vision.recall(image)
-        if missing := [image for image in images if image.features is None]:
-            self.vision.encode(missing)
+        missing = [image for image in images if image.features is None]
+        chosen = list(dict.fromkeys(image.digest for image in missing))[:most]
+        if chosen:
+            self.vision.encode([image for image in missing if image.digest in chosen])
 
     @property
     def num_embeddings(self) -> int:

@@ -15,6 +15,7 @@ from engine.speculation import Guesser, PromptLookup
 from engine.vision import Image
 
 PATIENCE = 300  # steps
+SEEN_AHEAD = 4  # waiting prompts whose images are encoded already; features take memory
 MOST_DRAFTED_ROWS = 16  # tokens in a step with guesses: beyond, a row costs about as much as a token is worth
 
 
@@ -125,7 +126,7 @@ class Scheduler:
                     continue  # it will take that over
                 is_full = not self._admit(sequence)
                 budget -= self._prefill(sequence, budget, spans) if not is_full else 0
-        if all(span.is_decode for span in spans):
+        if all(span.is_decode and span.is_complete for span in spans):  # a chunk of a prompt can be one token, too
             spans = self._with_drafts(spans)
         if not spans and len(self.running) > 1:  # prompts hold blocks that others of them lack
             self._preempt(self._least_urgent())
@@ -181,7 +182,7 @@ class Scheduler:
 
     def wanted_images(self) -> list[Image]:
         """Those that the prompts under way, and those next to come, wait for, the most urgent first."""
-        room = self.limits.max_num_seqs - len(self.running)
+        room = min(SEEN_AHEAD, self.limits.max_num_seqs - len(self.running))
         owners = [*self._prefilling(), *list(self.waiting)[: max(1, room)]]
         images = [image for owner in owners for image in owner.images_in(owner.num_computed, owner.num_tokens)]
         return [image for image in images if image.features is None]

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ PAN_AND_SCAN = {  # of `detail: high`, as in Gemma 3's report; `auto` does the s
     "pan_and_scan_max_num_crops": 4,
 }
 ELONGATED = {"auto": 1.5, "high": 1.2}  # from which ratio of its sides on an image is also shown in parts
-DECODED_TOGETHER = 4  # images, which bounds the memory for it
+FETCHED_TOGETHER, DECODED_TOGETHER = 16, 4  # images, which bounds the memory for it
 MAX_WAITING_BYTES = 2**30  # of pixels that wait to be encoded; more requests are told to come back
 
 
@@ -43,7 +45,8 @@ class Eyes:
         """processor: transformers' image processor of the model."""
         self._processor = processor
         self._image_token_id, self._tokens_per_view = image_token_id, tokens_per_view
-        self._room = asyncio.Semaphore(DECODED_TOGETHER)
+        self._room = asyncio.Semaphore(FETCHED_TOGETHER)
+        self._decoders = ThreadPoolExecutor(DECODED_TOGETHER, "decoder")  # so that images wait for images alone
         self._waiting: WeakSet[torch.Tensor] = WeakSet()
 
     @classmethod
@@ -57,11 +60,14 @@ class Eyes:
     async def see(self, messages: Sequence[Message], fetcher: ImageFetcher, most: int) -> list[list[View]]:
         """The views of each image, in the order of the messages. Raises InvalidRequest, or Overloaded."""
         parts = list(image_parts(messages))
-        if parts and sum(pixels.nbytes for pixels in list(self._waiting)) > MAX_WAITING_BYTES:
-            raise Overloaded("Too many images wait to be seen; try again later.", retry_after=5)
         if len(parts) > most:
             raise InvalidRequest(f"A request can have {most} images.", param=parts[most][0], code="too_many_images")
-        return await asyncio.gather(*(self._views(part, param, fetcher) for param, part in parts))
+        tasks = [asyncio.ensure_future(self._views(part, param, fetcher)) for param, part in parts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _views(self, part: ContentPart, param: str, fetcher: ImageFetcher) -> list[View]:
         url, detail = part.image
@@ -69,10 +75,13 @@ class Eyes:
             raise InvalidRequest(f"{param}.image_url has no url.", param=param, code="missing_required_parameter")
         if detail not in ("low", "high", "auto"):
             raise InvalidRequest("detail is low, high or auto.", param=f"{param}.detail", code="invalid_value")
-        data = await fetcher.fetch(url, param)
         async with self._room:
-            views = await asyncio.to_thread(self._process, data, detail, param)
-        self._waiting.update(view.pixels for view in views)
+            if sum(pixels.nbytes for pixels in list(self._waiting)) > MAX_WAITING_BYTES:
+                raise Overloaded("Too many images wait to be seen; try again later.", retry_after=5)
+            data = await fetcher.fetch(url, param)
+            work = partial(self._process, data, detail, param)
+            views = await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+            self._waiting.update(view.pixels for view in views)
         return views
 
     def _process(self, data: bytes, detail: str, param: str) -> list[View]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from providers.eyes import Eyes
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+
+log = logging.getLogger(__name__)
 
 SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # where request and model are silent; the specification's
 
@@ -80,13 +83,14 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
 
 
 def open_eyes(directory: Path, config: Any) -> Eyes | None:
-    """For a model with a vision tower; raises ModelLoadError if its image processor's configuration is missing."""
-    if not hasattr(config, "vision_config"):
+    """For a model that sees as Gemma 3 does; others, and those without an image processor, take text alone."""
+    if not hasattr(config, "vision_config") or not hasattr(config, "mm_tokens_per_image"):
         return None
     try:
         return Eyes.open(directory, config)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelLoadError(f"The image processor in {directory} cannot be loaded: {error}".splitlines()[0]) from error
+        log.warning("images are refused: no image processor in %s: %s", directory, str(error).splitlines()[0])
+        return None
 
 
 async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:

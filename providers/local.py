@@ -94,7 +94,6 @@ class LocalProvider:
             self._loading.cancel()
         if self.loaded is not None:
             await self.loaded.engine.close(timeout)
-        await self._fetcher.close()
 
     @property
     def health(self) -> tuple[bool, dict[str, Any]]:

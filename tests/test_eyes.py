@@ -84,10 +84,7 @@ def rendered(messages: list[dict[str, Any]], directory: Path, most: int = 9) -> 
     asked = [Message.model_validate(message) for message in messages]
 
     async def see() -> Any:
-        fetcher = ImageFetcher()
-        views = await eyes.see(asked, fetcher, most)
-        await fetcher.close()
-        return views
+        return await eyes.see(asked, ImageFetcher(), most)
 
     views = asyncio.run(see())
     token_ids = PromptTemplate(tokenizer, "gemma3", TOKENS).render_chat(asked, None, None, [len(v) for v in views])
@@ -155,6 +152,37 @@ def test_what_cannot_be_seen_is_refused_by_name(
     with pytest.raises(InvalidRequest) as refused:
         rendered([{"role": "user", "content": content}], seeing_checkpoint)
     assert (refused.value.code, refused.value.param) == (code, param)
+
+
+def test_after_a_bad_image_the_others_are_given_up(seeing_checkpoint: Path) -> None:
+    async def run() -> None:
+        begun, ended = 0, 0
+
+        async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal begun, ended
+            begun += 1
+            while await reader.read(1000):
+                pass
+            ended += 1
+            writer.close()
+
+        listening = await asyncio.start_server(stall, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
+        slow = [{"type": "image_url", "image_url": {"url": url}}] * 3
+        bad = {"type": "image_url", "image_url": {"url": f"{url.replace('127.0.0.1', '127.0.0.2')}"}}
+        processor = gemma_processor()
+        eyes = Eyes(processor.image_processor, processor.tokenizer.image_token_id, TOKENS)
+        message = Message.model_validate({"role": "user", "content": [*slow, bad]})
+        with pytest.raises(InvalidRequest):
+            await eyes.see([message], ImageFetcher(allows_private=True), 9)
+        for _ in range(100):
+            if ended == begun:
+                break
+            await asyncio.sleep(0.02)
+        assert ended == begun <= 3
+        listening.close()
+
+    asyncio.run(run())
 
 
 # --- through the server

@@ -54,10 +54,7 @@ def plain(pages: dict[str, bytes]) -> Serve:
 
 async def fetch(url: str, **options: Any) -> bytes:
     fetcher = ImageFetcher(**{"allows_private": True, **options})
-    try:
-        return await fetcher.fetch(url, "messages[0].content[0]")
-    finally:
-        await fetcher.close()
+    return await fetcher.fetch(url, "messages[0].content[0]")
 
 
 def refusal(work: Awaitable[Any]) -> InvalidRequest:
@@ -85,6 +82,13 @@ def test_data_urls_hold_their_bytes(url: str) -> None:
     assert asyncio.run(fetch(url)) == PICTURE
 
 
+def test_data_urls_that_would_take_much_memory_are_refused() -> None:
+    for data in ("%41" * 10**6, "A" * (2 * MAX_BYTES + 1)):
+        error = refusal(fetch("data:image/png;base64," + data))
+        assert "MiB" in error.message
+    assert len(asyncio.run(fetch("data:;base64," + "QUFB \n" * 10**5))) == 3 * 10**5
+
+
 @pytest.mark.parametrize("url", ["data:image/png;base64", "data:image/png;base64,a%%b!", "data:image/png;base64,abcde"])
 def test_broken_data_urls_are_refused(url: str) -> None:
     assert refusal(fetch(url)).code == "invalid_image_url"
@@ -101,10 +105,29 @@ def test_an_image_is_fetched_and_redirects_are_followed() -> None:
     asyncio.run(run())
 
 
+def test_neither_cookies_nor_connections_outlive_an_image() -> None:
+    """At one address there may be many hosts."""
+
+    async def run() -> None:
+        pages = {
+            "/a": answer(Set_Cookie="a=1; Path=/"),
+            "/r": answer(b"", "302 Found", Location="/a", Set_Cookie="b=2"),
+        }
+        async with server(plain(pages)) as (url, requests):
+            fetcher = ImageFetcher(allows_private=True)
+            for path in ("/a", "/r", "/a"):
+                await fetcher.fetch(url + path, "p")
+            assert len(requests) == 4 and not any("cookie" in request.casefold() for request in requests)
+            assert all("connection: close" in request.casefold() for request in requests)
+
+    asyncio.run(run())
+
+
 PRIVATE = [
     *("127.0.0.1", "127.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "0"),
     *("224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1", "198.18.0.1", "2130706433", "0x7f000001", "0177.0.0.1"),
     *("[::1]", "[::]", "[fe80::1]", "[fc00::1]", "[fd12::1]", "[ff02::1]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]"),
+    *("[64:ff9b:1:7f00:0:100:808:808]", "[2001:0:4136:e378:8000:63bf:3fff:fdd2]", "168.63.129.16"),
     *("[64:ff9b:1::a00:1]", "[2002:7f00:1::]", "[fec0::1]", "localhost", "LOCALHOST.", "\uff11\uff12\uff17.0.0.1"),
 ]
 
@@ -161,7 +184,6 @@ def test_a_redirect_to_a_private_address_ends_there() -> None:
                 with pytest.raises(InvalidRequest) as refused:
                     await fetcher.fetch(f"http://public.test:{port}/r", "p")
                 assert refused.value.code == "invalid_image_url" and not requests
-                await fetcher.close()
 
     class Lenient(ImageFetcher):
         """Takes `public.test` for public, though it is here."""

@@ -70,6 +70,15 @@ def test_what_is_transparent_is_white() -> None:
     assert images.decode(data_of(indexed, "PNG", transparency=0), "p").getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_an_image_whose_camera_noted_nonsense_is_an_image(kind: str) -> None:
+    assert images.decode(data_of(picture(), kind, exif=b"garbage!"), "p").size == (40, 20)
+
+
+def test_a_progressive_photograph_is_an_image() -> None:
+    assert images.decode(data_of(picture((300, 200)), "JPEG", progressive=True), "p").size == (300, 200)
+
+
 def test_sixteen_bits_keep_their_range() -> None:
     image = Image.new("I;16", (3, 1))
     for x, value in enumerate((0, 32768, 65535)):
@@ -107,7 +116,15 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again; each costs as much as an image."""
+    data = data_of(picture((64, 64)).convert("L"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * count + data[-2:]
+
+
 BAD = {
+    "many scans": many_scans(200),
     "nothing": b"",
     "text": b"hello",
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',

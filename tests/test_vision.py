@@ -165,9 +165,12 @@ class Diary(ModelRunner):
         super().__init__(*arguments)
         self.notes: list[str] = []
 
-    def encode(self, images: list[Image]) -> None:
-        super().encode(images)
-        self.notes.append(f"encode {len(images)}")
+    def encode(self, images: list[Image], most: int) -> None:
+        before = 0 if self.vision is None else self.vision.num_encoded
+        super().encode(images, most)
+        assert self.vision is not None
+        if count := self.vision.num_encoded - before:
+            self.notes.append(f"encode {count}")
 
     def run(self, batch: Any) -> Any:
         spans = [(span.start, span.end, span.sequence) for span in batch.spans if not span.is_decode]
@@ -195,6 +198,20 @@ def test_running_streams_wait_for_one_image_at_a_time() -> None:
     diary = idle.runner = Diary(idle.runner.model, idle.scheduler.cache)
     finish(idle, [sequence_of("many turns")])
     assert diary.notes[0] == "encode 4"
+
+
+@pytest.mark.parametrize("num_before", range(20, 48))
+def test_a_chunk_of_one_token_before_an_image_is_not_taken_for_a_decode(num_before: int) -> None:
+    """Beside a running stream, and with text that invites guesses."""
+    engine = engine_of(replace(SMALL_STEPS, max_num_mixed_tokens=9))
+    running = Sequence([5, 6, 7], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True), lambda output: None)
+    engine.scheduler.add(running)
+    engine.step()
+    LAYOUTS["padded"] = [([1, 2, 3, 4] * 12)[:num_before], 0, [1, 2, 3, 4, 1, 2, 3]]
+    expected.cache_clear()
+    assert finish(engine, [sequence_of("padded")]) == [expected("padded")]
+    assert running.num_output_tokens == 60
+    del LAYOUTS["padded"]
 
 
 def test_an_image_that_cannot_be_encoded_fails_its_request_alone() -> None:
