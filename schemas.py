@@ -2,7 +2,7 @@
 
 Source: https://platform.openai.com/docs/api-reference (chat, completions, responses, models). As vLLM names them:
 top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, continue_final_message and
-add_generation_prompt; as llama.cpp does: timings.
+add_generation_prompt, structured_outputs and guided_*; as llama.cpp does: timings.
 """
 
 import time
@@ -173,6 +173,15 @@ class _CompletionRequest(_SamplingRequest):
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=128)
     stream_options: StreamOptions | None = None
+    guided_json: Object | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: Object | None = None  # the newer way to send one of the four, without `guided_`
+
+    @property
+    def grammar(self) -> None:
+        """It is compiled later."""
 
     @property
     def num_prompt_logprobs(self) -> int | None:
@@ -213,7 +222,7 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     add_generation_prompt: bool | None = None
     functions: list[Object] | None = _refused([])
     function_call: str | Object | None = _refused("none", "auto")
-    response_format: Object | None = _refused({"type": "text"})
+    response_format: Object | None = None
     audio: Object | None = _refused()
     modalities: list[str] | None = _refused(["text"])
     verbosity: str | None = _refused("medium")

@@ -36,7 +36,7 @@ class Mirror:
 
     @classmethod
     def of(cls, original: Sequence) -> "Mirror":
-        params = replace(original.params, num_logprobs=None, num_prompt_logprobs=None, seed=original.seed)
+        params = replace(original.params, num_logprobs=None, num_prompt_logprobs=None, grammar=None, seed=original.seed)
         return cls(Sequence(original.prompt_ids, params, sink=lambda output: None))
 
     def follow(self, original: Sequence) -> None:

@@ -154,6 +154,15 @@ def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best, index
 
 
+def forbid(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
+    """Sets the logits of these rows to -inf where a token's bit is 0, in place. logits: as `can_argmax` takes them;
+    rows: int64; bits: (len(rows), words) int32, with a word more than the tokens need."""
+    num_rows, words = bits.shape
+    addresses = (logits.data_ptr(), rows.data_ptr(), bits.data_ptr())
+    threads = torch.get_num_threads() if num_rows > 1 else 1
+    _forbid()(*addresses, num_rows, words, logits.shape[-1], num_threads=threads)
+
+
 def warm_up() -> None:
     """Compiles what most models will need, half a second's work, so that it can go on while other things load."""
     if are_available():
@@ -411,6 +420,30 @@ def _argmax() -> Program:
         first = b.intrinsic("llvm.vector.reduce.smin.v16i32", I32, places)
         b.write(top, b.address(b.argument["best"], row, 4))
         b.write(b.sext(first, I64), b.address(b.argument["index"], row, 8))
+    return compiled(b)
+
+
+@functools.cache
+def _forbid() -> Program:
+    b = Builder("forbid", ("x", "rows", "bits", "count", "words", "columns"), jit.host()[1])
+    columns = b.argument["columns"]
+    flags = ir.VectorType(ir.IntType(1), LANES)
+    with b.share(b.argument["count"]) as place:
+        row = b.read(I64, b.address(b.argument["rows"], place, 8))
+        start = b.address(b.argument["x"], b.mul(row, columns), 4)
+        mask = b.address(b.argument["bits"], b.mul(place, b.argument["words"]), 4)
+
+        def cut(column: jit.Value) -> None:
+            word = b.read(I32, b.add(mask, b.lshr(column, I64(3))))
+            bits = b.trunc(b.lshr(word, b.trunc(b.and_(column, I64(7)), I32)), jit.I16)
+            address = b.address(start, column, 4)
+            allowed = b.bitcast(bits, flags)
+            b.write(b.select(allowed, b.read(FLOATS, address), constant(FLOATS, float("-inf"))), address)
+
+        last = b.sub(columns, I64(LANES))
+        with b.loop(I64(0), last, LANES) as column:
+            cut(column)
+        cut(last)  # some of them for the second time
     return compiled(b)
 
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers
 from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
 from engine.cuda_graphs import DecodeGraphs, Record, record
+from engine.grammar import Masks
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec, first_visible
 from engine.paged_flash import FlashBatch, Kernel
 from engine.sampling import Chosen, SampledToken, Sampler, score
@@ -375,17 +376,18 @@ class ModelRunner:
         prompts = {span.sequence.number: _scored_positions(span) for span in layout.spans}
         scored = [(number, p) for number, positions in prompts.items() for p in positions]
         known = None if after is None else _tokens_after(*after, batch, layout)
-        logits = self.forward(layout, [row_of[place] for place in places + scored], known)
-        if scored:
-            self._score_prompts(logits[len(places) :], layout.spans, prompts)
-        if not complete:
-            return Started(batch, [], None)
         heirs = [
             span.sequence.continued(span.draft[:length] or (0,) * (after is not None))
             for span in complete
             for length in range(len(span.draft) + 1)
         ]
-        return Started(batch, complete, self.sampler.choose(logits[: len(places)], heirs))
+        masks = Masks(heirs)  # they are computed while the model is
+        logits = self.forward(layout, [row_of[place] for place in places + scored], known)
+        if scored:
+            self._score_prompts(logits[len(places) :], layout.spans, prompts)
+        if not complete:
+            return Started(batch, [], None)
+        return Started(batch, complete, self.sampler.choose(logits[: len(places)], heirs, masks))
 
     def forward(self, layout: _Layout, rows: list[int], known: torch.Tensor | None = None) -> torch.Tensor:
         """The logits of the step's tokens number `rows`: (rows, vocab). known: the tokens, where the CPU lacks them."""

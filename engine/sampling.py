@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine import kernels
+from engine.grammar import Masks
 
 if TYPE_CHECKING:
+    from engine.grammar import Grammar
     from engine.sequence import Sequence
 
 CANDIDATES = 1024  # sorted first; a row whose top_p needs more of them is sorted whole
@@ -41,6 +43,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
     num_logprobs: int | None = None  # best tokens to report beside the chosen one; None: report nothing
     num_prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
+    grammar: "Grammar | None" = None  # what the answer must look like
 
     @property
     def is_greedy(self) -> bool:
@@ -49,7 +52,12 @@ class SamplingParams:
     @property
     def is_independent(self) -> bool:
         """Whether how a token is chosen depends on how many came before, but not on which."""
-        return not self.presence_penalty and not self.frequency_penalty and self.repetition_penalty == 1.0
+        return (
+            self.grammar is None
+            and not self.presence_penalty
+            and not self.frequency_penalty
+            and self.repetition_penalty == 1.0
+        )
 
     @property
     def needs_sorting(self) -> bool:
@@ -113,13 +121,14 @@ class Sampler:
         """logits: (rows, vocab), one row per sequence. None stands for a row without a finite maximum."""
         return self.choose(logits, sequences).read()
 
-    def choose(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> Chosen:
-        """As `sample`, without waiting for the device."""
+    def choose(self, logits: torch.Tensor, sequences: Rows["Sequence"], masks: "Masks | None" = None) -> Chosen:
+        """As `sample`, without waiting for the device. masks: the rows', if they are under way already."""
         raw = logits.float()
         reports_raw = any(sequence.params.num_logprobs is not None for sequence in sequences)
         logits = raw.clone() if reports_raw else raw
         self._penalize(logits, sequences)
         self._bias(logits, sequences)
+        (masks or Masks(sequences)).apply(logits)
         best, token_ids = kernels.argmax(logits) if kernels.can_argmax(logits) else logits.max(dim=-1)
         sampled = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
         if sampled:
@@ -151,7 +160,7 @@ class Sampler:
             if bias := sequence.params.logit_bias:
                 values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
                 logits[row, list(bias)] += values
-            if sequence.num_output_tokens < sequence.params.min_tokens:
+            if sequence.num_output_tokens < sequence.params.min_tokens and sequence.matcher is None:
                 logits[row, [*self._eos_token_ids, *sequence.params.stop_token_ids]] = -torch.inf
 
     def _sample(self, logits: torch.Tensor, sequences: list["Sequence"]) -> torch.Tensor:

@@ -281,6 +281,10 @@ class Scheduler:
         if is_end or token_id in sequence.params.stop_token_ids:
             return TokenOutput(None, "stop", None, *about_prompt)
         reason: FinishReason | None = None
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token_id)
+            if sequence.matcher.is_finished:
+                return TokenOutput(token_id, "stop", token, *about_prompt)
         if sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
             reason = "length"
         return TokenOutput(token_id, reason, token, *about_prompt)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
+from engine.grammar import Matcher
 from engine.sampling import SampledToken, SamplingParams, fresh_seed
 from engine.speculation import Drafter
 from engine.vision import Image
@@ -55,11 +56,13 @@ class Sequence:
     seed: int = field(init=False)
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # so far, if they are asked for
     drafter: Drafter = field(default_factory=Drafter)
+    matcher: Matcher | None = field(init=False)  # of its grammar
 
     _block_keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+        self.matcher = None if self.params.grammar is None else self.params.grammar.matcher()
         self.seed = fresh_seed() if self.params.seed is None else self.params.seed
 
     @property

@@ -21,6 +21,7 @@ from providers.eyes import Eyes
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Loaded:
     texts: TokenTexts
     defaults: dict[str, Any]  # sampling parameters of the model's generation config
     eyes: Eyes | None = None  # of a model that sees
+    grammars: "GrammarCompiler | None" = None  # None: its tokenizer is none that grammars can be compiled for
 
 
 Load = Callable[[str, Settings, Progress], Loaded]
@@ -79,7 +81,17 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
         )
     progress.report("ready", 1.0)
     texts = TokenTexts(template.result().tokenizer)
-    return Loaded(engine, template.result(), texts, sampling_defaults(generation_config), eyes)
+    grammars = open_grammars(template.result(), engine)
+    return Loaded(engine, template.result(), texts, sampling_defaults(generation_config), eyes, grammars)
+
+
+def open_grammars(template: PromptTemplate, engine: "Engine") -> "GrammarCompiler | None":
+    from engine.grammar import GrammarCompiler
+
+    backend = getattr(template.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    return GrammarCompiler(backend.to_str, engine.num_embeddings, engine.scheduler.eos_token_ids)
 
 
 def open_eyes(directory: Path, config: Any) -> Eyes | None:

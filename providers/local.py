@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
+import structure
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
 from fetching import ImageFetcher
@@ -150,6 +151,7 @@ class LocalProvider:
         prompt_ids, images = await self._render(loaded, request)
         _check_prompt(loaded.engine, prompt_ids, "messages")
         params = self._sampling_params(loaded, request, len(prompt_ids), None)
+        params = await self._constrained(loaded, request, params)
         question = Question(prompt_ids, params, request.stop_strings, priority=_priority(request), images=images)
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
@@ -186,6 +188,7 @@ class LocalProvider:
         sources: list[AsyncGenerator[Piece]] = []
         for number, prompt in enumerate(prompts):
             question = self._question(loaded, request, prompt, best_of > n)
+            question = replace(question, params=await self._constrained(loaded, request, question.params))
             first = 0 if best_of > n else number * n
             answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
@@ -206,6 +209,21 @@ class LocalProvider:
         params = self._sampling_params(loaded, request, len(prompt.token_ids), COMPLETION_MAX_TOKENS)
         prefix = prompt.token_ids[-4:]  # how the answer's first token reads depends on these
         return Question(prompt.token_ids, prompt.adapt(params, is_ranked), request.stop_strings, prefix)
+
+    async def _constrained(
+        self, loaded: Loaded, request: ChatCompletionRequest | CompletionRequest, params: "SamplingParams"
+    ) -> "SamplingParams":
+        """With the grammar of the structure that is asked for. Raises InvalidRequest."""
+        asked = await asyncio.to_thread(structure.grammar_of, request)
+        if asked is None:
+            return params
+        text, field = asked
+        if loaded.grammars is None:
+            raise unsupported(field)
+        try:
+            return replace(params, grammar=await asyncio.to_thread(loaded.grammars.compile, text))
+        except ValueError as error:
+            raise InvalidRequest(f"{field}: {error}", param=field, code="invalid_value") from error
 
     # --- tokens
 

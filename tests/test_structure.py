@@ -9,7 +9,7 @@ import pytest
 from process import ROOT
 
 OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
-OURS |= {"conversion", "atomic_files", "request_id", "logprobs", "responses", "body_limit", "images", "fetching"}
+OURS |= {"conversion", "atomic_files", "request_id", "logprobs", "responses", "body_limit", "images", "fetching", "structure"}
 ALLOWED = {  # file or folder -> which of our modules it may import
     "errors.py": set(),
     "config.py": set(),
@@ -23,6 +23,7 @@ ALLOWED = {  # file or folder -> which of our modules it may import
     "checkpoint.py": {"errors", "atomic_files", "conversion"},
     "streaming.py": {"errors", "schemas"},
     "images.py": {"errors"},
+    "structure.py": {"errors", "schemas"},
     "fetching.py": {"errors", "images"},
     "responses.py": {"errors", "schemas"},
     "prompt_templates.py": {"errors", "schemas"},

@@ -1,0 +1,137 @@
+"""Grammars: what an answer may look like, compiled once and then followed token by token. llguidance does the work.
+
+Masks are computed by threads of their own while the model computes the step's logits.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from engine import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Rows
+
+    from engine.sequence import Sequence
+
+MOST_KEPT = 128  # compiled grammars
+LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
+WORD = 32  # tokens in a word of a mask
+
+
+class Matcher:
+    """One answer on its way through a grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self.num_accepted = 0
+
+    def accept(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+        self.num_accepted += 1
+
+    @property
+    def is_finished(self) -> bool:
+        """The answer is complete, and nothing can follow; or it left the grammar, which masks do not let happen."""
+        return bool(self._matcher.is_stopped())
+
+    def mask(self, ahead: list[int]) -> bytes | None:
+        """A bit for each token that may come after those; None if they may not come themselves."""
+        num_taken = self._matcher.try_consume_tokens(ahead) if ahead else 0
+        mask = self._matcher.compute_bitmask() if num_taken == len(ahead) else None
+        if num_taken:
+            self._matcher.rollback(num_taken)
+        return mask
+
+
+class Grammar:
+    """A compiled one; any number of answers can follow it at a time."""
+
+    def __init__(self, prototype: LLMatcher) -> None:
+        self._prototype = prototype
+
+    def matcher(self) -> Matcher:
+        return Matcher(self._prototype.deep_copy())
+
+
+class GrammarCompiler:
+    """A model's. Its methods may be called from any thread."""
+
+    def __init__(self, tokenizer: Callable[[], str], num_tokens: int, eos_token_ids: Iterable[int]) -> None:
+        """tokenizer: gives the JSON of a fast one; num_tokens: columns of the logits."""
+        self._tokenizer, self._num_tokens = tokenizer, num_tokens
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._compiler: LLTokenizer | None = None
+        self._known: OrderedDict[str, Grammar] = OrderedDict()  # the least recently used first
+        self._lock = threading.Lock()
+
+    def compile(self, text: str) -> Grammar:
+        """Milliseconds, the first time a second. Raises ValueError for what is no grammar, or too large a one."""
+        with self._lock:
+            if text in self._known:
+                self._known.move_to_end(text)
+                return self._known[text]
+            if self._compiler is None:
+                text_of = self._tokenizer()
+                self._compiler = LLTokenizer(text_of, n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
+            compiler = self._compiler
+        prototype = LLMatcher(compiler, text, log_level=0, limits=LIMITS)
+        if prototype.is_error():
+            raise ValueError(prototype.get_error().splitlines()[0])
+        grammar = Grammar(prototype)
+        with self._lock:
+            self._known[text] = grammar
+            while len(self._known) > MOST_KEPT:
+                self._known.popitem(last=False)
+        return grammar
+
+
+_pool = ThreadPoolExecutor(2, "masks")
+
+
+class Masks:
+    """Those of a step's rows, under way."""
+
+    def __init__(self, sequences: "Rows[Sequence]") -> None:
+        self._rows: dict[Matcher, list[tuple[int, list[int]]]] = {}
+        for row, sequence in enumerate(sequences):
+            if sequence.matcher is not None:
+                ahead = sequence.output_ids[sequence.matcher.num_accepted :]
+                self._rows.setdefault(sequence.matcher, []).append((row, ahead))
+        self._futures: list[Future[list[tuple[int, bytes | None]]]] = [
+            _pool.submit(_masks_of, matcher, rows) for matcher, rows in self._rows.items()
+        ]
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Sets what may not come to -inf, in place; waits for the masks. logits: (rows, tokens), float32."""
+        found = [(row, mask) for future in self._futures for row, mask in future.result() if mask is not None]
+        if not found:
+            return
+        rows = torch.tensor([row for row, _ in found])
+        words = -(-logits.shape[-1] // WORD) + 1  # one more, so that whole vectors can be read at the end
+        bits = numpy.zeros((len(found), words), dtype=numpy.int32)
+        for place, (_, mask) in enumerate(found):
+            own = numpy.frombuffer(mask, dtype=numpy.int32)
+            bits[place, : len(own)] = own[:words]
+        forbid(logits, rows, torch.from_numpy(bits))
+
+
+def _masks_of(matcher: Matcher, rows: list[tuple[int, list[int]]]) -> list[tuple[int, bytes | None]]:
+    return [(row, matcher.mask(ahead)) for row, ahead in rows]
+
+
+def forbid(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
+    """bits: (len(rows), words) int32, the first token's in the lowest bit; sets the others' logits to -inf."""
+    if kernels.can_argmax(logits):
+        kernels.forbid(logits, rows, bits)
+        return
+    rows, bits = rows.to(logits.device), bits.to(logits.device)
+    shifts = torch.arange(WORD, device=logits.device, dtype=torch.int32)
+    allowed = ((bits[..., None] >> shifts) & 1).flatten(1)[:, : logits.shape[-1]].bool()
+    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
