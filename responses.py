@@ -52,8 +52,16 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
             "max_tokens": request.max_output_tokens,
             "logprobs": wants_logprobs or None,
             "top_logprobs": request.top_logprobs,
+            "response_format": _response_format(request.text.format if request.text else None),
         }
     )
+
+
+def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """There the schema is beside its type, in chat inside an object of its own."""
+    if given is None or given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {key: value for key, value in given.items() if key != "type"}}
 
 
 def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:

@@ -314,7 +314,7 @@ class InputItem(RequestBody):
 
 
 class TextConfig(RequestBody):
-    format: Object | None = _refused({"type": "text"})
+    format: Object | None = None
     verbosity: str | None = _refused("medium")
 
 

@@ -6,14 +6,19 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, CompletionRequest
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 MAX_LENGTH = 200_000  # characters of a schema or grammar
 MAX_DEPTH = 100  # of a schema's objects and lists
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,20}"}  # else spaces could go on for ever
+JSON_OPTIONS: "JsonCompileOptions" = {
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,20}"
+}  # else spaces could go on for ever
 
 Structured = ChatCompletionRequest | CompletionRequest
 KINDS: dict[str, Callable[[Any], str]] = {}  # what a structure can be given as -> the grammar of its value
@@ -68,8 +73,10 @@ def _of_json(schema: Any) -> str:
 
     if isinstance(schema, str):
         schema = json.loads(schema)
-    if not isinstance(schema, dict | bool):
-        raise ValueError("a JSON schema is an object")
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise ValueError("a JSON schema is an object, and allows something")
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
 
 

@@ -85,6 +85,9 @@ class GrammarCompiler:
         if prototype.is_error():
             raise ValueError(prototype.get_error().splitlines()[0])
         grammar = Grammar(prototype)
+        first = int.from_bytes(grammar.matcher().mask([]) or b"", "little")
+        if not first & ~sum(1 << token_id for token_id in self._eos_token_ids):
+            raise ValueError("no answer fits it")
         with self._lock:
             self._known[text] = grammar
             while len(self._known) > MOST_KEPT:

@@ -9,7 +9,17 @@ import pytest
 from process import ROOT
 
 OURS = {"main", "config", "schemas", "errors", "prompt_templates", "streaming", "checkpoint", "progress"}
-OURS |= {"conversion", "atomic_files", "request_id", "logprobs", "responses", "body_limit", "images", "fetching", "structure"}
+OURS |= {
+    "conversion",
+    "atomic_files",
+    "request_id",
+    "logprobs",
+    "responses",
+    "body_limit",
+    "images",
+    "fetching",
+    "structure",
+}
 ALLOWED = {  # file or folder -> which of our modules it may import
     "errors.py": set(),
     "config.py": set(),
