@@ -295,7 +295,7 @@ def test_texts_and_conversations_are_turned_into_tokens_and_back(server: Server)
         ("chat/completions", {"logit_bias": {"99999": 1}}, 400, "logit_bias", "invalid_value"),
         ("chat/completions", {"logit_bias": {"-1": 1}}, 400, "logit_bias.-1", "invalid_value"),
         ("chat/completions", {"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens", "invalid_value"),
-        ("chat/completions", {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_value"),
+        ("chat/completions", {"audio": {"voice": "x"}}, 400, "audio", "unsupported_value"),
         ("completions", {"prompt": None}, 400, "prompt", "invalid_value"),
         ("completions", {"prompt": ""}, 400, "prompt", "invalid_value"),
         ("completions", {"prompt": [5, 10**6]}, 400, "prompt", "invalid_value"),

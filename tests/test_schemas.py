@@ -2,7 +2,9 @@
 refused by its name."""
 
 import inspect
+import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -188,10 +190,68 @@ def include(server: Server, path: str) -> None:
     assert len(part["logprobs"]) == 24 and part["logprobs"][0]["top_logprobs"] == []
 
 
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+
+
+def is_structured(server: Server, path: str, **body: Any) -> bool:
+    """For some answers, one of them cut short."""
+    length = "max_output_tokens" if path == "responses" else "max_tokens"
+    for seed in range(3):
+        (answer,) = texts(server, path, temperature=1, seed=seed, **{length: 200}, **body)
+        assert json.loads(answer) in ({"n": 1}, {"n": 2})
+    (short,) = texts(server, path, **{length: 3}, **body)
+    return short.startswith("{")
+
+
 def text(server: Server, path: str) -> None:
     assert ask(server, path, text={"format": {"type": "text"}, "verbosity": "medium"}).status_code == 200
-    refusal = ask(server, path, text={"format": {"type": "json_object"}})
-    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "text.format"
+    assert is_structured(server, path, text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}})
+    assert (
+        json.loads(texts(server, path, text={"format": {"type": "json_object"}}, max_output_tokens=400)[0]) is not None
+    )
+
+
+def response_format(server: Server, path: str) -> None:
+    assert texts(server, path, response_format={"type": "text"}) == texts(server, path)
+    schema = {"name": "x", "schema": SCHEMA, "strict": True}
+    assert is_structured(server, path, response_format={"type": "json_schema", "json_schema": schema})
+    answer = ask(server, path, response_format={"type": "json_object"}, max_tokens=3).json()["choices"][0]
+    assert answer["message"]["content"].startswith("{") and answer["finish_reason"] == "length"
+    for bad in ({}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": 5}}):
+        refusal = ask(server, path, response_format=bad)
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"].startswith("response_format")
+
+
+def guided_json(server: Server, path: str) -> None:
+    assert is_structured(server, path, guided_json=SCHEMA) and is_structured(
+        server, path, guided_json=json.dumps(SCHEMA)
+    )
+    for bad in ({"type": "foo"}, {"$ref": "http://127.0.0.1:9/x"}, {"$ref": "#"}, "no json"):
+        refusal = ask(server, path, guided_json=bad)
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "guided_json"
+
+
+def guided_regex(server: Server, path: str) -> None:
+    assert re.fullmatch("[xy]{4}", texts(server, path, guided_regex="[xy]{4}", temperature=1)[0])
+    assert ask(server, path, guided_regex="([").json()["error"]["param"] == "guided_regex"
+
+
+def guided_choice(server: Server, path: str) -> None:
+    assert texts(server, path, guided_choice=["left", "right"], temperature=2)[0] in ("left", "right")
+    assert ask(server, path, guided_choice=[]).json()["error"]["param"] == "guided_choice"
+
+
+def guided_grammar(server: Server, path: str) -> None:
+    assert texts(server, path, guided_grammar='start: "a" "b"') == ["ab"]
+    assert ask(server, path, guided_grammar="start: nothing").json()["error"]["param"] == "guided_grammar"
+
+
+def structured_outputs(server: Server, path: str) -> None:
+    assert texts(server, path, structured_outputs={"choice": ["left"], "json": None}) == ["left"]
+    two = ask(server, path, structured_outputs={"choice": ["left"], "regex": "x"})
+    assert two.status_code == 400 and two.json()["error"]["param"] == "structured_outputs.regex"
+    unknown = ask(server, path, structured_outputs={"xml": "x"})
+    assert unknown.json()["error"]["param"] == "structured_outputs.xml"
 
 
 def echo(server: Server, path: str) -> None:
