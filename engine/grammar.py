@@ -1,6 +1,7 @@
 """Grammars: what an answer may look like, compiled once and then followed token by token. llguidance does the work.
 
-Masks are computed by threads of their own while the model computes the step's logits.
+Masks are computed by threads of their own: while a GPU computes the step's logits, or on a CPU, where the two would
+only be in each other's way, right after.
 """
 
 import threading
@@ -78,8 +79,8 @@ class GrammarCompiler:
                 self._known.move_to_end(text)
                 return self._known[text]
             if self._compiler is None:
-                text_of = self._tokenizer()
-                self._compiler = LLTokenizer(text_of, n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
+                slices = LLTokenizer.json_slices()
+                self._compiler = LLTokenizer(self._tokenizer(), self._num_tokens, self._eos_token_ids, slices)
             compiler = self._compiler
         prototype = LLMatcher(compiler, text, log_level=0, limits=LIMITS)
         if prototype.is_error():
@@ -99,7 +100,7 @@ _pool = ThreadPoolExecutor(2, "masks")
 
 
 class Masks:
-    """Those of a step's rows, under way."""
+    """Those of a step's rows."""
 
     def __init__(self, sequences: "Rows[Sequence]") -> None:
         self._rows: dict[Matcher, list[tuple[int, list[int]]]] = {}
@@ -107,12 +108,16 @@ class Masks:
             if sequence.matcher is not None:
                 ahead = sequence.output_ids[sequence.matcher.num_accepted :]
                 self._rows.setdefault(sequence.matcher, []).append((row, ahead))
-        self._futures: list[Future[list[tuple[int, bytes | None]]]] = [
-            _pool.submit(_masks_of, matcher, rows) for matcher, rows in self._rows.items()
-        ]
+        self._futures: list[Future[list[tuple[int, bytes | None]]]] = []
+
+    def start(self) -> None:
+        """Begins to compute them; where a GPU computes the model, beside it."""
+        self._futures = [_pool.submit(_masks_of, matcher, rows) for matcher, rows in self._rows.items()]
 
     def apply(self, logits: torch.Tensor) -> None:
         """Sets what may not come to -inf, in place; waits for the masks. logits: (rows, tokens), float32."""
+        if self._rows and not self._futures:
+            self.start()
         found = [(row, mask) for future in self._futures for row, mask in future.result() if mask is not None]
         if not found:
             return

@@ -16,7 +16,7 @@ import torch
 from llvmlite import ir
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 LANES = 16  # numbers of 32 bits in the vectors that the programs compute with
 
 Value = Any  # of llvmlite, which has no types for mypy
@@ -90,6 +90,12 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
 
     def write(self, value: Value, address: Value, align: int = 1) -> None:
         self.store(value, self.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def compress(self, value: Value, flags: Value, address: Value) -> None:
+        """Writes those of 16 lanes of 32 bits whose flag is set, one after the other."""
+        pointer = self.inttoptr(address, value.type.element.as_pointer())
+        kind = "f32" if value.type == FLOATS else "i32"
+        self.intrinsic(f"llvm.masked.compressstore.v16{kind}", ir.VoidType(), value, pointer, flags)
 
     def read_floats(self, dtype: torch.dtype, address: Value, count: int = LANES) -> Value:
         """A vector of `dtype` as one of float32."""

@@ -381,7 +381,9 @@ class ModelRunner:
             for span in complete
             for length in range(len(span.draft) + 1)
         ]
-        masks = Masks(heirs)  # they are computed while the model is
+        masks = Masks(heirs)
+        if self.device.type != "cpu":
+            masks.start()
         logits = self.forward(layout, [row_of[place] for place in places + scored], known)
         if scored:
             self._score_prompts(logits[len(places) :], layout.spans, prompts)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 CANDIDATES = 1024  # sorted first; a row whose top_p needs more of them is sorted whole
+KEPT = 8192  # logits of a row that a kernel collects at most
+SAMPLE, SAMPLED_BEST = 2048, 32  # of so many logits of a row those that tell where about the best 2,000 begin
 MIN_TEMPERATURE = 1e-5  # below it the division overflows, and the answer is the greedy one anyway
 _MASK64 = 2**64 - 1
 
@@ -131,6 +133,15 @@ class Sampler:
         (masks or Masks(sequences)).apply(logits)
         best, token_ids = kernels.argmax(logits) if kernels.can_argmax(logits) else logits.max(dim=-1)
         sampled = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
+        if kernels.can_argmax(logits):
+            plain = [row for row in sampled if not sequences[row].params.needs_sorting]
+            sampled = [row for row in sampled if sequences[row].params.needs_sorting]
+            if plain:
+                token_ids[plain] = _draw(logits, plain, best[plain], [sequences[row] for row in plain])
+            if sampled:
+                drawn, done = _draw_few(logits, sampled, best[sampled], [sequences[row] for row in sampled])
+                token_ids[sampled] = drawn
+                sampled = [row for row, is_done in zip(sampled, done.tolist(), strict=True) if not is_done]
         if sampled:
             rows = torch.tensor(sampled, device=logits.device)
             chosen = [sequences[row] for row in sampled]
@@ -195,20 +206,64 @@ class Sampler:
         """Draws from the `width` best candidates; False where a row's top_k or top_p may reach beyond them."""
         vocab = logits.shape[-1]
         values, candidates = logits.topk(width, dim=-1) if width < vocab else logits.sort(-1, descending=True)
-        best = values[:, :1]
-        weights = (values - best).exp()
-        top_k = _column(sequences, "top_k", logits)
-        top_k = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab)[:, None]
-        rank = torch.arange(width, device=logits.device)
-        weights[rank >= top_k] = 0
-        total = torch.where(top_k[:, 0] <= width, weights.sum(-1), (logits - best).exp().sum(-1))
-        mass = weights.double().cumsum(-1) / total.double()[:, None]
-        top_p = _column(sequences, "top_p", logits)[:, None]
-        complete = (top_k[:, 0] <= width) | (mass[:, -1] >= top_p[:, 0])
-        before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
-        weights[(before >= top_p) & (rank > 0)] = 0  # the token that crosses top_p is kept
-        weights[weights < _column(sequences, "min_p", logits)[:, None]] = 0
-        return candidates.gather(-1, _invert(weights, at)[:, None])[:, 0], complete
+        total = (logits - values[:, :1]).exp().sum(-1)
+        reach = torch.full((len(sequences),), width, device=logits.device)
+        drawn, complete = _draw_from_best(values, total.double(), sequences, at, reach)
+        return candidates.gather(-1, drawn[:, None])[:, 0], complete
+
+
+def _draw_few(
+    logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: list["Sequence"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Sampler._draw_from_sorted`, from what a kernel collects in one pass: (rows,), and where that is enough."""
+    temperatures = _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)
+    at = torch.tensor([uniform(s.seed, s.num_output_tokens) for s in sequences], dtype=torch.float64)
+    least = _about_the_best(logits, rows)
+    values, columns, counts, total = kernels.collect(logits, torch.tensor(rows), best, temperatures, least, KEPT)
+    num_kept = max(1, min(int(counts.max()), KEPT))
+    values, places = (values[:, :num_kept] / temperatures[:, None]).topk(min(CANDIDATES, num_kept), dim=-1)
+    drawn, complete = _draw_from_best(values, total, sequences, at, counts.clamp(max=values.shape[-1]))
+    chosen = columns.gather(-1, places.gather(-1, drawn[:, None]))[:, 0]
+    return chosen.long(), complete & (counts <= KEPT)
+
+
+def _about_the_best(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """(rows,), a value that about 2,000 logits of each row are not below."""
+    vocab = logits.shape[-1]
+    if vocab <= KEPT:
+        return torch.full((len(rows),), -torch.inf)
+    return logits[:, :: vocab // SAMPLE][rows].topk(SAMPLED_BEST, dim=-1).values[:, -1]
+
+
+def _draw_from_best(
+    values: torch.Tensor, total: torch.Tensor, sequences: list["Sequence"], at: torch.Tensor, reach: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws columns of `values` (rows, width), the largest logits over temperature, in descending order; False where
+    a row's top_k or top_p may reach beyond them. total: (rows,), the sum of all weights, float64; reach: (rows,), how
+    many of the values are there, without a gap."""
+    width = values.shape[-1]
+    weights = (values - values[:, :1]).exp()
+    top_k = _column(sequences, "top_k", values)
+    top_k = torch.where(top_k > 0, top_k, torch.inf)[:, None]
+    rank = torch.arange(width, device=values.device)
+    weights[rank >= top_k] = 0
+    has_all = top_k[:, 0] <= reach
+    total = torch.where(has_all, weights.sum(-1).double(), total)
+    mass = weights.double().cumsum(-1) / total[:, None]
+    top_p = _column(sequences, "top_p", values)[:, None]
+    complete = has_all | (mass[:, -1] >= top_p[:, 0])
+    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
+    weights[(before >= top_p) & (rank > 0)] = 0  # the token that crosses top_p is kept
+    weights[weights < _column(sequences, "min_p", values)[:, None]] = 0
+    return _invert(weights, at), complete
+
+
+def _draw(logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: list["Sequence"]) -> torch.Tensor:
+    """What `Sampler._draw_from_all` does, in a kernel: (rows,)."""
+    numbers = torch.tensor([uniform(s.seed, s.num_output_tokens) for s in sequences], dtype=torch.float64)
+    temperatures = _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)
+    min_p = _column(sequences, "min_p", logits)
+    return kernels.draw(logits, torch.tensor(rows), best, temperatures, min_p, numbers)
 
 
 def _invert(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -152,3 +152,35 @@ def test_argmax_shows_what_is_no_number(place: int) -> None:
     best, index = kernels.argmax(logits)
     assert best[0] == logits[0].amax() and best[1].isnan() and best[2].isinf() and index[2] == place
     assert kernels.argmax(torch.full((1, 40), -torch.inf))[0].isinf()
+
+
+@pytest.mark.parametrize("columns", [16, 17, 97, 512, 513, 4099])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
+def test_what_is_drawn_is_where_the_cumulated_weight_passes_the_number(columns: int, temperature: float) -> None:
+    torch.manual_seed(columns)
+    logits = torch.randn(7, columns) * 3
+    logits[:, torch.randperm(columns)[: columns // 3]] = -torch.inf
+    rows = torch.tensor([6, 0, 3, 3, 1])
+    numbers = torch.tensor([0.0, 0.999999, 0.5, 0.25, 0.75], dtype=torch.float64)
+    min_p = torch.tensor([0.0, 0.0, 0.1, 0.0, 0.01])
+    temperatures = torch.full((5,), temperature)
+    best = logits.amax(-1)[rows]
+    drawn = kernels.draw(logits, rows, best, temperatures, min_p, numbers)
+    weights = ((logits[rows] - best[:, None]) / temperature).exp()
+    weights[weights < min_p[:, None]] = 0
+    cumulated = weights.double().cumsum(-1)
+    targets = numbers * cumulated[:, -1]
+    for row, index in enumerate(drawn.tolist()):
+        assert weights[row, index] > 0
+        before = float(cumulated[row, index - 1]) if index else 0.0
+        slack = 1e-5 * float(cumulated[row, -1])
+        assert before - slack <= float(targets[row]) <= float(cumulated[row, index]) + slack
+
+
+def test_a_single_candidate_and_no_number_at_all_can_be_drawn() -> None:
+    logits = torch.full((3, 700), -torch.inf)
+    logits[0, 699], logits[1, 0], logits[2, 5] = 3.0, -2.0, torch.nan
+    numbers = torch.tensor([0.999, 0.0, 0.5], dtype=torch.float64)
+    best, _ = kernels.argmax(logits)
+    drawn = kernels.draw(logits, torch.arange(3), best, torch.ones(3), torch.zeros(3), numbers)
+    assert drawn[:2].tolist() == [699, 0] and 0 <= drawn[2] < 700

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +172,25 @@ def test_log_probabilities_are_the_models_own_whatever_is_drawn() -> None:
     assert [value for _, value in full.top_logprobs] == pytest.approx(expected[0].topk(4).values.tolist())
     assert chosen_only is not None and chosen_only.logprob is not None and chosen_only.top_logprobs == ()
     assert none is not None and none.logprob is None
+
+
+@pytest.mark.parametrize("vocab", [40, 9000, 50_000])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_kernels_draw_what_torch_draws(vocab: int, spread: float) -> None:
+    """Which draws on GPUs, and where kernels cannot run."""
+    kinds: list[dict[str, Any]] = [
+        *({}, {"min_p": 0.05}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}),
+        *({"top_k": 1500}, {"top_p": 0.999}, {"temperature": 2.0, "top_p": 0.95}, {"temperature": 0.2, "top_k": 5}),
+    ]
+    same, number = 0, 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        logits = torch.randn(len(kinds), vocab) * spread
+        logits[:, ::7] = -torch.inf
+        params = [SamplingParams(**{"max_tokens": 9, "temperature": 1.0, "seed": seed, **kind}) for kind in kinds]
+        rows = [Sequence([1], own, lambda output: None) for own in params]
+        actual = [token.token_id for token in Sampler().sample(logits.clone(), rows) if token]
+        expected = Sampler()._sample(logits, rows).tolist()
+        same += sum(a == b for a, b in zip(actual, expected, strict=True))
+        number += len(rows)
+    assert same >= number - 1  # rounding may move a number across a border

@@ -32,6 +32,7 @@ class TestChatModel(ChatModelIntegrationTests):
             "model": MODEL,
             "temperature": 0,
             "max_tokens": 200,
+            "frequency_penalty": 0.5,  # greedy, so small a model repeats itself for ever
             "max_retries": 0,
             "stream_usage": True,  # LangChain asks for it by default only at OpenAI's own address
         }
@@ -49,12 +50,16 @@ class TestChatModel(ChatModelIntegrationTests):
         return False  # until the server has tools
 
     @property
-    def has_structured_output(self) -> bool:
-        return False  # until the server has response_format
+    def structured_output_kwargs(self) -> dict[str, Any]:
+        return {"method": "json_schema"}  # the way by tools waits for tools
+
+    @pytest.mark.xfail(reason="LangChain turns schemas of the older pydantic into tools", strict=True)
+    def test_structured_output_pydantic_2_v1(self, model: Any) -> None:
+        super().test_structured_output_pydantic_2_v1(model)
 
     @property
     def supports_json_mode(self) -> bool:
-        return False  # until the server has response_format
+        return True
 
     @property
     def supports_image_inputs(self) -> bool:
