@@ -14,7 +14,7 @@ import numpy
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from engine import kernels
+from engine import sampling_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Rows
@@ -136,8 +136,8 @@ def _masks_of(matcher: Matcher, rows: list[tuple[int, list[int]]]) -> list[tuple
 
 def forbid(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
     """bits: (len(rows), words) int32, the first token's in the lowest bit; sets the others' logits to -inf."""
-    if kernels.can_argmax(logits):
-        kernels.forbid(logits, rows, bits)
+    if sampling_kernels.can_argmax(logits):
+        sampling_kernels.forbid(logits, rows, bits)
         return
     rows, bits = rows.to(logits.device), bits.to(logits.device)
     shifts = torch.arange(WORD, device=logits.device, dtype=torch.int32)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine import kernels
+from engine import sampling_kernels
 from engine.grammar import Masks
 
 if TYPE_CHECKING:
@@ -131,9 +131,9 @@ class Sampler:
         self._penalize(logits, sequences)
         self._bias(logits, sequences)
         (masks or Masks(sequences)).apply(logits)
-        best, token_ids = kernels.argmax(logits) if kernels.can_argmax(logits) else logits.max(dim=-1)
+        best, token_ids = sampling_kernels.argmax(logits) if sampling_kernels.can_argmax(logits) else logits.max(dim=-1)
         sampled = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
-        if kernels.can_argmax(logits):
+        if sampling_kernels.can_argmax(logits):
             plain = [row for row in sampled if not sequences[row].params.needs_sorting]
             sampled = [row for row in sampled if sequences[row].params.needs_sorting]
             if plain:
@@ -219,7 +219,9 @@ def _draw_few(
     temperatures = _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)
     at = torch.tensor([uniform(s.seed, s.num_output_tokens) for s in sequences], dtype=torch.float64)
     least = _about_the_best(logits, rows)
-    values, columns, counts, total = kernels.collect(logits, torch.tensor(rows), best, temperatures, least, KEPT)
+    values, columns, counts, total = sampling_kernels.collect(
+        logits, torch.tensor(rows), best, temperatures, least, KEPT
+    )
     num_kept = max(1, min(int(counts.max()), KEPT))
     values, places = (values[:, :num_kept] / temperatures[:, None]).topk(min(CANDIDATES, num_kept), dim=-1)
     drawn, complete = _draw_from_best(values, total, sequences, at, counts.clamp(max=values.shape[-1]))
@@ -263,7 +265,7 @@ def _draw(logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: 
     numbers = torch.tensor([uniform(s.seed, s.num_output_tokens) for s in sequences], dtype=torch.float64)
     temperatures = _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)
     min_p = _column(sequences, "min_p", logits)
-    return kernels.draw(logits, torch.tensor(rows), best, temperatures, min_p, numbers)
+    return sampling_kernels.draw(logits, torch.tensor(rows), best, temperatures, min_p, numbers)
 
 
 def _invert(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from models import FAMILIES, byte_tokenizer
 from transformers import PreTrainedModel
 
 import structure
-from engine import attention, grammar, kernels
+from engine import attention, grammar, kernels, sampling_kernels
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.grammar import GrammarCompiler, Matcher
 from engine.sampling import SamplingParams
@@ -230,7 +230,7 @@ def test_a_mask_forbids_exactly_the_others(vocabulary: int) -> None:
     grammar.forbid(wide, rows, bits)  # not the kernel's type
     assert torch.equal(wide.float(), expected)
     if kernels.are_available():
-        kernels.forbid(logits, rows, bits)
+        sampling_kernels.forbid(logits, rows, bits)
         assert torch.equal(logits, expected)
 
 

@@ -4,7 +4,7 @@ import platform
 import pytest
 import torch
 
-from engine import jit, kernels
+from engine import jit, kernels, sampling_kernels
 from engine.packing import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
 
 FORMATS = (INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16))
@@ -140,7 +140,7 @@ def test_a_gate_is_its_activation_times_the_other_half(name: str, function: obje
 def test_argmax_is_the_first_of_the_largest(rows: int, columns: int) -> None:
     for scale in (1.0, 50.0):  # many of one size, or hardly two
         logits = (torch.randn(rows, columns) * scale).round() - 100
-        best, index = kernels.argmax(logits)
+        best, index = sampling_kernels.argmax(logits)
         assert torch.equal(best, logits.amax(-1))
         assert index.tolist() == [row.index(max(row)) for row in logits.tolist()]
 
@@ -149,9 +149,9 @@ def test_argmax_is_the_first_of_the_largest(rows: int, columns: int) -> None:
 def test_argmax_shows_what_is_no_number(place: int) -> None:
     logits = torch.randn(3, 40)
     logits[1, place], logits[2, place] = torch.nan, torch.inf
-    best, index = kernels.argmax(logits)
+    best, index = sampling_kernels.argmax(logits)
     assert best[0] == logits[0].amax() and best[1].isnan() and best[2].isinf() and index[2] == place
-    assert kernels.argmax(torch.full((1, 40), -torch.inf))[0].isinf()
+    assert sampling_kernels.argmax(torch.full((1, 40), -torch.inf))[0].isinf()
 
 
 @pytest.mark.parametrize("columns", [16, 17, 97, 512, 513, 4099])
@@ -165,7 +165,7 @@ def test_what_is_drawn_is_where_the_cumulated_weight_passes_the_number(columns: 
     min_p = torch.tensor([0.0, 0.0, 0.1, 0.0, 0.01])
     temperatures = torch.full((5,), temperature)
     best = logits.amax(-1)[rows]
-    drawn = kernels.draw(logits, rows, best, temperatures, min_p, numbers)
+    drawn = sampling_kernels.draw(logits, rows, best, temperatures, min_p, numbers)
     weights = ((logits[rows] - best[:, None]) / temperature).exp()
     weights[weights < min_p[:, None]] = 0
     cumulated = weights.double().cumsum(-1)
@@ -181,6 +181,6 @@ def test_a_single_candidate_and_no_number_at_all_can_be_drawn() -> None:
     logits = torch.full((3, 700), -torch.inf)
     logits[0, 699], logits[1, 0], logits[2, 5] = 3.0, -2.0, torch.nan
     numbers = torch.tensor([0.999, 0.0, 0.5], dtype=torch.float64)
-    best, _ = kernels.argmax(logits)
-    drawn = kernels.draw(logits, torch.arange(3), best, torch.ones(3), torch.zeros(3), numbers)
+    best, _ = sampling_kernels.argmax(logits)
+    drawn = sampling_kernels.draw(logits, torch.arange(3), best, torch.ones(3), torch.zeros(3), numbers)
     assert drawn[:2].tolist() == [699, 0] and 0 <= drawn[2] < 700
