@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
@@ -322,8 +322,9 @@ def load_engine(
 
 def _warm_up(engine: Engine) -> None:
     """A prompt and decodes, so that what is compiled when first used does not wait for somebody's stream."""
-    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    engine.scheduler.add(Sequence([0, 0, 0], params, sink=lambda output: None))
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    for params in (greedy, replace(greedy, temperature=1.0), replace(greedy, temperature=1.0, top_k=2)):
+        engine.scheduler.add(Sequence([0, 0, 0], params, sink=lambda output: None))
     while engine.scheduler.has_work:
         engine.step()
 
