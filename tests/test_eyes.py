@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,13 @@ from models import TOKENS, gemma_processor
 from openai import OpenAI
 from PIL import Image
 from process import Server
-from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Gemma3ForConditionalGeneration
 
 from errors import InvalidRequest
 from fetching import ImageFetcher
 from prompt_templates import PromptTemplate
 from providers.eyes import ELONGATED, PAN_AND_SCAN, Eyes
+from providers.loading import open_eyes
 from schemas import Message
 
 MODEL = "Tiny-Gemma3"
@@ -183,6 +185,16 @@ def test_after_a_bad_image_the_others_are_given_up(seeing_checkpoint: Path) -> N
         listening.close()
 
     asyncio.run(run())
+
+
+def test_models_that_see_in_another_way_or_lack_a_processor_take_text_alone(
+    tmp_path: Path, seeing_checkpoint: Path
+) -> None:
+    gemma3 = AutoConfig.from_pretrained(seeing_checkpoint)
+    assert open_eyes(seeing_checkpoint, gemma3) is not None
+    assert open_eyes(tmp_path, gemma3) is None
+    assert open_eyes(seeing_checkpoint, SimpleNamespace(vision_config=object())) is None
+    assert open_eyes(seeing_checkpoint, SimpleNamespace()) is None
 
 
 # --- through the server

@@ -2,14 +2,16 @@
 
 import asyncio
 import base64
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 
 from errors import InvalidRequest
-from fetching import ImageFetcher, is_public
+from fetching import ImageFetcher, is_public, resolve
 from images import MAX_BYTES
 
 Serve = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
@@ -119,6 +121,56 @@ def test_neither_cookies_nor_connections_outlive_an_image() -> None:
                 await fetcher.fetch(url + path, "p")
             assert len(requests) == 4 and not any("cookie" in request.casefold() for request in requests)
             assert all("connection: close" in request.casefold() for request in requests)
+
+    asyncio.run(run())
+
+
+def test_every_request_has_a_connection_of_its_own() -> None:
+    """Also to a server that would keep them, and within a redirect: at one address there may be many hosts."""
+
+    async def run() -> None:
+        connections, requests, ended = 0, 0, 0
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections, requests, ended
+            connections += 1
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    path = (await reader.readuntil(b"\r\n\r\n")).decode().split()[1]
+                    requests += 1
+                    page = answer() if path == "/a" else answer(b"", "302 Found", Location="/a")
+                    writer.write(page.replace(b"Connection: close\r\n", b""))
+                    await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+            ended += 1
+
+        listening = await asyncio.start_server(handle, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        fetcher = ImageFetcher(allows_private=True)
+        for path in ("/a", "/r", "/a"):
+            assert await fetcher.fetch(url + path, "p") == PICTURE
+        while ended < connections:
+            await asyncio.sleep(0.01)
+        listening.close()
+        assert connections == requests == 4
+
+    asyncio.run(run())
+
+
+def test_names_are_resolved_while_all_other_threads_are_busy() -> None:
+    """And the other way round: a name server's silence holds up nothing but images."""
+
+    async def run() -> None:
+        ended = threading.Event()
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, ended.wait, 30)
+        try:
+            assert "127.0.0.1" in await asyncio.wait_for(resolve("127.0.0.1", 80), 5)
+        finally:
+            ended.set()
+            await busy
 
     asyncio.run(run())
 

@@ -1,6 +1,7 @@
 """Whatever clients send as an image becomes upright, opaque RGB, or a 400 with a fixed text."""
 
 import io
+import itertools
 import random
 import struct
 import zlib
@@ -33,14 +34,20 @@ def is_near(one: Any, other: tuple[int, int, int], limit: int = 40) -> bool:
     return all(abs(a - b) <= limit for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "PA"])
-def test_every_format_and_mode_becomes_rgb(kind: str, mode: str) -> None:
+def has_mode(kind: str, mode: str) -> bool:
+    """Whether a file of that format can be written so."""
     try:
-        data = data_of(picture().convert(mode), kind)
+        return bool(data_of(picture().convert(mode), kind))
     except (OSError, ValueError):
-        pytest.skip("the format has no such mode")
-    image = images.decode(data, "p")
+        return False
+
+
+FORMATS = list(itertools.product(images.FORMATS, ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "PA"]))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [pair for pair in FORMATS if has_mode(*pair)])
+def test_every_format_and_mode_becomes_rgb(kind: str, mode: str) -> None:
+    image = images.decode(data_of(picture().convert(mode), kind), "p")
     assert image.mode == "RGB" and image.size == (40, 20)
     if mode in ("RGB", "P", "RGBA", "CMYK"):
         assert is_near(image.getpixel((2, 2)), GREEN, 90) and is_near(image.getpixel((38, 18)), BLUE, 90)

@@ -3,6 +3,7 @@ and by recorded steps. The kernel is stood in for by what it is compared with wh
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_a_step_reads_its_inputs_anew_and_idle_rows_write_to_nobodys_block() -> 
     for cache in (engine.scheduler.cache.keys, engine.scheduler.cache.values):
         for layer in cache.values():
             layer[:-1] = 7.0
-    graphs = engine.runner._graphs  # type: ignore[attr-defined]
+    assert isinstance(engine.runner, ModelRunner) and engine.runner._graphs is not None
+    graphs = engine.runner._graphs
     for size in (1, 2, 4):
         graphs._fill([], size)
         graphs._replays[size]()
@@ -89,8 +91,8 @@ SPEC = LayerSpec(2, 32, 32, None, torch.bfloat16, torch.device("cpu"))
 def test_a_kernel_is_compared_before_it_is_used(window: int | None) -> None:
     spec = LayerSpec(2, 32, 32, window, torch.bfloat16, torch.device("cpu"))
 
-    def causal_to_the_left(*arguments: object, **options: object) -> torch.Tensor:
-        return paged_flash.reference(*arguments, **{**options, "window_size": (3, 0)})  # type: ignore[arg-type]
+    def causal_to_the_left(*arguments: Any, **options: Any) -> torch.Tensor:
+        return paged_flash.reference(*arguments, **{**options, "window_size": (3, 0)})
 
     def broken(*arguments: object, **options: object) -> torch.Tensor:
         raise RuntimeError("page_block_size must be divisible by 256")
