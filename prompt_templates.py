@@ -5,23 +5,22 @@ The tokenizer's own chat template always wins; a family's is for tokenizers that
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import tool_formats
 from errors import InvalidRequest
+from messages import CanonicalMessage, alternate, canonical, check_characters, cut, fold_tools, with_names
 from schemas import Message
+from tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat, taught_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens that end a turn in some family's template; a model's own configuration (a GGUF's above all) may not name them.
-END_OF_TURN = ("<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
-
 MARKUP = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response|tools?)>|<(start|end)_of_\w+>|<\w+_soft_token>")
 SEAMS = [chr(code) for code in [*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100)]]  # in no text that means something
-
-CanonicalMessage = dict[str, Any]  # role: system, user, assistant or tool; content: text
+THINK = ("<think>", "</think>")
 
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
@@ -41,6 +40,19 @@ _LLAMA = (
     "{{ m.content if loop.last and not add_generation_prompt else m.content | trim }}"
     "{% if not loop.last or add_generation_prompt %}{{ '<|eot_id|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+_LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
+    "{% elif loop.last and not add_generation_prompt %}{{ ' ' + m.content }}"
+    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+_GLM = (
+    "{{ '[gMASK]<sop>' }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+_CHATGLM = (
+    "{{ '[gMASK]sop' }}{% for m in messages %}{{ '<|' + m.role + '|>\n ' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 _PLAIN = (
     "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content }}"
@@ -72,13 +84,20 @@ _GEMMA_IMAGES = ImageFormat("<start_of_image>", "<image_soft_token>", "\n\n", "<
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of models is recognised and spoken to."""
+    """How a family of models is recognised and spoken to. What a model's own files say goes before all of it."""
 
     name: str
     model_types: tuple[str, ...]  # beginnings of config.model_type
+    names: str  # pattern of the model's name, where the type says nothing
     marker: str | None  # a token that its chat format needs
     template: str  # Jinja, for a tokenizer without one of its own
+    ends: tuple[str, ...]  # tokens that end an answer
+    tools: ToolFormat
+    context_length: int  # tokens, where the model's config has none
+    quantization: str = "int8"  # the fewest bits that cost it little, see the README
+    think: tuple[str, str] | None = None  # marks around reasoning
     alternates: bool = False  # its templates want user and assistant in turn, and know no system role
+    lead: str = "{}\n\n"  # the system's text before the user's, if they alternate
     images: ImageFormat | None = None  # of its models that see
 
 
@@ -91,36 +110,75 @@ FILL_IN_THE_MIDDLE = (
 END_OF_FILE = ("<|endoftext|>", "<|fim_pad|>", "<|file_sep|>", "<|file_separator|>", "<|repo_name|>")  # end a filling
 
 
+_GEMMA_TURN, _GEMMA_ENDS = "<start_of_turn>", ("<end_of_turn>", "<turn|>")
+_IM, _IM_ENDS = "<|im_start|>", ("<|im_end|>",)
+_HEADER, _HEADER_ENDS = "<|start_header_id|>", ("<|eot_id|>", "<|eom_id|>")
+_GLM_ENDS = ("<|user|>", "<|observation|>")
+_SYS = "<<SYS>>\n{}\n<</SYS>>\n\n"
+
+# Name, types, names, marker, template, ends, tools, context length, and what only some have; the first that fits
 FAMILIES = (
-    Family("gemma", ("gemma",), "<start_of_turn>", _GEMMA, alternates=True, images=_GEMMA_IMAGES),
-    Family("qwen", ("qwen",), "<|im_start|>", _CHATML),
-    Family("llama", ("llama",), "<|start_header_id|>", _LLAMA),
-    Family("chatml", ("",), "<|im_start|>", _CHATML),
-    Family("generic", ("",), None, _PLAIN),
-)
+    Family("Gemma 3", ("gemma3",), "gemma-?3", _GEMMA_TURN, _GEMMA, _GEMMA_ENDS, LINES, 32768, "int4",
+           alternates=True, images=_GEMMA_IMAGES),
+    Family("Gemma 2", ("gemma",), "gemma", _GEMMA_TURN, _GEMMA, _GEMMA_ENDS, LINES, 8192, alternates=True),
+    Family("Qwen 3.5", ("qwen3_5",), r"qwen-?3\.5", _IM, _CHATML, _IM_ENDS, QWEN_XML, 32768, think=THINK),
+    Family("Qwen 3", ("qwen3",), "qwen-?3", _IM, _CHATML, _IM_ENDS, MARKED, 32768, think=THINK),
+    Family("Qwen 2.5", ("qwen",), "qwen", _IM, _CHATML, _IM_ENDS, MARKED, 32768),
+    Family("Llama 3", ("llama", "mllama"), "llama-?3", _HEADER, _LLAMA, _HEADER_ENDS, PARAMETERS, 8192, "int4"),
+    Family("Llama 2", (), "llama-?2", None, _LLAMA_2, (), LINES, 4096, alternates=True, lead=_SYS),
+    Family("GLM-4", ("glm",), "glm-?4", "<sop>", _GLM, _GLM_ENDS, NAMED, 8192),
+    Family("ChatGLM", ("chatglm",), "chatglm", "<|assistant|>", _CHATGLM, _GLM_ENDS, LINES, 8192),
+    Family("SmolLM", ("smollm",), "smollm", _IM, _CHATML, _IM_ENDS, MARKED, 2048, think=THINK),
+    Family("ChatML", ("",), "", _IM, _CHATML, _IM_ENDS, MARKED, 2048),
+    Family("generic", ("",), "", None, _PLAIN, ("<|end|>",), LINES, 2048),
+)  # fmt: skip
+*KNOWN, CHATML, GENERIC = FAMILIES
 
 
-def family_of(model_type: str, vocabulary: Iterable[str]) -> Family:
-    """The first family whose type fits and whose marker the tokenizer has."""
-    tokens = set(vocabulary)
-    return next(
-        f for f in FAMILIES if model_type.startswith(f.model_types) and (f.marker is None or f.marker in tokens)
-    )
+def family_of(model_type: str, vocabulary: Collection[str], name: str = "") -> Family:
+    """The first family whose type fits, then whose name does, and whose marker the tokenizer has."""
+    known = [family for family in KNOWN if family.marker is None or family.marker in vocabulary]
+    for family in known:
+        if family.model_types and model_type.startswith(family.model_types):
+            return family
+    for family in known:
+        if re.search(family.names, name, re.IGNORECASE):
+            return family
+    return CHATML if CHATML.marker in vocabulary else GENERIC
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """What a prompt depends on beside its messages; None: the messages, or the template, decide."""
+
+    continues: bool | None = None  # the answer goes on where the last message ends: if that is the assistant's
+    opens: bool | None = None  # the prompt ends with the beginning of the assistant's turn: unless it continues
+    num_views: Sequence[int] = ()  # how often each image is shown, whole and in parts
+    tools: Sequence[dict[str, Any]] = ()  # in OpenAI's form
+    thinks: bool | None = None
+    effort: str | None = None  # of the thinking, for templates that know of it
 
 
 class PromptTemplate:
     """One model's: messages or text in, token ids out. Its methods take milliseconds, more for long prompts."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", model_type: str, tokens_per_image: int = 0) -> None:
-        """tokens_per_image: 0 for a model that does not see."""
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", model_type: str, tokens_per_image: int = 0, name: str = ""
+    ) -> None:
+        """tokens_per_image: 0 for a model that does not see; name: the model's."""
         self.tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
-        self.detokenizer = _detokenizer(tokenizer)
-        self.family = family_of(model_type, tokenizer.get_vocab())
+        self._vocabulary = tokenizer.get_vocab()
+        self.family = family_of(model_type, self._vocabulary.keys(), name)
         own = tokenizer.chat_template
+        self.is_own = bool(own)
         self._template = None if own else self.family.template
-        self._source = own if isinstance(own, str) else self.family.template
-        self._knows_tools = "tool_calls" in self._source
+        self._source = _source(own) or self.family.template
+        self._knows_calls = "tool_calls" in self._source
+        taught = taught_by(self._source)
+        self._shows_tools, self.tool_format = taught is not None, taught or self.family.tools
+        self.think = self._thinking_marks()
+        self.detokenizer = _detokenizer(tokenizer, self._marks)
         added = tokenizer.added_tokens_decoder.values()
         control = [token.content for token in added if token.special]
         self._control = _any_of(control)  # nobody may write these
@@ -131,52 +189,102 @@ class PromptTemplate:
         """Of the tokens that are not special to the tokenizer, those that are to the model; `<h1>` is not."""
         return bool(MARKUP.fullmatch(token)) or (bool(token.strip()) and token in self._source and "<" in token)
 
+    def _thinking_marks(self) -> tuple[str, str] | None:
+        """Those of a model that has them as tokens, if its template or, without one, its family uses them."""
+        is_used = THINK[1] in self._source or (not self.is_own and self.family.think is not None)
+        return THINK if is_used and all(mark in self._vocabulary for mark in THINK) else None
+
+    @property
+    def _marks(self) -> set[str]:
+        """Tokens that the parser of answers has to see."""
+        style = self.tool_format
+        elements = style.elements.tokens if style.elements else ()
+        return {style.begin, style.end, *elements, *(self.think or ())} & self._vocabulary.keys()
+
+    @property
+    def literals(self) -> Literals:
+        """For grammars."""
+        return Literals([token.content for token in self.tokenizer.added_tokens_decoder.values()])
+
     @property
     def stop_token_ids(self) -> list[int]:
         """What ends an answer beside the tokens that the model's generation config names."""
-        vocabulary = self.tokenizer.get_vocab()
         own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        return own + [vocabulary[token] for token in END_OF_TURN if token in self._source and token in vocabulary]
+        known = [token for family in FAMILIES for token in family.ends if token not in _GLM_ENDS]
+        used = dict.fromkeys(token for token in (*known, *self.family.ends) if token in self._source)
+        return own + [self._vocabulary[token] for token in used if token in self._vocabulary]
 
-    def render_chat(
-        self,
-        messages: Sequence[Message],
-        continues: bool | None = None,
-        opens: bool | None = None,
-        num_views: Sequence[int] = (),
-    ) -> list[int]:
+    def token_id(self, token: str) -> int | None:
+        return self._vocabulary.get(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Without anything added."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def thinking(self, prompt_ids: Sequence[int]) -> Literal["open", "closed", "unsaid"]:
+        """What the prompt says of the thinking: it has begun, it is over, or the model decides."""
+        if self.think is None:
+            return "closed"
+        begin, end = (self._vocabulary[mark] for mark in self.think)
+        last_end = max((at for stop in self.stop_token_ids if (at := _last(prompt_ids, stop)) >= 0), default=-1)
+        begun, ended = _last(prompt_ids, begin), _last(prompt_ids, end)
+        if max(begun, ended) <= last_end:
+            return "unsaid"
+        return "open" if begun > ended else "closed"
+
+    def render_chat(self, messages: Sequence[Message], options: RenderOptions = RenderOptions()) -> list[int]:  # noqa: B008
         """The prompt of a conversation.
 
-        num_views: how often each image is shown, whole and in parts.
-
-        continues: the answer goes on where the last message ends; by default if that is the assistant's.
-        opens: the prompt ends with the beginning of the assistant's turn; by default unless it continues.
         Raises InvalidRequest for messages that the template takes neither as they are nor with alternating roles.
         """
         from jinja2 import TemplateError
 
-        plain, seam, mark = self._disarm(messages)
-        plain, continues, opens = _ending(plain, continues, opens)
-        folded = fold_tools(plain)
+        plain, tools, seam, mark = self._disarm(messages, options.tools)
+        plain, continues, opens = _ending(plain, options.continues, options.opens)
         if continues and plain[-1]["role"] not in ("assistant", "user"):
             raise InvalidRequest(
                 "Only a message of the assistant's or the user's can be continued.", param="continue_final_message"
             )
-        attempts = [_with_names(plain) if self._knows_tools else folded]
-        if self.family.alternates and not num_views:
-            attempts = []
-        for attempt in [*attempts, alternate(folded)]:
+        switches = {"continue_final_message": continues, "add_generation_prompt": opens, **_switches(options)}
+        for attempt, shown in self._attempts(plain, tools, bool(options.num_views)):
             try:
-                text = self._show(self._apply(self._with_images(attempt, mark), continues, opens), num_views)
+                text = self._apply(self._with_images(attempt, mark), tools=shown, **switches)
+                text = self._show(text, options.num_views)
             except (TemplateError, TypeError, ValueError, RecursionError) as error:
                 refusal = error
             else:
-                _check_characters(text, "messages")
-                parts = text.split(seam)
-                return [i for part in parts for i in self.tokenizer(part, add_special_tokens=False).input_ids]
+                check_characters(text, "messages")
+                token_ids = [i for part in text.split(seam) for i in self.encode(part)]
+                return token_ids + self._closing(token_ids) if opens and options.thinks is False else token_ids
         raise InvalidRequest(
             f"The model's chat template does not take these messages: {refusal}", param="messages"
         ) from refusal
+
+    def _attempts(
+        self, plain: list[CanonicalMessage], tools: list[dict[str, Any]], has_images: bool
+    ) -> list[tuple[list[CanonicalMessage], list[dict[str, Any]] | None]]:
+        """The messages in forms that the template may take, each with the tools that are its own matter to show."""
+        folded = fold_tools(plain, self.tool_format, self._tool_prompt(tools))
+        alternating = (alternate(folded, self.family.lead if self._template else "{}\n\n"), None)
+        if self.family.alternates and not has_images:
+            return [alternating]
+        knows = self._knows_calls and (self._shows_tools or not tools)
+        return [(with_names(plain), tools or None) if knows else (folded, None), alternating]
+
+    def _tool_prompt(self, tools: Sequence[dict[str, Any]]) -> str:
+        if not tools:
+            return ""
+        lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
+        prompt = self.tool_format.prompt or tool_formats.MARKED_PROMPT
+        return prompt.format(tools="\n".join(lines))
+
+    def _closing(self, token_ids: list[int]) -> list[int]:
+        """The end of the thinking, for templates that cannot leave it out."""
+        state = self.thinking(token_ids)
+        if self.think is None or state == "closed":
+            return []
+        begin, end = self.think
+        return self.encode(f"\n{end}\n\n" if state == "open" else f"{begin}\n\n{end}\n\n")
 
     def _with_images(self, messages: list[CanonicalMessage], mark: str) -> list[CanonicalMessage]:
         """Content with images as the parts that a tokenizer's template expects; a family's takes text."""
@@ -207,38 +315,35 @@ class PromptTemplate:
     def sees(self) -> bool:
         return bool(self._tokens_per_image) and self.family.images is not None
 
-    def _disarm(self, messages: Sequence[Message]) -> tuple[list[CanonicalMessage], str, str]:
+    def _disarm(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+    ) -> tuple[list[CanonicalMessage], list[dict[str, Any]], str, str]:
         """Cuts each control token inside a message's text in two with a seam, at which the prompt is tokenized apart:
-        what a user writes, such as `<|im_end|>`, stays text and ends no turn. With the seam, and a character that
-        stands for an image in the text."""
+        what a user writes, such as `<|im_end|>`, stays text and ends no turn. With the tools, the seam, and a character
+        that stands for an image in the text."""
         try:
-            texts = json.dumps(canonical(messages, "" if self.sees else None), ensure_ascii=False)
+            texts = json.dumps([canonical(messages, "" if self.sees else None), *tools], ensure_ascii=False)
             free = [character for character in SEAMS if character not in texts][:2]
             if len(free) < 2:
                 raise InvalidRequest("The messages hold all of Unicode's noncharacters.", param="messages")
             seam, mark = free
             plain = canonical(messages, mark if self.sees else None)
-            return [_cut(message, self._pattern(message), seam) for message in plain], seam, mark
+            safe_tools = [cut(tool, self._markup, seam) for tool in tools]
+            return [cut(message, self._pattern(message), seam) for message in plain], safe_tools, seam, mark
         except RecursionError as error:
             raise InvalidRequest("The arguments of a tool call are nested too deeply.", param="messages") from error
 
     def _pattern(self, message: CanonicalMessage) -> re.Pattern[str]:
         return self._control if message["role"] == "assistant" else self._markup
 
-    def _apply(self, messages: list[CanonicalMessage], continues: bool, opens: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=opens,
-            continue_final_message=continues,
-        )
+    def _apply(self, messages: list[CanonicalMessage], **switches: Any) -> str:
+        text = self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **switches)
         assert isinstance(text, str)
         return text
 
     def render_text(self, prompt: str, has_bos: bool = True) -> list[int]:
         """The prompt of a completion, with the one beginning-of-sequence token that the tokenizer adds."""
-        _check_characters(prompt, "prompt")
+        check_characters(prompt, "prompt")
         token_ids = list(self.tokenizer(prompt, add_special_tokens=has_bos).input_ids)
         bos = self.tokenizer.bos_token_id
         return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
@@ -256,85 +361,47 @@ class PromptTemplate:
                 param="suffix",
                 code="unsupported_value",
             )
-        _check_characters(suffix, "suffix")
+        check_characters(suffix, "suffix")
         ends = [vocabulary[token] for token in (*END_OF_FILE, *marks) if token in vocabulary]
         return self.render_text(f"{marks[0]}{prefix}{marks[1]}{suffix}{marks[2]}"), ends
 
 
-ROLES = {"developer": "system", "function": "tool"}  # other names of the roles that templates know
+def _detokenizer(tokenizer: "PreTrainedTokenizerBase", shown: Collection[str]) -> Any:
+    """What decodes single tokens: the tokenizer's core, in a fifth of the time, where its `decode` adds nothing.
 
-
-def _cut(value: Any, pattern: re.Pattern[str], seam: str) -> Any:
-    """The same JSON value with the seam behind the first character of each match in its texts."""
-    if isinstance(value, str):
-        return pattern.sub(lambda match: match[0][:1] + seam + match[0][1:], value)
-    if isinstance(value, list):
-        return [_cut(item, pattern, seam) for item in value]
-    if isinstance(value, dict):
-        return {_cut(key, pattern, seam): _cut(item, pattern, seam) for key, item in value.items()}
-    return value
-
-
-def canonical(messages: Sequence[Message], image_mark: str | None = None) -> list[CanonicalMessage]:
-    """What templates expect: text content, four roles, and the arguments of tool calls as objects.
-
-    image_mark: what stands for an image in the text; None: there must be none.
-
-    A participant's name leads the text, since templates have no place for it; a tool's name stays apart.
+    shown: tokens that are text even if the tokenizer calls them special.
     """
-    result: list[CanonicalMessage] = []
-    for number, message in enumerate(messages):
-        item: CanonicalMessage = {
-            "role": ROLES.get(message.role, message.role),
-            "content": _text(message, number, image_mark),
-        }
-        if item["role"] == "tool":
-            item |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key))}
-        elif message.name:
-            item["content"] = f"{message.name}: {item['content']}"
-        calls = message.tool_calls or ([{"function": message.function_call}] if message.function_call else [])
-        if calls:
-            item["tool_calls"] = [_with_object_arguments(call) for call in calls]
-        result.append(item)
-    return result
-
-
-def fold_tools(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """The same with tool calls and their results as text, for templates that would leave them out."""
-    names = {str(call.get("id")): _called(call).get("name") for m in messages for call in m.get("tool_calls", ())}
-    result: list[CanonicalMessage] = []
-    for message in messages:
-        text, role = message["content"], message["role"]
-        if role == "tool":
-            name = message.get("name") or names.get(str(message.get("tool_call_id")))
-            text, role = f"Result of {name or 'the tool'}:\n{text}", "user"
-        calls = [json.dumps(_called(call), ensure_ascii=False) for call in message.get("tool_calls", ())]
-        result.append({"role": role, "content": "\n".join(filter(None, [text, *calls]))})
-    return result
-
-
-def _with_names(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """For templates that tell a result by its call: one without a call says itself what it is of."""
-    return [
-        {**m, "content": f"{m['name']}: {m['content']}"} if m.get("name") and not m.get("tool_call_id") else m
-        for m in messages
-    ]
-
-
-def _called(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    return function if isinstance(function, dict) else {}
-
-
-def _detokenizer(tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """What decodes single tokens: the tokenizer's core, in a fifth of the time, where its `decode` adds nothing."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     adds_nothing = all(
         getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")
     )
-    is_plain = adds_nothing and not tokenizer.clean_up_tokenization_spaces
-    return tokenizer.backend_tokenizer if is_plain else tokenizer
+    if not adds_nothing or tokenizer.clean_up_tokenization_spaces:
+        return tokenizer
+    core = tokenizer.backend_tokenizer
+    if not any(token.special and token.content in shown for token in tokenizer.added_tokens_decoder.values()):
+        return core
+    parts = json.loads(core.to_str())
+    for token in parts["added_tokens"]:
+        token["special"] &= token["content"] not in shown
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def _source(template: Any) -> str:
+    """A tokenizer can have several templates; transformers takes the one for tools where there are some."""
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+
+def _switches(options: RenderOptions) -> dict[str, Any]:
+    """Names of the same in several families' templates."""
+    thinks = {} if options.thinks is None else {"enable_thinking": options.thinks, "thinking": options.thinks}
+    return thinks | ({} if options.effort is None else {"reasoning_effort": options.effort})
+
+
+def _last(token_ids: Sequence[int], token_id: int) -> int:
+    """Where it is last; -1 if nowhere."""
+    return next((at for at in range(len(token_ids) - 1, -1, -1) if token_ids[at] == token_id), -1)
 
 
 def _any_of(tokens: list[str]) -> re.Pattern[str]:
@@ -352,64 +419,3 @@ def _ending(
     if continues is None:
         continues = is_assistant and has_text and "tool_calls" not in last and not opens
     return messages, continues, not continues if opens is None else opens
-
-
-def _text(message: Message, number: int, image_mark: str | None) -> str:
-    if not isinstance(message.content, list):
-        return message.content or message.refusal or ""
-    for index, part in enumerate(message.content):
-        param = f"messages[{number}].content[{index}]"
-        if part.type == "image_url" and image_mark is not None:
-            continue
-        if part.type == "image_url":
-            raise InvalidRequest("This model does not accept images.", param=param, code="unsupported_value")
-        if part.type not in ("text", "refusal"):
-            known = "'text'" if image_mark is None else "'text' and 'image_url'"
-            raise InvalidRequest(
-                f"This model takes content parts of type {known}, and no {part.type!r}.",
-                param=param,
-                code="unsupported_value",
-            )
-        if getattr(part, part.type) is None:
-            param = f"{param}.{part.type}"
-            raise InvalidRequest(f"{param}: Field required", param=param, code="missing_required_parameter")
-    return "".join(image_mark or "" if p.type == "image_url" else getattr(p, p.type) for p in message.content)
-
-
-def _check_characters(text: str, param: str) -> None:
-    """JSON can hold half a character, an escape such as \\ud800; UTF-8 and tokenizers cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"The text is no valid Unicode: {error.reason}.", param=param) from error
-
-
-def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(custom := call.get("custom"), dict):  # a tool that takes text
-        return {**call, "function": {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}}
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
-    except (ValueError, RecursionError):
-        return call
-
-
-def alternate(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """The same text with user and assistant in turn, beginning with the user: system text leads the first turn, and
-    neighbours of one role become one message."""
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    turns: list[CanonicalMessage] = []
-    for message in messages:
-        if message["role"] == "system":
-            continue
-        role = "assistant" if message["role"] == "assistant" else "user"
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + message["content"]
-        else:
-            turns.append({"role": role, "content": message["content"]})
-    if not turns or turns[0]["role"] == "assistant":
-        turns.insert(0, {"role": "user", "content": ""})
-    turns[0]["content"] = "\n\n".join([*system, turns[0]["content"]]).strip()
-    return turns

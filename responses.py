@@ -1,7 +1,6 @@
 """/v1/responses as a view of chat completions: its request becomes one, and the chunks become its events.
 
-Stateless: nothing is stored, so whatever refers to an earlier response is refused by name. Source of the events and of
-their order: https://platform.openai.com/docs/api-reference/responses-streaming. It knows no provider.
+Stateless: nothing is stored, so whatever refers to an earlier response is refused by name. It knows no provider.
 """
 
 import itertools
@@ -14,19 +13,15 @@ from typing import Any
 from pydantic_core import to_json
 
 from errors import APIError, InvalidRequest, unsupported
+from response_output import Output, Status
 from schemas import (
     SAMPLING_FIELDS,
     ChatCompletionChunk,
     ChatCompletionRequest,
-    ContentPartEvent,
     InputItem,
     InputPart,
     InputTokensDetails,
-    OutputItemEvent,
-    OutputMessage,
-    OutputText,
-    OutputTextDelta,
-    OutputTextDone,
+    OutputTokensDetails,
     ResponseObject,
     ResponsesEvent,
     ResponsesRequest,
@@ -53,8 +48,32 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
             "logprobs": wants_logprobs or None,
             "top_logprobs": request.top_logprobs,
             "response_format": _response_format(request.text.format if request.text else None),
+            "tools": None if request.tools is None else [_nested(tool) for tool in request.tools],
+            "tool_choice": _tool_choice(request.tool_choice),
+            "parallel_tool_calls": request.parallel_tool_calls,
+            "reasoning_effort": (request.reasoning.effort if request.reasoning else None) or request.reasoning_effort,
+            "enable_thinking": request.enable_thinking,
+            "thinking_token_budget": request.thinking_token_budget,
+            "chat_template_kwargs": request.chat_template_kwargs,
         }
     )
+
+
+def _nested(tool: dict[str, Any]) -> dict[str, Any]:
+    """There a function is beside its type, in chat inside an object of its own."""
+    if tool.get("type") != "function" or "function" in tool:
+        return tool
+    function = {key: value for key, value in tool.items() if key != "type" and (key, value) != ("strict", False)}
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(given: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    if not isinstance(given, dict):
+        return given
+    if given.get("type") == "allowed_tools" and isinstance(given.get("tools"), list):
+        tools = [_nested(tool) if isinstance(tool, dict) else tool for tool in given["tools"]]
+        return {"type": "allowed_tools", "allowed_tools": {**given, "tools": tools}}
+    return _nested(given)
 
 
 def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -83,7 +102,12 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
 def _add_message(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
     if item.role is None:
         raise InvalidRequest(f"{path} has no role.", param=f"{path}.role", code="missing_required_parameter")
-    messages.append({"role": item.role, "content": _content(item.content, f"{path}.content")})
+    content = _content(item.content, f"{path}.content")
+    last = messages[-1] if messages else {}
+    if item.role == "assistant" and last.get("role") == "assistant" and last["content"] is None:
+        last["content"] = content  # beside its thoughts, or calls
+    else:
+        messages.append({"role": item.role, "content": content})
 
 
 def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
@@ -100,8 +124,10 @@ def _add_result(messages: list[dict[str, Any]], item: InputItem, path: str) -> N
     messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
 
 
-def _add_nothing(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    """Reasoning of an earlier turn: chat templates leave it out."""
+def _add_reasoning(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+    """Thoughts of an earlier turn; they come before what was said, or called."""
+    if text := "".join(part.text or "" for part in item.content or () if isinstance(part, InputPart)):
+        messages.append({"role": "assistant", "content": None, "reasoning_content": text})
 
 
 _ITEMS = {
@@ -110,7 +136,7 @@ _ITEMS = {
     "function_call_output": _add_result,
     "custom_tool_call": _add_call,
     "custom_tool_call_output": _add_result,
-    "reasoning": _add_nothing,
+    "reasoning": _add_reasoning,
 }
 
 
@@ -139,10 +165,7 @@ async def stream(
 ) -> AsyncGenerator[ResponsesEvent]:
     """The events, from `response.created` on; each has the next `sequence_number`. Raises what the chunks raise."""
     numbers = itertools.count()
-    item = OutputMessage(status="in_progress")
-    part = OutputText()
-    where: dict[str, Any] = {"output_index": 0, "content_index": 0, "item_id": item.id}
-    response = _response(request)
+    response, output = _response(request), Output()
     usage: Usage | None = None
     has_begun = False
     try:
@@ -150,23 +173,23 @@ async def stream(
             async for chunk in chunks:
                 if not has_begun:
                     has_begun, response.model = True, chunk.model
-                    for event in _opening(response, item, where):
-                        yield event.numbered(next(numbers))
+                    for name in ("created", "in_progress"):
+                        state = ResponseStateEvent(type=f"response.{name}", response=response.model_copy())
+                        yield state.numbered(next(numbers))
                 usage = chunk.usage or usage
                 for choice in chunk.choices:
                     if choice.finish_reason == "length":
                         response.status, response.incomplete_details = "incomplete", {"reason": "max_output_tokens"}
-                    logprobs = choice.logprobs.content if choice.logprobs else []
-                    part.logprobs += logprobs
-                    if choice.delta.content:
-                        part.text += choice.delta.content
-                        delta = OutputTextDelta(**where, delta=choice.delta.content, logprobs=logprobs)
-                        yield delta.numbered(next(numbers))
+                    for event in output.add(choice):
+                        yield event.numbered(next(numbers))
     except APIError as error:
         raise _naming_input(error) from None
-    response.usage = _usage(usage)
-    for event in _closing(response, item, part, where):
+    status: Status = "incomplete" if response.status == "incomplete" else "completed"
+    for event in output.end(status):
         yield event.numbered(next(numbers))
+    done = {"status": status, "output": output.items, "completed_at": time.time(), "usage": _usage(usage)}
+    last = ResponseStateEvent(type=f"response.{status}", response=response.model_copy(update=done))
+    yield last.numbered(next(numbers))
 
 
 def _naming_input(error: APIError) -> APIError:
@@ -188,29 +211,6 @@ def _response(request: ResponsesRequest) -> ResponseObject:
     return ResponseObject(**asked, status="in_progress")
 
 
-def _opening(response: ResponseObject, item: OutputMessage, where: dict[str, Any]) -> list[ResponsesEvent]:
-    return [
-        ResponseStateEvent(type="response.created", response=response.model_copy()),
-        ResponseStateEvent(type="response.in_progress", response=response.model_copy()),
-        OutputItemEvent(type="response.output_item.added", output_index=0, item=item.model_copy()),
-        ContentPartEvent(type="response.content_part.added", **where, part=OutputText()),
-    ]
-
-
-def _closing(
-    response: ResponseObject, item: OutputMessage, part: OutputText, where: dict[str, Any]
-) -> list[ResponsesEvent]:
-    status = "incomplete" if response.status == "incomplete" else "completed"
-    item = item.model_copy(update={"status": status, "content": [part]})
-    response = response.model_copy(update={"status": status, "output": [item], "completed_at": time.time()})
-    return [
-        OutputTextDone(**where, text=part.text, logprobs=part.logprobs),
-        ContentPartEvent(type="response.content_part.done", **where, part=part),
-        OutputItemEvent(type="response.output_item.done", output_index=0, item=item),
-        ResponseStateEvent(type=f"response.{status}", response=response),
-    ]
-
-
 def _usage(usage: Usage | None) -> ResponsesUsage | None:
     if usage is None:
         return None
@@ -218,6 +218,7 @@ def _usage(usage: Usage | None) -> ResponsesUsage | None:
         input_tokens=usage.prompt_tokens,
         input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
         output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.completion_tokens_details.reasoning_tokens),
         total_tokens=usage.total_tokens,
     )
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
 Support = Literal["honoured", "no meaning here", "not yet", "refused"]  # a field's `x-support` in /openapi.json
@@ -119,6 +119,8 @@ class Message(RequestBody):
     content: str | list[ContentPart] | None = None
     name: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None  # the assistant's thoughts, as an answer had them
+    reasoning: str | None = None  # the same, as other servers name it
     tool_calls: list[Object] | None = None
     tool_call_id: str | None = None
     function_call: Object | None = None  # the older form of one tool call
@@ -197,12 +199,44 @@ class _CompletionRequest(_SamplingRequest):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class _ConversationRequest(RequestBody):
-    """What chat completions and responses share beside: nothing of it is honoured."""
+class TemplateArguments(RequestBody):
+    """What a client may say to the chat template; all else is ignored, and named so."""
 
-    tools: list[Object] | None = _not_yet("Accepted, not shown to the model, and named in X-Ignored-Fields.")
-    parallel_tool_calls: bool | None = _not_yet("Accepted, and named in X-Ignored-Fields.")
-    tool_choice: str | Object | None = _refused("none", "auto")
+    enable_thinking: bool | None = None
+    thinking: bool | None = None  # the same, as other templates name it
+    reasoning_effort: str | None = None
+
+
+class _RenderedRequest(RequestBody):
+    """What decides how messages become a prompt."""
+
+    tools: list[Object] | None = None
+    tool_choice: str | Object | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: TemplateArguments | None = None
+    reasoning_effort: str | None = None
+
+    @property
+    def effort(self) -> str | None:
+        """How much to think, in one word."""
+        given = self.chat_template_kwargs
+        return self.reasoning_effort or (given.reasoning_effort if given else None)
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the model is to think; None: as it does by itself."""
+        given = self.chat_template_kwargs or TemplateArguments()
+        said = [value for value in (self.enable_thinking, given.enable_thinking, given.thinking) if value is not None]
+        if said or self.effort is None:
+            return said[0] if said else None
+        return self.effort != "none"
+
+
+class _ConversationRequest(_RenderedRequest):
+    """What chat completions and responses share beside."""
+
+    parallel_tool_calls: bool | None = None
+    thinking_token_budget: int | None = Field(None, ge=0)
     moderation: Object | None = _refused()
     metadata: Object | None = _no_meaning("nothing is stored; a response has it again.")
     prompt_cache_key: str | None = _no_meaning("prompts are told apart by their tokens.")
@@ -228,7 +262,6 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     verbosity: str | None = _refused("medium")
     web_search_options: Object | None = _refused()
     prediction: Object | None = _no_meaning("it could make the answer faster, not another one.")
-    reasoning_effort: str | None = _no_meaning("these models have no such control.")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -318,6 +351,12 @@ class TextConfig(RequestBody):
     verbosity: str | None = _refused("medium")
 
 
+class ReasoningConfig(RequestBody):
+    effort: str | None = None
+    summary: str | None = _no_meaning("the reasoning itself is in the response.")
+    generate_summary: str | None = _no_meaning("the reasoning itself is in the response.")
+
+
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
     input: str | list[InputItem]
     instructions: str | None = None
@@ -335,11 +374,11 @@ class ResponsesRequest(_SamplingRequest, _ConversationRequest):
     background_options: Object | None = _no_meaning("nothing runs in the background.")
     image: Object | None = _no_meaning("no image is made.")
     max_tool_calls: int | None = _no_meaning("the server calls no tools.")
-    reasoning: Object | None = _no_meaning("these models have no such control.")
+    reasoning: ReasoningConfig | None = None
     stream_options: StreamOptions | None = _no_meaning("nothing is added to the events.")
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(_RenderedRequest):
     """A text, or a conversation as the model would be asked it; the shape is vLLM's."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
@@ -392,6 +431,10 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = 0  # not computed: another request had computed them
 
 
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int = 0  # of them, those that the model wrote for itself
+
+
 class Usage(BaseModel):
     """Counts of tokens."""
 
@@ -399,6 +442,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
 
 
 class Timings(BaseModel):
@@ -436,11 +480,27 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int] = []  # characters from the beginning of the choice's text
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = Field(None, exclude_if=_is_none)
+    arguments: str | None = Field(None, exclude_if=_is_none)
+
+
+class ToolCallDelta(BaseModel):
+    """id, type and name come once, with the call's first delta."""
+
+    index: int
+    id: str | None = Field(None, exclude_if=_is_none)
+    type: Literal["function"] | None = Field(None, exclude_if=_is_none)
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
     """What a chunk adds; absent fields add nothing, and clients concatenate what is present."""
 
     role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
     content: str | None = Field(None, exclude_if=_is_none)
+    reasoning_content: str | None = Field(None, exclude_if=_is_none)
+    tool_calls: list[ToolCallDelta] | None = Field(None, exclude_if=_is_none)
 
 
 class ChunkChoice(BaseModel):
@@ -460,10 +520,23 @@ class ChatCompletionChunk(BaseModel):
     timings: Timings | None = Field(None, exclude_if=_is_none)
 
 
+class FunctionCall(BaseModel):
+    name: str = ""
+    arguments: str = ""  # JSON
+
+
+class ToolCall(BaseModel):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall = Field(default_factory=FunctionCall)
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str | None
+    content: str | None  # None beside calls of tools alone
     refusal: None = None
+    reasoning_content: str | None = Field(None, exclude_if=_is_none)
+    tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
 
 
 class Choice(BaseModel):
@@ -526,6 +599,9 @@ class Model(BaseModel):
     root: str
     parent: str | None = None
     max_model_len: int | None = None  # tokens; None while loading
+    family: str | None = None  # None while loading
+    chat_template: Literal["own", "family"] | None = None  # whose; a base model has none of its own
+    recommended_quantization: str | None = None
 
 
 class ModelList(BaseModel):
@@ -543,11 +619,38 @@ class OutputText(BaseModel):
     logprobs: list[TokenLogprob] = []
 
 
-class OutputMessage(BaseModel):
+class ReasoningText(BaseModel):
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str = ""
+
+
+class OutputItem(BaseModel):
+    """What a response consists of."""
+
+    id: str
+    type: str
+    status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
+
+
+class OutputReasoning(OutputItem):
+    id: str = Field(default_factory=lambda: f"rs_{uuid4().hex}")
+    type: Literal["reasoning"] = "reasoning"
+    summary: list[Object] = []
+    content: list[ReasoningText] = []
+
+
+class OutputFunctionCall(OutputItem):
+    id: str = Field(default_factory=lambda: f"fc_{uuid4().hex}")
+    type: Literal["function_call"] = "function_call"
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+class OutputMessage(OutputItem):
     id: str = Field(default_factory=lambda: f"msg_{uuid4().hex}")
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
     content: list[OutputText] = []
 
 
@@ -580,13 +683,14 @@ class ResponseObject(BaseModel):
     max_output_tokens: int | None = None
     metadata: Object = {}
     model: str
-    output: list[OutputMessage] = []
+    output: list[SerializeAsAny[OutputItem]] = []
     parallel_tool_calls: bool = True
     previous_response_id: None = None
     store: Literal[False] = False
     temperature: float | None = None
     text: Object = {"format": {"type": "text"}}
-    tool_choice: str = "auto"
+    reasoning: SerializeAsAny[RequestBody] | None = None
+    tool_choice: str | Object = "auto"
     tools: list[Object] = []
     top_logprobs: int | None = None
     top_p: float | None = None
@@ -610,14 +714,14 @@ class ResponseStateEvent(ResponsesEvent):
 
 class OutputItemEvent(ResponsesEvent):
     output_index: int
-    item: OutputMessage
+    item: SerializeAsAny[OutputItem]
 
 
 class ContentPartEvent(ResponsesEvent):
     output_index: int
     content_index: int
     item_id: str
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class OutputTextDelta(ResponsesEvent):
@@ -636,6 +740,37 @@ class OutputTextDone(ResponsesEvent):
     item_id: str
     text: str
     logprobs: list[TokenLogprob]
+
+
+class ReasoningTextDelta(ResponsesEvent):
+    type: Literal["response.reasoning_text.delta"] = "response.reasoning_text.delta"
+    output_index: int
+    content_index: int
+    item_id: str
+    delta: str
+
+
+class ReasoningTextDone(ResponsesEvent):
+    type: Literal["response.reasoning_text.done"] = "response.reasoning_text.done"
+    output_index: int
+    content_index: int
+    item_id: str
+    text: str
+
+
+class ArgumentsDelta(ResponsesEvent):
+    type: Literal["response.function_call_arguments.delta"] = "response.function_call_arguments.delta"
+    output_index: int
+    item_id: str
+    delta: str
+
+
+class ArgumentsDone(ResponsesEvent):
+    type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
+    output_index: int
+    item_id: str
+    name: str
+    arguments: str
 
 
 class ErrorEvent(ResponsesEvent):

@@ -16,6 +16,7 @@ from schemas import (
     ChatCompletionChunk,
     Choice,
     ChoiceLogprobs,
+    ChunkChoice,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
@@ -24,7 +25,7 @@ from schemas import (
     ResponseObject,
     ResponsesEvent,
     ResponseStateEvent,
-    TokenLogprob,
+    ToolCall,
     Usage,
 )
 
@@ -98,13 +99,13 @@ class TextStreamer:
         if found:  # the one that was complete first, so that it does not matter how the text was split
             text, self._held, self.is_stopped = self._held[: min(found)[1]], "", True
             return text
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -191,64 +192,65 @@ def _data(text: str) -> bytes:
 
 async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
     """The fold of a stream: what a client that concatenates its chunks would hold."""
-    fold = _Fold()
-    logprobs: dict[int, list[TokenLogprob]] = {}
+    last: ChatCompletionChunk | None = None
+    usage: Usage | None = None
+    answers: dict[int, _Answer] = {}
     async for chunk in chunks:
-        fold.add(chunk)
+        last, usage = chunk, chunk.usage or usage
         for choice in chunk.choices:
-            fold.add_text(choice.index, choice.delta.content or "", choice.finish_reason)
-            if choice.logprobs:
-                logprobs.setdefault(choice.index, []).extend(choice.logprobs.content)
-    choices = [
-        Choice(
-            index=index,
-            message=AssistantMessage(content=text),
-            logprobs=ChoiceLogprobs(content=logprobs[index]) if index in logprobs else None,
-            finish_reason=fold.reasons[index],
-        )
-        for index, text in sorted(fold.texts.items())
-    ]
-    assert fold.last is not None and fold.usage is not None
-    last = fold.last
+            answers.setdefault(choice.index, _Answer()).add(choice)
+    assert last is not None and usage is not None
+    choices = [answers[index].choice(index) for index in sorted(answers)]
     return ChatCompletion(
-        id=last.id, created=last.created, model=last.model, choices=choices, usage=fold.usage, timings=last.timings
+        id=last.id, created=last.created, model=last.model, choices=choices, usage=usage, timings=last.timings
     )
+
+
+class _Answer:
+    """One choice of a chat completion."""
+
+    def __init__(self) -> None:
+        self._content = self._reasoning = ""
+        self._calls: list[ToolCall] = []
+        self._logprobs: ChoiceLogprobs | None = None
+        self._reason: FinishReason | None = None
+
+    def add(self, choice: ChunkChoice) -> None:
+        self._content += choice.delta.content or ""
+        self._reasoning += choice.delta.reasoning_content or ""
+        self._reason = choice.finish_reason or self._reason
+        for delta in choice.delta.tool_calls or ():
+            if delta.index == len(self._calls):
+                self._calls.append(ToolCall(id=delta.id or ""))
+            function = self._calls[delta.index].function
+            function.name += delta.function.name or ""
+            function.arguments += delta.function.arguments or ""
+        if choice.logprobs is not None:
+            self._logprobs = self._logprobs or ChoiceLogprobs(content=[])
+            self._logprobs.content += choice.logprobs.content
+
+    def choice(self, index: int) -> Choice:
+        assert self._reason is not None
+        content = None if self._calls and not self._content else self._content
+        message = AssistantMessage(
+            content=content, reasoning_content=self._reasoning or None, tool_calls=self._calls or None
+        )
+        return Choice(index=index, message=message, logprobs=self._logprobs, finish_reason=self._reason)
 
 
 async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:
     """The same for text completions."""
-    fold = _Fold()
-    logprobs: dict[int, CompletionLogprobs] = {}
+    choices: dict[int, CompletionChoice] = {}
+    last: Completion | None = None
     async for chunk in chunks:
-        fold.add(chunk)
+        last = chunk
         for choice in chunk.choices:
-            fold.add_text(choice.index, choice.text, choice.finish_reason)
+            whole = choices.setdefault(choice.index, CompletionChoice(index=choice.index, text=""))
+            whole.text += choice.text
+            whole.finish_reason = choice.finish_reason or whole.finish_reason
             if choice.logprobs:
-                whole = logprobs.setdefault(choice.index, CompletionLogprobs())
+                whole.logprobs = whole.logprobs or CompletionLogprobs()
                 for name, values in choice.logprobs:
-                    getattr(whole, name).extend(values)
-    choices = [
-        CompletionChoice(index=index, text=text, logprobs=logprobs.get(index), finish_reason=fold.reasons[index])
-        for index, text in sorted(fold.texts.items())
-    ]
-    assert isinstance(fold.last, Completion)
-    return fold.last.model_copy(update={"choices": choices})
-
-
-class _Fold:
-    """What is gathered from either kind of chunk."""
-
-    def __init__(self) -> None:
-        self.texts: dict[int, str] = {}
-        self.reasons: dict[int, FinishReason] = {}
-        self.usage: Usage | None = None
-        self.last: ChatCompletionChunk | Completion | None = None
-
-    def add(self, chunk: ChatCompletionChunk | Completion) -> None:
-        self.last = chunk
-        self.usage = chunk.usage or self.usage
-
-    def add_text(self, index: int, text: str, reason: FinishReason | None) -> None:
-        self.texts[index] = self.texts.get(index, "") + text
-        if reason:
-            self.reasons[index] = reason
+                    getattr(whole.logprobs, name).extend(values)
+    assert last is not None
+    return last.model_copy(update={"choices": [choices[index] for index in sorted(choices)]})

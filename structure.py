@@ -5,26 +5,69 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, CompletionRequest
+from tool_formats import (
+    WHITESPACE,
+    Literals,
+    ToolFormat,
+    calls_grammar,
+    calls_or_text_grammar,
+    rest_of_call_grammar,
+)
+from tools import Toolbox, check_size
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-MAX_LENGTH = 200_000  # characters of a schema or grammar
-MAX_DEPTH = 100  # of a schema's objects and lists
-JSON_OPTIONS: "JsonCompileOptions" = {
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,20}"
-}  # else spaces could go on for ever
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": WHITESPACE}
 
 Structured = ChatCompletionRequest | CompletionRequest
 KINDS: dict[str, Callable[[Any], str]] = {}  # what a structure can be given as -> the grammar of its value
 
 
-def grammar_of(request: Structured) -> tuple[str, str] | None:
+@dataclass(frozen=True)
+class Structure:
+    """What an answer must look like, and from where on."""
+
+    text: str  # of a grammar
+    fields: Mapping[str, str]  # of the request -> the part of the grammar that it asks for
+    trigger: str | None = None  # the token that the grammar follows, each time it comes; None: it holds from the start
+    is_needed: bool = True  # else an answer can do without, if the grammar cannot be compiled
+
+
+def structure_of(request: Structured, box: Toolbox | None, style: ToolFormat, literals: Literals) -> Structure | None:
+    """Raises InvalidRequest, also for two structures at once. style, literals: the model's."""
+    asked = _grammar_of(request)
+    if box is None:
+        return None if asked is None else Structure(asked[0], {asked[1]: asked[0]})
+    parts = {box.fields[name]: _of_json({"type": "object", **schema}) for name, schema in box.schemas.items()}
+    if box.is_required:
+        text = calls_grammar(style, box.schemas, literals, box.is_parallel)
+        return Structure(_of_lark(text), parts)
+    if asked is not None:
+        text = calls_grammar(style, box.schemas, literals, box.is_parallel)
+        return Structure(_either(text, asked[0]), {**parts, asked[1]: asked[0]})
+    if style.begin in literals:
+        text = rest_of_call_grammar(style, box.schemas, literals)
+        return Structure(_of_lark(text), parts, style.begin, box.is_strict)
+    if box.is_strict:
+        return Structure(_of_lark(calls_or_text_grammar(style, box.schemas, literals, box.is_parallel)), parts)
+    return None
+
+
+def _either(calls: str, answer: str) -> str:
+    """One grammar or the other; the second as its kind's function gave it."""
+    given = json.loads(answer) if answer.startswith("{") else {"grammars": [{"lark_grammar": answer}]}
+    whole = calls.replace("start: ", "start: @answer | calls\ncalls: ", 1)
+    return json.dumps({"grammars": [{"lark_grammar": whole}, {**given["grammars"][0], "name": "answer"}]})
+
+
+def _grammar_of(request: Structured) -> tuple[str, str] | None:
     """The grammar, and the field that asks for it. Raises InvalidRequest, also for two structures at once."""
     found = [(field, kind, value) for field, kind, value in _asked(request) if value is not None]
     if not found:
@@ -32,8 +75,7 @@ def grammar_of(request: Structured) -> tuple[str, str] | None:
     if len(found) > 1:
         raise _invalid(f"{found[0][0]} and {found[1][0]} cannot go together.", found[1][0])
     field, kind, value = found[0]
-    if _depth(value) > MAX_DEPTH or len(json.dumps(value, ensure_ascii=False)) > MAX_LENGTH:
-        raise _invalid(f"{field} is longer than {MAX_LENGTH} characters, or deeper than {MAX_DEPTH} levels.", field)
+    check_size(value, field)
     try:
         return KINDS[kind](value), field
     except (ValueError, TypeError) as error:
@@ -105,20 +147,6 @@ def _of_lark(text: Any) -> str:
 
 
 KINDS |= {"json": _of_json, "regex": _of_regex, "choice": _of_choice, "grammar": _of_lark}
-
-
-def _depth(value: Any) -> int:
-    """Level by level, since recursion has a limit of its own."""
-    level, depth = [value], 0
-    while level := [item for value in level for item in _items(value)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            break
-    return depth
-
-
-def _items(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def _invalid(message: str, param: str) -> InvalidRequest:

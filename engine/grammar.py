@@ -8,7 +8,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy
 import torch
@@ -26,8 +27,34 @@ LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000) 
 WORD = 32  # tokens in a word of a mask
 
 
-class Matcher:
-    """One answer on its way through a grammar."""
+class Matcher(Protocol):
+    """One answer on its way through what it must look like."""
+
+    num_accepted: int
+    decides_end: bool  # else the answer may end as others do
+
+    def accept(self, token_id: int) -> None: ...
+
+    @property
+    def is_finished(self) -> bool:
+        """The answer is complete, and nothing can follow; or it left the grammar, which masks do not let happen."""
+        ...
+
+    def mask(self, ahead: list[int]) -> bytes | None:
+        """A bit for each token that may come after those; None if all may, or if they may not come themselves."""
+        ...
+
+
+class Constraint(Protocol):
+    """What an answer must look like; any number of answers can follow it at a time."""
+
+    def matcher(self) -> Matcher: ...
+
+
+class GrammarMatcher:
+    """Follows a grammar from its beginning to its end."""
+
+    decides_end = True
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -39,11 +66,9 @@ class Matcher:
 
     @property
     def is_finished(self) -> bool:
-        """The answer is complete, and nothing can follow; or it left the grammar, which masks do not let happen."""
         return bool(self._matcher.is_stopped())
 
     def mask(self, ahead: list[int]) -> bytes | None:
-        """A bit for each token that may come after those; None if they may not come themselves."""
         num_taken = self._matcher.try_consume_tokens(ahead) if ahead else 0
         mask = self._matcher.compute_bitmask() if num_taken == len(ahead) else None
         if num_taken:
@@ -52,13 +77,52 @@ class Matcher:
 
 
 class Grammar:
-    """A compiled one; any number of answers can follow it at a time."""
+    """A compiled one."""
 
     def __init__(self, prototype: LLMatcher) -> None:
         self._prototype = prototype
 
+    def matcher(self) -> GrammarMatcher:
+        return GrammarMatcher(self._prototype.deep_copy())
+
+
+@dataclass(frozen=True)
+class Triggered:
+    """A grammar that holds from each trigger to its own end; everything else is free."""
+
+    grammar: Grammar
+    trigger: int  # a token
+    is_repeated: bool  # else the answer ends with the grammar
+
     def matcher(self) -> Matcher:
-        return Matcher(self._prototype.deep_copy())
+        return TriggeredMatcher(self)
+
+
+class TriggeredMatcher:
+    decides_end = False
+
+    def __init__(self, triggered: Triggered) -> None:
+        self._triggered = triggered
+        self._inner: GrammarMatcher | None = None
+        self.num_accepted = 0
+        self.is_finished = False
+
+    def accept(self, token_id: int) -> None:
+        self.num_accepted += 1
+        if self._inner is None:
+            is_trigger = token_id == self._triggered.trigger
+            self._inner = self._triggered.grammar.matcher() if is_trigger else None
+            return
+        self._inner.accept(token_id)
+        if self._inner.is_finished:
+            self._inner, self.is_finished = None, not self._triggered.is_repeated
+
+    def mask(self, ahead: list[int]) -> bytes | None:
+        if self._inner is not None:
+            return self._inner.mask(ahead)
+        if self._triggered.trigger not in ahead:
+            return None
+        return self._triggered.grammar.matcher().mask(ahead[ahead.index(self._triggered.trigger) + 1 :])
 
 
 class GrammarCompiler:

@@ -12,7 +12,7 @@ from engine import sampling_kernels
 from engine.grammar import Masks
 
 if TYPE_CHECKING:
-    from engine.grammar import Grammar
+    from engine.grammar import Constraint
     from engine.sequence import Sequence
 
 CANDIDATES = 1024  # sorted first; a row whose top_p needs more of them is sorted whole
@@ -45,7 +45,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
     num_logprobs: int | None = None  # best tokens to report beside the chosen one; None: report nothing
     num_prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
-    grammar: "Grammar | None" = None  # what the answer must look like
+    grammar: "Constraint | None" = None  # what the answer must look like
 
     @property
     def is_greedy(self) -> bool:
@@ -171,7 +171,8 @@ class Sampler:
             if bias := sequence.params.logit_bias:
                 values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
                 logits[row, list(bias)] += values
-            if sequence.num_output_tokens < sequence.params.min_tokens and sequence.matcher is None:
+            can_end = sequence.matcher is not None and sequence.matcher.decides_end
+            if sequence.num_output_tokens < sequence.params.min_tokens and not can_end:
                 logits[row, [*self._eos_token_ids, *sequence.params.stop_token_ids]] = -torch.inf
 
     def _sample(self, logits: torch.Tensor, sequences: list["Sequence"]) -> torch.Tensor:

@@ -8,13 +8,17 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from answer_parser import AnswerParser, Part, Reading
 from providers.loading import Loaded
-from schemas import FinishReason, PromptTokensDetails, Timings, Usage
+from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
 from streaming import TextStreamer
 
 if TYPE_CHECKING:
     from engine.sampling import SampledToken, SamplingParams
     from engine.vision import Image
+
+
+TEXT = Reading({})  # all of it is content
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Question:
     prefix: Sequence[int] = ()  # the prompt's end, if the answer continues its text
     priority: int = 0  # a smaller one goes first
     images: "tuple[Image, ...]" = ()
+    reading: Reading = TEXT
 
     def of_choice(self, number: int) -> "Question":
         """The choices of a seeded request differ, and each is repeatable."""
@@ -47,6 +52,8 @@ class Piece:
     offsets: tuple[int, ...] = ()  # characters of the answer before each of them
     prompt: tuple["SampledToken", ...] = ()  # the prompt's, from its second token on, if they are scored
     num_reused: int = 0  # tokens of the prompt that were not computed; with the first piece
+    parts: tuple[Part, ...] = ()  # what the text is
+    num_reasoning: int = 0  # of the tokens
 
 
 class Meter:
@@ -57,6 +64,7 @@ class Meter:
         self._first: float | None = None
         self._prompt_tokens = 0
         self._counts: dict[int, int] = {}  # tokens of each choice
+        self._reasoning: dict[int, int] = {}  # of these
         self._num_unfinished = 0
         self._answers_per_prompt = 1
         self._reused: dict[int, int] = {}  # tokens of each prompt, by the answer that reused the fewest
@@ -74,6 +82,7 @@ class Meter:
             prompt = piece.index // self._answers_per_prompt
             self._reused[prompt] = min(piece.num_reused, self._reused.get(prompt, piece.num_reused))
         self._counts[piece.index] = piece.num_tokens
+        self._reasoning[piece.index] = piece.num_reasoning
         self._num_unfinished -= piece.finish_reason is not None
         return is_first
 
@@ -89,6 +98,7 @@ class Meter:
             completion_tokens=completion_tokens,
             total_tokens=self._prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._reused.values())),
+            completion_tokens_details=CompletionTokensDetails(reasoning_tokens=sum(self._reasoning.values())),
         )
 
     @property
@@ -110,7 +120,8 @@ class Meter:
 async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerator[Piece]:
     """One choice, until it ends or a stop string comes."""
     streamer = TextStreamer(loaded.template.detokenizer, question.stop, question.prefix)
-    num_tokens = 0
+    parser = AnswerParser(question.reading)
+    num_tokens = num_reasoning = 0
     pending: list[SampledToken] = []  # their text is not out yet
     offsets: list[int] = []
     async with aclosing(
@@ -118,24 +129,43 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
     ) as lists:
         async for outputs in lists:
             text, reason, is_first = "", None, not num_tokens
+            parts: list[Part] = []
             for output in outputs:
                 num_tokens += 1
+                was_reasoning = parser.is_reasoning
                 if output.sampled is not None:
                     pending.append(output.sampled)
                     offsets.append(streamer.num_characters)
-                text += "" if output.token_id is None else streamer.put([output.token_id])
-                reason = output.finish_reason
-                if streamer.is_stopped:
+                new = "" if output.token_id is None else streamer.put([output.token_id])
+                text += new
+                parts += parser.put(new) if new else ()
+                num_reasoning += was_reasoning or parser.is_reasoning
+                reason = "stop" if streamer.is_stopped or parser.is_done else output.finish_reason
+                if reason:
                     break
-            if reason and not streamer.is_stopped:
-                text += streamer.end()
-            reason = "stop" if streamer.is_stopped else reason
+            if reason and not streamer.is_stopped and not parser.is_done:
+                rest = streamer.end()
+                text += rest
+                parts += parser.put(rest)
+            if reason:
+                reason = "stop" if streamer.is_stopped else reason
+                parts += parser.end()
             num_shown = bisect_left(offsets, streamer.num_released)  # their text has begun to show
             if reason and not streamer.is_stopped:
                 num_shown = len(pending)
             if text or reason or is_first:
-                shown = tuple(pending[:num_shown]), tuple(offsets[:num_shown])
-                yield Piece(index, text, num_tokens, reason, *shown, outputs[0].prompt, outputs[0].num_reused)
+                yield Piece(
+                    index,
+                    text,
+                    num_tokens,
+                    parser.finish_reason(reason),
+                    tuple(pending[:num_shown]),
+                    tuple(offsets[:num_shown]),
+                    outputs[0].prompt,
+                    outputs[0].num_reused,
+                    tuple(parts),
+                    num_reasoning,
+                )
                 pending, offsets = pending[num_shown:], offsets[num_shown:]
             if reason:
                 return

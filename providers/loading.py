@@ -73,7 +73,8 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         eyes = open_eyes(directory, config)
         tokens_per_image = config.mm_tokens_per_image if eyes else 0
-        template = pool.submit(load_template, directory, config.model_type, tokens_per_image)
+        name = checkpoint.served_name(path)
+        template = pool.submit(load_template, directory, config.model_type, tokens_per_image, name)
         if draft_directory:
             check_vocabulary(template.result(), load_template(draft_directory, config.model_type))
         engine, generation_config = load_engine(
@@ -126,14 +127,14 @@ async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:
     return await future
 
 
-def load_template(directory: Path, model_type: str, tokens_per_image: int = 0) -> PromptTemplate:
+def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, name: str = "") -> PromptTemplate:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {error}".splitlines()[0]) from error
-    return PromptTemplate(tokenizer, model_type, tokens_per_image)
+    return PromptTemplate(tokenizer, model_type, tokens_per_image, name)
 
 
 def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:

@@ -3,30 +3,27 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
-import structure
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
 from fetching import ImageFetcher
-from logprobs import TokenTexts
 from progress import Progress
+from prompt_templates import RenderOptions
 from providers.answer import Meter, Piece, Question, answer, best, merge
+from providers.chat import ChoiceChunks, Thoughts, compiled, reading_of
 from providers.completion import Choices, Prompt, check_suffix, num_answers
 from providers.loading import Load, Loaded, in_daemon_thread, load
 from schemas import (
     ChatCompletionChunk,
     ChatCompletionRequest,
-    ChoiceLogprobs,
-    ChunkChoice,
     Completion,
     CompletionRequest,
-    Delta,
     DetokenizeRequest,
     DetokenizeResponse,
     Model,
@@ -34,6 +31,8 @@ from schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from structure import structure_of
+from tools import Toolbox, toolbox_of
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -122,9 +121,20 @@ class LocalProvider:
                 created=self._created,
                 permission=[ModelPermission(created=self._created)],
                 root=self.name,
-                max_model_len=self.loaded.engine.max_model_len if self.loaded else None,
+                **self._about_model(),
             )
         ]
+
+    def _about_model(self) -> dict[str, Any]:
+        if self.loaded is None:
+            return {}
+        template = self.loaded.template
+        return {
+            "max_model_len": self.loaded.engine.max_model_len,
+            "family": template.family.name,
+            "chat_template": "own" if template.is_own else "family",
+            "recommended_quantization": template.family.quantization,
+        }
 
     def _ready_for(self, request: ChatCompletionRequest | CompletionRequest) -> Loaded:
         """The loaded model; raises InvalidRequest for a field that asks for what it does not do."""
@@ -148,32 +158,49 @@ class LocalProvider:
         loaded = self._ready_for(request)
         num_choices = request.n or 1
         _check_room(loaded.engine, num_choices, "n")
-        prompt_ids, images = await self._render(loaded, request)
+        box = toolbox_of(request)
+        prompt_ids, images = await self._render(loaded, request, box)
         _check_prompt(loaded.engine, prompt_ids, "messages")
+        state = loaded.template.thinking(prompt_ids)
         params = self._sampling_params(loaded, request, len(prompt_ids), None)
-        params = await self._constrained(loaded, request, params)
-        question = Question(prompt_ids, params, request.stop_strings, priority=_priority(request), images=images)
+        params = await self._constrained(loaded, request, params, box, Thoughts(state, request.thinking_token_budget))
+        question = Question(
+            prompt_ids,
+            params,
+            request.stop_strings,
+            priority=BACKGROUND if _is_task(request) else 0,
+            images=images,
+            reading=reading_of(loaded.template, box, state),
+        )
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
+        wire = [ChoiceChunks(index, request.num_logprobs is not None, loaded.texts) for index in range(num_choices)]
         sources = [answer(loaded, index, question.of_choice(index)) for index in range(num_choices)]
         async with aclosing(merge(sources)) as pieces:
             async for piece in pieces:
                 is_first = meter.add(piece)
-                for choice in _chunk_choices(piece, is_first, request.num_logprobs is not None, loaded.texts):
+                for choice in wire[piece.index].of(piece, is_first):
                     is_last = meter.is_complete and choice.finish_reason is not None
                     timings = meter.timings if is_last else None
                     yield head.model_copy(update={"choices": [choice], "timings": timings})
         yield head.model_copy(update={"usage": meter.usage, "timings": timings})
 
     async def _render(
-        self, loaded: Loaded, request: ChatCompletionRequest | TokenizeRequest
+        self, loaded: Loaded, request: ChatCompletionRequest | TokenizeRequest, box: Toolbox | None
     ) -> "tuple[list[int], tuple[Image, ...]]":
         """The prompt of messages, and where its images are. A model that does not see fetches nothing."""
         messages = request.messages or []
         views = [] if loaded.eyes is None else await loaded.eyes.see(messages, self._fetcher, self.settings.max_images)
-        counts = [len(own) for own in views]
-        ending = (request.continue_final_message, request.add_generation_prompt)
-        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, messages, *ending, counts)
+        thinks = False if request.thinks is None and _is_task(request) else request.thinks
+        options = RenderOptions(
+            request.continue_final_message,
+            request.add_generation_prompt,
+            [len(own) for own in views],
+            box.shown if box else (),
+            thinks,
+            request.effort,
+        )
+        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, messages, options)
         if loaded.eyes is None or not views:
             return prompt_ids, ()
         return prompt_ids, loaded.eyes.place(prompt_ids, [view for own in views for view in own])
@@ -188,7 +215,8 @@ class LocalProvider:
         sources: list[AsyncGenerator[Piece]] = []
         for number, prompt in enumerate(prompts):
             question = self._question(loaded, request, prompt, best_of > n)
-            question = replace(question, params=await self._constrained(loaded, request, question.params))
+            params = await self._constrained(loaded, request, question.params, None, None)
+            question = replace(question, params=params)
             first = 0 if best_of > n else number * n
             answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
@@ -211,19 +239,20 @@ class LocalProvider:
         return Question(prompt.token_ids, prompt.adapt(params, is_ranked), request.stop_strings, prefix)
 
     async def _constrained(
-        self, loaded: Loaded, request: ChatCompletionRequest | CompletionRequest, params: "SamplingParams"
+        self,
+        loaded: Loaded,
+        request: ChatCompletionRequest | CompletionRequest,
+        params: "SamplingParams",
+        box: Toolbox | None,
+        thoughts: Thoughts | None,
     ) -> "SamplingParams":
-        """With the grammar of the structure that is asked for. Raises InvalidRequest."""
-        asked = await asyncio.to_thread(structure.grammar_of, request)
-        if asked is None:
-            return params
-        text, field = asked
-        if loaded.grammars is None:
-            raise unsupported(field)
-        try:
-            return replace(params, grammar=await asyncio.to_thread(loaded.grammars.compile, text))
-        except ValueError as error:
-            raise InvalidRequest(f"{field}: {error}", param=field, code="invalid_value") from error
+        """With what the answer must look like. Raises InvalidRequest."""
+        template = loaded.template
+        asked = await asyncio.to_thread(structure_of, request, box, template.tool_format, template.literals)
+        constraint = None if asked is None else await compiled(loaded, asked, box is None or box.is_parallel)
+        if thoughts is not None:
+            constraint = thoughts.before(constraint, loaded)
+        return replace(params, grammar=constraint)
 
     # --- tokens
 
@@ -233,7 +262,7 @@ class LocalProvider:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either prompt or messages.", param="prompt", code="invalid_value")
         if request.messages is not None:
-            token_ids, _ = await self._render(loaded, request)
+            token_ids, _ = await self._render(loaded, request, toolbox_of(request))
         else:
             has_bos = request.add_special_tokens is not False
             token_ids = await asyncio.to_thread(template.render_text, request.prompt or "", has_bos)
@@ -279,11 +308,12 @@ class LocalProvider:
         return SamplingParams(**{**values, "max_tokens": wanted or min(left, default_max_tokens or left)})
 
 
-def _priority(request: ChatCompletionRequest) -> int:
-    """Titles, tags and the like, which Open WebUI asks for beside a chat, let the chat's prompt go first."""
-    content = request.messages[-1].content
-    is_task = isinstance(content, str) and content.startswith("### Task:") and not request.stream
-    return BACKGROUND if is_task else 0
+def _is_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:
+    """Titles, tags and the like, which Open WebUI asks for beside a chat: they let the chat's prompt go first, and
+    nobody reads what the model thinks of them."""
+    content = request.messages[-1].content if request.messages else None
+    is_chat = isinstance(request, ChatCompletionRequest) and not request.stream
+    return is_chat and isinstance(content, str) and content.startswith("### Task:")
 
 
 def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
@@ -315,15 +345,3 @@ def _check_prompt(engine: "Engine", token_ids: list[int], param: str) -> None:
             param=param,
             code="invalid_value",
         )
-
-
-def _chunk_choices(piece: Piece, is_first: bool, shows_logprobs: bool, texts: TokenTexts) -> Iterator[ChunkChoice]:
-    """The chunks that a piece becomes: the role once, text, and the finish reason with an empty delta."""
-    if is_first:
-        none_yet = ChoiceLogprobs(content=[]) if shows_logprobs else None
-        yield ChunkChoice(index=piece.index, delta=Delta(role="assistant", content=""), logprobs=none_yet)
-    logprobs = texts.chat(piece.tokens) if shows_logprobs and piece.tokens else None
-    if piece.text or logprobs:
-        yield ChunkChoice(index=piece.index, delta=Delta(content=piece.text), logprobs=logprobs)
-    if piece.finish_reason:
-        yield ChunkChoice(index=piece.index, delta=Delta(), finish_reason=piece.finish_reason)

@@ -29,6 +29,16 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def thinking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same with a model that may think, and has a token for the mark of a call."""
+    directory = save_tiny_checkpoint(tmp_path_factory.mktemp("thinking") / "Tiny-Qwen3", has_marks=True)
+    settings = {"MODEL_PATH": str(directory), "MAX_NUM_SEQS": "16", "DTYPE": "float32"}
+    with serve(MAIN, **settings) as server:
+        server.wait_until_healthy()
+        yield server
+
+
 @pytest.fixture
 def client(server: Server) -> Iterator[OpenAI]:
     with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:

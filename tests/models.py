@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
@@ -73,26 +73,37 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+THINKING_CHATML = (
+    CHATML + "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte, so that random tokens are often no whole characters, and the ChatML tokens."""
+def byte_tokenizer(has_marks: bool = False) -> PreTrainedTokenizerFast:
+    """A token per byte, so that random tokens are often no whole characters, and the ChatML tokens; has_marks: with
+    those of Qwen 3 for reasoning and calls, and a template that knows of the reasoning."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
+    if has_marks:
+        tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
+    template = THINKING_CHATML if has_marks else CHATML
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
     )
 
 
-def save_tiny_checkpoint(directory: Path) -> Path:
+def save_tiny_checkpoint(directory: Path, has_marks: bool = False) -> Path:
     """A Qwen 3 with a token per byte, as `MODEL_PATH` takes it."""
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(has_marks)
     _, config = FAMILIES["qwen3"]
-    config = Qwen3Config(**{**config.to_dict(), "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id})
+    own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    own |= {"max_position_embeddings": 2048} if has_marks else {}
+    config = Qwen3Config(**{**config.to_dict(), **own})
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -7,7 +7,8 @@ from models import byte_tokenizer
 from tokenizers import AddedToken
 
 from errors import InvalidRequest
-from prompt_templates import SEAMS, PromptTemplate, alternate, canonical, family_of
+from messages import alternate, canonical
+from prompt_templates import SEAMS, PromptTemplate, RenderOptions, family_of
 from schemas import Message
 
 CONVERSATION = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye")]
@@ -123,17 +124,30 @@ def test_alternating_messages_begin_with_the_user_and_change_roles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "tokens", "family"),
+    ("model_type", "name", "tokens", "family"),
     [
-        ("gemma3_text", ["<start_of_turn>"], "gemma"),
-        ("qwen2", ["<|im_start|>"], "qwen"),
-        ("llama", ["<|start_header_id|>"], "llama"),
-        ("llama", ["<|im_start|>"], "chatml"),
-        ("gpt2", [], "generic"),
+        ("gemma3_text", "", ["<start_of_turn>"], "Gemma 3"),
+        ("gemma3", "x", ["<start_of_turn>"], "Gemma 3"),
+        ("gemma2", "", ["<start_of_turn>"], "Gemma 2"),
+        ("gemma3_text", "gemma-3", [], "generic"),
+        ("qwen2", "", ["<|im_start|>"], "Qwen 2.5"),
+        ("qwen3_moe", "", ["<|im_start|>"], "Qwen 3"),
+        ("qwen3_5_text", "", ["<|im_start|>"], "Qwen 3.5"),
+        ("llama", "", ["<|start_header_id|>"], "Llama 3"),
+        ("llama", "Llama-2-7b-chat", [], "Llama 2"),
+        ("llama", "SmolLM2-135M", ["<|im_start|>"], "SmolLM"),
+        ("llama", "", ["<|im_start|>"], "ChatML"),
+        ("mystery", "my-qwen3-tune", ["<|im_start|>"], "Qwen 3"),
+        ("smollm3", "", ["<|im_start|>"], "SmolLM"),
+        ("glm4", "", ["<sop>"], "GLM-4"),
+        ("chatglm", "", ["<|assistant|>"], "ChatGLM"),
+        ("gpt2", "", [], "generic"),
     ],
 )
-def test_families_are_recognised_by_type_and_marker(model_type: str, tokens: list[str], family: str) -> None:
-    assert family_of(model_type, tokens).name == family
+def test_families_are_recognised_by_type_then_name_and_by_marker(
+    model_type: str, name: str, tokens: list[str], family: str
+) -> None:
+    assert family_of(model_type, tokens, name).name == family
 
 
 def test_the_stop_tokens_are_the_templates_and_the_tokenizers() -> None:
@@ -170,9 +184,9 @@ def test_tool_calls_and_results_are_text_where_a_template_would_leave_them_out(m
     subject = make()
     prompt = str(subject.tokenizer.decode(subject.render_chat(WITH_TOOLS)))
     for part in (
-        '{"name": "get_weather", "arguments": {"city": "Paris"}}',
+        subject.tool_format.written("get_weather", {"city": "Paris"}),
         "Result of get_weather:\nsunny",
-        '{"name": "again", "arguments": "not JSON"}',
+        subject.tool_format.written("again", "not JSON"),
         "Result of again:\nrain",
     ):
         assert part in prompt
@@ -198,7 +212,7 @@ def test_control_tokens_in_tool_calls_and_names_stay_text(knows_tools: bool) -> 
     call = {"function": {"name": "<|im_end|>", "arguments": '{"<|im_start|>": ["<|im_end|>"]}'}}
     token_ids = subject.render_chat(
         [Message(role="user", content="x", name="<|im_end|>"), Message(role="assistant", tool_calls=[call])],
-        opens=False,
+        RenderOptions(opens=False),
     )
     control = subject.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert sum(token_id in control for token_id in token_ids) == (0 if knows_tools else 4)  # two turns
@@ -216,7 +230,9 @@ def test_how_the_prompt_ends_can_be_said() -> None:
     begun = messages(("user", "Count"), ("assistant", "1, 2,"))
 
     def end(continues: bool | None = None, opens: bool | None = None) -> str:
-        return str(subject.tokenizer.decode(subject.render_chat(begun, continues, opens))).split("Count")[1]
+        return str(subject.tokenizer.decode(subject.render_chat(begun, RenderOptions(continues, opens)))).split(
+            "Count"
+        )[1]
 
     assert end() == end(continues=True) == end(True, False) == "<|im_end|>\n<|im_start|>assistant\n1, 2,"
     assert (
@@ -224,7 +240,7 @@ def test_how_the_prompt_ends_can_be_said() -> None:
         == end(opens=True)
         == ("<|im_end|>\n<|im_start|>assistant\n1, 2,<|im_end|>\n<|im_start|>assistant\n")
     )
-    user = subject.render_chat(messages(("user", "I thi")), True)
+    user = subject.render_chat(messages(("user", "I thi")), RenderOptions(continues=True))
     assert str(subject.tokenizer.decode(user)) == "<|im_start|>user\nI thi"
 
 
@@ -310,5 +326,5 @@ def test_what_is_continued_keeps_its_leading_blanks(make: object) -> None:
 def test_only_what_the_assistant_or_the_user_said_can_be_continued() -> None:
     late = messages(("user", "U"), ("assistant", "A"), ("system", "S"))
     with pytest.raises(InvalidRequest) as refusal:
-        gemma().render_chat(late, continues=True)
+        gemma().render_chat(late, RenderOptions(continues=True))
     assert refusal.value.param == "continue_final_message"

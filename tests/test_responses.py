@@ -128,9 +128,9 @@ def test_bad_requests_are_refused_by_name(server: Server, body: dict[str, Any], 
         ("user", '"\\ud800"'),
         ("instructions", '"\\ud800"'),
         ("metadata", '{"a": "\\ud800"}'),
-        ("tools", '[{"a": "\\ud800"}]'),
+        ("tools", '[{"type": "function", "name": "x", "description": "\\ud800"}]'),
         ("metadata", '{"a": ' * 150 + "1" + "}" * 150),
-        ("tools", '[{"a": ' * 100 + "1" + "}]" * 100),
+        ("tools", '[{"type": "function", "name": "x", "parameters": ' + '{"a": ' * 150 + "1" + "}" * 150 + "}]"),
     ],
 )
 def test_what_cannot_be_sent_back_is_refused_by_name(server: Server, field: str, value: str, is_stream: bool) -> None:

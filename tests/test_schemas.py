@@ -289,10 +289,113 @@ def add_generation_prompt(server: Server, path: str) -> None:
     assert with_prompt - without == len("assistant\n") + 1  # a token per byte, and the turn's own
 
 
-EFFECTS: dict[str, Callable[[Server, str], None]] = {
+WEATHER = {
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
+}
+WEATHER["parameters"]["additionalProperties"] = False  # type: ignore[index]
+
+
+def offered(path: str) -> list[dict[str, Any]]:
+    return [{"type": "function", **(WEATHER if path == "responses" else {"function": WEATHER})}]
+
+
+def calls(server: Server, path: str, **body: Any) -> list[str]:
+    """The arguments of each call, for an answer with room for several."""
+    length = "max_output_tokens" if path == "responses" else "max_tokens"
+    answer = ask(
+        server, path, **{"tools": offered(path), "ignore_eos": False, "enable_thinking": False, length: 300, **body}
+    ).json()
+    if path == "responses":
+        return [item["arguments"] for item in answer["output"] if item["type"] == "function_call"]
+    return [call["function"]["arguments"] for call in answer["choices"][0]["message"].get("tool_calls", ())]
+
+
+def tools(thinking_server: Server, path: str) -> None:
+    """How they are called is tested elsewhere."""
+    assert prompt_tokens(thinking_server, path, tools=offered(path)) > prompt_tokens(thinking_server, path) + 100
+    assert texts(thinking_server, path, tools=[]) == texts(thinking_server, path)
+    for bad, field in (({"type": "web_search"}, "tools[0].type"), ({"type": "function"}, "tools[0].function")):
+        refusal = ask(thinking_server, path, tools=[bad])
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"].startswith(field)
+    refusal = ask(thinking_server, path, tools=offered(path) * 2)
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "tools"
+
+
+def tool_choice(thinking_server: Server, path: str) -> None:
+    named = {"type": "function", "name": "weather"}
+    named = named if path == "responses" else {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        found = calls(thinking_server, path, tool_choice=choice, temperature=1, seed=1)
+        assert found and all(json.loads(arguments)["city"] in ("Rome", "Oslo") for arguments in found)
+    assert len(found) == 1  # a function that is named is called once
+    assert texts(thinking_server, path, tools=offered(path), tool_choice="none") == texts(thinking_server, path)
+    for bad in ("some", {"type": "function", "function": {"name": "other"}}, {"type": "custom"}, {}):
+        refusal = ask(thinking_server, path, tools=offered(path), tool_choice=bad)
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "tool_choice"
+    assert ask(thinking_server, path, tool_choice="required").json()["error"]["param"] == "tool_choice"
+
+
+def parallel_tool_calls(thinking_server: Server, path: str) -> None:
+    options = {"tool_choice": "required", "temperature": 1}
+    several = [len(calls(thinking_server, path, seed=seed, **options)) for seed in range(6)]
+    assert max(several) > 1
+    one = [len(calls(thinking_server, path, seed=seed, parallel_tool_calls=False, **options)) for seed in range(6)]
+    assert one == [1] * 6
+
+
+def prompt_tokens(server: Server, path: str, **body: Any) -> int:
+    usage = ask(server, path, **body).json()["usage"]
+    return int(usage["input_tokens" if path == "responses" else "prompt_tokens"])
+
+
+def does_not_think(server: Server, path: str, **body: Any) -> bool:
+    """The template says so: the thinking is over before it has begun."""
+    return prompt_tokens(server, path, **body) - prompt_tokens(server, path) == 6
+
+
+def enable_thinking(thinking_server: Server, path: str) -> None:
+    assert does_not_think(thinking_server, path, enable_thinking=False)
+    assert texts(thinking_server, path, enable_thinking=True) == texts(thinking_server, path)
+
+
+def chat_template_kwargs(thinking_server: Server, path: str) -> None:
+    for name in ("enable_thinking", "thinking"):
+        assert does_not_think(thinking_server, path, chat_template_kwargs={name: False})
+        assert not does_not_think(thinking_server, path, chat_template_kwargs={name: False}, enable_thinking=True)
+    assert does_not_think(thinking_server, path, chat_template_kwargs={"reasoning_effort": "none"})
+    answer = ask(thinking_server, path, chat_template_kwargs={"enable_thinking": True, "bos_token": "x"})
+    assert answer.headers["x-ignored-fields"] == "chat_template_kwargs.bos_token"
+
+
+def reasoning_effort(thinking_server: Server, path: str) -> None:
+    assert does_not_think(thinking_server, path, reasoning_effort="none")
+    assert texts(thinking_server, path, reasoning_effort="high") == texts(thinking_server, path)
+    assert not does_not_think(thinking_server, path, reasoning_effort="none", enable_thinking=True)
+
+
+def reasoning(thinking_server: Server, path: str) -> None:
+    assert does_not_think(thinking_server, path, reasoning={"effort": "none", "summary": "auto"})
+    assert texts(thinking_server, path, reasoning={"effort": "low"}) == texts(thinking_server, path)
+
+
+def thinking_token_budget(thinking_server: Server, path: str) -> None:
+    """For a model that would think on and on."""
+    think = byte_tokenizer(has_marks=True).convert_tokens_to_ids("<think>")
+    for budget in (0, 5):
+        usage = ask(thinking_server, path, logit_bias={think: 100}, thinking_token_budget=budget).json()["usage"]
+        details = usage["output_tokens_details" if path == "responses" else "completion_tokens_details"]
+        assert details["reasoning_tokens"] == 1 + budget + len("\n") + 1
+    whole = ask(thinking_server, path, logit_bias={think: 100}).json()["usage"]
+    assert whole["output_tokens_details" if path == "responses" else "completion_tokens_details"] == {
+        "reasoning_tokens": 24
+    }
+
+
+EFFECTS: dict[str, Callable[..., None]] = {  # on a model that may think, or the other
     name: function
     for name, function in inspect.getmembers(sys.modules[__name__], inspect.isfunction)
-    if list(inspect.signature(function).parameters) == ["server", "path"]
+    if list(inspect.signature(function).parameters) in (["server", "path"], ["thinking_server", "path"])
 }
 BY_SUPPORT = [
     (path, name, request.support(name)) for path, (request, _, _) in REQUESTS.items() for name in request.model_fields
@@ -300,8 +403,9 @@ BY_SUPPORT = [
 
 
 @pytest.mark.parametrize(("path", "name"), [(path, name) for path, name, kind in BY_SUPPORT if kind == "honoured"])
-def test_an_honoured_field_has_its_effect(server: Server, path: str, name: str) -> None:
-    EFFECTS[name](server, path)
+def test_an_honoured_field_has_its_effect(request: pytest.FixtureRequest, path: str, name: str) -> None:
+    place, _ = inspect.signature(EFFECTS[name]).parameters
+    EFFECTS[name](request.getfixturevalue(place), path)
 
 
 VALUES: dict[str, Any] = {  # of the types that fields are declared with, the more special ones first

@@ -1,0 +1,149 @@
+"""OpenAI messages -> canonical messages: what chat templates expect, and what they take if they expect less."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from errors import InvalidRequest
+from schemas import Message
+from tool_formats import ToolFormat
+
+CanonicalMessage = dict[str, Any]  # role: system, user, assistant or tool; content: text
+
+ROLES = {"developer": "system", "function": "tool"}  # other names of the roles that templates know
+
+
+def cut(value: Any, pattern: re.Pattern[str], seam: str) -> Any:
+    """The same JSON value with the seam behind the first character of each match in its texts."""
+    if isinstance(value, str):
+        return pattern.sub(lambda match: match[0][:1] + seam + match[0][1:], value)
+    if isinstance(value, list):
+        return [cut(item, pattern, seam) for item in value]
+    if isinstance(value, dict):
+        return {cut(key, pattern, seam): cut(item, pattern, seam) for key, item in value.items()}
+    return value
+
+
+def canonical(messages: Sequence[Message], image_mark: str | None = None) -> list[CanonicalMessage]:
+    """What templates expect: text content, four roles, and the arguments of tool calls as objects.
+
+    image_mark: what stands for an image in the text; None: there must be none.
+
+    A participant's name leads the text, since templates have no place for it; a tool's name stays apart.
+    """
+    result: list[CanonicalMessage] = []
+    for number, message in enumerate(messages):
+        item: CanonicalMessage = {
+            "role": ROLES.get(message.role, message.role),
+            "content": _text(message, number, image_mark),
+        }
+        if item["role"] == "tool":
+            item |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key))}
+        elif message.name:
+            item["content"] = f"{message.name}: {item['content']}"
+        if thoughts := message.reasoning_content or message.reasoning:
+            item["reasoning_content"] = thoughts
+        calls = message.tool_calls or ([{"function": message.function_call}] if message.function_call else [])
+        if calls:
+            item["tool_calls"] = [_with_object_arguments(call) for call in calls]
+        result.append(item)
+    return result
+
+
+def fold_tools(messages: Sequence[CanonicalMessage], style: ToolFormat, prompt: str = "") -> list[CanonicalMessage]:
+    """The same with tool calls and their results as text, for templates that would leave them out.
+
+    prompt: what tells the model of its tools; it comes with the system's message.
+    """
+    names = {str(call.get("id")): _called(call).get("name") for m in messages for call in m.get("tool_calls", ())}
+    result: list[CanonicalMessage] = []
+    for message in messages:
+        text, role = message["content"], message["role"]
+        if role == "tool":
+            name = message.get("name") or names.get(str(message.get("tool_call_id")))
+            text, role = f"Result of {name or 'the tool'}:\n{text}", "user"
+        called = [_called(call) for call in message.get("tool_calls", ())]
+        calls = [style.written(str(call.get("name")), call.get("arguments")) for call in called]
+        result.append({"role": role, "content": "\n".join(filter(None, [text, *calls]))})
+    if not prompt:
+        return result
+    first, *others = result
+    if first["role"] != "system":
+        return [{"role": "system", "content": prompt}, *result]
+    return [{**first, "content": f"{first['content']}\n\n{prompt}"}, *others]
+
+
+def with_names(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """For templates that tell a result by its call: one without a call says itself what it is of."""
+    return [
+        {**m, "content": f"{m['name']}: {m['content']}"} if m.get("name") and not m.get("tool_call_id") else m
+        for m in messages
+    ]
+
+
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    return function if isinstance(function, dict) else {}
+
+
+def _text(message: Message, number: int, image_mark: str | None) -> str:
+    if not isinstance(message.content, list):
+        return message.content or message.refusal or ""
+    for index, part in enumerate(message.content):
+        param = f"messages[{number}].content[{index}]"
+        if part.type == "image_url" and image_mark is not None:
+            continue
+        if part.type == "image_url":
+            raise InvalidRequest("This model does not accept images.", param=param, code="unsupported_value")
+        if part.type not in ("text", "refusal"):
+            known = "'text'" if image_mark is None else "'text' and 'image_url'"
+            raise InvalidRequest(
+                f"This model takes content parts of type {known}, and no {part.type!r}.",
+                param=param,
+                code="unsupported_value",
+            )
+        if getattr(part, part.type) is None:
+            param = f"{param}.{part.type}"
+            raise InvalidRequest(f"{param}: Field required", param=param, code="missing_required_parameter")
+    return "".join(image_mark or "" if p.type == "image_url" else getattr(p, p.type) for p in message.content)
+
+
+def check_characters(text: str, param: str) -> None:
+    """JSON can hold half a character, an escape such as \\ud800; UTF-8 and tokenizers cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"The text is no valid Unicode: {error.reason}.", param=param) from error
+
+
+def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(custom := call.get("custom"), dict):  # a tool that takes text
+        return {**call, "function": {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}}
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+    except (ValueError, RecursionError):
+        return call
+
+
+def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> list[CanonicalMessage]:
+    """The same text with user and assistant in turn, beginning with the user: system text leads the first turn, in the
+    form of `lead`, and neighbours of one role become one message."""
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    turns: list[CanonicalMessage] = []
+    for message in messages:
+        if message["role"] == "system":
+            continue
+        role = "assistant" if message["role"] == "assistant" else "user"
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + message["content"]
+        else:
+            turns.append({"role": role, "content": message["content"]})
+    if not turns or turns[0]["role"] == "assistant":
+        turns.insert(0, {"role": "user", "content": ""})
+    led = lead.format("\n\n".join(system)) if system else ""
+    turns[0]["content"] = (led + turns[0]["content"]).strip()
+    return turns

@@ -1,0 +1,130 @@
+"""Chat completions: what an answer must look like, how it is read, and the chunks that its pieces become."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+from uuid import uuid4
+
+from answer_parser import CallDelta, Part, Reading
+from errors import InvalidRequest, unsupported
+from logprobs import TokenTexts
+from prompt_templates import PromptTemplate
+from providers.answer import Piece
+from providers.loading import Loaded
+from schemas import ChoiceLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
+from structure import Structure
+from tools import Toolbox
+
+if TYPE_CHECKING:
+    from engine.grammar import Constraint, GrammarCompiler
+
+State = Literal["open", "closed", "unsaid"]
+
+
+def reading_of(template: PromptTemplate, box: Toolbox | None, state: State) -> Reading:
+    """state: of the thinking, at the prompt's end."""
+    return Reading(
+        box.schemas if box else {},
+        template.tool_format if box else None,
+        box is None or box.is_parallel,
+        box is not None and box.is_required,
+        template.think,
+        state == "open",
+    )
+
+
+async def compiled(loaded: Loaded, structure: Structure, is_parallel: bool) -> "Constraint | None":
+    """Raises InvalidRequest, which names the field."""
+    from engine.grammar import Triggered
+
+    if loaded.grammars is None:
+        if structure.is_needed:
+            raise unsupported(next(iter(structure.fields)))
+        return None
+    trigger = None if structure.trigger is None else loaded.template.token_id(structure.trigger)
+    try:
+        grammar = await asyncio.to_thread(loaded.grammars.compile, structure.text)
+    except ValueError as error:
+        if not structure.is_needed:
+            return None
+        field = await asyncio.to_thread(_wrong_field, loaded.grammars, structure)
+        raise InvalidRequest(f"{field}: {error}", param=field, code="invalid_value") from error
+    return grammar if trigger is None else Triggered(grammar, trigger, is_parallel)
+
+
+def _wrong_field(grammars: "GrammarCompiler", structure: Structure) -> str:
+    """The first field whose part of the grammar is wrong by itself."""
+    for field, text in structure.fields.items():
+        try:
+            grammars.compile(text)
+        except ValueError:
+            return field
+    return next(iter(structure.fields))
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """Of a chat's answer."""
+
+    state: State  # at the prompt's end
+    budget: int | None  # tokens
+
+    def before(self, answer: "Constraint | None", loaded: Loaded) -> "Constraint | None":
+        """What an answer must look like holds from the end of the thoughts on."""
+        from engine.grammar import Triggered
+        from engine.thinking import Thinking
+
+        template = loaded.template
+        if self.state == "closed" or template.think is None or (answer is None and self.budget is None):
+            return answer
+        begin, end = (template.token_id(mark) for mark in template.think)
+        assert begin is not None and end is not None
+        thinking = Thinking(
+            begin,
+            end,
+            (*template.encode("\n"), end, *template.encode("\n\n")),
+            self.state == "open",
+            loaded.engine.num_embeddings,
+            self.budget,
+            answer,
+        )
+        if answer is None or isinstance(answer, Triggered):
+            return thinking
+        stops = frozenset(loaded.engine.scheduler.eos_token_ids)
+        return replace(thinking, after=tuple(template.encode("\n\n")), forbidden=stops)
+
+
+class ChoiceChunks:
+    """One choice's pieces as parts of chunks."""
+
+    def __init__(self, index: int, shows_logprobs: bool, texts: TokenTexts) -> None:
+        self._index, self._shows_logprobs, self._texts = index, shows_logprobs, texts
+
+    def of(self, piece: Piece, is_first: bool) -> Iterator[ChunkChoice]:
+        """The role once, what was said, and the finish reason with an empty delta."""
+        if is_first:
+            none_yet = ChoiceLogprobs(content=[]) if self._shows_logprobs else None
+            yield ChunkChoice(index=self._index, delta=Delta(role="assistant", content=""), logprobs=none_yet)
+        logprobs = self._texts.chat(piece.tokens) if self._shows_logprobs and piece.tokens else None
+        parts = piece.parts or ((Part(),) if logprobs else ())
+        for number, part in enumerate(parts):
+            own = logprobs if number == 0 else None
+            yield ChunkChoice(index=self._index, delta=_delta(part), logprobs=own)
+        if piece.finish_reason:
+            yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=piece.finish_reason)
+
+
+def _delta(part: Part) -> Delta:
+    if part.call is not None:
+        return Delta(tool_calls=[_call_delta(part.call)])
+    if part.reasoning:
+        return Delta(reasoning_content=part.reasoning)
+    return Delta(content=part.content)
+
+
+def _call_delta(call: CallDelta) -> ToolCallDelta:
+    function = FunctionDelta(name=call.name, arguments=call.arguments)
+    if call.name is None:
+        return ToolCallDelta(index=call.index, function=function)
+    return ToolCallDelta(index=call.index, id=f"call_{uuid4().hex[:24]}", type="function", function=function)

@@ -1,0 +1,227 @@
+"""Tool formats: how models are told of tools, how they write their calls, and the grammar of such calls.
+
+Sources: the chat templates of Qwen 2.5, 3 and 3.5, Llama 3.x, GLM-4 and GLM-4.5; for Gemma 3, whose template has no
+tools, https://ai.google.dev/gemma/docs/capabilities/function-calling. The grammar is Lark as llguidance reads it.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Schema = Mapping[str, Any]
+WHITESPACE = r"[\x20\x0A\x0D\x09]{0,20}"  # between JSON's tokens: else it could go on for ever
+ANNOTATIONS = {"title", "description", "default", "examples", "deprecated"}  # say nothing about what is valid
+SIMPLE = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", *ANNOTATIONS}
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Arguments one by one, as text between marks."""
+
+    name_begin: str
+    name_end: str
+    begin: str
+    key_end: str
+    value_begin: str
+    end: str
+    close: str
+    has_lines: bool  # a value has lines of its own
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What may be tokens of the model's."""
+        parts = (self.begin, self.key_end, self.value_begin, self.end, self.close)
+        return tuple(part.strip() for part in parts if part.strip())
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    name: str
+    signs: tuple[str, ...] = ()  # a template with all of them teaches this format
+    begin: str = ""  # the mark before a call; none: calls are recognised by what they are
+    end: str = ""
+    key: str = "arguments"
+    between: str = "\n"  # calls
+    elements: Elements | None = None
+    is_named: bool = False  # the tool's name on a line, the arguments below
+    prompt: str = ""  # for templates that know no tools; {tools} are they, one per line
+
+    def written(self, name: str, arguments: Any) -> str:
+        """A call as the model wrote it, for templates that know no calls."""
+        if self.is_named:
+            return f"{name}\n{json.dumps(arguments, ensure_ascii=False)}"
+        line = json.dumps({"name": name, self.key: arguments}, ensure_ascii=False)
+        return f"{self.begin}\n{line}\n{self.end}" if self.begin else line
+
+
+JSON_PROMPT = """You can call functions. To call one, answer with nothing but a JSON object in this form:
+{{"name": "the function's name", "parameters": {{"a parameter's name": its value}}}}
+To call several, write one such object per line. If no function is needed, answer in plain text.
+These are the functions:
+{tools}"""
+MARKED_PROMPT = """You can call functions. These are they, as JSON, one per line:
+<tools>
+{tools}
+</tools>
+To call a function, write its name and its arguments as JSON, in this form:
+<tool_call>
+{{"name": "the function's name", "arguments": {{"an argument's name": its value}}}}
+</tool_call>"""
+
+_QWEN_ELEMENTS = Elements("<function=", ">\n", "<parameter=", ">", "\n", "\n</parameter>\n", "</function>", True)
+_GLM_ELEMENTS = Elements("", "\n", "<arg_key>", "</arg_key>", "\n<arg_value>", "</arg_value>\n", "", False)
+
+MARKED = ToolFormat("marked JSON", ('"arguments"', "<tool_call>"), "<tool_call>", "</tool_call>", prompt=MARKED_PROMPT)
+PARAMETERS = ToolFormat("JSON", ('"parameters"',), key="parameters", between="; ", prompt=JSON_PROMPT)
+LINES = ToolFormat("JSON lines", key="parameters", prompt=JSON_PROMPT)
+QWEN_XML = ToolFormat("XML", ("<function=", "<parameter="), "<tool_call>", "</tool_call>", elements=_QWEN_ELEMENTS)
+GLM_XML = ToolFormat("arg_key", ("<arg_key>", "<arg_value>"), "<tool_call>", "</tool_call>", elements=_GLM_ELEMENTS)
+NAMED = ToolFormat("name and JSON", ("<|observation|>",), is_named=True, prompt=JSON_PROMPT)
+
+# The first one whose signs a template has is the one that it teaches
+FORMATS = (QWEN_XML, GLM_XML, MARKED, NAMED, PARAMETERS)
+
+
+def taught_by(template: str) -> ToolFormat | None:
+    """The format of a chat template that shows tools to the model; None if it does not."""
+    if not re.search(r"{[%{].*\btools\b", template):
+        return None
+    spelled = template.replace('\\"', '"')
+    return next((style for style in FORMATS if all(sign in spelled for sign in style.signs)), None)
+
+
+# --- grammars
+
+
+class Literals:
+    """Text in a grammar: where it has one of the model's tokens such as `<tool_call>`, that token."""
+
+    def __init__(self, tokens: Collection[str]) -> None:
+        marks = sorted((t for t in tokens if re.fullmatch(r"</?[a-z_]+>", t)), key=len, reverse=True)
+        self._tokens = set(marks)
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, marks))})") if marks else None
+
+    def of(self, text: str) -> str:
+        pieces = self._pattern.split(text) if self._pattern else [text]
+        return " ".join(piece if piece in self._tokens else _quoted(piece) for piece in pieces if piece)
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._tokens
+
+
+def calls_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Literals, is_parallel: bool) -> str:
+    """One call or, if they may be parallel, several, and nothing else."""
+    rules, first = _call_rules(style, tools, literals, after_mark=False)
+    more = f" ({literals.of(style.between)} call)*" if is_parallel and not style.is_named else ""
+    return "\n".join([f"start: call{more}", f"call: {first}", *rules])
+
+
+def rest_of_call_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Literals) -> str:
+    """What follows the mark before a call."""
+    rules, first = _call_rules(style, tools, literals, after_mark=True)
+    return "\n".join([f"start: {first}", *rules])
+
+
+def calls_or_text_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Literals, is_parallel: bool) -> str:
+    """Text, and calls wherever the parser would see one; for formats without a mark."""
+    assert not style.begin
+    before = r"\s*" if style.is_named else r"((.|\n)*\n)?\s*(```[a-z_]*\s*)?\{\s*\"name\"\s*:\s*\""
+    behind = r"\s*\n" if style.is_named else '"'
+    tail = "" if style.is_named else literals.of(f', "{style.key}": ')
+    close = "" if style.is_named else literals.of("}")
+    names = "|".join(_in_regex(name) for name in tools)
+    rules = [f"TEXT: /(.|\\n)*/ & ~/{before}({names}){behind}(.|\\n)*/"]
+    for number, (name, schema) in enumerate(tools.items()):
+        rules.append(f"HEAD_{number}[lazy]: /{before}{_in_regex(name)}{behind}/")
+        rules.append(f"call_{number}: HEAD_{number} {tail} {_json(schema)} {close}")
+    call = " | ".join(f"call_{number}" for number in range(len(tools)))
+    start = "start: call* TEXT" if is_parallel and not style.is_named else "start: call | TEXT"
+    return "\n".join([start, f"call: {call}", *rules])
+
+
+def _call_rules(
+    style: ToolFormat, tools: Mapping[str, Schema], literals: Literals, after_mark: bool
+) -> tuple[list[str], str]:
+    """A rule for each tool, and the choice between them."""
+    begin = "" if after_mark else style.begin
+    rules = [
+        line
+        for number, (name, schema) in enumerate(tools.items())
+        for line in _call(style, f"call_{number}", name, schema, literals, begin)
+    ]
+    return rules, " | ".join(f"call_{number}" for number in range(len(tools)))
+
+
+def _call(style: ToolFormat, rule: str, name: str, schema: Schema, literals: Literals, begin: str) -> list[str]:
+    if style.elements and is_simple(schema):
+        return _element_call(style, style.elements, rule, name, schema, literals, begin)
+    if style.is_named:
+        return [f"{rule}: {literals.of(name + chr(10))} {_json(schema)}"]
+    head = f'{{"name": {json.dumps(name)}, "{style.key}": '
+    if not style.begin:
+        return [f"{rule}: {literals.of(head)} {_json(schema)} {literals.of('}')}"]
+    return [
+        f"{rule}: {literals.of(f'{begin}{chr(10)}{head}')} {_json(schema)} {literals.of('}' + chr(10) + style.end)}"
+    ]
+
+
+def _element_call(
+    style: ToolFormat, elements: Elements, rule: str, name: str, schema: Schema, literals: Literals, begin: str
+) -> list[str]:
+    """Arguments in the order of the schema, those that are not required perhaps."""
+    line = "\n" if elements.name_begin else ""
+    parts = [literals.of(f"{begin}{line}{elements.name_begin}{name}{elements.name_end}")]
+    rules: list[str] = []
+    properties: Mapping[str, Any] = schema.get("properties") or {}
+    for number, (key, own) in enumerate(properties.items()):
+        head = literals.of(f"{elements.begin}{key}{elements.key_end}{elements.value_begin}")
+        value, lines = _element_value(f"{rule}_{number}", own, schema, literals, elements.end)
+        rules += lines
+        is_required = key in (schema.get("required") or ())
+        parts.append(f"({head} {value})" + ("" if is_required else "?"))
+    close = elements.close + "\n" if elements.close else ""
+    return [f"{rule}: {' '.join(parts)} {literals.of(close + style.end)}", *rules]
+
+
+def _element_value(rule: str, own: Any, schema: Schema, literals: Literals, end: str) -> tuple[str, list[str]]:
+    """The rest of an element, and the rules it needs."""
+    if isinstance(own, dict) and are_texts(own.get("enum")):
+        return f"({' | '.join(literals.of(value) for value in own['enum'])}) {literals.of(end)}", []
+    if not is_plain_text(own):
+        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        return f"{_json({**definitions, **own} if isinstance(own, dict) else {})} {literals.of(end)}", []
+    name, mark = rule.upper(), end.strip()
+    if mark in literals:
+        return f"{name} {literals.of(end.lstrip())}", [f"{name}: /(.|\\n)*/"]
+    after = end[end.index(mark) + len(mark) :]
+    tail = f" {literals.of(after)}" if after else ""
+    return f"{name}{tail}", [f"{name}[lazy]: /(.|\\n)*{_in_regex(end[: end.index(mark)] + mark)}/"]
+
+
+def is_simple(schema: Schema) -> bool:
+    """Whether an object that has the right properties is valid."""
+    return set(schema) <= SIMPLE and schema.get("type", "object") == "object"
+
+
+def is_plain_text(schema: Any) -> bool:
+    """Whether every text is valid, and nothing else."""
+    return isinstance(schema, dict) and schema.get("type") == "string" and set(schema) - ANNOTATIONS == {"type"}
+
+
+def are_texts(values: Any) -> bool:
+    return isinstance(values, Sequence) and bool(values) and all(isinstance(v, str) and v for v in values)
+
+
+def _json(schema: Schema) -> str:
+    options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return f"%json {json.dumps({**schema, **options})}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _in_regex(text: str) -> str:
+    return re.escape(text).replace("/", "\\/").replace("\n", "\\n")

@@ -1,0 +1,131 @@
+"""Toolbox: the tools of a request, and which of them may or must be called. It knows no model."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from errors import InvalidRequest
+from messages import check_characters
+from schemas import ChatCompletionRequest, TokenizeRequest
+
+NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
+MOST = 512  # tools
+MAX_LENGTH = 200_000  # characters of a schema or grammar, or of all tools
+MAX_DEPTH = 100  # of a schema's objects and lists
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    shown: tuple[Object, ...]  # as they were sent
+    schemas: Mapping[str, Mapping[str, Any]]  # of the arguments of those that may be called, by name
+    fields: Mapping[str, str]  # where each schema is in the request
+    is_required: bool  # to call one at least
+    is_parallel: bool  # several calls are welcome
+    is_strict: bool  # a call that is not valid must not be made
+
+
+def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | None:
+    """None if no tool may be called. Raises InvalidRequest, whose param names the field."""
+    tools = request.tools or []
+    if len(tools) > MOST:
+        raise _invalid(f"There are more than {MOST} tools.", "tools")
+    check_size(tools, "tools")
+    functions = [_function(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
+    names = [function["name"] for function in functions]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise _invalid(f"There are two tools named {min(twice)!r}.", "tools")
+    mode, callable_names = _choice(request.tool_choice, names)
+    if mode == "none" or not tools:
+        return None
+    is_parallel = isinstance(request, TokenizeRequest) or request.parallel_tool_calls is not False
+    return Toolbox(
+        tuple(tools),
+        {f["name"]: f.get("parameters") or NO_PARAMETERS for f in functions if f["name"] in callable_names},
+        {name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},
+        mode != "auto",
+        is_parallel and mode != "named",
+        any(function.get("strict") is True for function in functions),
+    )
+
+
+def check_size(value: Any, field: str) -> None:
+    """Raises InvalidRequest for JSON that is too much, or no Unicode."""
+    text = json.dumps(value, ensure_ascii=False) if _depth(value) <= MAX_DEPTH else None
+    if text is None or len(text) > MAX_LENGTH:
+        raise _invalid(f"{field} is longer than {MAX_LENGTH} characters, or deeper than {MAX_DEPTH} levels.", field)
+    check_characters(text, field)
+
+
+def _depth(value: Any) -> int:
+    """Level by level, since recursion has a limit of its own."""
+    level, depth = [value], 0
+    while level := [item for value in level for item in _items(value)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            break
+    return depth
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _function(tool: Object, path: str) -> Object:
+    if tool.get("type") != "function":
+        raise _invalid(f"{path}.type must be 'function': the server runs no tools of its own.", f"{path}.type")
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise _invalid(f"{path}.function must be an object.", f"{path}.function")
+    name = function.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise _invalid(f"{path}.function.name must be 1 to 128 of A-Z a-z 0-9 _ - . : /", f"{path}.function.name")
+    parameters = function.get("parameters")
+    if parameters is not None and (not isinstance(parameters, dict) or parameters.get("type", "object") != "object"):
+        raise _invalid(
+            f"{path}.function.parameters must be the JSON schema of an object.", f"{path}.function.parameters"
+        )
+    return function
+
+
+def _choice(given: str | Object | None, names: list[str]) -> tuple[str, list[str]]:
+    """Whether tools may, must or must not be called, or one of them once; and which."""
+    if isinstance(given, str) or given is None:
+        mode = given or "auto"
+        if mode not in ("none", "auto", "required"):
+            raise _invalid("tool_choice is none, auto, required or an object that names a function.", "tool_choice")
+        if mode == "required" and not names:
+            raise _invalid("tool_choice needs tools.", "tool_choice")
+        return mode, names
+    if given.get("type") == "allowed_tools":
+        return _allowed(given, names)
+    return "named", [_known(given, names, "tool_choice")]
+
+
+def _allowed(given: Object, names: list[str]) -> tuple[str, list[str]]:
+    inner = given.get("allowed_tools", given)
+    tools = inner.get("tools") if isinstance(inner, dict) else None
+    mode = inner.get("mode", "auto") if isinstance(inner, dict) else None
+    if not isinstance(tools, list) or not tools or mode not in ("auto", "required"):
+        raise _invalid("allowed_tools has a mode, auto or required, and a list of tools.", "tool_choice")
+    return mode, [_known(tool, names, "tool_choice.allowed_tools") for tool in tools]
+
+
+def _known(given: Any, names: list[str], path: str) -> str:
+    function = (
+        given.get("function") if isinstance(given, dict) and given.get("type", "function") == "function" else None
+    )
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise _invalid(f"{path} must name a function: {{'type': 'function', 'function': {{'name': ...}}}}.", path)
+    if name not in names:
+        raise _invalid(f"{path}: there is no tool named {name!r}.", path)
+    return name
+
+
+def _invalid(message: str, param: str) -> InvalidRequest:
+    return InvalidRequest(message, param=param, code="invalid_value")
