@@ -52,6 +52,7 @@ class Reading:
     format: ToolFormat | None = None  # None: whatever comes is no call
     is_parallel: bool = True  # else the first call ends the answer
     is_forced: bool = False  # the answer consists of calls
+    is_strict: bool = False  # where a format has marks, nothing without them is a call
     think: tuple[str, str] | None = None  # the marks around reasoning
     is_thinking: bool = False  # the prompt has the first of them
 
@@ -226,6 +227,8 @@ class AnswerParser:
                 at = yield from self._after_blanks(0)
                 if style.begin and (yield from self._starts_with(style.begin, at)):
                     yield from self._marked_call(style, at + len(style.begin))
+                elif style.begin and self._reading.is_strict:
+                    raise _NoCall
                 elif self._text[at] in "{[":
                     yield from self._json_calls(at)
                     yield from self._optional(";")

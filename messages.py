@@ -129,6 +129,13 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
         return call
 
 
+def is_alternating(messages: Sequence[CanonicalMessage]) -> bool:
+    """The user and the assistant in turn, beginning with the user, after the system perhaps."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    return bool(turns) and turns == [("user", "assistant")[number % 2] for number in range(len(turns))]
+
+
 def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> list[CanonicalMessage]:
     """The same text with user and assistant in turn, beginning with the user: system text leads the first turn, in the
     form of `lead`, and neighbours of one role become one message."""
@@ -145,5 +152,5 @@ def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> lis
     if not turns or turns[0]["role"] == "assistant":
         turns.insert(0, {"role": "user", "content": ""})
     led = lead.format("\n\n".join(system)) if system else ""
-    turns[0]["content"] = (led + turns[0]["content"]).strip()
+    turns[0]["content"] = (led + turns[0]["content"].lstrip()).strip()
     return turns

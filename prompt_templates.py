@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tool_formats
 from errors import InvalidRequest
-from messages import CanonicalMessage, alternate, canonical, check_characters, cut, fold_tools, with_names
+from messages import (
+    CanonicalMessage,
+    alternate,
+    canonical,
+    check_characters,
+    cut,
+    fold_tools,
+    is_alternating,
+    with_names,
+)
 from schemas import Message
 from tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat, taught_by
 
@@ -203,16 +212,16 @@ class PromptTemplate:
 
     @property
     def literals(self) -> Literals:
-        """For grammars."""
-        return Literals([token.content for token in self.tokenizer.added_tokens_decoder.values()])
+        """For grammars of calls."""
+        return Literals(self._marks & {token.content for token in self.tokenizer.added_tokens_decoder.values()})
 
     @property
     def stop_token_ids(self) -> list[int]:
         """What ends an answer beside the tokens that the model's generation config names."""
         own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         known = [token for family in FAMILIES for token in family.ends if token not in _GLM_ENDS]
-        used = dict.fromkeys(token for token in (*known, *self.family.ends) if token in self._source)
-        return own + [self._vocabulary[token] for token in used if token in self._vocabulary]
+        used = [token for token in (*known, *self.family.ends) if token in self._source]
+        return list(dict.fromkeys(own + [self._vocabulary[token] for token in used if token in self._vocabulary]))
 
     def token_id(self, token: str) -> int | None:
         return self._vocabulary.get(token)
@@ -266,7 +275,7 @@ class PromptTemplate:
         """The messages in forms that the template may take, each with the tools that are its own matter to show."""
         folded = fold_tools(plain, self.tool_format, self._tool_prompt(tools))
         alternating = (alternate(folded, self.family.lead if self._template else "{}\n\n"), None)
-        if self.family.alternates and not has_images:
+        if self.family.alternates and not has_images and (tools or self._template or not is_alternating(plain)):
             return [alternating]
         knows = self._knows_calls and (self._shows_tools or not tools)
         return [(with_names(plain), tools or None) if knows else (folded, None), alternating]

@@ -15,6 +15,7 @@ from tool_formats import (
     WHITESPACE,
     Literals,
     ToolFormat,
+    calls_beside_json_grammar,
     calls_grammar,
     calls_or_text_grammar,
     rest_of_call_grammar,
@@ -45,12 +46,12 @@ def structure_of(request: Structured, box: Toolbox | None, style: ToolFormat, li
     asked = _grammar_of(request)
     if box is None:
         return None if asked is None else Structure(asked[0], {asked[1]: asked[0]})
-    parts = {box.fields[name]: _of_json({"type": "object", **schema}) for name, schema in box.schemas.items()}
+    parts = {box.fields[name]: _of_json(schema) for name, schema in box.schemas.items()}
     if box.is_required:
         text = calls_grammar(style, box.schemas, literals, box.is_parallel)
         return Structure(_of_lark(text), parts)
     if asked is not None:
-        text = calls_grammar(style, box.schemas, literals, box.is_parallel)
+        text = calls_beside_json_grammar(style, box.schemas, literals, box.is_parallel)
         return Structure(_either(text, asked[0]), {**parts, asked[1]: asked[0]})
     if style.begin in literals:
         text = rest_of_call_grammar(style, box.schemas, literals)

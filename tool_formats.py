@@ -118,6 +118,25 @@ def calls_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Lite
     return "\n".join([f"start: call{more}", f"call: {first}", *rules])
 
 
+def calls_beside_json_grammar(
+    style: ToolFormat, tools: Mapping[str, Schema], literals: Literals, is_parallel: bool
+) -> str:
+    """The same where the answer may be other JSON: that begins alike, so calls are read as JSON from their start."""
+    if style.begin or style.is_named:
+        return calls_grammar(style, tools, literals, is_parallel)
+    rules = [f"call_{number}: {_json(_call_schema(style, *tool))}" for number, tool in enumerate(tools.items())]
+    more = f" ({literals.of(style.between)} call)*" if is_parallel else ""
+    return "\n".join([f"start: call{more}", f"call: {' | '.join(f'call_{n}' for n in range(len(rules)))}", *rules])
+
+
+def _call_schema(style: ToolFormat, name: str, schema: Schema) -> Schema:
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    arguments = {key: value for key, value in schema.items() if key not in definitions}
+    properties = {"name": {"const": name}, style.key: arguments}
+    call = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    return {**call, **definitions}
+
+
 def rest_of_call_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Literals) -> str:
     """What follows the mark before a call."""
     rules, first = _call_rules(style, tools, literals, after_mark=True)
@@ -125,17 +144,18 @@ def rest_of_call_grammar(style: ToolFormat, tools: Mapping[str, Schema], literal
 
 
 def calls_or_text_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Literals, is_parallel: bool) -> str:
-    """Text, and calls wherever the parser would see one; for formats without a mark."""
-    assert not style.begin
-    before = r"\s*" if style.is_named else r"((.|\n)*\n)?\s*(```[a-z_]*\s*)?\{\s*\"name\"\s*:\s*\""
-    behind = r"\s*\n" if style.is_named else '"'
-    tail = "" if style.is_named else literals.of(f', "{style.key}": ')
-    close = "" if style.is_named else literals.of("}")
+    """Text, and calls wherever the parser would see one; for formats whose calls have no token before them."""
+    before, behind = r"((.|\n)*\n)?\s*(```[a-z_]*\s*)?\{\s*\"name\"\s*:\s*\"", '"'
+    tail, close = literals.of(f', "{style.key}": '), literals.of("}")
+    if style.begin:
+        before, close = rf"(.|\n)*{_in_regex(style.begin)}\s*\{{\s*\"name\"\s*:\s*\"", literals.of("}\n" + style.end)
+    if style.is_named:
+        before, behind, tail, close = r"\s*", r"\s*\n", "", ""
     names = "|".join(_in_regex(name) for name in tools)
     rules = [f"TEXT: /(.|\\n)*/ & ~/{before}({names}){behind}(.|\\n)*/"]
     for number, (name, schema) in enumerate(tools.items()):
-        rules.append(f"HEAD_{number}[lazy]: /{before}{_in_regex(name)}{behind}/")
-        rules.append(f"call_{number}: HEAD_{number} {tail} {_json(schema)} {close}")
+        rules.append(f"head_{number}[lazy]: /{before}{_in_regex(name)}{behind}/")
+        rules.append(f"call_{number}: head_{number} {tail} {_json(schema)} {close}")
     call = " | ".join(f"call_{number}" for number in range(len(tools)))
     start = "start: call* TEXT" if is_parallel and not style.is_named else "start: call | TEXT"
     return "\n".join([start, f"call: {call}", *rules])
@@ -192,7 +212,7 @@ def _element_value(rule: str, own: Any, schema: Schema, literals: Literals, end:
     if not is_plain_text(own):
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         return f"{_json({**definitions, **own} if isinstance(own, dict) else {})} {literals.of(end)}", []
-    name, mark = rule.upper(), end.strip()
+    name, mark = f"{rule}_text", end.strip()
     if mark in literals:
         return f"{name} {literals.of(end.lstrip())}", [f"{name}: /(.|\\n)*/"]
     after = end[end.index(mark) + len(mark) :]

@@ -14,7 +14,7 @@ NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 MOST = 512  # tools
 MAX_LENGTH = 200_000  # characters of a schema or grammar, or of all tools
 MAX_DEPTH = 100  # of a schema's objects and lists
-NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object"}
 
 Object = dict[str, Any]
 
@@ -45,7 +45,7 @@ def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | No
     is_parallel = isinstance(request, TokenizeRequest) or request.parallel_tool_calls is not False
     return Toolbox(
         tuple(tools),
-        {f["name"]: f.get("parameters") or NO_PARAMETERS for f in functions if f["name"] in callable_names},
+        {f["name"]: {**NO_PARAMETERS, **(f.get("parameters") or {})} for f in functions if f["name"] in callable_names},
         {name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},
         mode != "auto",
         is_parallel and mode != "named",

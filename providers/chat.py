@@ -29,6 +29,7 @@ def reading_of(template: PromptTemplate, box: Toolbox | None, state: State) -> R
         template.tool_format if box else None,
         box is None or box.is_parallel,
         box is not None and box.is_required,
+        box is not None and box.is_strict,
         template.think,
         state == "open",
     )

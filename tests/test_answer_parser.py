@@ -199,6 +199,12 @@ def test_what_is_cut_of_forced_calls_is_no_content() -> None:
             assert not whole(own[:end], style, is_forced=True).content
 
 
+def test_strict_calls_have_their_mark() -> None:
+    text = f'{{"name": "weather", "arguments": {PARIS}}}'
+    assert whole(text, MARKED, is_strict=True) == Answer(content=text, reason="stop")
+    assert whole(marked("now", "{}"), MARKED, is_strict=True).calls == [["now", "{}"]]
+
+
 def test_where_calls_are_not_parallel_the_first_one_ends_the_answer() -> None:
     for style, text in CUT:
         answer = whole(f"{text}\n{text} more", style, is_parallel=False)

@@ -154,7 +154,7 @@ def test_the_stop_tokens_are_the_templates_and_the_tokenizers() -> None:
     subject = gemma()
     ids = subject.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<end_of_turn>"])
     assert sorted(subject.stop_token_ids) == sorted(ids)
-    assert template("llama").stop_token_ids == [template("llama").tokenizer.eos_token_id] * 2
+    assert template("llama").stop_token_ids == [template("llama").tokenizer.eos_token_id]
 
 
 def test_a_completions_prompt_begins_with_one_bos_token() -> None:
