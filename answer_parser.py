@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from schemas import FinishReason
@@ -19,7 +19,10 @@ from tool_formats import Elements, ToolFormat, are_texts, is_plain_text
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 CALL_KEYS = (*ARGUMENT_KEYS, "name", "id", "type")
+BLANKS = " \t\r\n"
+MOST_OF_NAME = 200  # characters
 FENCE = "```"
+_SCALAR_END, _NAME_END = re.compile(r"[\s,}\]]"), re.compile(r"[\s<>]")
 FENCED = ("json", "tool_code", "tool_call", "tool_calls", "python", "")  # languages of fences that may hold calls
 
 T = TypeVar("T")
@@ -48,13 +51,15 @@ class Part:
 class Reading:
     """How an answer is to be read."""
 
-    tools: Mapping[str, Mapping[str, Any]]  # the schema of each one's arguments, by its name
+    tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the schema of each one's arguments
     format: ToolFormat | None = None  # None: whatever comes is no call
     is_parallel: bool = True  # else the first call ends the answer
     is_forced: bool = False  # the answer consists of calls
-    is_strict: bool = False  # where a format has marks, nothing without them is a call
+    is_strict: bool = False  # calls without a mark must have the one form that the grammar keeps valid
+    is_structured: bool = False  # what begins as no call is JSON of another kind
     think: tuple[str, str] | None = None  # the marks around reasoning
     is_thinking: bool = False  # the prompt has the first of them
+    marks: Mapping[str, str] = field(default_factory=dict)  # characters that stand for marks, and what they show as
 
 
 class _NoCall(Exception):
@@ -72,12 +77,14 @@ class AnswerParser:
         self._is_ended = False
         self._parts: list[Part] = []
         self._blanks = ""  # of the content; shown before its next character
+        self._ends_with_call = False  # the line so far
         self._is_at_start = False  # of what follows reasoning or a call: its leading blanks are not shown
         self._has_content = False
         self._num_calls = 0  # begun
         self._arguments = ""  # of the last one
         self.num_complete = 0
         self.is_reasoning = reading.is_thinking
+        self._restored = str.maketrans(dict(reading.marks))
         self._steps = self._answer()
 
     def put(self, text: str) -> list[Part]:
@@ -105,6 +112,9 @@ class AnswerParser:
 
     # --- what is found
 
+    def _shown(self, text: str) -> str:
+        return text if text.isascii() else text.translate(self._restored)
+
     def _add(self, part: Part) -> None:
         """Neighbours of one kind become one part."""
         last = self._parts[-1] if self._parts else None
@@ -123,11 +133,11 @@ class AnswerParser:
             return
         if shown := self._without_blanks(text, holds=self._reading.format is not None):
             self._has_content = True
-            self._add(Part(content=shown))
+            self._add(Part(content=self._shown(shown)))
 
     def _add_reasoning(self, text: str) -> None:
         if shown := self._without_blanks(text, holds=True):
-            self._add(Part(reasoning=shown))
+            self._add(Part(reasoning=self._shown(shown)))
 
     def _without_blanks(self, text: str, holds: bool) -> str:
         """Those at its end are kept for what follows; nothing follows those that are the beginning."""
@@ -143,8 +153,10 @@ class AnswerParser:
         self._blanks, self._is_at_start, self._arguments = "", not self._has_content, ""
         self._add(Part(call=CallDelta(self._num_calls, name)))
         self._num_calls += 1
+        self._ends_with_call = True
 
     def _add_arguments(self, text: str) -> None:
+        text = self._shown(text)
         self._arguments += text
         if text:
             self._add(Part(call=CallDelta(self._num_calls - 1, arguments=text)))
@@ -152,8 +164,7 @@ class AnswerParser:
     def _end_call(self) -> None:
         if not self._arguments:
             self._add_arguments("{}")
-        with suppress(ValueError, RecursionError):
-            self.num_complete += isinstance(json.loads(self._arguments), dict)
+        self.num_complete += self._arguments.lstrip().startswith("{") and is_json(self._arguments)
 
     # --- the steps
 
@@ -227,7 +238,7 @@ class AnswerParser:
                 at = yield from self._after_blanks(0)
                 if style.begin and (yield from self._starts_with(style.begin, at)):
                     yield from self._marked_call(style, at + len(style.begin))
-                elif style.begin and self._reading.is_strict:
+                elif self._has_marks_alone(style):
                     raise _NoCall
                 elif self._text[at] in "{[":
                     yield from self._json_calls(at)
@@ -235,21 +246,29 @@ class AnswerParser:
                 elif self._num_calls and self._text[at] == ";":
                     self._take(at + 1)
                 elif (yield from self._starts_with(FENCE, at)):
-                    yield from self._fenced(at)
+                    yield from self._fenced(style, at)
                 else:
                     raise _NoCall
             except _NoCall:
+                if self._reading.is_structured and not style.begin:
+                    yield from self._plain()
                 yield from self._line(style.begin)
             except _End:
                 if self._num_calls == num_before:
                     self._add_content(self._take(len(self._text)))
                 raise
 
+    def _has_marks_alone(self, style: ToolFormat) -> bool:
+        """Whether nothing here is a call unless it has the mark."""
+        is_inside_line = self._reading.is_strict and self._ends_with_call
+        return is_inside_line or (self._reading.is_structured and bool(style.begin))
+
     def _line(self, begin: str) -> Steps[None]:
         """The rest of a line is content, up to the mark of a call; one at the line's beginning was of none."""
-        if begin and self._text.lstrip().startswith(begin):
+        if begin and self._text.lstrip(BLANKS).startswith(begin):
             self._add_content(self._take(self._text.index(begin) + len(begin)))
         mark = yield from self._until(("\n", begin) if begin else ("\n",), self._add_content)
+        self._ends_with_call = False
         if mark == "\n":
             self._add_content(mark)
         else:
@@ -265,23 +284,28 @@ class AnswerParser:
             raise _NoCall
         yield from self._optional(style.end)
 
-    def _fenced(self, at: int) -> Steps[None]:
+    def _fenced(self, style: ToolFormat, at: int) -> Steps[None]:
         """A block of code, of calls perhaps."""
         start = yield from self._find("\n", at)
         language = self._text[at + len(FENCE) : start].strip()
         inside = yield from self._after_blanks(start)
+        if style.begin and (yield from self._starts_with(style.begin, inside)):
+            with suppress(_NoCall):
+                yield from self._marked_call(style, inside + len(style.begin))
+                yield from self._optional(FENCE)
+                return
         if language in FENCED and self._text[inside] in "{[":
             with suppress(_NoCall):
                 yield from self._json_calls(inside)
                 yield from self._optional(FENCE)
                 return
-        if language in FENCED:
+        if language in FENCED and not self._reading.is_strict:
             end = yield from self._find(FENCE, inside)
             if calls := python_calls(self._text[inside:end], self._reading.tools):
                 self._take(end + len(FENCE))
                 for name, arguments in calls[: None if self._reading.is_parallel else 1]:
                     self._begin_call(name)
-                    self._add_arguments(json.dumps(arguments, ensure_ascii=False))
+                    self._add_arguments(arguments)
                     self._end_call()
                 return
         self._add_content(self._take(start))
@@ -293,7 +317,7 @@ class AnswerParser:
 
     def _json_calls(self, at: int) -> Steps[None]:
         """One, or a list of them. Raises _NoCall while nothing is taken."""
-        if self._text[at] == "{":
+        if self._text[at] == "{" or self._reading.is_strict:
             yield from self._json_call(at)
             return
         at = yield from self._after_blanks(at + 1)
@@ -323,9 +347,13 @@ class AnswerParser:
     def _members(self, at: int) -> Steps[None]:
         name: str | None = None
         arguments, has_begun = "{}", False
+        style = self._reading.format
+        assert style is not None
         at = yield from self._behind("{", at)
         while self._text[at] != "}":
             key, at = yield from self._string(at)
+            if self._reading.is_strict and key != (style.key if name else "name"):
+                raise _NoCall
             at = yield from self._behind(":", (yield from self._after_blanks(at)))
             if key in ARGUMENT_KEYS and name is not None and not has_begun:
                 self._take(at)
@@ -340,6 +368,9 @@ class AnswerParser:
             if key not in CALL_KEYS or (name is not None and name not in self._reading.tools):
                 raise _NoCall
             at = yield from self._after_blanks(at)
+            if has_begun and style.end and (yield from self._starts_with(style.end, at)):
+                self._end_call()  # small models forget the brace
+                return
             if self._text[at] != "}":
                 at = yield from self._behind(",", at)
         if name is None:
@@ -359,6 +390,8 @@ class AnswerParser:
         if self._text[at] != '"':
             raise _NoCall
         end = yield from self._value_end(at)
+        if self._reading.is_strict and "\\" in self._text[at:end]:
+            raise _NoCall
         try:
             return str(json.loads(self._text[at:end])), end
         except ValueError as error:
@@ -378,9 +411,10 @@ class AnswerParser:
 
     def _value_end(self, at: int) -> Steps[int]:
         if self._text[at] not in '{["':
-            while not (found := re.search(r"[\s,}\]]", self._text[at:])):
+            while not (found := _SCALAR_END.search(self._text, at)):
+                at = len(self._text)
                 yield from self._more()
-            return at + found.start()
+            return found.start()
         scanner, end = ValueScanner(), at
         while True:
             end += scanner.feed(self._text[end:])
@@ -394,12 +428,12 @@ class AnswerParser:
         if not (yield from self._starts_with(elements.name_begin, at)):
             raise _NoCall
         at += len(elements.name_begin)
-        while not (found := re.search(r"[\s<>]", self._text[at:])):
+        while not (found := _NAME_END.search(self._text, at)) and len(self._text) < at + MOST_OF_NAME:
             yield from self._more()
-        name = self._text[at : at + found.start()]
+        name = self._text[at : found.start() if found else len(self._text)]
         if name not in self._reading.tools:
             raise _NoCall
-        self._take(at + found.start())
+        self._take(at + len(name))
         self._begin_call(name)
         yield from self._optional(elements.name_end.strip())
         opening = "{"
@@ -407,7 +441,7 @@ class AnswerParser:
             key = yield from self._before(elements.key_end)
             yield from self._optional(elements.value_begin.strip())
             value = yield from self._element_value(style, elements)
-            text = json.dumps(_typed(value, self._reading.tools[name], key), ensure_ascii=False)
+            text = _as_json(self._shown(value), self._reading.tools[name], key)
             self._add_arguments(f"{opening}{json.dumps(key, ensure_ascii=False)}: {text}")
             opening = ", "
         last = elements.close or style.end
@@ -465,7 +499,7 @@ class AnswerParser:
 
     def _after_blanks(self, at: int) -> Steps[int]:
         """Where the next character is that is no blank; there is one."""
-        while not (rest := self._text[at:].lstrip()):
+        while not (rest := self._text[at:].lstrip(BLANKS)):
             yield from self._more()
         return len(self._text) - len(rest)
 
@@ -514,33 +548,52 @@ class ValueScanner:
         return len(text)
 
 
-def _as_object(text: str) -> str:
-    """Arguments that came as a string with JSON in it, or as null."""
-    with suppress(ValueError):
-        value = json.loads(text)
-        if isinstance(value, str):
-            return value.strip() or "{}"
-        if value is None:
-            return "{}"
+def is_json(text: str) -> bool:
+    """In the letter of RFC 8259, which knows no NaN and no infinity; numbers may be of any size."""
+    try:
+        json.loads(text, parse_constant=_refuse, parse_int=len, parse_float=len)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _dumps(value: Any) -> str:
+    """Raises ValueError for what JSON cannot say."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character
+        return json.dumps(value, allow_nan=False)
     return text
 
 
-def _typed(text: str, schema: Mapping[str, Any], key: str) -> Any:
-    """The value that an element's text stands for: text, where the schema wants text."""
+def _as_object(text: str) -> str:
+    """Arguments that came as a string with JSON in it, or as null."""
+    if text.strip() == "null":
+        return "{}"
+    if text.startswith('"') and is_json(text):
+        inner = str(json.loads(text)).strip() or "{}"
+        return inner if is_json(inner) and _dumps(inner) == json.dumps(inner, ensure_ascii=False) else text
+    return text
+
+
+def _as_json(text: str, schema: Mapping[str, Any], key: str) -> str:
+    """What an element's text stands for: text, where the schema wants text, and else JSON as it was written."""
     properties = schema.get("properties")
     own = properties.get(key) if isinstance(properties, dict) else None
-    if is_plain_text(own) or (isinstance(own, dict) and are_texts(own.get("enum"))):
-        return text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {"True": True, "False": False, "None": None}.get(text, text)
-    wants_text = isinstance(own, dict) and own.get("type") == "string"
-    return text if wants_text and not isinstance(value, str) else value
+    wants_text = isinstance(own, dict) and own.get("type") == "string" and not text.startswith('"')
+    if is_plain_text(own) or are_texts(own) or wants_text:
+        return _dumps(text)
+    return text if is_json(text) else {"True": "true", "False": "false", "None": "null"}.get(text) or _dumps(text)
 
 
-def python_calls(code: str, tools: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]] | None:
-    """Calls as Python writes them, alone, in a list or printed; None if the code is anything else."""
+def python_calls(code: str, tools: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]] | None:
+    """Names and arguments of calls as Python writes them, alone, in a list or printed; None if the code is anything
+    else."""
     try:
         statements = ast.parse(code.strip()).body
         expressions = [s.value if isinstance(s, ast.Expr | ast.Assign) else None for s in statements]
@@ -553,7 +606,7 @@ def _listed(expression: ast.AST | None) -> Sequence[ast.AST | None]:
     return expression.elts if isinstance(expression, ast.List | ast.Tuple) else [expression]
 
 
-def _python_call(call: ast.AST | None, tools: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+def _python_call(call: ast.AST | None, tools: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     if isinstance(call, ast.Call) and ast.unparse(call.func) == "print" and len(call.args) == 1:
         call = call.args[0]
     if not isinstance(call, ast.Call) or (name := ast.unparse(call.func)) not in tools:
@@ -562,5 +615,4 @@ def _python_call(call: ast.AST | None, tools: Mapping[str, Mapping[str, Any]]) -
     arguments = {names[number]: ast.literal_eval(value) for number, value in enumerate(call.args) if names[number:]}
     for keyword in call.keywords:
         arguments[str(keyword.arg)] = ast.literal_eval(keyword.value)
-    json.dumps(arguments)  # or it is a TypeError
-    return name, arguments
+    return name, _dumps(arguments)

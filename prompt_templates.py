@@ -22,6 +22,7 @@ from messages import (
     with_names,
 )
 from schemas import Message
+from streaming import MarkingDetokenizer
 from tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat, taught_by
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 MARKUP = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response|tools?)>|<(start|end)_of_\w+>|<\w+_soft_token>")
 SEAMS = [chr(code) for code in [*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100)]]  # in no text that means something
 THINK = ("<think>", "</think>")
+FIRST_MARK = 0x10FF00  # private characters that stand for the tokens of marks, which text spelled alike is not
 
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
@@ -187,7 +189,11 @@ class PromptTemplate:
         taught = taught_by(self._source)
         self._shows_tools, self.tool_format = taught is not None, taught or self.family.tools
         self.think = self._thinking_marks()
-        self.detokenizer = _detokenizer(tokenizer, self._marks)
+        self.detokenizer = _detokenizer(tokenizer)
+        self.marks = {mark: chr(FIRST_MARK + number) for number, mark in enumerate(sorted(self._marks))}
+        self.marking_detokenizer = MarkingDetokenizer(
+            self.detokenizer, {self._vocabulary[mark]: character for mark, character in self.marks.items()}
+        )
         added = tokenizer.added_tokens_decoder.values()
         control = [token.content for token in added if token.special]
         self._control = _any_of(control)  # nobody may write these
@@ -338,12 +344,13 @@ class PromptTemplate:
             seam, mark = free
             plain = canonical(messages, mark if self.sees else None)
             safe_tools = [cut(tool, self._markup, seam) for tool in tools]
-            return [cut(message, self._pattern(message), seam) for message in plain], safe_tools, seam, mark
+            return [self._safe(message, seam) for message in plain], safe_tools, seam, mark
         except RecursionError as error:
             raise InvalidRequest("The arguments of a tool call are nested too deeply.", param="messages") from error
 
-    def _pattern(self, message: CanonicalMessage) -> re.Pattern[str]:
-        return self._control if message["role"] == "assistant" else self._markup
+    def _safe(self, message: CanonicalMessage, seam: str) -> CanonicalMessage:
+        own = self._control if message["role"] == "assistant" else self._markup
+        return {key: cut(value, self._markup if key == "tool_calls" else own, seam) for key, value in message.items()}
 
     def _apply(self, messages: list[CanonicalMessage], **switches: Any) -> str:
         text = self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **switches)
@@ -375,26 +382,15 @@ class PromptTemplate:
         return self.render_text(f"{marks[0]}{prefix}{marks[1]}{suffix}{marks[2]}"), ends
 
 
-def _detokenizer(tokenizer: "PreTrainedTokenizerBase", shown: Collection[str]) -> Any:
-    """What decodes single tokens: the tokenizer's core, in a fifth of the time, where its `decode` adds nothing.
-
-    shown: tokens that are text even if the tokenizer calls them special.
-    """
-    from tokenizers import Tokenizer
+def _detokenizer(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """What decodes single tokens: the tokenizer's core, in a fifth of the time, where its `decode` adds nothing."""
     from transformers import PreTrainedTokenizerFast
 
     adds_nothing = all(
         getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")
     )
-    if not adds_nothing or tokenizer.clean_up_tokenization_spaces:
-        return tokenizer
-    core = tokenizer.backend_tokenizer
-    if not any(token.special and token.content in shown for token in tokenizer.added_tokens_decoder.values()):
-        return core
-    parts = json.loads(core.to_str())
-    for token in parts["added_tokens"]:
-        token["special"] &= token["content"] not in shown
-    return Tokenizer.from_str(json.dumps(parts))
+    is_plain = adds_nothing and not tokenizer.clean_up_tokenization_spaces
+    return tokenizer.backend_tokenizer if is_plain else tokenizer
 
 
 def _source(template: Any) -> str:

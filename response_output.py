@@ -42,7 +42,8 @@ class Output:
         logprobs = choice.logprobs.content if choice.logprobs else []
         if delta.reasoning_content:
             yield from self._added(OpenReasoning, delta.reasoning_content, [])
-        if delta.content or logprobs:
+        is_text = isinstance(self._open, OpenMessage) and not delta.reasoning_content and not delta.tool_calls
+        if delta.content or (logprobs and is_text):  # those of calls and thoughts have no place
             yield from self._added(OpenMessage, delta.content or "", logprobs)
         for call in delta.tool_calls or ():
             if call.id is not None:

@@ -15,16 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInf
 FinishReason = Literal["stop", "length", "tool_calls"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
-Support = Literal["honoured", "no meaning here", "not yet", "refused"]  # a field's `x-support` in /openapi.json
+Support = Literal["honoured", "no meaning here", "refused"]  # a field's `x-support` in /openapi.json
 
 
 def _no_meaning(why: str) -> Any:
     """A field that could not change a local model's answer."""
     return Field(None, description=f"Accepted: {why}", json_schema_extra={"x-support": "no meaning here"})
-
-
-def _not_yet(why: str) -> Any:
-    return Field(None, description=why, json_schema_extra={"x-support": "not yet"})
 
 
 def _refused(*neutral: Any) -> Any:
@@ -74,13 +70,8 @@ class RequestBody(BaseModel):
 
     @property
     def ignored_fields(self) -> list[str]:
-        """Those that are sent and change nothing though their sender may have meant them to."""
-        ignored: list[str] = []
-        for path, part in self._parts():
-            not_yet = [name for name in part._sent_fields if part.support(name) == "not yet"]
-            ignored += [path + name for name in not_yet if getattr(part, name) is not None]
-            ignored += [path + name for name in part.model_extra or ()]
-        return sorted(ignored)
+        """Those that are sent and not known."""
+        return sorted(path + name for path, part in self._parts() for name in part.model_extra or ())
 
     def _parts(self, path: str = "") -> Iterator[tuple[str, "RequestBody"]]:
         """This object and those inside, each with what leads to it."""

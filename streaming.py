@@ -5,7 +5,7 @@ The streamer belongs to the family of transformers' `TextIteratorStreamer`: `put
 
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -35,6 +35,26 @@ REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole cha
 
 class Detokenizer(Protocol):
     def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str | list[str]: ...
+
+
+class MarkingDetokenizer:
+    """Shows some tokens, special ones perhaps, as characters of their own."""
+
+    def __init__(self, detokenizer: Detokenizer, marks: Mapping[int, str]) -> None:
+        self._detokenizer, self._marks = detokenizer, marks
+        self._never = str.maketrans(dict.fromkeys(marks.values(), REPLACEMENT))
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        text, start = "", 0
+        for place, token_id in enumerate(token_ids):
+            if token_id in self._marks:
+                text += self._text(token_ids[start:place]) + self._marks[token_id]
+                start = place + 1
+        return text + self._text(token_ids[start:])
+
+    def _text(self, token_ids: list[int]) -> str:
+        text = str(self._detokenizer.decode(token_ids, skip_special_tokens=True)) if token_ids else ""
+        return text if text.isascii() else text.translate(self._never)
 
 
 class TextStreamer:

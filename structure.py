@@ -18,6 +18,7 @@ from tool_formats import (
     calls_beside_json_grammar,
     calls_grammar,
     calls_or_text_grammar,
+    quoted,
     rest_of_call_grammar,
 )
 from tools import Toolbox, check_size
@@ -53,12 +54,15 @@ def structure_of(request: Structured, box: Toolbox | None, style: ToolFormat, li
     if asked is not None:
         text = calls_beside_json_grammar(style, box.schemas, literals, box.is_parallel)
         return Structure(_either(text, asked[0]), {**parts, asked[1]: asked[0]})
-    if style.begin in literals:
-        text = rest_of_call_grammar(style, box.schemas, literals)
-        return Structure(_of_lark(text), parts, style.begin, box.is_strict)
     if box.is_strict:
-        return Structure(_of_lark(calls_or_text_grammar(style, box.schemas, literals, box.is_parallel)), parts)
+        return Structure(_of_lark(calls_or_text_grammar(style, box.schemas, literals)), parts)
+    if style.begin in literals:
+        return Structure(_of_lark(rest_of_call_grammar(style, box.schemas, literals)), parts, style.begin, False)
     return None
+
+
+def is_structured(request: Structured) -> bool:
+    return any(value is not None for _, _, value in _asked(request))
 
 
 def _either(calls: str, answer: str) -> str:
@@ -76,9 +80,13 @@ def _grammar_of(request: Structured) -> tuple[str, str] | None:
     if len(found) > 1:
         raise _invalid(f"{found[0][0]} and {found[1][0]} cannot go together.", found[1][0])
     field, kind, value = found[0]
-    check_size(value, field)
     try:
+        if kind == "json" and isinstance(value, str):
+            value = json.loads(value)
+        check_size(value, field)
         return KINDS[kind](value), field
+    except RecursionError as error:
+        raise _invalid(f"{field} is nested too deeply.", field) from error
     except (ValueError, TypeError) as error:
         raise _invalid(f"{field}: {str(error).splitlines()[0]}", field) from error
 
@@ -114,8 +122,6 @@ def _schema_of(response_format: dict[str, Any]) -> Any:
 def _of_json(schema: Any) -> str:
     from llguidance import LLMatcher
 
-    if isinstance(schema, str):
-        schema = json.loads(schema)
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
@@ -134,17 +140,20 @@ def _of_regex(pattern: Any) -> str:
 def _of_choice(choices: Any) -> str:
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
         raise ValueError("choices are a list of strings")
-    return _of_lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
+    return _of_lark("start: " + " | ".join(map(quoted, choices)))
 
 
 def _of_lark(text: Any) -> str:
     """Lark's syntax, or EBNF as llama.cpp writes it (`root ::= ...`)."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
     if not isinstance(text, str):
         raise ValueError("a grammar is a string")
-    return LLMatcher.grammar_from_lark(any_to_lark(text))
+    try:
+        return LLMatcher.grammar_from_lark(any_to_lark(text))
+    except GbnfToLarkError as error:
+        raise ValueError(str(error)) from error
 
 
 KINDS |= {"json": _of_json, "regex": _of_regex, "choice": _of_choice, "grammar": _of_lark}

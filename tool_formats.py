@@ -6,8 +6,9 @@ tools, https://ai.google.dev/gemma/docs/capabilities/function-calling. The gramm
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 Schema = Mapping[str, Any]
@@ -48,12 +49,29 @@ class ToolFormat:
     is_named: bool = False  # the tool's name on a line, the arguments below
     prompt: str = ""  # for templates that know no tools; {tools} are they, one per line
 
+    def marked(self, marks: Mapping[str, str]) -> "ToolFormat":
+        """The same with other text for some marks."""
+        shown = partial(_with_mark, marks)
+        own = self.elements and replace(
+            self.elements,
+            begin=shown(self.elements.begin),
+            key_end=shown(self.elements.key_end),
+            value_begin=shown(self.elements.value_begin),
+            end=shown(self.elements.end),
+            close=shown(self.elements.close),
+        )
+        return replace(self, begin=shown(self.begin), end=shown(self.end), elements=own)
+
     def written(self, name: str, arguments: Any) -> str:
         """A call as the model wrote it, for templates that know no calls."""
         if self.is_named:
             return f"{name}\n{json.dumps(arguments, ensure_ascii=False)}"
         line = json.dumps({"name": name, self.key: arguments}, ensure_ascii=False)
         return f"{self.begin}\n{line}\n{self.end}" if self.begin else line
+
+
+def _with_mark(marks: Mapping[str, str], text: str) -> str:
+    return marks.get(text.strip(), text)
 
 
 JSON_PROMPT = """You can call functions. To call one, answer with nothing but a JSON object in this form:
@@ -105,7 +123,7 @@ class Literals:
 
     def of(self, text: str) -> str:
         pieces = self._pattern.split(text) if self._pattern else [text]
-        return " ".join(piece if piece in self._tokens else _quoted(piece) for piece in pieces if piece)
+        return " ".join(piece if piece in self._tokens else quoted(piece) for piece in pieces if piece)
 
     def __contains__(self, text: str) -> bool:
         return text in self._tokens
@@ -114,8 +132,13 @@ class Literals:
 def calls_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Literals, is_parallel: bool) -> str:
     """One call or, if they may be parallel, several, and nothing else."""
     rules, first = _call_rules(style, tools, literals, after_mark=False)
-    more = f" ({literals.of(style.between)} call)*" if is_parallel and not style.is_named else ""
-    return "\n".join([f"start: call{more}", f"call: {first}", *rules])
+    return "\n".join([_start(style, literals, is_parallel), f"call: {first}", *rules])
+
+
+def _start(style: ToolFormat, literals: Literals, is_parallel: bool) -> str:
+    """Models may end the last line, too, before they end the answer."""
+    is_one = style.is_named or not is_parallel
+    return "start: call" if is_one else f'start: call ({literals.of(style.between)} call)* "\\n"?'
 
 
 def calls_beside_json_grammar(
@@ -125,8 +148,8 @@ def calls_beside_json_grammar(
     if style.begin or style.is_named:
         return calls_grammar(style, tools, literals, is_parallel)
     rules = [f"call_{number}: {_json(_call_schema(style, *tool))}" for number, tool in enumerate(tools.items())]
-    more = f" ({literals.of(style.between)} call)*" if is_parallel else ""
-    return "\n".join([f"start: call{more}", f"call: {' | '.join(f'call_{n}' for n in range(len(rules)))}", *rules])
+    calls = " | ".join(f"call_{number}" for number in range(len(rules)))
+    return "\n".join([_start(style, literals, is_parallel), f"call: {calls}", *rules])
 
 
 def _call_schema(style: ToolFormat, name: str, schema: Schema) -> Schema:
@@ -143,22 +166,27 @@ def rest_of_call_grammar(style: ToolFormat, tools: Mapping[str, Schema], literal
     return "\n".join([f"start: {first}", *rules])
 
 
-def calls_or_text_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Literals, is_parallel: bool) -> str:
-    """Text, and calls wherever the parser would see one; for formats whose calls have no token before them."""
-    before, behind = r"((.|\n)*\n)?\s*(```[a-z_]*\s*)?\{\s*\"name\"\s*:\s*\"", '"'
-    tail, close = literals.of(f', "{style.key}": '), literals.of("}")
-    if style.begin:
-        before, close = rf"(.|\n)*{_in_regex(style.begin)}\s*\{{\s*\"name\"\s*:\s*\"", literals.of("}\n" + style.end)
+def calls_or_text_grammar(style: ToolFormat, tools: Mapping[str, Schema], literals: Literals) -> str:
+    """Text, and valid calls wherever the parser would see one."""
+    mark = rf"|{_in_regex(style.begin)}" if style.begin else ""
+    _ = "[ \\t\\r\\n]*"  # blanks
+    before, behind = rf"((.|\n)*(\n{mark}))?{_}(```[a-z_]*{_})?\{{{_}\"name\"{_}:{_}\"", '"'
+    blanks = r"[ \n\t]{0,20}"  # models like to indent what they fence
+    tail, close = rf'/{blanks},{blanks}"{style.key}"{blanks}:{blanks}/', rf"/{blanks}\}}/"
     if style.is_named:
-        before, behind, tail, close = r"\s*", r"\s*\n", "", ""
+        before, behind, tail, close = _, rf"{_}\n", "", ""
     names = "|".join(_in_regex(name) for name in tools)
     rules = [f"TEXT: /(.|\\n)*/ & ~/{before}({names}){behind}(.|\\n)*/"]
     for number, (name, schema) in enumerate(tools.items()):
         rules.append(f"head_{number}[lazy]: /{before}{_in_regex(name)}{behind}/")
-        rules.append(f"call_{number}: head_{number} {tail} {_json(schema)} {close}")
-    call = " | ".join(f"call_{number}" for number in range(len(tools)))
-    start = "start: call* TEXT" if is_parallel and not style.is_named else "start: call | TEXT"
-    return "\n".join([start, f"call: {call}", *rules])
+        rules.append(f"bare_{number}: head_{number} {tail} {_json(schema)} {close}")
+    kinds = [" | ".join(f"bare_{number}" for number in range(len(tools)))]
+    if style.begin in literals:
+        marked, first = _call_rules(style, tools, literals, after_mark=False)
+        rules += marked
+        kinds.append(f"TEXT? ({first})")
+    more = "?" if style.is_named else "*"
+    return "\n".join([f"start: call{more} TEXT?", f"call: {' | '.join(kinds)}", *rules])
 
 
 def _call_rules(
@@ -207,7 +235,7 @@ def _element_call(
 
 def _element_value(rule: str, own: Any, schema: Schema, literals: Literals, end: str) -> tuple[str, list[str]]:
     """The rest of an element, and the rules it needs."""
-    if isinstance(own, dict) and are_texts(own.get("enum")):
+    if are_texts(own):
         return f"({' | '.join(literals.of(value) for value in own['enum'])}) {literals.of(end)}", []
     if not is_plain_text(own):
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
@@ -215,14 +243,22 @@ def _element_value(rule: str, own: Any, schema: Schema, literals: Literals, end:
     name, mark = f"{rule}_text", end.strip()
     if mark in literals:
         return f"{name} {literals.of(end.lstrip())}", [f"{name}: /(.|\\n)*/"]
-    after = end[end.index(mark) + len(mark) :]
+    after = end[end.index(mark) + len(mark) :]  # the value ends with the first mark, as for the parser
     tail = f" {literals.of(after)}" if after else ""
-    return f"{name}{tail}", [f"{name}[lazy]: /(.|\\n)*{_in_regex(end[: end.index(mark)] + mark)}/"]
+    return f"{name}{tail}", [f"{name}[lazy]: /(.|\\n)*{_in_regex(mark)}/"]
 
 
 def is_simple(schema: Schema) -> bool:
-    """Whether an object that has the right properties is valid."""
-    return set(schema) <= SIMPLE and schema.get("type", "object") == "object"
+    """Whether an object that has the right properties is valid, and these can be written as elements."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not set(schema) <= SIMPLE or schema.get("type", "object") != "object" or not isinstance(properties, dict):
+        return False
+    if not isinstance(required, list) or not all(key in properties for key in required):
+        return False
+    references = re.findall(r'"\$ref": "([^"]*)', json.dumps(schema))
+    is_local = all(path.startswith(("#/$defs/", "#/definitions/")) for path in references)
+    can_be_written = all(re.fullmatch(r"[^\s<>]+", key) for key in properties)
+    return is_local and can_be_written and all(isinstance(own, dict) or own is True for own in properties.values())
 
 
 def is_plain_text(schema: Any) -> bool:
@@ -230,8 +266,13 @@ def is_plain_text(schema: Any) -> bool:
     return isinstance(schema, dict) and schema.get("type") == "string" and set(schema) - ANNOTATIONS == {"type"}
 
 
-def are_texts(values: Any) -> bool:
-    return isinstance(values, Sequence) and bool(values) and all(isinstance(v, str) and v for v in values)
+def are_texts(schema: Any) -> bool:
+    """Whether it is a choice of texts, and nothing else."""
+    if not isinstance(schema, dict) or not set(schema) - ANNOTATIONS <= {"enum", "type"}:
+        return False
+    values = schema.get("enum")
+    is_list = isinstance(values, list) and bool(values) and all(isinstance(v, str) and v for v in values)
+    return is_list and schema.get("type", "string") == "string"
 
 
 def _json(schema: Schema) -> str:
@@ -239,9 +280,11 @@ def _json(schema: Schema) -> str:
     return f"%json {json.dumps({**schema, **options})}"
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def quoted(text: str) -> str:
+    """For Lark; its lexer takes no DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _in_regex(text: str) -> str:
-    return re.escape(text).replace("/", "\\/").replace("\n", "\\n")
+    """For Lark, between slashes."""
+    return "\\n".join(re.escape(line).replace("/", "\\/") for line in text.split("\n"))

@@ -64,6 +64,12 @@ class GrammarMatcher:
         self._matcher.consume_token(token_id)
         self.num_accepted += 1
 
+    def can_accept(self, token_id: int) -> bool:
+        return bool(self._matcher.validate_tokens([token_id]))
+
+    def copy(self) -> "GrammarMatcher":
+        return GrammarMatcher(self._matcher.deep_copy())
+
     @property
     def is_finished(self) -> bool:
         return bool(self._matcher.is_stopped())
@@ -118,11 +124,15 @@ class TriggeredMatcher:
             self._inner, self.is_finished = None, not self._triggered.is_repeated
 
     def mask(self, ahead: list[int]) -> bytes | None:
-        if self._inner is not None:
-            return self._inner.mask(ahead)
-        if self._triggered.trigger not in ahead:
-            return None
-        return self._triggered.grammar.matcher().mask(ahead[ahead.index(self._triggered.trigger) + 1 :])
+        if not ahead:
+            return None if self._inner is None else self._inner.mask([])
+        other = TriggeredMatcher(self._triggered)
+        other._inner = None if self._inner is None else self._inner.copy()
+        for token_id in ahead:
+            if other.is_finished or (other._inner is not None and not other._inner.can_accept(token_id)):
+                return None
+            other.accept(token_id)
+        return other.mask([])
 
 
 class GrammarCompiler:

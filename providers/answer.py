@@ -119,7 +119,9 @@ class Meter:
 
 async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerator[Piece]:
     """One choice, until it ends or a stop string comes."""
-    streamer = TextStreamer(loaded.template.detokenizer, question.stop, question.prefix)
+    template = loaded.template
+    detokenizer = template.marking_detokenizer if question.reading.marks else template.detokenizer
+    streamer = TextStreamer(detokenizer, question.stop, question.prefix)
     parser = AnswerParser(question.reading)
     num_tokens = num_reasoning = 0
     pending: list[SampledToken] = []  # their text is not out yet

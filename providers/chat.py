@@ -1,7 +1,7 @@
 """Chat completions: what an answer must look like, how it is read, and the chunks that its pieces become."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
@@ -22,17 +22,34 @@ if TYPE_CHECKING:
 State = Literal["open", "closed", "unsaid"]
 
 
-def reading_of(template: PromptTemplate, box: Toolbox | None, state: State) -> Reading:
-    """state: of the thinking, at the prompt's end."""
-    return Reading(
-        box.schemas if box else {},
-        template.tool_format if box else None,
-        box is None or box.is_parallel,
-        box is not None and box.is_required,
-        box is not None and box.is_strict,
-        template.think,
-        state == "open",
+def reading_of(template: PromptTemplate, box: Toolbox | None, state: State, is_structured: bool) -> Reading:
+    """state: of the thinking, at the prompt's end; is_structured: the answer may be JSON of another kind."""
+    marks = template.marks
+    think = None if template.think is None else (marks[template.think[0]], marks[template.think[1]])
+    reading = Reading(
+        think=think, is_thinking=state == "open", marks={character: mark for mark, character in marks.items()}
     )
+    if box is None:
+        return reading
+    return replace(
+        reading,
+        tools=box.schemas,
+        format=template.tool_format.marked(marks),
+        is_parallel=box.is_parallel,
+        is_forced=box.is_required,
+        is_strict=box.is_strict,
+        is_structured=is_structured,
+    )
+
+
+def with_marks(stops: list[str], marks: Mapping[str, str]) -> list[str]:
+    """Stop strings also as text looks in which marks are characters of their own."""
+    others = []
+    for stop in stops:
+        for mark, character in marks.items():
+            stop = stop.replace(mark, character)
+        others.append(stop)
+    return list(dict.fromkeys([*stops, *others]))
 
 
 async def compiled(loaded: Loaded, structure: Structure, is_parallel: bool) -> "Constraint | None":

@@ -16,7 +16,7 @@ from fetching import ImageFetcher
 from progress import Progress
 from prompt_templates import RenderOptions
 from providers.answer import Meter, Piece, Question, answer, best, merge
-from providers.chat import ChoiceChunks, Thoughts, compiled, reading_of
+from providers.chat import ChoiceChunks, Thoughts, compiled, reading_of, with_marks
 from providers.completion import Choices, Prompt, check_suffix, num_answers
 from providers.loading import Load, Loaded, in_daemon_thread, load
 from schemas import (
@@ -31,7 +31,7 @@ from schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from structure import structure_of
+from structure import is_structured, structure_of
 from tools import Toolbox, toolbox_of
 
 if TYPE_CHECKING:
@@ -167,10 +167,10 @@ class LocalProvider:
         question = Question(
             prompt_ids,
             params,
-            request.stop_strings,
+            with_marks(request.stop_strings, loaded.template.marks),
             priority=BACKGROUND if _is_task(request) else 0,
             images=images,
-            reading=reading_of(loaded.template, box, state),
+            reading=reading_of(loaded.template, box, state, is_structured(request)),
         )
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])

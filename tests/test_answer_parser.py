@@ -80,6 +80,10 @@ CALLS: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [  # format, a
     (MARKED, f'{{"name": "weather", "arguments": {PARIS}}}', "", [("weather", PARIS)]),
     (MARKED, f'```json\n{{"name": "weather", "arguments": {PARIS}}}\n```', "", [("weather", PARIS)]),
     (MARKED, f"See <tool_call> and\nthis: {marked('now', '{}')}", "See <tool_call> and\nthis:", [("now", {})]),
+    (MARKED, f'<tool_call>\n{{"name": "weather", "arguments": {PARIS}\n</tool_call>', "", [("weather", PARIS)]),
+    (MARKED, f"```xml\n{marked('weather', PARIS)}\n```", "", [("weather", PARIS)]),
+    (QWEN_XML, QWEN.replace("2\n", "1e9\n"), "", [("weather", {"city": "Pa </parameter> ris", "days": 1e9})]),
+    (QWEN_XML, QWEN.replace("2\n", "two\n"), "", [("weather", {"city": "Pa </parameter> ris", "days": "two"})]),
     (PARAMETERS, f'{{"name": "weather", "parameters": {PARIS}}}', "", [("weather", PARIS)]),
     (PARAMETERS, '{"name": "now", "parameters": {}}; {"name": "now", "parameters": {}}', "", [("now", {})] * 2),
     (LINES, f'{{"name": "weather", "parameters": {FAKE}}}', "", [("weather", FAKE)]),
@@ -159,7 +163,21 @@ def test_a_call_that_is_cut_short_is_not_complete(style: ToolFormat, text: str) 
         assert answer.calls or answer.content == text[:end] or not text[:end].strip()
 
 
-@pytest.mark.parametrize("arguments", ["{city: 1}", '{"city": }', "[1]", "3", '"text"', "{]", '{"a": "b}'])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"city": NaN}',
+        '{"a": -Infinity}',
+        "[" * 100_000,
+        "{city: 1}",
+        '{"city": }',
+        "[1]",
+        "3",
+        '"text"',
+        "{]",
+        '{"a": "b}',
+    ],
+)
 def test_broken_arguments_are_no_complete_call(arguments: str) -> None:
     answer = whole(marked("weather", arguments), MARKED)
     assert answer.reason == "stop" and len(answer.calls) == 1
@@ -192,17 +210,77 @@ def test_calls_come_after_reasoning_and_none_in_it() -> None:
     assert answer.calls == [["weather", PARIS]] and "now" in answer.reasoning and not answer.content
 
 
+def test_numbers_of_any_size_are_kept_as_they_were_written() -> None:
+    for number in ("1" * 5000, "1e999", "0.10000000000000000555"):
+        text = QWEN.replace("2\n</parameter>", f"{number}\n</parameter>")
+        (call,) = whole(text, QWEN_XML).calls
+        assert f'"days": {number}}}' in call[1] and whole(text, QWEN_XML).reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        (LINES, "```tool_code\nweather(city='\\ud800')\n```"),
+        (LINES, "```tool_code\nweather(days=1e999)\n```"),
+        (MARKED, '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"\\ud800\\"}"}</tool_call>'),
+        (QWEN_XML, QWEN.replace("\n2\n", '\n["\\ud800"]\n')),
+    ],
+)
+def test_half_characters_and_infinities_never_leave(style: ToolFormat, text: str) -> None:
+    for _, arguments in whole(text, style).calls:
+        arguments.encode()
+        assert "Infinity" not in arguments
+
+
+def test_marks_that_are_tokens_are_not_their_spelling() -> None:
+    marks = {
+        "\U0010ff00": "<tool_call>",
+        "\U0010ff01": "</tool_call>",
+        "\U0010ff02": "<think>",
+        "\U0010ff03": "</think>",
+    }
+    style = MARKED.marked({text: character for character, text in marks.items()})
+    reading: dict[str, Any] = {"marks": marks, "think": ("\U0010ff02", "\U0010ff03"), "is_thinking": True}
+    call = marked("now", "{}").replace("\n", "")
+    spelled = f"Is </think> a mark?\U0010ff03\nNo. {call} \U0010ff00 \U0010ff03"
+    answer = whole(spelled, style, **reading)
+    assert answer.reasoning == "Is </think> a mark?" and not answer.calls
+    assert answer.content == f"No. {call} <tool_call> </think>"
+    token = marked("weather", '{"city": "\U0010ff01"}').replace("<tool_call>", "\U0010ff00")
+    called = whole(f"\U0010ff03{token.replace('</tool_call>', chr(0x10FF01))}", style, **reading)
+    assert called.calls == [["weather", '{"city": "</tool_call>"}']] and called.reason == "tool_calls"
+
+
+def test_beside_a_structure_only_what_begins_as_a_call_is_one() -> None:
+    answer = '{"items": [\n{"name": "now", "parameters": {}}\n]}'
+    for style in (MARKED, LINES, PARAMETERS, NAMED):
+        assert whole(answer, style, is_structured=True) == Answer(content=answer, reason="stop")
+    assert whole(marked("now", "{}"), MARKED, is_structured=True).calls
+    assert whole('{"name": "now", "parameters": {}}', LINES, is_structured=True).calls
+
+
+STRICT_NO_CALLS = [
+    '[{"name": "now", "parameters": {}}]',
+    '{"type": "function", "name": "now", "parameters": {}}',
+    '{"parameters": {}, "name": "now"}',
+    '{"name": "now", "arguments": {}}',
+    '{"n\\u0061me": "now", "parameters": {}}',
+    "```tool_code\nnow()\n```",
+]
+
+
+@pytest.mark.parametrize("text", STRICT_NO_CALLS)
+def test_strict_calls_have_the_one_form_that_the_grammar_keeps_valid(text: str) -> None:
+    assert whole(text, LINES, is_strict=True) == Answer(content=text, reason="stop")
+    two = '{"name": "now", "parameters": {}}; {"name": "weather", "parameters": {"wrong": 1}}'
+    assert [name for name, _ in whole(two, PARAMETERS, is_strict=True).calls] == ["now"]
+
+
 def test_what_is_cut_of_forced_calls_is_no_content() -> None:
     text = f"{marked('now', '{}')}\n{marked('weather', PARIS)}"
     for end in range(len(text)):
         for style, own in ((MARKED, text), (LINES, '{"name": "now", "parameters": {}}')):
             assert not whole(own[:end], style, is_forced=True).content
-
-
-def test_strict_calls_have_their_mark() -> None:
-    text = f'{{"name": "weather", "arguments": {PARIS}}}'
-    assert whole(text, MARKED, is_strict=True) == Answer(content=text, reason="stop")
-    assert whole(marked("now", "{}"), MARKED, is_strict=True).calls == [["now", "{}"]]
 
 
 def test_where_calls_are_not_parallel_the_first_one_ends_the_answer() -> None:
@@ -215,6 +293,8 @@ EVERYTHING = (
     [(style, text, {}) for style, text, _, _ in CALLS]
     + [(style, text, {}) for style, text in NO_CALLS + CUT]
     + [(MARKED, text, {"think": THINK, "is_thinking": thinking}) for text, thinking, _, _ in REASONING]
+    + [(LINES, text, {"is_strict": True}) for text in STRICT_NO_CALLS]
+    + [(style, text, {"is_structured": True}) for style, text, _, _ in CALLS]
     + [(None, text, {"think": THINK, "is_thinking": thinking}) for text, thinking, _, _ in REASONING]
 )
 

@@ -122,6 +122,87 @@ def test_forced_calls_are_valid(name: str, literals: Literals, compiler: Grammar
     assert num_complete > 4 and (most > 1 or style.is_named)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_calls_as_models_write_them_follow_the_grammar(name: str) -> None:
+    written = {
+        "XML": "<tool_call>\n<function=weather>\n<parameter=city>\nNew\nYork <x>\n</parameter>\n<parameter=unit>\n"
+        "celsius\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+        "arg_key": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>New\nYork</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+    }
+    style, arguments = FORMATS[name], {"city": "New\nYork", "days": 3, "at": "10:30", "near": [{"x": 1}]}
+    call = written.get(name) or style.written("weather", arguments)
+    body = request(tool_choice="required")
+    structure = structure_of(body, toolbox_of(body), style, MARKS)
+    assert structure is not None
+    grammar = COMPILER.compile(structure.text)
+    assert follows(grammar, call) and read(call, style)[0] == "tool_calls"
+    check(read(call, style)[2])
+    if not style.is_named:
+        assert follows(grammar, f"{call}{style.between}{call}") and follows(grammar, call + "\n")
+
+
+ODD_SCHEMAS: list[dict[str, Any]] = [
+    {"properties": {"a": {"enum": ["x", "yy"], "maxLength": 1}, "b": {"type": "string"}}, "required": ["b"]},
+    {"properties": {"a>b": {"type": "string"}, "c d": {"type": "string"}}, "required": ["a>b"]},
+    {"properties": {"a": {"$ref": "#/properties/b"}, "b": {"type": "string"}}, "required": ["a"]},
+    {"properties": {"a": {"enum": ["\x7f", 'q"', "\n", "</parameter>"]}}, "required": ["a"]},
+    {"properties": {}, "required": ["x"], "additionalProperties": {"type": "integer"}},
+    {"properties": {"a": True}, "required": ["a"]},
+    {"description": "anything"},
+]
+
+
+@pytest.mark.parametrize("name", ["XML", "arg_key", "marked JSON"])
+@pytest.mark.parametrize("number", range(len(ODD_SCHEMAS)))
+def test_odd_schemas_are_kept_too(name: str, number: int) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": ODD_SCHEMAS[number]}}
+    body = request(tools=[tool], tool_choice="required", parallel_tool_calls=False)
+    box = toolbox_of(body)
+    structure = structure_of(body, box, FORMATS[name], MARKS)
+    assert structure is not None and box is not None
+    for text, is_complete in answers(engine_of("llama"), COMPILER.compile(structure.text), 4, temperature=1.0):
+        parser = AnswerParser(Reading(box.schemas, FORMATS[name], is_forced=True))
+        parts = parser.put(text) + parser.end()
+        if is_complete:
+            assert parser.finish_reason("stop") == "tool_calls"
+            arguments = "".join(part.call.arguments for part in parts if part.call)
+            jsonschema.validate(json.loads(arguments), {"type": "object", **ODD_SCHEMAS[number]})
+
+
+@pytest.mark.parametrize("parameters", [{"properties": ["a"]}, {"required": 5}, {"properties": {"a": 3}}])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_malformed_schema_is_refused_in_every_format(name: str, parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    body = request(tools=[tool], tool_choice="required")
+    structure = structure_of(body, toolbox_of(body), FORMATS[name], MARKS)
+    assert structure is not None
+    for text in (structure.text, structure.fields["tools[0].function.parameters"]):
+        with pytest.raises(ValueError):
+            COMPILER.compile(text)
+
+
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_masks_ahead_are_those_that_come_one_by_one(is_repeated: bool) -> None:
+    body = request()
+    structure = structure_of(body, toolbox_of(body), MARKED, MARKS)
+    assert structure is not None
+    triggered = Triggered(COMPILER.compile(structure.text), CALL, is_repeated)
+    call = '<tool_call>\n{"name": "get.now", "arguments": {}}\n</tool_call>'
+    token_ids = TOKENIZER(f"Hi {call}\n{call} there", add_special_tokens=False).input_ids
+    for constraint in (triggered, thinking(is_open=False, answer=triggered)):
+        for start in range(0, len(token_ids), 3):
+            matcher, one_by_one = constraint.matcher(), constraint.matcher()
+            for token_id in token_ids[:start]:
+                matcher.accept(token_id)
+                one_by_one.accept(token_id)
+            for count in range(min(12, len(token_ids) - start)):
+                if one_by_one.is_finished:
+                    break
+                assert matcher.mask(token_ids[start : start + count]) == one_by_one.mask([]), (start, count)
+                one_by_one.accept(token_ids[start + count])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_model_calls_the_function_that_is_named_and_once(family: str) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
@@ -154,34 +235,36 @@ def test_where_a_call_has_a_mark_it_is_valid_from_there_on_and_text_is_free() ->
     assert sum(is_complete for _, is_complete in marked) > 4
 
 
-@pytest.mark.parametrize("style", [LINES, PARAMETERS, NAMED, MARKED], ids=lambda style: style.name)
-def test_strict_tools_are_called_validly_also_where_a_call_has_no_token_before_it(style: ToolFormat) -> None:
+@pytest.mark.parametrize("style", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("literals", [MARKS, NO_MARKS], ids=["tokens", "text"])
+def test_strict_tools_are_called_validly_wherever_the_parser_sees_a_call(style: ToolFormat, literals: Literals) -> None:
     body = request()
-    assert structure_of(body, toolbox_of(body), style, NO_MARKS) is None
+    loose = structure_of(body, toolbox_of(body), style, literals)
+    assert loose is None or (loose.trigger and not loose.is_needed)
     body.tools[0]["function"]["strict"] = True
-    structure = structure_of(body, toolbox_of(body), style, NO_MARKS)
+    structure = structure_of(body, toolbox_of(body), style, literals)
     assert structure is not None and structure.is_needed and structure.trigger is None
-    grammar = PLAIN_COMPILER.compile(structure.text)
-    good = {
-        name: '{"a": 1}' if name == "either" else "{}" if name == "get.now" else '{"city": "x", "days": 3}'
-        for name in SCHEMAS
-    }
+    own = TOKENIZER if literals is MARKS else PLAIN
+    grammar = (COMPILER if literals is MARKS else PLAIN_COMPILER).compile(structure.text)
+    good = {"weather": {"city": "x", "days": 3}, "get.now": {}, "either": {"a": 1}}
+    bare = ToolFormat("bare", key=style.key, is_named=style.is_named)
     for name, arguments in good.items():
-        call = style.written(name, json.loads(arguments))
-        assert follows(grammar, call)
-        assert read(call, style, is_forced=False)[0] == "tool_calls"
-        wrong = style.written(name, {"wrong": True})
-        assert not follows(grammar, wrong)
-    for text in ("Hello.\nThere {}", '{"name": "other"}', "we", "weather is nice", "```json\n{}\n```"):
-        assert follows(grammar, text)
-    if not style.is_named and not style.begin:
-        assert follows(grammar, f"I will look.\n```json\n{style.written('get.now', {})}\n```")
+        for form in (bare, style) if not style.elements else (bare,):
+            call = form.written(name, arguments)
+            assert follows(grammar, call, own) and read(call, style, is_forced=False)[0] == "tool_calls"
+            assert not follows(grammar, form.written(name, {"wrong": True}), own)
+            if not style.is_named:
+                assert follows(grammar, f"I will look.\n{call}\nSo.", own)
+                assert not follows(grammar, f"I will look.\n{form.written(name, {'wrong': True})}", own)
+                assert not follows(grammar, f"```json\n{form.written(name, {'wrong': True})}", own)
+    for text in ("Hello.\nThere {}", '{"name": "other"}', "we", "weather is nice", "```json\n{}\n```", "<tool> 1"):
+        assert follows(grammar, text, own)
 
 
-def follows(grammar: Constraint, text: str) -> bool:
+def follows(grammar: Constraint, text: str, tokenizer: Any = TOKENIZER) -> bool:
     """Whether a text is a complete answer."""
     matcher = grammar.matcher()
-    for token_id in PLAIN(text, add_special_tokens=False).input_ids:
+    for token_id in tokenizer(text, add_special_tokens=False).input_ids:
         mask = matcher.mask([])
         if mask is None or not mask[token_id // 8] >> token_id % 8 & 1:
             return False

@@ -7,8 +7,22 @@ from langchain_core.exceptions import ContextOverflowError
 from langchain_openai import ChatOpenAI, OpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from process import Server
+from pydantic import BaseModel, Field
 
 MODEL = "qwen2.5-coder-0.5b"
+
+
+class Joke(BaseModel):
+    """A joke."""
+
+    setup: str
+    punchline: str
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: str = Field(description="the city's name")
 
 
 class TestChatModel(ChatModelIntegrationTests):
@@ -42,20 +56,28 @@ class TestChatModel(ChatModelIntegrationTests):
         return MODEL  # there is only this one
 
     @property
-    def has_tool_calling(self) -> bool:
-        return False  # until the server has tools
-
-    @property
-    def has_tool_choice(self) -> bool:
-        return False  # until the server has tools
-
-    @property
     def structured_output_kwargs(self) -> dict[str, Any]:
-        return {"method": "json_schema"}  # the way by tools waits for tools
+        return {"method": "function_calling"}
 
-    @pytest.mark.xfail(reason="LangChain turns schemas of the older pydantic into tools", strict=True)
-    def test_structured_output_pydantic_2_v1(self, model: Any) -> None:
-        super().test_structured_output_pydantic_2_v1(model)
+    @pytest.mark.parametrize("method", ["function_calling", "json_schema", "json_mode"])
+    def test_structured_output_in_every_method(self, model: ChatOpenAI, method: Any) -> None:
+        question = "Tell a joke about cats as JSON with the keys setup and punchline."
+        structured = model.with_structured_output(Joke, method=method)
+        joke = structured.invoke(question)
+        assert isinstance(joke, Joke)
+        assert [*structured.stream(question)][-1] == joke
+
+    def test_bound_tools_are_called_and_streamed_alike(self, model: ChatOpenAI) -> None:
+        bound = model.bind_tools([Joke, Weather], tool_choice="any", parallel_tool_calls=False)
+        (call,) = bound.invoke("What is the weather in Oslo?").tool_calls
+        assert call["name"] == "Weather" and call["args"]["city"] == "Oslo"
+        chunks = [*bound.stream("What is the weather in Oslo?")]
+        whole = chunks[0]
+        for chunk in chunks[1:]:
+            whole += chunk
+        assert [(c["name"], c["args"]) for c in whole.tool_calls] == [(call["name"], call["args"])]
+        strict = model.bind_tools([Weather], strict=True, tool_choice="Weather").invoke("And in Rome?")
+        assert [c["name"] for c in strict.tool_calls] == ["Weather"]
 
     @property
     def supports_json_mode(self) -> bool:
@@ -63,7 +85,7 @@ class TestChatModel(ChatModelIntegrationTests):
 
     @property
     def supports_image_inputs(self) -> bool:
-        return False  # until the server has images
+        return False  # this model does not see; tests/clients/test_images.py has one that does
 
     def test_a_prompt_that_is_too_long_is_langchains_own_error(self) -> None:
         model = ChatOpenAI(**self.chat_model_params)
