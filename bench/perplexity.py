@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from engine.engine import Engine, EngineOptions, load_engine
+from engine.engine import Engine, EngineOptions, Facts, load_engine
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
@@ -58,7 +58,7 @@ def score(engine: Engine, window: list[int]) -> list[float]:
 
 def measure(directory: Path, choice: str, texts: list[list[int]], first: float | None) -> Perplexity:
     options = EngineOptions(quantization=choice, device_map="cpu")
-    engine, _ = load_engine(directory, options, list, lambda what, fraction: None)
+    engine, _ = load_engine(directory, options, Facts, lambda what, fraction: None)
     start = time.perf_counter()
     logprobs = [logprob for window in texts for logprob in score(engine, window)]
     perplexity = math.exp(-sum(logprobs) / len(logprobs))

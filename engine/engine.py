@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -294,10 +294,18 @@ def _call_sinks(outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
         sink(output)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model beside its own files."""
+
+    stop_token_ids: tuple[int, ...] = ()  # end an answer beside those that its generation config names
+    context_length: int = 2048  # tokens, where its config has none
+
+
 def load_engine(
     directory: Path,
     options: EngineOptions,
-    stop_token_ids: Callable[[], Iterable[int]],
+    facts: Callable[[], Facts],
     report: Report,
     draft: Path | None = None,
 ) -> tuple[Engine, GenerationConfig | None]:
@@ -305,8 +313,8 @@ def load_engine(
 
     Raises ModelLoadError. Blocks for seconds or minutes.
 
-    `stop_token_ids` end an answer beside those that the model's own generation config names; they are asked for once
-    the weights are there. `draft`: a directory with a smaller model of the same vocabulary, which guesses.
+    `facts` are asked for once the weights are there. `draft`: a directory with a smaller model of the same vocabulary,
+    which guesses.
     """
     set_threads()
     model = load_model(directory, options.dtype, options.device_map, report, options.quantization)
@@ -314,7 +322,10 @@ def load_engine(
     if draft is not None:
         small = load_model(draft, options.dtype, options.device_map, report, options.quantization)
     eos = model.generation_config.eos_token_id if model.generation_config else None
-    eos_ids = frozenset([*stop_token_ids(), *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
+    known, text = facts(), model.config.get_text_config()
+    if not getattr(text, "max_position_embeddings", None):
+        text.max_position_embeddings = known.context_length
+    eos_ids = frozenset([*known.stop_token_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
     engine = build_engine(model, options, eos_ids, small)
     _warm_up(engine)
     return engine, model.generation_config
@@ -415,7 +426,7 @@ def _draft_model(
 def _model_context(model: PreTrainedModel, wanted: int | None) -> int:
     """Tokens; long-rope models stay within their original context, where one set of frequencies holds for all."""
     text = model.config.get_text_config()
-    context = int(getattr(text, "max_position_embeddings", None) or 2048)
+    context = int(getattr(text, "max_position_embeddings", None) or Facts.context_length)
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         context = min(context, int(rope.get("original_max_position_embeddings") or context))

@@ -65,7 +65,7 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     from engine import kernels
 
     threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
-    from engine.engine import EngineOptions, load_engine
+    from engine.engine import EngineOptions, Facts, load_engine
     from engine.model_runner import check_model
 
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
@@ -78,7 +78,11 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
         if draft_directory:
             check_vocabulary(template.result(), load_template(draft_directory, config.model_type))
         engine, generation_config = load_engine(
-            directory, options, lambda: template.result().stop_token_ids, progress.report, draft_directory or None
+            directory,
+            options,
+            lambda: Facts(tuple(template.result().stop_token_ids), template.result().family.context_length),
+            progress.report,
+            draft_directory or None,
         )
     progress.report("ready", 1.0)
     texts = TokenTexts(template.result().tokenizer)

@@ -30,7 +30,7 @@ ALLOWED = {  # file or folder -> which of our modules it may import
     "fetching.py": {"errors", "images"},
     "response_output.py": {"schemas"},
     "responses.py": {"errors", "response_output", "schemas"},
-    "prompt_templates.py": {"errors", "messages", "schemas", "tool_formats"},
+    "prompt_templates.py": {"errors", "messages", "schemas", "streaming", "tool_formats"},
     "engine": {"errors", "engine"},
 }
 FORBIDDEN = {"engine": {"fastapi", "starlette", "pydantic"}, "schemas.py": {"torch"}, "streaming.py": {"torch"}}
