@@ -146,13 +146,13 @@ def _of_choice(choices: Any) -> str:
 def _of_lark(text: Any) -> str:
     """Lark's syntax, or EBNF as llama.cpp writes it (`root ::= ...`)."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    from llguidance.gbnf_to_lark import any_to_lark
 
     if not isinstance(text, str):
         raise ValueError("a grammar is a string")
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(text))
-    except GbnfToLarkError as error:
+    except Exception as error:  # of the library's own class, or of none
         raise ValueError(str(error)) from error
 
 

@@ -102,7 +102,7 @@ def save_tiny_checkpoint(directory: Path, has_marks: bool = False) -> Path:
     tokenizer = byte_tokenizer(has_marks)
     _, config = FAMILIES["qwen3"]
     own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    own |= {"max_position_embeddings": 2048} if has_marks else {}
+    own |= {"max_position_embeddings": 16384} if has_marks else {}
     config = Qwen3Config(**{**config.to_dict(), **own})
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(directory)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3ForConditionalGenerati
 
 from errors import InvalidRequest
 from fetching import ImageFetcher
-from prompt_templates import PromptTemplate
+from prompt_templates import PromptTemplate, RenderOptions
 from providers.eyes import ELONGATED, PAN_AND_SCAN, Eyes
 from providers.loading import open_eyes
 from schemas import Message
@@ -89,7 +89,9 @@ def rendered(messages: list[dict[str, Any]], directory: Path, most: int = 9) -> 
         return await eyes.see(asked, ImageFetcher(), most)
 
     views = asyncio.run(see())
-    token_ids = PromptTemplate(tokenizer, "gemma3", TOKENS).render_chat(asked, None, None, [len(v) for v in views])
+    token_ids = PromptTemplate(tokenizer, "gemma3", TOKENS).render_chat(
+        asked, RenderOptions(num_views=[len(v) for v in views])
+    )
     return token_ids, eyes.place(token_ids, [view for own in views for view in own])
 
 
