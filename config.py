@@ -1,9 +1,10 @@
 """Settings: what can be set, by command line, environment or `.env`, in this order. It knows nothing of their use."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, field_validator
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -22,6 +23,37 @@ def parse_bytes(value: Any) -> Any:
         raise ValueError(f"{value!r} is not a size such as 4GiB, 512MiB or 1000000") from None
 
 
+def without_comment(value: Any) -> Any:
+    """Some readers of .env files keep what follows ` #`."""
+    if not isinstance(value, str):
+        return value
+    text = re.split(r"(?:^|\s)#", value, maxsplit=1)[0].strip()
+    return text or None
+
+
+def parse_pairs(value: Any) -> Any:
+    """`"a=b,c=d"` -> {"a": "b", "c": "d"}"""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    if not all(equals and name.strip() and other.strip() for name, equals, other in pairs):
+        raise ValueError(f"{value!r} is no list such as name=other,name=other")
+    return {name.strip(): other.strip() for name, _, other in pairs}
+
+
+def parse_fallbacks(value: Any) -> Any:
+    """`"a=b,c;d=e"` -> {"a": ["b", "c"], "d": ["e"]}"""
+    if not isinstance(value, str):
+        return value
+    rows = [row.partition("=") for row in value.split(";") if row.strip()]
+    if not all(equals and name.strip() and others.strip() for name, equals, others in rows):
+        raise ValueError(f"{value!r} is no list such as name=other,another;name=other")
+    return {name.strip(): [other.strip() for other in others.split(",") if other.strip()] for name, _, others in rows}
+
+
+Key = Annotated[SecretStr | None, BeforeValidator(without_comment)]
+Url = Annotated[str | None, BeforeValidator(without_comment)]
+Seconds = Annotated[float, BeforeValidator(without_comment), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
@@ -59,6 +91,37 @@ class Settings(BaseSettings):
         None, description="comma-separated hosts, the only ones that images are fetched from; default: all public ones"
     )
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish")
+
+    openai_api_key: Key = Field(None, description="for openai/ and bare gpt-*, text-embedding-*")
+    openai_base_url: Url = Field("https://api.openai.com/v1", description="of openai/")
+    google_api_key: Key = Field(None, description="for gemini/ and models/")
+    gemini_base_url: Url = Field(
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+        description="of gemini/, its layer for OpenAI's protocol",
+    )
+    anthropic_api_key: Key = Field(None, description="for claude/")
+    anthropic_base_url: Url = Field("https://api.anthropic.com", description="of claude/")
+    anthropic_default_max_tokens: int = Field(4096, gt=0, description="where a request to claude/ is silent")
+    deepseek_api_key: Key = Field(None, description="for deepseek/")
+    deepseek_api_url: Url = Field("https://api.deepseek.com", description="of deepseek/, for streams")
+    deepseek_api_endpoint_nonstream: Url = Field(
+        None, description="the whole URL for answers that are not streamed; default: as for streams"
+    )
+    minmax_api_key: Key = Field(
+        None, validation_alias=AliasChoices("minmax_api_key", "minimax_api_key"), description="for minmax/ and minimax/"
+    )
+    minmax_api_url: Url = Field("https://api.minimax.io/v1", description="the whole URL of minmax/, or its /v1")
+    ollama_baseurl: Url = Field("http://localhost:11434", description="of ollama/")
+    ollama_api_key: Key = Field(None, description="for ollama/, where it wants one")
+    ollama_timeout: Seconds = Field(120.0, description="seconds that ollama/ may be silent, or take in all")
+    gateway_timeout: Seconds = Field(120.0, description="seconds that another provider may be silent")
+    gateway_max_retries: int = Field(2, ge=0, le=10, description="after passing failures of a provider")
+    model_aliases: Annotated[dict[str, str], NoDecode, BeforeValidator(parse_pairs)] = Field(
+        {}, description="names that stand for others: name=other,name=other"
+    )
+    model_fallbacks: Annotated[dict[str, list[str]], NoDecode, BeforeValidator(parse_fallbacks)] = Field(
+        {}, description="who answers where a provider cannot: name=other,another;name=other"
+    )
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="the weights' and the cache's")
     device_map: str = Field("auto", description="as in accelerate: auto, cpu, cuda:0, balanced, sequential")

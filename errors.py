@@ -4,6 +4,8 @@ It does not know HTTP responses: `main.py` maps these to one, in a single place.
 Source of the shape: the `Error` schema of the OpenAI OpenAPI document (message, type, param, code, all required).
 """
 
+from collections.abc import Mapping
+
 
 class APIError(Exception):
     """An error that a client is told about."""
@@ -11,6 +13,7 @@ class APIError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    headers: Mapping[str, str] = {}  # of the answer that says so
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
@@ -73,6 +76,37 @@ class Overloaded(Unavailable):
 
 class EngineFailure(APIError):
     """A step of the engine failed; the requests that it carried get this."""
+
+
+class ProviderNotConfigured(APIError):
+    """The key of a model's provider is not set here."""
+
+    status = 401
+    type = "authentication_error"
+    code = "provider_not_configured"
+
+
+class UpstreamError(APIError):
+    """What a provider answered, or why there is no answer of it."""
+
+    type = "upstream_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 502,
+        type: str | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        is_passing: bool = False,
+    ) -> None:
+        """headers: of the answer; is_passing: another try, or another model, may succeed."""
+        super().__init__(message, param=param, code=code, retry_after=retry_after)
+        self.status, self.headers, self.is_passing = status, dict(headers or {}), is_passing
+        self.type = type or UpstreamError.type
 
 
 class ModelLoadError(Exception):

@@ -12,13 +12,13 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -26,6 +26,8 @@ import errors
 import responses
 from body_limit import BodyLimit
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
+from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
+from gateway import GatewayRoute
 from providers import Router
 from providers.loading import Load, load
 from providers.local import LocalProvider
@@ -49,8 +51,6 @@ from schemas import (
 from streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
 
 log = logging.getLogger("main")
-T = TypeVar("T")
-CLIENT_GONE = 499  # nobody reads it; for the log
 
 
 def create_app(settings: Settings, stop: Callable[[], None] | None = None, load: Load = load) -> FastAPI:
@@ -63,6 +63,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         local.start()
         yield
         await local.close(settings.shutdown_timeout)
+        await app.state.router.close()
 
     def on_failure(sentence: str) -> None:
         print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
@@ -73,7 +74,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     app = FastAPI(title="Gemma 3 / Qwen server", version="0.1.0", lifespan=lifespan)
     app.state.failure = None
     app.state.local = local
-    app.state.router = Router({"": local})
+    app.state.router = Router(local, settings)
     _add_cors(app, settings)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_size)
     app.add_middleware(RequestId)
@@ -95,37 +96,36 @@ def _add_endpoints(app: FastAPI) -> None:
     router: Router = app.state.router
     local: LocalProvider = app.state.local
 
-    api = APIRouter(responses=_ERRORS)
+    api = APIRouter(responses=_ERRORS, route_class=GatewayRoute)
 
     @api.post("/chat/completions", response_model=ChatCompletion, responses=_STREAM)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        provider, body.model = router.resolve(body.model)
         wire = ChunkWire(body.includes_usage)
-        return await _respond(request, body, provider.stream_chat(body), collect_chat, wire)
+        return await _respond(request, body, local.stream_chat(body), collect_chat, wire)
 
     @api.post("/completions", response_model=Completion, responses=_STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        provider, body.model = router.resolve(body.model)
         wire = ChunkWire(body.includes_usage)
-        return await _respond(request, body, provider.stream_completion(body), collect_completion, wire)
+        return await _respond(request, body, local.stream_completion(body), collect_completion, wire)
 
     @api.post("/responses", response_model=ResponseObject, responses=_STREAM)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
-        chat = responses.as_chat(body)
-        provider, chat.model = router.resolve(body.model)
-        events = responses.stream(body, provider.stream_chat(chat))
+        events = responses.stream(body, local.stream_chat(responses.as_chat(body)))
         return await _respond(request, body, events, responses.collect, EventWire())
 
     @api.get("/models")
     async def list_models() -> ModelList:
-        return ModelList(data=[model for provider in router.routes.values() for model in provider.models()])
+        others = [Model.of_provider(owner, name) for owner, name in await router.listed()]
+        return ModelList(data=[*local.models(), *others])
 
     @api.get("/models/{model:path}")
     async def retrieve_model(model: str) -> Model:
-        provider, name = router.resolve(model)
-        if not provider.serves(name):
-            raise errors.ModelNotFound(f"The model {model!r} does not exist.", param="model")
-        return provider.models()[0]
+        if local.serves(model):
+            return local.models()[0]
+        for owner, name in await router.listed():
+            if model == f"{owner}/{name}":
+                return Model.of_provider(owner, name)
+        raise errors.ModelNotFound(f"The model {model!r} does not exist.", param="model")
 
     app.include_router(api, prefix="/v1")
     app.include_router(api, include_in_schema=False)  # for clients that were given the address without /v1
@@ -160,50 +160,15 @@ async def _respond(
     """A stream or its fold. Either stops the work behind it when the client leaves."""
     headers = _ignored_fields_header(body)
     if body.stream:
-        first = await _unless_client_leaves(request, anext(chunks))
+        first = await unless_client_leaves(request, anext(chunks))
         if first is None:
             return Response(status_code=CLIENT_GONE)
         events = sse(first, chunks, wire)
-        return EventStream(events, {**headers, **_STREAM_HEADERS})
-    answer = await _unless_client_leaves(request, collect(chunks))
+        return EventStream(events, {**headers, **STREAM_HEADERS})
+    answer = await unless_client_leaves(request, collect(chunks))
     if answer is None:
         return Response(status_code=CLIENT_GONE)
     return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
-
-
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies: pass events on at once
-
-
-class EventStream(StreamingResponse):
-    """A stream that is closed when its response ends, however it ends."""
-
-    def __init__(self, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events = events
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-
-
-async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of `work`; None, and `work` cancelled, if the connection closes first."""
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(leave())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
@@ -217,8 +182,8 @@ def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(errors.APIError)
     async def on_api_error(request: Request, error: errors.APIError) -> JSONResponse:
-        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else _RETRY.get(error.status // 100)
-        return JSONResponse(error.body(), error.status, headers)
+        known = {"Retry-After": str(error.retry_after)} if error.retry_after else _RETRY.get(error.status // 100, {})
+        return JSONResponse(error.body(), error.status, {**known, **error.headers})
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -594,6 +594,11 @@ class Model(BaseModel):
     chat_template: Literal["own", "family"] | None = None  # whose; a base model has none of its own
     recommended_quantization: str | None = None
 
+    @classmethod
+    def of_provider(cls, owner: str, name: str) -> "Model":
+        """One that another provider has."""
+        return cls(id=f"{owner}/{name}", created=0, owned_by=owner, permission=[], root=name)
+
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"

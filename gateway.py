@@ -1,0 +1,110 @@
+"""GatewayRoute: requests for other providers' models are relayed as they came; all others go on to their endpoint.
+
+It reads the model's name and nothing else of a request, so what a provider knows and this server does not gets there.
+"""
+
+import json
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
+from errors import ModelNotFound, UpstreamError
+from providers import Router
+from providers.base import Gateway
+
+PATHS = ("chat/completions", "completions", "embeddings", "responses")
+_MODEL = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class GatewayRoute(APIRoute):
+    def get_route_handler(self) -> Handler:
+        local, path = super().get_route_handler(), self.path.removeprefix("/v1").strip("/")
+        if path not in PATHS:
+            return local
+
+        async def handle(request: Request) -> Response:
+            router: Router = request.app.state.router
+            body = await _concerning(request, router)
+            return await local(request) if body is None else await _answer(request, router, path, body, local)
+
+        return handle
+
+
+async def _concerning(request: Request, router: Router) -> dict[str, Any] | None:
+    """The body of a request that is not simply this server's. Others are not parsed here: they may be large."""
+    content = await request.body()
+    names = {_text(match) for match in _MODEL.findall(content)}
+    if not any(router.alias(name) != name or router.gateway(name) or len(router.tries(name)) > 1 for name in names):
+        return None
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return None  # the endpoint says what is wrong
+    is_one = isinstance(body, dict) and isinstance(body.get("model"), str)
+    return body if is_one else None
+
+
+def _text(quoted: bytes) -> str:
+    try:
+        return str(json.loads(quoted))
+    except ValueError:
+        return ""
+
+
+async def _answer(request: Request, router: Router, path: str, body: dict[str, Any], local: Handler) -> Response:
+    """Of the first who can."""
+    asked = body["model"]
+    first, *others = router.tries(router.alias(asked))
+    failure: UpstreamError | None = None
+    for model in (first, *others):
+        headers = {"x-gateway-model": model} if model != asked else {}
+        headers |= {"x-gateway-fallback-from": first} if failure else {}
+        found = router.gateway(model)
+        try:
+            if found is not None:
+                return await _relayed(request, path, {**body, "model": found[2]}, found, headers)
+            response = await local(_with_body(request, {**body, "model": model}))
+            response.headers.update(headers)
+            return response
+        except UpstreamError as error:
+            if not error.is_passing:
+                raise
+            failure = failure or error
+        except ModelNotFound:
+            if failure is None:
+                raise
+    assert failure is not None
+    raise failure
+
+
+async def _relayed(
+    request: Request, path: str, body: dict[str, Any], found: tuple[str, Gateway, str], headers: dict[str, str]
+) -> Response:
+    name, gateway, _ = found
+    relayed = await unless_client_leaves(request, gateway.answer(path, body))
+    if relayed is None:
+        return Response(status_code=CLIENT_GONE)
+    headers = {"x-gateway-provider": name, **headers, **relayed.headers}
+    if isinstance(relayed.content, bytes):
+        return Response(relayed.content, media_type="application/json", headers=headers)
+    return EventStream(relayed.content, {**headers, **STREAM_HEADERS})
+
+
+def _with_body(request: Request, body: dict[str, Any]) -> Request:
+    """The same request with another body."""
+    content: bytes | None = json.dumps(body).encode()
+
+    async def receive() -> Any:
+        nonlocal content
+        if content is None:
+            return await request.receive()
+        message, content = {"type": "http.request", "body": content, "more_body": False}, None
+        return message
+
+    return Request(request.scope, receive)

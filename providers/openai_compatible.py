@@ -1,0 +1,344 @@
+"""Providers that speak OpenAI's protocol: rows of a table, and what has to be put right in their bodies.
+
+What a row does not mention passes byte for byte. Sources: the providers' documents on their compatible layers.
+"""
+
+import json
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from answer_parser import AnswerParser, Part, Reading
+from errors import InvalidRequest, unsupported
+from providers.base import Relayed
+from providers.upstream import Upstream, data_of, error_in, events_of, until_error, with_keep_alive
+
+Object = dict[str, Any]
+Dropped = list[str]
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+
+
+@dataclass(frozen=True)
+class Urls:
+    """Where a provider's endpoints are."""
+
+    base: str
+    chat: str | None = None  # if it is elsewhere
+    chat_whole: str | None = None  # the same for answers that are not streamed
+
+    def of(self, path: str, is_stream: bool) -> str:
+        if path == "chat/completions" and not is_stream and self.chat_whole:
+            return self.chat_whole
+        if path == "chat/completions" and self.chat:
+            return self.chat
+        return f"{self.base}/{path}"
+
+
+class Fixes:
+    """What is put right; this one changes nothing. One for each request."""
+
+    paths: tuple[str, ...] = ("chat/completions", "completions", "embeddings", "responses")
+
+    def request(self, path: str, body: Object) -> Dropped:
+        """Changes the body in place; the names of parameters that it had to leave out. Raises InvalidRequest."""
+        return []
+
+    def answer(self, body: Object) -> bool:
+        """Changes a whole answer in place; whether there was anything."""
+        return False
+
+    def chunk(self, chunk: Object) -> bool:
+        """The same for a chunk of a stream."""
+        return False
+
+
+def _choices(body: Object) -> list[Object]:
+    choices = body.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def _drop(body: Object, *names: str) -> Dropped:
+    return [name for name in names if body.pop(name, None) is not None]
+
+
+def _rename(body: Object, old: str, new: str) -> None:
+    if (value := body.pop(old, None)) is not None:
+        body.setdefault(new, value)
+
+
+class GeminiFixes(Fixes):
+    """Calls in streams lack their index, and a stream that ends in them says `stop`."""
+
+    paths = ("chat/completions", "embeddings")
+
+    def __init__(self) -> None:
+        self._num_calls: dict[int, int] = {}
+        self._ids: dict[tuple[int, str], int] = {}
+
+    def chunk(self, chunk: Object) -> bool:
+        is_changed = False
+        for choice in _choices(chunk):
+            index = choice.get("index", 0)
+            delta = choice.get("delta")
+            for call in (delta.get("tool_calls") or []) if isinstance(delta, dict) else []:
+                is_changed |= self._number(index, call)
+            if choice.get("finish_reason") == "stop" and self._num_calls.get(index):
+                choice["finish_reason"], is_changed = "tool_calls", True
+        return is_changed
+
+    def _number(self, index: int, call: Any) -> bool:
+        if not isinstance(call, dict) or isinstance(call.get("index"), int):
+            if isinstance(call, dict):
+                self._num_calls[index] = max(self._num_calls.get(index, 0), call["index"] + 1)
+            return False
+        count = self._num_calls.get(index, 0)
+        key = (index, str(call.get("id") or count))
+        call["index"] = self._ids.setdefault(key, count)
+        self._num_calls[index] = max(count, call["index"] + 1)
+        return True
+
+    def answer(self, body: Object) -> bool:
+        is_changed = False
+        for choice in _choices(body):
+            message = choice.get("message")
+            if isinstance(message, dict) and message.get("tool_calls") and choice.get("finish_reason") == "stop":
+                choice["finish_reason"], is_changed = "tool_calls", True
+        return is_changed
+
+
+class DeepSeekFixes(Fixes):
+    """Other names for the limit, the user and the tokens that were cached."""
+
+    paths = ("chat/completions",)
+
+    def request(self, path: str, body: Object) -> Dropped:
+        _rename(body, "max_completion_tokens", "max_tokens")
+        _rename(body, "user", "user_id")
+        for message in body.get("messages") or ():
+            if isinstance(message, dict) and message.get("role") == "developer":
+                message["role"] = "system"
+        return []
+
+    def answer(self, body: Object) -> bool:
+        usage = body.get("usage")
+        if not isinstance(usage, dict) or "prompt_cache_hit_tokens" not in usage or usage.get("prompt_tokens_details"):
+            return False
+        usage["prompt_tokens_details"] = {"cached_tokens": usage["prompt_cache_hit_tokens"]}
+        return True
+
+    chunk = answer
+
+
+class OllamaFixes(Fixes):
+    """`reasoning` under the name that other clients read too; what it would ignore is refused or named."""
+
+    def request(self, path: str, body: Object) -> Dropped:
+        if (body.get("n") or 1) != 1:
+            raise unsupported("n")
+        if path == "embeddings" and any(isinstance(part, int | list) for part in _listed(body.get("input"))):
+            raise InvalidRequest("Ollama takes texts, and no tokens.", param="input", code="unsupported_value")
+        for number, message in enumerate(body.get("messages") or ()):
+            _check_images(message, f"messages[{number}]")
+        if body.get("tool_choice") in ("auto", None):
+            body.pop("tool_choice", None)
+        return _drop(body, "tool_choice", "logit_bias", "user")
+
+    def answer(self, body: Object) -> bool:
+        return _show_reasoning(body, "message")
+
+    def chunk(self, chunk: Object) -> bool:
+        return _show_reasoning(chunk, "delta")
+
+
+def _show_reasoning(body: Object, place: str) -> bool:
+    is_changed = False
+    for item in [choice.get(place) for choice in _choices(body)]:
+        if isinstance(item, dict) and item.get("reasoning") and "reasoning_content" not in item:
+            item["reasoning_content"], is_changed = item["reasoning"], True
+    return is_changed
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_images(message: Any, path: str) -> None:
+    for number, part in enumerate(_listed(message.get("content")) if isinstance(message, dict) else ()):
+        image = part.get("image_url") if isinstance(part, dict) else None
+        url = image.get("url") if isinstance(image, dict) else image
+        if isinstance(url, str) and not url.startswith("data:"):
+            param = f"{path}.content[{number}]"
+            raise InvalidRequest("Ollama takes images as data: URLs alone.", param=param, code="unsupported_value")
+
+
+class MiniMaxFixes(Fixes):
+    """Thoughts inside of the content, empty roles, choices without a delta, and errors that call themselves success."""
+
+    paths = ("chat/completions",)
+
+    def __init__(self) -> None:
+        self._parsers: dict[int, AnswerParser] = {}
+
+    def request(self, path: str, body: Object) -> Dropped:
+        _rename(body, "max_tokens", "max_completion_tokens")
+        if (body.get("n") or 1) != 1:
+            raise unsupported("n")
+        dropped: Dropped = []
+        temperature = body.get("temperature")
+        if isinstance(temperature, int | float) and not 0 < temperature <= 1:
+            body["temperature"] = 0.01 if temperature <= 0 else 1.0  # the ends of what it takes
+            dropped.append("temperature")
+        return dropped
+
+    def answer(self, body: Object) -> bool:
+        is_changed = False
+        for choice in _choices(body):
+            message = choice.get("message")
+            if isinstance(message, dict) and isinstance(message.get("content"), str):
+                parser = self._parser()
+                is_changed |= _put(message, parser.put(message["content"]) + parser.end())
+        return is_changed
+
+    def chunk(self, chunk: Object) -> bool:
+        is_changed = False
+        for choice in _choices(chunk):
+            delta = choice.get("delta")
+            if not isinstance(delta, dict):
+                chunk["choices"], is_changed = [], True
+                continue
+            if delta.get("role") == "":
+                del delta["role"]
+                is_changed = True
+            parser = self._parsers.setdefault(choice.get("index", 0), self._parser())
+            parts = parser.put(delta["content"]) if isinstance(delta.get("content"), str) else []
+            parts += parser.end() if choice.get("finish_reason") else []
+            is_changed |= _put(delta, parts)
+        return is_changed
+
+    def _parser(self) -> AnswerParser:
+        return AnswerParser(Reading(think=("<think>", "</think>")))
+
+
+def _put(item: Object, parts: list[Part]) -> bool:
+    """Content and reasoning apart; whether that is another thing than it was."""
+    content, reasoning = "".join(part.content for part in parts), "".join(part.reasoning for part in parts)
+    if content == (item.get("content") or "") and not reasoning:
+        return False
+    if "content" in item or content:
+        item["content"] = content
+    if reasoning:
+        item["reasoning_content"] = item.get("reasoning_content") or reasoning
+    return True
+
+
+def failure_in(body: Object) -> Object | None:
+    """An error inside of what came with the status of success."""
+    status = body.get("base_resp")
+    if isinstance(status, dict) and status.get("status_code"):
+        known = {1002: 429, 1004: 401, 1008: 402, 2049: 401}
+        return {"message": status.get("status_msg"), "status": known.get(status["status_code"], 502)}
+    error = error_in(body)
+    return None if error is None or "choices" in body else {**error, "status": _status(error.get("code"))}
+
+
+def _status(code: Any) -> int:
+    return code if isinstance(code, int) and 400 <= code < 600 else 502
+
+
+@dataclass(frozen=True)
+class OpenAICompatible:
+    """One provider."""
+
+    upstream: Upstream
+    urls: Urls
+    fixes: Callable[[], Fixes] = Fixes
+    extra: Mapping[str, Any] = field(default_factory=dict)  # of every request
+
+    async def answer(self, path: str, body: Object) -> Relayed:
+        """body: the client's, with the provider's own name of the model; it is changed. Raises APIError."""
+        fixes, is_stream = self.fixes(), body.get("stream") is True
+        if path not in fixes.paths:
+            raise InvalidRequest(
+                f"{self.upstream.access.name} has no /{path}.", param="model", code="unsupported_value"
+            )
+        dropped = fixes.request(path, body)
+        url, content = self.urls.of(path, is_stream), json.dumps({**body, **self.extra}).encode()
+        headers = {"x-gateway-dropped-params": ", ".join(dropped)} if dropped else {}
+        if not is_stream:
+            return Relayed(await self._whole(url, content, fixes), headers)
+        return Relayed(await self._stream(url, content, fixes, path), headers)
+
+    async def models(self) -> list[str]:
+        response = await self.upstream.whole("GET", f"{self.urls.base}/models", None)
+        return model_ids(self._checked(response.content, 200))
+
+    async def _whole(self, url: str, content: bytes, fixes: Fixes) -> bytes:
+        response = await self.upstream.whole("POST", url, content)
+        body = self._checked(response.content.strip(), 200)
+        return json.dumps(body).encode() if fixes.answer(body) else response.content.strip()
+
+    def _checked(self, text: bytes, status: int) -> Object:
+        """An answer's JSON; raises APIError for what is none, or tells of an error."""
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.upstream.fault("answered with what is no JSON", 502, "upstream_invalid_response") from error
+        body = {"error": error_in(body)} if isinstance(body, list) else body
+        if not isinstance(body, dict):
+            raise self.upstream.fault("answered with no JSON object", 502, "upstream_invalid_response")
+        if failure := failure_in(body):
+            raise self.upstream.told(failure["status"], failure)
+        return body
+
+    async def _stream(self, url: str, content: bytes, fixes: Fixes, path: str) -> AsyncGenerator[bytes]:
+        """Its first event is here already: until then an error has a status of its own."""
+        response = await self.upstream.opened(url, content)
+        if "text/event-stream" not in response.headers.get("content-type", ""):
+            self._checked((await self.upstream.read(response)).content.strip(), 200)
+            raise self.upstream.fault("did not stream", 502, "upstream_invalid_response")
+        events = self._events(with_keep_alive(events_of(response, self.upstream)), fixes, path)
+        try:
+            first = await anext(events)
+        except BaseException:
+            await events.aclose()
+            raise
+        return until_error(_after(first, events))
+
+    async def _events(self, events: AsyncGenerator[bytes], fixes: Fixes, path: str) -> AsyncGenerator[bytes]:
+        is_finished = is_done = False
+        is_plain = type(fixes) is Fixes
+        async with aclosing(events):
+            async for event in events:
+                data = data_of(event)
+                if data is None:
+                    yield event
+                elif data == b"[DONE]":
+                    is_done = True
+                    yield event
+                else:
+                    is_finished = is_finished or bool(_FINISHED.search(data)) or b'"response.completed"' in data
+                    yield event if is_plain and b'"error"' not in data else self._fixed(event, data, fixes)
+        if not is_done and not is_finished:
+            raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
+        if not is_done and path != "responses":
+            yield b"data: [DONE]\n\n"
+
+    def _fixed(self, event: bytes, data: bytes, fixes: Fixes) -> bytes:
+        body = self._checked(data, 200)
+        return b"data: " + json.dumps(body).encode() + b"\n\n" if fixes.chunk(body) else event
+
+
+async def _after(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
+
+
+def model_ids(answer: Object) -> list[str]:
+    """Of a list of models; Gemini's begin with `models/`, which its chat does not need."""
+    models = answer.get("data")
+    ids = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    return [name.removeprefix("models/") for name in ids if isinstance(name, str)]

@@ -1,0 +1,312 @@
+"""Upstream: HTTP to one provider, with its timeouts, retries and errors. Of formats it knows server-sent events.
+
+A retry happens only before anything was read of an answer, and never beside a client that has left: leaving an await
+here closes the connection.
+"""
+
+import asyncio
+import json
+import logging
+import random
+import re
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+
+from errors import APIError, ProviderNotConfigured, UpstreamError
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 5.0  # seconds
+KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent
+LONGEST_WAIT = 20.0  # seconds; a provider that asks for more is not waited for
+LARGEST = 64 * 2**20  # bytes of an answer, or of one event
+NUM_FAILURES, COOLDOWN = 3, 30.0  # connections in a row that failed; seconds in which no more are tried
+PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # statuses that may be other ones next time
+STATUSES = {500: 502, 529: 503}  # a provider's fault is not this server's; others below 600 are passed on
+_END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_SECRETS = re.compile(r"\b(sk-|AIza|hf_|Bearer\s+)[\w.*-]{4,}")
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a provider is reached."""
+
+    name: str
+    key_variable: str  # what a person sets
+    headers: Mapping[str, str]  # with the key
+    needs_key: bool
+    timeout: float  # seconds between bytes
+    total_timeout: float  # seconds for an answer that is not streamed
+    num_retries: int = 2
+
+    @property
+    def is_usable(self) -> bool:
+        return bool(self.headers) or not self.needs_key
+
+
+def redact(text: str) -> str:
+    """Without what looks like a key: some providers repeat a part of it."""
+    return _SECRETS.sub(lambda match: f"{match[1]}***", text)
+
+
+class Upstream:
+    def __init__(self, access: Access, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+        self.access = access
+        self._transport = transport
+        self._client: httpx2.AsyncClient | None = None
+        self._num_failures, self._rests_until = 0, 0.0
+        self.last_success: float | None = None
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    @property
+    def is_resting(self) -> bool:
+        return time.monotonic() < self._rests_until
+
+    async def whole(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
+        """A successful answer, read. Raises APIError."""
+        try:
+            async with asyncio.timeout(self.access.total_timeout):
+                return await self.read(await self._send(method, url, body))
+        except TimeoutError as error:
+            raise self.fault("did not answer in time", 504, "upstream_timeout") from error
+
+    async def opened(self, url: str, body: bytes) -> httpx2.Response:
+        """A successful answer, of which nothing is read but the headers. Raises APIError; the caller closes it."""
+        return await self._send("POST", url, body)
+
+    async def read(self, response: httpx2.Response) -> httpx2.Response:
+        try:
+            size = 0
+            parts: list[bytes] = []
+            async for part in response.aiter_raw():
+                size += len(part)
+                if size > LARGEST:
+                    raise self.fault("sent more than can be kept", 502, "upstream_invalid_response")
+                parts.append(part)
+        except httpx2.HTTPError as error:
+            raise self.transport_fault(error) from error
+        finally:
+            await response.aclose()
+        return httpx2.Response(response.status_code, headers=_plain(response.headers), content=b"".join(parts))
+
+    async def _send(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
+        if not self.access.is_usable:
+            variable = self.access.key_variable
+            raise ProviderNotConfigured(f"{variable} is not set: models of {self.access.name} cannot be used.")
+        if self.is_resting:
+            left = max(1, round(self._rests_until - time.monotonic()))
+            raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_passing=True)
+        num_retries = 0 if method == "GET" else self.access.num_retries  # lists can wait
+        for attempt in range(num_retries + 1):
+            try:
+                return await self._try(method, url, body)
+            except UpstreamError as error:
+                wait = _wait(error, attempt)
+                if attempt == num_retries or wait is None:
+                    raise
+                log.info("%s: %s; again in %.1f s", self.access.name, error.code, wait)
+                await asyncio.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _try(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
+        client = self._connected()
+        headers = {**self.access.headers, "accept-encoding": "identity", "content-type": "application/json"}
+        try:
+            response = await client.send(client.build_request(method, url, content=body, headers=headers), stream=True)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            self._note_failure()
+            raise self.fault("cannot be reached", 502, "upstream_unreachable", is_passing=True) from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise self.transport_fault(error) from error
+        self._num_failures, self.last_success = 0, time.time()
+        if response.status_code >= 300:
+            raise self._refusal(await self.read(response))
+        return response
+
+    def _connected(self) -> httpx2.AsyncClient:
+        if self._client is None:
+            timeout = httpx2.Timeout(self.access.timeout, connect=CONNECT_TIMEOUT, pool=None)
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100)
+            self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, transport=self._transport)
+        return self._client
+
+    def _note_failure(self) -> None:
+        self._num_failures += 1
+        if self._num_failures >= NUM_FAILURES:
+            self._rests_until, self._num_failures = time.monotonic() + COOLDOWN, 0
+
+    # --- errors
+
+    def fault(self, what: str, status: int, code: str, **more: Any) -> UpstreamError:
+        return UpstreamError(f"{self.access.name} {what}.", status=status, code=code, **more)
+
+    def transport_fault(self, error: Exception) -> UpstreamError:
+        if isinstance(error, httpx2.TimeoutException):
+            return self.fault("did not answer in time", 504, "upstream_timeout")
+        return self.fault("broke the connection", 502, "upstream_disconnected", is_passing=True)
+
+    def _refusal(self, response: httpx2.Response) -> UpstreamError:
+        """A status that is none of success, in OpenAI's shape."""
+        status = response.status_code
+        try:
+            told = error_in(json.loads(response.content))
+        except (ValueError, RecursionError):
+            told = None
+        return self.told(status, told or {}, response.headers)
+
+    def told(self, status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> UpstreamError:
+        """The error that a provider told of, with all that may be passed on of it."""
+        headers = headers or {}
+        message = str(error.get("message") or f"status {status}")[:2000]
+        if status in (401, 403):
+            message += f" (see {self.access.key_variable} of this server)"
+        wait = retry_after(headers)
+        kind, code, param = (error.get(name) for name in ("type", "code", "param"))
+        passed = {
+            "x-upstream-request-id": headers.get("x-request-id") or headers.get("request-id"),
+            "x-should-retry": headers.get("x-should-retry"),
+            "retry-after-ms": headers.get("retry-after-ms"),
+        }
+        return UpstreamError(
+            redact(f"{self.access.name}: {message}"),
+            status=STATUSES.get(status, status if 400 <= status < 600 else 502),
+            type=str(kind) if kind else _TYPES.get(status),
+            code=str(code) if code else _CODES.get(status),
+            param=str(param) if param else None,
+            retry_after=None if wait is None else max(1, round(wait)),
+            headers={name: value for name, value in passed.items() if value},
+            is_passing=status in PASSING and not _is_spent(error, headers),
+        )
+
+
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "authentication_error",
+          402: "insufficient_quota", 404: "invalid_request_error", 429: "rate_limit_exceeded"}  # fmt: skip
+_CODES = {401: "provider_auth_error", 403: "provider_auth_error", 404: "model_not_found", 429: "rate_limit_exceeded",
+          529: "overloaded", 503: "overloaded", 504: "upstream_timeout"}  # fmt: skip
+
+
+def error_in(answer: Any) -> dict[str, Any] | None:
+    """The error that an answer consists of: OpenAI's object, a text, or either in a list, as Gemini has it."""
+    if isinstance(answer, list) and answer:
+        answer = answer[0]
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if isinstance(error, str):
+        return {"message": error}
+    return error if isinstance(error, dict) and error else None
+
+
+def _is_spent(error: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
+    """Nothing will change soon: a limit of money, or the provider says so."""
+    details = error.get("details")
+    code = str(details.get("error_code") if isinstance(details, dict) else error.get("code"))
+    return "quota" in code or "spend_limit" in code or headers.get("x-should-retry") == "false"
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds; the header has milliseconds, seconds or a date."""
+    try:
+        if "retry-after-ms" in headers:
+            return float(headers["retry-after-ms"]) / 1000
+        if "retry-after" in headers:
+            return float(headers["retry-after"])
+    except ValueError:
+        try:
+            return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+        except (ValueError, KeyError):
+            return None
+    return None
+
+
+def _wait(error: UpstreamError, attempt: int) -> float | None:
+    """Seconds before the next attempt; None: there is none."""
+    if not error.is_passing:
+        return None
+    if error.retry_after is not None:
+        milliseconds = error.headers.get("retry-after-ms")
+        asked = float(milliseconds) / 1000 if milliseconds else float(error.retry_after)
+        return asked if asked <= LONGEST_WAIT else None
+    return min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25)
+
+
+def _plain(headers: httpx2.Headers) -> httpx2.Headers:
+    """What the content that was read is not described by any more."""
+    gone = ("content-encoding", "content-length", "transfer-encoding")
+    return httpx2.Headers([(name, value) for name, value in headers.items() if name.lower() not in gone])
+
+
+# --- server-sent events
+
+
+async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGenerator[bytes]:
+    """Each event as it came, with the blank line behind it. Raises APIError; closes the response."""
+    text = b""
+    try:
+        async for part in response.aiter_raw():
+            text += part
+            start = 0
+            while found := _END_OF_EVENT.search(text, start):
+                yield text[start : found.end()]
+                start = found.end()
+            text = text[start:]
+            if len(text) > LARGEST:
+                raise upstream.fault("sent an event without end", 502, "upstream_invalid_response")
+    except httpx2.HTTPError as error:
+        raise upstream.transport_fault(error) from error
+    finally:
+        await response.aclose()
+    if text.strip():
+        yield text + b"\n\n"
+
+
+def data_of(event: bytes) -> bytes | None:
+    """What the lines of an event that begin with `data:` say; None for a comment."""
+    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
+    return b"\n".join(lines) if lines else None
+
+
+def name_of(event: bytes) -> str | None:
+    names = [line[6:].strip() for line in event.splitlines() if line.startswith(b"event:")]
+    return names[-1].decode("utf-8", "replace") if names else None
+
+
+async def with_keep_alive(events: AsyncGenerator[bytes], silence: float = KEEP_ALIVE) -> AsyncGenerator[bytes]:
+    """The same, with a comment whenever nothing came for a while."""
+    async with aclosing(events):
+        pending: asyncio.Future[bytes] | None = None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(events))
+                done, _ = await asyncio.wait({pending}, timeout=silence)
+                if not done:
+                    yield b": keep-alive\n\n"
+                    continue
+                event, pending = pending.result(), None
+                yield event
+        except StopAsyncIteration:
+            pending = None
+        finally:
+            if pending is not None:
+                pending.cancel()
+                await asyncio.gather(pending, return_exceptions=True)
+
+
+async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """A failure becomes the last event."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    except APIError as error:
+        yield b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+    except Exception:
+        log.exception("a relayed stream failed")
+        yield b"data: " + json.dumps(APIError("The server failed; it has been logged.").body()).encode() + b"\n\n"
