@@ -4,13 +4,12 @@ It knows JSON objects and status codes, and no connections. Sources: as in `prov
 """
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from errors import APIError
+from providers.upstream_errors import error_of
 
 Object = dict[str, Any]
 
@@ -22,6 +21,21 @@ REASONS = {
 }  # all others, and none: stop
 
 
+# Errors in streams have no status of their own
+STATUSES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+
 # --- a whole answer
 
 
@@ -29,7 +43,7 @@ def to_completion(message: Object, model: str, created: int) -> Object:
     """A `chat.completion`; `model` is for an answer that names none. Raises APIError for what is no message."""
     blocks = message.get("content")
     if not isinstance(blocks, list):
-        raise UpstreamFault(502, "api_error", "bad_upstream_response", "The answer is not a message.", True).error()
+        raise UpstreamError("claude: the answer is no message.", type="api_error", code="upstream_invalid_response")
     blocks = [block for block in blocks if isinstance(block, dict)]
     answer = {
         "role": "assistant",
@@ -229,7 +243,7 @@ class StreamMapper:
 
     def _fail(self, data: Object) -> list[Object]:
         kind = _string(_object(data.get("error")).get("type"))
-        raise error_of(STATUSES.get(kind, 500), data, "claude", "ANTHROPIC_API_KEY").error()
+        raise error_of(STATUSES.get(kind, 500), data, "claude", "ANTHROPIC_API_KEY")
 
     def _note_usage(self, source: Object) -> None:
         """Counts are cumulative, and those that are absent or null stand."""
@@ -247,92 +261,6 @@ class StreamMapper:
 
 def _key(data: Object) -> int:
     return _count(data.get("index"))
-
-
-# --- an error
-
-
-@dataclass(frozen=True)
-class UpstreamFault:
-    """A provider's error as the client is told of it."""
-
-    status: int
-    type: str
-    code: str | None
-    message: str
-    retryable: bool
-
-    def error(self, retry_after: int | None = None) -> APIError:
-        return UpstreamError(self, retry_after)
-
-
-class UpstreamError(APIError):
-    """A provider failed, or refused."""
-
-    def __init__(self, fault: UpstreamFault, retry_after: int | None = None) -> None:
-        super().__init__(fault.message, code=fault.code, retry_after=retry_after)
-        self.status, self.type, self.fault = fault.status, fault.type, fault
-
-
-STATUSES = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-}
-# The provider's status: ours, type, code and whether to try again.
-FAULTS: dict[int, tuple[int, str, str | None, bool]] = {
-    400: (400, "invalid_request_error", None, False),
-    401: (401, "authentication_error", "provider_auth_error", False),
-    402: (402, "insufficient_quota", "insufficient_quota", False),
-    403: (403, "authentication_error", "provider_auth_error", False),
-    404: (404, "invalid_request_error", "model_not_found", False),
-    408: (504, "timeout", "upstream_timeout", True),
-    409: (409, "invalid_request_error", None, True),
-    413: (413, "invalid_request_error", None, False),
-    422: (422, "invalid_request_error", None, False),
-    429: (429, "rate_limit_exceeded", "rate_limit_exceeded", True),
-    500: (502, "api_error", None, True),
-    502: (502, "api_error", None, True),
-    503: (503, "api_error", None, True),
-    504: (504, "timeout", "upstream_timeout", True),
-    529: (503, "api_error", "overloaded", True),
-}
-TOO_LONG = re.compile(r"prompt is too long|context[ _-]?(window|length|limit|size)|exceeds?\b.{0,60}\bcontext", re.I)
-KEYS = re.compile(
-    r"(?<![A-Za-z])sk-[\w*.-]*[\w*]|AIza[\w-]{8,}|(?<![A-Za-z])hf_\w{8,}|\beyJ[\w.-]{8,}|\bbearer\s+[^\s\"',;]{8,}",
-    re.IGNORECASE,
-)
-MAX_MESSAGE = 2000  # characters
-
-
-def redact(text: str) -> str:
-    """Without what looks like a key."""
-    return KEYS.sub("[redacted]", text)
-
-
-def error_of(status: int, body: Any, provider: str, key_variable: str) -> UpstreamFault:
-    """`body`: the JSON of the answer, or anything else, which is not shown."""
-    error = _object(_object(body).get("error"))
-    said = redact(_string(error.get("message")))[:MAX_MESSAGE] or f"it answered with status {status}."
-    ours, kind, code, is_retryable = FAULTS.get(status) or _other(status)
-    if ours in (401, 403):
-        said = f"the key in {key_variable} was refused: {said}"
-    if ours == 400 and TOO_LONG.search(said):
-        code = "context_length_exceeded"
-    if status == 429 and "spend_limit" in _string(_object(error.get("details")).get("error_code")):
-        code, is_retryable = "insufficient_quota", False
-    return UpstreamFault(ours, kind, code, f"{provider}: {said}", is_retryable)
-
-
-def _other(status: int) -> tuple[int, str, str | None, bool]:
-    return (status, "invalid_request_error", None, False) if 400 <= status < 500 else (502, "api_error", None, True)
 
 
 # --- what an answer lacks or has of another type is as if it were empty

@@ -13,7 +13,8 @@ from typing import Any
 from answer_parser import AnswerParser, Part, Reading
 from errors import InvalidRequest, unsupported
 from providers.base import Relayed
-from providers.upstream import Upstream, data_of, error_in, events_of, until_error, with_keep_alive
+from providers.upstream import Upstream, after, data_of, events_of, until_error, with_keep_alive
+from providers.upstream_errors import error_in
 
 Object = dict[str, Any]
 Dropped = list[str]
@@ -122,13 +123,14 @@ class DeepSeekFixes(Fixes):
         return []
 
     def answer(self, body: Object) -> bool:
-        usage = body.get("usage")
+        return self.chunk(body)
+
+    def chunk(self, chunk: Object) -> bool:
+        usage = chunk.get("usage")
         if not isinstance(usage, dict) or "prompt_cache_hit_tokens" not in usage or usage.get("prompt_tokens_details"):
             return False
         usage["prompt_tokens_details"] = {"cached_tokens": usage["prompt_cache_hit_tokens"]}
         return True
-
-    chunk = answer
 
 
 class OllamaFixes(Fixes):
@@ -289,7 +291,7 @@ class OpenAICompatible:
         if not isinstance(body, dict):
             raise self.upstream.fault("answered with no JSON object", 502, "upstream_invalid_response")
         if failure := failure_in(body):
-            raise self.upstream.told(failure["status"], failure)
+            raise self.upstream.told(failure["status"], {"error": failure})
         return body
 
     async def _stream(self, url: str, content: bytes, fixes: Fixes, path: str) -> AsyncGenerator[bytes]:
@@ -304,7 +306,7 @@ class OpenAICompatible:
         except BaseException:
             await events.aclose()
             raise
-        return until_error(_after(first, events))
+        return until_error(after(first, events))
 
     async def _events(self, events: AsyncGenerator[bytes], fixes: Fixes, path: str) -> AsyncGenerator[bytes]:
         is_finished = is_done = False
@@ -328,13 +330,6 @@ class OpenAICompatible:
     def _fixed(self, event: bytes, data: bytes, fixes: Fixes) -> bytes:
         body = self._checked(data, 200)
         return b"data: " + json.dumps(body).encode() + b"\n\n" if fixes.chunk(body) else event
-
-
-async def _after(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event
 
 
 def model_ids(answer: Object) -> list[str]:

@@ -13,12 +13,12 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
 
 from errors import APIError, ProviderNotConfigured, UpstreamError
+from providers.upstream_errors import error_of
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,7 @@ KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent
 LONGEST_WAIT = 20.0  # seconds; a provider that asks for more is not waited for
 LARGEST = 64 * 2**20  # bytes of an answer, or of one event
 NUM_FAILURES, COOLDOWN = 3, 30.0  # connections in a row that failed; seconds in which no more are tried
-PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # statuses that may be other ones next time
-STATUSES = {500: 502, 529: 503}  # a provider's fault is not this server's; others below 600 are passed on
 _END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-_SECRETS = re.compile(r"\b(sk-|AIza|hf_|Bearer\s+)[\w.*-]{4,}")
 
 
 @dataclass(frozen=True)
@@ -48,11 +45,6 @@ class Access:
     @property
     def is_usable(self) -> bool:
         return bool(self.headers) or not self.needs_key
-
-
-def redact(text: str) -> str:
-    """Without what looks like a key: some providers repeat a part of it."""
-    return _SECRETS.sub(lambda match: f"{match[1]}***", text)
 
 
 class Upstream:
@@ -156,74 +148,15 @@ class Upstream:
 
     def _refusal(self, response: httpx2.Response) -> UpstreamError:
         """A status that is none of success, in OpenAI's shape."""
-        status = response.status_code
         try:
-            told = error_in(json.loads(response.content))
+            body = json.loads(response.content)
         except (ValueError, RecursionError):
-            told = None
-        return self.told(status, told or {}, response.headers)
+            body = None
+        return self.told(response.status_code, body, response.headers)
 
-    def told(self, status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> UpstreamError:
-        """The error that a provider told of, with all that may be passed on of it."""
-        headers = headers or {}
-        message = str(error.get("message") or f"status {status}")[:2000]
-        if status in (401, 403):
-            message += f" (see {self.access.key_variable} of this server)"
-        wait = retry_after(headers)
-        kind, code, param = (error.get(name) for name in ("type", "code", "param"))
-        passed = {
-            "x-upstream-request-id": headers.get("x-request-id") or headers.get("request-id"),
-            "x-should-retry": headers.get("x-should-retry"),
-            "retry-after-ms": headers.get("retry-after-ms"),
-        }
-        return UpstreamError(
-            redact(f"{self.access.name}: {message}"),
-            status=STATUSES.get(status, status if 400 <= status < 600 else 502),
-            type=str(kind) if kind else _TYPES.get(status),
-            code=str(code) if code else _CODES.get(status),
-            param=str(param) if param else None,
-            retry_after=None if wait is None else max(1, round(wait)),
-            headers={name: value for name, value in passed.items() if value},
-            is_passing=status in PASSING and not _is_spent(error, headers),
-        )
-
-
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "authentication_error",
-          402: "insufficient_quota", 404: "invalid_request_error", 429: "rate_limit_exceeded"}  # fmt: skip
-_CODES = {401: "provider_auth_error", 403: "provider_auth_error", 404: "model_not_found", 429: "rate_limit_exceeded",
-          529: "overloaded", 503: "overloaded", 504: "upstream_timeout"}  # fmt: skip
-
-
-def error_in(answer: Any) -> dict[str, Any] | None:
-    """The error that an answer consists of: OpenAI's object, a text, or either in a list, as Gemini has it."""
-    if isinstance(answer, list) and answer:
-        answer = answer[0]
-    error = answer.get("error") if isinstance(answer, dict) else None
-    if isinstance(error, str):
-        return {"message": error}
-    return error if isinstance(error, dict) and error else None
-
-
-def _is_spent(error: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
-    """Nothing will change soon: a limit of money, or the provider says so."""
-    details = error.get("details")
-    code = str(details.get("error_code") if isinstance(details, dict) else error.get("code"))
-    return "quota" in code or "spend_limit" in code or headers.get("x-should-retry") == "false"
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds; the header has milliseconds, seconds or a date."""
-    try:
-        if "retry-after-ms" in headers:
-            return float(headers["retry-after-ms"]) / 1000
-        if "retry-after" in headers:
-            return float(headers["retry-after"])
-    except ValueError:
-        try:
-            return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-        except (ValueError, KeyError):
-            return None
-    return None
+    def told(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
+        """The error that a provider told of."""
+        return error_of(status, body, self.access.name, self.access.key_variable, headers)
 
 
 def _wait(error: UpstreamError, attempt: int) -> float | None:
@@ -232,7 +165,7 @@ def _wait(error: UpstreamError, attempt: int) -> float | None:
         return None
     if error.retry_after is not None:
         milliseconds = error.headers.get("retry-after-ms")
-        asked = float(milliseconds) / 1000 if milliseconds else float(error.retry_after)
+        asked: float = float(milliseconds) / 1000 if milliseconds else error.retry_after
         return asked if asked <= LONGEST_WAIT else None
     return min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25)
 
@@ -297,6 +230,14 @@ async def with_keep_alive(events: AsyncGenerator[bytes], silence: float = KEEP_A
             if pending is not None:
                 pending.cancel()
                 await asyncio.gather(pending, return_exceptions=True)
+
+
+async def after(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """A stream whose first event was awaited already."""
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
 
 
 async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

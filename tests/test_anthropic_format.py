@@ -11,8 +11,9 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, TypeAdapter
 
 from errors import APIError, InvalidRequest
-from providers.anthropic_answers import StreamMapper, error_of, redact, to_completion
+from providers.anthropic_answers import StreamMapper, to_completion
 from providers.anthropic_format import Mapped, samples, to_messages, version_of
+from providers.upstream_errors import error_of, redact
 
 Object = dict[str, Any]
 REQUESTS: dict[bool, TypeAdapter[Any]] = {
@@ -763,12 +764,10 @@ def test_errors_have_counterparts(
     status: int, expected: int, kind: str, code: str | None, retryable: bool, body: Any
 ) -> None:
     fault = error_of(status, body, "claude", "ANTHROPIC_API_KEY")
-    assert (fault.status, fault.type, fault.code, fault.retryable) == (expected, kind, code, retryable)
+    assert (fault.status, fault.type, fault.code, fault.is_passing) == (expected, kind, code, retryable)
     assert "claude" in fault.message and "html" not in fault.message
     assert ("ANTHROPIC_API_KEY" in fault.message) == (status in (401, 403))
-    error = fault.error(retry_after=3)
-    assert (error.status, error.type, error.code, error.retry_after) == (expected, kind, code, 3)
-    assert error.body()["error"]["type"] == kind
+    assert fault.body()["error"]["type"] == kind
 
 
 def test_a_prompt_that_is_too_long_is_told_apart() -> None:
@@ -780,7 +779,7 @@ def test_a_prompt_that_is_too_long_is_told_apart() -> None:
 def test_spending_limits_are_not_tried_again() -> None:
     body = body_of("rate_limit_error", details={"error_code": "enforced_spend_limit_reached"})
     fault = error_of(429, body, "claude", "K")
-    assert (fault.status, fault.code, fault.retryable) == (429, "insufficient_quota", False)
+    assert (fault.status, fault.code, fault.is_passing) == (429, "insufficient_quota", False)
 
 
 def test_keys_are_not_shown() -> None:

@@ -1,0 +1,96 @@
+"""Claude by Anthropic's Messages API: a chat completion there and back. What the formats are is not its matter."""
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import httpx2
+
+from config import Settings
+from errors import InvalidRequest, UpstreamError
+from providers.anthropic_answers import StreamMapper, to_completion
+from providers.anthropic_format import SAMPLING, Mapped, to_messages
+from providers.base import Relayed
+from providers.upstream import Access, Upstream, after, data_of, events_of, name_of, until_error, with_keep_alive
+
+VERSION = "2023-06-01"  # later ones refuse what this API's clients send
+Object = dict[str, Any]
+
+
+class Claude:
+    def __init__(self, upstream: Upstream, base: str, default_max_tokens: int) -> None:
+        self.upstream = upstream
+        self._base, self._default_max_tokens = base, default_max_tokens
+        self._refused: dict[str, set[str]] = {}  # parameters that a model turned out not to take
+
+    @classmethod
+    def of(cls, settings: Settings, access: Access, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
+        key = access.headers.get("authorization", "").removeprefix("Bearer ")
+        headers = {"x-api-key": key, "anthropic-version": VERSION} if key else {}
+        base = str(settings.anthropic_base_url).rstrip("/").removesuffix("/v1")
+        upstream = Upstream(replace(access, headers=headers), transport)
+        return cls(upstream, f"{base}/v1", settings.anthropic_default_max_tokens)
+
+    async def models(self) -> list[str]:
+        response = await self.upstream.whole("GET", f"{self._base}/models?limit=1000", None)
+        models = self._object(response.content).get("data")
+        ids = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+        return [name for name in ids if isinstance(name, str)]
+
+    async def answer(self, path: str, body: Object) -> Relayed:
+        if path != "chat/completions":
+            raise InvalidRequest(f"claude has no /{path}.", param="model", code="unsupported_value")
+        refused = self._refused.setdefault(str(body["model"]), set())
+        mapped = to_messages(body, self._default_max_tokens, refused)
+        try:
+            return await self._ask(mapped, body)
+        except UpstreamError as error:
+            named = {name for name in SAMPLING if name in mapped.body and f"`{name}`" in error.message}
+            if error.status != 400 or not named:
+                raise
+            refused |= named
+        return await self._ask(to_messages(body, self._default_max_tokens, refused), body)
+
+    async def _ask(self, mapped: Mapped, body: Object) -> Relayed:
+        url, content = f"{self._base}/messages", json.dumps(mapped.body).encode()
+        headers = {"x-gateway-dropped-params": ", ".join(mapped.dropped)} if mapped.dropped else {}
+        model, created = str(body["model"]), int(time.time())
+        if mapped.body.get("stream") is not True:
+            response = await self.upstream.whole("POST", url, content)
+            completion = to_completion(self._object(response.content), model, created)
+            return Relayed(json.dumps(completion).encode(), headers)
+        options = body.get("stream_options")
+        includes_usage = isinstance(options, dict) and options.get("include_usage") is True
+        mapper = StreamMapper(model, created, includes_usage)
+        events = self._events(await self.upstream.opened(url, content), mapper)
+        try:
+            first = await anext(events)
+        except BaseException:
+            await events.aclose()
+            raise
+        return Relayed(until_error(after(first, events)), headers)
+
+    async def _events(self, response: httpx2.Response, mapper: StreamMapper) -> AsyncGenerator[bytes]:
+        async with aclosing(with_keep_alive(events_of(response, self.upstream))) as events:
+            async for event in events:
+                data, name = data_of(event), name_of(event)
+                if data is None or name == "ping":
+                    yield event if data is None else b": ping\n\n"
+                    continue
+                for chunk in mapper.events(name, self._object(data)):
+                    yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        if not mapper.is_complete:
+            raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
+        yield b"data: [DONE]\n\n"
+
+    def _object(self, text: bytes) -> Object:
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.upstream.fault("answered with what is no JSON", 502, "upstream_invalid_response") from error
+        if not isinstance(body, dict):
+            raise self.upstream.fault("answered with no JSON object", 502, "upstream_invalid_response")
+        return body
