@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from errors import UpstreamError
 from providers.upstream_errors import error_of
 
 Object = dict[str, Any]

@@ -165,8 +165,8 @@ def _wait(error: UpstreamError, attempt: int) -> float | None:
         return None
     if error.retry_after is not None:
         milliseconds = error.headers.get("retry-after-ms")
-        asked: float = float(milliseconds) / 1000 if milliseconds else error.retry_after
-        return asked if asked <= LONGEST_WAIT else None
+        asked = error.retry_after if milliseconds is None else float(milliseconds) / 1000
+        return float(asked) if asked <= LONGEST_WAIT else None
     return min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25)
 
 
