@@ -1,0 +1,354 @@
+"""What Anthropic's Messages API answers, whole, as a stream or as an error, in OpenAI's chat format.
+
+It knows JSON objects and status codes, and no connections. Sources: as in `providers/anthropic_format.py`.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from errors import APIError
+
+Object = dict[str, Any]
+
+REASONS = {
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}  # all others, and none: stop
+
+
+# --- a whole answer
+
+
+def to_completion(message: Object, model: str, created: int) -> Object:
+    """A `chat.completion`; `model` is for an answer that names none. Raises APIError for what is no message."""
+    blocks = message.get("content")
+    if not isinstance(blocks, list):
+        raise UpstreamFault(502, "api_error", "bad_upstream_response", "The answer is not a message.", True).error()
+    blocks = [block for block in blocks if isinstance(block, dict)]
+    answer = {
+        "role": "assistant",
+        "content": _joined(blocks, "text") or None,
+        "refusal": _refusal(message),
+        "reasoning_content": _joined(blocks, "thinking"),
+        "thinking_blocks": [kept for block in blocks if (kept := _thinking_block(block))],
+        "tool_calls": [_call(block) for block in blocks if block.get("type") == "tool_use"],
+    }
+    always = ("role", "content", "refusal")
+    choice = {
+        "index": 0,
+        "message": {name: value for name, value in answer.items() if value or name in always},
+        "logprobs": None,
+        **_ending(message),
+    }
+    return {
+        "id": _string(message.get("id")) or _new_id(),
+        "object": "chat.completion",
+        "created": created,
+        "model": _string(message.get("model")) or model,
+        "choices": [choice],
+        "usage": _usage(_object(message.get("usage"))),
+    }
+
+
+def _joined(blocks: list[Object], kind: str) -> str:
+    return "".join(_string(block.get(kind)) for block in blocks if block.get("type") == kind)
+
+
+def _thinking_block(block: Object) -> Object | None:
+    """What the next request must send back; without a signature it would be refused there."""
+    if block.get("type") == "redacted_thinking" and block.get("data"):
+        return {"type": "redacted_thinking", "data": block["data"]}
+    if block.get("type") == "thinking" and block.get("signature"):
+        return {"type": "thinking", "thinking": _string(block.get("thinking")), "signature": block["signature"]}
+    return None
+
+
+def _call(block: Object) -> Object:
+    arguments = json.dumps(_object(block.get("input")), ensure_ascii=False)
+    function = {"name": _string(block.get("name")), "arguments": arguments}
+    return {"id": _string(block.get("id")), "type": "function", "function": function}
+
+
+def _ending(message: Object) -> Object:
+    """`stop_reason`, an extension, is the stop string that was found, as vLLM has it."""
+    stop = _string(message.get("stop_sequence"))
+    reason = REASONS.get(_string(message.get("stop_reason")), "stop")
+    return {"finish_reason": reason, **({"stop_reason": stop} if stop else {})}
+
+
+def _refusal(message: Object) -> str | None:
+    if message.get("stop_reason") != "refusal":
+        return None
+    return _string(_object(message.get("stop_details")).get("explanation")) or None
+
+
+def _usage(usage: Object) -> Object:
+    """Anthropic's `input_tokens` are without those read from and written to its cache."""
+    cached, written = _count(usage.get("cache_read_input_tokens")), _count(usage.get("cache_creation_input_tokens"))
+    prompt_tokens = _count(usage.get("input_tokens")) + cached + written
+    completion_tokens = _count(usage.get("output_tokens"))
+    counts: Object = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "cache_creation_input_tokens": written,
+    }
+    details = _object(usage.get("output_tokens_details"))
+    if details.get("thinking_tokens") is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": _count(details["thinking_tokens"])}
+    return counts
+
+
+# --- a stream
+
+
+@dataclass
+class _Block:
+    content: Object  # what `content_block_start` had, and for thoughts what came since
+    call: int | None = None  # which of the calls it is: other blocks do not count
+    has_arguments: bool = False
+    is_whole: bool = False  # its arguments came at once
+
+
+class StreamMapper:
+    """The events of one answer into `chat.completion.chunk`s, each under the same id and time.
+
+    `includes_usage`: a last chunk without choices has the usage, and the others have null.
+    """
+
+    def __init__(self, model: str, created: int, includes_usage: bool) -> None:
+        self._id, self._model, self._created = _new_id(), model, created
+        self._includes_usage = includes_usage
+        self._usage: Object = {}
+        self._blocks: dict[Any, _Block] = {}
+        self._num_calls = 0
+        self._is_started = self._is_finished = False
+        self.is_complete = False
+        self._steps: dict[str, Callable[[Object], list[Object]]] = {
+            "message_start": self._start,
+            "content_block_start": self._start_block,
+            "content_block_delta": self._extend_block,
+            "content_block_stop": self._stop_block,
+            "message_delta": self._change,
+            "message_stop": self._stop,
+            "error": self._fail,
+        }
+
+    def events(self, name: str | None, data: Object) -> list[Object]:
+        """The chunks of one event, none for what is not known. Raises APIError for an error."""
+        step = self._steps.get(_string(data.get("type")) or name or "")
+        return step(data) if step and not self.is_complete else []
+
+    def _start(self, data: Object) -> list[Object]:
+        message = _object(data.get("message"))
+        self._note_usage(message)
+        if self._is_started:
+            return []
+        self._is_started = True
+        self._id = _string(message.get("id")) or self._id
+        self._model = _string(message.get("model")) or self._model
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def _start_block(self, data: Object) -> list[Object]:
+        block = self._blocks[_key(data)] = _Block(dict(_object(data.get("content_block"))))
+        content, kind = block.content, block.content.get("type")
+        if kind == "tool_use":
+            return self._start_call(block)
+        if kind == "text" and _string(content.get("text")):
+            return [self._chunk({"content": content["text"]})]
+        if kind == "thinking" and _string(content.get("thinking")):
+            return [self._chunk({"reasoning_content": content["thinking"]})]
+        return []
+
+    def _start_call(self, block: _Block) -> list[Object]:
+        block.call, self._num_calls = self._num_calls, self._num_calls + 1
+        begun = _call(block.content)
+        begun["function"]["arguments"] = ""
+        chunks = [self._chunk({"tool_calls": [{"index": block.call, **begun}]})]
+        if block.content.get("input"):
+            block.is_whole = True
+            chunks += self._add_arguments(block, _call(block.content)["function"]["arguments"])
+        return chunks
+
+    def _add_arguments(self, block: _Block, text: str) -> list[Object]:
+        block.has_arguments = block.has_arguments or bool(text)
+        function = {"arguments": text}
+        return [self._chunk({"tool_calls": [{"index": block.call, "function": function}]})] if text else []
+
+    def _extend_block(self, data: Object) -> list[Object]:
+        block, delta = self._blocks.get(_key(data)), _object(data.get("delta"))
+        if block is None:
+            return []
+        kind, of = delta.get("type"), block.content.get("type")
+        if (kind, of) == ("text_delta", "text") and (text := _string(delta.get("text"))):
+            return [self._chunk({"content": text})]
+        if (kind, of) == ("input_json_delta", "tool_use") and not block.is_whole:
+            return self._add_arguments(block, _string(delta.get("partial_json")))
+        if (kind, of) == ("thinking_delta", "thinking") and (text := _string(delta.get("thinking"))):
+            block.content["thinking"] = _string(block.content.get("thinking")) + text
+            return [self._chunk({"reasoning_content": text})]
+        if (kind, of) == ("signature_delta", "thinking"):
+            signature = _string(block.content.get("signature")) + _string(delta.get("signature"))
+            block.content["signature"] = signature
+        return []
+
+    def _stop_block(self, data: Object) -> list[Object]:
+        block = self._blocks.pop(_key(data), None)
+        if block is None:
+            return []
+        if block.call is not None and not block.has_arguments:
+            return self._add_arguments(block, "{}")
+        kept = _thinking_block(block.content)
+        return [self._chunk({"thinking_blocks": [kept]})] if kept else []
+
+    def _change(self, data: Object) -> list[Object]:
+        self._note_usage(data)
+        delta = _object(data.get("delta"))
+        return self._finish(delta) if delta.get("stop_reason") else []
+
+    def _finish(self, delta: Object) -> list[Object]:
+        if self._is_finished:
+            return []
+        self._is_finished = True
+        refusal = _refusal(delta)
+        return [self._chunk({"refusal": refusal})] * bool(refusal) + [self._chunk({}, _ending(delta))]
+
+    def _stop(self, data: Object) -> list[Object]:
+        chunks = self._finish({})
+        self.is_complete = True
+        if self._includes_usage:
+            chunks.append(self._envelope([]) | {"usage": _usage(self._usage)})
+        return chunks
+
+    def _fail(self, data: Object) -> list[Object]:
+        kind = _string(_object(data.get("error")).get("type"))
+        raise error_of(STATUSES.get(kind, 500), data, "claude", "ANTHROPIC_API_KEY").error()
+
+    def _note_usage(self, source: Object) -> None:
+        """Counts are cumulative, and those that are absent or null stand."""
+        usage = _object(source.get("usage"))
+        self._usage |= {name: value for name, value in usage.items() if value is not None}
+
+    def _chunk(self, delta: Object, ending: Object | None = None) -> Object:
+        choice = {"index": 0, "delta": delta, "logprobs": None, **(ending or {"finish_reason": None})}
+        return self._envelope([choice]) | ({"usage": None} if self._includes_usage else {})
+
+    def _envelope(self, choices: list[Object]) -> Object:
+        kind = "chat.completion.chunk"
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+
+def _key(data: Object) -> int:
+    return _count(data.get("index"))
+
+
+# --- an error
+
+
+@dataclass(frozen=True)
+class UpstreamFault:
+    """A provider's error as the client is told of it."""
+
+    status: int
+    type: str
+    code: str | None
+    message: str
+    retryable: bool
+
+    def error(self, retry_after: int | None = None) -> APIError:
+        return UpstreamError(self, retry_after)
+
+
+class UpstreamError(APIError):
+    """A provider failed, or refused."""
+
+    def __init__(self, fault: UpstreamFault, retry_after: int | None = None) -> None:
+        super().__init__(fault.message, code=fault.code, retry_after=retry_after)
+        self.status, self.type, self.fault = fault.status, fault.type, fault
+
+
+STATUSES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+# The provider's status: ours, type, code and whether to try again.
+FAULTS: dict[int, tuple[int, str, str | None, bool]] = {
+    400: (400, "invalid_request_error", None, False),
+    401: (401, "authentication_error", "provider_auth_error", False),
+    402: (402, "insufficient_quota", "insufficient_quota", False),
+    403: (403, "authentication_error", "provider_auth_error", False),
+    404: (404, "invalid_request_error", "model_not_found", False),
+    408: (504, "timeout", "upstream_timeout", True),
+    409: (409, "invalid_request_error", None, True),
+    413: (413, "invalid_request_error", None, False),
+    422: (422, "invalid_request_error", None, False),
+    429: (429, "rate_limit_exceeded", "rate_limit_exceeded", True),
+    500: (502, "api_error", None, True),
+    502: (502, "api_error", None, True),
+    503: (503, "api_error", None, True),
+    504: (504, "timeout", "upstream_timeout", True),
+    529: (503, "api_error", "overloaded", True),
+}
+TOO_LONG = re.compile(r"prompt is too long|context[ _-]?(window|length|limit|size)|exceeds?\b.{0,60}\bcontext", re.I)
+KEYS = re.compile(
+    r"(?<![A-Za-z])sk-[\w*.-]*[\w*]|AIza[\w-]{8,}|(?<![A-Za-z])hf_\w{8,}|\beyJ[\w.-]{8,}|\bbearer\s+[^\s\"',;]{8,}",
+    re.IGNORECASE,
+)
+MAX_MESSAGE = 2000  # characters
+
+
+def redact(text: str) -> str:
+    """Without what looks like a key."""
+    return KEYS.sub("[redacted]", text)
+
+
+def error_of(status: int, body: Any, provider: str, key_variable: str) -> UpstreamFault:
+    """`body`: the JSON of the answer, or anything else, which is not shown."""
+    error = _object(_object(body).get("error"))
+    said = redact(_string(error.get("message")))[:MAX_MESSAGE] or f"it answered with status {status}."
+    ours, kind, code, is_retryable = FAULTS.get(status) or _other(status)
+    if ours in (401, 403):
+        said = f"the key in {key_variable} was refused: {said}"
+    if ours == 400 and TOO_LONG.search(said):
+        code = "context_length_exceeded"
+    if status == 429 and "spend_limit" in _string(_object(error.get("details")).get("error_code")):
+        code, is_retryable = "insufficient_quota", False
+    return UpstreamFault(ours, kind, code, f"{provider}: {said}", is_retryable)
+
+
+def _other(status: int) -> tuple[int, str, str | None, bool]:
+    return (status, "invalid_request_error", None, False) if 400 <= status < 500 else (502, "api_error", None, True)
+
+
+# --- what an answer lacks or has of another type is as if it were empty
+
+
+def _new_id() -> str:
+    return f"chatcmpl-{uuid4().hex}"
+
+
+def _object(value: Any) -> Object:
+    return value if isinstance(value, dict) else {}
+
+
+def _string(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0

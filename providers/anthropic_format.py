@@ -1,0 +1,575 @@
+"""A chat completion request as a request of Anthropic's Messages API. It knows JSON objects, and no connections.
+
+Sources: https://platform.claude.com/docs/en/api/messages of version 2023-06-01, and the type definitions of Anthropic's
+Python SDK 0.125. What it answers is in `providers/anthropic_answers.py`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from errors import InvalidRequest, unsupported
+
+Object = dict[str, Any]
+T = TypeVar("T")
+
+SAMPLING = ("temperature", "top_p", "top_k")
+IMAGE_TYPES = {f"image/{kind}": f"image/{kind}" for kind in ("jpeg", "png", "gif", "webp")}
+IMAGE_TYPES["image/jpg"] = "image/jpeg"
+EFFORTS = {name: name for name in ("none", "low", "medium", "high", "xhigh", "max")} | {"minimal": "low"}
+BUDGETS = {
+    "low": 2048,
+    "medium": 8192,
+    "high": 16384,
+    "xhigh": 24576,
+    "max": 24576,
+}  # tokens, for models without efforts
+MIN_BUDGET = 1024
+TIERS = {"auto": "auto", "default": "standard_only"}
+CHOICES = {"none": {"type": "none"}, "auto": {"type": "auto"}, "required": {"type": "any"}}
+JSON_ONLY = {"type": "text", "text": "Reply with one JSON object only."}
+MAX_DEPTH = 200  # of nested JSON; serializers give up at a thousand or so
+
+HAS_THINKING = (3, 7)
+HAS_EFFORT = (4, 6)  # and adaptive thinking, which later models have alone
+ENDS_SAMPLING = (4, 7)
+
+# Fields with no counterpart that would change what the client gets, and their values that ask for nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "functions": ([],),
+    "function_call": (),
+}
+UNTOUCHED = ("thinking", "output_config", "cache_control")
+FORWARDED = frozenset(
+    "model messages max_tokens max_completion_tokens temperature top_p top_k stop stream tools tool_choice"
+    " parallel_tool_calls response_format reasoning_effort user safety_identifier service_tier".split()
+) | frozenset(UNTOUCHED)
+KNOWN = FORWARDED | {"stream_options", "n", "logprobs", "functions"}
+
+
+@dataclass(frozen=True)
+class Mapped:
+    body: Object  # of POST /v1/messages
+    dropped: tuple[str, ...]  # the parameters that are not in it, or only in part
+
+
+def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str] = ()) -> Mapped:
+    """`body` names the model as Anthropic does; `stripped` are sampling parameters that it is known to refuse.
+
+    Raises InvalidRequest, which names the field.
+    """
+    for name in FORWARDED & body.keys():
+        _check(body[name], name)
+    for name, neutral in REFUSED.items():
+        if body.get(name) is not None and not any(_is_same(body[name], value) for value in neutral):
+            raise unsupported(name)
+    model = _text(body.get("model"), "model")
+    conversation = _Conversation(body.get("messages"))
+    dropped = [name for name, value in body.items() if name not in KNOWN and value is not None]
+    tools = _tools(body)
+    reasoning = _reasoning(body, version_of(model), tools, conversation.has_thoughtless_calls)
+    is_thinking = reasoning.thinking.get("type") in ("enabled", "adaptive")
+    sampling = _sampling(body, stripped if not is_thinking and samples(model) else SAMPLING)
+    request = {
+        "model": model,
+        "max_tokens": _max_tokens(body, default_max_tokens, reasoning.thinking),
+        "messages": conversation.messages,
+        "system": conversation.system + _format_line(body),
+        "thinking": reasoning.thinking,
+        "output_config": reasoning.output_config | _format(body) | _optional(body, "output_config", _object, {}),
+        **tools,
+        **sampling,
+        **_rest(body),
+    }
+    dropped += [name for name in SAMPLING if name not in sampling and body.get(name) is not None]
+    dropped += _dropped_in_part(body, request, reasoning)
+    return Mapped({name: value for name, value in request.items() if value not in ({}, [])}, tuple(dropped))
+
+
+def version_of(model: str) -> tuple[int, int] | None:
+    """Of `claude-opus-4-8-20260301` (4, 8); None where the name has none."""
+    found = re.search(r"claude-(?:[a-z]+-)*(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)", model.lower())
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def samples(model: str) -> bool:
+    """Whether it takes `temperature`, `top_p` and `top_k`; a name that says nothing may."""
+    version = version_of(model)
+    return version is None or version < ENDS_SAMPLING
+
+
+# --- the conversation
+
+
+class _Conversation:
+    """System blocks, and messages whose user turns are one message each, with the results of calls first."""
+
+    def __init__(self, messages: Any) -> None:
+        self.system: list[Object] = []
+        self._turns: list[tuple[str, list[Object]]] = []
+        self._ids = _ToolIds()
+        roles: Mapping[str, Callable[[Object, str], None]] = {
+            "system": self._add_system,
+            "developer": self._add_system,
+            "user": self._add_user,
+            "assistant": self._add_assistant,
+            "tool": self._add_result,
+        }
+        for index, message in enumerate(_list(messages, "messages")):
+            param = f"messages[{index}]"
+            role = _text(_object(message, param).get("role"), f"{param}.role")
+            if role not in roles:
+                raise unsupported(f"{param}.role")
+            roles[role](message, param)
+        if not self._turns:
+            _fail("messages", "needs a message of the user that is not empty")
+        self._end()
+
+    @property
+    def messages(self) -> list[Object]:
+        return [{"role": role, "content": _plain(blocks)} for role, blocks in self._turns]
+
+    @property
+    def has_thoughtless_calls(self) -> bool:
+        """Whether results are about to go to an answer that came without its thinking blocks."""
+        if len(self._turns) < 2 or self._turns[-1][1][0]["type"] != "tool_result":
+            return False
+        return "thinking" not in self._turns[-2][1][0]["type"]
+
+    def _add_system(self, message: Object, param: str) -> None:
+        self.system += _blocks(message.get("content"), f"{param}.content", ("text",))
+
+    def _add_user(self, message: Object, param: str) -> None:
+        if blocks := _blocks(message.get("content"), f"{param}.content", ("text", "image_url", "file")):
+            self._user_turn().extend(blocks)
+
+    def _add_result(self, message: Object, param: str) -> None:
+        tool_call_id = _text(message.get("tool_call_id"), f"{param}.tool_call_id")
+        block: Object = {"type": "tool_result", "tool_use_id": self._ids.of_result(tool_call_id)}
+        if content := _blocks(message.get("content"), f"{param}.content", ("text", "image_url")):
+            block["content"] = _plain(content)
+        turn = self._user_turn()
+        turn.insert(sum(other["type"] == "tool_result" for other in turn), block)
+
+    def _user_turn(self) -> list[Object]:
+        if not self._turns or self._turns[-1][0] != "user":
+            self._turns.append(("user", []))
+        return self._turns[-1][1]
+
+    def _add_assistant(self, message: Object, param: str) -> None:
+        for name in ("function_call", "audio"):
+            if message.get(name) is not None:
+                raise unsupported(f"{param}.{name}")
+        blocks = [
+            *_thinking_blocks(message.get("thinking_blocks"), f"{param}.thinking_blocks"),
+            *_blocks(message.get("content"), f"{param}.content", ("text", "refusal")),
+            *_text_blocks(_optional(message, "refusal", _string, "", param)),
+            *self._calls(message.get("tool_calls"), f"{param}.tool_calls"),
+        ]
+        if blocks:
+            self._turns.append(("assistant", blocks))
+
+    def _calls(self, calls: Any, param: str) -> list[Object]:
+        blocks = [_call(call, f"{param}[{i}]") for i, call in enumerate(_list(calls, param) if calls else ())]
+        ids = [block["id"] for block in blocks]
+        for index, block in enumerate(blocks):
+            if block["id"] in ids[:index]:
+                _fail(f"{param}[{index}].id", "is that of another call")
+            block["id"] = self._ids.of_call(block["id"])
+        return blocks
+
+    def _end(self) -> None:
+        """An answer to be continued must not end in blanks."""
+        role, blocks = self._turns[-1]
+        if role == "assistant" and blocks[-1]["type"] == "text":
+            blocks[-1]["text"] = blocks[-1]["text"].rstrip()
+
+
+class _ToolIds:
+    """Ids that other providers gave, as Anthropic wants them: of letters, digits, _ and -, each for one call only."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def of_call(self, tool_call_id: str) -> str:
+        name = re.sub(r"[^a-zA-Z0-9_-]", "_", tool_call_id)
+        number, unique = 1, name
+        while unique in self._taken:
+            number += 1
+            unique = f"{name}_{number}"
+        self._taken.add(unique)
+        self._latest[tool_call_id] = unique
+        return unique
+
+    def of_result(self, tool_call_id: str) -> str:
+        return self._latest.get(tool_call_id) or self.of_call(tool_call_id)
+
+
+def _plain(blocks: list[Object]) -> str | list[Object]:
+    """A single text as itself."""
+    return str(blocks[0]["text"]) if len(blocks) == 1 and blocks[0].keys() == {"type", "text"} else blocks
+
+
+def _text_blocks(text: str) -> list[Object]:
+    return [{"type": "text", "text": text}] if text.strip() else []
+
+
+def _blocks(content: Any, param: str, kinds: Collection[str]) -> list[Object]:
+    """Content, a string or parts, of these kinds; texts of blanks alone, which Anthropic refuses, are dropped."""
+    if content is None or isinstance(content, str):
+        return _text_blocks(content or "")
+    blocks: list[Object] = []
+    for index, part in enumerate(_list(content, param)):
+        place = f"{param}[{index}]"
+        kind = _text(_object(part, place).get("type"), f"{place}.type")
+        if kind not in kinds:
+            raise unsupported(f"{place}.type")
+        made = PARTS[kind](part.get(kind), f"{place}.{kind}")
+        kept = {"cache_control": part["cache_control"]} if part.get("cache_control") is not None else {}
+        blocks += [block | kept for block in made]
+    return blocks
+
+
+def _text_part(text: Any, param: str) -> list[Object]:
+    return _text_blocks(_string(text, param))
+
+
+def _image_part(image: Any, param: str) -> list[Object]:
+    if isinstance(image, dict):
+        image, param = image.get("url"), f"{param}.url"
+    url = _text(image, param).strip()
+    if re.match(r"https?://", url, re.IGNORECASE):  # fetched by Anthropic, never by this server
+        return [{"type": "image", "source": {"type": "url", "url": url}}]
+    return [{"type": "image", "source": _base64(url, param, IMAGE_TYPES)}]
+
+
+def _file_part(file: Any, param: str) -> list[Object]:
+    if _object(file, param).get("file_id") is not None:
+        raise unsupported(f"{param}.file_id")
+    url = _text(file.get("file_data"), f"{param}.file_data")
+    source = _base64(url, f"{param}.file_data", {"application/pdf": "application/pdf"})
+    return [{"type": "document", "source": source}]
+
+
+def _base64(url: str, param: str, types: Mapping[str, str]) -> Object:
+    head, comma, data = url.partition(",")
+    scheme, _, kind = head.partition(":")
+    media_type, *_, encoding = kind.lower().split(";") if ";" in kind else (kind, "")
+    if scheme.lower() != "data" or not comma or encoding.strip() != "base64" or media_type.strip() not in types:
+        _fail(param, f"must be a data: URL, in base64, of one of {', '.join(types)}", "unsupported_value")
+    data = "".join(data.split())
+    if not re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", data):
+        _fail(param, "has no valid base64")
+    return {"type": "base64", "media_type": types[media_type.strip()], "data": data}
+
+
+PARTS: Mapping[str, Callable[[Any, str], list[Object]]] = {
+    "text": _text_part,
+    "refusal": _text_part,
+    "image_url": _image_part,
+    "file": _file_part,
+}
+THINKING = {"thinking": ("thinking", "signature"), "redacted_thinking": ("data",)}
+
+
+def _thinking_blocks(blocks: Any, param: str) -> list[Object]:
+    """As an earlier answer had them; one without a signature was not signed by Anthropic and is dropped."""
+    kept = []
+    for index, block in enumerate(_list(blocks, param) if blocks else ()):
+        place = f"{param}[{index}]"
+        kind = _text(_object(block, place).get("type"), f"{place}.type")
+        if kind not in THINKING:
+            raise unsupported(f"{place}.type")
+        values = {name: _optional(block, name, _string, "", place) for name in THINKING[kind]}
+        if values[THINKING[kind][-1]]:
+            kept.append({"type": kind, **values})
+    return kept
+
+
+def _call(call: Any, param: str) -> Object:
+    if _object(call, param).get("type", "function") != "function":
+        raise unsupported(f"{param}.type")
+    function = _object(call.get("function"), f"{param}.function")
+    return {
+        "type": "tool_use",
+        "id": _text(call.get("id"), f"{param}.id"),
+        "name": _text(function.get("name"), f"{param}.function.name"),
+        "input": _arguments(_optional(function, "arguments", _string, "", f"{param}.function"), param),
+    }
+
+
+def _arguments(text: str, param: str) -> Object:
+    param = f"{param}.function.arguments"
+    try:
+        value = json.loads(text.strip() or "{}")
+    except (ValueError, RecursionError):
+        _fail(param, "is not valid JSON")
+    _check(value, param)
+    return _object(value, param)
+
+
+# --- everything else
+
+
+def _tools(body: Object) -> Object:
+    """`tools` and `tool_choice`."""
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(_optional(body, "tools", _list, []))]
+    choice = _choice(body.get("tool_choice"))
+    is_parallel = _optional(body, "parallel_tool_calls", _boolean, True)
+    if not tools:
+        if choice.get("type") in ("any", "tool"):
+            _fail("tool_choice", "asks for a call, and there are no tools")
+        return {}
+    if not is_parallel and choice.get("type") != "none":
+        choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
+    return {"tools": tools, "tool_choice": choice}
+
+
+def _tool(tool: Any, param: str) -> Object:
+    if _text(_object(tool, param).get("type"), f"{param}.type") != "function":
+        raise unsupported(f"{param}.type")
+    function = _object(tool.get("function"), f"{param}.function")
+    schema = _optional(function, "parameters", _object, {}, f"{param}.function")
+    values = {
+        "name": _text(function.get("name"), f"{param}.function.name"),
+        "description": _optional(function, "description", _string, None, f"{param}.function"),
+        "input_schema": {"type": "object", **(schema or {"properties": {}})},
+        "strict": _optional(function, "strict", _boolean, None, f"{param}.function"),
+        "cache_control": tool.get("cache_control"),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _choice(choice: Any) -> Object:
+    if choice is None:
+        return {}
+    if isinstance(choice, str):
+        return CHOICES[_one_of(choice, CHOICES, "tool_choice")]
+    if _object(choice, "tool_choice").get("type") != "function":
+        raise unsupported("tool_choice.type")
+    function = _object(choice.get("function"), "tool_choice.function")
+    return {"type": "tool", "name": _text(function.get("name"), "tool_choice.function.name")}
+
+
+@dataclass(frozen=True)
+class _Reasoning:
+    thinking: Object
+    output_config: Object
+    is_honoured: bool = True
+
+
+def _reasoning(body: Object, version: tuple[int, int] | None, tools: Object, is_thoughtless: bool) -> _Reasoning:
+    """Thinking is left out where Anthropic refuses it: beside a call that is forced, after calls without its blocks."""
+    asked = body.get("reasoning_effort")
+    effort = None if asked is None else EFFORTS[_one_of(asked, EFFORTS, "reasoning_effort")]
+    own = _optional(body, "thinking", _object, {})
+    is_forced = tools.get("tool_choice", {}).get("type") in ("any", "tool")
+    if effort is None:
+        return _Reasoning(own, {})
+    if version is not None and version < HAS_THINKING:
+        return _Reasoning(own, {}, is_honoured=effort == "none")
+    if effort == "none":
+        return _Reasoning(own or {"type": "disabled"}, {})
+    if version is None or version >= HAS_EFFORT:
+        thinking = own or ({} if is_forced else {"type": "adaptive"})
+        return _Reasoning(thinking, {"effort": effort}, is_honoured=bool(thinking))
+    budget = _budget(effort, _asked_tokens(body))
+    if own or is_forced or is_thoughtless or budget is None:
+        return _Reasoning(own, {}, is_honoured=False)
+    return _Reasoning({"type": "enabled", "budget_tokens": budget}, {})
+
+
+def _budget(effort: str, max_tokens: int | None) -> int | None:
+    """Of a limit that the client set, at least half is left for the answer where the least budget allows it."""
+    if max_tokens is None:
+        return BUDGETS[effort]
+    return min(BUDGETS[effort], max(MIN_BUDGET, max_tokens // 2)) if max_tokens > MIN_BUDGET else None
+
+
+def _asked_tokens(body: Object) -> int | None:
+    latest = _optional(body, "max_completion_tokens", _count, None)
+    older = _optional(body, "max_tokens", _count, None)
+    return older if latest is None else latest
+
+
+def _max_tokens(body: Object, default: int, thinking: Object) -> int:
+    """Thoughts count too, so they come on top of a limit that is ours."""
+    asked = _asked_tokens(body)
+    budget = thinking.get("budget_tokens")
+    return asked or default + (budget if isinstance(budget, int) else 0)
+
+
+def _sampling(body: Object, stripped: Collection[str]) -> Object:
+    """Newer models refuse `temperature` and `top_p` together, and none takes a temperature over 1."""
+    values = {
+        "temperature": _optional(body, "temperature", _number, None),
+        "top_p": _optional(body, "top_p", _number, None),
+        "top_k": _optional(body, "top_k", _integer, None),
+    }
+    kept = {name: value for name, value in values.items() if value is not None and name not in stripped}
+    if "temperature" in kept:
+        kept["temperature"] = min(kept["temperature"], 1)
+        kept.pop("top_p", None)
+    if kept.get("top_k", 1) <= 0:  # how other servers write "all"
+        del kept["top_k"]
+    return kept
+
+
+def _format(body: Object) -> Object:
+    given = _optional(body, "response_format", _object, {"type": "text"})
+    kind = _text(given.get("type"), "response_format.type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise unsupported("response_format.type")
+    if kind != "json_schema":
+        return {}
+    described = _object(given.get("json_schema"), "response_format.json_schema")
+    schema = _object(described.get("schema"), "response_format.json_schema.schema")
+    return {"format": {"type": "json_schema", "schema": schema}}
+
+
+def _format_line(body: Object) -> list[Object]:
+    given = body.get("response_format")
+    return [JSON_ONLY] if isinstance(given, dict) and given.get("type") == "json_object" else []
+
+
+def _rest(body: Object) -> Object:
+    user = _optional(body, "safety_identifier", _string, "") or _optional(body, "user", _string, "")
+    tier = _optional(body, "service_tier", _string, "")
+    values = {
+        "stop_sequences": [stop for stop in _stops(body) if stop.strip()],
+        "metadata": {"user_id": user} if user else {},
+        "service_tier": TIERS.get(tier, []),
+        "cache_control": _optional(body, "cache_control", _object, {}),
+        "stream": _optional(body, "stream", _boolean, False) or [],
+    }
+    return {name: value for name, value in values.items() if value not in ({}, [])}
+
+
+def _stops(body: Object) -> list[str]:
+    stop = body.get("stop")
+    if stop is None or isinstance(stop, str):
+        return [stop] if stop else []
+    return [_string(item, f"stop[{index}]") for index, item in enumerate(_list(stop, "stop"))]
+
+
+def _dropped_in_part(body: Object, request: Object, reasoning: _Reasoning) -> list[str]:
+    found = {
+        "stop": any(stop and not stop.strip() for stop in _stops(body)),
+        "service_tier": body.get("service_tier") is not None and "service_tier" not in request,
+        "response_format": bool(_format_line(body)),
+        "reasoning_effort": not reasoning.is_honoured,
+    }
+    return [name for name, is_dropped in found.items() if is_dropped]
+
+
+# --- what a value must be
+
+
+def _fail(param: str, what: str, code: str = "invalid_value") -> NoReturn:
+    raise InvalidRequest(f"{param} {what}.", param=param, code=code)
+
+
+def _check(value: Any, param: str) -> None:
+    """JSON proper, which has no NaN, in UTF-8, and not too deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        for item in level:
+            if isinstance(item, float) and not math.isfinite(item):
+                _fail(param, "has a number that JSON cannot say")
+            if isinstance(item, str) and not _is_encodable(item):
+                _fail(param, "has half a character")
+        level = [inner for item in level for inner in _inside(item)]
+    if level:
+        _fail(param, f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else []
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return type(value) is type(other) and bool(value == other)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _optional(body: Object, name: str, read: Callable[[Any, str], T], default: Any, parent: str = "") -> T | Any:
+    value = body.get(name)
+    return default if value is None else read(value, f"{parent}.{name}" if parent else name)
+
+
+def _one_of(value: Any, names: Collection[str], param: str) -> str:
+    if not isinstance(value, str) or value not in names:
+        _fail(param, f"must be one of {', '.join(names)}", "unsupported_value")
+    return value
+
+
+def _object(value: Any, param: str) -> Object:
+    if not isinstance(value, dict):
+        _fail(param, "must be an object")
+    return value
+
+
+def _list(value: Any, param: str) -> list[Any]:
+    if not isinstance(value, list):
+        _fail(param, "must be a list")
+    return value
+
+
+def _string(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        _fail(param, "must be a string")
+    return value
+
+
+def _text(value: Any, param: str) -> str:
+    if not _string(value, param):
+        _fail(param, "must not be empty")
+    return str(value)
+
+
+def _boolean(value: Any, param: str) -> bool:
+    if not isinstance(value, bool):
+        _fail(param, "must be true or false")
+    return value
+
+
+def _number(value: Any, param: str) -> float:
+    if not _is_integer(value) and not isinstance(value, float) or value < 0:
+        _fail(param, "must be a number, and not below 0")
+    return value  # type: ignore[no-any-return]
+
+
+def _integer(value: Any, param: str) -> int:
+    if not _is_integer(value):
+        _fail(param, "must be an integer")
+    return int(value)
+
+
+def _count(value: Any, param: str) -> int:
+    if _integer(value, param) < 1:
+        _fail(param, "must be at least 1")
+    return int(value)
