@@ -674,7 +674,7 @@ def test_later_usage_overrides_what_it_names() -> None:
         {
             "type": "message_delta",
             "delta": {"stop_reason": "end_turn"},
-            "usage": {"output_tokens": 9, "input_tokens": 2},
+            "usage": {"output_tokens": 9, "input_tokens": 2, "cache_read_input_tokens": None},
         },
         {"type": "message_stop"},
     ]
