@@ -14,7 +14,17 @@ from errors import InvalidRequest, UpstreamError
 from providers.anthropic_answers import StreamMapper, to_completion
 from providers.anthropic_format import SAMPLING, Mapped, to_messages
 from providers.base import Relayed
-from providers.upstream import Access, Upstream, after, data_of, events_of, name_of, until_error, with_keep_alive
+from providers.upstream import (
+    Access,
+    Upstream,
+    after,
+    data_of,
+    events_of,
+    header_of,
+    name_of,
+    until_error,
+    with_keep_alive,
+)
 
 VERSION = "2023-06-01"  # later ones refuse what this API's clients send
 Object = dict[str, Any]
@@ -56,7 +66,7 @@ class Claude:
 
     async def _ask(self, mapped: Mapped, body: Object) -> Relayed:
         url, content = f"{self._base}/messages", json.dumps(mapped.body).encode()
-        headers = {"x-gateway-dropped-params": ", ".join(mapped.dropped)} if mapped.dropped else {}
+        headers = header_of(mapped.dropped)
         model, created = str(body["model"]), int(time.time())
         if mapped.body.get("stream") is not True:
             response = await self.upstream.whole("POST", url, content)

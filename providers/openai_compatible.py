@@ -13,7 +13,7 @@ from typing import Any
 from answer_parser import AnswerParser, Part, Reading
 from errors import InvalidRequest, unsupported
 from providers.base import Relayed
-from providers.upstream import Upstream, after, data_of, events_of, until_error, with_keep_alive
+from providers.upstream import Upstream, after, data_of, events_of, header_of, until_error, with_keep_alive
 from providers.upstream_errors import error_in
 
 Object = dict[str, Any]
@@ -267,7 +267,7 @@ class OpenAICompatible:
             )
         dropped = fixes.request(path, body)
         url, content = self.urls.of(path, is_stream), json.dumps({**body, **self.extra}).encode()
-        headers = {"x-gateway-dropped-params": ", ".join(dropped)} if dropped else {}
+        headers = header_of(dropped)
         if not is_stream:
             return Relayed(await self._whole(url, content, fixes), headers)
         return Relayed(await self._stream(url, content, fixes, path), headers)

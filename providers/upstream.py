@@ -10,7 +10,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +167,7 @@ def _wait(error: UpstreamError, attempt: int) -> float | None:
         milliseconds = error.headers.get("retry-after-ms")
         asked = error.retry_after if milliseconds is None else float(milliseconds) / 1000
         return float(asked) if asked <= LONGEST_WAIT else None
-    return min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25)
+    return float(min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25))
 
 
 def _plain(headers: httpx2.Headers) -> httpx2.Headers:
@@ -198,6 +198,12 @@ async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGener
         await response.aclose()
     if text.strip():
         yield text + b"\n\n"
+
+
+def header_of(names: Iterable[str]) -> dict[str, str]:
+    """What tells a client of parameters that were left out; headers are ASCII."""
+    listed = ", ".join(json.dumps(name)[1:-1] for name in names)[:1000]
+    return {"x-gateway-dropped-params": listed} if listed else {}
 
 
 def data_of(event: bytes) -> bytes | None:

@@ -78,7 +78,7 @@ class Upstream:
 
     async def _send(self, reply: Reply, writer: asyncio.StreamWriter) -> bool:
         """Whether the connection can be used again."""
-        length = sum(len(piece) for piece in reply.pieces if isinstance(piece, bytes))
+        length = sum(len(piece) for piece in reply.pieces if isinstance(piece, bytes)) + 100 * (None in reply.pieces)
         headers = {**reply.headers, **({"content-length": str(length)} if reply.is_whole else {"connection": "close"})}
         head = [f"HTTP/1.1 {reply.status} X", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
         if not reply.pieces or not isinstance(reply.pieces[0], float):
@@ -103,7 +103,7 @@ def upstream(script: Script) -> Iterator[Upstream]:
     """On a loop and a thread of its own."""
     server, loop = Upstream(script), asyncio.new_event_loop()
     listening = loop.run_until_complete(asyncio.start_server(server.serve, "127.0.0.1", 0, limit=2**24))
-    server.url = "http://127.0.0.1:{}".format(listening.sockets[0].getsockname()[1])
+    server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
