@@ -18,7 +18,7 @@ from providers.upstream_errors import error_in
 
 Object = dict[str, Any]
 Dropped = list[str]
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"|"type"\s*:\s*"response\.(completed|incomplete|failed)"')
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ class OpenAICompatible:
                     is_done = True
                     yield event
                 else:
-                    is_finished = is_finished or bool(_FINISHED.search(data)) or b'"response.completed"' in data
+                    is_finished = is_finished or bool(_FINISHED.search(data))
                     yield event if is_plain and b'"error"' not in data else self._fixed(event, data, fixes)
         if not is_done and not is_finished:
             raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")

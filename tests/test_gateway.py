@@ -1,4 +1,4 @@
-"""Other providers' models through this server: what arrives there, what comes back, and what is said if nothing does."""
+"""Other providers' models through this server: what arrives there, what comes back, and what is said if not."""
 
 import asyncio
 import json
