@@ -71,9 +71,24 @@ class Overloaded(Unavailable):
     code = "server_is_overloaded"
 
 
+class UpstreamUnreachable(APIError):
+    """Another machine that the answer depends on cannot be reached."""
+
+    status = 502
+    code = "upstream_unreachable"
+
+
 class EngineFailure(APIError):
     """A step of the engine failed; the requests that it carried get this."""
 
 
 class ModelLoadError(Exception):
     """The model cannot be served; one sentence for the person who started the server."""
+
+
+class NotOnHub(ModelLoadError):
+    """The Hub answers, and does not give the model."""
+
+
+class SourceUnreachable(ModelLoadError):
+    """What has the model's files, the Hub say, cannot be asked for them."""

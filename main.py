@@ -27,6 +27,7 @@ import responses
 from body_limit import BodyLimit
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from providers import Router
+from providers.embeddings import EmbeddingModels
 from providers.loading import Load, load
 from providers.local import LocalProvider
 from request_id import RequestId
@@ -37,10 +38,14 @@ from schemas import (
     CompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
+    EmbeddingRequest,
+    EmbeddingResponse,
     ErrorBody,
     Model,
     ModelList,
     RequestBody,
+    RerankRequest,
+    RerankResponse,
     ResponseObject,
     ResponsesRequest,
     TokenizeRequest,
@@ -61,8 +66,9 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         _configure_logging(settings)
         _drain_on_signals(local.close, settings.shutdown_timeout)
         local.start()
+        embeddings.start()
         yield
-        await local.close(settings.shutdown_timeout)
+        await asyncio.gather(local.close(settings.shutdown_timeout), embeddings.close(settings.shutdown_timeout))
 
     def on_failure(sentence: str) -> None:
         print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
@@ -70,9 +76,11 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         (stop or _terminate)()
 
     local = LocalProvider(settings, on_failure, load)
+    embeddings = EmbeddingModels(settings)
     app = FastAPI(title="Gemma 3 / Qwen server", version="0.1.0", lifespan=lifespan)
     app.state.failure = None
     app.state.local = local
+    app.state.embeddings = embeddings
     app.state.router = Router({"": local})
     _add_cors(app, settings)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_size)
@@ -94,6 +102,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 def _add_endpoints(app: FastAPI) -> None:
     router: Router = app.state.router
     local: LocalProvider = app.state.local
+    embeddings: EmbeddingModels = app.state.embeddings
 
     api = APIRouter(responses=_ERRORS)
 
@@ -116,13 +125,25 @@ def _add_endpoints(app: FastAPI) -> None:
         events = responses.stream(body, provider.stream_chat(chat))
         return await _respond(request, body, events, responses.collect, EventWire())
 
+    @api.post("/embeddings", response_model=EmbeddingResponse)
+    async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        return await _answer(request, body, embeddings.embed(body))
+
+    @api.post("/rerank", response_model=RerankResponse)
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        return await _answer(request, body, embeddings.rerank(body))
+
     @api.get("/models")
     async def list_models() -> ModelList:
-        return ModelList(data=[model for provider in router.routes.values() for model in provider.models()])
+        chat = [model for provider in router.routes.values() for model in provider.models()]
+        return ModelList(data=[*chat, *embeddings.models()])
 
     @api.get("/models/{model:path}")
     async def retrieve_model(model: str) -> Model:
         provider, name = router.resolve(model)
+        for found in embeddings.models():
+            if found.id.casefold() == model.casefold():
+                return found
         if not provider.serves(name):
             raise errors.ModelNotFound(f"The model {model!r} does not exist.", param="model")
         return provider.models()[0]
@@ -169,6 +190,18 @@ async def _respond(
     if answer is None:
         return Response(status_code=CLIENT_GONE)
     return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+
+
+async def _answer(request: Request, body: RequestBody, work: Awaitable[EmbeddingResponse | RerankResponse]) -> Response:
+    """What is never streamed. The work stops when the client leaves."""
+    answer = await _unless_client_leaves(request, work)
+    if answer is None:
+        return Response(status_code=CLIENT_GONE)
+    headers = _ignored_fields_header(body)
+    if answer.num_truncated:
+        headers["X-Gateway-Truncated"] = str(answer.num_truncated)
+    content = await asyncio.to_thread(answer.model_dump_json)  # of thousands of vectors, it takes a while
+    return Response(content, media_type="application/json", headers=headers)
 
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies: pass events on at once
@@ -282,7 +315,8 @@ def _add_cors(app: FastAPI, settings: Settings) -> None:
 
 def _configure_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for name in ("httpx2", "sentence_transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     host = _listening_host(settings)
     if is_open_to_network(host):
         log.warning("HOST=%s: everybody who reaches this address can use the model, there is no key", host)

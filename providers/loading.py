@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import checkpoint
 from config import Settings
@@ -40,6 +40,7 @@ class Loaded:
     grammars: "GrammarCompiler | None" = None  # None: its tokenizer is none that grammars can be compiled for
 
 
+T = TypeVar("T")
 Load = Callable[[str, Settings, Progress], Loaded]
 
 
@@ -110,10 +111,10 @@ def open_eyes(directory: Path, config: Any) -> Eyes | None:
         return None
 
 
-async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:
+async def in_daemon_thread(work: Callable[[], T]) -> T:
     """As `asyncio.to_thread`, but the process may end before the thread does: loading can take minutes."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Loaded] = loop.create_future()
+    future: asyncio.Future[T] = loop.create_future()
 
     def deliver(finish: Callable[[Any], None], value: Any) -> None:
         if not future.done():
