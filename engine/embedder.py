@@ -326,11 +326,6 @@ def shortened(vectors: Vectors, dimensions: int | None) -> Vectors:
 # --- loading
 
 
-def weight_bytes(directory: Path) -> int:
-    """What the model's files say that it needs in memory, in the type that they are stored in."""
-    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
-
-
 def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten: bool = False) -> Embedder:
     """Blocks for seconds. Raises ModelLoadError.
 

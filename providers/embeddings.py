@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import importlib
 import logging
 import time
 from collections import OrderedDict
@@ -25,7 +26,7 @@ from errors import (
     Unavailable,
     UpstreamUnreachable,
 )
-from providers.loading import in_daemon_thread
+from providers.loading import IMPORTING, in_daemon_thread
 from schemas import (
     Embedding,
     EmbeddingRequest,
@@ -180,10 +181,9 @@ class EmbeddingModels:
 
     def _fetch(self, place: Place) -> tuple[Path, int]:
         """The files' directory, and the bytes of the weights. Blocks."""
-        from engine.embedder import weight_bytes
-
         directory = self._directory(place)
-        size, most = weight_bytes(directory), self._settings.embedding_memory
+        size = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+        most = self._settings.embedding_memory
         if size > most:
             raise ModelLoadError(
                 f"{place.name} needs {size / 2**30:.2f} GiB, and EMBEDDING_MEMORY is {most / 2**30:.2f} GiB."
@@ -211,7 +211,9 @@ class EmbeddingModels:
         raise next((error for error in failures if isinstance(error, SourceUnreachable)), failures[0])
 
     def _open(self, name: str, directory: Path) -> "Embedder":
-        from engine.embedder import load_embedder
+        with IMPORTING:
+            importlib.import_module("sentence_transformers")
+            from engine.embedder import load_embedder
 
         settings = self._settings
         return load_embedder(directory, name, settings.embedding_device, settings.allow_truncated_dims)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+IMPORTING = threading.Lock()  # two threads that import torch and transformers at once meet half-made modules
 SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # where request and model are silent; the specification's
 
 
@@ -63,11 +64,12 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     draft = settings.draft_model_path if settings.num_speculative_tokens else None
     draft_directory = draft and checkpoint.fetch(draft, settings.cache_dir, progress.report).directory
     progress.report("loading libraries", 0.0)
-    from engine import kernels
+    with IMPORTING:
+        from engine import kernels
 
-    threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
-    from engine.engine import EngineOptions, Facts, load_engine
-    from engine.model_runner import check_model
+        threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
+        from engine.engine import EngineOptions, Facts, load_engine
+        from engine.model_runner import check_model
 
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
     config, _ = check_model(directory, options.dtype, options.device_map)
