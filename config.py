@@ -148,6 +148,17 @@ class Settings(BaseSettings):
         None, description="a smaller model of the same vocabulary that guesses; as MODEL_PATH"
     )
 
+    embedding_model_path: str | None = Field(
+        None, description="an embedding model that is loaded at the start: directory, Hub id or demo name"
+    )
+    embedding_memory: Bytes = Field(4 * 2**30, description="bytes such as 4GiB for the weights of embedding models")
+    embedding_device: str = Field("auto", description="auto, cpu, cuda or cuda:0, for embedding models")
+    embed_truncate: Literal["end", "error"] = Field("end", description="what happens to a text that is too long")
+    embed_token_arrays: Literal["cl100k", "own", "refuse"] = Field(
+        "cl100k", description="whose token ids an input may have: OpenAI's, the model's own, none"
+    )
+    allow_truncated_dims: bool = Field(False, description="dimensions also for models that were not trained for it")
+
     @field_validator("cors_allow_origins", "image_url_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:

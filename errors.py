@@ -14,6 +14,7 @@ class APIError(Exception):
     type = "server_error"
     code: str | None = None
     headers: Mapping[str, str] = {}  # of the answer that says so
+    is_passing = False  # another try, or another model, may succeed
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
@@ -74,6 +75,13 @@ class Overloaded(Unavailable):
     code = "server_is_overloaded"
 
 
+class UpstreamUnreachable(APIError):
+    """Another machine that the answer depends on cannot be reached."""
+
+    status = 502
+    code = "upstream_unreachable"
+
+
 class EngineFailure(APIError):
     """A step of the engine failed; the requests that it carried get this."""
 
@@ -103,7 +111,6 @@ class UpstreamError(APIError):
         headers: Mapping[str, str] | None = None,
         is_passing: bool = False,
     ) -> None:
-        """headers: of the answer; is_passing: another try, or another model, may succeed."""
         super().__init__(message, param=param, code=code, retry_after=retry_after)
         self.status, self.headers, self.is_passing = status, dict(headers or {}), is_passing
         self.type = type or UpstreamError.type
@@ -111,3 +118,11 @@ class UpstreamError(APIError):
 
 class ModelLoadError(Exception):
     """The model cannot be served; one sentence for the person who started the server."""
+
+
+class NotOnHub(ModelLoadError):
+    """The Hub answers, and does not give the model."""
+
+
+class SourceUnreachable(ModelLoadError):
+    """What has the model's files, the Hub say, cannot be asked for them."""

@@ -29,6 +29,7 @@ from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_networ
 from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
 from gateway import GatewayRoute
 from providers import Router
+from providers.embeddings import EmbeddingModels
 from providers.loading import Load, load
 from providers.local import LocalProvider
 from request_id import RequestId
@@ -39,10 +40,14 @@ from schemas import (
     CompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
+    EmbeddingRequest,
+    EmbeddingResponse,
     ErrorBody,
     Model,
     ModelList,
     RequestBody,
+    RerankRequest,
+    RerankResponse,
     ResponseObject,
     ResponsesRequest,
     TokenizeRequest,
@@ -61,8 +66,9 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         _configure_logging(settings)
         _drain_on_signals(local.close, settings.shutdown_timeout)
         local.start()
+        embeddings.start()
         yield
-        await local.close(settings.shutdown_timeout)
+        await asyncio.gather(local.close(settings.shutdown_timeout), embeddings.close(settings.shutdown_timeout))
         await app.state.router.close()
 
     def on_failure(sentence: str) -> None:
@@ -71,9 +77,11 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         (stop or _terminate)()
 
     local = LocalProvider(settings, on_failure, load)
+    embeddings = EmbeddingModels(settings)
     app = FastAPI(title="Gemma 3 / Qwen server", version="0.1.0", lifespan=lifespan)
     app.state.failure = None
     app.state.local = local
+    app.state.embeddings = embeddings
     app.state.router = Router(local, settings)
     _add_cors(app, settings)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_size)
@@ -95,6 +103,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 def _add_endpoints(app: FastAPI) -> None:
     router: Router = app.state.router
     local: LocalProvider = app.state.local
+    embeddings: EmbeddingModels = app.state.embeddings
 
     api = APIRouter(responses=_ERRORS, route_class=GatewayRoute)
 
@@ -113,15 +122,26 @@ def _add_endpoints(app: FastAPI) -> None:
         events = responses.stream(body, local.stream_chat(responses.as_chat(body)))
         return await _respond(request, body, events, responses.collect, EventWire())
 
+    @api.post("/embeddings", response_model=EmbeddingResponse)
+    async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        return await _answer(request, body, embeddings.embed(body))
+
+    @api.post("/rerank", response_model=RerankResponse)
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        return await _answer(request, body, embeddings.rerank(body))
+
     @api.get("/models")
     async def list_models() -> ModelList:
         others = [Model.of_provider(owner, name) for owner, name in await router.listed()]
-        return ModelList(data=[*local.models(), *others])
+        return ModelList(data=[*local.models(), *embeddings.models(), *others])
 
     @api.get("/models/{model:path}")
     async def retrieve_model(model: str) -> Model:
         if local.serves(model):
             return local.models()[0]
+        for found in embeddings.models():
+            if found.id.casefold() == model.casefold():
+                return found
         for owner, name in await router.listed():
             if model == f"{owner}/{name}":
                 return Model.of_provider(owner, name)
@@ -171,6 +191,18 @@ async def _respond(
     return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
 
+async def _answer(request: Request, body: RequestBody, work: Awaitable[EmbeddingResponse | RerankResponse]) -> Response:
+    """What is never streamed. The work stops when the client leaves."""
+    answer = await unless_client_leaves(request, work)
+    if answer is None:
+        return Response(status_code=CLIENT_GONE)
+    headers = _ignored_fields_header(body)
+    if answer.num_truncated:
+        headers["X-Gateway-Truncated"] = str(answer.num_truncated)
+    content = await asyncio.to_thread(answer.model_dump_json)  # of thousands of vectors, it takes a while
+    return Response(content, media_type="application/json", headers=headers)
+
+
 def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
     names = [json.dumps(name)[1:-1] for name in body.ignored_fields]  # headers are ASCII
     return {"X-Ignored-Fields": ", ".join(names)[:1000]} if names else {}
@@ -182,7 +214,8 @@ def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(errors.APIError)
     async def on_api_error(request: Request, error: errors.APIError) -> JSONResponse:
-        known = {"Retry-After": str(error.retry_after)} if error.retry_after else _RETRY.get(error.status // 100, {})
+        known = {} if error.is_passing else _RETRY.get(error.status // 100, {})
+        known = {"Retry-After": str(error.retry_after)} if error.retry_after else known
         return JSONResponse(error.body(), error.status, {**known, **error.headers})
 
     @app.exception_handler(RequestValidationError)
@@ -247,7 +280,8 @@ def _add_cors(app: FastAPI, settings: Settings) -> None:
 
 def _configure_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for name in ("httpx2", "sentence_transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     host = _listening_host(settings)
     if is_open_to_network(host):
         log.warning("HOST=%s: everybody who reaches this address can use the model, there is no key", host)

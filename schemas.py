@@ -399,12 +399,98 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
-def _now() -> int:
-    return int(time.time())
-
-
 def _is_none(value: Any) -> bool:
     return value is None
+
+
+# --- embeddings
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+SomeTokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+
+
+class EmbeddingRequest(RequestBody):
+    """`prompt_name` and `truncate` are as text-embeddings-inference has them."""
+
+    model: str
+    input: (
+        NonEmpty
+        | SomeTokenIds
+        | Annotated[list[NonEmpty], Field(min_length=1, max_length=2048)]
+        | Annotated[list[SomeTokenIds], Field(min_length=1, max_length=2048)]
+    ) = Field(union_mode="left_to_right")
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    prompt_name: str | None = None  # of those that the model has, such as query and document
+    truncate: bool | None = None  # whether a text that is too long is cut, or refused
+    user: str | None = _no_meaning("a label of the client's.")
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """One element per vector."""
+        if isinstance(self.input, str) or isinstance(self.input[0], int):
+            return [self.input]
+        return list(self.input)
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    embedding: list[float] | str
+    index: int
+
+
+class EmbeddingUsage(BaseModel):
+    """Counts of tokens, after truncation, the special ones included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    num_truncated: int = Field(0, exclude=True)  # texts; a header says it
+
+
+class RerankDocument(RequestBody):
+    text: NonEmpty
+
+
+class RerankRequest(RequestBody):
+    """The shape of Cohere's and Jina's."""
+
+    model: str
+    query: NonEmpty
+    documents: list[NonEmpty | RerankDocument] = Field(min_length=1, max_length=2048)
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool | None = None
+    truncate: bool | None = None  # whether a text that is too long is cut, or refused
+
+
+class RerankedDocument(BaseModel):
+    text: str
+
+
+class RerankResult(BaseModel):
+    index: int
+    relevance_score: float
+    document: RerankedDocument | None = Field(None, exclude_if=_is_none)
+
+
+class RerankResponse(BaseModel):
+    id: str = Field(default_factory=lambda: f"rerank-{uuid4().hex}")
+    object: Literal["list"] = "list"
+    results: list[RerankResult]  # the best first
+    model: str
+    usage: EmbeddingUsage
+    scored_by: Literal["cross-encoder", "embeddings"]  # embeddings: by the cosine of the vectors
+    num_truncated: int = Field(0, exclude=True)  # texts; a header says it
+
+
+def _now() -> int:
+    return int(time.time())
 
 
 class ErrorDetails(BaseModel):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import checkpoint
 from config import Settings
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+IMPORTING = threading.Lock()  # two threads that import torch and transformers at once meet half-made modules
 SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # where request and model are silent; the specification's
 
 
@@ -40,6 +41,7 @@ class Loaded:
     grammars: "GrammarCompiler | None" = None  # None: its tokenizer is none that grammars can be compiled for
 
 
+T = TypeVar("T")
 Load = Callable[[str, Settings, Progress], Loaded]
 
 
@@ -62,11 +64,12 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     draft = settings.draft_model_path if settings.num_speculative_tokens else None
     draft_directory = draft and checkpoint.fetch(draft, settings.cache_dir, progress.report).directory
     progress.report("loading libraries", 0.0)
-    from engine import kernels
+    with IMPORTING:
+        from engine import kernels
 
-    threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
-    from engine.engine import EngineOptions, Facts, load_engine
-    from engine.model_runner import check_model
+        threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
+        from engine.engine import EngineOptions, Facts, load_engine
+        from engine.model_runner import check_model
 
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
     config, _ = check_model(directory, options.dtype, options.device_map)
@@ -110,10 +113,10 @@ def open_eyes(directory: Path, config: Any) -> Eyes | None:
         return None
 
 
-async def in_daemon_thread(work: Callable[[], Loaded]) -> Loaded:
+async def in_daemon_thread(work: Callable[[], T]) -> T:
     """As `asyncio.to_thread`, but the process may end before the thread does: loading can take minutes."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Loaded] = loop.create_future()
+    future: asyncio.Future[T] = loop.create_future()
 
     def deliver(finish: Callable[[Any], None], value: Any) -> None:
         if not future.done():

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from process import ROOT, Server, serve
 
-from checkpoint import DEMO_MODELS
+from checkpoint import DEMO_MODELS, EMBEDDING_DEMOS
 from config import Settings
 from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest, Support
 
@@ -83,7 +83,7 @@ def test_every_setting_is_documented_and_nothing_else(document: str) -> None:
 @pytest.mark.parametrize("readme", READMES)
 def test_every_demo_model_and_file_is_listed(readme: str) -> None:
     text = (ROOT / readme).read_text()
-    assert all(f"`{name}`" in text for name in DEMO_MODELS)
+    assert all(f"`{name}`" in text for name in [*DEMO_MODELS, *EMBEDDING_DEMOS])
     files = [path for folder in (".", "engine", "providers") for path in (ROOT / folder).glob("*.py")]
     assert all(path.name in text for path in files if path.name != "__init__.py")
 

