@@ -29,7 +29,9 @@ from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_networ
 from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
 from gateway import GatewayRoute
 from providers import Router
+from providers.base import Provider
 from providers.embeddings import EmbeddingModels
+from providers.hub import HubModels
 from providers.loading import Load, load
 from providers.local import LocalProvider
 from request_id import RequestId
@@ -69,7 +71,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         embeddings.start()
         yield
         await asyncio.gather(local.close(settings.shutdown_timeout), embeddings.close(settings.shutdown_timeout))
-        await app.state.router.close()
+        await asyncio.gather(hub.close(settings.shutdown_timeout), app.state.router.close())
 
     def on_failure(sentence: str) -> None:
         print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
@@ -82,6 +84,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     app.state.failure = None
     app.state.local = local
     app.state.embeddings = embeddings
+    app.state.hub = hub = HubModels(settings, load)
     app.state.router = Router(local, settings)
     _add_cors(app, settings)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_size)
@@ -104,22 +107,30 @@ def _add_endpoints(app: FastAPI) -> None:
     router: Router = app.state.router
     local: LocalProvider = app.state.local
     embeddings: EmbeddingModels = app.state.embeddings
+    hub: HubModels = app.state.hub
+
+    async def answering(model: str) -> Provider:
+        """The main model, or the one beside it."""
+        return await hub.provider(model) if hub.serves(model) and not local.serves(model) else local
 
     api = APIRouter(responses=_ERRORS, route_class=GatewayRoute)
 
     @api.post("/chat/completions", response_model=ChatCompletion, responses=_STREAM)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         wire = ChunkWire(body.includes_usage)
-        return await _respond(request, body, local.stream_chat(body), collect_chat, wire)
+        provider = await answering(body.model)
+        return await _respond(request, body, provider.stream_chat(body), collect_chat, wire)
 
     @api.post("/completions", response_model=Completion, responses=_STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         wire = ChunkWire(body.includes_usage)
-        return await _respond(request, body, local.stream_completion(body), collect_completion, wire)
+        provider = await answering(body.model)
+        return await _respond(request, body, provider.stream_completion(body), collect_completion, wire)
 
     @api.post("/responses", response_model=ResponseObject, responses=_STREAM)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
-        events = responses.stream(body, local.stream_chat(responses.as_chat(body)))
+        chat, provider = responses.as_chat(body), await answering(body.model)
+        events = responses.stream(body, provider.stream_chat(chat))
         return await _respond(request, body, events, responses.collect, EventWire())
 
     @api.post("/embeddings", response_model=EmbeddingResponse)
@@ -167,7 +178,8 @@ def _add_endpoints(app: FastAPI) -> None:
     @app.get("/health", responses={503: {"description": "Loading, or failed"}})
     async def health() -> JSONResponse:
         is_healthy, report = local.health
-        return JSONResponse(report, 200 if is_healthy else 503)
+        others = {"providers": router.health} if router.health else {}
+        return JSONResponse({**report, **others}, 200 if is_healthy else 503)
 
 
 async def _respond(

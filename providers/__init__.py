@@ -152,11 +152,11 @@ class Router:
 
     @property
     def health(self) -> dict[str, dict[str, object]]:
-        """Of the providers that can be used."""
+        """Of the providers that were asked something."""
         return {
             name: {"last_success": gateway.upstream.last_success, "resting": gateway.upstream.is_resting}
             for name, gateway in self.gateways.items()
-            if gateway.upstream.access.is_usable and name not in SYNONYMS
+            if gateway.upstream.was_asked and name not in SYNONYMS
         }
 
     async def close(self) -> None:

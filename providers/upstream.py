@@ -60,6 +60,10 @@ class Upstream:
             await self._client.aclose()
 
     @property
+    def was_asked(self) -> bool:
+        return self._client is not None
+
+    @property
     def is_resting(self) -> bool:
         return time.monotonic() < self._rests_until
 

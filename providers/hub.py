@@ -1,0 +1,136 @@
+"""HubModels: a second chat model beside the main one, loaded when it is asked for and unloaded when nobody does."""
+
+import asyncio
+import gc
+import logging
+import re
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import checkpoint
+from config import Settings
+from errors import (
+    InvalidRequest,
+    ModelLoadError,
+    ModelLoading,
+    ModelNotFound,
+    NotOnHub,
+    SourceUnreachable,
+    Unavailable,
+    UpstreamUnreachable,
+)
+from progress import Progress
+from providers.loading import Load, Loaded, in_daemon_thread
+from providers.local import LocalProvider
+
+log = logging.getLogger(__name__)
+
+PREFIX = "huggingface/"
+PATIENCE = 30.0  # seconds that a request waits for a model; then it is told to come again
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # never a path on this machine
+
+
+class HubModels:
+    def __init__(self, settings: Settings, load: Load, sources: checkpoint.Sources | None = None) -> None:
+        self._settings, self._load_model, self._sources = settings, load, sources
+        self._provider: LocalProvider | None = None
+        self._name: str | None = None  # of the provider's model, or of the one that is being loaded
+        self._loading: asyncio.Task[LocalProvider] | None = None
+        self._used_at = 0.0
+        self._watch: asyncio.Task[None] | None = None
+
+    def serves(self, model: str) -> bool:
+        return model.startswith(PREFIX)
+
+    async def provider(self, model: str) -> LocalProvider:
+        """Raises APIError: for a name that is none, a Hub that has or says nothing, and while it takes long."""
+        name = model.removeprefix(PREFIX)
+        if not _ID.fullmatch(name) or ".." in name:
+            raise ModelNotFound(f"{model!r} is no model of the Hub: write huggingface/OWNER/NAME.", param="model")
+        self._used_at = time.monotonic()
+        if self._name != name:
+            await self._replace(name)
+        assert self._loading is not None
+        done, _ = await asyncio.wait({self._loading}, timeout=PATIENCE)
+        if not done:
+            raise ModelLoading(f"The model {name} is loading.", retry_after=5)
+        return self._loading.result()
+
+    async def _replace(self, name: str) -> None:
+        """One at a time: another one that is loading, or answering, is not pushed out."""
+        if self._loading is not None and not self._loading.done():
+            raise Unavailable(f"{self._name} is being loaded, and one at a time is.", retry_after=10)
+        if self._provider is not None and not _is_idle(self._provider):
+            raise Unavailable(f"{self._name} is answering, and there is room for one such model.", retry_after=10)
+        self._name = name
+        self._loading = asyncio.create_task(self._load(name))
+        self._loading.add_done_callback(self._forget_failed)
+        self._watch = self._watch or asyncio.create_task(self._unload_when_idle())
+
+    def _forget_failed(self, task: "asyncio.Task[LocalProvider]") -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._name = None
+
+    async def _load(self, name: str) -> LocalProvider:
+        await self._unload()
+        begin, served = time.monotonic(), PREFIX + name
+        settings = self._settings.model_copy(update={"model_path": name, "served_model_name": served})
+        provider = LocalProvider(settings, log.warning)
+        try:
+            provider.loaded = await in_daemon_thread(partial(self._fetch_and_load, name, settings, provider.progress))
+        except SourceUnreachable as error:
+            raise UpstreamUnreachable(str(error), param="model") from error
+        except NotOnHub as error:
+            raise ModelNotFound(str(error), param="model") from error
+        except ModelLoadError as error:
+            raise InvalidRequest(str(error), param="model", code="model_not_supported") from error
+        provider.loaded.engine.start()
+        self._provider, self._used_at = provider, time.monotonic()
+        log.info("%s is ready after %.1f s", served, time.monotonic() - begin)
+        return provider
+
+    def _fetch_and_load(self, name: str, settings: Settings, progress: Progress) -> Loaded:
+        sources = self._sources or checkpoint.Sources()
+        found = checkpoint.fetch_hub(name, progress.report, sources)
+        size, most = _size(found.directory), settings.huggingface_memory
+        if size > most:
+            raise ModelLoadError(
+                f"{name} has {size / 2**30:.2f} GiB, and HUGGINGFACE_MEMORY is {most / 2**30:.2f} GiB."
+            )
+        return self._load_model(str(found.directory), settings, progress)
+
+    async def _unload(self) -> None:
+        provider, self._provider = self._provider, None
+        if provider is not None:
+            log.info("%s is unloaded", provider.name)
+            await provider.close(0.0)
+            provider.loaded = None
+            await asyncio.to_thread(gc.collect)
+
+    async def _unload_when_idle(self) -> None:
+        limit = self._settings.huggingface_idle
+        while True:
+            await asyncio.sleep(min(limit / 4, 10.0))
+            provider = self._provider
+            if provider is not None and _is_idle(provider) and time.monotonic() - self._used_at > limit:
+                self._name = self._loading = None
+                await self._unload()
+
+    async def close(self, timeout: float) -> None:
+        for task in filter(None, (self._watch, self._loading)):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+        if self._provider is not None:
+            await self._provider.close(timeout)
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+
+def _is_idle(provider: LocalProvider) -> bool:
+    engine = provider.loaded.engine if provider.loaded else None
+    return engine is None or engine.num_running + engine.num_waiting == 0
