@@ -14,7 +14,7 @@ NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 MOST = 512  # tools
 MAX_LENGTH = 200_000  # characters of a schema or grammar, or of all tools
 MAX_DEPTH = 100  # of a schema's objects and lists
-NO_PARAMETERS: Mapping[str, Any] = {"type": "object"}
+OPENS = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "allOf", "oneOf", "$ref", "if"}
 
 Object = dict[str, Any]
 
@@ -45,12 +45,19 @@ def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | No
     is_parallel = isinstance(request, TokenizeRequest) or request.parallel_tool_calls is not False
     return Toolbox(
         tuple(tools),
-        {f["name"]: {**NO_PARAMETERS, **(f.get("parameters") or {})} for f in functions if f["name"] in callable_names},
+        {f["name"]: _closed(f.get("parameters") or {}) for f in functions if f["name"] in callable_names},
         {name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},
         mode != "auto",
         is_parallel and mode != "named",
         any(function.get("strict") is True for function in functions),
     )
+
+
+def _closed(schema: Object) -> Object:
+    """An object; of the properties that are listed, if any are and nothing is said of others: small models make up
+    more, which no function expects."""
+    is_open = "properties" not in schema or OPENS & schema.keys()
+    return {"type": "object", **({} if is_open else {"additionalProperties": False}), **schema}
 
 
 def check_size(value: Any, field: str) -> None:

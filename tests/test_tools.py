@@ -354,6 +354,26 @@ def test_what_is_wrong_with_tools_is_named(body: dict[str, Any], field: str) -> 
     assert refusal.value.param == field
 
 
+def test_no_more_properties_are_called_with_than_are_listed() -> None:
+    listed = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    bare = {"type": "function", "function": {"name": "g"}}
+    free = {
+        "type": "function",
+        "function": {"name": "h", "parameters": {"properties": {}, "additionalProperties": True}},
+    }
+    body = request(tools=[listed, bare, free], tool_choice="required")
+    structure = structure_of(body, toolbox_of(body), MARKED, MARKS)
+    assert structure is not None
+    grammar = COMPILER.compile(structure.text)
+    for name, arguments, fits in (
+        ("f", {}, True),
+        ("f", {"a": 1}, False),
+        ("g", {"a": 1}, True),
+        ("h", {"a": 1}, True),
+    ):
+        assert follows(grammar, MARKED.written(name, arguments)) == fits, (name, arguments)
+
+
 def test_the_tools_that_are_allowed_are_those_that_may_be_called() -> None:
     choice = {"mode": "required", "tools": [{"type": "function", "function": {"name": "get.now"}}]}
     box = toolbox_of(request(tool_choice={"type": "allowed_tools", "allowed_tools": choice}))
