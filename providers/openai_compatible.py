@@ -208,7 +208,7 @@ class MiniMaxFixes(Fixes):
         for choice in _choices(chunk):
             delta = choice.get("delta")
             if not isinstance(delta, dict):
-                chunk["choices"], is_changed = [], True
+                choice["delta"], is_changed = {}, True
                 continue
             if delta.get("role") == "":
                 del delta["role"]

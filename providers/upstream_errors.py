@@ -1,5 +1,6 @@
 """Errors of providers as this server's clients are told of them: in OpenAI's shape, and without anybody's key."""
 
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -81,7 +82,7 @@ def _passed(headers: Mapping[str, str]) -> dict[str, str]:
     given = {
         "x-upstream-request-id": headers.get("x-request-id") or headers.get("request-id"),
         "x-should-retry": headers.get("x-should-retry"),
-        "retry-after-ms": headers.get("retry-after-ms"),
+        "retry-after-ms": headers.get("retry-after-ms") if _number(headers.get("retry-after-ms")) is not None else None,
     }
     return {name: value for name, value in given.items() if value}
 
@@ -102,15 +103,21 @@ def error_in(answer: Any) -> dict[str, Any] | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds; the header has milliseconds, seconds or a date."""
+    """Seconds, at least 0; the header has milliseconds, seconds or a date."""
+    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
+        return milliseconds / 1000
+    given = headers.get("retry-after")
+    if given is None or (seconds := _number(given)) is not None:
+        return seconds if given else None
     try:
-        if "retry-after-ms" in headers:
-            return float(headers["retry-after-ms"]) / 1000
-        if "retry-after" in headers:
-            return float(headers["retry-after"])
+        return max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
     except ValueError:
-        try:
-            return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-        except (ValueError, KeyError):
-            return None
-    return None
+        return None
+    return max(0.0, number) if math.isfinite(number) else None
