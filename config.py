@@ -92,6 +92,7 @@ class Settings(BaseSettings):
     )
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish")
 
+    hf_token: Key = Field(None, description="of the Hub, for gated and private models")
     huggingface_memory: Bytes = Field(16 * 2**30, description="bytes of a huggingface/ chat model's weights")
     huggingface_idle: float = Field(600.0, gt=0, description="seconds without requests after which it is unloaded")
     openai_api_key: Key = Field(None, description="for openai/ and bare gpt-*, text-embedding-*")

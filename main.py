@@ -66,6 +66,8 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         _configure_logging(settings)
+        if settings.hf_token is not None:  # huggingface_hub reads it there, and not in .env
+            os.environ.setdefault("HF_TOKEN", settings.hf_token.get_secret_value())
         _drain_on_signals(local.close, settings.shutdown_timeout)
         local.start()
         embeddings.start()

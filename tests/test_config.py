@@ -61,3 +61,21 @@ def test_a_bad_setting_ends_the_server_with_a_sentence(tmp_path: Path) -> None:
 )
 def test_an_address_that_others_reach_is_recognised(host: str, is_open: bool) -> None:
     assert is_open_to_network(host) is is_open
+
+
+def test_values_of_the_gateway_are_read_as_its_document_writes_them(tmp_path: Path) -> None:
+    env = tmp_path / ".env"
+    env.write_text(
+        "OLLAMA_API_KEY= # 如果您的 Ollama 服務需要 API 金鑰\nOLLAMA_TIMEOUT=120 # 秒\nDEEPSEEK_API_URL=https://a.example/v1\n"
+        "OPENAI_API_KEY=sk-xxxxxxxx\nMINIMAX_API_KEY=m\nMODEL_ALIASES=a=openai/b, c=d\nMODEL_FALLBACKS=a=b,c;d=e\n"
+    )
+    settings = Settings(_env_file=env)
+    assert settings.ollama_api_key is None and settings.ollama_timeout == 120
+    assert settings.openai_api_key and settings.openai_api_key.get_secret_value() == "sk-xxxxxxxx"
+    assert settings.minmax_api_key and "sk-xxxxxxxx" not in repr(settings)
+    assert settings.model_aliases == {"a": "openai/b", "c": "d"}
+    assert settings.model_fallbacks == {"a": ["b", "c"], "d": ["e"]}
+    assert Settings(_env_file=None, ollama_api_key="# a comment").ollama_api_key is None
+    for bad in ({"model_aliases": "x"}, {"model_fallbacks": "x="}, {"ollama_timeout": "soon"}):
+        with pytest.raises(ValidationError):
+            Settings(_env_file=None, **bad)
