@@ -35,7 +35,7 @@ def parse_pairs(value: Any) -> Any:
     """`"a=b,c=d"` -> {"a": "b", "c": "d"}"""
     if not isinstance(value, str):
         return value
-    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    pairs = [pair.partition("=") for pair in (without_comment(value) or "").split(",") if pair.strip()]
     if not all(equals and name.strip() and other.strip() for name, equals, other in pairs):
         raise ValueError(f"{value!r} is no list such as name=other,name=other")
     return {name.strip(): other.strip() for name, _, other in pairs}
@@ -45,14 +45,14 @@ def parse_fallbacks(value: Any) -> Any:
     """`"a=b,c;d=e"` -> {"a": ["b", "c"], "d": ["e"]}"""
     if not isinstance(value, str):
         return value
-    rows = [row.partition("=") for row in value.split(";") if row.strip()]
+    rows = [row.partition("=") for row in (without_comment(value) or "").split(";") if row.strip()]
     if not all(equals and name.strip() and others.strip() for name, equals, others in rows):
         raise ValueError(f"{value!r} is no list such as name=other,another;name=other")
     return {name.strip(): [other.strip() for other in others.split(",") if other.strip()] for name, _, others in rows}
 
 
 Key = Annotated[SecretStr | None, BeforeValidator(without_comment)]
-Url = Annotated[str | None, BeforeValidator(without_comment)]
+Url = Annotated[Annotated[str, Field(pattern=r"^https?://")] | None, BeforeValidator(without_comment)]
 Seconds = Annotated[float, BeforeValidator(without_comment), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
@@ -171,6 +171,10 @@ class Settings(BaseSettings):
     @classmethod
     def _expand(cls, value: Path) -> Path:
         return value.expanduser()
+
+    def url(self, name: str) -> str:
+        """Of a provider, without a slash at its end; the default for one that is empty."""
+        return str(getattr(self, name) or type(self).model_fields[name].default).rstrip("/")
 
 
 def is_open_to_network(host: str) -> bool:

@@ -6,18 +6,20 @@ It reads the model's name and nothing else of a request, so what a provider know
 import json
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
 from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
-from errors import ModelNotFound, UpstreamError
+from errors import APIError, UpstreamError
 from providers import Router
 from providers.base import Gateway
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
-_MODEL = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+_MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')  # names are short
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -30,7 +32,10 @@ class GatewayRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             router: Router = request.app.state.router
-            body = await _concerning(request, router)
+            try:
+                body = await _concerning(request, router)
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_GONE)
             return await local(request) if body is None else await _answer(request, router, path, body, local)
 
         return handle
@@ -38,8 +43,11 @@ class GatewayRoute(APIRoute):
 
 async def _concerning(request: Request, router: Router) -> dict[str, Any] | None:
     """The body of a request that is not simply this server's. Others are not parsed here: they may be large."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        return None  # pages of any origin may send other types: the endpoint refuses them
     content = await request.body()
-    names = {_text(match) for match in _MODEL.findall(content)}
+    names = {_text(quoted) for quoted in {match[1] for match in _MODEL.finditer(content)}}
     if not any(router.alias(name) != name or router.gateway(name) or len(router.tries(name)) > 1 for name in names):
         return None
     try:
@@ -58,13 +66,13 @@ def _text(quoted: bytes) -> str:
 
 
 async def _answer(request: Request, router: Router, path: str, body: dict[str, Any], local: Handler) -> Response:
-    """Of the first who can."""
+    """Of the first who can; if nobody can, what the first one said."""
     asked = body["model"]
     first, *others = router.tries(router.alias(asked))
     failure: UpstreamError | None = None
     for model in (first, *others):
-        headers = {"x-gateway-model": model} if model != asked else {}
-        headers |= {"x-gateway-fallback-from": first} if failure else {}
+        headers = {"x-gateway-model": _in_ascii(model)} if model != asked else {}
+        headers |= {"x-gateway-fallback-from": _in_ascii(first)} if failure else {}
         found = router.gateway(model)
         try:
             if found is not None:
@@ -72,15 +80,17 @@ async def _answer(request: Request, router: Router, path: str, body: dict[str, A
             response = await local(_with_body(request, {**body, "model": model}))
             response.headers.update(headers)
             return response
-        except UpstreamError as error:
-            if not error.is_passing:
+        except (APIError, RequestValidationError) as error:
+            if failure is None and not (isinstance(error, UpstreamError) and error.is_passing):
                 raise
-            failure = failure or error
-        except ModelNotFound:
-            if failure is None:
-                raise
+            failure = failure or cast(UpstreamError, error)
     assert failure is not None
     raise failure
+
+
+def _in_ascii(text: str) -> str:
+    """For a header."""
+    return json.dumps(text)[1:-1]
 
 
 async def _relayed(

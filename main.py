@@ -87,7 +87,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     app.state.local = local
     app.state.embeddings = embeddings
     app.state.hub = hub = HubModels(settings, load)
-    app.state.router = Router(local, settings)
+    app.state.router = Router(settings, lambda name: local.serves(name) or embeddings.is_own(name))
     _add_cors(app, settings)
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_size)
     app.add_middleware(RequestId)

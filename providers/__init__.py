@@ -1,9 +1,10 @@
 """Which provider serves a model: a table of prefixes, and rules for bare names."""
 
 import asyncio
+import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -12,7 +13,7 @@ import httpx2
 from config import Settings
 from errors import APIError
 from providers.anthropic import Claude
-from providers.base import Gateway, Provider
+from providers.base import Gateway
 from providers.openai_compatible import (
     DeepSeekFixes,
     Fixes,
@@ -23,6 +24,8 @@ from providers.openai_compatible import (
     Urls,
 )
 from providers.upstream import Access, Upstream
+
+log = logging.getLogger(__name__)
 
 LIST_TIMEOUT, LIST_AGE = 2.0, 600.0  # seconds: for a provider's list of models, and as long as it is good
 BARE = (  # names without a prefix -> whose they are
@@ -42,22 +45,22 @@ class Row:
 
 
 def _plain_urls(setting: str) -> Callable[[Settings], Urls]:
-    return lambda settings: Urls(str(getattr(settings, setting)).rstrip("/"))
+    return lambda settings: Urls(settings.url(setting))
 
 
 def _deepseek_urls(settings: Settings) -> Urls:
-    base = str(settings.deepseek_api_url).rstrip("/")
+    base = settings.url("deepseek_api_url")
     chat = base if urlsplit(base).path.endswith("/chat/completions") else None
     return Urls(base.removesuffix("/chat/completions"), chat, settings.deepseek_api_endpoint_nonstream)
 
 
 def _minmax_urls(settings: Settings) -> Urls:
-    url = str(settings.minmax_api_url).rstrip("/")
+    url = settings.url("minmax_api_url")
     return Urls(url) if urlsplit(url).path in ("", "/v1") else Urls(url.rpartition("/")[0], url)
 
 
 def _ollama_urls(settings: Settings) -> Urls:
-    base = str(settings.ollama_baseurl).rstrip("/")
+    base = settings.url("ollama_baseurl")
     return Urls(base if base.endswith("/v1") else f"{base}/v1")
 
 
@@ -106,11 +109,13 @@ class Listed:
 class Router:
     """Names of models -> who answers for them."""
 
-    def __init__(self, local: Provider, settings: Settings, gateways: Mapping[str, Gateway] | None = None) -> None:
-        self.local = local
+    def __init__(self, settings: Settings, is_local: Callable[[str], bool]) -> None:
+        """is_local: whether a name is exactly that of a model here."""
+        self._is_local = is_local
         self._aliases, self._fallbacks = settings.model_aliases, settings.model_fallbacks
-        self.gateways = gateways_of(settings) if gateways is None else dict(gateways)
+        self.gateways = gateways_of(settings)
         self._lists: dict[str, Listed] = {}
+        self._refreshing: asyncio.Future[list[None]] | None = None
 
     def alias(self, model: str) -> str:
         """What the operator wants a name to mean."""
@@ -118,7 +123,7 @@ class Router:
 
     def gateway(self, model: str) -> tuple[str, Gateway, str] | None:
         """The provider's name, the provider and the model's name there; None: the model is this server's matter."""
-        if self.local.serves(model):
+        if self._is_local(model):
             return None
         prefix, slash, name = model.partition("/")
         if slash and prefix in self.gateways:
@@ -131,10 +136,16 @@ class Router:
         return [model, *self._fallbacks.get(model, ())]
 
     async def listed(self) -> list[tuple[str, str]]:
-        """(provider, model) of all that can be used elsewhere; takes two seconds at most, and mostly none."""
+        """(provider, model) of all that can be used elsewhere. Only the first call waits, two seconds at most."""
         usable = {name: g for name, g in self.gateways.items() if g.upstream.access.is_usable and name not in SYNONYMS}
         stale = [name for name in usable if self._list(name).at + LIST_AGE < time.monotonic()]
-        await asyncio.gather(*(self._refresh(name, usable[name]) for name in stale))
+        if stale:
+            is_first = self._refreshing is None
+            if self._refreshing is None or self._refreshing.done():
+                work = asyncio.gather(*(self._refresh(name, usable[name]) for name in stale))
+                self._refreshing = asyncio.ensure_future(work)
+            if is_first:
+                await asyncio.wait({self._refreshing})
         return [(name, model) for name in usable for model in self._list(name).names]
 
     def _list(self, name: str) -> Listed:
@@ -149,6 +160,8 @@ class Router:
                 listed.names, listed.at = await gateway.models(), time.monotonic()
         except (APIError, TimeoutError):
             pass
+        except Exception:
+            log.exception("the models of %s cannot be listed", name)
 
     @property
     def health(self) -> dict[str, dict[str, object]]:
@@ -160,6 +173,9 @@ class Router:
         }
 
     async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
         upstreams: Sequence[Upstream] = list({id(g.upstream): g.upstream for g in self.gateways.values()}.values())
         for upstream in upstreams:
             await upstream.close()

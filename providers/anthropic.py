@@ -1,6 +1,7 @@
 """Claude by Anthropic's Messages API: a chat completion there and back. What the formats are is not its matter."""
 
 import json
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,7 +12,7 @@ import httpx2
 
 from config import Settings
 from errors import InvalidRequest, UpstreamError
-from providers.anthropic_answers import StreamMapper, to_completion
+from providers.anthropic_answers import STATUSES, StreamMapper, to_completion
 from providers.anthropic_format import SAMPLING, Mapped, to_messages
 from providers.base import Relayed
 from providers.upstream import (
@@ -25,8 +26,12 @@ from providers.upstream import (
     until_error,
     with_keep_alive,
 )
+from providers.upstream_errors import error_in
 
 VERSION = "2023-06-01"  # later ones refuse what this API's clients send
+MOST_REMEMBERED = 1000  # models
+_REFUSES = re.compile(r"deprecated|not (supported|permitted|allowed)|unsupported", re.IGNORECASE)
+
 Object = dict[str, Any]
 
 
@@ -34,13 +39,13 @@ class Claude:
     def __init__(self, upstream: Upstream, base: str, default_max_tokens: int) -> None:
         self.upstream = upstream
         self._base, self._default_max_tokens = base, default_max_tokens
-        self._refused: dict[str, set[str]] = {}  # parameters that a model turned out not to take
+        self._refused: dict[str, frozenset[str]] = {}  # parameters that a model turned out not to take
 
     @classmethod
     def of(cls, settings: Settings, access: Access, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
         key = access.headers.get("authorization", "").removeprefix("Bearer ")
         headers = {"x-api-key": key, "anthropic-version": VERSION} if key else {}
-        base = str(settings.anthropic_base_url).rstrip("/").removesuffix("/v1")
+        base = settings.url("anthropic_base_url").removesuffix("/v1")
         upstream = Upstream(replace(access, headers=headers), transport)
         return cls(upstream, f"{base}/v1", settings.anthropic_default_max_tokens)
 
@@ -53,16 +58,19 @@ class Claude:
     async def answer(self, path: str, body: Object) -> Relayed:
         if path != "chat/completions":
             raise InvalidRequest(f"claude has no /{path}.", param="model", code="unsupported_value")
-        refused = self._refused.setdefault(str(body["model"]), set())
+        model = str(body["model"])
+        refused = self._refused.get(model, frozenset())
         mapped = to_messages(body, self._default_max_tokens, refused)
         try:
             return await self._ask(mapped, body)
         except UpstreamError as error:
             named = {name for name in SAMPLING if name in mapped.body and f"`{name}`" in error.message}
-            if error.status != 400 or not named:
+            if error.status != 400 or not named or not _REFUSES.search(error.message):
                 raise
-            refused |= named
-        return await self._ask(to_messages(body, self._default_max_tokens, refused), body)
+        answer = await self._ask(to_messages(body, self._default_max_tokens, refused | named), body)
+        if len(self._refused) < MOST_REMEMBERED:
+            self._refused[model] = refused | named
+        return answer
 
     async def _ask(self, mapped: Mapped, body: Object) -> Relayed:
         url, content = f"{self._base}/messages", json.dumps(mapped.body).encode()
@@ -75,7 +83,11 @@ class Claude:
         options = body.get("stream_options")
         includes_usage = isinstance(options, dict) and options.get("include_usage") is True
         mapper = StreamMapper(model, created, includes_usage)
-        events = self._events(await self.upstream.opened(url, content), mapper)
+        response = await self.upstream.opened(url, content)
+        if "text/event-stream" not in response.headers.get("content-type", ""):
+            told = self._object((await self.upstream.read(response)).content)
+            raise self.upstream.told(STATUSES.get(str((error_in(told) or {}).get("type")), 502), told)
+        events = self._events(response, mapper)
         try:
             first = await anext(events)
         except BaseException:
@@ -88,10 +100,13 @@ class Claude:
             async for event in events:
                 data, name = data_of(event), name_of(event)
                 if data is None or name == "ping":
-                    yield event if data is None else b": ping\n\n"
+                    if data is not None or event.startswith(b":"):
+                        yield event if data is None else b": ping\n\n"
                     continue
                 for chunk in mapper.events(name, self._object(data)):
                     yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
+                if mapper.is_complete:
+                    break
         if not mapper.is_complete:
             raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
         yield b"data: [DONE]\n\n"

@@ -107,6 +107,10 @@ class EmbeddingModels:
         """Whether the name is one of these models', known or not; looks at no file."""
         return self._place(model) is not None
 
+    def is_own(self, model: str) -> bool:
+        """Whether it is the name of a model that is listed, and not only a form of name that is tried on the Hub."""
+        return any(known.id.casefold() == model.casefold() for known in self.models())
+
     def models(self) -> list[Model]:
         """Those that are loaded, or on their way."""
         permission = [ModelPermission(created=slot.created) for slot in self._slots.values()]

@@ -22,12 +22,13 @@ from errors import (
     UpstreamUnreachable,
 )
 from progress import Progress
-from providers.loading import Load, Loaded, in_daemon_thread
+from providers.loading import Load, in_daemon_thread
 from providers.local import LocalProvider
 
 log = logging.getLogger(__name__)
 
 PREFIX = "huggingface/"
+SETTLING = 2.0  # seconds that a request may take from its model's name to the engine: its prompt is rendered before
 PATIENCE = 30.0  # seconds that a request waits for a model; then it is told to come again
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # never a path on this machine
 
@@ -49,20 +50,25 @@ class HubModels:
         name = model.removeprefix(PREFIX)
         if not _ID.fullmatch(name) or ".." in name:
             raise ModelNotFound(f"{model!r} is no model of the Hub: write huggingface/OWNER/NAME.", param="model")
-        self._used_at = time.monotonic()
         if self._name != name:
             await self._replace(name)
-        assert self._loading is not None
-        done, _ = await asyncio.wait({self._loading}, timeout=PATIENCE)
+        else:
+            self._used_at = time.monotonic()
+        loading = self._loading
+        assert loading is not None
+        done, _ = await asyncio.wait({loading}, timeout=PATIENCE)
         if not done:
             raise ModelLoading(f"The model {name} is loading.", retry_after=5)
-        return self._loading.result()
+        if loading.cancelled():
+            raise Unavailable("The server is shutting down.", retry_after=10)
+        self._used_at = time.monotonic()
+        return loading.result()
 
     async def _replace(self, name: str) -> None:
         """One at a time: another one that is loading, or answering, is not pushed out."""
         if self._loading is not None and not self._loading.done():
             raise Unavailable(f"{self._name} is being loaded, and one at a time is.", retry_after=10)
-        if self._provider is not None and not _is_idle(self._provider):
+        if self._provider is not None and not self._is_idle(SETTLING):
             raise Unavailable(f"{self._name} is answering, and there is room for one such model.", retry_after=10)
         self._name = name
         self._loading = asyncio.create_task(self._load(name))
@@ -70,36 +76,45 @@ class HubModels:
         self._watch = self._watch or asyncio.create_task(self._unload_when_idle())
 
     def _forget_failed(self, task: "asyncio.Task[LocalProvider]") -> None:
-        if task.cancelled() or task.exception() is not None:
-            self._name = None
+        is_lost = task.cancelled() or task.exception() is not None
+        if is_lost and task is self._loading:
+            self._name = None if self._provider is None else self._provider.name.removeprefix(PREFIX)
+            self._loading = None if self._provider is None else _done(self._provider)
 
     async def _load(self, name: str) -> LocalProvider:
-        await self._unload()
         begin, served = time.monotonic(), PREFIX + name
         settings = self._settings.model_copy(update={"model_path": name, "served_model_name": served})
         provider = LocalProvider(settings, log.warning)
         try:
-            provider.loaded = await in_daemon_thread(partial(self._fetch_and_load, name, settings, provider.progress))
+            directory = await in_daemon_thread(partial(self._fetch, name, provider.progress))
+            await self._unload()  # not before the new one is there
+            provider.loaded = await in_daemon_thread(
+                partial(self._load_model, str(directory), settings, provider.progress)
+            )
         except SourceUnreachable as error:
             raise UpstreamUnreachable(str(error), param="model") from error
         except NotOnHub as error:
             raise ModelNotFound(str(error), param="model") from error
         except ModelLoadError as error:
             raise InvalidRequest(str(error), param="model", code="model_not_supported") from error
+        except Exception as error:
+            log.debug("loading failed", exc_info=True)
+            told = f"{name} cannot be loaded: {type(error).__name__}: {error}"
+            raise InvalidRequest(told, param="model", code="model_not_supported") from error
         provider.loaded.engine.start()
         self._provider, self._used_at = provider, time.monotonic()
         log.info("%s is ready after %.1f s", served, time.monotonic() - begin)
         return provider
 
-    def _fetch_and_load(self, name: str, settings: Settings, progress: Progress) -> Loaded:
-        sources = self._sources or checkpoint.Sources()
+    def _fetch(self, name: str, progress: Progress) -> Path:
+        sources, settings = self._sources or checkpoint.Sources(), self._settings
         found = checkpoint.fetch_hub(name, progress.report, sources)
         size, most = _size(found.directory), settings.huggingface_memory
         if size > most:
             raise ModelLoadError(
                 f"{name} has {size / 2**30:.2f} GiB, and HUGGINGFACE_MEMORY is {most / 2**30:.2f} GiB."
             )
-        return self._load_model(str(found.directory), settings, progress)
+        return found.directory
 
     async def _unload(self) -> None:
         provider, self._provider = self._provider, None
@@ -113,10 +128,17 @@ class HubModels:
         limit = self._settings.huggingface_idle
         while True:
             await asyncio.sleep(min(limit / 4, 10.0))
-            provider = self._provider
-            if provider is not None and _is_idle(provider) and time.monotonic() - self._used_at > limit:
+            if self._provider is not None and not self._is_idle(0.0):
+                self._used_at = time.monotonic()
+            elif self._provider is not None and self._is_idle(limit):
                 self._name = self._loading = None
                 await self._unload()
+
+    def _is_idle(self, seconds: float) -> bool:
+        """Whether nothing was asked of the model for so long, and it answers nobody."""
+        engine = self._provider.loaded.engine if self._provider and self._provider.loaded else None
+        is_quiet = engine is None or engine.num_running + engine.num_waiting == 0
+        return is_quiet and time.monotonic() - self._used_at >= seconds
 
     async def close(self, timeout: float) -> None:
         for task in filter(None, (self._watch, self._loading)):
@@ -131,6 +153,8 @@ def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
 
 
-def _is_idle(provider: LocalProvider) -> bool:
-    engine = provider.loaded.engine if provider.loaded else None
-    return engine is None or engine.num_running + engine.num_waiting == 0
+def _done(provider: LocalProvider) -> "asyncio.Task[LocalProvider]":
+    async def known() -> LocalProvider:
+        return provider
+
+    return asyncio.ensure_future(known())

@@ -60,6 +60,15 @@ def _choices(body: Object) -> list[Object]:
     return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _index(choice: Object) -> int:
+    index = choice.get("index")
+    return index if isinstance(index, int) else 0
+
+
 def _drop(body: Object, *names: str) -> Dropped:
     return [name for name in names if body.pop(name, None) is not None]
 
@@ -81,9 +90,8 @@ class GeminiFixes(Fixes):
     def chunk(self, chunk: Object) -> bool:
         is_changed = False
         for choice in _choices(chunk):
-            index = choice.get("index", 0)
-            delta = choice.get("delta")
-            for call in (delta.get("tool_calls") or []) if isinstance(delta, dict) else []:
+            index, delta = _index(choice), choice.get("delta")
+            for call in _list(delta.get("tool_calls")) if isinstance(delta, dict) else []:
                 is_changed |= self._number(index, call)
             if choice.get("finish_reason") == "stop" and self._num_calls.get(index):
                 choice["finish_reason"], is_changed = "tool_calls", True
@@ -117,7 +125,7 @@ class DeepSeekFixes(Fixes):
     def request(self, path: str, body: Object) -> Dropped:
         _rename(body, "max_completion_tokens", "max_tokens")
         _rename(body, "user", "user_id")
-        for message in body.get("messages") or ():
+        for message in _list(body.get("messages")):
             if isinstance(message, dict) and message.get("role") == "developer":
                 message["role"] = "system"
         return []
@@ -141,7 +149,7 @@ class OllamaFixes(Fixes):
             raise unsupported("n")
         if path == "embeddings" and any(isinstance(part, int | list) for part in _listed(body.get("input"))):
             raise InvalidRequest("Ollama takes texts, and no tokens.", param="input", code="unsupported_value")
-        for number, message in enumerate(body.get("messages") or ()):
+        for number, message in enumerate(_list(body.get("messages"))):
             _check_images(message, f"messages[{number}]")
         if body.get("tool_choice") in ("auto", None):
             body.pop("tool_choice", None)
@@ -213,7 +221,7 @@ class MiniMaxFixes(Fixes):
             if delta.get("role") == "":
                 del delta["role"]
                 is_changed = True
-            parser = self._parsers.setdefault(choice.get("index", 0), self._parser())
+            parser = self._parsers.setdefault(_index(choice), self._parser())
             parts = parser.put(delta["content"]) if isinstance(delta.get("content"), str) else []
             parts += parser.end() if choice.get("finish_reason") else []
             is_changed |= _put(delta, parts)
@@ -242,7 +250,11 @@ def failure_in(body: Object) -> Object | None:
         known = {1002: 429, 1004: 401, 1008: 402, 2049: 401}
         return {"message": status.get("status_msg"), "status": known.get(status["status_code"], 502)}
     error = error_in(body)
-    return None if error is None or "choices" in body else {**error, "status": _status(error.get("code"))}
+    return (
+        None
+        if error is None or "choices" in body or body.get("object") == "response"
+        else {**error, "status": _status(error.get("code"))}
+    )
 
 
 def _status(code: Any) -> int:
@@ -309,22 +321,23 @@ class OpenAICompatible:
         return until_error(after(first, events))
 
     async def _events(self, events: AsyncGenerator[bytes], fixes: Fixes, path: str) -> AsyncGenerator[bytes]:
-        is_finished = is_done = False
+        is_finished = False
         is_plain = type(fixes) is Fixes
         async with aclosing(events):
             async for event in events:
                 data = data_of(event)
                 if data is None:
-                    yield event
+                    if event.startswith(b":"):
+                        yield event
                 elif data == b"[DONE]":
-                    is_done = True
                     yield event
+                    return  # some never end what they have ended
                 else:
                     is_finished = is_finished or bool(_FINISHED.search(data))
                     yield event if is_plain and b'"error"' not in data else self._fixed(event, data, fixes)
-        if not is_done and not is_finished:
+        if not is_finished:
             raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
-        if not is_done and path != "responses":
+        if path != "responses":
             yield b"data: [DONE]\n\n"
 
     def _fixed(self, event: bytes, data: bytes, fixes: Fixes) -> bytes:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -27,6 +27,7 @@ KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent
 LONGEST_WAIT = 20.0  # seconds; a provider that asks for more is not waited for
 LARGEST = 64 * 2**20  # bytes of an answer, or of one event
 NUM_FAILURES, COOLDOWN = 3, 30.0  # connections in a row that failed; seconds in which no more are tried
+MIN_SECRET = 8  # characters of what is taken for a key
 _END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
@@ -36,7 +37,7 @@ class Access:
 
     name: str
     key_variable: str  # what a person sets
-    headers: Mapping[str, str]  # with the key
+    headers: Mapping[str, str] = field(repr=False)  # with the key
     needs_key: bool
     timeout: float  # seconds between bytes
     total_timeout: float  # seconds for an answer that is not streamed
@@ -121,7 +122,9 @@ class Upstream:
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             self._note_failure()
             raise self.fault("cannot be reached", 502, "upstream_unreachable", is_passing=True) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
+            raise self.fault("cannot be asked: its address or key is wrong", 502, "upstream_unreachable") from error
+        except httpx2.HTTPError as error:
             raise self.transport_fault(error) from error
         self._num_failures, self.last_success = 0, time.time()
         if response.status_code >= 300:
@@ -159,8 +162,12 @@ class Upstream:
         return self.told(response.status_code, body, response.headers)
 
     def told(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
-        """The error that a provider told of."""
-        return error_of(status, body, self.access.name, self.access.key_variable, headers)
+        """The error that a provider told of; some repeat the key."""
+        error = error_of(status, body, self.access.name, self.access.key_variable, headers)
+        for secret in [value.removeprefix("Bearer ") for value in self.access.headers.values()]:
+            if len(secret) >= MIN_SECRET:
+                error.message = error.message.replace(secret, "[redacted]")
+        return error
 
 
 def _wait(error: UpstreamError, attempt: int) -> float | None:
@@ -185,23 +192,38 @@ def _plain(headers: httpx2.Headers) -> httpx2.Headers:
 
 async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGenerator[bytes]:
     """Each event as it came, with the blank line behind it. Raises APIError; closes the response."""
-    text = b""
+    text, searched, is_first = b"", 0, True
     try:
         async for part in response.aiter_raw():
             text += part
+            if is_first:
+                text, is_first = text.removeprefix(b"\xef\xbb\xbf"), False
             start = 0
-            while found := _END_OF_EVENT.search(text, start):
+            while found := _END_OF_EVENT.search(text, max(start, searched)):
                 yield text[start : found.end()]
-                start = found.end()
+                start = searched = found.end()
             text = text[start:]
+            searched = max(0, len(text) - 3)  # an end may be cut in two
             if len(text) > LARGEST:
                 raise upstream.fault("sent an event without end", 502, "upstream_invalid_response")
     except httpx2.HTTPError as error:
         raise upstream.transport_fault(error) from error
     finally:
         await response.aclose()
-    if text.strip():
+    if text.strip() and _is_whole(text):
         yield text + b"\n\n"
+
+
+def _is_whole(event: bytes) -> bool:
+    """Whether the last event, behind which no blank line came, was not cut."""
+    data = data_of(event)
+    if data is None or data == b"[DONE]":
+        return data is not None
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def header_of(names: Iterable[str]) -> dict[str, str]:

@@ -84,7 +84,7 @@ def _passed(headers: Mapping[str, str]) -> dict[str, str]:
         "x-should-retry": headers.get("x-should-retry"),
         "retry-after-ms": headers.get("retry-after-ms") if _number(headers.get("retry-after-ms")) is not None else None,
     }
-    return {name: value for name, value in given.items() if value}
+    return {name: value for name, value in given.items() if value and value.isascii() and value.isprintable()}
 
 
 def redact(text: str) -> str:

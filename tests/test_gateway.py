@@ -21,6 +21,7 @@ from providers.openai_compatible import GeminiFixes, MiniMaxFixes, OllamaFixes
 from providers.upstream_errors import redact
 
 KEYS = {name: f"sk-secret-{name.lower()}" for name in ("OPENAI", "GOOGLE", "ANTHROPIC", "DEEPSEEK", "MINMAX")}
+KEYS["OLLAMA"] = "zz-SECRET0123456789"  # of no known form
 HELLO = [{"role": "user", "content": "你好！"}]
 
 
@@ -63,10 +64,10 @@ def running(tiny_checkpoint: Any) -> Iterator[Gateway]:
             "DEEPSEEK_API_ENDPOINT_NONSTREAM": found["deepseek-whole"].url + "/chat/completions",
             "MINMAX_API_URL": found["minmax"].url + "/v1/text/chatcompletion_v2",
             "OLLAMA_BASEURL": found["ollama"].url + "/",
-            "OLLAMA_API_KEY": "# 如果您的 Ollama 服務需要 API 金鑰",
+            "OLLAMA_API_KEY": KEYS["OLLAMA"],
             "OLLAMA_TIMEOUT": "2 # 秒",
             "GATEWAY_TIMEOUT": "2",
-            "MODEL_ALIASES": "old-gpt=openai/gpt-new,mine=Tiny-Qwen3",
+            "MODEL_ALIASES": "old-gpt=openai/gpt-new,mine=Tiny-Qwen3,other=openai/模型",
             "MODEL_FALLBACKS": "openai/falls=claude/second;openai/lands=Tiny-Qwen3",
             "LOG_LEVEL": "info",
         }
@@ -100,7 +101,7 @@ SAMPLES = [  # the interface document's, with what each becomes: model, body, pr
     ("deepseek/deepseek-chat", "deepseek", "/chat/completions", "deepseek-chat", "DEEPSEEK"),
     ("minmax/abab6-chat", "minmax", "/v1/text/chatcompletion_v2", "abab6-chat", "MINMAX"),
     ("minimax/MiniMax-M3", "minmax", "/v1/text/chatcompletion_v2", "MiniMax-M3", "MINMAX"),
-    ("ollama/llama3", "ollama", "/v1/chat/completions", "llama3", None),
+    ("ollama/llama3", "ollama", "/v1/chat/completions", "llama3", "OLLAMA"),
     ("gpt-4o", "openai", "/v1/chat/completions", "gpt-4o", "OPENAI"),
 ]
 
@@ -186,6 +187,7 @@ def test_aliases_stand_for_other_models(gateway: Gateway) -> None:
     got = gateway.chat("old-gpt")
     assert gateway.providers["openai"].asked[0].body["model"] == "gpt-new"
     assert got.headers["x-gateway-model"] == "openai/gpt-new"
+    assert gateway.chat("other").status_code == 200 and gateway.providers["openai"].asked[1].body["model"] == "模型"
     mine = gateway.chat("mine", max_tokens=2)
     assert mine.json()["model"] == "Tiny-Qwen3" and mine.headers["x-gateway-model"] == "Tiny-Qwen3"
 
@@ -439,6 +441,64 @@ def test_the_openai_sdk_reads_relayed_answers_and_errors(gateway: Gateway) -> No
         )
         with pytest.raises(openai.InternalServerError, match="claude"):
             client.chat.completions.create(model="claude/x", messages=HELLO)  # type: ignore[arg-type]
+
+
+def test_pages_of_other_origins_cannot_spend_the_keys(gateway: Gateway) -> None:
+    headers = {"content-type": "text/plain", "origin": "https://evil.example"}
+    content = json.dumps({"model": "openai/x", "messages": HELLO}).encode()
+    got = httpx2.post(gateway.server.url + "/v1/chat/completions", content=content, headers=headers)
+    assert got.status_code == 400 and not gateway.providers["openai"].asked
+
+
+def test_a_name_without_end_costs_nothing(gateway: Gateway) -> None:
+    content = b'{"model": "' + b"a" * 8_000_000 + b'", ' + b'"model":"openai/a",' * 100_000 + b'"x": 1}'
+    begin = time.monotonic()
+    got = httpx2.post(
+        gateway.server.url + "/v1/completions",
+        content=content,
+        headers={"content-type": "application/json"},
+        timeout=60,
+    )
+    assert got.status_code in (200, 400) and time.monotonic() - begin < 5
+
+
+def test_a_stream_ends_with_its_own_end_and_cut_events_are_not_passed_on(gateway: Gateway) -> None:
+    provider = gateway.providers["openai"]
+    provider.script = lambda asked: Reply.stream(*told("x"), 5.0, b"more")
+    begin = time.monotonic()
+    got = gateway.chat("openai/x", stream=True)
+    assert got.text.endswith("data: [DONE]\n\n") and time.monotonic() - begin < 1.5
+    provider.script = lambda asked: Reply.stream(*QUIET, b'data: {"choices":[{"finish_reason":"stop","del')
+    *_, last, _ = gateway.chat("openai/x", stream=True).text.split("\n\n")
+    assert json.loads(last[6:])["error"]["code"] == "upstream_stream_truncated"
+
+
+def test_a_key_that_a_provider_repeats_is_not_passed_on(gateway: Gateway) -> None:
+    told_off = {"error": {"message": f"Incorrect key: {KEYS['OLLAMA']}"}}
+    gateway.providers["ollama"].script = lambda asked: Reply.of(told_off, 401)
+    got = gateway.chat("ollama/x")
+    assert got.status_code == 401 and KEYS["OLLAMA"] not in got.text
+
+
+def test_a_value_that_claude_refuses_is_no_parameter_that_a_model_refuses(gateway: Gateway) -> None:
+    provider = gateway.providers["claude"]
+
+    def script(asked: Asked) -> Reply:
+        told_off = {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": "`top_k`: must be below 500"},
+        }
+        return Reply.of(told_off, 400) if asked.body.get("top_k", 0) >= 500 else answer(asked)
+
+    provider.script = script
+    assert gateway.chat("claude/claude-3-x", top_k=9999).status_code == 400
+    assert gateway.chat("claude/claude-3-x", top_k=40).status_code == 200 and provider.asked[-1].body["top_k"] == 40
+
+
+@pytest.mark.parametrize("model", ["deepseek/x", "ollama/x", "minmax/x", "gemini/x", "claude/x", "openai/x"])
+def test_odd_bodies_are_nobodys_failure(gateway: Gateway, model: str) -> None:
+    for messages in (5, True, [5], [{"content": 5}], {"a": 1}):
+        assert gateway.chat(model, messages=messages).status_code in (200, 400)
 
 
 def test_a_body_that_is_no_request_is_refused_by_the_endpoint(gateway: Gateway) -> None:

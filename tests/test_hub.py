@@ -11,7 +11,7 @@ import pytest
 from checkpoint import Sources
 from config import Settings
 from errors import APIError, InvalidRequest, ModelNotFound, Unavailable, UpstreamUnreachable
-from providers.hub import HubModels
+from providers.hub import SETTLING, HubModels
 from providers.loading import load
 from schemas import ChatCompletionRequest
 from streaming import collect_chat
@@ -55,6 +55,9 @@ def test_a_model_of_the_hub_answers_under_its_name_and_makes_room_for_the_next(c
         assert {answer.model for answer in both} == {"huggingface/acme/one"}
         assert both[0].choices == both[1].choices
         first = await models.provider("huggingface/acme/one")
+        with pytest.raises(Unavailable):  # somebody may be about to ask it
+            await models.provider("huggingface/acme/two")
+        await asyncio.sleep(SETTLING)
         other = await ask(models, "huggingface/acme/two")
         assert other.model == "huggingface/acme/two" and other.choices == both[0].choices
         assert first.loaded is None
@@ -71,6 +74,19 @@ def test_a_model_that_answers_is_not_pushed_out(cache: Path) -> None:
         with pytest.raises(Unavailable):
             await models.provider("huggingface/acme/two")
         await stream.aclose()
+
+    with_models(cache, scenario)
+
+
+def test_a_name_that_does_not_exist_pushes_nothing_out(cache: Path) -> None:
+    async def scenario(models: HubModels) -> None:
+        provider = await models.provider("huggingface/acme/one")
+        await asyncio.sleep(SETTLING)
+        both = await asyncio.gather(
+            models.provider("huggingface/acme/none"), models.provider("huggingface/acme/none"), return_exceptions=True
+        )
+        assert all(isinstance(error, UpstreamUnreachable) for error in both)
+        assert provider.loaded is not None and await models.provider("huggingface/acme/one") is provider
 
     with_models(cache, scenario)
 
