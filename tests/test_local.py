@@ -59,12 +59,21 @@ def test_the_models_recommendation_goes_before_the_specifications(
     assert sampling_defaults(SimpleNamespace(**own)) == expected
 
 
-def test_the_longest_prefix_decides_who_answers() -> None:
-    local, cloud, special = provider(), provider(), provider()
-    router = Router({"": local, "openai/": cloud, "openai/special-": special})
-    assert router.resolve("google/gemma") == (local, "google/gemma")
-    assert router.resolve("openai/gpt") == (cloud, "gpt")
-    assert router.resolve("openai/special-x") == (special, "x")
+def test_the_prefix_decides_who_answers_unless_the_name_is_a_model_here() -> None:
+    router = Router(Settings(_env_file=None), lambda name: name in ("mine", "openai/mine"))
+    owners = {
+        "openai/gpt-4": ("openai", "gpt-4"),
+        "ollama/org/name:tag": ("ollama", "org/name:tag"),
+        "minimax/x": ("minimax", "x"),
+        "gpt-4": ("openai", "gpt-4"),
+        "o3-mini": ("openai", "o3-mini"),
+        "models/embedding-001": ("gemini", "models/embedding-001"),
+    }
+    for model, (owner, name) in owners.items():
+        found = router.gateway(model)
+        assert found is not None and (found[0], found[2]) == (owner, name)
+    for model in ("mine", "openai/mine", "huggingface/a/b", "sentence-transformers/a", "qwen", "other/x", ""):
+        assert router.gateway(model) is None
 
 
 class Groups:
