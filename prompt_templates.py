@@ -247,13 +247,14 @@ class PromptTemplate:
             return "unsaid"
         return "open" if begun > ended else "closed"
 
-    def render_chat(self, messages: Sequence[Message], options: RenderOptions = RenderOptions()) -> list[int]:  # noqa: B008
+    def render_chat(self, messages: Sequence[Message], options: RenderOptions | None = None) -> list[int]:
         """The prompt of a conversation.
 
         Raises InvalidRequest for messages that the template takes neither as they are nor with alternating roles.
         """
         from jinja2 import TemplateError
 
+        options = options or RenderOptions()
         plain, tools, seam, mark = self._disarm(messages, options.tools)
         plain, continues, opens = _ending(plain, options.continues, options.opens)
         if continues and plain[-1]["role"] not in ("assistant", "user"):

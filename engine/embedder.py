@@ -173,8 +173,8 @@ class Embedder:
             self._compute([question], self._prompt("query", ""), may_truncate, "query"),
             self._compute(documents, self._prompt("document", ""), may_truncate, "documents"),
         )
-        (query,), rows = own[0].rows, np.stack([row for row in own[1].rows if row is not None])
-        cosines = normalised(rows) @ normalised(np.stack([query]))[0]  # type: ignore[list-item]
+        query, rows = (np.stack([row for row in job.rows if row is not None]) for job in own)
+        cosines = normalised(rows) @ normalised(query)[0]
         return Scores(
             cosines.tolist(), own[0].num_tokens + own[1].num_tokens, own[0].num_truncated + own[1].num_truncated
         )

@@ -161,7 +161,7 @@ def test_a_text_has_the_same_vector_alone(embedding_server: Server) -> None:
 
 def test_base64_is_little_endian_float32_of_the_same(embedding_server: Server) -> None:
     encoded = vectors(embedding_server, TEXTS[:3], encoding_format="base64")
-    decoded = [np.frombuffer(base64.b64decode(text), dtype="<f4") for text in encoded]  # type: ignore[arg-type]
+    decoded = [np.frombuffer(base64.b64decode(text), dtype="<f4") for text in encoded]
     assert close(decoded, vectors(embedding_server, TEXTS[:3]))
 
 
@@ -274,7 +274,7 @@ def test_rerank_puts_what_answers_first(embedding_server: Server) -> None:
     assert answer["scored_by"] == "embeddings" and answer["usage"]["total_tokens"] > 20
     (best,) = embedding_server.post("/rerank", **body, top_n=1).json()["results"]
     assert best["index"] == 1 and "document" not in best
-    cosine = np.dot(*vectors(embedding_server, [body["query"], "A stroll on a sunny day."]))  # type: ignore[list-item]
+    cosine = np.dot(*vectors(embedding_server, [body["query"], "A stroll on a sunny day."]))
     assert abs(best["relevance_score"] - cosine) < 1e-5
     for wrong in ({"documents": []}, {"query": ""}, {"top_n": 0}, {"documents": [{}]}):
         assert embedding_server.post("/v1/rerank", **{**body, **wrong}).status_code == 400

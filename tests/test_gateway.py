@@ -432,15 +432,15 @@ def test_ollama_is_not_sent_what_it_would_ignore(gateway: Gateway) -> None:
 def test_the_openai_sdk_reads_relayed_answers_and_errors(gateway: Gateway) -> None:
     with OpenAI(base_url=gateway.server.url + "/v1", api_key="dummy-key", max_retries=0) as client:
         for model in ("openai/gpt-4", "claude/claude-3-opus-20240229", "gemini/gemini-1.5-pro-latest"):
-            whole = client.chat.completions.create(model=model, messages=HELLO)  # type: ignore[arg-type]
-            stream = client.chat.completions.create(model=model, messages=HELLO, stream=True)  # type: ignore[arg-type]
+            whole = client.chat.completions.create(model=model, messages=HELLO)
+            stream = client.chat.completions.create(model=model, messages=HELLO, stream=True)
             text = "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
             assert whole.choices[0].message.content == text == "Hi!"
         gateway.providers["claude"].script = lambda asked: Reply.of(
             {"type": "error", "error": {"type": "x"}}, 529, x_should_retry="false"
         )
         with pytest.raises(openai.InternalServerError, match="claude"):
-            client.chat.completions.create(model="claude/x", messages=HELLO)  # type: ignore[arg-type]
+            client.chat.completions.create(model="claude/x", messages=HELLO)
 
 
 def test_pages_of_other_origins_cannot_spend_the_keys(gateway: Gateway) -> None:

@@ -77,7 +77,7 @@ def test_text_comes_back_as_it_was_said(relaying: OpenAI, demo_client: OpenAI, p
     usage = {"include_usage": True}
     chunks = list(
         relaying.chat.completions.create(model=f"{prefix}/{MODEL}", stream=True, stream_options=usage, **options)
-    )  # type: ignore[call-overload]
+    )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == direct.choices[0].message.content
     assert chunks[-1].usage and chunks[-1].usage.completion_tokens == direct.usage.completion_tokens

@@ -296,7 +296,7 @@ WEATHER = {
     "name": "weather",
     "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
 }
-WEATHER["parameters"]["additionalProperties"] = False  # type: ignore[index]
+WEATHER["parameters"]["additionalProperties"] = False
 
 
 def offered(path: str) -> list[dict[str, Any]]:
