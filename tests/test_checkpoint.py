@@ -342,6 +342,17 @@ def test_unusable_hub_model_is_refused_in_one_sentence(
     assert "\n" not in str(raised.value)
 
 
+def test_a_hub_model_beyond_its_bound_is_refused_before_it_is_downloaded(tmp_path: Path) -> None:
+    size = len(HUB_MODEL["model.safetensors"])
+    with http_server(hub_model("org/tiny", HUB_MODEL)) as endpoint:
+        sources = Sources(endpoint=endpoint, hub_cache=tmp_path)
+        with pytest.raises(ModelLoadError, match="org/tiny has .* GiB, and SETTING is"):
+            checkpoint.fetch_hub("org/tiny", ignore, sources, checkpoint.MemoryBound("SETTING", size - 1))
+        assert not list(tmp_path.rglob("*.safetensors"))
+        found = checkpoint.fetch_hub("org/tiny", ignore, sources, checkpoint.MemoryBound("SETTING", size))
+    assert (found.directory / "model.safetensors").exists()
+
+
 def test_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="org/name .* the Hub is out of reach"):
         checkpoint.fetch("org/name", tmp_path, ignore, Sources("http://127.0.0.1:9", hub_cache=tmp_path))
