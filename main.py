@@ -30,7 +30,7 @@ from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_l
 from gateway import GatewayRoute
 from providers import Router
 from providers.base import Provider
-from providers.embeddings import EmbeddingModels
+from providers.embeddings import EmbeddingModels, apart
 from providers.hub import HubModels
 from providers.loading import Load, load
 from providers.local import LocalProvider
@@ -137,11 +137,11 @@ def _add_endpoints(app: FastAPI) -> None:
 
     @api.post("/embeddings", response_model=EmbeddingResponse)
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        return await _answer(request, body, embeddings.embed(body))
+        return await _answer(request, body, embeddings.embed(body), len(body.inputs))
 
     @api.post("/rerank", response_model=RerankResponse)
     async def rerank(body: RerankRequest, request: Request) -> Response:
-        return await _answer(request, body, embeddings.rerank(body))
+        return await _answer(request, body, embeddings.rerank(body), len(body.documents))
 
     @api.get("/models")
     async def list_models() -> ModelList:
@@ -205,7 +205,9 @@ async def _respond(
     return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
 
-async def _answer(request: Request, body: RequestBody, work: Awaitable[EmbeddingResponse | RerankResponse]) -> Response:
+async def _answer(
+    request: Request, body: RequestBody, work: Awaitable[EmbeddingResponse | RerankResponse], num_texts: int
+) -> Response:
     """What is never streamed. The work stops when the client leaves."""
     answer = await unless_client_leaves(request, work)
     if answer is None:
@@ -213,7 +215,7 @@ async def _answer(request: Request, body: RequestBody, work: Awaitable[Embedding
     headers = _ignored_fields_header(body)
     if answer.num_truncated:
         headers["X-Gateway-Truncated"] = str(answer.num_truncated)
-    content = await asyncio.to_thread(answer.model_dump_json)  # of thousands of vectors, it takes a while
+    content = await apart(answer.model_dump_json, num_texts)  # of thousands of vectors, it takes a while
     return Response(content, media_type="application/json", headers=headers)
 
 

