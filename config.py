@@ -157,6 +157,9 @@ class Settings(BaseSettings):
     embedding_memory: Bytes = Field(4 * 2**30, description="bytes such as 4GiB for the weights of embedding models")
     embedding_device: str = Field("auto", description="auto, cpu, cuda or cuda:0, for embedding models")
     embed_truncate: Literal["end", "error"] = Field("end", description="what happens to a text that is too long")
+    embed_default_prompt: str | None = Field(
+        None, description="the name of the prompt where a request names none, for the models that have it"
+    )
     embed_token_arrays: Literal["cl100k", "own", "refuse"] = Field(
         "cl100k", description="whose token ids an input may have: OpenAI's, the model's own, none"
     )

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -30,7 +31,7 @@ from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_l
 from gateway import GatewayRoute
 from providers import Router
 from providers.base import Provider
-from providers.embeddings import EmbeddingModels, apart
+from providers.embeddings import EmbeddingModels, apart, as_json
 from providers.hub import HubModels
 from providers.loading import Load, load
 from providers.local import LocalProvider
@@ -215,7 +216,7 @@ async def _answer(
     headers = _ignored_fields_header(body)
     if answer.num_truncated:
         headers["X-Gateway-Truncated"] = str(answer.num_truncated)
-    content = await apart(answer.model_dump_json, num_texts)  # of thousands of vectors, it takes a while
+    content = await apart(partial(as_json, answer), num_texts)  # of thousands of vectors, it takes a while
     return Response(content, media_type="application/json", headers=headers)
 
 

@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -125,7 +135,15 @@ class StreamOptions(RequestBody):
 
 StopString = Annotated[str, Field(max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(max_length=2**20)]
+TokenIds = Annotated[list[TokenId], Field(max_length=2**20, fail_fast=True)]
+
+
+def _kind_of_texts(value: Any) -> str:
+    """By its first element: each other reading would complain of each element of a long list."""
+    if not isinstance(value, list) or not value:
+        return "texts" if isinstance(value, list) else "text"
+    first = value[0]
+    return "lists of tokens" if isinstance(first, list) else "texts" if isinstance(first, str) else "tokens"
 
 
 class _SamplingRequest(RequestBody):
@@ -286,7 +304,12 @@ class CompletionRequest(_CompletionRequest):
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=128)
     suffix: str | None = None
-    prompt: str | TokenIds | list[str] | list[TokenIds] = Field(union_mode="left_to_right")
+    prompt: (
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(max_length=2048, fail_fast=True), Tag("texts")]
+        | Annotated[TokenIds, Tag("tokens")]
+        | Annotated[list[TokenIds], Field(max_length=2048, fail_fast=True), Tag("lists of tokens")]
+    ) = Field(discriminator=Discriminator(_kind_of_texts))
 
     @property
     def num_logprobs(self) -> int | None:
@@ -406,7 +429,9 @@ def _is_none(value: Any) -> bool:
 # --- embeddings
 
 NonEmpty = Annotated[str, Field(min_length=1)]
-SomeTokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+SomeTokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)]
+SomeTexts = Annotated[list[NonEmpty], Field(min_length=1, max_length=2048, fail_fast=True)]
+ManyTokenIds = Annotated[list[SomeTokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
 
 
 class EmbeddingRequest(RequestBody):
@@ -414,11 +439,11 @@ class EmbeddingRequest(RequestBody):
 
     model: str
     input: (
-        NonEmpty
-        | SomeTokenIds
-        | Annotated[list[NonEmpty], Field(min_length=1, max_length=2048)]
-        | Annotated[list[SomeTokenIds], Field(min_length=1, max_length=2048)]
-    ) = Field(union_mode="left_to_right")
+        Annotated[NonEmpty, Tag("text")]
+        | Annotated[SomeTexts, Tag("texts")]
+        | Annotated[SomeTokenIds, Tag("tokens")]
+        | Annotated[ManyTokenIds, Tag("lists of tokens")]
+    ) = Field(discriminator=Discriminator(_kind_of_texts))
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     prompt_name: str | None = None  # of those that the model has, such as query and document

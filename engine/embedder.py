@@ -6,6 +6,7 @@ It does not know which models there are, nor where their files come from.
 import asyncio
 import json
 import logging
+import math
 import queue
 import re
 import threading
@@ -19,8 +20,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
 
-from engine.text_queue import TextQueue
+from engine.text_queue import Item, TextQueue
 from engine.threads import set_threads
 from errors import ContextLengthExceeded, EngineFailure, InvalidRequest, ModelLoadError, Overloaded, Unavailable
 
@@ -29,11 +31,13 @@ log = logging.getLogger(__name__)
 Vectors = npt.NDArray[np.float32]
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # with padding
 MAX_WAITING = 2**16  # texts; more are refused
+CHARACTERS, CHARACTERS_PER_TOKEN = 2**16, 200  # of a text are tokenized; what is behind them is cut unseen
+TEXT_ALONE = {"text", "message"}  # kinds of input
 OWN_MODULES = "sentence_transformers."  # what a modules.json may name: other classes would be a stranger's code
 CROSS_ENCODER = "ForSequenceClassification"
 MATRYOSHKA = re.compile(  # models that were trained so that a vector's beginning is a vector too
     r"embeddinggemma|qwen3-embedding|nomic-embed-text-v(1\.5|2)|text-embedding|mxbai-embed-(large|2d)|matryoshka"
-    r"|arctic-embed-(m-v1\.5|[ml]-v2)|jina-embeddings-v[345]|potion-",
+    r"|arctic-embed-(m-v1\.5|[ml]-v2)|jina-embeddings-v[345]",
     re.IGNORECASE,
 )
 
@@ -63,6 +67,7 @@ class Job:
     deliver: Callable[["Job", Exception | None], None]
     rows: list[Vectors | None] = field(default_factory=list)
     num_left: int = 0
+    is_dropped: bool = False  # its caller has left
     num_tokens: int = 0
     num_truncated: int = 0
 
@@ -81,6 +86,10 @@ class TextModel(Protocol):
         """A row for each, and the tokens that it took."""
         ...
 
+    def release(self) -> None:
+        """Gives its memory back."""
+        ...
+
 
 class _Modules:
     """What both kinds of sentence-transformers' models share."""
@@ -88,7 +97,12 @@ class _Modules:
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self.tokenizer = model.tokenizer
-        self.max_length = int(model.max_seq_length or 2**31)
+        limit = model.max_seq_length
+        self.max_length = int(limit) if limit and math.isfinite(limit) else 2**31
+
+    def release(self) -> None:
+        """At once: what refers to itself, as these models do, stays until a collection of garbage, or longer."""
+        self.model.to("meta")
 
     def lengths(self, texts: Sequence[Any], prompt: str) -> list[int]:
         """Of a model with a chat template it is a guess, and what the template adds is missing."""
@@ -169,10 +183,10 @@ class Embedder:
             pairs = [(question, document) for document in documents]
             job = await self._compute(pairs, self.about.default_prompt, may_truncate, "documents")
             return Scores([float(row[-1]) for row in job.rows if row is not None], job.num_tokens, job.num_truncated)
-        own = await asyncio.gather(
-            self._compute([question], self._prompt("query", ""), may_truncate, "query"),
-            self._compute(documents, self._prompt("document", ""), may_truncate, "documents"),
-        )
+        own = [
+            await self._compute([question], self._prompt("query", ""), may_truncate, "query"),
+            await self._compute(documents, self._prompt("document", ""), may_truncate, "documents"),
+        ]
         query, rows = (np.stack([row for row in job.rows if row is not None]) for job in own)
         cosines = normalised(rows) @ normalised(query)[0]
         return Scores(
@@ -213,6 +227,7 @@ class Embedder:
         finally:
             self.num_waiting -= len(texts)
             if job.num_left:
+                job.is_dropped = True
                 self._inbox.put(partial(self._queue.remove, [job]))
         return job
 
@@ -225,6 +240,7 @@ class Embedder:
                     await asyncio.sleep(0.02)
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
+        self.model.release()
 
     # --- the worker thread
 
@@ -252,15 +268,23 @@ class Embedder:
                 return
 
     def _begin(self, job: Job) -> None:
+        if job.is_dropped:
+            return
         limit = self.model.max_length
+        most = CHARACTERS + limit * CHARACTERS_PER_TOKEN
         try:
-            texts = [self._text_of(text) if isinstance(text, list) else text for text in job.texts]
+            whole = [self._text_of(text) if isinstance(text, list) else text for text in job.texts]
+            texts = [_cut(text, most) for text in whole]
             lengths = self.model.lengths(texts, job.prompt)
         except InvalidRequest as error:
             return job.deliver(job, error)
         except Exception:
             log.exception("%d texts could not be tokenized", len(job.texts))
             return job.deliver(job, EngineFailure("The model failed on this request; it has been logged."))
+        lengths = [
+            max(length, limit + 1) if text != cut else length
+            for text, cut, length in zip(whole, texts, lengths, strict=True)
+        ]
         job.num_truncated = sum(length > limit for length in lengths)
         if job.num_truncated and not job.may_truncate:
             return job.deliver(job, self._too_long(job, lengths))
@@ -285,19 +309,24 @@ class Embedder:
 
     def _step(self) -> None:
         """Computes one batch; the jobs that are complete, or that it fails, are told."""
-        batch = self._queue.take()
-        if not batch:
-            return
+        if batch := self._queue.take():
+            self._settle(batch)
+
+    def _settle(self, batch: Sequence[Item[Job]]) -> None:
+        """A batch that fails is computed again job by job, since one text of one of them may be why."""
         try:
             rows, counts = self.model.compute([item.text for item in batch], batch[0].prompt)
             if not np.isfinite(rows).all():
                 raise ValueError("a value that is not a number")
         except Exception:
+            jobs = list(dict.fromkeys(item.job for item in batch))
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._settle([item for item in batch if item.job is job])
+                return
             log.exception("a batch of %d texts failed", len(batch))
-            jobs = {item.job for item in batch}
             self._queue.remove(jobs)
-            for job in jobs:
-                job.deliver(job, EngineFailure("The model failed on this request; it has been logged."))
+            jobs[0].deliver(jobs[0], EngineFailure("The model failed on this request; it has been logged."))
             return
         for item, row, count in zip(batch, rows, counts, strict=True):
             job = item.job
@@ -306,6 +335,11 @@ class Embedder:
             job.num_left -= 1
             if not job.num_left:
                 job.deliver(job, None)
+
+
+def _cut(text: Any, most: int) -> Any:
+    """A text, or a pair of texts, of which no more is tokenized than a model could read."""
+    return tuple(part[:most] for part in text) if isinstance(text, tuple) else text[:most]
 
 
 def _finish(done: "asyncio.Future[None]", error: Exception | None) -> None:
@@ -333,25 +367,52 @@ def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten:
     vectors can be cut.
     """
     set_threads()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_modules(directory)
-    is_pair_scorer = _is_cross_encoder(directory)
+    device = _device(device)
     try:
-        import sentence_transformers  # takes seconds
-
-        kind = sentence_transformers.CrossEncoder if is_pair_scorer else sentence_transformers.SentenceTransformer
-        dtype = "float32" if device == "cpu" else _gpu_dtype(directory)
-        model = kind(
-            str(directory),
-            device=device,
-            local_files_only=True,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True, "dtype": dtype},
-        )
+        text_model, about = _open(directory, name, device, may_shorten)
+        sample: Any = ("a", "a") if about.kind == "cross-encoder" else "a"
+        text_model.lengths([sample], "")
+        text_model.compute([sample], "")
+    except ModelLoadError:
+        raise
     except Exception as error:  # of many kinds, for files that are not as they should be
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(f"{name} cannot be loaded as an embedding model: {lines[0]}") from error
+    return Embedder(text_model, about, BATCH_TOKENS["cpu" if device == "cpu" else "cuda"])
+
+
+def loaded_size(directory: Path, device: str) -> int:
+    """Bytes of the weights in memory: on a CPU all of them are float32, whatever the files have."""
+    width = 4 if _device(device) == "cpu" or _gpu_dtype(directory) == "float32" else 2
+    total = 0
+    for path in directory.rglob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # it is no mapping
+    return total * width
+
+
+def _device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _open(directory: Path, name: str, device: str, may_shorten: bool) -> tuple[TextModel, About]:
+    import sentence_transformers  # takes seconds
+
+    _check_modules(directory)
+    is_pair_scorer = _is_cross_encoder(directory)
+    kind = sentence_transformers.CrossEncoder if is_pair_scorer else sentence_transformers.SentenceTransformer
+    model = kind(
+        str(directory),
+        device=device,
+        local_files_only=True,
+        trust_remote_code=False,
+        model_kwargs={"use_safetensors": True, "dtype": "float32" if device == "cpu" else _gpu_dtype(directory)},
+    )
+    if not set(model.modalities) <= TEXT_ALONE:  # the library would read texts that are paths and addresses as images
+        raise ModelLoadError(f"{name} takes {', '.join(map(str, model.modalities))}; models of text alone are served.")
+    num_classes = getattr(model.config, "num_labels", None) or 1
+    if is_pair_scorer and num_classes > 2:
+        raise ModelLoadError(f"{name} tells {num_classes} classes apart and does not rank.")
     about = About(
         "cross-encoder" if is_pair_scorer else "embeddings",
         0 if is_pair_scorer else int(model.truncate_dim or model.get_embedding_dimension() or 0),
@@ -360,8 +421,7 @@ def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten:
         model.prompts.get(model.default_prompt_name or "") or "",
         sum(tensor.nbytes for tensor in model.parameters()),
     )
-    text_model = PairScorer(model) if is_pair_scorer else Encoder(model)
-    return Embedder(text_model, about, BATCH_TOKENS["cpu" if device == "cpu" else "cuda"])
+    return PairScorer(model) if is_pair_scorer else Encoder(model), about
 
 
 def _read(path: Path) -> Any:

@@ -51,6 +51,12 @@ class TextQueue(Generic[J]):
             self._waiting[prompt] = [item for item in waiting if id(item.job) not in gone]
             if not self._waiting[prompt]:
                 del self._waiting[prompt]
+        self._forget_turns()
+
+    def _forget_turns(self) -> None:
+        """Where nothing waits, turns hold only what was computed."""
+        if not self._waiting:
+            self._turns.clear()
 
     def take(self) -> list[Item[J]]:
         """The next batch; all of one prompt. Empty where nothing waits."""
@@ -80,6 +86,7 @@ class TextQueue(Generic[J]):
         del waiting[begin:end]
         if not waiting:
             del self._waiting[prompt]
+        self._forget_turns()
         return batch
 
     def _fits(self, waiting: list[Item[J]], begin: int, end: int) -> bool:

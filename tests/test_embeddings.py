@@ -16,12 +16,29 @@ import torch
 from models import byte_tokenizer, save_tiny_checkpoint
 from openai import BadRequestError, OpenAI
 from process import MAIN, Server, serve
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+)
 
 import checkpoint
 from checkpoint import EMBEDDING_DEMOS, PackagedFiles, Sources
 from config import Settings
-from engine.embedder import About, Embedder, load_embedder
+from engine.embedder import (
+    CHARACTERS,
+    CHARACTERS_PER_TOKEN,
+    About,
+    Embedder,
+    Embeddings,
+    load_embedder,
+    loaded_size,
+)
 from errors import (
     APIError,
     ContextLengthExceeded,
@@ -33,8 +50,8 @@ from errors import (
     Unavailable,
     UpstreamUnreachable,
 )
-from providers.embeddings import DEMO, EmbeddingModels
-from schemas import EmbeddingRequest, RerankRequest
+from providers.embeddings import DEMO, EmbeddingModels, as_json
+from schemas import Embedding, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage, RerankRequest
 
 TEXTS = [
     "I like to walk in the sun.",
@@ -89,10 +106,10 @@ def save_tiny_encoder(directory: Path, seed: int = 0, **changes: Any) -> Path:
     return directory
 
 
-def save_tiny_cross_encoder(directory: Path) -> Path:
+def save_tiny_cross_encoder(directory: Path, num_labels: int = 1) -> Path:
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **BERT)
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, **BERT)
     BertForSequenceClassification(config).save_pretrained(directory)
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(directory)
@@ -218,7 +235,17 @@ def test_2048_texts_are_taken_and_the_event_loop_stays_free(embedding_server: Se
     assert len(waits) > 10 and max(waits) < 0.5
     found = answer.result()
     assert len(found) == 2048 and close(found[-1], theirs.encode(texts[-1]))
-    assert embed(embedding_server, ["a"] * 2049).status_code == 400
+    refusal = embed(embedding_server, ["a"] * 2049).json()["error"]
+    assert refusal["param"] == "input" and "2048" in refusal["message"]
+
+
+def test_a_list_without_end_is_refused_at_once(embedding_server: Server) -> None:
+    for path, field in (("embeddings", "input"), ("completions", "prompt")):
+        for long in (["a"] * 1_000_000, [1] * 1_000_000 + ["a"], [[1]] * 1_000_000, ["a", 1] * 1_000_000):
+            begin = time.monotonic()
+            answer = embedding_server.post(f"/v1/{path}", model=DEMO, **{field: long})
+            assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(field), answer.text
+            assert time.monotonic() - begin < 2
 
 
 @pytest.mark.parametrize(
@@ -298,10 +325,12 @@ class Echo:
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        self.tokenized: list[str] = []
         self.may_go_on = threading.Event()
         self.fails_on = "never"
 
     def lengths(self, texts: Sequence[str], prompt: str) -> list[int]:
+        self.tokenized += texts
         return [len(prompt + text) for text in texts]
 
     def compute(self, texts: Sequence[str], prompt: str) -> tuple[Any, list[int]]:
@@ -310,6 +339,9 @@ class Echo:
         if self.fails_on in texts:
             raise RuntimeError("it fails")
         return np.array([[len(prompt + text), 1] for text in texts], dtype=np.float32), [len(text) for text in texts]
+
+    def release(self) -> None:
+        pass
 
 
 def on_echo(scenario: Callable[[Embedder, Echo], Any], max_batch_tokens: int = 1000) -> None:
@@ -365,6 +397,53 @@ def test_a_batch_that_fails_fails_its_own_requests_alone() -> None:
         with pytest.raises(EngineFailure):
             await embedder.embed(["bad", "a long one that is in another batch"])
         assert (await embedder.embed(["good"])).vectors.tolist() == [[4, 1]]
+        echo.may_go_on.clear()
+        first = asyncio.create_task(embedder.embed(["first"]))
+        await until(lambda: len(echo.batches) == 4)
+        together = [asyncio.create_task(embedder.embed([text])) for text in ("one", "bad", "two")]
+        await asyncio.sleep(0.05)
+        echo.may_go_on.set()
+        one, bad, two = await asyncio.gather(*together, return_exceptions=True)
+        assert echo.batches[4:] == [["one", "bad", "two"], ["one"], ["bad"], ["two"]]
+        assert isinstance(bad, EngineFailure) and isinstance(one, Embeddings) and isinstance(two, Embeddings)
+        await first
+
+    on_echo(scenario)
+
+
+def test_no_more_of_a_text_is_tokenized_than_a_model_could_read() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        echo.may_go_on.set()
+        found = await embedder.embed(["x" * 10_000_000])
+        assert found.vectors[0, 0] == CHARACTERS + CHARACTERS_PER_TOKEN * echo.max_length and found.num_truncated == 1
+        with pytest.raises(ContextLengthExceeded):
+            await embedder.embed(["x" * 10_000_000], may_truncate=False)
+
+    on_echo(scenario)
+
+
+def test_who_left_before_the_model_was_free_costs_nothing() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        first = asyncio.create_task(embedder.embed(["first"]))
+        await until(lambda: echo.batches)
+        gone = asyncio.create_task(embedder.embed(["gone"]))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        echo.may_go_on.set()
+        await first
+        await embedder.embed(["last"])
+        assert echo.batches == [["first"], ["last"]] and echo.tokenized == ["first", "last"]
+
+    on_echo(scenario)
+
+
+def test_a_question_that_is_too_long_leaves_no_documents_behind() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        echo.may_go_on.set()
+        with pytest.raises(ContextLengthExceeded):
+            await embedder.score("x" * 60, ["y"] * 1000, may_truncate=False)
+        assert embedder.num_waiting == 0 and not echo.batches
 
     on_echo(scenario)
 
@@ -450,6 +529,62 @@ def test_code_of_a_models_own_is_not_run(tmp_path: Path) -> None:
         load_embedder(directory, "model", "cpu")
 
 
+def save_tiny_clip(directory: Path) -> Path:
+    """It takes images beside texts, and sentence-transformers reads texts that are paths or addresses as images."""
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 64
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": tokenizer.eos_token_id}
+    vision = {**size, "image_size": 32, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(directory)
+    CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer).save_pretrained(directory)
+    return directory
+
+
+def test_models_that_would_fetch_what_a_text_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="image.*text alone"):
+        load_embedder(save_tiny_clip(tmp_path / "clip"), "clip", "cpu")
+
+
+def test_classifiers_are_no_rerankers(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="3 classes"):
+        load_embedder(save_tiny_cross_encoder(tmp_path / "nli", num_labels=3), "nli", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config_sentence_transformers.json", "[]"),
+        ("modules.json", "[1]"),
+        ("modules.json", "{"),
+        ("config.json", '{"architectures": [null]}'),
+        ("1_Pooling/config.json", "[]"),
+        ("tokenizer.json", "{}"),
+        ("model.safetensors", "no tensors"),
+    ],
+)
+def test_files_that_are_not_as_they_should_be_are_one_sentence(tmp_path: Path, name: str, content: str) -> None:
+    directory = save_tiny_encoder(tmp_path / "model")
+    (directory / name).write_text(content)
+    with pytest.raises(ModelLoadError) as refusal:
+        load_embedder(directory, "model", "cpu")
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_a_model_takes_is_counted_in_memory_and_given_back_when_it_is_closed(tmp_path: Path) -> None:
+    directory = save_tiny_encoder(tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, directory / "model.safetensors")
+
+    async def run() -> None:
+        embedder = load_embedder(directory, "model", "cpu")
+        assert 0 <= loaded_size(directory, "cpu") - embedder.about.num_bytes < 1000
+        await embedder.close()
+        assert {tensor.device.type for tensor in embedder.model.model.parameters()} == {"meta"}
+
+    asyncio.run(run())
+
+
 def test_own_token_ids_are_read_by_the_models_tokenizer(tiny_encoder: Path) -> None:
     async def run() -> None:
         embedder = load_embedder(tiny_encoder, "tiny", "cpu")
@@ -497,7 +632,7 @@ async def first_of(models: EmbeddingModels, model: str, **body: Any) -> Any:
 
 def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
     sources = hub_cache(tmp_path, **dict.fromkeys(("a", "b", "c"), save_tiny_encoder))
-    size = sum(path.stat().st_size for path in (tmp_path / "models--acme--a").rglob("*.safetensors"))
+    size = loaded_size(tmp_path / "models--acme--a", "cpu")
 
     async def scenario(models: EmbeddingModels) -> None:
         for name in ("a", "b", "a", "c"):
@@ -514,6 +649,50 @@ def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
         assert models.models() == []
 
     with_models(sources, too_small, embedding_memory=size // 2)
+
+
+def test_names_that_do_not_exist_hold_nobody_up_and_are_not_listed(tmp_path: Path) -> None:
+    sources = hub_cache(tmp_path, a=save_tiny_encoder)
+
+    async def scenario(models: EmbeddingModels) -> None:
+        names = [f"huggingface/no/model-{number}" for number in range(50)]
+        outcomes = await asyncio.gather(
+            *(first_of(models, name) for name in names), first_of(models, "huggingface/acme/a"), return_exceptions=True
+        )
+        assert {type(error) for error in outcomes[:-1]} == {UpstreamUnreachable, Unavailable}
+        begin = time.monotonic()
+        assert len(await first_of(models, "huggingface/acme/a")) == 32 and time.monotonic() - begin < 30
+        assert [model.id for model in models.models()] == ["acme/a"]
+
+    with_models(sources, scenario)
+
+
+def test_a_listed_name_can_be_asked(tmp_path: Path) -> None:
+    sources = hub_cache(tmp_path, a=save_tiny_encoder)
+
+    async def scenario(models: EmbeddingModels) -> None:
+        first = await first_of(models, "huggingface/acme/a")
+        (listed,) = models.models()
+        assert models.is_own(listed.id) and await first_of(models, listed.id) == first
+        assert not models.is_own("acme/b")
+
+    with_models(sources, scenario)
+
+
+def test_an_answer_is_the_same_row_by_row() -> None:
+    rows = [Embedding(embedding=[0.1, -2.0], index=0), Embedding(embedding="AAAA", index=1)]
+    usage = EmbeddingUsage(prompt_tokens=1, total_tokens=1)
+    answer = EmbeddingResponse(data=rows, model='a"b', usage=usage)
+    assert json.loads(as_json(answer)) == json.loads(answer.model_dump_json())
+
+
+def test_the_operators_prompt_is_used_where_a_request_names_none(tmp_path: Path, tiny_encoder: Path) -> None:
+    async def scenario(models: EmbeddingModels) -> None:
+        assert await first_of(models, "tiny-encoder") == await first_of(models, "tiny-encoder", prompt_name="query")
+        assert await first_of(models, "tiny-encoder") != await first_of(models, "tiny-encoder", prompt_name="document")
+
+    settings = {"embedding_model_path": str(tiny_encoder), "embed_default_prompt": "query"}
+    with_models(Sources(endpoint=None, hub_cache=tmp_path), scenario, **settings)
 
 
 def test_a_directory_is_reached_by_its_name_and_by_no_other(tmp_path: Path, tiny_encoder: Path) -> None:

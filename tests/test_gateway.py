@@ -1,8 +1,10 @@
 """Other providers' models through this server: what arrives there, what comes back, and what is said if not."""
 
 import asyncio
+import base64
 import json
 import re
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -164,6 +166,19 @@ def test_embeddings_go_to_their_provider(gateway: Gateway, model: str, provider:
     assert got.status_code == 200, got.text
     (asked,) = gateway.providers[provider].asked
     assert (asked.path, asked.body["model"], asked.body["input"]) == (path, name, "這是一段需要嵌入的文本。")
+
+
+def test_geminis_vectors_are_as_long_as_they_should_be_and_in_the_format_that_was_asked(gateway: Gateway) -> None:
+    rows = [{"object": "embedding", "embedding": [3.0, 4.0]}, {"object": "embedding", "index": 1, "embedding": [0, 0]}]
+    gateway.providers["gemini"].script = lambda asked: Reply.of({"object": "list", "data": rows, "model": "theirs"})
+    got = gateway.post("embeddings", model="gemini/e", input=["a", "b"], dimensions=2, encoding_format="base64").json()
+    decoded = [struct.unpack("<2f", base64.b64decode(item["embedding"])) for item in got["data"]]
+    assert decoded == [pytest.approx((0.6, 0.8)), (0, 0)] and [item["index"] for item in got["data"]] == [0, 1]
+    assert got["usage"] == {"prompt_tokens": 0, "total_tokens": 0}
+    (asked,) = gateway.providers["gemini"].asked
+    assert asked.body["encoding_format"] == "float" and asked.body["dimensions"] == 2
+    got = gateway.post("embeddings", model="gemini/e", input=["a", "b"]).json()
+    assert [item["embedding"] for item in got["data"]] == [[3.0, 4.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(

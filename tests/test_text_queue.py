@@ -1,6 +1,7 @@
 """Properties of text_queue.py: every text comes once, in batches that fit, and nobody waits for a crowd's end."""
 
 import random
+import weakref
 
 from engine.text_queue import TextQueue
 
@@ -53,6 +54,26 @@ def test_texts_with_different_prompts_are_not_mixed() -> None:
     add(queue, "a", [5], "query: ")
     add(queue, "b", [5])
     assert [len(batch) for batch in drained(queue)] == [1, 1]
+
+
+def test_a_queue_that_is_empty_holds_nothing() -> None:
+    queue: TextQueue[object] = TextQueue(100)
+    for number in range(50):
+        queue.add(job := Held(), ["text"], [number + 1], "")
+        gone = weakref.ref(job)
+        del job
+    while queue.take():
+        pass
+    assert gone() is None
+    queue.add(job := Held(), ["text"], [1], "")
+    gone = weakref.ref(job)
+    queue.remove([job])
+    del job
+    assert gone() is None
+
+
+class Held:
+    """Something that a reference can be followed to."""
 
 
 def test_what_is_removed_does_not_come() -> None:
