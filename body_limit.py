@@ -1,36 +1,47 @@
 """BodyLimit: a request's body beyond a size is refused with 413, before it is read if it says how long it is.
 
-Pure ASGI, as Starlette's own, which answers in plain text instead of this server's error format.
+Pure ASGI, as Starlette's own, which answers in plain text instead of this server's error format. All bodies together
+have a bound too: many that are each small enough could fill the memory.
 """
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from errors import Overloaded
+
 
 class BodyLimit:
-    def __init__(self, app: ASGIApp, max_body_size: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_size: int, max_body_memory: int) -> None:
         self.app = app
         self.max_body_size = max_body_size  # bytes
+        self.max_body_memory = max_body_memory
+        self._num_held = 0  # bytes of the requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         declared = Headers(scope=scope).get("content-length", "")
-        size = int(declared) if declared.isdecimal() else 0
+        size = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
         num_read = 0
 
         async def receive_up_to_limit() -> Message:
             nonlocal num_read
-            if size > self.max_body_size:
-                raise self._too_large()
+            self._check(size, 0)
             message = await receive()
-            num_read += len(message.get("body", b""))
-            if num_read > self.max_body_size:
-                raise self._too_large()
+            num_new = len(message.get("body", b""))
+            num_read += num_new
+            self._num_held += num_new
+            self._check(num_read, size - num_read)
             return message
 
-        await self.app(scope, receive_up_to_limit, send)
+        try:
+            await self.app(scope, receive_up_to_limit, send)
+        finally:
+            self._num_held -= num_read
 
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"The body is larger than {self.max_body_size} bytes")
+    def _check(self, size: int, num_to_come: int) -> None:
+        if size > self.max_body_size:
+            raise HTTPException(413, f"The body is larger than {self.max_body_size} bytes")
+        if self._num_held + max(0, num_to_come) > self.max_body_memory:
+            raise Overloaded("Too many large requests are under way; try again later.", retry_after=5)

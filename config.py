@@ -1,6 +1,7 @@
 """Settings: what can be set, by command line, environment or `.env`, in this order. It knows nothing of their use."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,44 @@ def parse_fallbacks(value: Any) -> Any:
     return {name.strip(): [other.strip() for other in others.split(",") if other.strip()] for name, _, others in rows}
 
 
+@dataclass(frozen=True)
+class ApiKey:
+    """Who may call this server, and how much."""
+
+    name: str
+    secret: SecretStr
+    requests_per_minute: float | None = None
+    concurrent: int | None = None  # requests at a time
+
+
+def parse_api_keys(value: Any) -> Any:
+    """`"alice:sk-1;rpm=60;concurrent=4,sk-2"` -> ApiKeys; one without a name is called by its number."""
+    if not isinstance(value, str):
+        return value
+    rows = [row.strip() for row in (without_comment(value) or "").split(",") if row.strip()]
+    return tuple(_api_key(row, f"key{number}") for number, row in enumerate(rows, 1))
+
+
+def _api_key(row: str, default: str) -> ApiKey:
+    own, *limits = row.split(";")
+    name, colon, secret = own.partition(":")
+    given = dict(limit.strip().split("=", 1) for limit in limits if "=" in limit)
+    try:
+        if not set(given) <= {"rpm", "concurrent"} or len(given) != len(limits):
+            raise ValueError
+        rate, concurrent = float(given.get("rpm", 1)), int(given.get("concurrent", 1))
+        if not (rate >= 1 and concurrent >= 1 and (secret if colon else name)):
+            raise ValueError
+    except ValueError:  # without the value, which is secret
+        raise ValueError(f"{default} is not written as [name:]key[;rpm=N][;concurrent=N]") from None
+    return ApiKey(
+        name if colon else default,
+        SecretStr(secret if colon else name),
+        rate if "rpm" in given else None,
+        concurrent if "concurrent" in given else None,
+    )
+
+
 Key = Annotated[SecretStr | None, BeforeValidator(without_comment)]
 Url = Annotated[Annotated[str, Field(pattern=r"^https?://")] | None, BeforeValidator(without_comment)]
 Seconds = Annotated[float, BeforeValidator(without_comment), Field(gt=0)]
@@ -84,7 +123,18 @@ class Settings(BaseSettings):
     )
     cache_dir: Path = Field(Path("~/.cache/gemma3-server"), description="demo models and converted GGUF files")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
-    max_body_size: Bytes = Field(64 * 2**20, description="bytes of a request such as 64MiB; more is refused with 413")
+    log_format: Literal["plain", "json"] = Field("plain", description="how it is logged, a line per request")
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(parse_api_keys)] = Field(
+        (), description="who may call: [name:]key[;rpm=N][;concurrent=N], comma-separated; default: everybody"
+    )
+    max_body_size: Bytes = Field(32 * 2**20, description="bytes of a request such as 32MiB; more is refused with 413")
+    max_body_memory: Bytes = Field(512 * 2**20, description="bytes of all requests under way; more wait with a 503")
+    max_header_size: Bytes = Field(64 * 2**10, description="bytes of a request's headers; more is refused with 431")
+    max_connections: int = Field(1000, gt=0, description="at a time; more are refused with 503")
+    header_timeout: Seconds = Field(60.0, description="seconds that a request's headers may take, or a new connection")
+    body_timeout: Seconds = Field(60.0, description="seconds that a body may take, beside those for its size")
+    write_timeout: Seconds = Field(60.0, description="seconds that a client may read nothing of its answer")
+    request_timeout: float | None = Field(None, gt=0, description="seconds that an answer may take; default: any")
     max_images: int = Field(16, ge=0, description="in a request")
     allow_private_image_urls: bool = Field(False, description="whether images may come from private addresses")
     image_url_hosts: Annotated[list[str] | None, NoDecode] = Field(
@@ -139,7 +189,8 @@ class Settings(BaseSettings):
     max_num_mixed_tokens: int | None = Field(
         None, gt=0, description="tokens in a step while sequences decode; default: 64 on CPU, 2048 on GPU"
     )
-    max_waiting: int = Field(1024, gt=0, description="sequences that may wait; more are refused with 503")
+    max_queued_requests: int = Field(1024, gt=0, description="answers that may wait; more are refused with 503")
+    max_queued_tokens: int = Field(2**20, gt=0, description="of prompts that wait; more are refused with 503")
     kv_cache_memory: Bytes | None = Field(None, description="bytes such as 4GiB; default: from free memory")
     kv_block_size: int | None = Field(
         None, gt=0, description="tokens in a block of the KV cache; default: 16, or 256 where a GPU's kernels want that"

@@ -1,6 +1,7 @@
 """What becomes of work, and of a stream, when the client leaves."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 T = TypeVar("T")
+SILENCE = 15.0  # seconds
 CLIENT_GONE = 499  # nobody reads it; for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies: pass events on at once
 
@@ -20,9 +22,25 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        sent = time.monotonic()
+
+        async def send_and_note(message: Any) -> None:
+            nonlocal sent
+            sent = time.monotonic()
+            await send(message)
+
+        async def keep_alive() -> None:
+            """A comment whenever nothing was sent for a while: proxies cut what is silent."""
+            while True:
+                await asyncio.sleep(max(0.01, sent + SILENCE - time.monotonic()))
+                if time.monotonic() - sent >= SILENCE:
+                    await send_and_note({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+
+        keeper = asyncio.create_task(keep_alive())
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_and_note)
         finally:
+            keeper.cancel()
             await self._events.aclose()
 
 

@@ -61,6 +61,30 @@ class MethodNotAllowed(InvalidRequest):
     status = 405
 
 
+class InvalidKey(APIError):
+    """Who calls is not known here."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+    headers = {"WWW-Authenticate": "Bearer"}
+
+
+class RateLimited(APIError):
+    status = 429
+    type = "rate_limit_exceeded"
+    code = "rate_limit_exceeded"
+
+
+class RequestTimeout(APIError):
+    """The answer took longer than it may."""
+
+    status = 504
+    type = "timeout"
+    code = "request_timeout"
+    headers = {"x-should-retry": "false"}  # it would take as long again
+
+
 class Unavailable(APIError):
     """Nothing is wrong with the request, but not now; `retry_after` says when."""
 

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
+import record
 from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
 from errors import APIError, UpstreamError
 from providers import Router
@@ -96,7 +97,9 @@ def _in_ascii(text: str) -> str:
 async def _relayed(
     request: Request, path: str, body: dict[str, Any], found: tuple[str, Gateway, str], headers: dict[str, str]
 ) -> Response:
-    name, gateway, _ = found
+    name, gateway, model = found
+    seen = record.current()
+    seen.provider, seen.model = name, model
     relayed = await unless_client_leaves(request, gateway.answer(path, body))
     if relayed is None:
         return Response(status_code=CLIENT_GONE)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import resource
 import signal
 import sys
 import threading
@@ -24,17 +25,26 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 import errors
+import logs
+import record
 import responses
+import tracing
+from access import Access
 from body_limit import BodyLimit
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
+from deadline import within
 from gateway import GatewayRoute
+from metrics import CONTENT_TYPE, Metrics
+from observer import Observer
+from protocol import with_bounds
 from providers import Router
 from providers.base import Provider
 from providers.embeddings import EmbeddingModels, apart, as_json
 from providers.hub import HubModels
 from providers.loading import Load, load
 from providers.local import LocalProvider
+from replies import headers_of
 from request_id import RequestId
 from schemas import (
     ChatCompletion,
@@ -66,7 +76,8 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        _configure_logging(settings)
+        logs.configure(settings.log_level, settings.log_format)
+        _warn_if_open(settings)
         if settings.hf_token is not None:  # huggingface_hub reads it there, and not in .env
             os.environ.setdefault("HF_TOKEN", settings.hf_token.get_secret_value())
         _drain_on_signals(local.close, settings.shutdown_timeout)
@@ -81,16 +92,22 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         app.state.failure = sentence
         (stop or _terminate)()
 
-    local = LocalProvider(settings, on_failure, load)
+    metrics = Metrics()
+    local = LocalProvider(settings, on_failure, load, metrics)
     embeddings = EmbeddingModels(settings)
-    app = FastAPI(title="Gemma 3 / Qwen server", version="0.1.0", lifespan=lifespan)
+    app = FastAPI(title="Gemma 3 / Qwen server", version="0.1.0", lifespan=lifespan, telemetry=tracing.configuration())
     app.state.failure = None
+    app.state.settings = settings
+    app.state.metrics = metrics
     app.state.local = local
     app.state.embeddings = embeddings
-    app.state.hub = hub = HubModels(settings, load)
+    app.state.hub = hub = HubModels(settings, load, metrics=metrics)
     app.state.router = Router(settings, lambda name: local.serves(name) or embeddings.is_own(name))
-    _add_cors(app, settings)
-    app.add_middleware(BodyLimit, max_body_size=settings.max_body_size)
+    metrics.watch(lambda: (*local.engines, *hub.engines))
+    app.add_middleware(BodyLimit, max_body_size=settings.max_body_size, max_body_memory=settings.max_body_memory)
+    app.add_middleware(Access, keys=settings.api_keys)
+    _add_cors(app, settings)  # before keys are asked for: a browser asks without one whether it may call
+    app.add_middleware(Observer, metrics=metrics, span=tracing.span())
     app.add_middleware(RequestId)
     _add_error_handlers(app)
     _add_endpoints(app)
@@ -174,6 +191,10 @@ def _add_endpoints(app: FastAPI) -> None:
         response.headers.update(_ignored_fields_header(body))
         return await local.detokenize(body)
 
+    @app.get("/metrics", response_class=Response)
+    async def read_metrics() -> Response:
+        return Response(await asyncio.to_thread(app.state.metrics.text), media_type=CONTENT_TYPE)
+
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": app.version}
@@ -194,6 +215,7 @@ async def _respond(
 ) -> Response:
     """A stream or its fold. Either stops the work behind it when the client leaves."""
     headers = _ignored_fields_header(body)
+    chunks = within(chunks, request.app.state.settings.request_timeout, body.timeout)
     if body.stream:
         first = await unless_client_leaves(request, anext(chunks))
         if first is None:
@@ -231,9 +253,8 @@ def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(errors.APIError)
     async def on_api_error(request: Request, error: errors.APIError) -> JSONResponse:
-        known = {} if error.is_passing else _RETRY.get(error.status // 100, {})
-        known = {"Retry-After": str(error.retry_after)} if error.retry_after else known
-        return JSONResponse(error.body(), error.status, {**known, **error.headers})
+        record.current().error = error.code or error.type
+        return JSONResponse(error.body(), error.status, headers_of(error))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -251,11 +272,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         kind = {404: errors.NotFound, 405: errors.MethodNotAllowed}.get(error.status_code, errors.InvalidRequest)
-        body = kind(f"{error.detail}: {request.method} {request.url.path}").body()
-        return JSONResponse(body, error.status_code, {**_RETRY[4], **(error.headers or {})})
-
-
-_RETRY = {4: {"x-should-retry": "false"}}  # by hundreds of the status: the same request would fail again
+        known = kind(f"{error.detail}: {request.method} {request.url.path[:200]}")
+        record.current().error = str(error.status_code)
+        return JSONResponse(known.body(), error.status_code, {**headers_of(known), **(error.headers or {})})
 
 
 def _most_precise(problems: Sequence[Any]) -> Any:
@@ -295,13 +314,10 @@ def _add_cors(app: FastAPI, settings: Settings) -> None:
 # --- the process
 
 
-def _configure_logging(settings: Settings) -> None:
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx2", "sentence_transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def _warn_if_open(settings: Settings) -> None:
     host = _listening_host(settings)
-    if is_open_to_network(host):
-        log.warning("HOST=%s: everybody who reaches this address can use the model, there is no key", host)
+    if is_open_to_network(host) and not settings.api_keys:
+        log.warning("HOST=%s: everybody who reaches this address can use the model, there is no key: set API_KEYS", host)
 
 
 def _listening_host(settings: Settings) -> str:
@@ -343,12 +359,16 @@ def _terminate() -> None:
 def main() -> None:
     """Serves until a signal; exits with 1 and a sentence if the model cannot be served."""
     settings = _settings_or_exit(from_command_line)
+    logs.configure(settings.log_level, settings.log_format)
+    _allow_many_files()
     app = create_app(settings, stop=lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
+        log_config=None,
         log_level=settings.log_level,
+        http=with_bounds(settings),
         timeout_keep_alive=75,  # longer than clients keep idle connections, so that none meets a closing one
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + 5,  # the drain comes first
     )
@@ -358,6 +378,13 @@ def main() -> None:
     server.run()
     if app.state.failure is not None or not server.started:
         sys.exit(1)
+
+
+def _allow_many_files() -> None:
+    """A connection is a file, and the usual bound is 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if most == resource.RLIM_INFINITY else min(most, 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _settings_or_exit(read: Callable[[], Settings]) -> Settings:

@@ -3,14 +3,14 @@
 Pure ASGI, so that a client that leaves is still seen by the endpoint.
 """
 
-import json
 import logging
 import re
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import errors
+from errors import APIError
+from replies import send_error
 
 log = logging.getLogger(__name__)
 VALID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # what a client may choose: nothing that forges logs or headers
@@ -25,6 +25,7 @@ class RequestId:
             return await self.app(scope, receive, send)
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         request_id = given if VALID.fullmatch(given) else f"req_{uuid4().hex}".encode()
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
         has_begun = False
 
         async def send_with_id(message: Message) -> None:
@@ -40,11 +41,4 @@ class RequestId:
             log.exception("request %s failed", request_id.decode())
             if has_begun:
                 raise
-            await _send_failure(send_with_id)
-
-
-async def _send_failure(send: Send) -> None:
-    body = json.dumps(errors.APIError("The server failed; it has been logged.").body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+            await send_error(send_with_id, APIError("The server failed; it has been logged."))

@@ -158,6 +158,7 @@ class _SamplingRequest(RequestBody):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    timeout: float | None = Field(None, gt=0)  # seconds that the answer may take
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None  # OpenAI takes 4
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     ignore_eos: bool | None = None

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
+import record
 from errors import APIError
 from schemas import (
     AssistantMessage,
@@ -200,9 +201,11 @@ async def sse(first: Any, rest: AsyncGenerator[Any], wire: Wire) -> AsyncGenerat
         if end := wire.end():
             yield end
     except APIError as error:
+        record.current().error = error.code or error.type
         yield wire.failure(error)
     except Exception:
         log.exception("a stream failed")
+        record.current().error = "server_error"
         yield wire.failure(APIError("The server failed; it has been logged."))
 
 

@@ -1,6 +1,7 @@
 """Engine: many callers' prompts in, their tokens out as they come. One thread steps the model; callers stay async."""
 
 import asyncio
+import gc
 import logging
 import queue
 import threading
@@ -24,7 +25,7 @@ from engine.model_runner import STOCK, ModelRunner, Report, load_model, probe_la
 from engine.paged_flash import Kernel
 from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch, Limits, Scheduler
-from engine.sequence import Sequence, Sink, TokenOutput
+from engine.sequence import Sequence, Sink, Status, TokenOutput
 from engine.threads import set_threads
 from engine.vision import Image
 from errors import EngineFailure, ModelLoadError, Overloaded, Unavailable
@@ -35,6 +36,7 @@ CPU_CACHE_MEMORY = 4 * 2**30  # bytes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
 BLOCK_SIZES = (16, 256)  # tokens, the first one that the device's attention takes
 ENCODED_TOGETHER = 4  # images
+STALLED = 300.0  # seconds of a step
 GPU_RESERVE = 0.1  # of a GPU's memory, for activations
 
 
@@ -49,7 +51,8 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_mixed_tokens: int | None = None
-    max_waiting: int = 1024
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 2**20
     kv_cache_memory: int | None = None
     kv_block_size: int | None = None
     num_speculative_tokens: int = 8
@@ -100,15 +103,20 @@ class Mailbox:
 
 
 class Engine:
-    def __init__(self, runner: Runner, scheduler: Scheduler, max_waiting: int = 1024) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, max_queued_requests: int = 1024, max_queued_tokens: int = 2**20
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.max_waiting = max_waiting
-        self.failure: Exception | None = None  # set once, when the worker thread has ended by an error
+        self.max_queued_requests, self.max_queued_tokens = max_queued_requests, max_queued_tokens
+        self.on_failure: Callable[[], object] = lambda: None  # called on the event loop when the thread has ended so
+        self.failure: BaseException | None = None  # set once, when the worker thread has ended by an error
         self._live: set[Sequence] = set()  # generate() calls under way
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._is_closing = False
         self._is_stopped = False
+        self._step_began: float | None = None  # of the one under way
+        self.num_failed_steps = 0  # since the start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -119,7 +127,7 @@ class Engine:
     @property
     def max_live(self) -> int:
         """Sequences that may run or wait at a time."""
-        return self.max_waiting + self.scheduler.limits.max_num_seqs
+        return self.max_queued_requests + self.scheduler.limits.max_num_seqs
 
     @property
     def num_embeddings(self) -> int:
@@ -142,35 +150,64 @@ class Engine:
     def num_used_blocks(self) -> int:
         return self.scheduler.cache.num_used_blocks
 
+    @property
+    def num_blocks(self) -> int:
+        return self.scheduler.cache.num_blocks
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.scheduler.num_preemptions
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Of prompts that wait."""
+        return sum(len(sequence.prompt_ids) for sequence in self._live if sequence.status is Status.WAITING)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether a step takes longer than any should: a device that hangs does not raise."""
+        begin = self._step_began
+        return begin is not None and time.monotonic() - begin > STALLED
+
     def start(self) -> None:
         """Starts the worker thread; outputs go to the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def generate(
-        self, prompt_ids: list[int], params: SamplingParams, priority: int = 0, images: tuple[Image, ...] = ()
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        images: tuple[Image, ...] = (),
+        client: str = "",
     ) -> AsyncGenerator[TokenOutput]:
         """The answer, token by token, as `stream` gives it."""
-        async with aclosing(self.stream(prompt_ids, params, priority, images)) as lists:
+        async with aclosing(self.stream(prompt_ids, params, priority, images, client)) as lists:
             async for outputs in lists:
                 for output in outputs:
                     yield output
 
     async def stream(
-        self, prompt_ids: list[int], params: SamplingParams, priority: int = 0, images: tuple[Image, ...] = ()
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        images: tuple[Image, ...] = (),
+        client: str = "",
     ) -> AsyncGenerator[list[TokenOutput]]:
         """The answer as it comes: what is there whenever the caller is ready for more, mostly one token.
 
         Its last output has a finish_reason. Leaving the iterator aborts the sequence. The prompts of a smaller
-        `priority` are computed first.
+        `priority` are computed first; among those of one priority, clients take turns.
 
         Raises Overloaded while too many wait, Unavailable while closing, EngineFailure when a step failed.
         """
         assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
-        self.check_open()
+        self.check_open(1, len(prompt_ids))
         mailbox = Mailbox()
-        sequence = Sequence(prompt_ids, params, mailbox.put, priority, images)
+        sequence = Sequence(prompt_ids, params, mailbox.put, priority, images, client)
         self._live.add(sequence)
         self.post(partial(self.scheduler.add, sequence))
         try:
@@ -187,14 +224,18 @@ class Engine:
         """Has the worker thread call `command` between two steps."""
         self._inbox.put(command)
 
-    def check_open(self, num_sequences: int = 1) -> None:
-        """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
+    def check_open(self, num_sequences: int = 1, num_tokens: int = 0) -> None:
+        """Raises what `generate` would raise for one of so many sequences, with so many tokens of prompts, before any
+        of them begins."""
         if self.failure is not None:
             raise EngineFailure("The engine has stopped after an error; the server must be restarted.")
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
         if len(self._live) + num_sequences > self.max_live:
             raise Overloaded(f"{len(self._live)} sequences run or wait already; try again later.", retry_after=5)
+        waiting = self.num_queued_tokens
+        if waiting and waiting + num_tokens > self.max_queued_tokens:
+            raise Overloaded(f"Prompts of {waiting} tokens wait already; try again later.", retry_after=5)
 
     async def close(self, timeout: float = 0.0) -> None:
         """Lets running sequences finish for `timeout` seconds, gives the others an error, and ends the thread."""
@@ -218,11 +259,13 @@ class Engine:
                 self._read_inbox()
                 if not self._is_stopped and self.scheduler.has_work:
                     self.step()
-        except Exception as error:
+        except BaseException as error:
             log.exception("the engine stops")
             self.failure = error
             failed = EngineFailure("The engine has stopped after an error.")
             self._deliver([(sequence.sink, failed) for sequence in list(self._live)])
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self.on_failure)
 
     def _read_inbox(self) -> None:
         """Carries out what the event loop asked for; waits for it where there is nothing to compute."""
@@ -241,23 +284,41 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch.spans:
             return
-        outputs: list[tuple[Sink, TokenOutput | Exception]] = []
+        self._step_began = time.monotonic()
+        try:
+            self._compute(batch)
+        finally:
+            self._step_began = None
+
+    def _compute(self, batch: Batch) -> None:
+        """A batch that fails is computed again in halves: one sequence of it may be why, or the memory that all of
+        them take. Whoever fails alone is told."""
         start = time.perf_counter()
         try:
             sampled = self.runner.run(batch)
-        except Exception:
-            log.exception("a step with %d sequences and %d tokens failed", len(batch.spans), batch.num_tokens)
-            failed = EngineFailure("The model failed on this request; it has been logged.")
-            for sequence in batch.sequences:
-                self.scheduler.remove(sequence)
-                outputs.append((sequence.sink, failed))
-        else:
-            seconds = time.perf_counter() - start
-            self.scheduler.pace.note(batch.num_decodes, batch.num_prompt_tokens, seconds)
-            for sequence, output in self.scheduler.update(batch, sampled):
-                bad = EngineFailure("The model computed a value that is not a number.")
-                outputs.append((sequence.sink, output or bad))
-        self._deliver(outputs)
+        except Exception as error:
+            log.warning("a step with %d sequences and %d tokens failed", len(batch.spans), batch.num_tokens)
+            if is_fatal(error):
+                raise
+            self.num_failed_steps += 1
+            return self._recover(batch, error)
+        seconds = time.perf_counter() - start
+        self.scheduler.pace.note(batch.num_decodes, batch.num_prompt_tokens, seconds)
+        bad = EngineFailure("The model computed a value that is not a number.")
+        self._deliver([(sequence.sink, output or bad) for sequence, output in self.scheduler.update(batch, sampled)])
+
+    def _recover(self, batch: Batch, error: Exception) -> None:
+        release_memory()
+        half = len(batch.spans) // 2
+        if half:
+            self._compute(Batch(batch.spans[:half]))
+            self._compute(Batch(batch.spans[half:]))
+            return
+        log.error("the model failed on a sequence", exc_info=error)
+        failed = EngineFailure("The model failed on this request; it has been logged.")
+        for sequence in batch.sequences:
+            self.scheduler.remove(sequence)
+        self._deliver([(sequence.sink, failed) for sequence in batch.sequences])
 
     def _encode_images(self) -> bool:
         """Of those that prompts wait for some at a time, and one while sequences decode. False if one failed."""
@@ -287,6 +348,18 @@ class Engine:
     def _deliver(self, outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
         if outputs and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_call_sinks, outputs)
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether nothing can be computed any more: a GPU that reported an error reports it for ever."""
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def release_memory() -> None:
+    """What a step that ran out of memory left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _call_sinks(outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
@@ -370,7 +443,9 @@ def build_engine(
     runner = ModelRunner(model, cache, eos_token_ids, flash)
     if flash is not None and len({spec.device for spec in specs.values()}) == 1:
         runner.record_graphs(max_num_seqs, limits.max_model_len)
-    engine = Engine(runner, Scheduler(cache, limits, eos_token_ids, guesser), options.max_waiting)
+    engine = Engine(
+        runner, Scheduler(cache, limits, eos_token_ids, guesser), options.max_queued_requests, options.max_queued_tokens
+    )
     if runner.device.type == "cuda":
         engine.runner = Lookahead(runner, engine.is_quiet)
     return engine

@@ -111,6 +111,10 @@ class KVCache:
     def num_used_blocks(self) -> int:
         return sum(pool.num_held for pool in self.pools)
 
+    @property
+    def num_blocks(self) -> int:
+        return sum(pool.num_blocks for pool in self.pools)
+
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Makes room for the sequence's first `num_tokens` tokens; False, and nothing is taken, if there is none."""
         sequence.block_tables = sequence.block_tables or [[] for _ in self.groups]

@@ -4,6 +4,7 @@ Chunked prefill under a token budget as in Sarathi-Serve (Agrawal et al. 2024): 
 waits for a long prompt.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -93,6 +94,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # in the order of priority
         self.running: list[Sequence] = []  # in the order of admission
         self.num_preemptions = 0  # since the start
+        self._turn = 0  # of the sequence that was admitted last
+        self._next_turns: dict[str, int] = {}  # by client
         self.pace = Pace(limits.max_num_mixed_tokens)
 
     @property
@@ -100,8 +103,17 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Behind those of its priority."""
-        self.waiting.insert(sum(other.priority <= sequence.priority for other in self.waiting), sequence)
+        """Behind those of its priority whose turn is before.
+
+        Start-time fair queueing (Goyal et al. 1996): a client's next prompt has its turn as many tokens later as its
+        last one had, so that whoever sends many waits behind whoever sends few."""
+        sequence.turn = max(self._turn, self._next_turns.get(sequence.client, 0))
+        self._next_turns[sequence.client] = sequence.turn + len(sequence.prompt_ids)
+        self._insert(sequence)
+
+    def _insert(self, sequence: Sequence) -> None:
+        place = (sequence.priority, sequence.turn)
+        self.waiting.insert(sum((other.priority, other.turn) <= place for other in self.waiting), sequence)
 
     def schedule(self) -> Batch:
         """The next step: every decode that has a block, then prompts within the budget, those of one priority in the
@@ -162,7 +174,7 @@ class Scheduler:
                 sequence.priority = 0
                 if sequence.status is Status.WAITING:
                     self.waiting.remove(sequence)
-                    self.add(sequence)
+                    self._insert(sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Lets a waiting sequence run, if there is room for its prompt."""
@@ -172,7 +184,12 @@ class Scheduler:
             self._reset(sequence)
             return False
         sequence.status = Status.RUNNING
+        if sequence.waited is None:
+            sequence.waited = time.perf_counter() - sequence.added
+        self._turn = max(self._turn, sequence.turn)
         self.waiting.remove(sequence)
+        if not self.waiting:
+            self._next_turns.clear()
         self.running.append(sequence)
         return True
 
@@ -276,7 +293,9 @@ class Scheduler:
         token_id = token.token_id
         sequence.token_ids.append(token_id)
         is_first = sequence.num_output_tokens == 1
-        about_prompt = (sequence.num_reused, tuple(sequence.prompt_logprobs)) if is_first else (0, ())
+        about_prompt: tuple[int, tuple[SampledToken, ...], float] = (0, (), 0.0)
+        if is_first:
+            about_prompt = (sequence.num_reused, tuple(sequence.prompt_logprobs), sequence.waited or 0.0)
         is_end = token_id in self.eos_token_ids and not sequence.params.ignore_eos
         if is_end or token_id in sequence.params.stop_token_ids:
             return TokenOutput(None, "stop", None, *about_prompt)

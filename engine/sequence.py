@@ -2,6 +2,7 @@
 
 import enum
 import itertools
+import time
 from array import array
 from collections.abc import Callable
 from copy import copy
@@ -33,6 +34,7 @@ class TokenOutput:
     sampled: SampledToken | None = None  # with the log-probabilities that were asked for
     num_reused: int = 0  # tokens of the prompt that were not computed; with the first output
     prompt: tuple[SampledToken, ...] = ()  # the prompt's own, from its second token on; with the first output
+    waited: float = 0.0  # seconds until it ran; with the first output
 
 
 Sink = Callable[[TokenOutput | Exception], None]
@@ -45,6 +47,10 @@ class Sequence:
     sink: Sink  # called on the event loop's thread
     priority: int = 0  # a smaller one goes first
     images: tuple[Image, ...] = ()  # in the prompt, in their order
+    client: str = ""  # whose it is; clients take turns
+    turn: int = 0  # among those of its priority, a smaller one goes first
+    added: float = field(default_factory=time.perf_counter)
+    waited: float | None = None  # seconds until it was first admitted
     num_deferrals: int = 0  # steps in which its prompt could have waited for others
     number: int = field(default_factory=lambda: next(_numbers))
     status: Status = Status.WAITING

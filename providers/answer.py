@@ -8,7 +8,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import record
 from answer_parser import AnswerParser, Part, Reading
+from metrics import ModelMetrics
 from providers.loading import Loaded
 from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
 from streaming import TextStreamer
@@ -54,13 +56,17 @@ class Piece:
     num_reused: int = 0  # tokens of the prompt that were not computed; with the first piece
     parts: tuple[Part, ...] = ()  # what the text is
     num_reasoning: int = 0  # of the tokens
+    waited: float = 0.0  # seconds until its prompt began to be computed; with the first piece
 
 
 class Meter:
-    """What a request costs: tokens and time."""
+    """What a request costs: tokens and time. It tells the request's record, and the metrics through it."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "", metrics: ModelMetrics | None = None) -> None:
+        self._record = record.current()
+        self._record.model, self._record.metrics = model, metrics
         self._begin = time.perf_counter()
+        self._last: dict[int, float] = {}  # when each choice's last token came
         self._first: float | None = None
         self._prompt_tokens = 0
         self._counts: dict[int, int] = {}  # tokens of each choice
@@ -72,19 +78,45 @@ class Meter:
     def start(self, prompt_tokens: list[int], answers_per_prompt: int) -> None:
         self._prompt_tokens, self._answers_per_prompt = sum(prompt_tokens), answers_per_prompt
         self._num_unfinished = len(prompt_tokens) * answers_per_prompt
+        self._record.prompt_tokens = self._prompt_tokens
+        if self._record.metrics is not None:
+            self._record.metrics.prompt_tokens.inc(self._prompt_tokens)
+            self._record.metrics.prompt_length.observe(self._prompt_tokens)
 
     def add(self, piece: Piece) -> bool:
         """Whether the piece is its choice's first."""
-        if self._first is None:
-            self._first = time.perf_counter()
+        now = time.perf_counter()
         is_first = piece.index not in self._counts
         if is_first:
             prompt = piece.index // self._answers_per_prompt
             self._reused[prompt] = min(piece.num_reused, self._reused.get(prompt, piece.num_reused))
+        self._tell(piece, now)
+        self._first = self._first or now
         self._counts[piece.index] = piece.num_tokens
         self._reasoning[piece.index] = piece.num_reasoning
         self._num_unfinished -= piece.finish_reason is not None
+        self._record.is_complete = self.is_complete
         return is_first
+
+    def _tell(self, piece: Piece, now: float) -> None:
+        seen, own = self._record, self._record.metrics
+        num_new = piece.num_tokens - self._counts.get(piece.index, 0)
+        seen.completion_tokens += num_new
+        if piece.finish_reason is not None:
+            seen.finish_reasons.append(piece.finish_reason)
+        if self._first is None:
+            seen.waited, seen.first_token = piece.waited, now - self._begin
+        if own is not None:
+            own.generation_tokens.inc(num_new)
+            if self._first is None:
+                own.first_token.observe(now - self._begin)
+            if piece.index not in self._counts:
+                own.queue.observe(piece.waited)
+                own.prefix_hits.inc(piece.num_reused)
+                own.prefix_queries.inc(self._prompt_tokens // max(1, len(self._reused)))
+            elif num_new > 0:
+                own.between_tokens.observe((now - self._last[piece.index]) / num_new)
+        self._last[piece.index] = now
 
     @property
     def is_complete(self) -> bool:
@@ -127,7 +159,9 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
     pending: list[SampledToken] = []  # their text is not out yet
     offsets: list[int] = []
     async with aclosing(
-        loaded.engine.stream(question.prompt_ids, question.params, question.priority, question.images)
+        loaded.engine.stream(
+            question.prompt_ids, question.params, question.priority, question.images, record.current().client
+        )
     ) as lists:
         async for outputs in lists:
             text, reason, is_first = "", None, not num_tokens
@@ -167,6 +201,7 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
                     outputs[0].num_reused,
                     tuple(parts),
                     num_reasoning,
+                    outputs[0].waited,
                 )
                 pending, offsets = pending[num_shown:], offsets[num_shown:]
             if reason:

@@ -8,13 +8,18 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import checkpoint
 from config import Settings
 from errors import ModelLoading, ModelNotFound, Unavailable
+from metrics import Metrics
 from progress import Progress
 from providers.loading import Load, in_daemon_thread, told_of
 from providers.local import LocalProvider
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +30,15 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # never a path on th
 
 
 class HubModels:
-    def __init__(self, settings: Settings, load: Load, sources: checkpoint.Sources | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        load: Load,
+        sources: checkpoint.Sources | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._settings, self._load_model, self._sources = settings, load, sources
+        self._metrics = metrics or Metrics()
         self._provider: LocalProvider | None = None
         self._name: str | None = None  # of the provider's model, or of the one that is being loaded
         self._loading: asyncio.Task[LocalProvider] | None = None
@@ -55,6 +67,10 @@ class HubModels:
         self._used_at = time.monotonic()
         return loading.result()
 
+    @property
+    def engines(self) -> "list[tuple[str, Engine]]":
+        return [] if self._provider is None else self._provider.engines
+
     async def _replace(self, name: str) -> None:
         """One at a time: another one that is loading, or answering, is not pushed out."""
         if self._loading is not None and not self._loading.done():
@@ -66,6 +82,11 @@ class HubModels:
         self._loading.add_done_callback(self._forget_failed)
         self._watch = self._watch or asyncio.create_task(self._unload_when_idle())
 
+    def _on_failure(self, sentence: str) -> None:
+        """Its engine has ended: the next request loads it anew."""
+        log.error("%s", sentence)
+        self._name = self._loading = None
+
     def _forget_failed(self, task: "asyncio.Task[LocalProvider]") -> None:
         is_lost = task.cancelled() or task.exception() is not None
         if is_lost and task is self._loading:
@@ -75,7 +96,7 @@ class HubModels:
     async def _load(self, name: str) -> LocalProvider:
         begin, served = time.monotonic(), PREFIX + name
         settings = self._settings.model_copy(update={"model_path": name, "served_model_name": served})
-        provider = LocalProvider(settings, log.warning)
+        provider = LocalProvider(settings, self._on_failure, metrics=self._metrics)
         try:
             directory = await in_daemon_thread(partial(self._fetch, name, provider.progress))
             await self._unload()  # not before the new one is there

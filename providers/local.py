@@ -13,6 +13,7 @@ import checkpoint
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
 from fetching import ImageFetcher
+from metrics import Metrics
 from progress import Progress
 from prompt_templates import RenderOptions
 from providers.answer import Meter, Piece, Question, answer, best, merge
@@ -46,9 +47,16 @@ BACKGROUND = 1  # priority of what nobody is looking at
 
 
 class LocalProvider:
-    def __init__(self, settings: Settings, on_failure: Callable[[str], None], load: Load = load) -> None:
-        """`on_failure` gets one sentence if the model cannot be loaded."""
+    def __init__(
+        self,
+        settings: Settings,
+        on_failure: Callable[[str], None],
+        load: Load = load,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """`on_failure` gets one sentence if the model cannot be loaded, or its engine has ended."""
         self.settings = settings
+        self._metrics = metrics or Metrics()
         self.progress = Progress()
         self.path = settings.model_path or checkpoint.default_model_path()
         self.name = settings.served_model_name or checkpoint.served_name(self.path)
@@ -82,6 +90,9 @@ class LocalProvider:
             log.debug("loading failed", exc_info=True)
             self._fail(f"The model {self.path} cannot be loaded: {type(error).__name__}: {error}")
         else:
+            self.loaded.engine.on_failure = partial(
+                self._fail, f"The engine of {self.name} has stopped after an error."
+            )
             self.loaded.engine.start()
             log.info("%s is ready after %.1f s", self.name, time.monotonic() - begin)
 
@@ -105,9 +116,14 @@ class LocalProvider:
             return False, {"status": "loading", "model": self.name, "progress": progress}
         engine = self.loaded.engine
         counts = {"running": engine.num_running, "waiting": engine.num_waiting, "kv_blocks": engine.num_used_blocks}
-        if engine.failure is not None:
-            return False, {"status": "failed", "model": self.name, **counts}
+        if engine.failure is not None or engine.is_stalled:
+            return False, {"status": "failed" if engine.failure else "stalled", "model": self.name, **counts}
         return True, {"status": "ok", "model": self.name, **counts}
+
+    @property
+    def engines(self) -> "list[tuple[str, Engine]]":
+        """With the name of its model; none while that loads."""
+        return [] if self.loaded is None else [(self.name, self.loaded.engine)]
 
     # --- models
 
@@ -154,8 +170,8 @@ class LocalProvider:
     # --- answers
 
     async def stream_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
-        meter = Meter()
         loaded = self._ready_for(request)
+        meter = Meter(self.name, self._metrics.of(self.name))
         num_choices = request.n or 1
         _check_room(loaded.engine, num_choices, "n")
         box = toolbox_of(request)
@@ -206,8 +222,8 @@ class LocalProvider:
         return prompt_ids, loaded.eyes.place(prompt_ids, [view for own in views for view in own])
 
     async def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]:
-        meter = Meter()
         loaded = self._ready_for(request)
+        meter = Meter(self.name, self._metrics.of(self.name))
         n, best_of = num_answers(request)
         check_suffix(request)
         _check_room(loaded.engine, len(request.prompts) * best_of, "prompt")

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 
+import record
 from errors import APIError, ProviderNotConfigured, UpstreamError
 from providers.upstream_errors import error_of
 
@@ -282,6 +283,7 @@ async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
             async for event in events:
                 yield event
     except APIError as error:
+        record.current().error = error.code or error.type
         yield b"data: " + json.dumps(error.body()).encode() + b"\n\n"
     except Exception:
         log.exception("a relayed stream failed")

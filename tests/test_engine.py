@@ -291,7 +291,7 @@ def test_what_may_run_and_wait_is_bounded() -> None:
         assert refusal.value.status == 503 and refusal.value.retry_after
         assert await asyncio.gather(*tasks) == [reference("qwen3", prompt, 60) for prompt in prompts(6)]
 
-    run(engine_of("qwen3", EngineOptions(max_num_seqs=2, max_waiting=4)), use)
+    run(engine_of("qwen3", EngineOptions(max_num_seqs=2, max_queued_requests=4)), use)
 
 
 def test_closing_lets_running_answers_finish_and_refuses_new_ones() -> None:

@@ -409,7 +409,7 @@ def test_a_body_too_large_is_a_413_however_it_is_sent(tiny_checkpoint: Path) -> 
 
 
 def test_a_full_queue_is_a_503_that_says_when_to_come_back(tiny_checkpoint: Path) -> None:
-    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), MAX_NUM_SEQS="1", MAX_WAITING="1") as server:
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), MAX_NUM_SEQS="1", MAX_QUEUED_REQUESTS="1") as server:
         server.wait_until_healthy()
         options = {"max_tokens": 400, "ignore_eos": True}
         threads = [threading.Thread(target=chat, args=(server,), kwargs=options) for _ in range(2)]

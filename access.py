@@ -1,0 +1,99 @@
+"""Access: who may call. With API_KEYS set, every route but /health wants one of them in the Authorization header.
+
+Pure ASGI, and decided on the path that routing sees, before anything of the body is read.
+"""
+
+import hashlib
+import hmac
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import record
+from config import ApiKey
+from errors import InvalidKey, RateLimited
+from replies import send_error
+
+OPEN = {("GET", "/health"), ("HEAD", "/health")}
+MINUTE = 60.0
+
+
+@dataclass
+class Client:
+    """A key and what was asked with it."""
+
+    key: ApiKey
+    digest: bytes
+    num_running: int = 0
+    allowance: float = field(init=False)  # requests that may come at once
+    counted_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.allowance = self.key.requests_per_minute or 0.0
+
+    def admit(self) -> None:
+        """Counts a request. Raises RateLimited."""
+        if self.key.concurrent is not None and self.num_running >= self.key.concurrent:
+            raise RateLimited(f"This key may have {self.key.concurrent} requests at a time.", retry_after=1)
+        rate = self.key.requests_per_minute
+        if rate is not None:
+            now = time.monotonic()
+            self.allowance = min(rate, self.allowance + (now - self.counted_at) * rate / MINUTE)
+            self.counted_at = now
+            if self.allowance < 1:
+                wait = max(1, round((1 - self.allowance) * MINUTE / rate))
+                raise RateLimited(f"This key may send {rate} requests a minute.", retry_after=wait)
+            self.allowance -= 1
+        self.num_running += 1
+
+
+class Access:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
+        self.app = app
+        self._clients = [Client(key, _digest(key.secret.get_secret_value().encode())) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._clients or (scope["method"], scope["path"]) in OPEN:
+            return await self.app(scope, receive, send)
+        client = self._client(scope)
+        if client is None:
+            record.current().error = InvalidKey.code
+            return await send_error(send, _refusal(scope))
+        record.current().client = client.key.name
+        try:
+            client.admit()
+        except RateLimited as error:
+            record.current().error = error.code
+            return await send_error(send, error)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            client.num_running -= 1
+
+    def _client(self, scope: Scope) -> Client | None:
+        """In a time that does not depend on how nearly a key is right."""
+        given = _digest(_token(scope) or b"")
+        found = None
+        for client in self._clients:
+            if hmac.compare_digest(client.digest, given):
+                found = client
+        return found if _token(scope) else None
+
+
+def _digest(secret: bytes) -> bytes:
+    return hashlib.sha256(secret).digest()
+
+
+def _token(scope: Scope) -> bytes | None:
+    """None unless there is exactly one header, and it is a bearer's."""
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+    return token.strip() if scheme.lower() == b"bearer" else None
+
+
+def _refusal(scope: Scope) -> InvalidKey:
+    is_silent = not any(name == b"authorization" for name, _ in scope["headers"])
+    what = "No API key was sent" if is_silent else "The API key is wrong"
+    return InvalidKey(f"{what}: send it as `Authorization: Bearer KEY`.")

@@ -1,0 +1,166 @@
+"""Metrics: what Prometheus reads at /metrics. Names and labels are those that the field's dashboards look for.
+
+Sources: vLLM's metrics and https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/ for the buckets.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)  # seconds
+BETWEEN_TOKENS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
+WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+MAX_CODES = 100  # a provider may send any
+_CODE = re.compile(r"[a-z0-9_.-]{1,64}")
+_METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
+
+
+class EngineState(Protocol):
+    """What is read of an engine when somebody asks."""
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def num_used_blocks(self) -> int: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def num_preemptions(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ModelMetrics:
+    """One model's."""
+
+    prompt_tokens: Counter
+    generation_tokens: Counter
+    prefix_queries: Counter
+    prefix_hits: Counter
+    aborts: Counter
+    first_token: Histogram
+    between_tokens: Histogram
+    whole: Histogram
+    queue: Histogram
+    prompt_length: Histogram
+    answer_length: Histogram
+    success: Callable[[str], Counter]  # by finish reason
+
+
+@dataclass
+class Metrics:
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def __post_init__(self) -> None:
+        ProcessCollector(registry=self.registry)
+        self._models: dict[str, ModelMetrics] = {}
+        self._codes: set[str] = set()
+        self._requests = self._counter("http_requests", "Requests answered", "method", "path", "code")
+        self._errors = self._counter("errors", "Errors that clients were told of", "code")
+        self._providers = self._counter("provider_requests", "Requests that a provider answered", "provider", "code")
+        self._provider_seconds = self._histogram("provider_request_seconds", "A provider's answers", WHOLE, "provider")
+        label = "model_name"
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", label)
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated", label)
+        self._prefix_queries = self._counter("prefix_cache_queries", "Tokens of prompts looked for in the cache", label)
+        self._prefix_hits = self._counter("prefix_cache_hits", "Tokens of prompts found there", label)
+        self._aborts = self._counter("request_aborts", "Requests whose client left", label)
+        self._success = self._counter("request_success", "Answers that ended", label, "finished_reason")
+        self._first_token = self._histogram("time_to_first_token_seconds", "Until the first token", FIRST_TOKEN, label)
+        self._between = self._histogram("inter_token_latency_seconds", "Between tokens", BETWEEN_TOKENS, label)
+        self._whole = self._histogram("e2e_request_latency_seconds", "Whole requests", WHOLE, label)
+        self._queue = self._histogram("request_queue_time_seconds", "Waiting to run", FIRST_TOKEN, label)
+        self._prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt", TOKENS, label)
+        self._answer_length = self._histogram("request_generation_tokens", "Tokens of an answer", TOKENS, label)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"llm_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"llm_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def of(self, model: str) -> ModelMetrics:
+        """model: one that is served here, never what a client wrote."""
+        if model not in self._models:
+            self._models[model] = ModelMetrics(
+                self._prompt_tokens.labels(model),
+                self._generation_tokens.labels(model),
+                self._prefix_queries.labels(model),
+                self._prefix_hits.labels(model),
+                self._aborts.labels(model),
+                self._first_token.labels(model),
+                self._between.labels(model),
+                self._whole.labels(model),
+                self._queue.labels(model),
+                self._prompt_length.labels(model),
+                self._answer_length.labels(model),
+                lambda reason: self._success.labels(model, reason),
+            )
+        return self._models[model]
+
+    def answered(self, method: str, path: str, status: int) -> None:
+        """path: the route's, not the request's, of which there are endlessly many."""
+        self._requests.labels(method if method in _METHODS else "other", path, str(status)).inc()
+
+    def failed(self, code: str) -> None:
+        self._errors.labels(self._known(code)).inc()
+
+    def relayed(self, provider: str, status: int, seconds: float) -> None:
+        self._providers.labels(provider, str(status)).inc()
+        self._provider_seconds.labels(provider).observe(seconds)
+
+    def _known(self, code: str) -> str:
+        if code not in self._codes and (len(self._codes) >= MAX_CODES or not _CODE.fullmatch(code)):
+            return "other"
+        self._codes.add(code)
+        return code
+
+    def watch(self, engines: Callable[[], Iterable[tuple[str, EngineState]]]) -> None:
+        """engines: (model, engine) of all that run, asked whenever somebody reads the metrics."""
+        self.registry.register(_Engines(engines))
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        Gauge(f"llm_{name}", text, registry=self.registry).set_function(value)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Engines:
+    """A collector: engines come and go."""
+
+    def __init__(self, engines: Callable[[], Iterable[tuple[str, EngineState]]]) -> None:
+        self._engines = engines
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        label = ["model_name"]
+        families = [GaugeMetricFamily(f"llm_{name}", text, labels=label) for name, text, _ in GAUGES]
+        preemptions = CounterMetricFamily("llm_num_preemptions", "Sequences that gave their blocks back", labels=label)
+        for model, engine in self._engines():
+            for family, (_, _, value) in zip(families, GAUGES, strict=True):
+                family.add_metric([model], value(engine))
+            preemptions.add_metric([model], engine.num_preemptions)
+        yield from [*families, preemptions]
+
+
+GAUGES: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
+    ("num_requests_running", "Sequences that run", lambda engine: engine.num_running),
+    ("num_requests_waiting", "Sequences that wait", lambda engine: engine.num_waiting),
+    ("kv_cache_blocks_used", "Blocks of the KV cache in use", lambda engine: engine.num_used_blocks),
+    ("kv_cache_blocks_total", "Blocks of the KV cache", lambda engine: engine.num_blocks),
+    ("kv_cache_usage_ratio", "1: all of it", lambda engine: engine.num_used_blocks / max(1, engine.num_blocks)),
+)

@@ -1,0 +1,80 @@
+"""Observer: sees each request from its first byte to its last, and tells the log, the metrics and the trace."""
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import logs
+import record
+from metrics import Metrics
+from record import Record
+
+UNKNOWN = "other"  # a path that is no route
+
+
+class Observer:
+    def __init__(self, app: ASGIApp, metrics: Metrics, span: Callable[[], Any] | None = None) -> None:
+        """span: the trace's current one, if there are traces."""
+        self.app = app
+        self._metrics = metrics
+        self._span = span
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        seen = Record(request_id=scope["state"]["request_id"])
+        record.begin(seen)
+        status = 500  # of what ends without an answer
+
+        async def send_and_see(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_see)
+        finally:
+            self._tell(seen, scope, status)
+
+    def _tell(self, seen: Record, scope: Scope, status: int) -> None:
+        path = getattr(scope.get("route"), "path", UNKNOWN)
+        self._metrics.answered(scope["method"], path, status)
+        if seen.error is not None or status >= 400:
+            self._metrics.failed(seen.error or str(status))
+        if seen.provider:
+            self._metrics.relayed(seen.provider, status, seen.seconds)
+        if seen.metrics is not None:
+            _tell_model(seen)
+        if path not in ("/health", "/metrics"):  # asked every few seconds
+            logs.write(seen, scope["method"], scope["path"], status)
+        if self._span is not None:
+            _tell_span(self._span(), seen)
+
+
+def _tell_model(seen: Record) -> None:
+    own = seen.metrics
+    assert own is not None
+    own.whole.observe(seen.seconds)
+    own.answer_length.observe(seen.completion_tokens)
+    for reason in seen.finish_reasons:
+        own.success(reason).inc()
+    if not seen.is_complete and seen.error is None:
+        own.aborts.inc()
+
+
+def _tell_span(span: Any, seen: Record) -> None:
+    """By the names of OpenTelemetry's conventions for generative models."""
+    fields = {
+        "gen_ai.request.model": seen.model,
+        "gen_ai.usage.input_tokens": seen.prompt_tokens,
+        "gen_ai.usage.output_tokens": seen.completion_tokens,
+        "gen_ai.response.finish_reasons": sorted(set(seen.finish_reasons)),
+        "gen_ai.server.time_to_first_token": seen.first_token,
+        "request.id": seen.request_id,
+        "error.type": seen.error,
+    }
+    for name, value in fields.items():
+        if value:
+            span.set_attribute(name, value)

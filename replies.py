@@ -1,0 +1,23 @@
+"""Errors as ASGI messages, for what answers before there is an endpoint."""
+
+import json
+
+from starlette.types import Send
+
+from errors import APIError
+
+
+def headers_of(error: APIError) -> dict[str, str]:
+    """What tells a client whether, and when, to try again: the openai SDK obeys the second one."""
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+    if error.status // 100 == 4 and not error.is_passing and not error.retry_after:
+        headers["x-should-retry"] = "false"
+    return {**headers, **error.headers}
+
+
+async def send_error(send: Send, error: APIError) -> None:
+    body = json.dumps(error.body()).encode()
+    headers = {**headers_of(error), "content-type": "application/json", "content-length": str(len(body))}
+    listed = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": listed})
+    await send({"type": "http.response.body", "body": body})
