@@ -317,7 +317,9 @@ def _add_cors(app: FastAPI, settings: Settings) -> None:
 def _warn_if_open(settings: Settings) -> None:
     host = _listening_host(settings)
     if is_open_to_network(host) and not settings.api_keys:
-        log.warning("HOST=%s: everybody who reaches this address can use the model, there is no key: set API_KEYS", host)
+        log.warning(
+            "HOST=%s: everybody who reaches this address can use the model, there is no key: set API_KEYS", host
+        )
 
 
 def _listening_host(settings: Settings) -> str:
@@ -356,12 +358,12 @@ def _terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main() -> None:
-    """Serves until a signal; exits with 1 and a sentence if the model cannot be served."""
+def main(load: Load = load) -> None:
+    """Serves until a signal; exits with 1 and a sentence if the model cannot be served any more."""
     settings = _settings_or_exit(from_command_line)
     logs.configure(settings.log_level, settings.log_format)
     _allow_many_files()
-    app = create_app(settings, stop=lambda: setattr(server, "should_exit", True))
+    app = create_app(settings, lambda: setattr(server, "should_exit", True), load)
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -11,6 +11,7 @@ from metrics import Metrics
 from record import Record
 
 UNKNOWN = "other"  # a path that is no route
+QUIET = ("/health", "/metrics")  # asked every few seconds
 
 
 class Observer:
@@ -39,18 +40,25 @@ class Observer:
             self._tell(seen, scope, status)
 
     def _tell(self, seen: Record, scope: Scope, status: int) -> None:
-        path = getattr(scope.get("route"), "path", UNKNOWN)
+        path = _path(scope)
         self._metrics.answered(scope["method"], path, status)
-        if seen.error is not None or status >= 400:
+        if path not in QUIET and (seen.error is not None or status >= 400):
             self._metrics.failed(seen.error or str(status))
         if seen.provider:
             self._metrics.relayed(seen.provider, status, seen.seconds)
         if seen.metrics is not None:
             _tell_model(seen)
-        if path not in ("/health", "/metrics"):  # asked every few seconds
+        if path not in QUIET:
             logs.write(seen, scope["method"], scope["path"], status)
         if self._span is not None:
             _tell_span(self._span(), seen)
+
+
+def _path(scope: Scope) -> str:
+    """Of the route, with the prefix that it was reached by."""
+    path = getattr(scope.get("route"), "path", UNKNOWN)
+    is_bare = path.startswith("/") and scope["path"].startswith("/v1/") and not path.startswith("/v1/")
+    return f"/v1{path}" if is_bare else path
 
 
 def _tell_model(seen: Record) -> None:

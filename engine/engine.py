@@ -290,9 +290,9 @@ class Engine:
         finally:
             self._step_began = None
 
-    def _compute(self, batch: Batch) -> None:
+    def _compute(self, batch: Batch, is_last_try: bool = False) -> None:
         """A batch that fails is computed again in halves: one sequence of it may be why, or the memory that all of
-        them take. Whoever fails alone is told."""
+        them take. Whoever fails alone, and again, is told."""
         start = time.perf_counter()
         try:
             sampled = self.runner.run(batch)
@@ -301,19 +301,23 @@ class Engine:
             if is_fatal(error):
                 raise
             self.num_failed_steps += 1
-            return self._recover(batch, error)
+            return self._recover(batch, error, is_last_try)
         seconds = time.perf_counter() - start
         self.scheduler.pace.note(batch.num_decodes, batch.num_prompt_tokens, seconds)
         bad = EngineFailure("The model computed a value that is not a number.")
         self._deliver([(sequence.sink, output or bad) for sequence, output in self.scheduler.update(batch, sampled)])
 
-    def _recover(self, batch: Batch, error: Exception) -> None:
+    def _recover(self, batch: Batch, error: Exception, is_last_try: bool) -> None:
         release_memory()
         half = len(batch.spans) // 2
         if half:
             self._compute(Batch(batch.spans[:half]))
             self._compute(Batch(batch.spans[half:]))
             return
+        (span,) = batch.spans
+        if not is_last_try:
+            less = span.lesser()
+            return self._compute(Batch((less,)), is_last_try=less == span)
         log.error("the model failed on a sequence", exc_info=error)
         failed = EngineFailure("The model failed on this request; it has been logged.")
         for sequence in batch.sequences:

@@ -54,6 +54,14 @@ class Span:
         """It has the sequence's last token: the step yields the next one, or more of them."""
         return self.end - len(self.draft) == self.sequence.num_tokens
 
+    def lesser(self) -> "Span":
+        """Fewer of its tokens, if that is possible: without the guess, else half of them."""
+        if self.draft:
+            return Span(self.sequence, self.start, self.num_tokens - len(self.draft))
+        if self.num_tokens > 1 and not self.sequence.images_in(self.start, self.end):
+            return Span(self.sequence, self.start, self.num_tokens // 2)
+        return self
+
     def token_at(self, position: int) -> int:
         """0 where it is not known yet."""
         known = self.sequence.token_ids

@@ -1,0 +1,206 @@
+"""What fails in the engine, or beneath it, has exactly one outcome for each request, and leaves nothing behind.
+
+The faults are drawn from a seed, so that what was found once can be run again.
+"""
+
+import asyncio
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from process import ROOT, serve
+from test_engine import answer, engine_of, greedy, prompts, reference, run
+
+from engine.engine import Engine
+from engine.model_runner import ModelRunner
+from engine.sampling import SampledToken
+from engine.scheduler import Batch
+from errors import APIError, EngineFailure
+
+Tokens = list[list[SampledToken | None]]
+Fault = Callable[[Batch], BaseException | None]
+POISON = 1  # the first token of a sequence that no step survives
+
+
+class Faulty(ModelRunner):
+    """The model, but for what `fault` says of a batch."""
+
+    fault: Fault = staticmethod(lambda batch: None)
+    num_runs = 0
+
+    def run(self, batch: Batch) -> Tokens:
+        self.num_runs += 1
+        error = self.fault(batch)
+        if error is not None:
+            raise error
+        return super().run(batch)
+
+
+def engine_with(fault: Fault) -> Engine:
+    engine = engine_of("qwen3")
+    faulty = Faulty(engine.runner.model, engine.runner.cache)
+    faulty.fault = fault
+    engine.runner = faulty
+    return engine
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_step_that_fails_once_is_nobodys_failure() -> None:
+    """Whichever step it is."""
+    requests = prompts(6, longest=60)
+    expected = [reference("qwen3", prompt, 12) for prompt in requests]
+    for number in range(1, 24):
+        left = [number]
+
+        def fault(batch: Batch, left: list[int] = left) -> Exception | None:
+            left[0] -= 1
+            return RuntimeError("a kernel failed") if left[0] == 0 else None
+
+        async def use(engine: Engine) -> list[list[int]]:
+            return await asyncio.gather(*(answer(engine, prompt, greedy(12)) for prompt in requests))
+
+        engine = engine_with(fault)
+        assert run(engine, use) == expected, number
+        assert engine.num_failed_steps <= 1
+
+
+def test_the_sequence_that_no_step_survives_fails_alone() -> None:
+    def fault(batch: Batch) -> Exception | None:
+        return RuntimeError("poison") if any(s.token_ids[0] == POISON for s in batch.sequences) else None
+
+    requests = [prompt for prompt in prompts(9) if prompt[0] != POISON]
+
+    async def use(engine: Engine) -> list[Any]:
+        all_of_them = [*requests[:4], [POISON, 5, 6], *requests[4:]]
+        tasks = [answer(engine, prompt, greedy()) for prompt in all_of_them]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    outcomes = run(engine_with(fault), use)
+    assert isinstance(outcomes.pop(4), EngineFailure)
+    assert outcomes == [reference("qwen3", prompt) for prompt in requests]
+
+
+@pytest.mark.parametrize("error", [out_of_memory, lambda: MemoryError(), lambda: RuntimeError("can't allocate memory")])
+def test_a_step_that_takes_too_much_memory_is_computed_in_parts(error: Callable[[], Exception]) -> None:
+    engine = engine_with(lambda batch: error() if len(batch.spans) > 3 else None)
+
+    async def use(engine: Engine) -> list[list[int]]:
+        return await asyncio.gather(*(answer(engine, prompt, greedy()) for prompt in prompts(10)))
+
+    assert run(engine, use) == [reference("qwen3", prompt) for prompt in prompts(10)]
+    assert engine.num_failed_steps > 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_fails_every_request_has_one_outcome_and_nothing_is_left(seed: int) -> None:
+    rng = random.Random(seed)
+    kinds: list[Callable[[], BaseException | None]] = [
+        out_of_memory,
+        lambda: RuntimeError("a kernel failed"),
+        lambda: time.sleep(0.02),
+        lambda: None,
+    ]
+    weights = [rng.random() * 0.15, rng.random() * 0.15, 0.05, 1.0]
+    engine = engine_with(lambda batch: rng.choices(kinds, weights)[0]())
+    requests = [(prompt, rng.randrange(1, 40), rng.random() * 0.1, rng.random() < 0.2) for prompt in prompts(20)]
+
+    async def one(engine: Engine, prompt: list[int], num_tokens: int, delay: float, leaves: bool) -> Any:
+        await asyncio.sleep(delay)
+        if not leaves:
+            return await answer(engine, prompt, greedy(num_tokens))
+        stream = engine.generate(prompt, greedy(num_tokens))
+        try:
+            await anext(stream)
+        finally:
+            await stream.aclose()
+        return None
+
+    async def use(engine: Engine) -> list[Any]:
+        async with asyncio.timeout(60):
+            outcomes = await asyncio.gather(*(one(engine, *request) for request in requests), return_exceptions=True)
+        while engine.failure is None:  # it answers afterwards
+            try:
+                assert await answer(engine, requests[0][0], greedy(5)) == reference("qwen3", requests[0][0], 5)
+                break
+            except EngineFailure:
+                continue
+        return outcomes
+
+    for (prompt, num_tokens, _, leaves), outcome in zip(requests, run(engine, use), strict=True):
+        if not isinstance(outcome, EngineFailure):
+            assert outcome == (None if leaves else reference("qwen3", prompt, num_tokens))
+    assert engine.failure is None
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("an illegal access"), SystemExit(), KeyboardInterrupt()])
+def test_what_no_step_can_follow_ends_the_engine_and_everybody_is_told(error: BaseException) -> None:
+    told: list[int] = []
+    num_steps = iter(range(1000))
+    engine = engine_with(lambda batch: error if next(num_steps) > 4 else None)
+    engine.on_failure = lambda: told.append(1)
+
+    async def main() -> list[Any]:
+        engine.start()
+        tasks = [answer(engine, prompt, greedy()) for prompt in prompts(6)]
+        async with asyncio.timeout(20):
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(APIError):
+            await answer(engine, prompts(1)[0], greedy())
+        await engine.close()
+        return outcomes
+
+    outcomes = asyncio.run(main())
+    assert {type(outcome) for outcome in outcomes} == {EngineFailure} and told == [1]
+    assert engine.failure is error
+
+
+def test_a_step_that_never_ends_is_seen() -> None:
+    engine = engine_of("qwen3")
+    assert not engine.is_stalled
+    engine._step_began = time.monotonic() - 1000
+    assert engine.is_stalled
+
+
+# --- the process
+
+DYING = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch, main
+from providers.loading import load
+
+def dying(path, settings, progress):
+    loaded = load(path, settings, progress)
+    run, left = loaded.engine.runner.run, [6]
+    def faulty(batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.AcceleratorError("an illegal access")
+        return run(batch)
+    loaded.engine.runner.run = faulty
+    return loaded
+
+sys.argv = ["main.py", "--port", "0"]
+main.main(dying)
+"""
+
+
+def test_a_process_whose_engine_died_tells_everybody_and_exits_with_a_failure(tiny_checkpoint: Path) -> None:
+    code = DYING.format(tests=str(ROOT / "tests"), root=str(ROOT))
+    with serve([sys.executable, "-c", code], MODEL_PATH=str(tiny_checkpoint), DTYPE="float32") as server:
+        server.wait_until_healthy()
+        body = {"model": "Tiny-Qwen3", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}
+        with httpx2.Client(timeout=30) as client:
+            answered = client.post(server.url + "/v1/chat/completions", json={**body, "stream": True}).text
+        assert '"error"' in answered and "[DONE]" not in answered and '"finish_reason":"' not in answered
+        assert server.process.wait(30) == 1
+        assert any("The engine of Tiny-Qwen3 has stopped" in line for line in server.lines)
