@@ -17,9 +17,10 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for
 class EventStream(StreamingResponse):
     """A stream that is closed when its response ends, however it ends."""
 
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str], silence: float = SILENCE) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
+        self._silence = silence
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         sent = time.monotonic()
@@ -32,8 +33,8 @@ class EventStream(StreamingResponse):
         async def keep_alive() -> None:
             """A comment whenever nothing was sent for a while: proxies cut what is silent."""
             while True:
-                await asyncio.sleep(max(0.01, sent + SILENCE - time.monotonic()))
-                if time.monotonic() - sent >= SILENCE:
+                await asyncio.sleep(max(0.01, sent + self._silence - time.monotonic()))
+                if time.monotonic() - sent >= self._silence:
                     await send_and_note({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
 
         keeper = asyncio.create_task(keep_alive())

@@ -119,6 +119,36 @@ def test_a_prompt_of_higher_priority_goes_before_those_that_came_first() -> None
     assert list(subject.waiting) == [waiting[1], waiting[3], waiting[0], waiting[2]]
 
 
+def test_clients_take_turns_however_many_prompts_one_of_them_sends() -> None:
+    subject = scheduler(max_num_seqs=1)
+    crowd = [sequence(4, max_tokens=1) for _ in range(20)]
+    for number, own in enumerate(crowd):
+        own.client = "crowd"
+        subject.add(own)
+        if number == 10:
+            others = [sequence(4, max_tokens=1) for _ in range(2)]
+            for other in others:
+                other.client = "other"
+                subject.add(other)
+    order = []
+    while subject.has_work:
+        order += [span.sequence.client for span in step(subject).spans]
+    assert order[:5].count("other") == 2 and len(order) == 22
+    waited = [own.number for own in crowd]
+    assert waited == sorted(waited), "one client's prompts stay in their order"
+
+
+def test_without_keys_prompts_run_in_the_order_in_which_they_came() -> None:
+    subject = scheduler(max_num_seqs=1)
+    came = [sequence(length, max_tokens=1) for length in (9, 1, 30, 2, 5)]
+    for own in came:
+        subject.add(own)
+    order = []
+    while subject.has_work:
+        order += [span.sequence.number for span in step(subject).spans]
+    assert list(dict.fromkeys(order)) == [own.number for own in came]
+
+
 def test_the_least_urgent_gives_way_when_blocks_run_out() -> None:
     subject = scheduler(num_blocks=12)
     task, chat = urgent(20, 1), urgent(20, 0)

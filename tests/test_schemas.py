@@ -74,6 +74,12 @@ def seed(server: Server, path: str) -> None:
     assert texts(server, path, temperature=2, seed=3) == texts(server, path, temperature=2, seed=3)
 
 
+def timeout(server: Server, path: str) -> None:
+    late = ask(server, path, timeout=1e-6)
+    assert late.status_code == 504 and late.json()["error"]["code"] == "request_timeout"
+    assert texts(server, path, timeout=60) == texts(server, path)
+
+
 def presence_penalty(server: Server, path: str) -> None:
     assert texts(server, path, presence_penalty=2) != texts(server, path, presence_penalty=-2)
 

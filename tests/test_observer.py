@@ -1,0 +1,168 @@
+"""What is seen of requests: metrics, logs and their secrets, traces."""
+
+import io
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from process import MAIN, Server, serve
+
+import logs
+from metrics import MAX_CODES, Metrics
+from record import Record
+
+KEY = "sk-very-secret-0123456789"
+MODEL = "Tiny-Qwen3"
+SECRET = "a secret of the prompt"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path) -> Iterator[Server]:
+    settings = {"MODEL_PATH": str(tiny_checkpoint), "DTYPE": "float32", "LOG_FORMAT": "json"}
+    with serve(MAIN, **settings, API_KEYS=f"alice:{KEY}") as server:
+        server.wait_until_healthy()
+        yield server
+
+
+def ask(server: Server, path: str = "/v1/chat/completions", **body: Any) -> httpx2.Response:
+    whole = {"model": MODEL, "messages": [{"role": "user", "content": SECRET}], "max_tokens": 6, "temperature": 0}
+    headers = {"authorization": f"Bearer {KEY}", **body.pop("headers", {})}
+    return httpx2.post(server.url + path, json={**whole, **body}, headers=headers, timeout=60)
+
+
+def read(server: Server) -> dict[str, float]:
+    """The series of /metrics."""
+    answer = httpx2.get(server.url + "/metrics", headers={"authorization": f"Bearer {KEY}"})
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
+    lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def gained(before: dict[str, float], after: dict[str, float], name: str) -> float:
+    return after.get(name, 0) - before.get(name, 0)
+
+
+def until(condition: Any) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it does not come")
+
+
+def test_metrics_count_what_was_answered(server: Server) -> None:
+    before = read(server)
+    usage = ask(server, ignore_eos=True).json()["usage"]
+    again = ask(server, ignore_eos=True, stream=True, n=2)
+    assert again.text.endswith("data: [DONE]\n\n")
+    after = read(server)
+    label = f'{{model_name="{MODEL}"}}'
+    assert gained(before, after, f"llm_generation_tokens_total{label}") == 3 * usage["completion_tokens"] == 18
+    assert gained(before, after, f"llm_prompt_tokens_total{label}") == 2 * usage["prompt_tokens"]
+    assert gained(before, after, f"llm_prefix_cache_queries_total{label}") > 0
+    assert gained(before, after, f"llm_prefix_cache_hits_total{label}") > 0
+    assert gained(before, after, f'llm_request_success_total{{finished_reason="length",model_name="{MODEL}"}}') == 3
+    for name, count in {
+        "time_to_first_token_seconds": 2,
+        "e2e_request_latency_seconds": 2,
+        "request_queue_time_seconds": 3,
+        "inter_token_latency_seconds": 15,
+        "request_prompt_tokens": 2,
+        "request_generation_tokens": 2,
+    }.items():
+        assert gained(before, after, f"llm_{name}_count{label}") == count, name
+    answered = 'llm_http_requests_total{code="200",method="POST",path="/v1/chat/completions"}'
+    assert gained(before, after, answered) == 2
+    assert after[f"llm_num_requests_running{label}"] == 0 and after[f"llm_kv_cache_blocks_total{label}"] > 0
+
+
+def test_metrics_count_errors_and_those_who_left(server: Server) -> None:
+    before = read(server)
+    assert ask(server, model="nobody's").status_code == 404
+    assert httpx2.get(server.url + "/v1/models").status_code == 401
+    assert ask(server, timeout=1e-6, max_tokens=400, ignore_eos=True).status_code == 504
+    with httpx2.stream(
+        "POST",
+        server.url + "/v1/chat/completions",
+        json={"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True},
+        headers={"authorization": f"Bearer {KEY}"},
+    ) as answer:
+        next(answer.iter_raw())
+    left = f'llm_request_aborts_total{{model_name="{MODEL}"}}'
+    until(lambda: gained(before, read(server), left) == 1)
+    after = read(server)
+    for code in ("model_not_found", "invalid_api_key", "request_timeout"):
+        assert gained(before, after, f'llm_errors_total{{code="{code}"}}') == 1, code
+
+
+def test_endlessly_many_paths_and_codes_are_not_endlessly_many_series(server: Server) -> None:
+    ask(server, "/v1/x0")
+    before = len(read(server))
+    for number in range(1, 30):
+        ask(server, f"/v1/x{number}")
+        httpx2.request(f"M{number}", server.url + "/v1/models", headers={"authorization": f"Bearer {KEY}"})
+    assert len(read(server)) <= before + 3
+    metrics = Metrics()
+    for number in range(3 * MAX_CODES):
+        metrics.failed(f"code{number}")
+    assert metrics.text().count(b"llm_errors_total{") == MAX_CODES + 1
+
+
+def test_every_metric_of_the_dashboard_is_there(server: Server) -> None:
+    dashboard = (Path(__file__).parents[1] / "deploy" / "grafana.json").read_text()
+    wanted = set(re.findall(r"\bllm_[a-z0-9_]+", dashboard)) - {"llm_provider"}
+    ask(server)
+    known = set(re.findall(r"^# TYPE (\S+)", Metrics().text().decode(), re.MULTILINE))
+    known |= {re.sub(r"\{.*", "", name) for name in read(server)}
+    whole = {name.removesuffix(end) for name in known for end in ("_bucket", "_sum", "_count", "_total")} | known
+    missing = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in wanted} - whole
+    assert not missing
+
+
+def test_a_request_is_a_line_with_its_tokens_and_times_and_without_its_secrets(server: Server) -> None:
+    answer = ask(server, headers={"x-request-id": "mine-1"})
+    httpx2.get(server.url + f"/v1/models?api_key={KEY}", headers={"authorization": "Bearer wrong-SECRET"})
+    until(lambda: any('"mine-1"' in line for line in server.lines))
+    (line,) = [json.loads(line) for line in server.lines if '"mine-1"' in line]
+    assert (line["client"], line["model"], line["status"], line["path"]) == (
+        "alice",
+        MODEL,
+        200,
+        "/v1/chat/completions",
+    )
+    assert line["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"] and line["completion_tokens"] == 6
+    assert 0 < line["first_token_seconds"] <= line["seconds"] and line["finish_reason"] == "length"
+    text = "".join(server.lines)
+    assert KEY not in text and SECRET not in text and "wrong-SECRET" not in text
+
+
+def test_what_clients_write_is_never_a_line_of_its_own(server: Server) -> None:
+    forged = "x\n2026-01-01 ERROR main: forged \x1b[31m"
+    ask(server, model=forged)
+    ask(server, user=forged, headers={"x-request-id": "a b\tc", "user-agent": "forged-agent"})
+    ask(server, "/v1/%0aforged%1b[31m")
+    time.sleep(0.3)
+    assert all(json.loads(line) for line in server.lines if line.startswith("{"))
+    assert not any(line.startswith("2026-01-01") or "\x1b" in line for line in server.lines)
+
+
+@pytest.mark.parametrize("kind", ["plain", "json"])
+def test_a_line_is_one_line_whatever_is_in_it(kind: str) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logs.FORMATTERS[kind]())
+    logs.access.addHandler(handler)
+    logs.access.setLevel("INFO")
+    try:
+        seen = Record(request_id="r\n1", client="\x1b[31m", model="a\r\nb\u2028c\x00", error="e\x9b")
+        logs.write(seen, "GET", "/x\n\x7f", 200)
+    finally:
+        logs.access.removeHandler(handler)
+    text = stream.getvalue()
+    assert text.endswith("\n") and len(text.splitlines()) == 1 and text[:-1].isprintable()
