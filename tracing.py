@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.telemetry import TelemetryConfig
 
 VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp")
+PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 DISABLED = "OTEL_SDK_DISABLED"
 
 

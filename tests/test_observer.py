@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any
 
 import httpx2
 import pytest
-from process import MAIN, Server, serve
+from process import MAIN, ROOT, Server, serve
 
 import logs
+import tracing
 from metrics import MAX_CODES, Metrics
 from record import Record
 
@@ -166,3 +169,43 @@ def test_a_line_is_one_line_whatever_is_in_it(kind: str) -> None:
         logs.access.removeHandler(handler)
     text = stream.getvalue()
     assert text.endswith("\n") and len(text.splitlines()) == 1 and text[:-1].isprintable()
+
+
+TRACING = """
+import os, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
+import tracing, main
+from config import Settings
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.testclient import TestClient
+
+seen = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(seen))
+trace.set_tracer_provider(provider)
+os.environ["OTEL_TRACES_EXPORTER"] = "none"
+app = main.create_app(Settings(_env_file=None, model_path={path!r}, dtype="float32"))
+with TestClient(app) as client:
+    while client.get("/health").status_code != 200:
+        pass
+    body = {{"model": "Tiny-Qwen3", "messages": [{{"role": "user", "content": "a secret"}}], "max_tokens": 4}}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+(span,) = [span for span in seen.get_finished_spans() if span.attributes.get("http.route", "").endswith("completions")]
+print(span.attributes["gen_ai.request.model"], span.attributes["gen_ai.usage.output_tokens"])
+assert "a secret" not in span.to_json()
+"""
+
+
+def test_without_the_standard_variables_there_are_no_traces() -> None:
+    assert not tracing.is_wanted() and tracing.span() is None and tracing.configuration()["tracing"] is False
+
+
+def test_a_request_is_a_span_with_its_model_and_tokens(tiny_checkpoint: Path) -> None:
+    code = TRACING.format(tests=str(ROOT / "tests"), root=str(ROOT), path=str(tiny_checkpoint))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout.split()[0] == MODEL, ended.stderr
+    assert int(ended.stdout.split()[1]) >= 1
