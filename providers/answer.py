@@ -114,7 +114,7 @@ class Meter:
                 own.queue.observe(piece.waited)
                 own.prefix_hits.inc(piece.num_reused)
                 own.prefix_queries.inc(self._prompt_tokens // max(1, len(self._reused)))
-            elif num_new > 0:
+            for _ in range(num_new if piece.index in self._counts else 0):
                 own.between_tokens.observe((now - self._last[piece.index]) / num_new)
         self._last[piece.index] = now
 
