@@ -1,8 +1,8 @@
 """Replicas of the server on Ray Serve, on one machine or many: `python -m deploy.ray_serve`.
 
-Every replica is the whole server, with its model. Ray's proxy listens on HOST and PORT and passes each request to one of
-them; Ray starts and ends replicas as the requests in progress rise and fall, and replaces those that are unhealthy.
-`serve run deploy.ray_serve:application max_replicas=4` is the same on a cluster that runs.
+Every replica is the whole server, with its model. Ray's proxy listens on HOST and PORT and passes each request to one
+of them; Ray starts and ends replicas as the requests in progress rise and fall, and replaces those that are unhealthy.
+`serve run deploy.ray_serve:application max=4` does the same on a cluster that runs, at the address of `serve start`.
 """
 
 import asyncio
@@ -31,7 +31,8 @@ from main import create_app
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What a conversation begins with is in the cache of the replica that answered its last turn. Ray has two routers for it:
+# What a conversation begins with is in the cache of the replica that answered its last turn. Ray has two routers for
+# that:
 #
 # * PrefixCacheAffinityRouter (ray.serve.llm) cannot route to an ASGI ingress. It reads `prompt` or `messages` off the
 #   arguments of a call between deployments, while the proxy calls an ingress with the pickled head of the request, the
