@@ -74,7 +74,9 @@ class ServedBy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-served-by"] = self.replica
+                headers = MutableHeaders(scope=message)
+                headers["x-served-by"] = self.replica
+                del headers["x-request-id"]  # Ray's proxy adds it once more
             await send(message)
 
         await self.app(scope, receive, send_named)

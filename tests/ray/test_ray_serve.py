@@ -115,9 +115,28 @@ def test_a_stream_arrives_while_it_is_made(cluster: Any) -> None:
     assert arrivals[-1][0] - arrivals[0][0] > 0.1
 
 
-def test_errors_pass_as_they_are(cluster: Any) -> None:
+def test_a_client_that_leaves_takes_its_request_along(cluster: Any) -> None:
+    url, _ = cluster
+    body = {"model": "Tiny-Qwen3", "prompt": "Once", **GREEDY, "max_tokens": 400, "n": 16, "stream": True}
+    with httpx2.stream("POST", url + "/v1/completions", json=body, timeout=120) as answer:
+        next(answer.iter_raw())
+        left = time.monotonic()
+    while any(running(url) for _ in range(8)):
+        assert time.monotonic() - left < 10
+    took = time.monotonic() - left
+    whole = time.monotonic()
+    httpx2.post(url + "/v1/completions", json={**body, "stream": False}, timeout=120)
+    assert took < time.monotonic() - whole
+
+
+def running(url: str) -> int:
+    return int(httpx2.get(url + "/health", timeout=30).json()["running"])
+
+
+def test_errors_pass_as_they_are_and_every_answer_has_one_id(cluster: Any) -> None:
     url, _ = cluster
     answer = chat(url, "hello", temperature=-1)
+    assert len(answer.headers.get_list("x-request-id")) == 1
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "temperature"
 
 
@@ -145,10 +164,8 @@ def test_a_conversation_stays_with_its_replica_until_the_signal_and_then_all_end
             homes[session] = served_by.pop()
         assert len(set(homes.values())) == 2
         children = psutil.Process(process.pid).children(recursive=True)
-        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        print(f"\nended within {time.monotonic() - began:.1f} s")
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
     assert not re.search("Traceback", (tmp_path / "session.log").read_text())
