@@ -1,12 +1,13 @@
-# make serve | test | test-clients | check | bench | setup | clean
+# make serve | test | test-clients | test-ray | check | bench | setup | lock | licenses | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 export HOST PORT
 
-.PHONY: serve test test-clients check bench setup setup-dev clean
+.PHONY: serve test test-clients test-ray check bench setup setup-dev lock licenses clean
 
 serve: setup
 	@$(BIN)/python main.py
@@ -18,6 +19,10 @@ test: setup-dev
 test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed
 	SERVER_PYTHON=$(abspath $(BIN))/python LEGACY_PYTHON=$(abspath $(VENV)-clients-legacy/bin)/python \
 		$(VENV)-clients/bin/python -m pytest tests/clients
+
+# Two replicas of a tiny model on Ray Serve
+test-ray: $(VENV)-ray/.installed
+	$(VENV)-ray/bin/python -m pytest tests/ray
 
 check: setup-dev
 	$(BIN)/ruff check .
@@ -36,12 +41,22 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+# Every file is checked against its hash; torch, whose builds differ, comes by its version and finds the rest there
+$(VENV)/.installed: requirements.lock | $(VENV)/bin/python
+	$(PIP) install --require-hashes --no-deps -r requirements.lock
+	$(PIP) install $(shell grep '^torch==' requirements.txt)
+	$(PIP) check
 	@touch $@
 
+# After a change of requirements.txt
+lock: $(VENV)-uv/.installed
+	UV=$(VENV)-uv/bin/uv scripts/lock.sh
+
+licenses: setup
+	$(BIN)/python scripts/licenses.py
+
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) install -r requirements-dev.txt
 	@touch $@
 
 $(VENV)-%/.installed: requirements-%.txt | $(VENV)/bin/python
@@ -50,4 +65,4 @@ $(VENV)-%/.installed: requirements-%.txt | $(VENV)/bin/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-clients-legacy .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-clients-legacy $(VENV)-ray $(VENV)-uv .pytest_cache .mypy_cache .ruff_cache

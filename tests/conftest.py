@@ -9,7 +9,7 @@ from models import save_checkpoint_that_sees, save_tiny_checkpoint
 from openai import OpenAI
 from process import MAIN, Server, serve
 
-collect_ignore = ["clients"]  # `make test-clients` runs them, in another environment
+collect_ignore = ["clients", "ray"]  # `make test-clients` and `make test-ray` run them, in other environments
 torch.set_num_threads(1)  # tiny models lose more to a second thread than they gain
 
 

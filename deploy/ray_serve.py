@@ -1,0 +1,164 @@
+"""Replicas of the server on Ray Serve, on one machine or many: `python -m deploy.ray_serve`.
+
+Every replica is the whole server, with its model. Ray's proxy listens on HOST and PORT and passes each request to one
+of them; Ray starts and ends replicas as the requests in progress rise and fall, and replaces those that are unhealthy.
+`serve run deploy.ray_serve:application max=4` does the same on a cluster that runs, at the address of `serve start`.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import ray
+from fastapi import FastAPI
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from config import Settings
+from main import create_app
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What a conversation begins with is in the cache of the replica that answered its last turn. Ray has two routers for
+# that:
+#
+# * PrefixCacheAffinityRouter (ray.serve.llm) cannot route to an ASGI ingress. It reads `prompt` or `messages` off the
+#   arguments of a call between deployments, while the proxy calls an ingress with the pickled head of the request, the
+#   body being fetched by the replica later: it raises a ValueError for each. It would need a second deployment in front
+#   that parses every body and sends every chunk of a stream through one more process, and ray[llm] with its pyarrow.
+# * ConsistentHashRouter (alpha) needs a header alone: requests of one x-session-id go to one replica, or to the next
+#   where that one is full. RAY_SERVE_SESSION_ID_HEADER_KEY names another header, such as Open WebUI's
+#   x-openwebui-chat-id. Requests without it are spread evenly. That is "session".
+ROUTERS = {
+    "load": RequestRouterConfig(),  # of two replicas at random, the one that has less to do
+    "session": RequestRouterConfig(
+        request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+    ),
+}
+
+
+class Replicas(BaseSettings):
+    """How many, and what each may take; REPLICAS_MAX=4 or max=4 to `serve run`."""
+
+    model_config = SettingsConfigDict(env_prefix="REPLICAS_", extra="forbid")
+
+    min: int = Field(1, ge=1, description="replicas at any time")
+    max: int = Field(2, ge=1, description="replicas at most")
+    target: float = Field(8, gt=0, description="requests in progress per replica that autoscaling aims at")
+    ongoing: int = Field(64, gt=0, description="requests in progress in a replica at most; more wait at the proxy")
+    waiting: int = Field(1024, gt=0, description="requests that may wait there; more get a 503 with Retry-After")
+    cpus: float = Field(1, gt=0, description="of the cluster's cores, what a replica takes; its threads as well")
+    gpus: float = Field(0, ge=0, description="of the cluster's GPUs, what a replica takes")
+    routing: Literal["load", "session"] = Field("load", description="session: a conversation stays with its replica")
+
+
+class ServedBy:
+    """Says in a header which replica answered."""
+
+    def __init__(self, app: ASGIApp, replica: str) -> None:
+        self.app = app
+        self.replica = replica
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-served-by"] = self.replica
+                del headers["x-request-id"]  # Ray's proxy adds it once more
+            await send(message)
+
+        await self.app(scope, receive, send_named)
+
+
+def replica_app(settings: Settings) -> FastAPI:
+    """The server's app. It has started when its model is loaded, so that no request meets one that loads."""
+    app = create_app(settings, stop=lambda: None)
+    app.add_middleware(ServedBy, replica=serve.get_replica_context().replica_id.unique_id)
+    lifespan = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def until_loaded(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan(app):
+            while not app.state.local.health[0]:
+                if app.state.failure:
+                    raise RuntimeError(app.state.failure)
+                await asyncio.sleep(0.1)
+            yield
+
+    app.router.lifespan_context = until_loaded
+    return app
+
+
+class Server:
+    """What Ray asks a replica beside its requests."""
+
+    app: FastAPI  # Ray's ingress sets it
+
+    def check_health(self) -> None:
+        is_healthy, report = self.app.state.local.health
+        if not is_healthy:
+            raise RuntimeError(str(report))
+
+
+def application(replicas: Replicas) -> Application:
+    """What `serve run` starts. The settings are those of the process that asks for it, on every machine."""
+    settings = Settings()
+
+    def build() -> FastAPI:
+        return replica_app(settings)
+
+    deployment = serve.deployment(
+        serve.ingress(build)(Server),
+        name="gemma3-server",
+        max_ongoing_requests=replicas.ongoing,
+        max_queued_requests=replicas.waiting,
+        backpressure_config=BackpressureConfig(retry_after_s=5),
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=replicas.min, max_replicas=replicas.max, target_ongoing_requests=replicas.target
+        ),
+        request_router_config=ROUTERS[replicas.routing],
+        graceful_shutdown_timeout_s=settings.shutdown_timeout + 5,
+        ray_actor_options={
+            "num_cpus": replicas.cpus,
+            "num_gpus": replicas.gpus,
+            "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}},  # the same path on every machine
+        },
+    )
+    return deployment.bind()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def main() -> None:
+    """Serves until SIGTERM or Ctrl-C; on the cluster of RAY_ADDRESS, else on one of its own."""
+    settings = Settings()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(include_dashboard=False)
+    serve.start(http_options={"host": settings.host, "port": settings.port})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    try:
+        serve.run(application(Replicas()))
+        while True:
+            time.sleep(1)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
