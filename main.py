@@ -375,6 +375,8 @@ def main(load: Load = load) -> None:
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + 5,  # the drain comes first
     )
     server = uvicorn.Server(config)
+    connections = server.server_state.connections
+    app.state.metrics.gauge("http_connections", "Connections that are open", lambda: len(connections))
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended: that is all then
         signal.signal(number, lambda number, frame: None)
     server.run()

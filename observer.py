@@ -27,11 +27,14 @@ class Observer:
         seen = Record(request_id=scope["state"]["request_id"])
         record.begin(seen)
         status = 500  # of what ends without an answer
+        span = None if self._span is None else self._span()
 
         async def send_and_see(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif span is not None and not message.get("more_body"):  # it ends with the answer
+                _tell_span(span, seen)
             await send(message)
 
         try:
@@ -50,8 +53,6 @@ class Observer:
             _tell_model(seen)
         if path not in QUIET:
             logs.write(seen, scope["method"], scope["path"], status)
-        if self._span is not None:
-            _tell_span(self._span(), seen)
 
 
 def _path(scope: Scope) -> str:

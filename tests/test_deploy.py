@@ -22,7 +22,7 @@ from config import Settings
 from main import create_app
 
 DEPLOY = ROOT / "deploy"
-SETTINGS = {name.upper() for name in Settings.model_fields} | {"API_KEYS", "LOG_FORMAT"}
+SETTINGS = {name.upper() for name in Settings.model_fields}
 OF_OTHERS = {"HOME", "PATH", "PYTHONUNBUFFERED", "TORCH_INDEX"}  # read by the system, Python, and the image's own steps
 GRACE = Settings.model_fields["shutdown_timeout"].default
 
