@@ -933,7 +933,7 @@ KINDS: dict[str, tuple[Headers, frozenset[int]]] = {
     "bytes": ((("content-type", "application/octet-stream"),), frozenset({200, 400, 415})),
     "pickle": ((("content-type", "application/x-python-pickle"),), frozenset({200, 400, 415})),
     "star": ((("content-type", "*/*"),), frozenset({200, 400, 415})),
-    "garbage": ((("content-type", "\x7f///;;;==,,"),), frozenset({200, 400, 415})),
+    "garbage": ((("content-type", "///;;;==,,"),), frozenset({200, 400, 415})),
     "latin1": ((("content-type", b"application/\xe9\xff"),), frozenset({200, 400, 415})),
     "almost": ((("content-type", "application/jsonp"),), frozenset({200, 400, 415})),
     "prefix": ((("content-type", "xapplication/json"),), frozenset({200, 400, 415})),
@@ -1044,8 +1044,8 @@ TRICKS = {
     "percent": "http://%31%32%37.0.0.1:{port}/a.png", "port": "http://127.0.0.1:99999/a.png", "long": "http://" + "a" * 10**5 + "/",
     "many-dots": "http://" + "a." * 10**4 + "b/", "no-host": "http://", "only-port": "http://:{port}/", "capitals": "HTTP://LOCALHOST:{port}/a.png",
 }  # fmt: skip
-ROW_29 = [sees(29, name, f"http://{host}:{{port}}/a.png", code="invalid_image_url") for name, host in INSIDE.items()]
-ROW_29 += [sees(29, "https", "https://127.0.0.1:{port}/a.png", code="invalid_image_url")]
+ROW_29 = [sees(29, name, f"http://{host}:{{port}}/a.png") for name, host in INSIDE.items()]
+ROW_29 += [sees(29, "https", "https://127.0.0.1:{port}/a.png")]
 ROW_30 = [sees(30, name, url) for name, url in TRICKS.items()]
 SCHEMES = (
     *(
@@ -1252,7 +1252,7 @@ ROW_39 = [
         for number, value in enumerate(values)
     ),
     *(
-        chat(39, f"strict-{name}", param="tools", tools=[function({"type": "object", "properties": {"a": schema["json_schema"]["schema"]}})], tool_choice="required", seconds=5)
+        chat(39, f"strict-{name}", param="tools", tools=[function({"type": "object", "properties": {"a": schema["json_schema"]["schema"]}, "required": ["a"]})], tool_choice="required", seconds=5)
         for name, schema in BAD_FORMATS.items()
         if name in ("unknown-type-inside", "bad-pattern", "missing-ref", "bad-enum", "min-above-max", "number-ref", "look-behind")
     ),
@@ -1420,7 +1420,7 @@ ROW_45 = [
 # --- rows 52 and 53: headers
 
 EVIL_IDS = {
-    "blank": "a b", "long": "x" * 129, "very-long": "x" * 20_000, "latin1": b"\xe9\xff", "utf8": "ид".encode(), "tab": "a\tb", "ansi": b"\x7f[31m", "html": "<script>",
+    "blank": "a b", "long": "x" * 129, "very-long": "x" * 20_000, "latin1": b"\xe9\xff", "utf8": "ид".encode(), "tab": "a\tb", "ansi": b"\x9b[31m", "html": "<script>",
     "quotes": '"x"', "comma": "a,b", "slash": "../../x", "braces": "{x}", "percent": "%0d%0aX-Evil:%201", "semicolon": "a;b", "backslash": "a\\r\\nX-Evil: 1", "empty": "",
 }  # fmt: skip
 ROW_53 = [
@@ -1466,28 +1466,30 @@ class Target:
     answer: Any = None
     before: int = 0  # bytes of memory
     connection: Connection | None = None
+    used_at: float = 0.0
 
     def ask(self, case: Case) -> Reply:
         """Over one connection, as long as it lasts."""
         port = self.listener.url.rpartition(":")[2]
         body = case.body.replace(b"{port}", port.encode()).replace(LISTENER.encode(), self.listener.url.encode())
         begin = time.monotonic()
-        reply = self._send(case, body)
-        return replace(reply, seconds=time.monotonic() - begin)
-
-    def _send(self, case: Case, body: bytes) -> Reply:
-        if self.connection is None:
-            self.connection = Connection(self.server.url)
+        if self.connection is None or begin - self.used_at > 30:  # an old one may be closed meanwhile
+            self.close()
+            self.connection = Connection(self.server.url, timeout=20 + case.seconds)
+        self.used_at = begin
         try:
             reply = self.connection.ask(case.method, case.path, body, case.headers)
-        except Closed:
-            self.connection.close()
-            self.connection = None
+        except (Closed, TimeoutError):
+            self.close()
             raise
         if (reply.header("connection") or "") == "close":
+            self.close()
+        return replace(reply, seconds=time.monotonic() - begin)
+
+    def close(self) -> None:
+        if self.connection is not None:
             self.connection.close()
-            self.connection = None
-        return reply
+        self.connection = None
 
 
 @pytest.fixture(scope="module")
@@ -1513,8 +1515,7 @@ def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> Iterator[dict[boo
             target.before = memory(target.server)
         yield found
         for target in found.values():
-            if target.connection is not None:
-                target.connection.close()
+            target.close()
 
 
 def _found_out(asked: Asked) -> Said:
@@ -1539,7 +1540,8 @@ def test_a_hostile_request_gets_the_answer_that_it_must(targets: dict[bool, Targ
         check_error(case, reply)
     elif case.method == "POST":
         check_answer(case, reply, target.answer)
-    assert not target.listener.asked, target.listener.asked
+    asked, target.listener.asked[:] = list(target.listener.asked), []
+    assert not asked, asked
 
 
 def check_headers(reply: Reply) -> None:
@@ -1725,7 +1727,7 @@ def test_a_malicious_chat_template_runs_nothing_row46(model_copy: Path, tmp_path
             assert reply.status in (200, 400, 500), reply
             if reply.status != 200:
                 error_of(reply, body)
-            assert b"class" not in reply.body and not owned.exists()
+            assert b"<class" not in reply.body and not owned.exists()
             text = connection.ask("POST", TEXT, as_bytes({**PROMPT, "model": "model"}))
             assert text.status == 200
 
