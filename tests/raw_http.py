@@ -17,7 +17,7 @@ from process import ROOT, Server
 
 Headers = tuple[tuple[str | bytes, str | bytes], ...]
 JSON: Headers = (("content-type", "application/json"),)
-LEAK = re.compile(rb"Traceback|site-packages|\b0x[0-9a-f]{6,}|File \\?\"|<class '|<function |object at |\.py\W*, line \d")
+LEAK = re.compile(rb"Traceback|site-packages|\b0x[0-9a-f]{6,}|<class '|<function |object at |\.py\W*, line \d")
 
 
 class Closed(Exception):

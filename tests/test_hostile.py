@@ -229,7 +229,8 @@ ROW_3 = [
         for depth in (500, 960)
     ),
     *(
-        Case(3, f"{place}-{depth}-objects", raw(f'"{place}": {{"a":' + '{"a":' * depth + "1" + "}" * (depth + 1)), ANY_OR_REFUSED)
+        Case(3, f"{place}-{depth}-objects", raw(f'"{place}": {{"a":' + '{"a":' * depth + "1" + "}" * (depth + 1)),
+            ANY_OR_REFUSED)
         for place in ("metadata", "response_format", "guided_json", "logit_bias", "tool_choice")
         for depth in (90, 300, 960)
     ),
@@ -238,16 +239,23 @@ ROW_3 = [
         for path in GOOD
     ),
     *(
-        Case(3, f"responses-metadata-{depth}", as_bytes(INPUT)[:-1] + (', "metadata": {"a":' + "[" * depth + "]" * depth + "}}").encode(), ANY_OR_REFUSED, path=RESPONSES)
+        Case(3, f"responses-metadata-{depth}",
+            as_bytes(INPUT)[:-1] + (', "metadata": {"a":' + "[" * depth + "]" * depth + "}}").encode(), ANY_OR_REFUSED,
+            path=RESPONSES)
         for depth in (200, 300, 960)
     ),
     *(
-        chat(3, f"calls-arguments-{depth}", ANY_OR_REFUSED, messages=[user("x"), {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * depth + "]" * depth}}]}, user("y")])
+        chat(3, f"calls-arguments-{depth}", ANY_OR_REFUSED,
+            messages=[user("x"), {"role": "assistant",
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f",
+                    "arguments": "[" * depth + "]" * depth}}]}, user("y")])
         for depth in (60, 900, DEEP)
     ),
 ]  # fmt: skip
 
 HALF = "\\ud800"
+TOOL = '{"type": "function", "function": {"name": "f"}}'
+CHOSEN = TOOL.replace('"f"', f'"{HALF}"')
 WIDE = as_bytes(BASE).decode()
 ROW_4 = [
     *(
@@ -270,12 +278,12 @@ ROW_4 = [
             ("stops", CHAT, raw(f'"stop": ["a", "{HALF}"]')),
             ("bias", CHAT, raw(f'"logit_bias": {{"{HALF}": 1}}')),
             ("tool-name", CHAT, raw(f'"tools": [{{"type": "function", "function": {{"name": "{HALF}"}}}}]')),
-            ("tool-text", CHAT, raw(f'"tools": [{{"type": "function", "function": {{"name": "f", "description": "{HALF}"}}}}]')),
+            ("tool-text", CHAT, raw(f'"tools": [{TOOL[:-2]}, "description": "{HALF}"}}}}]')),
             ("tool-type", CHAT, raw(f'"tools": [{{"type": "{HALF}"}}]')),
-            ("tool-choice", CHAT, raw(f'"tools": [{{"type": "function", "function": {{"name": "f"}}}}], "tool_choice": "{HALF}"')),
-            ("chosen-tool", CHAT, raw(f'"tools": [{{"type": "function", "function": {{"name": "f"}}}}], "tool_choice": {{"type": "function", "function": {{"name": "{HALF}"}}}}')),
+            ("tool-choice", CHAT, raw(f'"tools": [{TOOL}], "tool_choice": "{HALF}"')),
+            ("chosen-tool", CHAT, raw(f'"tools": [{TOOL}], "tool_choice": {CHOSEN}')),
             ("format", CHAT, raw(f'"response_format": {{"type": "{HALF}"}}')),
-            ("schema", CHAT, raw(f'"response_format": {{"type": "json_schema", "json_schema": {{"name": "x", "schema": {{"const": "{HALF}"}}}}}}')),
+            ("schema", CHAT, raw(f'"guided_json": {{"const": "{HALF}"}}')),
             ("schema-key", CHAT, raw(f'"guided_json": {{"properties": {{"{HALF}": {{}}}}}}')),
             ("choice", CHAT, raw(f'"guided_choice": ["{HALF}"]')),
             ("regex", CHAT, raw(f'"guided_regex": "{HALF}"')),
@@ -287,16 +295,22 @@ ROW_4 = [
             ("part-type", CHAT, WIDE.replace('"Hello"', f'[{{"type": "{HALF}"}}]').encode()),
             ("part-text", CHAT, WIDE.replace('"Hello"', f'[{{"type": "text", "text": "{HALF}"}}]').encode()),
             ("image", CHAT, WIDE.replace('"Hello"', f'[{{"type": "image_url", "image_url": "{HALF}"}}]').encode()),
-            ("call", CHAT, WIDE.replace('"role": "user"', f'"role": "assistant", "tool_calls": [{{"id": "{HALF}", "function": {{"name": "{HALF}", "arguments": "{HALF}"}}}}]').encode()),
+            ("call", CHAT, WIDE.replace('"role": "user"',
+                f'"role": "assistant", "tool_calls": [{{"id": "{HALF}", "function": {{"name": "{HALF}"}}}}]').encode()),
             ("prompt", TEXT, as_bytes(PROMPT).replace(b"Hello", HALF.encode())),
             ("prompts", TEXT, as_bytes({**PROMPT, "prompt": ["a", "HALF"]}).replace(b"HALF", HALF.encode())),
             ("suffix", TEXT, as_bytes({**PROMPT, "suffix": "HALF"}).replace(b"HALF", HALF.encode())),
             ("response", RESPONSES, as_bytes(INPUT).replace(b"Hello", HALF.encode())),
-            ("response-metadata", RESPONSES, as_bytes({**INPUT, "metadata": {"a": "HALF"}}).replace(b"HALF", HALF.encode())),
+            ("response-metadata", RESPONSES, as_bytes({**INPUT, "metadata": {"a": "HALF"}}).replace(b"HALF",
+                HALF.encode())),
             ("response-user", RESPONSES, as_bytes({**INPUT, "user": "HALF"}).replace(b"HALF", HALF.encode())),
-            ("response-instructions", RESPONSES, as_bytes({**INPUT, "instructions": "HALF"}).replace(b"HALF", HALF.encode())),
-            ("response-item-type", RESPONSES, as_bytes({**INPUT, "input": [{"type": "HALF"}]}).replace(b"HALF", HALF.encode())),
-            ("response-tools", RESPONSES, as_bytes({**INPUT, "tools": [{"type": "function", "name": "f", "description": "HALF"}]}).replace(b"HALF", HALF.encode())),
+            ("response-instructions", RESPONSES, as_bytes({**INPUT, "instructions": "HALF"}).replace(b"HALF",
+                HALF.encode())),
+            ("response-item-type", RESPONSES, as_bytes({**INPUT, "input": [{"type": "HALF"}]}).replace(b"HALF",
+                HALF.encode())),
+            ("response-tools", RESPONSES,
+                as_bytes({**INPUT, "tools": [{"type": "function", "name": "f",
+                    "description": "HALF"}]}).replace(b"HALF", HALF.encode())),
             ("tokenize", TOKENS, f'{{"prompt": "{HALF}"}}'.encode()),
             ("tokenize-messages", TOKENS, f'{{"messages": [{{"role": "user", "content": "{HALF}"}}]}}'.encode()),
             ("tokenize-model", TOKENS, f'{{"prompt": "x", "model": "{HALF}"}}'.encode()),
@@ -378,7 +392,8 @@ BAD_MESSAGES: dict[str, tuple[Any, str | None]] = {
     "part-without-text": ([user([{"type": "text"}])], "messages[0].content[0]"),
     "part-of-number": ([user([{"type": "text", "text": 5}])], "messages[0].content[0]"),
     "second-part": ([user([{"type": "text", "text": "x"}, {"type": "text", "text": []}])], "messages[0].content[1]"),
-    "audio-part": ([user([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}])], "messages[0].content[0]"),
+    "audio-part": ([user([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}])],
+        "messages[0].content[0]"),
     "video-part": ([user([{"type": "video_url", "video_url": {"url": LISTENER}}])], "messages[0].content[0]"),
     "file-part": ([user([{"type": "file", "file": {"file_id": "../../etc/passwd"}}])], "messages[0].content[0]"),
     "number-name": ([user("x", name=5)], "messages[0].name"),
@@ -389,7 +404,8 @@ BAD_MESSAGES: dict[str, tuple[Any, str | None]] = {
     "string-function-call": ([{"role": "assistant", "function_call": "f"}], "messages[0].function_call"),
     "audio": ([{"role": "assistant", "content": "x", "audio": {"id": "1"}}], "messages[0].audio"),
     "number-refusal": ([{"role": "assistant", "refusal": 1}], "messages[0].refusal"),
-    "list-reasoning": ([{"role": "assistant", "content": "x", "reasoning_content": ["y"]}], "messages[0].reasoning_content"),
+    "list-reasoning": ([{"role": "assistant", "content": "x", "reasoning_content": ["y"]}],
+        "messages[0].reasoning_content"),
 }  # fmt: skip
 ROW_5 = [chat(5, name, param=param, messages=value) for name, (value, param) in BAD_MESSAGES.items()]
 ROW_5 += [
@@ -399,13 +415,15 @@ ROW_5 += [
         for name, value in {
             "null": None, "number": 5, "object": {"role": "user"}, "empty": [], "of-string": ["x"],
             "robot": [ROBOT], "no-role": [{"content": "x"}], "unknown-type": [{"type": "../x"}],
-            "file": [user([{"type": "input_file", "file_id": "x"}])], "reference": [{"type": "item_reference", "id": "x"}],
+            "file": [user([{"type": "input_file", "file_id": "x"}])],
+            "reference": [{"type": "item_reference", "id": "x"}],
         }.items()
     ),
     *(
         chat(5, f"prompt-{name}", param="prompt", path=TEXT, prompt=value)
         for name, value in {
-            "null": None, "number": 5, "object": {}, "empty-text": "", "empty": [], "of-nothing": [[]], "of-null": [None],
+            "null": None, "number": 5, "object": {}, "empty-text": "", "empty": [], "of-nothing": [[]],
+            "of-null": [None],
             "mixed": ["x", 5], "mixed-tokens": [5, "x"], "of-true": [True], "of-fractions": [1.5], "of-objects": [{}],
             "deep": [[[5]]], "2049": ["x"] * 2049, "empty-texts": ["", ""],
         }.items()
@@ -474,7 +492,8 @@ ROW_6 = [
     for number, role in enumerate(ROLES)
 ]
 ROW_6 += [
-    chat(6, f"response-role-{number}-{slug(role)}", param="input[0].role", path=RESPONSES, input=[{"role": role, "content": "x"}])
+    chat(6, f"response-role-{number}-{slug(role)}", param="input[0].role", path=RESPONSES,
+        input=[{"role": role, "content": "x"}])
     for number, role in enumerate(ROLES[:6])
 ]  # fmt: skip
 
@@ -536,11 +555,14 @@ ROW_8 = [
 LONG = (481, 10**4, 10**9, 2**31, 2**63, 2**64, 10**30)
 ROW_9 = [
     *(chat(9, f"chat-{slug(value)[:12]}", ANY_OR_REFUSED, max_tokens=value, seconds=10) for value in LONG),
-    *(chat(9, f"newer-{slug(value)[:12]}", ANY_OR_REFUSED, max_completion_tokens=value, seconds=10) for value in LONG[1:4]),
+    *(chat(9, f"newer-{slug(value)[:12]}", ANY_OR_REFUSED, max_completion_tokens=value, seconds=10)
+        for value in LONG[1:4]),
     *(chat(9, f"text-{slug(value)[:12]}", ANY_OR_REFUSED, path=TEXT, max_tokens=value, seconds=10) for value in LONG),
-    *(chat(9, f"response-{slug(value)[:12]}", ANY_OR_REFUSED, path=RESPONSES, max_output_tokens=value, seconds=10) for value in LONG),
+    *(chat(9, f"response-{slug(value)[:12]}", ANY_OR_REFUSED, path=RESPONSES, max_output_tokens=value, seconds=10)
+        for value in LONG),
     *(chat(9, f"min-{slug(value)[:12]}", ANY_OR_REFUSED, min_tokens=value, seconds=10) for value in LONG),
-    *(chat(9, f"thinking-{slug(value)[:12]}", ANY_OR_REFUSED, thinking_token_budget=value, seconds=10) for value in LONG),
+    *(chat(9, f"thinking-{slug(value)[:12]}", ANY_OR_REFUSED, thinking_token_budget=value, seconds=10)
+        for value in LONG),
 ]  # fmt: skip
 
 TOO_LONG: Any = {"code": "context_length_exceeded", "seconds": 5.0}
@@ -554,11 +576,14 @@ ROW_10 = [
     chat(10, "megabyte-of-emoji", param="messages", messages=[user("👩‍👩‍👧" * 60_000)], **TOO_LONG),
     chat(10, "twenty-megabytes", param="messages", messages=[user("x" * 20_000_000)], **TOO_LONG),
     chat(10, "10000-messages", param="messages", messages=[user("x")] * 10_000, **TOO_LONG),
-    chat(10, "10000-turns", param="messages", messages=[user("x"), {"role": "assistant", "content": "y"}] * 5000, **TOO_LONG),
+    chat(10, "10000-turns", param="messages", messages=[user("x"), {"role": "assistant", "content": "y"}] * 5000,
+        **TOO_LONG),
     chat(10, "10000-systems", param="messages", messages=[{"role": "system", "content": "x"}] * 10_000, **TOO_LONG),
     chat(10, "10000-parts", param="messages", messages=[user([{"type": "text", "text": "x"}] * 10_000)], **TOO_LONG),
     chat(10, "megabyte-name", param="messages", messages=[user("x", name="n" * 10**6)], **TOO_LONG),
-    chat(10, "megabyte-call", param="messages", messages=[{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": "x" * 10**6})}}]}, user("x")], **TOO_LONG),
+    chat(10, "megabyte-call", param="messages",
+        messages=[{"role": "assistant", "tool_calls": [{"id": "1", "type": "function",
+            "function": {"name": "f", "arguments": json.dumps({"a": "x" * 10**6})}}]}, user("x")], **TOO_LONG),
     chat(10, "text", param="prompt", path=TEXT, prompt="x" * 1000, **TOO_LONG),
     chat(10, "text-megabyte", param="prompt", path=TEXT, prompt="x" * 10**6, **TOO_LONG),
     chat(10, "one-of-many-texts", param="prompt", path=TEXT, prompt=["x", "x" * 10**6], **TOO_LONG),
@@ -576,21 +601,26 @@ ROW_11 = [
     *(chat(11, f"bias-{value}", param="logit_bias", logit_bias={str(value): 1}) for value in BAD_IDS),
     *(
         chat(11, f"bias-key-{number}-{slug(key)}", param="logit_bias", logit_bias={key: 1})
-        for number, key in enumerate(("", "a", " 5x", "5.5", "1e1", "NaN", "0x5", "٥x", "²", "1" * 5000, "5,6", "[5]", "--5"))
+        for number, key in enumerate(("", "a", " 5x", "5.5", "1e1", "NaN", "0x5", "٥x", "²", "1" * 5000, "5,6", "[5]",
+            "--5"))
     ),
-    *(chat(11, f"bias-value-{slug(value)}", param="logit_bias", logit_bias={"5": value}) for value in (101, -101, "1", None, [], True, 1e300)),
+    *(chat(11, f"bias-value-{slug(value)}", param="logit_bias", logit_bias={"5": value})
+        for value in (101, -101, "1", None, [], True, 1e300)),
     *(chat(11, f"bias-{slug(value)}", param="logit_bias", logit_bias=value) for value in ([], "x", 5, [[5, 1]])),
     chat(11, "bias-1025", param="logit_bias", logit_bias={str(i): 1 for i in range(1025)}),
     *(chat(11, f"prompt-{value}", param="prompt", path=TEXT, prompt=[5, value]) for value in BAD_IDS),
     *(chat(11, f"prompts-{value}", param="prompt", path=TEXT, prompt=[[5], [value]]) for value in BAD_IDS[:4]),
-    *(chat(11, f"stop-{value}", param="stop_token_ids", stop_token_ids=[value]) for value in (2**31, 2**63, 10**30, -1, -(2**31))),
+    *(chat(11, f"stop-{value}", param="stop_token_ids", stop_token_ids=[value])
+        for value in (2**31, 2**63, 10**30, -1, -(2**31))),
     *(chat(11, f"stop-{value}", ANY_OR_REFUSED, stop_token_ids=[value]) for value in (VOCABULARY, 2**31 - 1)),
-    *(chat(11, f"stop-{slug(value)}", param="stop_token_ids", stop_token_ids=value) for value in (5, "5", ["5"], [1.5], [True], [[5]], [5] * 129)),
+    *(chat(11, f"stop-{slug(value)}", param="stop_token_ids", stop_token_ids=value)
+        for value in (5, "5", ["5"], [1.5], [True], [[5]], [5] * 129)),
     *(chat(11, f"text-{value}", param="tokens", path=TEXTS, tokens=[5, value]) for value in BAD_IDS),
 ]  # fmt: skip
 
 ROW_12 = [
-    *(chat(12, f"seed-{value}", {200}, seed=value, temperature=1) for value in (0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63))),
+    *(chat(12, f"seed-{value}", {200}, seed=value, temperature=1) for value in (0, 1, -1, 2**31, 2**32, 2**63 - 1,
+        -(2**63))),
     *(chat(12, f"seed-{value}", param="seed", seed=value) for value in (2**63, -(2**63) - 1, 2**64, 10**30, -(10**30))),
     *(chat(12, f"seed-{slug(value)}", param="seed", seed=value) for value in ("1", "", 0.5, [], {}, True)),
     *(chat(12, f"text-seed-{value}", {200}, path=TEXT, seed=value, temperature=1) for value in (2**63 - 1, -(2**63))),
@@ -603,7 +633,8 @@ ROW_13 = [
         chat(13, f"stop-{name}", param="stop", path=path, stop=value)
         for path in (CHAT, TEXT)
         for name, value in {
-            "17": ["s"] * 17, "1000": ["s"] * 1000, "100k": ["s"] * 100_000, "long": "s" * 1025, "megabyte": "s" * 10**6,
+            "17": ["s"] * 17, "1000": ["s"] * 1000, "100k": ["s"] * 100_000, "long": "s" * 1025,
+            "megabyte": "s" * 10**6,
             "one-long": ["a", "s" * 1025], "number": 5, "of-numbers": [5], "of-null": [None], "of-lists": [["a"]],
             "object": {"a": 1}, "true": True,
         }.items()
@@ -611,8 +642,10 @@ ROW_13 = [
     *(
         chat(13, f"stop-{name}", ANY_OR_REFUSED, stop=value)
         for name, value in {
-            "empty": "", "of-empty": [""], "empties": ["", "", "", ""], "none": [], "blank": " ", "nul": "\0", "16": ["s" * 1024] * 16,
-            "mark": "<|im_end|>", "half-emoji": "👩‍", "new-lines": "\r\n", "five": list("abcde"), "replacement": "\ufffd",
+            "empty": "", "of-empty": [""], "empties": ["", "", "", ""], "none": [], "blank": " ", "nul": "\0",
+            "16": ["s" * 1024] * 16,
+            "mark": "<|im_end|>", "half-emoji": "👩‍", "new-lines": "\r\n", "five": list("abcde"),
+            "replacement": "\ufffd",
         }.items()
     ),
 ]  # fmt: skip
@@ -735,7 +768,8 @@ ROW_15 += [
     if name in ("self", "__class__", "images", "model_extra", "_parts", "", "support")
 ]
 ROW_15 += [
-    chat(15, f"together-{slug(path)}", ANY_OR_REFUSED | {404}, path=path, **{"foo": 1, "bar": {"a": [1]}, "__class__": 1})
+    chat(15, f"together-{slug(path)}", ANY_OR_REFUSED | {404}, path=path, **{"foo": 1, "bar": {"a": [1]},
+        "__class__": 1})
     for path in GOOD
 ]  # fmt: skip
 
@@ -834,15 +868,18 @@ ROW_16 += [
     )
 ]
 ROW_16 += [
-    chat(16, f"of-{slug(value)}", param="model", model=value) for value in (None, 5, 1.5, True, [], {}, [MODEL], {"id": MODEL})
+    chat(16, f"of-{slug(value)}", param="model", model=value) for value in (None, 5, 1.5, True, [], {}, [MODEL],
+        {"id": MODEL})
 ]  # fmt: skip
 ROW_16 += [Case(16, "missing", as_bytes({"messages": [user("x")]}), param="model")]
 ROW_16 += [
-    Case(16, f"get-{name}", b"", frozenset({404}), "model", "model_not_found", path=f"/v1/models/{quoted}", method="GET")
+    Case(16, f"get-{name}", b"", frozenset({404}), "model", "model_not_found", path=f"/v1/models/{quoted}",
+        method="GET")
     for name, quoted in {
-        "dots": "..%2f..%2fetc%2fpasswd", "plain-dots": "../../etc/passwd", "nul": "%00", "crlf": "%0d%0aX-Evil:%201",
+        "dots": "..%2f..%2fetc%2fpasswd", "plain-dots": "../../etc/passwd", "nul": "%00",
         "bad-utf8": "%ff%fe", "bad-percent": "%zz", "url": "http://127.0.0.1:1/x", "long": "m" * 20_000, "empty": "",
-        "double": "%252e%252e%252f", "ansi": "%1b[31m", "half": "%ed%a0%80", "provider": "openai/x", "hub": "huggingface/a/b",
+        "double": "%252e%252e%252f", "ansi": "%1b[31m", "half": "%ed%a0%80", "provider": "openai/x",
+        "hub": "huggingface/a/b",
     }.items()
 ]  # fmt: skip
 
@@ -851,7 +888,8 @@ KEYLESS = ("openai/gpt-4", "gpt-4", "o1", "chatgpt-x", "claude/x", "gemini/x", "
 ROW_17 = [
     *(
         chat(17, f"unknown-{slug(model)}", {404}, "model", model=model, code="model_not_found")
-        for model in ("mistral/x", "openai2/x", "OpenAI/x", "CLAUDE/x", "foo/bar", "/openai/x", "openai", "claude", " openai/x")
+        for model in ("mistral/x", "openai2/x", "OpenAI/x", "CLAUDE/x", "foo/bar", "/openai/x", "openai", "claude",
+            " openai/x")
     ),
     *(chat(17, f"keyless-{slug(model)}", NO_KEY, model=model) for model in KEYLESS),
     *(chat(17, f"keyless-stream-{slug(model)}", NO_KEY, model=model, stream=True) for model in KEYLESS),
@@ -860,8 +898,10 @@ ROW_17 = [
     *(
         chat(17, f"odd-{name}", NO_KEY, model=model)
         for name, model in {
-            "nothing": "openai/", "slash": "openai//", "path": "openai/../../x", "url": f"openai/{LISTENER}", "at": "openai/@127.0.0.1",
-            "crlf": "openai/x\r\nHost: evil", "long": "openai/" + "x" * 10**6, "models": "models/../../x", "gemini": "gemini-../x",
+            "nothing": "openai/", "slash": "openai//", "path": "openai/../../x", "url": f"openai/{LISTENER}",
+            "at": "openai/@127.0.0.1",
+            "crlf": "openai/x\r\nHost: evil", "long": "openai/" + "x" * 10**6, "models": "models/../../x",
+            "gemini": "gemini-../x",
             "two": "openai/claude/x", "host": "claude/.evil.invalid", "query": "gemini/x?key=1", "nul": "openai/\0",
         }.items()
     ),
@@ -933,7 +973,8 @@ KINDS: dict[str, tuple[Headers, frozenset[int]]] = {
     "multipart": ((("content-type", FORM),), frozenset({400, 415})),
     "multipart-without-boundary": ((("content-type", "multipart/form-data"),), frozenset({400, 415})),
     "multipart-long-boundary": ((("content-type", FORM + "x" * 20_000),), frozenset({400, 415})),
-    "slow-expression": ((("content-type", "application/x-www-form-urlencoded; !=\"" + "\\" * 20_000),), frozenset({400, 415})),
+    "slow-expression": ((("content-type", "application/x-www-form-urlencoded; !=\"" + "\\" * 20_000),),
+        frozenset({400, 415})),
     "many-parameters": ((("content-type", "text/plain" + ";a=b" * 8_000),), frozenset({200, 400, 415})),
     "xml": ((("content-type", "application/xml"),), frozenset({200, 400, 415})),
     "bytes": ((("content-type", "application/octet-stream"),), frozenset({200, 400, 415})),
@@ -964,7 +1005,8 @@ ROW_19 += [
     }.items()
 ]
 ROW_19 += [
-    Case(19, "multipart-many-parts", MULTIPART[:-6] * 20_000 + b"--x--\r\n", frozenset({400, 415}), headers=KINDS["multipart"][0]),
+    Case(19, "multipart-many-parts", MULTIPART[:-6] * 20_000 + b"--x--\r\n", frozenset({400, 415}),
+        headers=KINDS["multipart"][0]),
     Case(19, "multipart-open", MULTIPART[:40], frozenset({400, 415}), headers=KINDS["multipart"][0]),
     Case(19, "form-many-fields", b"a=b&" * 200_000, frozenset({400, 415}), headers=KINDS["form"][0]),
 ]  # fmt: skip
@@ -999,11 +1041,16 @@ ROW_20 = [
 
 SANE = {"/v1/models": 200, "/health": 200, "/nowhere": 404, CHAT: 405}
 HOSTS = {
-    "question": "x?", "fragment": "x#", "slash": "x/", "path": "x/v1/models?", "other-path": "x/health?", "health": "/health",
-    "health-fragment": "x/health#", "at": "user:pass@x", "port": "x:99999", "letters": "x:port", "minus": "x:-1", "empty": "",
-    "brackets": "[::1", "v6": "[::1]:80", "zone": "[fe80::1%25eth0]", "two-colons": "a:b:c", "backslash": "x\\y", "blank": "x y",
-    "tab": "x\ty", "latin1": b"\xe9\xff", "quotes": '"x"', "angle": "<x>", "percent": "%00", "comma": "x, y", "dots": "../x",
-    "long": "x" * 10_000, "url": "http://x/", "semicolon": "x;y", "braces": "{x}", "star": "*", "dot": ".", "trailing-dot": "x.",
+    "question": "x?", "fragment": "x#", "slash": "x/", "path": "x/v1/models?", "other-path": "x/health?",
+    "health": "/health",
+    "health-fragment": "x/health#", "at": "user:pass@x", "port": "x:99999", "letters": "x:port", "minus": "x:-1",
+    "empty": "",
+    "brackets": "[::1", "v6": "[::1]:80", "zone": "[fe80::1%25eth0]", "two-colons": "a:b:c", "backslash": "x\\y",
+    "blank": "x y",
+    "tab": "x\ty", "latin1": b"\xe9\xff", "quotes": '"x"', "angle": "<x>", "percent": "%00", "comma": "x, y",
+    "dots": "../x",
+    "long": "x" * 10_000, "url": "http://x/", "semicolon": "x;y", "braces": "{x}", "star": "*", "dot": ".",
+    "trailing-dot": "x.",
 }  # fmt: skip
 ROW_26 = [
     Case(26, f"{name}-{slug(path)}", b"", frozenset({status, 400}), path=path, method="GET", headers=(("host", host),))
@@ -1015,7 +1062,8 @@ ROW_26 += [
     for name in ("question", "fragment", "slash", "path", "health", "at", "empty", "latin1")
 ]
 ROW_26 += [
-    Case(26, f"two-{slug(path)}", b"", frozenset({status, 400}), path=path, method="GET", headers=(("host", "x"), ("host", "y")))
+    Case(26, f"two-{slug(path)}", b"", frozenset({status, 400}), path=path, method="GET",
+        headers=(("host", "x"), ("host", "y")))
     for path, status in SANE.items()
 ]  # fmt: skip
 
@@ -1034,21 +1082,30 @@ def sees(row: int, name: str, url: Any, statuses: Iterable[int] = REFUSED, **opt
 
 INSIDE = {
     "loopback": "127.0.0.1", "loopback-other": "127.1.2.3", "localhost": "localhost", "localhost-dot": "localhost.",
-    "short": "127.1", "decimal": "2130706433", "hex": "0x7f000001", "octal": "0177.0.0.1", "hex-parts": "0x7f.0.0.1", "zero": "0",
-    "zeros": "0.0.0.0", "v6": "[::1]", "v6-any": "[::]", "mapped": "[::ffff:127.0.0.1]", "mapped-hex": "[::ffff:7f00:1]",
-    "private": "10.0.0.1", "private-172": "172.16.0.1", "private-192": "192.168.0.1", "metadata": "169.254.169.254", "cgnat": "100.64.0.1",
-    "multicast": "224.0.0.1", "ula": "[fd00::1]", "link-local-6": "[fe80::1]", "nat64": "[64:ff9b::7f00:1]", "6to4": "[2002:7f00:1::]",
+    "short": "127.1", "decimal": "2130706433", "hex": "0x7f000001", "octal": "0177.0.0.1", "hex-parts": "0x7f.0.0.1",
+    "zero": "0",
+    "zeros": "0.0.0.0", "v6": "[::1]", "v6-any": "[::]", "mapped": "[::ffff:127.0.0.1]",
+    "mapped-hex": "[::ffff:7f00:1]",
+    "private": "10.0.0.1", "private-172": "172.16.0.1", "private-192": "192.168.0.1", "metadata": "169.254.169.254",
+    "cgnat": "100.64.0.1",
+    "multicast": "224.0.0.1", "ula": "[fd00::1]", "link-local-6": "[fe80::1]", "nat64": "[64:ff9b::7f00:1]",
+    "6to4": "[2002:7f00:1::]",
     "broadcast": "255.255.255.255", "benchmark": "198.18.0.1", "documentation": "192.0.2.1",
 }  # fmt: skip
 TRICKS = {
     "backslash": "http://example.com\\@127.0.0.1:{port}/a.png", "userinfo": "http://example.com@127.0.0.1:{port}/a.png",
     "fragment-at": "http://example.com#@127.0.0.1:{port}/a.png", "tab": "http://127.0.\t0.1:{port}/a.png",
     "newline": "http://127.0.0.1\r\n:{port}/a.png", "leading": " http://127.0.0.1:{port}/a.png",
-    "fullwidth": "http://１２７.0.0.1:{port}/a.png", "circled": "http://①②⑦.⓪.⓪.①:{port}/a.png", "dots": "http://127。0。0。1:{port}/a.png",
-    "zone": "http://[fe80::1%25lo]:{port}/a.png", "nul": "http://127.0.0.1\0.example.com:{port}/a.png", "no-slashes": "http:127.0.0.1:{port}/a.png",
-    "one-slash": "http:/127.0.0.1:{port}/a.png", "three": "http:///127.0.0.1:{port}/a.png", "crlf": "http://127.0.0.1:{port}/a.png\r\nX: y",
-    "percent": "http://%31%32%37.0.0.1:{port}/a.png", "port": "http://127.0.0.1:99999/a.png", "long": "http://" + "a" * 10**5 + "/",
-    "many-dots": "http://" + "a." * 10**4 + "b/", "no-host": "http://", "only-port": "http://:{port}/", "capitals": "HTTP://LOCALHOST:{port}/a.png",
+    "fullwidth": "http://１２７.0.0.1:{port}/a.png", "circled": "http://①②⑦.⓪.⓪.①:{port}/a.png",
+    "dots": "http://127。0。0。1:{port}/a.png",
+    "zone": "http://[fe80::1%25lo]:{port}/a.png", "nul": "http://127.0.0.1\0.example.com:{port}/a.png",
+    "no-slashes": "http:127.0.0.1:{port}/a.png",
+    "one-slash": "http:/127.0.0.1:{port}/a.png", "three": "http:///127.0.0.1:{port}/a.png",
+    "crlf": "http://127.0.0.1:{port}/a.png\r\nX: y",
+    "percent": "http://%31%32%37.0.0.1:{port}/a.png", "port": "http://127.0.0.1:99999/a.png",
+    "long": "http://" + "a" * 10**5 + "/",
+    "many-dots": "http://" + "a." * 10**4 + "b/", "no-host": "http://", "only-port": "http://:{port}/",
+    "capitals": "HTTP://LOCALHOST:{port}/a.png",
 }  # fmt: skip
 ROW_29 = [sees(29, name, f"http://{host}:{{port}}/a.png") for name, host in INSIDE.items()]
 ROW_29 += [sees(29, "https", "https://127.0.0.1:{port}/a.png")]
@@ -1129,20 +1186,31 @@ def gif(width: int, height: int) -> bytes:
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 BROKEN_IMAGES: dict[str, bytes] = {
-    "nothing": b"", "text": b"hello", "html": b"<html><img src=x></html>", "svg": SVG, "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "pdf": b"%PDF-1.7\n1 0 obj<<>>endobj", "pickle": b"\x80\x04\x95\x05\0\0\0\0\0\0\0\x8c\x01x\x94.", "elf": b"\x7fELF" + b"\0" * 100, "zip": b"PK\x03\x04" + b"\0" * 100,
-    "bmp": picture("BMP"), "tiff": picture("TIFF"), "ppm": picture("PPM"), "ico": picture("ICO"), "jpeg2000": b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0" * 100,
-    "psd": b"8BPS\0\x01" + b"\0" * 100, "dds": b"DDS |" + b"\0" * 200, "png-cut": picture("PNG")[:40], "png-head": picture("PNG")[:8],
-    "jpeg-head": picture("JPEG")[:20], "jpeg-magic": b"\xff\xd8\xff", "gif-cut": picture("GIF")[:20], "webp-cut": picture("WEBP")[:20],
-    "png-no-pixels": png(10, 10), "png-zero": png(0, 0), "png-bad-crc": picture("PNG")[:29] + b"\0\0\0\0" + picture("PNG")[33:],
-    "png-trailing-svg": picture("PNG")[:50] + SVG, "jpeg-named-png": b"\xff\xd8\xff\xe0" + picture("PNG"), "mp4": b"\0\0\0\x18ftypmp42" + b"\0" * 50,
-    "avif": b"\0\0\0\x18ftypavif" + b"\0" * 50, "riff": b"RIFF\xff\xff\xff\xffWEBPVP8X" + b"\xff" * 30, "zeros": b"\0" * 10**6, "gif-no-frame": b"GIF89a" + b"\0" * 10,
+    "nothing": b"", "text": b"hello", "html": b"<html><img src=x></html>", "svg": SVG,
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "pdf": b"%PDF-1.7\n1 0 obj<<>>endobj", "pickle": b"\x80\x04\x95\x05\0\0\0\0\0\0\0\x8c\x01x\x94.",
+    "elf": b"\x7fELF" + b"\0" * 100, "zip": b"PK\x03\x04" + b"\0" * 100,
+    "bmp": picture("BMP"), "tiff": picture("TIFF"), "ppm": picture("PPM"), "ico": picture("ICO"),
+    "jpeg2000": b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0" * 100,
+    "psd": b"8BPS\0\x01" + b"\0" * 100, "dds": b"DDS |" + b"\0" * 200, "png-cut": picture("PNG")[:40],
+    "png-head": picture("PNG")[:8],
+    "jpeg-head": picture("JPEG")[:20], "jpeg-magic": b"\xff\xd8\xff", "gif-cut": picture("GIF")[:20],
+    "webp-cut": picture("WEBP")[:20],
+    "png-no-pixels": png(10, 10), "png-zero": png(0, 0),
+    "png-bad-crc": picture("PNG")[:29] + b"\0\0\0\0" + picture("PNG")[33:],
+    "png-trailing-svg": picture("PNG")[:50] + SVG, "jpeg-named-png": b"\xff\xd8\xff\xe0" + picture("PNG"),
+    "mp4": b"\0\0\0\x18ftypmp42" + b"\0" * 50,
+    "avif": b"\0\0\0\x18ftypavif" + b"\0" * 50, "riff": b"RIFF\xff\xff\xff\xffWEBPVP8X" + b"\xff" * 30,
+    "zeros": b"\0" * 10**6, "gif-no-frame": b"GIF89a" + b"\0" * 10,
 }  # fmt: skip
 BOMB_IMAGES: dict[str, bytes] = {
-    "png-50k": png(50_000, 50_000), "png-13k": png(13_000, 13_000), "png-max": png(2**31 - 1, 2**31 - 1), "png-thin": png(1, 2**31 - 1),
-    "png-negative": png(2**32 - 1, 2**32 - 1), "png-8k-real": png(8000, 8000, pixels=bytes(8000 * 24_001)), "gif-65k": gif(65_535, 65_535),
+    "png-50k": png(50_000, 50_000), "png-13k": png(13_000, 13_000), "png-max": png(2**31 - 1, 2**31 - 1),
+    "png-thin": png(1, 2**31 - 1),
+    "png-negative": png(2**32 - 1, 2**32 - 1), "png-8k-real": png(8000, 8000, pixels=bytes(8000 * 24_001)),
+    "gif-65k": gif(65_535, 65_535),
     "webp-16k": b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\x3f\0\xff\x3f\0" + b"\0" * 8,
-    "jpeg-65k": picture("JPEG").replace(b"\xff\xc0\x00\x11\x08\x00\x1e\x00\x28", b"\xff\xc0\x00\x11\x08\xff\xff\xff\xff"),
+    "jpeg-65k": picture("JPEG").replace(b"\xff\xc0\x00\x11\x08\x00\x1e\x00\x28",
+        b"\xff\xc0\x00\x11\x08\xff\xff\xff\xff"),
     "png-ztxt": png(50_000, 50_000, (b"zTXt", b"x\0\0" + zlib.compress(bytes(50_000_000), 9))),
     "png-iccp": png(50_000, 50_000, (b"iCCP", b"x\0\0" + zlib.compress(bytes(50_000_000), 9))),
 }  # fmt: skip
@@ -1165,12 +1233,14 @@ ROW_36 = [
         sees(36, f"{count}-images", "", param=ANYTHING, messages=image_part(data_url(picture("PNG"))) * count)
         for count in (17, 1000)
     ),
-    sees(36, "17-in-one", "", param=ANYTHING, messages=[user([image_part(data_url(picture("PNG")))[0]["content"][0]] * 17)]),
+    sees(36, "17-in-one", "", param=ANYTHING,
+        messages=[user([image_part(data_url(picture("PNG")))[0]["content"][0]] * 17)]),
 ]  # fmt: skip
 ROW_37 = [
     chat(37, name, param="messages[0].content[0]", messages=image_part(url))
     for name, url in {
-        "listener": LISTENER + "/a.png", "data": data_url(picture("PNG")), "file": "file:///etc/passwd", "empty": "", "broken": "data:,",
+        "listener": LISTENER + "/a.png", "data": data_url(picture("PNG")), "file": "file:///etc/passwd", "empty": "",
+        "broken": "data:,",
     }.items()
 ]  # fmt: skip
 ROW_37 += [
@@ -1179,7 +1249,8 @@ ROW_37 += [
     chat(37, "url-key", messages=[user([{"type": "image", "url": LISTENER + "/a.png"}])]),
     chat(37, "input-image", messages=[user([{"type": "input_image", "image_url": LISTENER + "/a.png"}])]),
     chat(37, "response", path=RESPONSES, input=[user([{"type": "input_image", "image_url": LISTENER + "/a.png"}])]),
-    chat(37, "tool-result", messages=[user("x"), {"role": "tool", "tool_call_id": "1", "content": image_part(LISTENER)[0]["content"]}]),
+    chat(37, "tool-result", messages=[user("x"), {"role": "tool", "tool_call_id": "1",
+        "content": image_part(LISTENER)[0]["content"]}]),
     chat(37, "stream", messages=image_part(LISTENER + "/a.png"), stream=True),
     chat(37, "tokenize", path=TOKENS, prompt=None, messages=image_part(LISTENER + "/a.png")),
 ]  # fmt: skip
@@ -1195,7 +1266,8 @@ LINKS = (
 ROW_38 = [
     chat(38, f"link-{number}", {200}, messages=[user(text.format(LISTENER))]) for number, text in enumerate(LINKS)
 ]
-ROW_38 += [chat(38, f"seen-link-{number}", {200}, model=SEEING, sees=True, messages=[user(text.format(LISTENER))]) for number, text in enumerate(LINKS)]  # fmt: skip
+ROW_38 += [chat(38, f"seen-link-{number}", {200}, model=SEEING, sees=True, messages=[user(text.format(LISTENER))])
+    for number, text in enumerate(LINKS)]  # fmt: skip
 ROW_38 += [chat(38, "text-link", {200}, path=TEXT, prompt=LINKS[0].format(LISTENER))]
 
 
@@ -1211,58 +1283,87 @@ def schema_of(schema: Any) -> dict[str, Any]:
 
 
 BAD_TOOLS: dict[str, Any] = {
-    "string": "f", "number": 5, "object": function(), "of-null": [None], "of-string": ["f"], "of-nothing": [{}], "no-function": [{"type": "function"}],
-    "unknown-type": [{"type": "shell", "command": "id"}], "null-type": [{"type": None}], "list-type": [{"type": ["function"]}],
+    "string": "f", "number": 5, "object": function(), "of-null": [None], "of-string": ["f"], "of-nothing": [{}],
+    "no-function": [{"type": "function"}],
+    "unknown-type": [{"type": "shell", "command": "id"}], "null-type": [{"type": None}],
+    "list-type": [{"type": ["function"]}],
     "string-function": [{"type": "function", "function": "f"}], "no-name": [{"type": "function", "function": {}}],
-    "number-name": [function(name=5)], "empty-name": [function(name="")], "blank-name": [function(name="a b")], "long-name": [function(name="f" * 10**5)],
-    "mark-name": [function(name="<|im_end|>")], "newline-name": [function(name="f\n")], "template-name": [function(name="{{ 7*7 }}")],
-    "string-parameters": [function("x")], "number-parameters": [function(5)], "list-parameters": [function([1])], "array-parameters": [function({"type": "array"})],
-    "twice": [function(), function()], "513": [function(name=f"f{i}") for i in range(513)], "deep": [json.loads('{"a":' * 900 + "1" + "}" * 900)],
-    "long": [function(description="x" * 300_000)], "code": [{"type": "code_interpreter"}], "web": [{"type": "web_search_preview"}],
+    "number-name": [function(name=5)], "empty-name": [function(name="")], "blank-name": [function(name="a b")],
+    "long-name": [function(name="f" * 10**5)],
+    "mark-name": [function(name="<|im_end|>")], "newline-name": [function(name="f\n")],
+    "template-name": [function(name="{{ 7*7 }}")],
+    "string-parameters": [function("x")], "number-parameters": [function(5)], "list-parameters": [function([1])],
+    "array-parameters": [function({"type": "array"})],
+    "twice": [function(), function()], "513": [function(name=f"f{i}") for i in range(513)],
+    "deep": [json.loads('{"a":' * 900 + "1" + "}" * 900)],
+    "long": [function(description="x" * 300_000)], "code": [{"type": "code_interpreter"}],
+    "web": [{"type": "web_search_preview"}],
     "mcp": [{"type": "mcp", "server_label": "x", "server_url": LISTENER}],
 }  # fmt: skip
 BAD_CHOICES: dict[str, Any] = {
-    "unknown": "f", "empty": "", "number": 5, "list": ["f"], "of-nothing": {}, "other-name": {"type": "function", "function": {"name": "g"}},
-    "no-name": {"type": "function", "function": {}}, "number-name": {"type": "function", "function": {"name": 5}}, "unknown-type": {"type": "shell"},
+    "unknown": "f", "empty": "", "number": 5, "list": ["f"], "of-nothing": {}, "other-name": {"type": "function",
+    "function": {"name": "g"}},
+    "no-name": {"type": "function", "function": {}}, "number-name": {"type": "function", "function": {"name": 5}},
+    "unknown-type": {"type": "shell"},
     "allowed-nothing": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
     "allowed-other": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [function(name="g")]}},
     "allowed-mode": {"type": "allowed_tools", "allowed_tools": {"mode": "x", "tools": [function()]}},
 }  # fmt: skip
 BAD_FORMATS: dict[str, Any] = {
-    "string": "json", "list": [], "number": 5, "nothing": {}, "null-type": {"type": None}, "number-type": {"type": 5}, "unknown": {"type": "xml"},
-    "list-type": {"type": ["json_object"]}, "no-schema": {"type": "json_schema"}, "null-inner": {"type": "json_schema", "json_schema": None}, "string-inner": {"type": "json_schema", "json_schema": "x"},
-    "string-schema": schema_of("x"), "number-schema": schema_of(5), "list-schema": schema_of([]), "false": schema_of(False), "nothing-fits": schema_of({"not": {}}),
-    "unknown-type-inside": schema_of({"type": "nonsense"}), "number-type-inside": schema_of({"type": 5}), "number-properties": schema_of({"properties": 5}),
-    "string-required": schema_of({"type": "object", "required": "x"}), "string-min": schema_of({"type": "string", "minLength": "x"}),
-    "min-above-max": schema_of({"type": "integer", "minimum": 5, "maximum": 4}), "bad-enum": schema_of({"enum": "x"}), "empty-enum": schema_of({"enum": []}),
-    "bad-pattern": schema_of({"type": "string", "pattern": "(["}), "number-pattern": schema_of({"type": "string", "pattern": 5}), "missing-ref": schema_of({"$ref": "#/$defs/nothing"}),
-    "number-ref": schema_of({"$ref": 5}), "odd-ref": schema_of({"$ref": "#nothing"}), "empty-any-of": schema_of({"anyOf": []}), "string-items": schema_of({"type": "array", "items": "x"}),
-    "look-behind": schema_of({"type": "string", "pattern": "(?<=a)b"}), "back-reference": schema_of({"type": "string", "pattern": "(a)\\1"}),
+    "string": "json", "list": [], "number": 5, "nothing": {}, "null-type": {"type": None}, "number-type": {"type": 5},
+    "unknown": {"type": "xml"},
+    "list-type": {"type": ["json_object"]}, "no-schema": {"type": "json_schema"},
+    "null-inner": {"type": "json_schema", "json_schema": None}, "string-inner": {"type": "json_schema",
+    "json_schema": "x"},
+    "string-schema": schema_of("x"), "number-schema": schema_of(5), "list-schema": schema_of([]),
+    "false": schema_of(False), "nothing-fits": schema_of({"not": {}}),
+    "unknown-type-inside": schema_of({"type": "nonsense"}), "number-type-inside": schema_of({"type": 5}),
+    "number-properties": schema_of({"properties": 5}),
+    "string-required": schema_of({"type": "object", "required": "x"}),
+    "string-min": schema_of({"type": "string", "minLength": "x"}),
+    "min-above-max": schema_of({"type": "integer", "minimum": 5, "maximum": 4}), "bad-enum": schema_of({"enum": "x"}),
+    "empty-enum": schema_of({"enum": []}),
+    "bad-pattern": schema_of({"type": "string", "pattern": "(["}),
+    "number-pattern": schema_of({"type": "string", "pattern": 5}),
+    "missing-ref": schema_of({"$ref": "#/$defs/nothing"}),
+    "number-ref": schema_of({"$ref": 5}), "odd-ref": schema_of({"$ref": "#nothing"}),
+    "empty-any-of": schema_of({"anyOf": []}), "string-items": schema_of({"type": "array", "items": "x"}),
+    "look-behind": schema_of({"type": "string", "pattern": "(?<=a)b"}),
+    "back-reference": schema_of({"type": "string", "pattern": "(a)\\1"}),
     "null-in-any-of": schema_of({"anyOf": [None]}), "negative-items": schema_of({"type": "array", "minItems": -1}),
 }  # fmt: skip
 BAD_STRUCTURES: dict[str, Any] = {
-    "guided_regex": ("([", "*", "a{2,1}", "(?P<x", "(?<=a)b", "(a)\\1", "\\", "[z-a]", "a" * 300_000, 5, ["a"], "[^\\s\\S]", "(?=a)b", "\\p{Nonsense}"),
+    "guided_regex": ("([", "*", "a{2,1}", "(?P<x", "(?<=a)b", "(a)\\1", "\\", "[z-a]", "a" * 300_000, 5, ["a"],
+        "[^\\s\\S]", "(?=a)b", "\\p{Nonsense}"),
     "guided_choice": ([], "x", [5], [None], [""], {"a": 1}, ["x" * 300_000], [["a"]]),
     "guided_json": ("{", "x", 5, [], "[]", False, "null", {"type": "nonsense"}, {"$ref": "#/x"}),
-    "guided_grammar": ("", "x", "start: other", "root ::= other", 5, ["x"], "start: start", 'start: "a', "root ::= (" * 1000, "start: /([/"),
-    "structured_outputs": ("x", 5, [], {"xml": "x"}, {"regex": "(["}, {"json": 5}, {"choice": []}, {"json": {}, "regex": "a"}),
+    "guided_grammar": ("", "x", "start: other", "root ::= other", 5, ["x"], "start: start", 'start: "a',
+        "root ::= (" * 1000, "start: /([/"),
+    "structured_outputs": ("x", 5, [], {"xml": "x"}, {"regex": "(["}, {"json": 5}, {"choice": []},
+        {"json": {}, "regex": "a"}),
 }  # fmt: skip
 ROW_39 = [
     *(chat(39, f"tools-{name}", param="tools", tools=value, seconds=5) for name, value in BAD_TOOLS.items()),
-    *(chat(39, f"choice-{name}", param="tool_choice", tools=[function()], tool_choice=value) for name, value in BAD_CHOICES.items()),
+    *(chat(39, f"choice-{name}", param="tool_choice", tools=[function()], tool_choice=value) for name,
+        value in BAD_CHOICES.items()),
     chat(39, "choice-without-tools", param="tool_choice", tool_choice="required"),
-    *(chat(39, f"format-{name}", param="response_format", response_format=value, seconds=5) for name, value in BAD_FORMATS.items()),
+    *(chat(39, f"format-{name}", param="response_format", response_format=value, seconds=5) for name,
+        value in BAD_FORMATS.items()),
     *(
         chat(39, f"{kind}-{number}-{slug(value)}", param=kind, seconds=5, **{kind: value})
         for kind, values in BAD_STRUCTURES.items()
         for number, value in enumerate(values)
     ),
     *(
-        chat(39, f"strict-{name}", param="tools", tools=[function({"type": "object", "properties": {"a": schema["json_schema"]["schema"]}, "required": ["a"]})], tool_choice="required", seconds=5)
+        chat(39, f"strict-{name}", param="tools",
+            tools=[function({"type": "object", "properties": {"a": schema["json_schema"]["schema"]},
+                "required": ["a"]})], tool_choice="required", seconds=5)
         for name, schema in BAD_FORMATS.items()
-        if name in ("unknown-type-inside", "bad-pattern", "missing-ref", "bad-enum", "min-above-max", "number-ref", "look-behind")
+        if name in ("unknown-type-inside", "bad-pattern", "missing-ref", "bad-enum", "min-above-max", "number-ref",
+            "look-behind")
     ),
-    *(chat(39, f"response-{name}", path=RESPONSES, text={"format": value}, seconds=5) for name, value in BAD_FORMATS.items() if name in ("nothing", "unknown", "string")),
+    *(chat(39, f"response-{name}", path=RESPONSES, text={"format": value}, seconds=5) for name,
+        value in BAD_FORMATS.items() if name in ("nothing", "unknown", "string")),
     chat(39, "two-structures", guided_regex="a", guided_json={}),
     chat(39, "parallel-number", param="parallel_tool_calls", tools=[function()], parallel_tool_calls=5),
 ]  # fmt: skip
@@ -1290,43 +1391,80 @@ def ring(keyword: str) -> dict[str, Any]:
 
 
 HEAVY: dict[str, Any] = {
-    "self": {"$ref": "#"}, "self-required": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "self-optional": {"type": "object", "properties": {"a": {"$ref": "#"}}},
-    "ring-all": ring("allOf"), "ring-any": ring("anyOf"), "ring-one": ring("oneOf"), "ring-refs": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
-    "deep-30": nested_objects(30), "deep-45": nested_objects(45), "deep-200": nested_objects(200), "doubling": doubling(30), "array-ring": {"type": "array", "items": {"$ref": "#"}, "minItems": 1},
-    "any-of-arrays": {"anyOf": [{"type": "array", "minItems": n, "items": {"type": "integer"}} for n in range(200)]}, "properties-1000": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}},
-    "required-1000": {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(1000)}, "required": [f"p{i}" for i in range(1000)]}, "required-10k": {"type": "object", "required": [f"p{i}" for i in range(10_000)]},
-    "enum-10k": {"enum": [f"value {i}" for i in range(10_000)]}, "enum-long": {"enum": ["x" * 100_000]}, "min-items": {"type": "array", "minItems": 10**9, "items": {}}, "max-items": {"type": "array", "maxItems": 10**9},
-    "min-items-nested": {"type": "array", "minItems": 1000, "items": {"type": "array", "minItems": 1000, "items": {"type": "array", "minItems": 1000}}}, "max-length": {"type": "string", "maxLength": 10**9}, "min-length": {"type": "string", "minLength": 10**9},
-    "min-length-10k": {"type": "string", "minLength": 10_000, "maxLength": 20_000}, "range": {"type": "integer", "minimum": -(10**300), "maximum": 10**300}, "small-range": {"type": "number", "minimum": 1e-300, "maximum": 2e-300},
-    "multiple": {"type": "number", "multipleOf": 1e-300}, "multiples": {"allOf": [{"type": "integer", "multipleOf": p} for p in (9973, 9967, 9949, 9941, 9931)]}, "one-of": {"oneOf": [{"type": "string", "pattern": f"^a{{{n},}}$"} for n in range(50)]},
-    "all-of": {"allOf": [{"type": "string", "pattern": f"(.*{c}){{3}}"} for c in "abcdefghij"]}, "unique": {"type": "array", "uniqueItems": True, "items": {"enum": list(range(1000))}}, "not": {"not": {"not": {"not": {"type": "string"}}}},
-    "dependent": {"dependentRequired": {f"p{i}": [f"p{j}" for j in range(100)] for i in range(100)}}, "pattern-properties": {"patternProperties": {f"(.*{i}.*){{5}}": {} for i in range(30)}}, "if": {"if": {"$ref": "#"}, "then": {"$ref": "#"}, "else": {"$ref": "#"}},
+    "self": {"$ref": "#"}, "self-required": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    "self-optional": {"type": "object", "properties": {"a": {"$ref": "#"}}},
+    "ring-all": ring("allOf"), "ring-any": ring("anyOf"), "ring-one": ring("oneOf"),
+    "ring-refs": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    "deep-30": nested_objects(30), "deep-45": nested_objects(45), "deep-200": nested_objects(200),
+    "doubling": doubling(30), "array-ring": {"type": "array", "items": {"$ref": "#"}, "minItems": 1},
+    "any-of-arrays": {"anyOf": [{"type": "array", "minItems": n, "items": {"type": "integer"}} for n in range(200)]},
+    "properties-1000": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}},
+    "required-1000": {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(1000)},
+        "required": [f"p{i}" for i in range(1000)]}, "required-10k": {"type": "object",
+        "required": [f"p{i}" for i in range(10_000)]},
+    "enum-10k": {"enum": [f"value {i}" for i in range(10_000)]}, "enum-long": {"enum": ["x" * 100_000]},
+    "min-items": {"type": "array", "minItems": 10**9, "items": {}}, "max-items": {"type": "array", "maxItems": 10**9},
+    "min-items-nested": {"type": "array", "minItems": 1000, "items": {"type": "array", "minItems": 1000,
+        "items": {"type": "array", "minItems": 1000}}}, "max-length": {"type": "string", "maxLength": 10**9},
+        "min-length": {"type": "string", "minLength": 10**9},
+    "min-length-10k": {"type": "string", "minLength": 10_000, "maxLength": 20_000},
+    "range": {"type": "integer", "minimum": -(10**300), "maximum": 10**300}, "small-range": {"type": "number",
+    "minimum": 1e-300, "maximum": 2e-300},
+    "multiple": {"type": "number", "multipleOf": 1e-300},
+    "multiples": {"allOf": [{"type": "integer", "multipleOf": p} for p in (9973, 9967, 9949, 9941, 9931)]},
+    "one-of": {"oneOf": [{"type": "string", "pattern": f"^a{{{n},}}$"} for n in range(50)]},
+    "all-of": {"allOf": [{"type": "string", "pattern": f"(.*{c}){{3}}"} for c in "abcdefghij"]},
+    "unique": {"type": "array", "uniqueItems": True, "items": {"enum": list(range(1000))}},
+    "not": {"not": {"not": {"not": {"type": "string"}}}},
+    "dependent": {"dependentRequired": {f"p{i}": [f"p{j}" for j in range(100)] for i in range(100)}},
+    "pattern-properties": {"patternProperties": {f"(.*{i}.*){{5}}": {} for i in range(30)}},
+    "if": {"if": {"$ref": "#"}, "then": {"$ref": "#"}, "else": {"$ref": "#"}},
 }  # fmt: skip
 HEAVY_PATTERNS = {
-    "counted": "(a{1000}){1000}", "counted-thrice": "((a{1000}){1000}){1000}", "counted-range": "(a|b){1,10000}", "counted-open": "(.{0,1000}){0,1000}", "counted-unicode": "\\p{L}{10000}",
-    "catastrophic": "(a+)+$", "catastrophic-or": "(a|aa)+$", "catastrophic-star": "(.*)*(.*)*(.*)*x", "stars": "(.*){50}x", "overlap": "(x+x+)+y", "parentheses": "(" * 5000 + "a" + ")" * 5000, "parentheses-900": "(" * 900 + "a" + ")" * 900,
-    "alternatives": "|".join(f"w{i}" for i in range(20_000)), "exponential": "(a|b)*a(a|b){30}", "exponential-60": "(.*)a.{60}", "classes": "[^a]{1000}[^b]{1000}[^c]{1000}", "dots": ".{100000}", "huge-count": "a{4294967296}", "huger-count": "a{99999999999999999999}",
-    "nested-optional": "(a?){500}a{500}", "emoji": "[😀-🙏]{500}", "case": "(?i)" + "ß" * 1000, "flags": "(?mixsuU)a", "empty": "", "anchors": "^$^$^$", "any": "(?s:.)*",
+    "counted": "(a{1000}){1000}", "counted-thrice": "((a{1000}){1000}){1000}", "counted-range": "(a|b){1,10000}",
+    "counted-open": "(.{0,1000}){0,1000}", "counted-unicode": "\\p{L}{10000}",
+    "catastrophic": "(a+)+$", "catastrophic-or": "(a|aa)+$", "catastrophic-star": "(.*)*(.*)*(.*)*x",
+    "stars": "(.*){50}x", "overlap": "(x+x+)+y", "parentheses": "(" * 5000 + "a" + ")" * 5000,
+    "parentheses-900": "(" * 900 + "a" + ")" * 900,
+    "alternatives": "|".join(f"w{i}" for i in range(20_000)), "exponential": "(a|b)*a(a|b){30}",
+    "exponential-60": "(.*)a.{60}", "classes": "[^a]{1000}[^b]{1000}[^c]{1000}", "dots": ".{100000}",
+    "huge-count": "a{4294967296}", "huger-count": "a{99999999999999999999}",
+    "nested-optional": "(a?){500}a{500}", "emoji": "[😀-🙏]{500}", "case": "(?i)" + "ß" * 1000, "flags": "(?mixsuU)a",
+    "empty": "", "anchors": "^$^$^$", "any": "(?s:.)*",
 }  # fmt: skip
 HEAVY_GRAMMARS = {
-    "left-recursion": 'start: start "a" | "a"', "deep-groups": "start: " + "(" * 2000 + '"a"' + ")" * 2000, "ambiguous": 'start: e\ne: e e | "a" | ""', "gbnf-groups": "root ::= " + "(" * 60_000 + '"a"' + ")" * 60_000,
-    "repeats": 'start: ("a"~1000)~1000', "gbnf-repeats": 'root ::= (("a"{1000}){1000}){1000}', "gbnf-left": "root ::= root root | [a-z]", "many-rules": "start: r0\n" + "\n".join(f'r{i}: r{i + 1} r{i + 1} | "a"' for i in range(300)) + '\nr300: "b"',
-    "empty-ring": "start: a\na: b\nb: a", "doubling": "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(40)) + '\nr40: "b"', "import": "%import common.WORD\nstart: WORD", "file-import": "%import ..x (Y)\nstart: Y",
-    "regex": "start: /(a{1000}){1000}/", "json": 'start: %json {"$ref": "#"}', "json-remote": f'start: %json {{"$ref": "{LISTENER}/s.json"}}',
+    "left-recursion": 'start: start "a" | "a"', "deep-groups": "start: " + "(" * 2000 + '"a"' + ")" * 2000,
+    "ambiguous": 'start: e\ne: e e | "a" | ""', "gbnf-groups": "root ::= " + "(" * 60_000 + '"a"' + ")" * 60_000,
+    "repeats": 'start: ("a"~1000)~1000', "gbnf-repeats": 'root ::= (("a"{1000}){1000}){1000}',
+    "gbnf-left": "root ::= root root | [a-z]",
+    "many-rules": "start: r0\n" + "\n".join(f'r{i}: r{i + 1} r{i + 1} | "a"' for i in range(300)) + '\nr300: "b"',
+    "empty-ring": "start: a\na: b\nb: a", "doubling": "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}"
+    for i in range(40)) + '\nr40: "b"', "import": "%import common.WORD\nstart: WORD",
+    "file-import": "%import ..x (Y)\nstart: Y",
+    "regex": "start: /(a{1000}){1000}/", "json": 'start: %json {"$ref": "#"}',
+    "json-remote": f'start: %json {{"$ref": "{LISTENER}/s.json"}}',
 }  # fmt: skip
 ROW_40 = [
-    *(chat(40, f"schema-{name}", ANY_OR_REFUSED, response_format=schema_of(schema), seconds=5) for name, schema in HEAVY.items()),
-    *(chat(40, f"tool-{name}", ANY_OR_REFUSED, tools=[function({"type": "object", "properties": {"a": schema}})], tool_choice="required", seconds=5)
-      for name, schema in HEAVY.items() if name in ("deep-30", "doubling", "enum-10k", "min-items", "min-items-nested", "required-1000", "all-of")),
+    *(chat(40, f"schema-{name}", ANY_OR_REFUSED, response_format=schema_of(schema), seconds=5) for name,
+        schema in HEAVY.items()),
+    *(chat(40, f"tool-{name}", ANY_OR_REFUSED, tools=[function({"type": "object", "properties": {"a": schema}})],
+        tool_choice="required", seconds=5)
+      for name, schema in HEAVY.items() if name in ("deep-30", "doubling", "enum-10k", "min-items", "min-items-nested",
+          "required-1000", "all-of")),
     *(chat(40, f"strict-root-{name}", ANY_OR_REFUSED, tools=[function(HEAVY[name])], tool_choice="required", seconds=5)
       for name in ("self", "self-required", "ring-all", "ring-refs")),
-    *(chat(40, f"auto-{name}", ANY_OR_REFUSED, tools=[function({"type": "object", "properties": {"a": HEAVY[name]}})], seconds=5)
+    *(chat(40, f"auto-{name}", ANY_OR_REFUSED, tools=[function({"type": "object", "properties": {"a": HEAVY[name]}})],
+        seconds=5)
       for name in ("self", "ring-all", "doubling", "min-items-nested")),
-    *(chat(40, f"pattern-{name}", ANY_OR_REFUSED, response_format=schema_of({"type": "string", "pattern": pattern}), seconds=5) for name, pattern in HEAVY_PATTERNS.items()),
-    *(chat(40, f"regex-{name}", ANY_OR_REFUSED, guided_regex=pattern, seconds=5) for name, pattern in HEAVY_PATTERNS.items()),
-    *(chat(40, f"grammar-{name}", ANY_OR_REFUSED, guided_grammar=grammar, seconds=5) for name, grammar in HEAVY_GRAMMARS.items()),
+    *(chat(40, f"pattern-{name}", ANY_OR_REFUSED, response_format=schema_of({"type": "string", "pattern": pattern}),
+        seconds=5) for name, pattern in HEAVY_PATTERNS.items()),
+    *(chat(40, f"regex-{name}", ANY_OR_REFUSED, guided_regex=pattern, seconds=5) for name,
+        pattern in HEAVY_PATTERNS.items()),
+    *(chat(40, f"grammar-{name}", ANY_OR_REFUSED, guided_grammar=grammar, seconds=5) for name,
+        grammar in HEAVY_GRAMMARS.items()),
     chat(40, "choices-10k", ANY_OR_REFUSED, guided_choice=[f"choice {i}" for i in range(10_000)], seconds=5),
-    chat(40, "tools-512", ANY_OR_REFUSED, tools=[function(name=f"f{i}") for i in range(512)], tool_choice="required", messages=[user("x")], seconds=5),
+    chat(40, "tools-512", ANY_OR_REFUSED, tools=[function(name=f"f{i}") for i in range(512)], tool_choice="required",
+        messages=[user("x")], seconds=5),
 ]  # fmt: skip
 
 REFS = (
@@ -1341,13 +1479,21 @@ REFS = (
     "data:,{{}}",
 )
 ROW_41 = [
-    *(chat(41, f"format-{slug(ref)}", param="response_format", response_format=schema_of({"$ref": ref.format(LISTENER)})) for ref in REFS),
-    *(chat(41, f"inside-{slug(ref)}", param="response_format", response_format=schema_of({"type": "object", "properties": {"a": {"$ref": ref.format(LISTENER)}}, "required": ["a"]})) for ref in REFS),
-    *(chat(41, f"based-{slug(ref)}", param="response_format", response_format=schema_of({"$id": ref.format(LISTENER), "$ref": "other.json"})) for ref in REFS[:4]),
+    *(chat(41, f"format-{slug(ref)}", param="response_format",
+        response_format=schema_of({"$ref": ref.format(LISTENER)})) for ref in REFS),
+    *(chat(41, f"inside-{slug(ref)}", param="response_format",
+        response_format=schema_of({"type": "object", "properties": {"a": {"$ref": ref.format(LISTENER)}},
+            "required": ["a"]})) for ref in REFS),
+    *(chat(41, f"based-{slug(ref)}", param="response_format",
+        response_format=schema_of({"$id": ref.format(LISTENER), "$ref": "other.json"})) for ref in REFS[:4]),
     *(chat(41, f"guided-{slug(ref)}", param="guided_json", guided_json={"$ref": ref.format(LISTENER)}) for ref in REFS),
-    *(chat(41, f"tool-{slug(ref)}", param="tools", tools=[function({"type": "object", "properties": {"a": {"$ref": ref.format(LISTENER)}}, "required": ["a"]})], tool_choice="required") for ref in REFS),
-    *(chat(41, f"meta-{slug(ref)}", ANY_OR_REFUSED, response_format=schema_of({"$schema": ref.format(LISTENER), "type": "object"})) for ref in REFS[:4]),
-    *(chat(41, f"dynamic-{slug(ref)}", ANY_OR_REFUSED, response_format=schema_of({"$dynamicRef": ref.format(LISTENER)})) for ref in REFS[:4]),
+    *(chat(41, f"tool-{slug(ref)}", param="tools",
+        tools=[function({"type": "object", "properties": {"a": {"$ref": ref.format(LISTENER)}}, "required": ["a"]})],
+        tool_choice="required") for ref in REFS),
+    *(chat(41, f"meta-{slug(ref)}", ANY_OR_REFUSED,
+        response_format=schema_of({"$schema": ref.format(LISTENER), "type": "object"})) for ref in REFS[:4]),
+    *(chat(41, f"dynamic-{slug(ref)}", ANY_OR_REFUSED,
+        response_format=schema_of({"$dynamicRef": ref.format(LISTENER)})) for ref in REFS[:4]),
 ]  # fmt: skip
 
 EVIL_TEMPLATES = (
@@ -1361,38 +1507,51 @@ EVIL_TEMPLATES = (
     "/etc/passwd",
 )
 ROW_42 = [
-    *(chat(42, f"template-{number}", ANY_OR_REFUSED, is_same=True, chat_template=text) for number, text in enumerate(EVIL_TEMPLATES)),
-    *(chat(42, f"argument-{number}", ANY_OR_REFUSED, is_same=True, chat_template_kwargs={"chat_template": text}) for number, text in enumerate(EVIL_TEMPLATES)),
+    *(chat(42, f"template-{number}", ANY_OR_REFUSED, is_same=True, chat_template=text) for number,
+        text in enumerate(EVIL_TEMPLATES)),
+    *(chat(42, f"argument-{number}", ANY_OR_REFUSED, is_same=True, chat_template_kwargs={"chat_template": text})
+        for number, text in enumerate(EVIL_TEMPLATES)),
     *(chat(42, f"content-{number}", {200}, messages=[user(text)]) for number, text in enumerate(EVIL_TEMPLATES)),
-    *(chat(42, f"tokenize-{number}", ANY_OR_REFUSED, path=TOKENS, prompt=None, messages=[user("x")], chat_template=text) for number, text in enumerate(EVIL_TEMPLATES[:3])),
+    *(chat(42, f"tokenize-{number}", ANY_OR_REFUSED, path=TOKENS, prompt=None, messages=[user("x")],
+        chat_template=text) for number, text in enumerate(EVIL_TEMPLATES[:3])),
     *(
         chat(42, f"field-{name}", ANY_OR_REFUSED, is_same=True, **{name: value})
         for name, value in {
-            "chat_template_path": "/etc/passwd", "custom_template": "{{ 7*7 }}", "template_kwargs": {"chat_template": "x"}, "jinja": True, "prompt_template": "{{ 7*7 }}",
-            "response_role": "<|im_start|>", "eval": "1+1", "code": "import os", "script": "x", "function_code": "x", "reducer": {"__reduce__": ["os.system", ["id"]]},
-            "extra_body": {"chat_template": "{{ 7*7 }}"}, "extra_kwargs": {"tokenize": True}, "tokenizer": "/etc/passwd", "add_special_tokens": True, "py/object": "os.system",
+            "chat_template_path": "/etc/passwd", "custom_template": "{{ 7*7 }}",
+            "template_kwargs": {"chat_template": "x"}, "jinja": True, "prompt_template": "{{ 7*7 }}",
+            "response_role": "<|im_start|>", "eval": "1+1", "code": "import os", "script": "x", "function_code": "x",
+            "reducer": {"__reduce__": ["os.system", ["id"]]},
+            "extra_body": {"chat_template": "{{ 7*7 }}"}, "extra_kwargs": {"tokenize": True},
+            "tokenizer": "/etc/passwd", "add_special_tokens": True, "py/object": "os.system",
         }.items()
         if name != "code"
     ),
 ]  # fmt: skip
 
 RESERVED: dict[str, Any] = {
-    "tokenize": True, "messages": [{"role": "system", "content": "x"}], "conversation": [], "tools": [function()], "documents": [{"text": "x"}], "chat_template": "x",
-    "add_generation_prompt": False, "continue_final_message": True, "padding": True, "truncation": True, "max_length": 1, "return_tensors": "pt", "return_dict": True,
-    "return_assistant_tokens_mask": True, "tokenizer_kwargs": {"x": 1}, "bos_token": "x", "eos_token": "x", "add_special_tokens": True, "self": 1, "raise_exception": 1,
-    "strftime_now": 1, "namespace": 1, "range": 1, "loop": 1, "role": "system", "__class__": 1, "kwargs": {"tokenize": True}, "\0": 1, "": 1, "a.b": 1, "{{ 7*7 }}": 1,
+    "tokenize": True, "messages": [{"role": "system", "content": "x"}], "conversation": [], "tools": [function()],
+    "documents": [{"text": "x"}], "chat_template": "x",
+    "add_generation_prompt": False, "continue_final_message": True, "padding": True, "truncation": True,
+    "max_length": 1, "return_tensors": "pt", "return_dict": True,
+    "return_assistant_tokens_mask": True, "tokenizer_kwargs": {"x": 1}, "bos_token": "x", "eos_token": "x",
+    "add_special_tokens": True, "self": 1, "raise_exception": 1,
+    "strftime_now": 1, "namespace": 1, "range": 1, "loop": 1, "role": "system", "__class__": 1,
+    "kwargs": {"tokenize": True}, "\0": 1, "": 1, "a.b": 1, "{{ 7*7 }}": 1,
 }  # fmt: skip
 ROW_43 = [
-    chat(43, slug(name), ANY_OR_REFUSED, is_same=True, chat_template_kwargs={name: value}) for name, value in RESERVED.items()
+    chat(43, slug(name), ANY_OR_REFUSED, is_same=True, chat_template_kwargs={name: value}) for name,
+    value in RESERVED.items()
 ]  # fmt: skip
 ROW_43 += [
-    chat(43, f"tokenize-{slug(name)}", ANY_OR_REFUSED, path=TOKENS, prompt=None, messages=[user("x")], chat_template_kwargs={name: value})
+    chat(43, f"tokenize-{slug(name)}", ANY_OR_REFUSED, path=TOKENS, prompt=None, messages=[user("x")],
+        chat_template_kwargs={name: value})
     for name, value in RESERVED.items()
     if name in ("tokenize", "messages", "chat_template", "return_dict", "tools")
 ]  # fmt: skip
 ROW_43 += [
     chat(43, f"of-{slug(value)}", param="chat_template_kwargs", chat_template_kwargs=value)
-    for value in ("x", 5, [], True, {"enable_thinking": "yes"}, {"enable_thinking": 1}, {"reasoning_effort": 5}, {"thinking": []})
+    for value in ("x", 5, [], True, {"enable_thinking": "yes"}, {"enable_thinking": 1}, {"reasoning_effort": 5},
+        {"thinking": []})
 ]  # fmt: skip
 
 PLACEHOLDERS = (
@@ -1414,25 +1573,37 @@ PLACEHOLDERS = (
 )
 ROW_45 = [
     *(chat(45, f"chat-{number}", ANY_OR_REFUSED, messages=[user(text)]) for number, text in enumerate(PLACEHOLDERS)),
-    *(chat(45, f"text-{number}", ANY_OR_REFUSED, path=TEXT, prompt=text + "x") for number, text in enumerate(PLACEHOLDERS)),
-    *(chat(45, f"seen-{number}", ANY_OR_REFUSED, model=SEEING, sees=True, messages=[user(text)], seconds=3) for number, text in enumerate(PLACEHOLDERS)),
-    *(chat(45, f"seen-system-{number}", ANY_OR_REFUSED, model=SEEING, sees=True, messages=[{"role": "system", "content": text}, user("x")], seconds=3) for number, text in enumerate(PLACEHOLDERS[:4])),
-    *(chat(45, f"seen-text-{number}", ANY_OR_REFUSED, model=SEEING, sees=True, path=TEXT, prompt=text + "x", seconds=3) for number, text in enumerate(PLACEHOLDERS)),
-    *(chat(45, f"seen-tokens-{number}", ANY_OR_REFUSED, model=SEEING, sees=True, path=TEXT, prompt=[token, token, 5], seconds=3) for number, token in enumerate(range(192, 206))),
-    *(sees(45, f"seen-with-image-{number}", "", ANY_OR_REFUSED, param=ANYTHING, messages=[user([*image_part(data_url(picture("PNG")))[0]["content"], {"type": "text", "text": text}])]) for number, text in enumerate(PLACEHOLDERS)),
+    *(chat(45, f"text-{number}", ANY_OR_REFUSED, path=TEXT, prompt=text + "x") for number,
+        text in enumerate(PLACEHOLDERS)),
+    *(chat(45, f"seen-{number}", ANY_OR_REFUSED, model=SEEING, sees=True, messages=[user(text)], seconds=3) for number,
+        text in enumerate(PLACEHOLDERS)),
+    *(chat(45, f"seen-system-{number}", ANY_OR_REFUSED, model=SEEING, sees=True,
+        messages=[{"role": "system", "content": text}, user("x")], seconds=3) for number,
+        text in enumerate(PLACEHOLDERS[:4])),
+    *(chat(45, f"seen-text-{number}", ANY_OR_REFUSED, model=SEEING, sees=True, path=TEXT, prompt=text + "x",
+        seconds=3) for number, text in enumerate(PLACEHOLDERS)),
+    *(chat(45, f"seen-tokens-{number}", ANY_OR_REFUSED, model=SEEING, sees=True, path=TEXT, prompt=[token, token, 5],
+        seconds=3) for number, token in enumerate(range(192, 206))),
+    *(sees(45, f"seen-with-image-{number}", "", ANY_OR_REFUSED, param=ANYTHING,
+        messages=[user([*image_part(data_url(picture("PNG")))[0]["content"], {"type": "text", "text": text}])])
+        for number, text in enumerate(PLACEHOLDERS)),
 ]  # fmt: skip
 
 
 # --- rows 52 and 53: headers
 
 EVIL_IDS = {
-    "blank": "a b", "long": "x" * 129, "very-long": "x" * 20_000, "latin1": b"\xe9\xff", "utf8": "ид".encode(), "tab": "a\tb", "ansi": b"\x9b[31m", "html": "<script>",
-    "quotes": '"x"', "comma": "a,b", "slash": "../../x", "braces": "{x}", "percent": "%0d%0aX-Evil:%201", "semicolon": "a;b", "backslash": "a\\r\\nX-Evil: 1", "empty": "",
+    "blank": "a b", "long": "x" * 129, "very-long": "x" * 20_000, "latin1": b"\xe9\xff", "utf8": "ид".encode(),
+    "tab": "a\tb", "ansi": b"\x9b[31m", "html": "<script>",
+    "quotes": '"x"', "comma": "a,b", "slash": "../../x", "braces": "{x}", "percent": "%0d%0aX-Evil:%201",
+    "semicolon": "a;b", "backslash": "a\\r\\nX-Evil: 1", "empty": "",
 }  # fmt: skip
 ROW_53 = [
-    Case(53, f"{method.lower()}-{name}", body, frozenset({status}), path=path, method=method, headers=(*JSON, ("x-request-id", given)))
+    Case(53, f"{method.lower()}-{name}", body, frozenset({status}), path=path, method=method,
+        headers=(*JSON, ("x-request-id", given)))
     for name, given in EVIL_IDS.items()
-    for method, path, body, status in (("GET", "/health", b"", 200), ("GET", "/nowhere", b"", 404), ("POST", CHAT, b"{", 400))
+    for method, path, body, status in (("GET", "/health", b"", 200), ("GET", "/nowhere", b"", 404),
+        ("POST", CHAT, b"{", 400))
 ]  # fmt: skip
 ROW_53 += [
     Case(
@@ -1628,6 +1799,16 @@ def test_compressed_bodies_are_not_inflated_row20(targets: dict[bool, Target]) -
     with bounded_peak(targets[False].server, 40 * 2**20):
         for case in ROW_20:
             targets[False].ask(case)
+
+
+def test_compiled_structures_take_bounded_memory_row40(targets: dict[bool, Target]) -> None:
+    """What is kept of them is bounded by its size, not by its number alone."""
+    target = targets[True]
+    before = memory(target.server)
+    for number in range(4):
+        target.ask(chat(40, "kept", model=SEEING, guided_regex=f"(a{{{990 + number}}}){{1000}}"))
+    grown = memory(target.server) - before
+    assert grown < GROWTH, f"{grown / 2**20:.0f} MiB are kept of four"
 
 
 ORIGINS = (

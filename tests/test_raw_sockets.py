@@ -10,6 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,7 @@ class Case:
     name: str
     data: bytes = field(repr=False)
     statuses: frozenset[int] = frozenset({400})
+    is_followed: bool = False  # where it has one reading after all, what follows is a request
 
     def __str__(self) -> str:
         return f"row{self.row:02}-{self.name}"
@@ -102,18 +104,24 @@ class Case:
 
 LENGTH, CHUNKED = f"Content-Length: {len(SMALL)}", "Transfer-Encoding: chunked"
 BAD_LENGTHS = {
-    "negative": "-1", "plus": "+15", "fraction": "15.0", "hexadecimal": "0xf", "exponent": "1e1", "underscore": "1_5", "words": "fifteen",
-    "list-differing": "15, 16", "list-same": "15, 15", "blank-inside": "1 5", "huge": "1" * 40, "2-to-the-64": str(2**64), "2-to-the-63": str(2**63),
+    "negative": "-1", "plus": "+15", "fraction": "15.0", "hexadecimal": "0xf", "exponent": "1e1", "underscore": "1_5",
+    "words": "fifteen",
+    "list-differing": "15, 16", "list-same": "15, 15", "blank-inside": "1 5", "huge": "1" * 40,
+    "2-to-the-64": str(2**64), "2-to-the-63": str(2**63),
     "arabic": "\u0661\u0665", "semicolon": "15;x", "empty": "", "quoted": '"15"', "nul": "15\0",
 }  # fmt: skip
 BAD_CODINGS = {
-    "identity": "identity", "unknown": "xchunked", "chunked-x": "chunkedx", "list": "chunked, chunked", "gzip-last": "chunked, gzip",
-    "identity-chunked": "chunked, identity", "quoted": '"chunked"', "parameter": "chunked;x=y", "vertical-tab": "\x0bchunked", "nul": "chunked\0",
+    "identity": "identity", "unknown": "xchunked", "chunked-x": "chunkedx", "list": "chunked, chunked",
+    "gzip-last": "chunked, gzip",
+    "identity-chunked": "chunked, identity", "quoted": '"chunked"', "parameter": "chunked;x=y",
+    "vertical-tab": "\x0bchunked", "nul": "chunked\0",
     "comma": ",", "empty": "",
 }  # fmt: skip
 BAD_SIZES = {
-    "letters": b"zz", "negative": b"-1", "plus": b"+f", "prefix": b"0xf", "blank-inside": b"f f", "empty": b"", "underscore": b"0_f", "comma": b"f,",
-    "2-to-the-64": b"1" + b"0" * 16, "wraps": b"1000000000000000f", "max": b"f" * 16, "long": b"0" * 10_000 + b"f", "huge": b"f" * 10_000, "fraction": b"f.0", "latin1": b"\xe9", "nul": b"f\0", "minus-zero": b"-0",
+    "letters": b"zz", "negative": b"-1", "plus": b"+f", "prefix": b"0xf", "blank-inside": b"f f", "empty": b"",
+    "underscore": b"0_f", "comma": b"f,",
+    "2-to-the-64": b"1" + b"0" * 16, "wraps": b"1000000000000000f", "max": b"f" * 16,
+    "huge": b"f" * 10_000, "fraction": b"f.0", "latin1": b"\xe9", "nul": b"f\0", "minus-zero": b"-0",
 }  # fmt: skip
 ROW_24 = [
     Case(24, "length-and-chunked", head(LENGTH, CHUNKED) + chunked(SMALL)),
@@ -130,19 +138,21 @@ ROW_24 = [
     Case(24, "chunked-twice", head(CHUNKED, CHUNKED) + chunked(SMALL)),
     Case(24, "chunked-then-identity", head(CHUNKED, "Transfer-Encoding: identity") + chunked(SMALL)),
     Case(24, "identity-then-chunked", head("Transfer-Encoding: identity", CHUNKED) + chunked(SMALL)),
-    Case(24, "chunked-in-1.0", head(CHUNKED, "Connection: keep-alive", first="POST /tokenize HTTP/1.0") + chunked(SMALL)),
+    Case(24, "chunked-in-1.0", head(CHUNKED, "Connection: keep-alive",
+        first="POST /tokenize HTTP/1.0") + chunked(SMALL), frozenset({200, 400})),
     Case(24, "length-in-get-and-chunked", head(LENGTH, CHUNKED, first="GET /v1/models HTTP/1.1") + chunked(SMALL)),
     Case(24, "blank-before-colon-length", head(f"Content-Length : {len(SMALL)}") + SMALL),
     Case(24, "blank-before-colon-chunked", head("Transfer-Encoding : chunked") + chunked(SMALL)),
     Case(24, "tab-before-colon-chunked", head(LENGTH, "Transfer-Encoding\t: chunked") + SMALL),
     Case(24, "folded-chunked", head(LENGTH, "Transfer-Encoding:\r\n chunked") + SMALL),
-    Case(24, "folded-length", head("Content-Length:\r\n 15") + SMALL, frozenset({200, 400})),
+    Case(24, "folded-length", head("Content-Length:\r\n 15") + SMALL, frozenset({200, 400}), is_followed=True),
     Case(24, "chunked-behind-a-bare-return", head(LENGTH, "X: y\rTransfer-Encoding: chunked") + SMALL),
     Case(24, "chunked-behind-nul", head(LENGTH, "X: y\0Transfer-Encoding: chunked") + SMALL),
-    *(Case(24, f"length-{name}", head(f"Content-Length: {value}") + SMALL) for name, value in BAD_LENGTHS.items()),
+    *(Case(24, f"length-{name}", head(f"Content-Length: {value}") + SMALL, frozenset({400, 413})) for name,
+        value in BAD_LENGTHS.items()),
     *(Case(24, f"coding-{name}", head(f"Transfer-Encoding: {value}") + chunked(SMALL), frozenset({400, 501}))
       for name, value in BAD_CODINGS.items()),
-    *(Case(24, f"size-{name}", head(CHUNKED) + size + b"\r\n" + SMALL + b"\r\n0\r\n\r\n", frozenset({400, 413}))
+    *(Case(24, f"size-{name}", head(CHUNKED) + size + b"\r\n" + SMALL + b"\r\n0\r\n\r\n", frozenset({400, 408, 413}))
       for name, size in BAD_SIZES.items()),
     Case(24, "chunk-without-end", head(CHUNKED) + b"f\r\n" + SMALL + b"XX0\r\n\r\n"),
     Case(24, "chunk-too-long", head(CHUNKED) + b"e\r\n" + SMALL + b"\r\n0\r\n\r\n"),
@@ -150,9 +160,12 @@ ROW_24 = [
     Case(24, "chunk-behind-return", head(CHUNKED) + b"f\r" + SMALL + b"\r\n0\r\n\r\n"),
     Case(24, "extension-with-line-feed", head(CHUNKED) + b"f;a\nb\r\n" + SMALL + b"\r\n0\r\n\r\n"),
     Case(24, "extension-with-nul", head(CHUNKED) + b"f;a=\0\r\n" + SMALL + b"\r\n0\r\n\r\n"),
-    Case(24, "extension-of-a-megabyte", head(CHUNKED) + b"f;a=" + b"x" * 2**20 + b"\r\n" + SMALL + b"\r\n0\r\n\r\n", frozenset({400, 413, 431})),
-    Case(24, "trailer-of-a-megabyte", head(CHUNKED) + chunked(SMALL, end=b"0\r\nX: " + b"y" * 2**20 + b"\r\n\r\n"), frozenset({200, 400, 413, 431})),
-    Case(24, "trailers-without-number", head(CHUNKED) + chunked(SMALL, end=b"0\r\n" + b"X: y\r\n" * 100_000 + b"\r\n"), frozenset({200, 400, 413, 431})),
+    Case(24, "extension-of-a-megabyte", head(CHUNKED) + b"f;a=" + b"x" * 2**20 + b"\r\n" + SMALL + b"\r\n0\r\n\r\n",
+        frozenset({400, 413, 431})),
+    Case(24, "trailer-of-a-megabyte", head(CHUNKED) + chunked(SMALL, end=b"0\r\nX: " + b"y" * 2**20 + b"\r\n\r\n"),
+        frozenset({200, 400, 413, 431}), is_followed=True),
+    Case(24, "trailers-without-number", head(CHUNKED) + chunked(SMALL, end=b"0\r\n" + b"X: y\r\n" * 100_000 + b"\r\n"),
+        frozenset({200, 400, 413, 431}), is_followed=True),
 ]  # fmt: skip
 
 GET = "GET /v1/models HTTP/1.1"
@@ -174,7 +187,7 @@ ROW_25 = [
     Case(25, "nuls", bytes(1000)),
     Case(25, "ones", b"\xff" * 1000),
     Case(25, "noise", bytes((i * 7919 + i // 7) % 256 for i in range(5000))),
-    Case(25, "http-0.9", b"GET /v1/models\r\n\r\n"),
+    Case(25, "http-0.9", b"GET /v1/models\r\n\r\n", frozenset({200, 400})),
     Case(25, "http-3", head(first="GET /v1/models HTTP/3.0"), frozenset({400, 505})),
     Case(25, "http-1.2", head(first="GET /v1/models HTTP/1.9"), frozenset({400, 505})),
     Case(25, "http-11", head(first="GET /v1/models HTTP/11.1"), frozenset({400, 505})),
@@ -212,8 +225,8 @@ def check_answers(answer: bytes, case: Case) -> None:
 @pytest.mark.parametrize("case", [*ROW_24, *ROW_25], ids=str)
 def test_what_is_no_request_ends_the_connection(server: Server, case: Case) -> None:
     answer, is_closed = converse(server, case.data + SMUGGLED, within=WAITS + 3)
-    if 200 in case.statuses:  # where a row allows both, the next request is one
-        assert b"HTTP/1.1 500" not in answer
+    if case.is_followed and b"SMUGGLED" in answer:
+        assert set(map(int, STATUS.findall(answer))) <= {200, 404}, answer[:500]
         return
     check_answers(answer, case)
     assert is_closed, answer[:500]
@@ -235,9 +248,11 @@ FINE = {
     "trailer": head(CHUNKED) + chunked(SMALL, end=b"0\r\nX-Checksum: y\r\n\r\n"),
     "trailer-with-length": head(CHUNKED) + chunked(SMALL, end=b"0\r\nContent-Length: 5\r\n\r\n"),
     "capital-size": head(CHUNKED) + b"F\r\n" + SMALL + b"\r\n0\r\n\r\n",
+    "many-zeros-before-size": head(CHUNKED) + b"0" * 10_000 + b"f\r\n" + SMALL + b"\r\n0\r\n\r\n",
     "zeros-before-size": head(CHUNKED) + b"000f\r\n" + SMALL + b"\r\n000\r\n\r\n",
     "websocket": head("Upgrade: websocket", "Connection: Upgrade", first=GET),
-    "h2c": head("Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA", first=GET),
+    "h2c": head("Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA",
+        first=GET),
     "get-with-body": head(LENGTH, first=GET) + SMALL,
 }  # fmt: skip
 
@@ -364,7 +379,7 @@ HEADERS: dict[str, Callable[[], Iterator[bytes]]] = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_too_many_headers_are_refused_and_take_no_memory_row23(server: Server, name: str) -> None:
-    with bounded_peak(server, 30 * 2**20), Connection(server.url, timeout=10) as connection:
+    with bounded_peak(server, 30 * 2**20), Connection(server.url, timeout=WAITS + 3) as connection:
         sent = connection.send_unless_closed(HEADERS[name]())
         answer = connection.rest()
     assert set(map(int, STATUS.findall(answer))) <= {400, 414, 431}, answer[:300]
@@ -486,8 +501,6 @@ SLOW = {
 
 
 def test_slow_requests_are_cut_off_and_others_do_not_wait_row27(server: Server) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     alone = median_time(server)
     most = 3 * WAITS + 3
 
