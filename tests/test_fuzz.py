@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import shutil
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,18 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-import config
+import checkpoint
+import gguf_header
 import schemas
 from answer_parser import AnswerParser, Reading
 from cl100k import Cl100k
-from errors import APIError, UpstreamError
+from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
+from errors import APIError, ModelLoadError, UpstreamError
 from main import _ignored_fields_header, _most_precise, _param_of
 from messages import canonical
 from models import CHATML, MARKS, SPECIAL, byte_tokenizer
 from prompt_templates import PromptTemplate, RenderOptions
+from providers import gateways_of
 from providers import openai_compatible as fixing
 from providers.anthropic_answers import StreamMapper, to_completion
 from providers.anthropic_format import to_messages
@@ -31,6 +37,7 @@ from providers.upstream_errors import KEYS, error_of, redact, retry_after
 from responses import as_chat
 from structure import structure_of
 from test_answer_parser import CALLS, TOOLS, read
+from test_checkpoint import write_tiny_gguf
 from tool_formats import FORMATS, LINES, Literals, ToolFormat
 from tools import toolbox_of
 
@@ -309,11 +316,12 @@ def test_requests_to_claude_are_written_or_refused(body: dict[str, Any]) -> None
 ERROR = "error message code param type details error_code status sk-abc insufficient_quota"
 
 
+@example(400, {"error": {"message": "\ud800", "code": "\ud800", "param": "\ud800"}}, {})
 @given(st.integers(100, 999), object_of(ERROR) | json_of(ERROR), st.dictionaries(TEXT, TEXT, max_size=2))
 def test_a_providers_error_is_told_in_our_shape(status: int, body: Any, headers: dict[str, str]) -> None:
     error = error_of(status, body, "theirs", "THEIR_KEY", headers)
     assert 400 <= error.status < 600
-    assert json.dumps(error.body(), ensure_ascii=False).encode()
+    assert JSONResponse(error.body()).body
 
 
 DATES = st.datetimes().map(lambda when: when.strftime("%a, %d %b %Y %H:%M:%S GMT"))
@@ -396,6 +404,38 @@ def test_a_providers_bytes_are_an_object_or_an_error(text: bytes) -> None:
     assert answer is None or isinstance(fixing.model_ids(answer), list)
 
 
+class Answers(httpx2.AsyncBaseTransport):
+    """A provider that always says the same."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, stream=Parts([self._text.encode()]))
+
+
+@pytest.mark.parametrize(
+    ("provider", "answer"),
+    [
+        ("claude", '{"content": [{"type": "tool_use", "input": {"a": DEEP}}]}'),
+        ("claude", '{"content": [{"type": "redacted_thinking", "data": DEEP}]}'),
+        ("minmax", '{"choices": [{"message": {"content": "<think>a</think>b", "deep": DEEP}}]}'),
+        ("gemini", '{"choices": [{"finish_reason": "stop", "message": {"tool_calls": [DEEP]}}]}'),
+    ],
+)
+def test_answers_of_any_depth_are_relayed_or_an_error(provider: str, answer: str) -> None:
+    keys = dict.fromkeys(("anthropic_api_key", "minmax_api_key", "google_api_key"), "k")
+
+    async def asked(text: str) -> Any:
+        theirs = gateways_of(Settings(_env_file=None, **keys), Answers(text))[provider]
+        body = {"model": "x", "messages": [{"role": "user", "content": "Hi"}]}
+        return (await theirs.answer("chat/completions", body)).content
+
+    for depth in [*range(850, 1000), 100_000]:
+        text = answer.replace("DEEP", "[" * depth + "]" * depth)
+        allows(lambda: asyncio.run(asked(text)), APIError)  # noqa: B023
+
+
 # --- requests
 
 
@@ -449,3 +489,323 @@ def test_odd_values_of_every_field_are_taken_or_refused(kind: Any, value: Any) -
     for name in [*kind.model_fields, "other", "\ud800"]:
         request = tried(kind, {**REQUESTS[kind], name: value})
         assert request is None or isinstance(_ignored_fields_header(request), dict)
+
+
+@settings(max_examples=150)
+@given(object_of(WORDS + " instructions reasoning text tools tool_choice include"), st.data())
+@example({"input": [{"role": "user", "content": "x"}] * 10_001}, None)
+def test_a_response_is_asked_for_as_a_chat_or_refused(fields: dict[str, Any], data: Any) -> None:
+    item = object_of("role user assistant content type message function_call function_call_output call_id output name")
+    drawn = {"input": data.draw(st.lists(item, max_size=3) | TEXT)} if data else {}
+    request = tried(schemas.ResponsesRequest, {"model": "m", **drawn, **fields})
+    chat = request and allows(lambda: as_chat(request), APIError)
+    assert chat is None or isinstance(chat, schemas.ChatCompletionRequest)
+
+
+SCHEMA = shaped(
+    type=st.sampled_from(["object", "string", "integer"]),
+    properties=st.dictionaries(st.sampled_from(["a", "b c", "<"]), json_of(WORDS), max_size=2),
+    required=st.lists(json_of(WORDS), max_size=2),
+    additionalProperties=st.booleans(),
+    enum=st.lists(JSON, max_size=2),
+)
+TOOL = shaped(
+    type=st.just("function"),
+    function=shaped(name=st.sampled_from(["now", "weather"]), parameters=SCHEMA, strict=st.booleans()),
+)
+GOOD_TOOL = st.builds(lambda schema: {"type": "function", "function": {"name": "f", "parameters": schema}}, SCHEMA)
+ASKED = shaped(
+    tools=st.lists(GOOD_TOOL | TOOL, max_size=2),
+    tool_choice=st.sampled_from(["auto", "required", "none"]) | json_of("type function name f allowed_tools mode tools"),
+    response_format=shaped(type=st.sampled_from(["json_schema", "json_object"]), json_schema=shaped(schema=SCHEMA)),
+    guided_json=SCHEMA,
+    guided_regex=TEXT,
+    guided_choice=st.lists(TEXT, max_size=3),
+    guided_grammar=TEXT,
+    structured_outputs=shaped(json=SCHEMA, regex=TEXT, choice=st.lists(TEXT), grammar=TEXT),
+)
+
+
+@settings(max_examples=150)
+@given(ASKED, st.sampled_from([LINES, *FORMATS]), st.booleans())
+@example({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": [[]]}}}],
+          "tool_choice": "required"}, FORMATS[0], True)  # fmt: skip
+@example({"structured_outputs": {"\ud800": 1}}, LINES, True)
+def test_what_an_answer_must_look_like_is_a_grammar_or_refused(
+    fields: dict[str, Any], style: ToolFormat, has_tokens: bool
+) -> None:
+    request = tried(schemas.ChatCompletionRequest, {**REQUESTS[schemas.ChatCompletionRequest], **fields})
+    assume(request is not None)
+    literals = Literals({"<tool_call>", "</tool_call>"} if has_tokens else ())
+    try:
+        assert structure_of(request, toolbox_of(request), style, literals) is not False
+    except APIError as error:
+        assert error.status == 400 and JSONResponse(error.body()).body
+
+
+# --- messages
+
+CONTROL = mixed([*SPECIAL, *MARKS, "<|im_", "start|>", "<", "|", "im_end", " ", "\n", "\ufdd0", "{{ 1 }}", "{%", "x"], 8)
+ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
+TOOLED = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{{ '<tool_call>' }}{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{{ '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def template(chat_template: str | None, model_type: str = "qwen3") -> PromptTemplate:
+    tokenizer = byte_tokenizer(has_marks=True)
+    tokenizer.chat_template = chat_template
+    return PromptTemplate(tokenizer, model_type)
+
+
+TEMPLATES = {
+    "chatml": template(CHATML),
+    "tooled": template(TOOLED),
+    "family": template(None),
+    "gemma": template(None, "gemma3"),
+    "generic": template(None, "mamba"),
+}
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": CONTROL}, optional={"name": CONTROL})
+CALL = st.builds(
+    lambda name, arguments: {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}},
+    CONTROL | JSON,
+    CONTROL | JSON | JSON.map(json.dumps),
+)
+ANY_MESSAGE = object_of(WORDS) | st.fixed_dictionaries(
+    {"role": st.sampled_from(ROLES)},
+    optional={
+        "content": CONTROL | TEXT | st.lists(shaped(type=st.just("text"), text=CONTROL), max_size=2),
+        "tool_calls": st.lists(CALL | object_of(WORDS), max_size=2),
+        "function_call": object_of(WORDS),
+        "name": TEXT,
+        "tool_call_id": TEXT,
+        "reasoning_content": CONTROL,
+    },
+)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@settings(max_examples=100)
+@given(st.lists(ANY_MESSAGE, min_size=1, max_size=3), st.lists(GOOD_TOOL, max_size=1), st.booleans() | st.none())
+def test_messages_are_a_prompt_or_refused(kind: str, given_messages: list[Any], tools: list[Any], thinks: Any) -> None:
+    body = {"model": "m", "messages": given_messages, "tools": tools}
+    request = tried(schemas.ChatCompletionRequest, body)
+    assume(request is not None and allows(lambda: toolbox_of(request) or True, APIError))
+    options = RenderOptions(tools=tools, thinks=thinks)
+    token_ids = allows(lambda: TEMPLATES[kind].render_chat(request.messages, options), APIError)
+    assert token_ids is None or len(token_ids) > 0
+    assert allows(lambda: canonical(request.messages, "x"), APIError) is not False
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_calls_of_any_depth_are_a_prompt_or_refused(kind: str) -> None:
+    for depth in [1, 50, *range(100, 500, 20)]:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": nested(depth)}}]
+        asked = [schemas.Message(role="assistant", tool_calls=calls), schemas.Message(role="user", content="x")]
+        allows(lambda: TEMPLATES[kind].render_chat(asked), APIError)  # noqa: B023
+
+
+def harmless(message: dict[str, str]) -> dict[str, str]:
+    """Another text, blank if that is."""
+    return {name: text if name == "role" or not text.strip() else "x" for name, text in message.items()}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@settings(max_examples=100)
+@given(st.lists(MESSAGE, min_size=1, max_size=4))
+def test_no_text_becomes_a_control_token(kind: str, given_messages: list[dict[str, str]]) -> None:
+    subject = TEMPLATES[kind]
+    ids = {subject.token_id(token) for token in SPECIAL}
+
+    def controls(some: list[dict[str, str]]) -> list[int]:
+        rendered = subject.render_chat([schemas.Message.model_validate(message) for message in some])
+        return [token_id for token_id in rendered if token_id in ids]
+
+    assert controls(given_messages) == controls([harmless(message) for message in given_messages])
+
+
+@settings(max_examples=100)
+@given(st.lists(MESSAGE.filter(lambda message: message["role"] != "assistant"), min_size=1, max_size=4))
+def test_only_the_assistants_text_has_marks_that_are_tokens(given_messages: list[dict[str, str]]) -> None:
+    subject = TEMPLATES["tooled"]
+    rendered = subject.render_chat([schemas.Message.model_validate(message) for message in given_messages])
+    assert not {subject.token_id(mark) for mark in MARKS} & set(rendered)
+
+
+# --- settings
+
+
+@given(TEXT | mixed(["4", "Gi", "B", "K", ".", "-", " ", "e", "1" * 30, "inf", "nan", "٣", "_"], 5) | JSON)
+@example("1e999g")
+@example("9" * 5000)
+def test_sizes_are_numbers_or_refused(value: Any) -> None:
+    size = allows(lambda: parse_bytes(value), ValueError)
+    assert size is None or isinstance(size, int) or not isinstance(value, str)
+
+
+@given(mixed(["a", "b", "=", ",", ";", " ", "#", " # x"]) | JSON)
+def test_lists_of_names_are_read_or_refused(value: Any) -> None:
+    for parse in (parse_pairs, parse_fallbacks):
+        read_value = allows(lambda: parse(value), ValueError)  # noqa: B023
+        assert not isinstance(value, str) or read_value is None or all(read_value.keys())
+
+
+@given(st.dictionaries(st.integers(0, 50), st.binary(max_size=4)), st.lists(st.integers(0, 50)))
+def test_token_ids_are_text_or_unknown(tokens: dict[int, bytes], token_ids: list[int]) -> None:
+    text = allows(lambda: Cl100k(tokens).decode(token_ids), KeyError)
+    assert (text is None) == any(token_id not in tokens for token_id in token_ids) and (text or "").encode() is not None
+
+
+# --- files of models
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path
+
+
+SIZES = [0, 1, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1]
+CHANGE = st.tuples(st.floats(0, 1), st.sampled_from([size.to_bytes(8, "little") for size in SIZES]) | st.binary(max_size=8))
+
+
+def changed(content: bytes, changes: list[tuple[float, bytes]], length: float, header: int) -> bytes:
+    """Bytes written over others, in the first `header` ones, and then only a part of them all."""
+    mutable = bytearray(content)
+    for place, written in changes:
+        at = int(place * header)
+        mutable[at : at + len(written)] = written
+    return bytes(mutable[: 4 + int(length * (len(mutable) - 4))])
+
+
+@settings(max_examples=200)
+@given(st.lists(CHANGE, max_size=3), st.just(1.0) | st.floats(0, 1), st.sampled_from([64, 700, 9_000, 12_000]))
+def test_a_gguf_file_is_read_or_refused_in_no_time(
+    gguf_file: Path, tmp_path: Path, changes: list[Any], length: float, header: int
+) -> None:
+    from gguf import GGUFReader
+
+    path, start = tmp_path / "x.gguf", time.process_time()
+    path.write_bytes(changed(gguf_file.read_bytes(), changes, length, header))
+    with suppress(ValueError):
+        gguf_header.check(path)
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):
+            GGUFReader(path)  # in a process of its own, which may fail as it likes but must not take for ever
+    assert time.process_time() - start < 2.0
+
+
+def with_value(content: bytes, key: bytes, value: bytes) -> bytes:
+    """A number in the metadata; key: its end."""
+    at = content.index(key) + len(key) + 4  # behind the type
+    return content[:at] + value + content[at + len(value) :]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (b"qwen2.block_count", b"\xff\xff\xff\x7f"),
+        (b"tokenizer.ggml.tokens", b"\x08\0\0\0" + b"\xff" * 8),
+        (b"tokenizer.ggml.token_type", b"\x05\0\0\0" + b"\xff" * 7 + b"\0"),
+        (b"tokenizer.ggml.merges", b"\x09\0\0\0\x02\0\0\0\0\0\0\0"),
+        (b"general.architecture", b"\xff" * 8),
+    ],
+)
+def test_a_gguf_file_that_lies_is_refused_at_once_in_a_sentence(
+    gguf_file: Path, tmp_path: Path, key: bytes, value: bytes
+) -> None:
+    path, start = tmp_path / "lies.gguf", time.monotonic()
+    path.write_bytes(with_value(gguf_file.read_bytes(), key, value))
+    with pytest.raises(ModelLoadError, match="lies.gguf could not be converted") as refusal:
+        checkpoint.fetch(str(path), tmp_path / "cache", lambda what, fraction: None)
+    assert "\n" not in str(refusal.value) and time.monotonic() - start < 2.0
+
+
+BROKEN = [
+    *("", "null", "[]", "{}", '"x"', "{", "\x00", "[" * 100_000, '{"model_type": []}', '{"model_type": "qwen3"}'),
+    *('{"model_type": "x"}', '{"model_type": "qwen3", "architectures": 1}', "\udc80"),
+]
+LIES = {  # of a configuration
+    "num_hidden_layers": [10**9, -1, 0, "x", 4],
+    "hidden_size": [10**9, 0, -1, "x"],
+    "vocab_size": [10**12, 0, "x"],
+    "num_attention_heads": [0, 10**9],
+    "num_key_value_heads": [0, 3],
+    "head_dim": [0, 10**9],
+    "rope_parameters": [[], {"rope_type": "x"}, {"rope_theta": "x"}],
+    "layer_types": [["x"], 1],
+    "torch_dtype": ["x", 1],
+    "model_type": ["t5", 1, None],
+    "hidden_act": ["x", 1],
+    "quantization_config": [{}, 1, {"quant_method": "x"}],
+    "max_position_embeddings": [-1, "x"],
+}
+
+
+def files_of(directory: Path, into: Path, **written: str | bytes) -> Path:
+    """The same model with other files."""
+    shutil.copytree(directory, into)
+    for name, content in written.items():
+        path = into / name.replace("__", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogateescape"))
+    return into
+
+
+def loaded(directory: Path) -> Any:
+    """As the server does it, but for the cache and the engine. None where it is refused as it should be."""
+    from engine.model_runner import load_model
+    from providers.loading import load_template
+
+    start = time.monotonic()
+    try:
+        load_template(directory, "qwen3")
+        return load_model(directory, "float32", "cpu", lambda what, fraction: None)
+    except ModelLoadError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+    finally:
+        assert time.monotonic() - start < 20
+    return None
+
+
+@pytest.mark.parametrize("name", ["config__json", "tokenizer__json", "tokenizer_config__json", "generation_config__json"])
+def test_files_that_are_broken_are_refused_in_a_sentence(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    for number, text in enumerate(BROKEN):
+        directory = files_of(tiny_checkpoint, tmp_path / str(number), **{name: text})
+        assert loaded(directory) is None or name != "config__json" or number > 8
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_configuration_that_lies_is_refused_in_a_sentence(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    for number, value in enumerate(LIES[name]):
+        text = json.dumps({**config, name: value})
+        loaded(files_of(tiny_checkpoint, tmp_path / str(number), config__json=text))
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_weights_that_lie_are_refused_in_a_sentence(tiny_checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
+    from engine.model_runner import check_model
+
+    content = (tiny_checkpoint / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    tensor = data.draw(st.sampled_from([name for name in header if name != "__metadata__"]))
+    header[tensor] |= data.draw(
+        shaped(
+            shape=st.lists(st.sampled_from(SIZES), max_size=3),
+            data_offsets=st.lists(st.sampled_from(SIZES), min_size=2, max_size=2),
+            dtype=st.sampled_from(["F32", "F64", "BF16", "x"]),
+        )
+    )
+    text = json.dumps(header).encode()
+    said = data.draw(st.sampled_from([len(text), *SIZES]))
+    path = tmp_path / "lying"
+    shutil.rmtree(path, ignore_errors=True)
+    whole = said.to_bytes(8, "little") + text + content[8 + length :]
+    directory = files_of(tiny_checkpoint, path, model__safetensors=whole[: data.draw(st.just(len(whole)) | st.integers(0, 900))])
+    with suppress(ModelLoadError):
+        check_model(directory, "float32", "cpu")
