@@ -156,7 +156,7 @@ def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTraine
         check_architecture(config)
         chosen = choose_dtype(dtype, config.model_type, on_cuda)
         if not on_cuda:
-            _check_memory(directory, chosen)
+            _check_memory(directory, config, chosen)
     except ModelLoadError:
         raise
     except Exception as error:  # of any kind, where a file says what nobody expects
@@ -193,8 +193,10 @@ def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
     )
 
 
-def _check_memory(directory: Path, dtype: torch.dtype) -> None:
-    needed = sum(_num_elements(path) for path in directory.glob("*.safetensors")) * dtype.itemsize
+def _check_memory(directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """For what the files have, and for what the configuration says: room is made for that before they are compared."""
+    in_files = sum(_num_elements(path) for path in directory.glob("*.safetensors"))
+    needed = max(in_files, _num_parameters(config)) * dtype.itemsize
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelLoadError(
@@ -206,6 +208,15 @@ def _num_elements(path: Path) -> int:
     """Of a safetensors file, whose header is found to be true first."""
     with safe_open(path, "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+
+
+def _num_parameters(config: PreTrainedConfig) -> int:
+    """0 for a model that is quantized already."""
+    if getattr(config, "quantization_config", None) is not None:
+        return 0
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    return int(model.num_parameters())
 
 
 def _check_layers(directory: Path) -> None:
