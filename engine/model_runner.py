@@ -227,7 +227,9 @@ def _check_layers(directory: Path) -> None:
     num_layers = max((number for number in said if isinstance(number, int)), default=0)
     num_tensors = sum(_num_tensors(path) for path in directory.glob("*.safetensors"))
     if num_layers > num_tensors:
-        raise ModelLoadError(f"The model in {directory} says it has {num_layers} layers, and has {num_tensors} tensors.")
+        raise ModelLoadError(
+            f"The model in {directory} says it has {num_layers} layers, and has {num_tensors} tensors."
+        )
 
 
 def _num_tensors(path: Path) -> int:

@@ -15,7 +15,10 @@ import pytest
 from fastapi.responses import JSONResponse
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from models import CHATML, MARKS, SPECIAL, byte_tokenizer
 from pydantic import ValidationError
+from test_answer_parser import CALLS, TOOLS, read
+from test_checkpoint import write_tiny_gguf
 
 import checkpoint
 import gguf_header
@@ -26,7 +29,6 @@ from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
 from main import _ignored_fields_header, _most_precise, _param_of
 from messages import canonical
-from models import CHATML, MARKS, SPECIAL, byte_tokenizer
 from prompt_templates import PromptTemplate, RenderOptions
 from providers import gateways_of
 from providers import openai_compatible as fixing
@@ -36,8 +38,6 @@ from providers.upstream import Access, Upstream, data_of, events_of, name_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
 from responses import as_chat
 from structure import structure_of
-from test_answer_parser import CALLS, TOOLS, read
-from test_checkpoint import write_tiny_gguf
 from tool_formats import FORMATS, LINES, Literals, ToolFormat
 from tools import toolbox_of
 
@@ -145,7 +145,9 @@ def test_events_are_the_same_however_they_come_and_nothing_is_added(parts: list[
 @given(STREAM)
 def test_what_an_event_says_is_found_or_it_says_nothing(event: bytes) -> None:
     data, name = data_of(event), name_of(event)
-    assert data is None or data.replace(b"\n", b"") in event.replace(b"\n", b"").replace(b"\r", b"") or b"data:" in event
+    assert (
+        data is None or data.replace(b"\n", b"") in event.replace(b"\n", b"").replace(b"\r", b"") or b"data:" in event
+    )
     assert name is None or name.strip() == name or "\ufffd" in name
 
 
@@ -282,13 +284,17 @@ CLAUDE_PART = object_of(
 CLAUDE_MESSAGE = shaped(
     role=st.sampled_from(["system", "user", "assistant", "tool"]),
     content=TEXT | st.lists(CLAUDE_PART, max_size=2),
-    tool_calls=st.lists(shaped(id=TEXT, type=st.just("function"), function=shaped(name=TEXT, arguments=TEXT)), max_size=2),
+    tool_calls=st.lists(
+        shaped(id=TEXT, type=st.just("function"), function=shaped(name=TEXT, arguments=TEXT)), max_size=2
+    ),
     tool_call_id=TEXT,
     thinking_blocks=st.lists(CLAUDE_PART, max_size=1),
 )
 CLAUDE_REQUEST = shaped(
     messages=st.lists(CLAUDE_MESSAGE, min_size=1, max_size=3),
-    tools=st.lists(shaped(type=st.just("function"), function=shaped(name=TEXT, parameters=object_of("type"))), max_size=2),
+    tools=st.lists(
+        shaped(type=st.just("function"), function=shaped(name=TEXT, parameters=object_of("type"))), max_size=2
+    ),
     tool_choice=st.sampled_from(["auto", "required", "none"]),
     temperature=NUMBERS,
     max_tokens=NUMBERS,
@@ -343,7 +349,9 @@ def test_what_looks_like_a_key_is_gone(text: str) -> None:
     assert not KEYS.search(redact(text).replace("[redacted]", " "))
 
 
-@pytest.mark.parametrize("text", ["sk-", "bearer ", "bearer  " * 2, "AIza", "eyJ.", "sk-." * 2, "hf_", "context exceed "])
+@pytest.mark.parametrize(
+    "text", ["sk-", "bearer ", "bearer  " * 2, "AIza", "eyJ.", "sk-." * 2, "hf_", "context exceed "]
+)
 def test_looking_for_keys_takes_linear_time(text: str) -> None:
     start = time.process_time()
     error_of(400, {"error": {"message": text * 40_000}}, "theirs", "THEIR_KEY")
@@ -451,8 +459,8 @@ REQUESTS = {
 WORDS = (
     "role user assistant tool system content type text image_url url name function parameters arguments tool_calls id "
     "properties required items enum string object integer $ref #/$defs/x $defs anyOf strict json_schema schema json "
-    "regex choice grammar auto none low effort format input_text output_text message function_call function_call_output "
-    "call_id output input a b 1 -1 include_usage"
+    "regex choice grammar auto none low effort format input_text output_text message function_call "
+    "function_call_output call_id output input a b 1 -1 include_usage"
 )
 
 
@@ -523,7 +531,8 @@ TOOL = shaped(
 GOOD_TOOL = st.builds(lambda schema: {"type": "function", "function": {"name": "f", "parameters": schema}}, SCHEMA)
 ASKED = shaped(
     tools=st.lists(GOOD_TOOL | TOOL, max_size=2),
-    tool_choice=st.sampled_from(["auto", "required", "none"]) | json_of("type function name f allowed_tools mode tools"),
+    tool_choice=st.sampled_from(["auto", "required", "none"])
+    | json_of("type function name f allowed_tools mode tools"),
     response_format=shaped(type=st.sampled_from(["json_schema", "json_object"]), json_schema=shaped(schema=SCHEMA)),
     guided_json=SCHEMA,
     guided_regex=TEXT,
@@ -552,7 +561,9 @@ def test_what_an_answer_must_look_like_is_a_grammar_or_refused(
 
 # --- messages
 
-CONTROL = mixed([*SPECIAL, *MARKS, "<|im_", "start|>", "<", "|", "im_end", " ", "\n", "\ufdd0", "{{ 1 }}", "{%", "x"], 8)
+CONTROL = mixed(
+    [*SPECIAL, *MARKS, "<|im_", "start|>", "<", "|", "im_end", " ", "\n", "\ufdd0", "{{ 1 }}", "{%", "x"], 8
+)
 ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
 TOOLED = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -677,7 +688,8 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SIZES = [0, 1, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1]
-CHANGE = st.tuples(st.floats(0, 1), st.sampled_from([size.to_bytes(8, "little") for size in SIZES]) | st.binary(max_size=8))
+NUMBER_BYTES = st.sampled_from([size.to_bytes(8, "little") for size in SIZES])
+CHANGE = st.tuples(st.floats(0, 1), NUMBER_BYTES | st.binary(max_size=8))
 
 
 def changed(content: bytes, changes: list[tuple[float, bytes]], length: float, header: int) -> bytes:
@@ -777,11 +789,11 @@ def loaded(directory: Path) -> Any:
     return None
 
 
-@pytest.mark.parametrize("name", ["config__json", "tokenizer__json", "tokenizer_config__json", "generation_config__json"])
+@pytest.mark.parametrize("name", ["config", "tokenizer", "tokenizer_config", "generation_config"])
 def test_files_that_are_broken_are_refused_in_a_sentence(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     for number, text in enumerate(BROKEN):
-        directory = files_of(tiny_checkpoint, tmp_path / str(number), **{name: text})
-        assert loaded(directory) is None or name != "config__json" or number > 8
+        directory = files_of(tiny_checkpoint, tmp_path / str(number), **{f"{name}__json": text})
+        assert loaded(directory) is None or name != "config" or number > 8
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -813,6 +825,7 @@ def test_weights_that_lie_are_refused_in_a_sentence(tiny_checkpoint: Path, tmp_p
     path = tmp_path / "lying"
     shutil.rmtree(path, ignore_errors=True)
     whole = said.to_bytes(8, "little") + text + content[8 + length :]
-    directory = files_of(tiny_checkpoint, path, model__safetensors=whole[: data.draw(st.just(len(whole)) | st.integers(0, 900))])
+    length = data.draw(st.just(len(whole)) | st.integers(0, 900))
+    directory = files_of(tiny_checkpoint, path, model__safetensors=whole[:length])
     with suppress(ModelLoadError):
         check_model(directory, "float32", "cpu")
