@@ -496,7 +496,7 @@ def slope(points: list[tuple[float, float]]) -> float:
     """Of the line nearest to the points, by least squares; 0 for fewer than two."""
     if len(points) < 2:
         return 0.0
-    x_mean, y_mean = (sum(values) / len(points) for values in zip(*points, strict=True))
+    x_mean, y_mean = sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
     square = sum((x - x_mean) * (x - x_mean) for x, _ in points)
     return sum((x - x_mean) * (y - y_mean) for x, y in points) / square
 

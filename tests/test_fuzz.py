@@ -263,6 +263,7 @@ def allows(work: Callable[[], Any], *errors: type[Exception]) -> Any:
         return None
 
 
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.none() | st.sampled_from(EVENTS), CLAUDE_EVENT), max_size=6), st.booleans())
 def test_claudes_streams_are_chunks_or_an_error(events: list[tuple[str | None, Any]], includes_usage: bool) -> None:
     mapper = StreamMapper("claude", 0, includes_usage)
