@@ -22,7 +22,7 @@ CALL_KEYS = (*ARGUMENT_KEYS, "name", "id", "type")
 BLANKS = " \t\r\n"
 MOST_OF_NAME = 200  # characters
 FENCE = "```"
-_SCALAR_END, _NAME_END = re.compile(r"[\s,}\]]"), re.compile(r"[\s<>]")
+_SCALAR_END, _NAME_END, _NO_BLANK = re.compile(r"[\s,}\]]"), re.compile(r"[\s<>]"), re.compile(rf"[^{BLANKS}]")
 FENCED = ("json", "tool_code", "tool_call", "tool_calls", "python", "")  # languages of fences that may hold calls
 
 T = TypeVar("T")
@@ -499,9 +499,10 @@ class AnswerParser:
 
     def _after_blanks(self, at: int) -> Steps[int]:
         """Where the next character is that is no blank; there is one."""
-        while not (rest := self._text[at:].lstrip(BLANKS)):
+        while not (found := _NO_BLANK.search(self._text, at)):
+            at = len(self._text)
             yield from self._more()
-        return len(self._text) - len(rest)
+        return found.start()
 
     def _starts_with(self, mark: str, at: int) -> Steps[bool]:
         while len(self._text) < at + len(mark) and mark.startswith(self._text[at:]):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import errors
+import gguf_header
 from atomic_files import Report, locked, require_room, temporary
 
 
@@ -21,12 +22,24 @@ def convert_gguf(gguf: Path, target: Path, report: Report) -> Path:
     """
     with locked(target, report):
         if not target.exists():
+            _check_header(gguf)
             require_room(target.parent, gguf.stat().st_size, gguf.name)  # at least; the child knows exactly
             with temporary(target) as directory:
                 _run_conversion(gguf, directory, report)
                 if not target.exists():  # without locks, another process may have been faster
                     os.replace(directory, target)
     return target
+
+
+def _check_header(gguf: Path) -> None:
+    try:
+        gguf_header.check(gguf)
+    except ValueError as error:
+        raise _refusal(gguf, str(error)) from error
+
+
+def _refusal(gguf: Path, reason: str) -> errors.ModelLoadError:
+    return errors.ModelLoadError(f"{gguf.name} could not be converted (is it whole, and a text model?): {reason}")
 
 
 def _run_conversion(gguf: Path, directory: Path, report: Report) -> None:
@@ -46,10 +59,7 @@ def _run_conversion(gguf: Path, directory: Path, report: Report) -> None:
         log.seek(0)
         reason = last_line(log.read()).removeprefix("errors.ModelLoadError: ")
     if child.returncode:
-        raise errors.ModelLoadError(
-            f"{gguf.name} could not be converted (is it whole, and a text model?): "
-            f"{reason or f'exit status {child.returncode}'}"
-        )
+        raise _refusal(gguf, reason or f"exit status {child.returncode}")
     report(what, 1.0)
 
 

@@ -20,14 +20,19 @@ class APIError(Exception):
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.param = param
-        self.code = code or type(self).code
+        self.message = _whole(message)
+        self.param = param and _whole(param)
+        self.code = _whole(code) if code else type(self).code
         self.retry_after = retry_after  # seconds
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON object that a client reads, in a response or as a stream's last event."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def _whole(text: str) -> str:
+    """Without half characters, which JSON can name and UTF-8 cannot say."""
+    return text.encode(errors="replace").decode()
 
 
 class InvalidRequest(APIError):

@@ -15,10 +15,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from config import Settings
 from errors import APIError, InvalidRequest, Overloaded
 
-MAX_HEADERS = 200
+MAX_HEADERS = 1000
+OVERHEAD = 16  # bytes of chunks' heads for one of a body, at most
 BYTES_PER_SECOND = 10_000  # that a body has to come with, beside BODY_TIMEOUT
-LINGER = 2.0  # seconds that a client gets to read why it was refused
-LARGEST_REST = 2**26  # bytes of a refused body that are still read: many clients send all before they read an answer
+LINGER = 5.0  # seconds that a client gets to read why it was refused
+LARGEST_REST = 2**24  # bytes behind a refusal that are still read: many clients send all before they read an answer
 
 
 class TooLarge(InvalidRequest):
@@ -39,7 +40,8 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._is_reading_head = True
         self._head_size = 0
-        self._num_received = 0  # bytes of the body
+        self._num_messages = 0
+        self._num_raw = self._num_received = 0  # bytes of the body, with the heads of its chunks and without
         self._num_discarded = 0
         self._began = 0.0
         self._error: APIError | None = None
@@ -62,21 +64,33 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._error is not None or self.transport.is_closing():
-            return  # nothing behind a refusal is answered
+            return self._discard(len(data))  # nothing behind a refusal is answered
         if self._is_reading_head and self._timer is None:
             self._await_head()
+        num_messages, was_head = self._num_messages, self._is_reading_head
         super().data_received(data)
-        if self._is_reading_head and self._error is None:
+        if self._num_messages != num_messages or self._is_reading_head != was_head or self._error is not None:
+            return  # it was a part of two things, which the parser's calls have seen
+        if was_head:
             self._head_size += len(data)
             if self._head_size > self.bounds.max_header_size:
                 self._refuse(self._head_too_large())
+        else:
+            self._num_raw += len(data)
+            if self._num_raw > OVERHEAD * self._num_received + self.bounds.max_header_size:
+                self._refuse(InvalidRequest("The body's chunks are mostly what describes them."))
+
+    def _discard(self, size: int) -> None:
+        self._num_discarded += size
+        if self._num_discarded > LARGEST_REST:
+            self.transport.abort()
 
     # --- the parser's calls
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_reading_head, self._head_size = True, 0
-        self._num_received = self._num_discarded = 0
+        self._num_raw = self._num_received = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -97,17 +111,20 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._num_received += len(body)
-        if self.cycle.response_complete:
-            self._num_discarded += len(body)
-            if self._num_discarded > LARGEST_REST:
-                self.transport.abort()
-                return
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._num_messages += 1
         self._is_reading_head = True
         self._disarm()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """What was answered before all of it came is not waited for."""
+        super().on_response_complete()
+        if not self._is_reading_head and not self.transport.is_closing():
+            self._error = InvalidRequest("answered")
+            self._linger()
 
     # --- time
 
@@ -173,11 +190,15 @@ class Protocol(HttpToolsProtocol):
         self._disarm()
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             self.transport.write(_response(error))
-        self.transport.pause_reading()
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self._timer = self.loop.call_later(LINGER, self.transport.abort)
+        self._linger()
+
+    def _linger(self) -> None:
+        """A connection that is closed while something comes is reset, and its client may never see the answer."""
+        self._arm(LINGER, self.transport.abort)
+        self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 

@@ -25,6 +25,7 @@ from pydantic import (
 FinishReason = Literal["stop", "length", "tool_calls"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
+MOST_MESSAGES = 10_000  # of a conversation
 Support = Literal["honoured", "no meaning here", "refused"]  # a field's `x-support` in /openapi.json
 
 
@@ -258,7 +259,7 @@ class _ConversationRequest(_RenderedRequest):
 
 
 class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
-    messages: list[Message] = Field(min_length=1, max_length=10_000)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -373,7 +374,7 @@ class ReasoningConfig(RequestBody):
 
 
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
-    input: str | list[InputItem]
+    input: str | Annotated[list[InputItem], Field(max_length=MOST_MESSAGES - 1)]  # the instructions are one too
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -400,7 +401,7 @@ class TokenizeRequest(_RenderedRequest):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=10_000)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MOST_MESSAGES)
     add_special_tokens: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None

@@ -253,7 +253,7 @@ def is_simple(schema: Schema) -> bool:
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not set(schema) <= SIMPLE or schema.get("type", "object") != "object" or not isinstance(properties, dict):
         return False
-    if not isinstance(required, list) or not all(key in properties for key in required):
+    if not isinstance(required, list) or not all(isinstance(key, str) and key in properties for key in required):
         return False
     references = re.findall(r'"\$ref": "([^"]*)', json.dumps(schema))
     is_local = all(path.startswith(("#/$defs/", "#/definitions/")) for path in references)

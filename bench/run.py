@@ -70,10 +70,11 @@ class Server:
 
 
 @contextmanager
-def serving(model_path: str) -> Iterator[Server]:
+def serving(model_path: str, num_speculative_tokens: int = 0) -> Iterator[Server]:
     """`python main.py` on a free port of this machine, until the block ends."""
     port = _free_port()
-    place = {"MODEL_PATH": model_path, "NUM_SPECULATIVE_TOKENS": "0", "HOST": "127.0.0.1", "PORT": str(port)}
+    place = {"MODEL_PATH": model_path, "HOST": "127.0.0.1", "PORT": str(port)}
+    place["NUM_SPECULATIVE_TOKENS"] = str(num_speculative_tokens)
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "server.log"
         with output.open("w") as log:

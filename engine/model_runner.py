@@ -3,6 +3,7 @@
 import ctypes
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import psutil
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -82,7 +84,7 @@ def load_model(
             model = packed_checkpoint.load(directory, config, chosen, _attention_of(config))
         else:
             model = _load_stock(directory, config, chosen, device_map, how, report)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # of any kind, where a file says what nobody expects
         raise ModelLoadError(f"The model in {directory} cannot be loaded: {_first_line(error)}") from error
     if "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}:
         raise ModelLoadError(f"The model in {directory} does not fit into the memory of this machine's devices.")
@@ -147,15 +149,18 @@ def _multiplies_bfloat16(dtype: torch.dtype, device_map: str) -> bool:
 
 def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTrainedConfig, torch.dtype]:
     """Its configuration, and the dtype to load it in; takes milliseconds. Raises ModelLoadError."""
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"The model in {directory} cannot be served: {_first_line(error)}") from error
-    check_architecture(config)
     on_cuda = _is_on_cuda(device_map)
-    chosen = choose_dtype(dtype, config.model_type, on_cuda)
-    if not on_cuda:
-        _check_memory(directory, chosen)
+    try:
+        _check_layers(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        check_architecture(config)
+        chosen = choose_dtype(dtype, config.model_type, on_cuda)
+        if not on_cuda:
+            _check_memory(directory, config, chosen)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # of any kind, where a file says what nobody expects
+        raise ModelLoadError(f"The model in {directory} cannot be served: {_first_line(error)}") from error
     return config, chosen
 
 
@@ -188,8 +193,10 @@ def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
     )
 
 
-def _check_memory(directory: Path, dtype: torch.dtype) -> None:
-    needed = sum(_num_elements(path) for path in directory.glob("*.safetensors")) * dtype.itemsize
+def _check_memory(directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """For what the files have, and for what the configuration says: room is made for that before they are compared."""
+    in_files = sum(_num_elements(path) for path in directory.glob("*.safetensors"))
+    needed = max(in_files, _num_parameters(config)) * dtype.itemsize
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelLoadError(
@@ -198,17 +205,36 @@ def _check_memory(directory: Path, dtype: torch.dtype) -> None:
 
 
 def _num_elements(path: Path) -> int:
-    """From the header of a safetensors file: https://huggingface.co/docs/safetensors."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    count = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            size = 1
-            for length in tensor["shape"]:
-                size *= length
-            count += size
-    return count
+    """Of a safetensors file, whose header is found to be true first."""
+    with safe_open(path, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+
+
+def _num_parameters(config: PreTrainedConfig) -> int:
+    """0 for a model that is quantized already."""
+    if getattr(config, "quantization_config", None) is not None:
+        return 0
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    return int(model.num_parameters())
+
+
+def _check_layers(directory: Path) -> None:
+    """Before anything is made for each layer that a configuration says there is."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    parts = [config, *config.values()] if isinstance(config, dict) else []
+    said = [part.get("num_hidden_layers") for part in parts if isinstance(part, dict)]
+    num_layers = max((number for number in said if isinstance(number, int)), default=0)
+    num_tensors = sum(_num_tensors(path) for path in directory.glob("*.safetensors"))
+    if num_layers > num_tensors:
+        raise ModelLoadError(
+            f"The model in {directory} says it has {num_layers} layers, and has {num_tensors} tensors."
+        )
+
+
+def _num_tensors(path: Path) -> int:
+    with safe_open(path, "pt") as file:
+        return len(file.keys())
 
 
 def _first_line(error: Exception) -> str:

@@ -77,15 +77,18 @@ def _joined(blocks: list[Object], kind: str) -> str:
 
 def _thinking_block(block: Object) -> Object | None:
     """What the next request must send back; without a signature it would be refused there."""
-    if block.get("type") == "redacted_thinking" and block.get("data"):
-        return {"type": "redacted_thinking", "data": block["data"]}
-    if block.get("type") == "thinking" and block.get("signature"):
-        return {"type": "thinking", "thinking": _string(block.get("thinking")), "signature": block["signature"]}
+    if block.get("type") == "redacted_thinking" and (data := _string(block.get("data"))):
+        return {"type": "redacted_thinking", "data": data}
+    if block.get("type") == "thinking" and (signature := _string(block.get("signature"))):
+        return {"type": "thinking", "thinking": _string(block.get("thinking")), "signature": signature}
     return None
 
 
 def _call(block: Object) -> Object:
-    arguments = json.dumps(_object(block.get("input")), ensure_ascii=False)
+    try:
+        arguments = json.dumps(_object(block.get("input")), ensure_ascii=False)
+    except RecursionError as error:
+        raise UpstreamError("claude: a call is nested too deeply.", code="upstream_invalid_response") from error
     function = {"name": _string(block.get("name")), "arguments": arguments}
     return {"id": _string(block.get("id")), "type": "function", "function": function}
 

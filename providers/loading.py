@@ -157,9 +157,10 @@ def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, n
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {error}".splitlines()[0]) from error
-    return PromptTemplate(tokenizer, model_type, tokens_per_image, name)
+        return PromptTemplate(tokenizer, model_type, tokens_per_image, name)
+    except Exception as error:  # of any kind, where a file says what nobody expects
+        reason = str(error).strip() or type(error).__name__
+        raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {reason}".splitlines()[0]) from error
 
 
 def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:

@@ -21,6 +21,7 @@ from providers.upstream_errors import error_in
 
 Object = dict[str, Any]
 Dropped = list[str]
+LARGEST_FLOAT = 3.4e38  # of 32 bits, about
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"|"type"\s*:\s*"response\.(completed|incomplete|failed)"')
 
 
@@ -142,7 +143,7 @@ class GeminiFixes(Fixes):
 
 
 def _is_vector(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+    return isinstance(value, list) and all(isinstance(x, int | float) and abs(x) <= LARGEST_FLOAT for x in value)
 
 
 class DeepSeekFixes(Fixes):
@@ -275,8 +276,8 @@ def failure_in(body: Object) -> Object | None:
     """An error inside of what came with the status of success."""
     status = body.get("base_resp")
     if isinstance(status, dict) and status.get("status_code"):
-        known = {1002: 429, 1004: 401, 1008: 402, 2049: 401}
-        return {"message": status.get("status_msg"), "status": known.get(status["status_code"], 502)}
+        known, code = {1002: 429, 1004: 401, 1008: 402, 2049: 401}, status["status_code"]
+        return {"message": status.get("status_msg"), "status": known.get(code, 502) if isinstance(code, int) else 502}
     error = error_in(body)
     return (
         None

@@ -29,6 +29,7 @@ LONGEST_WAIT = 20.0  # seconds; a provider that asks for more is not waited for
 LARGEST = 64 * 2**20  # bytes of an answer, or of one event
 NUM_FAILURES, COOLDOWN = 3, 30.0  # requests in a row that found no connection; seconds in which no more are tried
 MIN_SECRET = 8  # characters of what is taken for a key
+_BOM = b"\xef\xbb\xbf"
 _END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\r\n|\r\n\n|\n\n|\r\r")
 
 
@@ -200,8 +201,8 @@ async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGener
     try:
         async for part in response.aiter_raw():
             text += part
-            if is_first:
-                text, is_first = text.removeprefix(b"\xef\xbb\xbf"), False
+            if is_first and (len(text) >= len(_BOM) or not _BOM.startswith(text)):
+                text, is_first = text.removeprefix(_BOM), False
             start = 0
             while found := _END_OF_EVENT.search(text, max(start, searched)):
                 yield text[start : found.end()]
