@@ -108,7 +108,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     app.add_middleware(Access, keys=settings.api_keys)
     _add_cors(app, settings)  # before keys are asked for: a browser asks without one whether it may call
     app.add_middleware(Observer, metrics=metrics, span=tracing.span())
-    app.add_middleware(RequestId)
+    app.add_middleware(RequestId, secrets=[key.secret.get_secret_value() for key in settings.api_keys])
     _add_error_handlers(app)
     _add_endpoints(app)
     return app

@@ -142,7 +142,10 @@ class Protocol(HttpToolsProtocol):
 
     def _on_slow_head(self) -> None:
         self._timer = None
-        self._refuse(TooSlow("The request's headers did not come in time."))
+        if self._head_size:
+            self._refuse(TooSlow("The request's headers did not come in time."))
+        else:  # it never said anything
+            self.transport.close()
 
     def _check_body(self) -> None:
         """A large body may take long, one that drips may not."""

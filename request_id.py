@@ -5,6 +5,7 @@ Pure ASGI, so that a client that leaves is still seen by the endpoint.
 
 import logging
 import re
+from collections.abc import Sequence
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,14 +18,17 @@ VALID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # what a client may choose: nothi
 
 
 class RequestId:
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, secrets: Sequence[str] = ()) -> None:
+        """secrets: what an id, which is logged, must not have in it."""
         self.app = app
+        self._secrets = [secret.encode() for secret in secrets]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given if VALID.fullmatch(given) else f"req_{uuid4().hex}".encode()
+        is_fine = VALID.fullmatch(given) and not any(secret in given for secret in self._secrets)
+        request_id = given if is_fine else f"req_{uuid4().hex}".encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         has_begun = False
 
