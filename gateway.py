@@ -5,12 +5,10 @@ It reads the model's name and nothing else of a request, so what a provider know
 
 import json
 import re
-from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 import record
@@ -18,14 +16,13 @@ from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_l
 from errors import APIError, UpstreamError
 from providers import Router
 from providers.base import Gateway
+from strict_json import Handler, StrictRoute, loads
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')  # names are short
 
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
-
-class GatewayRoute(APIRoute):
+class GatewayRoute(StrictRoute):
     def get_route_handler(self) -> Handler:
         local, path = super().get_route_handler(), self.path.removeprefix("/v1").strip("/")
         if path not in PATHS:
@@ -52,7 +49,7 @@ async def _concerning(request: Request, router: Router) -> dict[str, Any] | None
     if not any(router.alias(name) != name or router.gateway(name) or len(router.tries(name)) > 1 for name in names):
         return None
     try:
-        body = json.loads(content)
+        body = loads(content)
     except (ValueError, RecursionError):
         return None  # the endpoint says what is wrong
     is_one = isinstance(body, dict) and isinstance(body.get("model"), str)

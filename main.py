@@ -67,6 +67,7 @@ from schemas import (
     TokenizeResponse,
 )
 from streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
+from strict_json import StrictRoute
 
 log = logging.getLogger("main")
 
@@ -95,7 +96,13 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     metrics = Metrics()
     local = LocalProvider(settings, on_failure, load, metrics)
     embeddings = EmbeddingModels(settings)
-    app = FastAPI(title="Gemma 3 / Qwen server", version="0.1.0", lifespan=lifespan, telemetry=tracing.configuration())
+    app = FastAPI(
+        title="Gemma 3 / Qwen server",
+        version="0.1.0",
+        lifespan=lifespan,
+        telemetry=tracing.configuration(),
+        redirect_slashes=False,
+    )
     app.state.failure = None
     app.state.settings = settings
     app.state.metrics = metrics
@@ -104,6 +111,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     app.state.hub = hub = HubModels(settings, load, metrics=metrics)
     app.state.router = Router(settings, lambda name: local.serves(name) or embeddings.is_own(name))
     metrics.watch(lambda: (*local.engines, *hub.engines))
+    app.router.route_class = StrictRoute
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_size, max_body_memory=settings.max_body_memory)
     app.add_middleware(Access, keys=settings.api_keys)
     _add_cors(app, settings)  # before keys are asked for: a browser asks without one whether it may call

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import tool_formats
@@ -228,6 +229,11 @@ class PromptTemplate:
         known = [token for family in FAMILIES for token in family.ends if token not in _GLM_ENDS]
         used = [token for token in (*known, *self.family.ends) if token in self._source]
         return list(dict.fromkeys(own + [self._vocabulary[token] for token in used if token in self._vocabulary]))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that one token can stand for."""
+        return max(map(len, self._vocabulary))
 
     def token_id(self, token: str) -> int | None:
         return self._vocabulary.get(token)

@@ -19,7 +19,7 @@ MAX_HEADERS = 1000
 OVERHEAD = 16  # bytes of chunks' heads for one of a body, at most
 BYTES_PER_SECOND = 10_000  # that a body has to come with, beside BODY_TIMEOUT
 LINGER = 5.0  # seconds that a client gets to read why it was refused
-LARGEST_REST = 2**24  # bytes behind a refusal that are still read: many clients send all before they read an answer
+LARGEST_REST = 2**23  # bytes behind a refusal that are still read: many clients send all before they read an answer
 
 
 class TooLarge(InvalidRequest):
@@ -102,7 +102,8 @@ class Protocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self.bounds.max_header_size:
             raise self._noted(self._head_too_large())
-        if b"transfer-encoding" in names and (b"content-length" in names or names.count(b"transfer-encoding") > 1):
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (codings != [b"chunked"] or b"content-length" in names):
             raise self._noted(InvalidRequest("The body's length is said in two ways."))
         self._is_reading_head = False
         self._began = time.monotonic()

@@ -126,6 +126,14 @@ class Message(RequestBody):
     tool_calls: list[Object] | None = None
     tool_call_id: str | None = None
     function_call: Object | None = None  # the older form of one tool call
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be read of it, but for calls."""
+        if not isinstance(self.content, list):
+            return [self.content or ""]
+        return [part.text for part in self.content if part.text]
+
     audio: Object | None = _refused()
 
 

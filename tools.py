@@ -102,7 +102,7 @@ def _function(tool: Object, path: str) -> Object:
 def _choice(given: str | Object | None, names: list[str]) -> tuple[str, list[str]]:
     """Whether tools may, must or must not be called, or one of them once; and which."""
     if isinstance(given, str) or given is None:
-        mode = given or "auto"
+        mode = "auto" if given is None else given
         if mode not in ("none", "auto", "required"):
             raise _invalid("tool_choice is none, auto, required or an object that names a function.", "tool_choice")
         if mode == "required" and not names:

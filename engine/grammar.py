@@ -4,14 +4,17 @@ Masks are computed by threads of their own: while a GPU computes the step's logi
 only be in each other's way, right after.
 """
 
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy
+import psutil
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -22,7 +25,11 @@ if TYPE_CHECKING:
 
     from engine.sequence import Sequence
 
-MOST_KEPT = 128  # compiled grammars
+MOST_KEPT, MOST_MEMORY = (
+    128,
+    64 * 2**20,
+)  # compiled grammars, and bytes that they take; one with counts can take 400 MiB
+LARGE = 8 * 2**20  # bytes; what is less, the allocator may keep for the next one
 LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
 WORD = 32  # tokens in a word of a mask
 
@@ -143,7 +150,7 @@ class GrammarCompiler:
         self._tokenizer, self._num_tokens = tokenizer, num_tokens
         self._eos_token_ids = sorted(eos_token_ids)
         self._compiler: LLTokenizer | None = None
-        self._known: OrderedDict[str, Grammar] = OrderedDict()  # the least recently used first
+        self._known: OrderedDict[str, tuple[Grammar, int]] = OrderedDict()  # the least recently used first
         self._lock = threading.Lock()
 
     def compile(self, text: str) -> Grammar:
@@ -151,11 +158,12 @@ class GrammarCompiler:
         with self._lock:
             if text in self._known:
                 self._known.move_to_end(text)
-                return self._known[text]
+                return self._known[text][0]
             if self._compiler is None:
                 slices = LLTokenizer.json_slices()
                 self._compiler = LLTokenizer(self._tokenizer(), self._num_tokens, self._eos_token_ids, slices)
             compiler = self._compiler
+        before = _resident()
         prototype = LLMatcher(compiler, text, log_level=0, limits=LIMITS)
         if prototype.is_error():
             raise ValueError(prototype.get_error().splitlines()[0])
@@ -163,11 +171,28 @@ class GrammarCompiler:
         first = int.from_bytes(grammar.matcher().mask([]) or b"", "little")
         if not first & ~sum(1 << token_id for token_id in self._eos_token_ids):
             raise ValueError("no answer fits it")
-        with self._lock:
-            self._known[text] = grammar
-            while len(self._known) > MOST_KEPT:
-                self._known.popitem(last=False)
+        self._keep(text, grammar, max(0, _resident() - before))
         return grammar
+
+    def _keep(self, text: str, grammar: Grammar, num_bytes: int) -> None:
+        """num_bytes: by how much the process grew meanwhile, which is at least what the grammar takes."""
+        freed = 0
+        with self._lock:
+            self._known[text] = grammar, num_bytes
+            while len(self._known) > MOST_KEPT or sum(size for _, size in self._known.values()) > MOST_MEMORY:
+                freed += self._known.popitem(last=False)[1][1]
+        if freed > LARGE:
+            _trim()
+
+
+def _resident() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def _trim() -> None:
+    """Has the C library give back what was freed: it keeps large pieces for itself."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _pool = ThreadPoolExecutor(2, "masks")

@@ -207,6 +207,7 @@ class LocalProvider:
         """The prompt of messages, and where its images are. A model that does not see fetches nothing."""
         messages = request.messages or []
         views = [] if loaded.eyes is None else await loaded.eyes.see(messages, self._fetcher, self.settings.max_images)
+        _check_characters(loaded, sum(len(text) for message in messages for text in message.texts), "messages")
         thinks = False if request.thinks is None and _is_task(request) else request.thinks
         options = RenderOptions(
             request.continue_final_message,
@@ -227,6 +228,8 @@ class LocalProvider:
         n, best_of = num_answers(request)
         check_suffix(request)
         _check_room(loaded.engine, len(request.prompts) * best_of, "prompt")
+        for text in [prompt for prompt in request.prompts if isinstance(prompt, str)]:
+            _check_characters(loaded, len(text), "prompt")
         prompts = [await asyncio.to_thread(Prompt.of, loaded, request.suffix, prompt) for prompt in request.prompts]
         sources: list[AsyncGenerator[Piece]] = []
         for number, prompt in enumerate(prompts):
@@ -273,13 +276,14 @@ class LocalProvider:
     # --- tokens
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
-        loaded = self._ready(request.model or self.name)
+        loaded = self._ready(self.name if request.model is None else request.model)
         template = loaded.template
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either prompt or messages.", param="prompt", code="invalid_value")
         if request.messages is not None:
             token_ids, _ = await self._render(loaded, request, toolbox_of(request))
         else:
+            _check_characters(loaded, len(request.prompt or ""), "prompt")
             has_bos = request.add_special_tokens is not False
             token_ids = await asyncio.to_thread(template.render_text, request.prompt or "", has_bos)
         texts = [loaded.texts.text_of(i) for i in token_ids] if request.return_token_strs else None
@@ -287,7 +291,7 @@ class LocalProvider:
         return TokenizeResponse(count=len(token_ids), max_model_len=limit, tokens=token_ids, token_strs=texts)
 
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
-        loaded = self._ready(request.model or self.name)
+        loaded = self._ready(self.name if request.model is None else request.model)
         if any(token_id >= loaded.engine.num_embeddings for token_id in request.tokens):
             raise InvalidRequest(
                 f"Token ids are below {loaded.engine.num_embeddings}.", param="tokens", code="invalid_value"
@@ -322,6 +326,17 @@ class LocalProvider:
         given = {field.name: getattr(request, field.name) for field in fields(SamplingParams)}
         values = {**loaded.defaults, **{name: value for name, value in given.items() if value is not None}}
         return SamplingParams(**{**values, "max_tokens": wanted or min(left, default_max_tokens or left)})
+
+
+def _check_characters(loaded: Loaded, num_characters: int, param: str) -> None:
+    """What must be too long, whatever its tokens are, is not tokenized: that takes a second for each megabyte."""
+    limit = loaded.engine.max_model_len
+    if num_characters > limit * loaded.template.longest_token:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limit} tokens, and {num_characters} characters are more than "
+            "that. Please reduce the length of the prompt. (context_length_exceeded)",
+            param=param,
+        )
 
 
 def _is_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:
