@@ -16,7 +16,7 @@ from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_l
 from errors import APIError, UpstreamError
 from providers import Router
 from providers.base import Gateway
-from strict_json import Handler, StrictRoute, loads
+from strict_json import Handler, StrictRequest, StrictRoute, loads, strict
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')  # names are short
@@ -30,6 +30,7 @@ class GatewayRoute(StrictRoute):
 
         async def handle(request: Request) -> Response:
             router: Router = request.app.state.router
+            request = strict(request)
             try:
                 body = await _concerning(request, router)
             except ClientDisconnect:
@@ -117,4 +118,4 @@ def _with_body(request: Request, body: dict[str, Any]) -> Request:
         message, content = {"type": "http.request", "body": content, "more_body": False}, None
         return message
 
-    return Request(request.scope, receive)
+    return StrictRequest(request.scope, receive)

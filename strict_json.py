@@ -30,11 +30,16 @@ class StrictRequest(Request):
         return self._json
 
 
+def strict(request: Request) -> StrictRequest:
+    """The same one if it is strict already: its body may have been read."""
+    return request if isinstance(request, StrictRequest) else StrictRequest(request.scope, request.receive)
+
+
 class StrictRoute(APIRoute):
     def get_route_handler(self) -> Handler:
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(StrictRequest(request.scope, request.receive))
+            return await handler(strict(request))
 
         return handle

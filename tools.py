@@ -8,6 +8,7 @@ from typing import Any
 
 from errors import InvalidRequest
 from messages import check_characters
+from repetition import is_too_large
 from schemas import ChatCompletionRequest, TokenizeRequest
 
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
@@ -66,6 +67,17 @@ def check_size(value: Any, field: str) -> None:
     if text is None or len(text) > MAX_LENGTH:
         raise _invalid(f"{field} is longer than {MAX_LENGTH} characters, or deeper than {MAX_DEPTH} levels.", field)
     check_characters(text, field)
+    if any(is_too_large(own) for own in _texts(value)):
+        raise _invalid(f"{field} has a pattern whose counts make it too large.", field)
+
+
+def _texts(value: Any) -> list[str]:
+    """All in it, at any level; patterns are among them."""
+    level, found = [value], []
+    while level:
+        found += [item for item in level if isinstance(item, str)]
+        level = [item for value in level for item in _items(value)]
+    return found
 
 
 def _depth(value: Any) -> int:

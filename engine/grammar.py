@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
     from engine.sequence import Sequence
 
-MOST_KEPT, MOST_MEMORY = (
-    128,
-    64 * 2**20,
-)  # compiled grammars, and bytes that they take; one with counts can take 400 MiB
+MOST_KEPT, MOST_MEMORY = 128, 64 * 2**20  # compiled grammars, and bytes that they take
 LARGE = 8 * 2**20  # bytes; what is less, the allocator may keep for the next one
 LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
 WORD = 32  # tokens in a word of a mask

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMPLETION_MAX_TOKENS = 2048  # where a completion request is silent; the specification's default
+FEWEST_CHARACTERS = 2**20  # that are tokenized, however short the context is
 BACKGROUND = 1  # priority of what nobody is looking at
 
 
@@ -331,7 +332,7 @@ class LocalProvider:
 def _check_characters(loaded: Loaded, num_characters: int, param: str) -> None:
     """What must be too long, whatever its tokens are, is not tokenized: that takes a second for each megabyte."""
     limit = loaded.engine.max_model_len
-    if num_characters > limit * loaded.template.longest_token:
+    if num_characters > max(limit * loaded.template.longest_token, FEWEST_CHARACTERS):
         raise ContextLengthExceeded(
             f"This model's maximum context length is {limit} tokens, and {num_characters} characters are more than "
             "that. Please reduce the length of the prompt. (context_length_exceeded)",
