@@ -4,12 +4,10 @@ Masks are computed by threads of their own: while a GPU computes the step's logi
 only be in each other's way, right after.
 """
 
-import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +16,7 @@ import psutil
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+import memory
 from engine import sampling_kernels
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 MOST_KEPT, MOST_MEMORY = 128, 64 * 2**20  # compiled grammars, and bytes that they take
-LARGE = 8 * 2**20  # bytes; what is less, the allocator may keep for the next one
 LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
 WORD = 32  # tokens in a word of a mask
 
@@ -178,18 +176,12 @@ class GrammarCompiler:
             self._known[text] = grammar, num_bytes
             while len(self._known) > MOST_KEPT or sum(size for _, size in self._known.values()) > MOST_MEMORY:
                 freed += self._known.popitem(last=False)[1][1]
-        if freed > LARGE:
-            _trim()
+        if freed > memory.LARGE:
+            memory.trim()
 
 
 def _resident() -> int:
     return int(psutil.Process().memory_info().rss)
-
-
-def _trim() -> None:
-    """Has the C library give back what was freed: it keeps large pieces for itself."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 _pool = ThreadPoolExecutor(2, "masks")
