@@ -4,8 +4,6 @@ Pure ASGI, as Starlette's own, which answers in plain text instead of this serve
 have a bound too: many that are each small enough could fill the memory.
 """
 
-import asyncio
-
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,11 +40,8 @@ class BodyLimit:
             await self.app(scope, receive_up_to_limit, send)
         finally:
             self._num_held -= num_read
-            if num_read > memory.LARGE:  # what was made of it is gone in a moment
-                asyncio.get_running_loop().call_later(1.0, self._trim)
-
-    def _trim(self) -> None:
-        asyncio.get_running_loop().run_in_executor(None, memory.trim)
+            if num_read > memory.LARGE:
+                memory.trim_soon()
 
     def _check(self, size: int, num_to_come: int) -> None:
         if size > self.max_body_size:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from engine.sequence import Sequence
 
-MOST_KEPT, MOST_MEMORY = 128, 64 * 2**20  # compiled grammars, and bytes that they take
+MOST_KEPT, MOST_MEMORY = 128, 32 * 2**20  # compiled grammars, and bytes that they take
 LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
 WORD = 32  # tokens in a word of a mask
 
@@ -176,8 +176,8 @@ class GrammarCompiler:
             self._known[text] = grammar, num_bytes
             while len(self._known) > MOST_KEPT or sum(size for _, size in self._known.values()) > MOST_MEMORY:
                 freed += self._known.popitem(last=False)[1][1]
-        if freed > memory.LARGE:
-            memory.trim()
+        if max(freed, num_bytes) > memory.LARGE:  # what compiling took is more than what is kept
+            memory.trim_soon()
 
 
 def _resident() -> int:
