@@ -1,6 +1,6 @@
 """Keys: every route but GET /health needs one, in the one place where it belongs, before anything of a body is read.
 
-The numbers are rows of the table of required behaviour.
+The numbers are rows of rows.md.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Hostile requests to the real process: each gets the answer that it must, and nothing of it remains.
 
-The rows are those of the table of required behaviour; a case's name begins with its row. After every row the server
+The rows are those of rows.md; a case's name begins with its row. After every row the server
 answers as it did before.
 """
 

@@ -1,7 +1,7 @@
 """Bytes that are hardly HTTP, slow clients and clients that leave, against the real process.
 
 Whatever comes, nothing that follows a request with two readings is answered, memory stays, and the next client is
-served. The numbers are rows of the table of required behaviour.
+served. The numbers are rows of rows.md.
 """
 
 import json
