@@ -228,7 +228,7 @@ class Engine:
         """Raises what `generate` would raise for one of so many sequences, with so many tokens of prompts, before any
         of them begins."""
         if self.failure is not None:
-            raise EngineFailure("The engine has stopped after an error; the server must be restarted.")
+            raise Unavailable("The engine has stopped after an error; the server ends.", retry_after=30)
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
         if len(self._live) + num_sequences > self.max_live:

@@ -21,7 +21,7 @@ from engine.engine import Engine
 from engine.model_runner import ModelRunner
 from engine.sampling import SampledToken
 from engine.scheduler import Batch
-from errors import APIError, EngineFailure
+from errors import EngineFailure, Unavailable
 
 Tokens = list[list[SampledToken | None]]
 Fault = Callable[[Batch], BaseException | None]
@@ -153,8 +153,9 @@ def test_what_no_step_can_follow_ends_the_engine_and_everybody_is_told(error: Ba
         tasks = [answer(engine, prompt, greedy()) for prompt in prompts(6)]
         async with asyncio.timeout(20):
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        with pytest.raises(APIError):
+        with pytest.raises(Unavailable) as refusal:
             await answer(engine, prompts(1)[0], greedy())
+        assert refusal.value.status == 503 and refusal.value.retry_after
         await engine.close()
         return outcomes
 
