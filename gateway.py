@@ -16,7 +16,7 @@ from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_l
 from errors import APIError, UpstreamError
 from providers import Router
 from providers.base import Gateway
-from strict_json import Handler, StrictRequest, StrictRoute, loads, strict
+from strict_json import Handler, StrictRequest, StrictRoute, is_json, loads, strict
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')  # names are short
@@ -42,8 +42,7 @@ class GatewayRoute(StrictRoute):
 
 async def _concerning(request: Request, router: Router) -> dict[str, Any] | None:
     """The body of a request that is not simply this server's. Others are not parsed here: they may be large."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
+    if not is_json(request):
         return None  # pages of any origin may send other types: the endpoint refuses them
     content = await request.body()
     names = {_text(quoted) for quoted in {match[1] for match in _MODEL.finditer(content)}}

@@ -1,26 +1,56 @@
 """Bodies as JSON, strictly: UTF-8, and no NaN or Infinity, which Python's own parser takes and no other does."""
 
 import json
+import math
 from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+
+from connection import CLIENT_GONE
+from errors import InvalidRequest
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def loads(body: bytes) -> Any:
-    """Raises json.JSONDecodeError, or RecursionError for what is too deep."""
+    """Raises json.JSONDecodeError, RecursionError for what is too deep, InvalidRequest for NaN and the like."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise json.JSONDecodeError("It is no UTF-8", "", error.start) from error
-    return json.loads(text, parse_constant=_refuse)
+    constants: list[str] = []
+
+    def noted(name: str) -> float:
+        constants.append(name)
+        return math.nan
+
+    value = json.loads(text, parse_constant=noted)
+    if constants:
+        path = _path_of_nan(value)
+        raise InvalidRequest(f"{path}: {constants[0]} is no number of JSON.", param=path or None, code="invalid_value")
+    return value
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise json.JSONDecodeError(f"{constant} is no number of JSON", "", 0)
+def _path_of_nan(value: Any) -> str:
+    """`a.b[0]`"""
+    left: list[tuple[str, Any]] = [("", value)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, float) and math.isnan(value):
+            return path
+        if isinstance(value, dict):
+            left += [(f"{path}.{key}" if path else key, item) for key, item in value.items()]
+        elif isinstance(value, list):
+            left += [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    return ""
+
+
+def is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
 
 
 class StrictRequest(Request):
@@ -40,6 +70,14 @@ class StrictRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(strict(request))
+            request = strict(request)
+            try:
+                if is_json(request):
+                    await request.json()
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_GONE)
+            except (ValueError, RecursionError):
+                pass  # the handler meets it again, and says what is wrong
+            return await handler(request)
 
         return handle
