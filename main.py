@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import resource
 import signal
 import sys
 import threading
@@ -394,6 +393,10 @@ def main(load: Load = load) -> None:
 
 def _allow_many_files() -> None:
     """A connection is a file, and the usual bound is 1024."""
+    if sys.platform == "win32":
+        return
+    import resource
+
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if most == resource.RLIM_INFINITY else min(most, 65536)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
