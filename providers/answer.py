@@ -114,8 +114,9 @@ class Meter:
                 own.queue.observe(piece.waited)
                 own.prefix_hits.inc(piece.num_reused)
                 own.prefix_queries.inc(self._prompt_tokens // max(1, len(self._reused)))
-            for _ in range(num_new if piece.index in self._counts else 0):
-                own.between_tokens.observe((now - self._last[piece.index]) / num_new)
+            is_first = piece.index not in self._counts
+            for _ in range(num_new - is_first):  # those that came together share the time since the last
+                own.between_tokens.observe((now - self._last.get(piece.index, now)) / num_new)
         self._last[piece.index] = now
 
     @property

@@ -28,7 +28,6 @@ SECRET = "a secret of the prompt"
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint: Path) -> Iterator[Server]:
     settings = {"MODEL_PATH": str(tiny_checkpoint), "DTYPE": "float32", "LOG_FORMAT": "json"}
-    settings["NUM_SPECULATIVE_TOKENS"] = "0"  # several tokens at once have no time between them
     with serve(MAIN, **settings, API_KEYS=f"alice:{KEY}") as server:
         server.wait_until_healthy()
         yield server
