@@ -50,7 +50,7 @@ class Protocol(HttpToolsProtocol):
 
     # --- the connection
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._await_head()
         if len(self.connections) > self.bounds.max_connections:

@@ -5,7 +5,8 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def structure_of(request: Structured, box: Toolbox | None, style: ToolFormat, li
     asked = _grammar_of(request)
     if box is None:
         return None if asked is None else Structure(asked[0], {asked[1]: asked[0]})
-    parts = {box.fields[name]: _of_json(schema) for name, schema in box.schemas.items()}
+    parts = {box.fields[name]: _part(schema, box.fields[name]) for name, schema in box.schemas.items()}
     if box.is_required:
         text = calls_grammar(style, box.schemas, literals, box.is_parallel)
         return Structure(_of_lark(text), parts)
@@ -80,15 +81,27 @@ def _grammar_of(request: Structured) -> tuple[str, str] | None:
     if len(found) > 1:
         raise _invalid(f"{found[0][0]} and {found[1][0]} cannot go together.", found[1][0])
     field, kind, value = found[0]
-    try:
+    with _refusing(field):
         if kind == "json" and isinstance(value, str):
             value = json.loads(value)
         check_size(value, field)
         return KINDS[kind](value), field
+
+
+@contextmanager
+def _refusing(field: str) -> Iterator[None]:
+    """Raises InvalidRequest for what is no structure."""
+    try:
+        yield
     except RecursionError as error:
         raise _invalid(f"{field} is nested too deeply.", field) from error
     except (ValueError, TypeError) as error:
         raise _invalid(f"{field}: {str(error).splitlines()[0]}", field) from error
+
+
+def _part(schema: Any, field: str) -> str:
+    with _refusing(field):
+        return _of_json(schema)
 
 
 def _asked(request: Structured) -> list[tuple[str, str, Any]]:

@@ -197,17 +197,17 @@ def _plain(headers: httpx2.Headers) -> httpx2.Headers:
 
 async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGenerator[bytes]:
     """Each event as it came, with the blank line behind it. Raises APIError; closes the response."""
-    text, searched, is_first = b"", 0, True
+    text, searched, is_first = bytearray(), 0, True
     try:
         async for part in response.aiter_raw():
             text += part
-            if is_first and (len(text) >= len(_BOM) or not _BOM.startswith(text)):
+            if is_first and (len(text) >= len(_BOM) or not _BOM.startswith(bytes(text))):
                 text, is_first = text.removeprefix(_BOM), False
             start = 0
             while found := _END_OF_EVENT.search(text, max(start, searched)):
-                yield text[start : found.end()]
+                yield bytes(text[start : found.end()])
                 start = searched = found.end()
-            text = text[start:]
+            del text[:start]
             searched = max(0, len(text) - 3)  # an end may be cut in two
             if len(text) > LARGEST:
                 raise upstream.fault("sent an event without end", 502, "upstream_invalid_response")
@@ -215,8 +215,8 @@ async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGener
         raise upstream.transport_fault(error) from error
     finally:
         await response.aclose()
-    if text.strip() and _is_whole(text):
-        yield text + b"\n\n"
+    if text.strip() and _is_whole(bytes(text)):
+        yield bytes(text) + b"\n\n"
 
 
 def _is_whole(event: bytes) -> bool:

@@ -1,10 +1,10 @@
 """One provider over HTTP, with a transport in the network's place: when it rests, and where its events end."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import httpx2
 import pytest
+from upstreams import Parts
 
 from errors import UpstreamError
 from providers.upstream import NUM_FAILURES, Access, Upstream, events_of
@@ -14,15 +14,6 @@ URL = "http://provider.example/v1/chat/completions"
 
 def access(num_retries: int) -> Access:
     return Access("theirs", "THEIR_API_KEY", {}, needs_key=False, timeout=5, total_timeout=5, num_retries=num_retries)
-
-
-class Parts(httpx2.AsyncByteStream):
-    def __init__(self, parts: list[bytes]) -> None:
-        self.parts = parts
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for part in self.parts:
-            yield part
 
 
 def test_a_provider_rests_after_requests_that_found_no_connection_not_after_attempts() -> None:
