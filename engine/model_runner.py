@@ -113,7 +113,7 @@ def _load_stock(
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns with every product
         options["quantization_config"] = BitsAndBytesConfig(**BITSANDBYTES[how], bnb_4bit_compute_dtype=dtype)
     with _weights_progress(report):
-        model = AutoModelForCausalLM.from_pretrained(
+        both = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -121,9 +121,13 @@ def _load_stock(
             attn_implementation=_attention_of(config),
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
-    return cast(PreTrainedModel, model)
+    model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], both)
+    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them at random
+        raise ModelLoadError(f"its files lack {len(missing)} tensors: {', '.join(missing[:3])}")
+    return model
 
 
 def choose_quantization(wanted: str, dtype: str, on_cuda: bool, directory: Path) -> str:

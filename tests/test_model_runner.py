@@ -1,12 +1,14 @@
 """What can be loaded and how: types of numbers, kinds of layers, and families beside the four of the engine's tests."""
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import VOCAB
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     Gemma2Config,
@@ -81,6 +83,16 @@ def test_saved_models_give_the_tokens_of_generate(name: str, tmp_path: Path) -> 
     model = load_model(tmp_path, "float32", "cpu", lambda phase, fraction: None)
     options = EngineOptions(max_num_batched_tokens=32, max_num_mixed_tokens=16, max_num_seqs=8, kv_block_size=4)
     assert asyncio.run(answers(model, options, prompts)) == expected
+
+
+def test_a_checkpoint_without_some_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    MODELS["mistral-sliding"]().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=re.escape(lost)):
+        load_model(tmp_path, "float32", "cpu", lambda phase, fraction: None)
 
 
 async def answers(model: PreTrainedModel, options: EngineOptions, prompts: list[list[int]]) -> list[list[int]]:
