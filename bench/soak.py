@@ -9,7 +9,8 @@ are asked for too. Where KV_CACHE_MEMORY is not set, the cache is small, so that
 table, writes JSON and a picture, and exits with 1 where something does not hold.
 
 lost          a stream that ended neither with [DONE] nor with an error, or an answer that was cut short
-mismatch      a greedy answer that is not the one that was given alone
+mismatch      a greedy answer that is not the one that was given alone. Where two tokens are equally likely but for the
+              rounding of bfloat16, the batch decides which one comes; not so with DTYPE=float32
 RSS slope     MB (10**6 bytes) per minute by least squares, without the first 20 % of the time, or 2 minutes
 """
 
@@ -543,13 +544,15 @@ def plot(samples: list[Sample], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(run: Run, result: Outcome, model: str, directory: Path) -> Path:
+def write(run: Run, result: Outcome, model: str, dtype: str, directory: Path) -> Path:
     described = machine.describe()
-    path = directory / f"soak-{datetime.now(UTC):%Y-%m-%d}.json"
+    ending = "" if dtype == "auto" else f"-{dtype}"
+    path = directory / f"soak-{datetime.now(UTC):%Y-%m-%d}{ending}.json"
     results = {
         "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "machine": described,
         "model": model,
+        "dtype": dtype,
         "outcome": asdict(result),
         "broken": result.broken,
         "requests": dict(sorted(run.kinds.items())),
@@ -585,7 +588,7 @@ def main() -> None:
         port = int(server.url.rpartition(":")[2])
         run, result = asyncio.run(soak(server, port, world, arguments.minutes, arguments.clients))
     print(table(run, result))
-    path = write(run, result, name, arguments.results)
+    path = write(run, result, name, settings.dtype, arguments.results)
     print(f"\nwritten to {path.name}")
     if result.broken:
         sys.exit(f"error: {'; '.join(result.broken)}")

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -308,7 +309,7 @@ class Engine:
         self._deliver([(sequence.sink, output or bad) for sequence, output in self.scheduler.update(batch, sampled)])
 
     def _recover(self, batch: Batch, error: Exception, is_last_try: bool) -> None:
-        release_memory()
+        release_memory(error)
         half = len(batch.spans) // 2
         if half:
             self._compute(Batch(batch.spans[:half]))
@@ -359,8 +360,9 @@ def is_fatal(error: Exception) -> bool:
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
-def release_memory() -> None:
-    """What a step that ran out of memory left behind."""
+def release_memory(error: BaseException) -> None:
+    """What a step that ran out of memory left behind: the error's traceback holds all that it had computed."""
+    traceback.clear_frames(error.__traceback__)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ import asyncio
 import random
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,23 +30,23 @@ POISON = 1  # the first token of a sequence that no step survives
 
 
 class Faulty(ModelRunner):
-    """The model, but for what `fault` says of a batch."""
+    """The model, but for what `fault` says of a batch: before it is computed, or when its values are written."""
 
     fault: Fault = staticmethod(lambda batch: None)
-    num_runs = 0
+    is_late = False
 
     def run(self, batch: Batch) -> Tokens:
-        self.num_runs += 1
+        tokens = super().run(batch) if self.is_late else []
         error = self.fault(batch)
         if error is not None:
             raise error
-        return super().run(batch)
+        return tokens or super().run(batch)
 
 
-def engine_with(fault: Fault) -> Engine:
+def engine_with(fault: Fault, is_late: bool = False) -> Engine:
     engine = engine_of("qwen3")
     faulty = Faulty(engine.runner.model, engine.runner.cache)
-    faulty.fault = fault
+    faulty.fault, faulty.is_late = fault, is_late
     engine.runner = faulty
     return engine
 
@@ -54,7 +55,8 @@ def out_of_memory() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_a_step_that_fails_once_is_nobodys_failure() -> None:
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_step_that_fails_once_is_nobodys_failure(is_late: bool) -> None:
     """Whichever step it is."""
     requests = prompts(6, longest=60)
     expected = [reference("qwen3", prompt, 12) for prompt in requests]
@@ -68,9 +70,28 @@ def test_a_step_that_fails_once_is_nobodys_failure() -> None:
         async def use(engine: Engine) -> list[list[int]]:
             return await asyncio.gather(*(answer(engine, prompt, greedy(12)) for prompt in requests))
 
-        engine = engine_with(fault)
+        engine = engine_with(fault, is_late)
         assert run(engine, use) == expected, number
         assert engine.num_failed_steps <= 1
+
+
+def test_what_a_failed_step_held_is_free_before_the_next_try() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fault(batch: Batch) -> Exception | None:
+        if held:
+            assert held[0]() is None
+            return None
+        activations = torch.empty(1000)
+        held.append(weakref.ref(activations))
+        raise out_of_memory()
+
+    async def use(engine: Engine) -> list[int]:
+        return await answer(engine, [1, 2, 3], greedy())
+
+    engine = engine_with(fault)
+    assert run(engine, use) == reference("qwen3", [1, 2, 3])
+    assert engine.num_failed_steps == 1
 
 
 def test_the_sequence_that_no_step_survives_fails_alone() -> None:
