@@ -5,7 +5,9 @@ uvicorn bounds none of these. A request that says its length in two ways is refu
 
 import asyncio
 import json
+import re
 import time
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -14,12 +16,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from config import Settings
 from errors import APIError, InvalidRequest, Overloaded
+from transport import Transport
 
 MAX_HEADERS = 1000
 OVERHEAD = 16  # bytes of chunks' heads for one of a body, at most
 BYTES_PER_SECOND = 10_000  # that a body has to come with, beside BODY_TIMEOUT
-LINGER = 5.0  # seconds that a client gets to read why it was refused
 LARGEST_REST = 2**23  # bytes behind a refusal that are still read: many clients send all before they read an answer
+BLANK_LINE = b"\r\n\r\n"  # ends a head, and a body in chunks
+_UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
+_NO_UPGRADE = b"\r\nignored"
 
 
 class TooLarge(InvalidRequest):
@@ -32,7 +37,10 @@ class TooSlow(InvalidRequest):
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. `with_bounds` makes the class for uvicorn."""
+    """One connection, and one request at a time: what comes behind it waits until it is answered, unread.
+
+    `with_bounds` makes the class for uvicorn.
+    """
 
     bounds: ClassVar[Settings]
 
@@ -40,45 +48,87 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._is_reading_head = True
         self._head_size = 0
-        self._num_messages = 0
+        self._last = b""  # bytes of this head or body, in which a blank line may have begun
+        self._length: int | None = 0  # bytes of the body; None: it comes in chunks
         self._num_raw = self._num_received = 0  # bytes of the body, with the heads of its chunks and without
         self._num_discarded = 0
+        self._held = bytearray()  # what came behind the request that is being answered
         self._began = 0.0
         self._error: APIError | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
 
     # --- the connection
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        bounded: Any = Transport(transport, self.loop, self.bounds.write_timeout, lambda: self._is_awaited)
+        super().connection_made(bounded)
         self._await_head()
         if len(self.connections) > self.bounds.max_connections:
             self._refuse(Overloaded("There are too many connections; try again later.", retry_after=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._timer, self._write_timer):
-            if timer is not None:
-                timer.cancel()
+        self._disarm()
+        self.transport.abort()
         super().connection_lost(exc)
+
+    @property
+    def _is_answering(self) -> bool:
+        """Whether a whole request is, so that nothing behind it has its turn."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether the client is still sending what will not be read."""
+        return not self._is_reading_head or self._error is not None
 
     def data_received(self, data: bytes) -> None:
         if self._error is not None or self.transport.is_closing():
             return self._discard(len(data))  # nothing behind a refusal is answered
-        if self._is_reading_head and self._timer is None:
+        start = 0
+        while start < len(data) and not self._is_answering and self._error is None:
+            start = self._feed(data, start)
+        if self._is_answering:
+            self._held += data[start:]
+            if len(self._held) > self.bounds.max_header_size:
+                self.flow.pause_reading()
+
+    def _feed(self, data: bytes, start: int) -> int:
+        """Gives the parser no more than the rest of one head, or one body; where that ends."""
+        if self._is_reading_head:
+            return self._feed_head(data, start)
+        end = self._behind_blank_line(data, start) if self._length is None else start + self._length - self._num_raw
+        self._num_raw += len(data[start:end])
+        super().data_received(data[start:end])
+        is_over = self._num_raw > OVERHEAD * self._num_received + self.bounds.max_header_size
+        if is_over and not self._is_reading_head:
+            self._refuse(InvalidRequest("The body's chunks are mostly what describes them."))
+        return end
+
+    def _feed_head(self, data: bytes, start: int) -> int:
+        while not self._head_size and data[start : start + 1] in (b"\r", b"\n"):  # RFC 9112, 2.2
+            start += 1
+        if start == len(data):
+            return start
+        if self._timer is None:
             self._await_head()
-        num_messages, was_head = self._num_messages, self._is_reading_head
-        super().data_received(data)
-        if self._num_messages != num_messages or self._is_reading_head != was_head or self._error is not None:
-            return  # it was a part of two things, which the parser's calls have seen
-        if was_head:
-            self._head_size += len(data)
-            if self._head_size > self.bounds.max_header_size:
-                self._refuse(self._head_too_large())
+        end = self._behind_blank_line(data, start)
+        self._head_size += end - start
+        # An offer that is not taken; the parser would take what follows for another protocol
+        super().data_received(_UPGRADE.sub(_NO_UPGRADE, data[start:end]))
+        if self._is_reading_head and self._head_size > self.bounds.max_header_size:
+            self._refuse(self._head_too_large())
+        return end
+
+    def _behind_blank_line(self, data: bytes, start: int) -> int:
+        """The end of the data where there is none."""
+        before = self._last
+        if (found := (before + data[start : start + 3]).find(BLANK_LINE)) >= 0:
+            end = start + found + len(BLANK_LINE) - len(before)
         else:
-            self._num_raw += len(data)
-            if self._num_raw > OVERHEAD * self._num_received + self.bounds.max_header_size:
-                self._refuse(InvalidRequest("The body's chunks are mostly what describes them."))
+            found = data.find(BLANK_LINE, start)
+            end = len(data) if found < 0 else found + len(BLANK_LINE)
+        self._last = (before + data[max(start, end - 3) : end])[-3:]
+        return end
 
     def _discard(self, size: int) -> None:
         self._num_discarded += size
@@ -88,11 +138,14 @@ class Protocol(HttpToolsProtocol):
     # --- the parser's calls
 
     def on_message_begin(self) -> None:
+        if self._is_answering:
+            raise self._noted(InvalidRequest("Two requests came as one."))
         super().on_message_begin()
-        self._is_reading_head, self._head_size = True, 0
-        self._num_raw = self._num_received = 0
+        self._is_reading_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_reading_head:
+            return  # behind a body in chunks: nobody has looked at it before the request was let in
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
             raise self._noted(TooLarge(f"A request has at most {MAX_HEADERS} headers."))
@@ -105,7 +158,10 @@ class Protocol(HttpToolsProtocol):
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or b"content-length" in names):
             raise self._noted(InvalidRequest("The body's length is said in two ways."))
-        self._is_reading_head = False
+        lengths = [int(value) for name, value in self.headers if name == b"content-length"]
+        self._length = None if codings else max(lengths, default=0)
+        self._is_reading_head, self._last = False, b""
+        self._num_raw = self._num_received = 0
         self._began = time.monotonic()
         self._arm(self.bounds.body_timeout, self._check_body)
         super().on_headers_complete()
@@ -115,17 +171,31 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._num_messages += 1
-        self._is_reading_head = True
+        self._is_reading_head, self._head_size, self._last = True, 0, b""
         self._disarm()
         super().on_message_complete()
 
+    # --- answers
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """An answer that begins before all of its request has come is the connection's last, and says so."""
+
+        async def answer(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+            async def send_as_last(message: Any) -> None:
+                if message["type"] == "http.response.start" and cycle.more_body:
+                    cycle.keep_alive = False
+                await send(message)
+
+            await app(scope, receive, send_as_last)
+
+        super()._start_asgi_task(cycle, answer)
+
     def on_response_complete(self) -> None:
-        """What was answered before all of it came is not waited for."""
+        """The next request has its turn."""
         super().on_response_complete()
-        if not self._is_reading_head and not self.transport.is_closing():
-            self._error = InvalidRequest("answered")
-            self._linger()
+        data, self._held = bytes(self._held), bytearray()
+        if data and not self.transport.is_closing():
+            self.data_received(data)
 
     # --- time
 
@@ -158,18 +228,7 @@ class Protocol(HttpToolsProtocol):
         elif self.cycle.response_started:
             self.transport.abort()
         else:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
             self._refuse(TooSlow("The request's body did not come in time."))
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._write_timer = self.loop.call_later(self.bounds.write_timeout, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
 
     # --- refusals
 
@@ -192,19 +251,13 @@ class Protocol(HttpToolsProtocol):
             return
         self._error = error
         self._disarm()
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        is_under_way = self.cycle is not None and not self.cycle.response_complete
+        if not is_under_way or not self.cycle.response_started:
             self.transport.write(_response(error))
-        if self.cycle is not None and not self.cycle.response_complete:
+        if is_under_way:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self._linger()
-
-    def _linger(self) -> None:
-        """A connection that is closed while something comes is reset, and its client may never see the answer."""
-        self._arm(LINGER, self.transport.abort)
-        self.flow.resume_reading()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        self.transport.close()
 
 
 def _response(error: APIError) -> bytes:

@@ -44,7 +44,7 @@ def ask(server: Server, method: str, path: str | bytes, body: bytes = b"", heade
 def check_refused(reply: Reply, method: str = "GET") -> None:
     assert reply.status == 401, reply
     assert (reply.header("www-authenticate") or "").startswith("Bearer"), reply
-    assert reply.seconds < 1, reply
+    assert reply.seconds < 5, reply
     assert reply.header("x-request-id"), reply
     if method != "HEAD":
         assert error_of(reply)["code"] == "invalid_api_key"
@@ -241,6 +241,15 @@ def test_a_key_in_the_query_is_none(guarded: Server, query: str) -> None:
 @pytest.mark.parametrize("field", ["api_key", "key", "authorization", "token", "user"])
 def test_a_key_in_the_body_is_none(guarded: Server, field: str) -> None:
     check_refused(ask(guarded, "POST", CHAT, json.dumps({**BASE, field: ALICE}).encode()), "POST")
+
+
+@pytest.mark.parametrize("field", ["Authorization", "authorization"])
+def test_a_key_behind_the_body_is_none(guarded: Server, field: str) -> None:
+    """A proxy that takes keys out of requests does not look there."""
+    chunks = b"%x\r\n%s\r\n0\r\n%s: Bearer %s\r\n\r\n" % (len(BODY), BODY, field.encode(), ALICE.encode())
+    with Connection(guarded.url) as connection:
+        connection.send(request("POST", CHAT, b"", (*JSON, ("transfer-encoding", "chunked"))) + chunks)
+        check_refused(connection.reply("POST"))
 
 
 @pytest.mark.parametrize("key", [ALICE, BOB], ids=["named", "without a name"])

@@ -4,6 +4,7 @@ Whatever comes, nothing that follows a request with two readings is answered, me
 served. The numbers are rows of rows.md.
 """
 
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,7 @@ SETTINGS = {
 HELLO: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 BODY = json.dumps({**HELLO, "temperature": 0}).encode()
 SMALL = b'{"prompt": "x"}'
+LASTING: dict[str, Any] = {**HELLO, "max_tokens": 440, "ignore_eos": True, "stream": True, "n": 32}  # seconds
 SMUGGLED = b"GET /v1/models/SMUGGLED HTTP/1.1\r\nHost: x\r\n\r\n"
 STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 
@@ -285,6 +287,83 @@ def test_a_request_behind_a_stream_waits_for_it_row25(server: Server) -> None:
         connection.send(request("POST", CHAT, stream) + request("GET", "/v1/models/behind"))
         assert connection.reply("POST").body.rstrip().endswith(b"[DONE]")
         assert "behind" in connection.reply().json["error"]["message"]
+
+
+def test_a_body_that_comes_late_behind_another_request_is_read_row25(server: Server) -> None:
+    behind = request("POST", "/tokenize", SMALL)
+    with Connection(server.url) as connection:
+        connection.send(request("GET", "/version") + behind[:-5])
+        assert connection.reply().status == 200
+        connection.send(behind[-5:])
+        assert "tokens" in connection.reply("POST").json
+
+
+@pytest.mark.parametrize(
+    "behind", [request("POST", "/tokenize", SMALL)[:-5], b"GET /vers", b"\r\n", b"\0garbage\r\n\r\n"]
+)
+def test_half_a_request_behind_an_answer_does_not_touch_it_row25(server: Server, behind: bytes) -> None:
+    """However long that takes."""
+    with Connection(server.url) as connection:
+        connection.send(request("POST", CHAT, json.dumps(LASTING).encode()) + behind)
+        begin = time.monotonic()
+        reply = connection.reply("POST")
+        assert reply.status == 200 and reply.body.count(b"data: [DONE]") == 1 and b"HTTP/1.1" not in reply.body
+        assert time.monotonic() - begin > WAITS, "it is over too soon to show that"
+
+
+def test_thousands_of_requests_in_one_read_wait_as_bytes_row25(server: Server) -> None:
+    many = request("GET", "/version") * 5000
+    with ExitStack() as stack, bounded_peak(server, 64 * 2**20):
+        for _ in range(10):
+            stack.enter_context(Connection(server.url)).send_unless_closed(many)
+        assert server.get("/health").status_code == 200
+
+
+def test_a_body_full_of_blank_lines_is_read_in_time_row21(server: Server) -> None:
+    """Any of them could have been its end."""
+    body = b'{"prompt": "x"' + b"\r\n\r\n" * (LIMIT // 4 - 10) + b"}"
+    with Connection(server.url) as connection:
+        connection.send(head(CHUNKED) + chunked(body) + request("GET", "/version"))
+        assert connection.reply("POST").status == 200
+        assert connection.reply().status == 200
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64])
+def test_requests_are_told_apart_however_they_are_cut_row25(server: Server, size: int) -> None:
+    three = request("GET", "/version") + head(CHUNKED) + chunked(SMALL) + request("POST", "/tokenize", SMALL)
+    with Connection(server.url) as connection:
+        for start in range(0, len(three), size):
+            connection.send(three[start : start + size])
+            time.sleep(0.001)
+        assert "version" in connection.reply().json
+        assert "tokens" in connection.reply("POST").json and "tokens" in connection.reply("POST").json
+
+
+@pytest.mark.parametrize("cut", [0, 40, -5])
+def test_an_offer_of_http2_is_not_taken_and_the_body_is_read(server: Server, cut: int) -> None:
+    """As Java's own client makes it with its first request."""
+    offer = (
+        *JSON,
+        ("connection", "Upgrade, HTTP2-Settings"),
+        ("upgrade", "h2c"),
+        ("http2-settings", "AAEAAEAAAAIAAAAB"),
+    )
+    asked = request("POST", "/tokenize", SMALL, offer)
+    with Connection(server.url) as connection:
+        connection.send(asked[:cut])
+        time.sleep(0.05)
+        connection.send(asked[cut:] + request("GET", "/version"))
+        assert "tokens" in connection.reply("POST").json and "version" in connection.reply().json
+
+
+def test_an_answer_before_all_of_the_body_ends_the_connection_and_says_so(server: Server) -> None:
+    asked = request("POST", "/nowhere", b"x" * 100)
+    with Connection(server.url) as connection:
+        connection.send(asked[:-50])
+        reply = connection.reply("POST")
+        assert reply.status == 404 and reply.header("connection") == "close"
+        connection.send_unless_closed(asked[-50:])
+        assert connection.is_closed()
 
 
 HALVES = {
@@ -553,6 +632,35 @@ def test_connections_beyond_the_limit_are_refused_and_the_others_served_row27(se
         assert first.ask("GET", "/version").status == 200
 
 
+BULKY = {"prompt": "hello world " * 80_000, "return_token_strs": True}  # megabytes to answer
+
+
+def test_who_reads_steadily_gets_all_of_it_row27(server: Server) -> None:
+    """It takes longer than a client may read nothing."""
+    with Connection(server.url, receive_buffer=65536) as connection:
+        connection.send(request("POST", "/tokenize", json.dumps(BULKY).encode()))
+        begin, answer = time.monotonic(), connection.socket.recv(4000)
+        size = int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        pause = 2.5 * READS / (size / 60_000)
+        while len(answer) < size:
+            answer += connection.socket.recv(60_000)
+            time.sleep(pause)
+        assert time.monotonic() - begin > 2 * READS
+
+
+@pytest.mark.parametrize("ending", ["keep-alive", "close"])
+def test_who_reads_nothing_of_a_whole_answer_is_cut_off_row27(server: Server, ending: str) -> None:
+    """Also where little enough is left to be written that nobody waits for it."""
+    before = num_sockets(server)
+    with ExitStack() as stack:
+        for size in range(40_000, 80_000, 4_000):
+            body = json.dumps({**BULKY, "prompt": "hello world " * size}).encode()
+            one = stack.enter_context(Connection(server.url, receive_buffer=4096))
+            one.send(request("POST", "/tokenize", body, (*JSON, ("connection", ending))))
+            assert one.socket.recv(10)
+        assert wait_for(lambda: num_sockets(server) <= before, 5 * READS + 5), "they are kept"
+
+
 LONG = {**HELLO, "stream": True, "max_tokens": 430, "ignore_eos": True, "n": 16, "logprobs": True, "top_logprobs": 20}
 
 
@@ -575,6 +683,7 @@ def is_idle(server: Server) -> bool:
 
 # --- row 28: those who leave
 
+_numbers = itertools.count()
 WHOLE = {**HELLO, "max_tokens": 440, "ignore_eos": True}
 LEAVING: dict[str, dict[str, Any]] = {
     "whole": WHOLE,
@@ -586,12 +695,16 @@ MOMENTS = [(name, when) for name in LEAVING for when in ("at once", "while it ru
 MOMENTS += [(name, "in the stream") for name, body in LEAVING.items() if body.get("stream")]
 
 
+@pytest.mark.parametrize("behind", [b"", request("GET", "/version")], ids=["", "another-behind"])
 @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
 @pytest.mark.parametrize(("name", "when"), MOMENTS)
-def test_who_leaves_is_not_answered_to_the_end_row28(server: Server, name: str, when: str, how: str) -> None:
-    body = LEAVING[name]
+def test_who_leaves_is_not_answered_to_the_end_row28(
+    server: Server, name: str, when: str, how: str, behind: bytes
+) -> None:
+    body, own = LEAVING[name], f"leaving-{next(_numbers)}"
     with Connection(server.url) as connection:
-        connection.send(request("POST", CHAT, json.dumps(body).encode()))
+        headers = (*JSON, ("x-request-id", own))
+        connection.send(request("POST", CHAT, json.dumps(body).encode(), headers) + behind)
         if when == "in the stream":
             assert connection.socket.recv(100)
         elif when == "while it runs":
@@ -600,9 +713,17 @@ def test_who_leaves_is_not_answered_to_the_end_row28(server: Server, name: str, 
             connection.reset()
         elif how == "half-close":
             connection.socket.shutdown(1)
-            assert wait_for(lambda: is_idle(server), 10)
-            return
-    assert wait_for(lambda: is_idle(server), 5), "its answer is computed to the end"
+            assert wait_for(lambda: num_computed(server, own) is not None, 10)
+    assert wait_for(lambda: num_computed(server, own) is not None, 10), "it is not left"
+    assert (num_computed(server, own) or 0) < body.get("n", 1) * body["max_tokens"], "it is computed to the end"
+    assert wait_for(lambda: is_idle(server), 5)
+
+
+def num_computed(server: Server, request_id: str) -> int | None:
+    """Tokens, as the log has it when the request is over."""
+    line = next((line for line in list(server.lines) if f"request_id={request_id} " in line), None)
+    found = line and re.search(r"completion_tokens=(\d+)", line)
+    return None if line is None else int(found[1]) if found else 0
 
 
 def test_in_the_end_nothing_runs_and_no_bug_was_met(server: Server) -> None:
