@@ -1,12 +1,14 @@
-"""What becomes of work, and of a stream, when the client leaves."""
+"""What becomes of work, and of a stream, when the client leaves, or is kept waiting."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+
+from errors import APIError
 
 T = TypeVar("T")
 SILENCE = 15.0  # seconds
@@ -17,12 +19,21 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for
 class EventStream(StreamingResponse):
     """A stream that is closed when its response ends, however it ends."""
 
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str], silence: float = SILENCE) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        failure: Callable[[APIError], bytes],
+        headers: Mapping[str, str],
+        silence: float = SILENCE,
+    ) -> None:
+        """failure: the event that tells of an error."""
+        super().__init__(events, media_type="text/event-stream", headers={**headers, **STREAM_HEADERS})
         self._events = events
+        self._failure = failure
         self._silence = silence
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["deadline"].failure = self._failure
         sent = time.monotonic()
 
         async def send_and_note(message: Any) -> None:
@@ -43,6 +54,31 @@ class EventStream(StreamingResponse):
         finally:
             keeper.cancel()
             await self._events.aclose()
+
+
+async def begun(items: AsyncGenerator[T], silence: float = SILENCE) -> AsyncGenerator[T]:
+    """The same when its first item has come, or failed to, or when that takes so long that the client has to hear
+    something: its errors are events then."""
+    first = asyncio.ensure_future(anext(items))
+    try:
+        await asyncio.wait({first}, timeout=silence)
+        if first.done():
+            first.result()
+    except BaseException:
+        first.cancel()
+        raise
+    return _after(first, items)
+
+
+async def _after(first: "asyncio.Future[T]", rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    try:
+        yield await first
+        async for item in rest:
+            yield item
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await rest.aclose()
 
 
 async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T | None:

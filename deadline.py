@@ -1,30 +1,101 @@
-"""A bound on how long an answer may take."""
+"""Deadlines: a request ends when its time is over, or the server's, whatever it waits for.
+
+Pure ASGI, around all that reads a request and makes its answer, here or at a provider's.
+"""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import TypeVar
+from collections.abc import Callable
 
-from errors import RequestTimeout
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-T = TypeVar("T")
-
-
-def within(items: AsyncGenerator[T], *limits: float | None) -> AsyncGenerator[T]:
-    """The same, ended by RequestTimeout after the shortest of so many seconds; None: any number."""
-    seconds = min((limit for limit in limits if limit is not None), default=None)
-    return items if seconds is None else _within(items, seconds)
+import record
+from errors import APIError, RequestTimeout, Unavailable
+from replies import send_error
 
 
-async def _within(items: AsyncGenerator[T], seconds: float) -> AsyncGenerator[T]:
-    deadline = asyncio.get_running_loop().time() + seconds
-    async with aclosing(items):
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    item = await anext(items)
-            except StopAsyncIteration:
-                return
-            except TimeoutError as error:
-                raise RequestTimeout(f"The answer took longer than {seconds:g} seconds.") from error
-            yield item
+class Deadline:
+    """One request's: `scope["state"]["deadline"]`."""
+
+    def __init__(self, seconds: float | None) -> None:
+        """Seconds from now on; None: any number."""
+        self._begin = asyncio.get_running_loop().time()
+        self._seconds = seconds
+        self.timeout = asyncio.timeout(seconds)
+        # What tells a client of an error in the middle of its answer, if anything can
+        self.failure: Callable[[APIError], bytes] | None = None
+
+    def shorten(self, seconds: float | None) -> None:
+        """To so many seconds since the request began, if that is less."""
+        if seconds is not None and (self._seconds is None or seconds < self._seconds):
+            self._seconds = seconds
+            self._move(self._begin + seconds)
+
+    def end(self) -> None:
+        self._move(asyncio.get_running_loop().time())
+
+    def _move(self, when: float) -> None:
+        if not self.timeout.expired():
+            self.timeout.reschedule(when)
+
+    def error(self) -> APIError:
+        return RequestTimeout(f"The answer took longer than {self._seconds:g} seconds.")
+
+
+class Shutdown:
+    """The server's own deadline, which is every request's."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+        self._deadlines: set[Deadline] = set()
+
+    def come(self) -> None:
+        self.has_come = True
+        for deadline in list(self._deadlines):
+            deadline.end()
+
+    def add(self, deadline: Deadline) -> None:
+        self._deadlines.add(deadline)
+        if self.has_come:
+            deadline.end()
+
+    def remove(self, deadline: Deadline) -> None:
+        self._deadlines.discard(deadline)
+
+
+class TimeLimit:
+    def __init__(self, app: ASGIApp, seconds: float | None, shutdown: Shutdown) -> None:
+        self.app = app
+        self._seconds = seconds
+        self._shutdown = shutdown
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        deadline = scope["state"]["deadline"] = Deadline(self._seconds)
+        last: Message | None = None
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal last
+            last = message
+            await send(message)
+
+        try:
+            async with deadline.timeout:
+                self._shutdown.add(deadline)
+                await self.app(scope, receive, send_and_note)
+        except TimeoutError:
+            if not deadline.timeout.expired():
+                raise
+            await self._tell(deadline, last, send)
+        finally:
+            self._shutdown.remove(deadline)
+
+    async def _tell(self, deadline: Deadline, last: Message | None, send: Send) -> None:
+        is_over = self._shutdown.has_come
+        error = Unavailable("The server is shutting down.", retry_after=10) if is_over else deadline.error()
+        if last is None:
+            record.current().error = error.code
+            await send_error(send, error)
+        elif deadline.failure is not None and (last["type"] == "http.response.start" or last.get("more_body")):
+            record.current().error = error.code
+            await send({"type": "http.response.body", "body": deadline.failure(error), "more_body": False})

@@ -4,6 +4,7 @@ It reads the model's name and nothing else of a request, so what a provider know
 """
 
 import json
+import math
 import re
 from typing import Any, cast
 
@@ -12,10 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
 import record
-from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
-from errors import APIError, UpstreamError
+from connection import CLIENT_GONE, EventStream, unless_client_leaves
+from errors import APIError, InvalidRequest, UpstreamError
 from providers import Router
 from providers.base import Gateway
+from providers.upstream import failure_event
 from strict_json import Handler, StrictRequest, StrictRoute, is_json, loads, strict
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
@@ -97,13 +99,23 @@ async def _relayed(
     name, gateway, model = found
     seen = record.current()
     seen.provider, seen.model = name, model
+    request.state.deadline.shorten(_seconds(body.pop("timeout", None)))
     relayed = await unless_client_leaves(request, gateway.answer(path, body))
     if relayed is None:
         return Response(status_code=CLIENT_GONE)
     headers = {"x-gateway-provider": name, **headers, **relayed.headers}
     if isinstance(relayed.content, bytes):
         return Response(relayed.content, media_type="application/json", headers=headers)
-    return EventStream(relayed.content, {**headers, **STREAM_HEADERS})
+    return EventStream(relayed.content, failure_event, headers)
+
+
+def _seconds(timeout: Any) -> float | None:
+    """This server's field, which no provider knows."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise InvalidRequest("timeout is a number of seconds.", param="timeout", code="invalid_value")
+    return float(timeout)
 
 
 def _with_body(request: Request, body: dict[str, Any]) -> Request:

@@ -31,8 +31,8 @@ import tracing
 from access import Access
 from body_limit import BodyLimit
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
-from connection import CLIENT_GONE, STREAM_HEADERS, EventStream, unless_client_leaves
-from deadline import within
+from connection import CLIENT_GONE, EventStream, begun, unless_client_leaves
+from deadline import Shutdown, TimeLimit
 from gateway import GatewayRoute
 from metrics import CONTENT_TYPE, Metrics
 from observer import Observer
@@ -69,6 +69,7 @@ from streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completi
 from strict_json import StrictRoute
 
 log = logging.getLogger("main")
+FORCED = 1.0  # seconds after a second signal
 
 
 def create_app(settings: Settings, stop: Callable[[], None] | None = None, load: Load = load) -> FastAPI:
@@ -80,19 +81,24 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         _warn_if_open(settings)
         if settings.hf_token is not None:  # huggingface_hub reads it there, and not in .env
             os.environ.setdefault("HF_TOKEN", settings.hf_token.get_secret_value())
-        _drain_on_signals(local.close, settings.shutdown_timeout)
+        _drain_on_signals(drain, settings.shutdown_timeout)
         local.start()
         embeddings.start()
         yield
-        await asyncio.gather(local.close(settings.shutdown_timeout), embeddings.close(settings.shutdown_timeout))
-        await asyncio.gather(hub.close(settings.shutdown_timeout), app.state.router.close())
+        await drain(settings.shutdown_timeout)
+        await app.state.router.close()
+
+    async def drain(timeout: float) -> None:
+        """Requests get so many seconds to finish, wherever they are answered; whoever asks now is refused."""
+        asyncio.get_running_loop().call_later(timeout, shutdown.come)
+        await asyncio.gather(*(models.close(timeout) for models in (local, embeddings, hub)))
 
     def on_failure(sentence: str) -> None:
         print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
         app.state.failure = sentence
         (stop or _terminate)()
 
-    metrics = Metrics()
+    metrics, shutdown = Metrics(), Shutdown()
     local = LocalProvider(settings, on_failure, load, metrics)
     embeddings = EmbeddingModels(settings)
     app = FastAPI(
@@ -112,6 +118,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     metrics.watch(lambda: (*local.engines, *hub.engines))
     app.router.route_class = StrictRoute
     app.add_middleware(BodyLimit, max_body_size=settings.max_body_size, max_body_memory=settings.max_body_memory)
+    app.add_middleware(TimeLimit, seconds=settings.request_timeout, shutdown=shutdown)
     app.add_middleware(Access, keys=settings.api_keys)
     _add_cors(app, settings)  # before keys are asked for: a browser asks without one whether it may call
     app.add_middleware(Observer, metrics=metrics, span=tracing.span())
@@ -221,14 +228,13 @@ async def _respond(
     wire: Wire,
 ) -> Response:
     """A stream or its fold. Either stops the work behind it when the client leaves."""
+    request.state.deadline.shorten(body.timeout)
     headers = _ignored_fields_header(body)
-    chunks = within(chunks, request.app.state.settings.request_timeout, body.timeout)
     if body.stream:
-        first = await unless_client_leaves(request, anext(chunks))
-        if first is None:
+        items = await unless_client_leaves(request, begun(chunks))
+        if items is None:
             return Response(status_code=CLIENT_GONE)
-        events = sse(first, chunks, wire)
-        return EventStream(events, {**headers, **STREAM_HEADERS})
+        return EventStream(sse(items, wire), wire.failure, headers)
     answer = await unless_client_leaves(request, collect(chunks))
     if answer is None:
         return Response(status_code=CLIENT_GONE)
@@ -236,9 +242,13 @@ async def _respond(
 
 
 async def _answer(
-    request: Request, body: RequestBody, work: Awaitable[EmbeddingResponse | RerankResponse], num_texts: int
+    request: Request,
+    body: EmbeddingRequest | RerankRequest,
+    work: Awaitable[EmbeddingResponse | RerankResponse],
+    num_texts: int,
 ) -> Response:
     """What is never streamed. The work stops when the client leaves."""
+    request.state.deadline.shorten(body.timeout)
     answer = await unless_client_leaves(request, work)
     if answer is None:
         return Response(status_code=CLIENT_GONE)
@@ -336,7 +346,7 @@ def _listening_host(settings: Settings) -> str:
     return str(parser.parse_known_args()[0].host)
 
 
-def _drain_on_signals(close: Callable[[float], Coroutine[Any, Any, None]], timeout: float) -> None:
+def _drain_on_signals(drain: Callable[[float], Coroutine[Any, Any, None]], timeout: float) -> None:
     """The first SIGTERM or SIGINT lets requests finish for `timeout` seconds; a second one ends them with an error.
 
     uvicorn's own handlers, which stop it from listening and wait for the connections to end, stay in place.
@@ -344,18 +354,20 @@ def _drain_on_signals(close: Callable[[float], Coroutine[Any, Any, None]], timeo
     if threading.current_thread() is not threading.main_thread():
         return
     loop = asyncio.get_running_loop()
-    closing: list[asyncio.Task[None]] = []
-
-    def drain() -> None:
-        closing.append(loop.create_task(close(0.0 if closing else timeout)))
+    draining: list[asyncio.Task[None]] = []
 
     def handler(previous: Any) -> Callable[[int, FrameType | None], None]:
         def on_signal(number: int, frame: FrameType | None) -> None:
-            if callable(previous) and not closing:
+            if callable(previous) and not draining:
                 previous(number, frame)
-            loop.call_soon_threadsafe(drain)
+            loop.call_soon_threadsafe(begin, previous)
 
         return on_signal
+
+    def begin(previous: Any) -> None:
+        if draining and callable(previous):  # the errors get a moment to be sent; what hangs then is not waited for
+            loop.call_later(FORCED, previous, signal.SIGINT, None)
+        draining.append(loop.create_task(drain(0.0 if draining else timeout)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler(signal.getsignal(number)))

@@ -155,7 +155,11 @@ def _kind_of_texts(value: Any) -> str:
     return "lists of tokens" if isinstance(first, list) else "texts" if isinstance(first, str) else "tokens"
 
 
-class _SamplingRequest(RequestBody):
+class _TimedRequest(RequestBody):
+    timeout: float | None = Field(None, gt=0)  # seconds that the answer may take
+
+
+class _SamplingRequest(_TimedRequest):
     """The fields that all requests for text share."""
 
     model: str
@@ -167,7 +171,6 @@ class _SamplingRequest(RequestBody):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    timeout: float | None = Field(None, gt=0)  # seconds that the answer may take
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None  # OpenAI takes 4
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     ignore_eos: bool | None = None
@@ -444,7 +447,7 @@ SomeTexts = Annotated[list[NonEmpty], Field(min_length=1, max_length=2048, fail_
 ManyTokenIds = Annotated[list[SomeTokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
 
 
-class EmbeddingRequest(RequestBody):
+class EmbeddingRequest(_TimedRequest):
     """`prompt_name` and `truncate` are as text-embeddings-inference has them."""
 
     model: str
@@ -493,7 +496,7 @@ class RerankDocument(RequestBody):
     text: NonEmpty
 
 
-class RerankRequest(RequestBody):
+class RerankRequest(_TimedRequest):
     """The shape of Cohere's and Jina's."""
 
     model: str

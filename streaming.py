@@ -189,13 +189,11 @@ class EventWire:
         return b""
 
 
-async def sse(first: Any, rest: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
-    """Server-sent events of a stream that has begun, its errors among them."""
+async def sse(items: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
+    """Server-sent events of a stream, its errors among them."""
     try:
-        async with aclosing(rest):
-            if event := wire.event(first):
-                yield event
-            async for item in rest:
+        async with aclosing(items):
+            async for item in items:
                 if event := wire.event(item):
                     yield event
         if end := wire.end():

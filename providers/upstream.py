@@ -285,7 +285,11 @@ async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
                 yield event
     except APIError as error:
         record.current().error = error.code or error.type
-        yield b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+        yield failure_event(error)
     except Exception:
         log.exception("a relayed stream failed")
-        yield b"data: " + json.dumps(APIError("The server failed; it has been logged.").body()).encode() + b"\n\n"
+        yield failure_event(APIError("The server failed; it has been logged."))
+
+
+def failure_event(error: APIError) -> bytes:
+    return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
