@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import logs
 import record
+import tracing
 from metrics import Metrics
 from record import Record
 
@@ -28,6 +29,7 @@ class Observer:
         record.begin(seen)
         status = 500  # of what ends without an answer
         span = None if self._span is None else self._span()
+        tracing.hide_query(span)
 
         async def send_and_see(message: Message) -> None:
             nonlocal status

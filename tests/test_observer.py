@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 from process import MAIN, ROOT, Server, serve
 
 import logs
@@ -194,10 +195,11 @@ with TestClient(app) as client:
     while client.get("/health").status_code != 200:
         pass
     body = {{"model": "Tiny-Qwen3", "messages": [{{"role": "user", "content": "a secret"}}], "max_tokens": 4}}
-    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert client.post("/v1/chat/completions?api_key=sk-secret&q=hello", json=body).status_code == 200
 (span,) = [span for span in seen.get_finished_spans() if span.attributes.get("http.route", "").endswith("completions")]
 print(span.attributes["gen_ai.request.model"], span.attributes["gen_ai.usage.output_tokens"])
 assert "a secret" not in span.to_json()
+assert "sk-secret" not in span.to_json() and "hello" not in span.to_json()
 """
 
 
@@ -210,3 +212,15 @@ def test_a_request_is_a_span_with_its_model_and_tokens(tiny_checkpoint: Path) ->
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and ended.stdout.split()[0] == MODEL, ended.stderr
     assert int(ended.stdout.split()[1]) >= 1
+
+
+def test_a_span_has_no_query_by_any_name_of_the_address() -> None:
+    old, new = {"http.target": "/v1/x?key=a", "http.url": "http://h/v1/x?key=a"}, {"url.full": "http://h/v1/x?key=a"}
+    span = TracerProvider().get_tracer("test").start_span("x", attributes={**old, **new, "url.query": "key=a"})
+    tracing.hide_query(span)
+    assert span.attributes == {
+        "http.target": "/v1/x",
+        "http.url": "http://h/v1/x",
+        "url.full": "http://h/v1/x",
+        "url.query": tracing.HIDDEN,
+    }
