@@ -15,6 +15,7 @@ import httpx2
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from process import MAIN, ROOT, Server, serve
+from raw_http import JSON, Connection, request
 
 import logs
 import tracing
@@ -63,15 +64,20 @@ def until(condition: Any) -> None:
 
 def test_metrics_count_what_was_answered(server: Server) -> None:
     before = read(server)
-    usage = ask(server).json()["usage"]
-    again = ask(server, stream=True, n=2)
-    assert again.text.endswith("data: [DONE]\n\n")
-    after = read(server)
     label = f'{{model_name="{MODEL}"}}'
+    messages = [{"role": "user", "content": "What no other test asks, and long enough for a block of the cache."}]
+    usage = ask(server, messages=messages).json()["usage"]
+    again = ask(server, messages=messages, stream=True, stream_options={"include_usage": True}, n=2)
+    *_, last, done, _ = again.text.split("\n\n")
+    assert done == "data: [DONE]"
+    cached = [said["prompt_tokens_details"]["cached_tokens"] for said in (usage, json.loads(last[6:])["usage"])]
+    until(lambda: gained(before, read(server), f"llm_e2e_request_latency_seconds_count{label}") == 2)
+    after = read(server)
     assert gained(before, after, f"llm_generation_tokens_total{label}") == 3 * usage["completion_tokens"] == 18
     assert gained(before, after, f"llm_prompt_tokens_total{label}") == 2 * usage["prompt_tokens"]
-    assert gained(before, after, f"llm_prefix_cache_queries_total{label}") > 0
-    assert gained(before, after, f"llm_prefix_cache_hits_total{label}") > 0
+    assert gained(before, after, f"llm_prefix_cache_queries_total{label}") == 3 * usage["prompt_tokens"]
+    assert gained(before, after, f"llm_prefix_cache_hits_total{label}") == cached[0] + 2 * cached[1]
+    assert cached[1] >= (usage["prompt_tokens"] - 1) // 16 * 16 > 0
     assert gained(before, after, f'llm_request_success_total{{finished_reason="length",model_name="{MODEL}"}}') == 3
     for name, count in {
         "time_to_first_token_seconds": 2,
@@ -106,6 +112,39 @@ def test_metrics_count_errors_and_those_who_left(server: Server) -> None:
         assert gained(before, after, f'llm_errors_total{{code="{code}"}}') == 1, code
 
 
+MODELS = ("e2e_request_latency_seconds", "request_prompt_tokens", "request_generation_tokens")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"max_tokens": 10**6}, "context_length_exceeded"),
+        ({"guided_regex": "("}, "invalid_value"),
+        ({"timeout": 1e-6, "max_tokens": 400}, "request_timeout"),
+    ],
+)
+def test_what_was_refused_is_no_request_of_the_models(server: Server, body: dict[str, Any], code: str) -> None:
+    before, label = read(server), f'{{model_name="{MODEL}"}}'
+    ask(server, **body)
+    until(lambda: gained(before, read(server), f'llm_errors_total{{code="{code}"}}') == 1)
+    after = read(server)
+    assert [gained(before, after, f"llm_{name}_count{label}") for name in MODELS] == [0, 0, 0]
+    assert gained(before, after, f"llm_request_aborts_total{label}") == 0
+
+
+def test_a_client_that_left_was_told_of_no_error(server: Server) -> None:
+    before, label = read(server), f'{{model_name="{MODEL}"}}'
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "ignore_eos": True}
+    headers = (*JSON, ("authorization", f"Bearer {KEY}"))
+    with Connection(server.url) as connection:
+        connection.send(request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers))
+    answered = 'llm_http_requests_total{code="499",method="POST",path="/v1/chat/completions"}'
+    until(lambda: gained(before, read(server), answered) == 1)
+    after = read(server)
+    assert gained(before, after, f"llm_request_aborts_total{label}") == 1
+    assert [name for name in after if name.startswith("llm_errors_total") and gained(before, after, name)] == []
+
+
 def test_endlessly_many_paths_and_codes_are_not_endlessly_many_series(server: Server) -> None:
     ask(server, "/v1/x0")
     before = len(read(server))
@@ -131,6 +170,7 @@ def test_every_metric_of_the_dashboard_is_there(server: Server) -> None:
 
 
 def test_a_request_is_a_line_with_its_tokens_and_times_and_without_its_secrets(server: Server) -> None:
+    ask(server)
     answer = ask(server, headers={"x-request-id": "mine-1"})
     httpx2.get(server.url + f"/v1/models?api_key={KEY}", headers={"authorization": "Bearer wrong-SECRET"})
     until(lambda: any('"mine-1"' in line for line in server.lines))
@@ -141,7 +181,9 @@ def test_a_request_is_a_line_with_its_tokens_and_times_and_without_its_secrets(s
         200,
         "/v1/chat/completions",
     )
-    assert line["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"] and line["completion_tokens"] == 6
+    usage = answer.json()["usage"]
+    assert line["prompt_tokens"] == usage["prompt_tokens"] and line["completion_tokens"] == 6
+    assert line["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"] > 0
     assert 0 < line["first_token_seconds"] <= line["seconds"] and line["finish_reason"] == "length"
     text = "".join(server.lines)
     assert KEY not in text and SECRET not in text and "wrong-SECRET" not in text
