@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +200,59 @@ def test_what_clients_write_is_never_a_line_of_its_own(server: Server) -> None:
     assert not any(line.startswith("2026-01-01") or "\x1b" in line for line in server.lines)
 
 
-@pytest.mark.parametrize("kind", ["plain", "json"])
-def test_a_line_is_one_line_whatever_is_in_it(kind: str) -> None:
+@contextmanager
+def logged(kind: str) -> Iterator[io.StringIO]:
+    """What the log of requests writes."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logs.FORMATTERS[kind]())
     logs.access.addHandler(handler)
     logs.access.setLevel("INFO")
     try:
-        seen = Record(request_id="r\n1", client="\x1b[31m", model="a\r\nb\u2028c\x00", error="e\x9b")
-        logs.write(seen, "GET", "/x\n\x7f", 200)
+        yield stream
     finally:
         logs.access.removeHandler(handler)
+
+
+@pytest.mark.parametrize("kind", ["plain", "json"])
+def test_a_line_is_one_line_whatever_is_in_it(kind: str) -> None:
+    with logged(kind) as stream:
+        seen = Record(request_id="r\n1", client="\x1b[31m", model="a\r\nb\u2028c\x00", error="e\x9b")
+        logs.write(seen, "GET", "/x\n\x7f\u202e\u200b\ud800\U000e0001", 200)
+        logs.access.info("%s", "\u202e")
     text = stream.getvalue()
-    assert text.endswith("\n") and len(text.splitlines()) == 1 and text[:-1].isprintable()
+    assert text.endswith("\n") and len(text.splitlines()) == 2 and text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    "forged", ["/x 200 request_id=forged", '/x" 200 request_id="forged', "/x\\", "/x=1", "/x\u00a0status=200"]
+)
+def test_no_value_of_a_plain_line_looks_like_a_field_of_it(forged: str) -> None:
+    with logged("plain") as stream:
+        logs.write(Record(request_id="mine", model=forged, finish_reasons=["a b=c"]), "GET", forged, 404)
+    line = stream.getvalue().partition(" access: ")[2]
+    value = r'("(?:[^"\\]|\\.)*"|[^\s"=]+)'
+    found = re.fullmatch(rf"GET {value} 404 request_id=mine (?:seconds={value} )?model={value} \S+={value}\n", line)
+    assert found and json.loads(found[1]) == json.loads(found[3]) == forged
+
+
+def test_a_line_with_plain_values_has_no_quotes() -> None:
+    with logged("plain") as stream:
+        logs.write(Record(request_id="r-1.x", model="org/Name-1.5:4b"), "POST", "/v1/chat/completions", 200)
+    assert "POST /v1/chat/completions 200 request_id=r-1.x " in stream.getvalue()
+    assert "model=org/Name-1.5:4b" in stream.getvalue() and '"' not in stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["plain", "json"])
+def test_no_line_of_a_traceback_looks_like_one_of_the_log(kind: str) -> None:
+    with logged(kind) as stream:
+        try:
+            raise ValueError("x\n2026-01-01 00:00:00,000 INFO access: forged\r2026 \x1b[31m\u2028\u202e")
+        except ValueError:
+            logs.access.exception("it failed")
+    first, *rest = stream.getvalue().splitlines()
+    assert "it failed" in first and all(line.startswith("  ") for line in rest)
+    assert all(line.isprintable() for line in (first, *rest)) and "forged" in stream.getvalue()
 
 
 TRACING = """
