@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, field_validator
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -67,6 +67,8 @@ def parse_api_keys(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     rows = [row.strip() for row in (without_comment(value) or "").split(",") if row.strip()]
+    if value.strip() and not rows:
+        raise ValueError("there is no key in it; only without API_KEYS everybody may call")
     return tuple(_api_key(row, f"key{number}") for number, row in enumerate(rows, 1))
 
 
@@ -220,6 +222,13 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+    @field_validator("max_body_memory")
+    @classmethod
+    def _hold_a_body(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("max_body_size", 0):
+            raise ValueError("it is less than MAX_BODY_SIZE, so that some bodies could never be taken")
+        return value
 
     @field_validator("cache_dir")
     @classmethod

@@ -8,11 +8,18 @@ from typing import Any
 from record import Record
 
 access = logging.getLogger("access")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_BARE = re.compile(r"[A-Za-z0-9_.,:/@+-]+")  # what ends neither a value nor a line
 
 
 def escaped(text: str) -> str:
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    """Without what is not seen, or changes how the rest is seen."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def quoted(value: Any) -> str:
+    """A value of a plain line, as one word or as a JSON string, so that none looks like the next field."""
+    text = str(value)
+    return text if _BARE.fullmatch(text) else json.dumps(text)
 
 
 class PlainFormatter(logging.Formatter):
@@ -21,6 +28,10 @@ class PlainFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """Set in, so that no line of a message in it looks like one of the log's own."""
+        return "\n".join(f"  {escaped(line)}" for line in super().formatException(ei).split("\n"))
 
 
 class JsonFormatter(logging.Formatter):
@@ -38,6 +49,7 @@ class JsonFormatter(logging.Formatter):
 
 
 FORMATTERS = {"plain": PlainFormatter, "json": JsonFormatter}
+FIRST = ("method", "path", "status")  # in a plain line, without their names
 QUIET = ("httpx2", "sentence_transformers")  # they write a line for each request of theirs
 UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access")
 
@@ -73,5 +85,5 @@ def write(record: Record, method: str, path: str, status: int) -> None:
         "error": record.error,
     }
     known = {name: value for name, value in fields.items() if value not in ("", None, 0) or name == "status"}
-    line = " ".join(f"{name}={value}" for name, value in known.items() if name not in ("method", "path", "status"))
-    access.info("%s %s %d %s", method, path[:200], status, line, extra={"fields": known})
+    line = " ".join(f"{name}={quoted(value)}" for name, value in known.items() if name not in FIRST)
+    access.info("%s %s %d %s", quoted(method), quoted(path[:200]), status, line, extra={"fields": known})

@@ -213,6 +213,7 @@ def _add_endpoints(app: FastAPI) -> None:
     async def version() -> dict[str, str]:
         return {"version": app.version}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"description": "Loading, or failed"}})
     async def health() -> JSONResponse:
         is_healthy, report = local.health

@@ -47,6 +47,9 @@ class EngineState(Protocol):
     @property
     def num_preemptions(self) -> int: ...
 
+    @property
+    def num_failed_steps(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class ModelMetrics:
@@ -157,13 +160,13 @@ class _Engines:
 
     def collect(self) -> Iterator[Metric]:
         label = ["model_name"]
-        families = [GaugeMetricFamily(f"llm_{name}", text, labels=label) for name, text, _ in GAUGES]
-        preemptions = CounterMetricFamily("llm_num_preemptions", "Sequences that gave their blocks back", labels=label)
+        gauges = [GaugeMetricFamily(f"llm_{name}", text, labels=label) for name, text, _ in GAUGES]
+        counters = [CounterMetricFamily(f"llm_{name}", text, labels=label) for name, text, _ in COUNTERS]
+        families: list[GaugeMetricFamily | CounterMetricFamily] = [*gauges, *counters]
         for model, engine in self._engines():
-            for family, (_, _, value) in zip(families, GAUGES, strict=True):
+            for family, (_, _, value) in zip(families, (*GAUGES, *COUNTERS), strict=True):
                 family.add_metric([model], value(engine))
-            preemptions.add_metric([model], engine.num_preemptions)
-        yield from [*families, preemptions]
+        yield from families
 
 
 GAUGES: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
@@ -172,4 +175,8 @@ GAUGES: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
     ("kv_cache_blocks_used", "Blocks of the KV cache in use", lambda engine: engine.num_used_blocks),
     ("kv_cache_blocks_total", "Blocks of the KV cache", lambda engine: engine.num_blocks),
     ("kv_cache_usage_ratio", "1: all of it", lambda engine: engine.num_used_blocks / max(1, engine.num_blocks)),
+)
+COUNTERS: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
+    ("num_preemptions", "Sequences that gave their blocks back", lambda engine: engine.num_preemptions),
+    ("failed_steps", "Steps that failed", lambda engine: engine.num_failed_steps),
 )

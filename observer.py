@@ -7,7 +7,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import logs
 import record
-from metrics import Metrics
+import tracing
+from connection import CLIENT_GONE
+from metrics import Metrics, ModelMetrics
 from record import Record
 
 UNKNOWN = "other"  # a path that is no route
@@ -28,6 +30,7 @@ class Observer:
         record.begin(seen)
         status = 500  # of what ends without an answer
         span = None if self._span is None else self._span()
+        tracing.hide_query(span)
 
         async def send_and_see(message: Message) -> None:
             nonlocal status
@@ -44,15 +47,23 @@ class Observer:
 
     def _tell(self, seen: Record, scope: Scope, status: int) -> None:
         path = _path(scope)
+        error = _error(seen, status)
         self._metrics.answered(scope["method"], path, status)
-        if path not in QUIET and (seen.error is not None or status >= 400):
-            self._metrics.failed(seen.error or str(status))
+        if path not in QUIET and error is not None:
+            self._metrics.failed(error)
         if seen.provider:
             self._metrics.relayed(seen.provider, status, seen.seconds)
         if seen.metrics is not None:
-            _tell_model(seen)
+            _tell_model(seen, seen.metrics, error)
         if path not in QUIET:
             logs.write(seen, scope["method"], scope["path"], status)
+
+
+def _error(seen: Record, status: int) -> str | None:
+    """The code of the one that the client was told of; who left was told of none."""
+    if status == CLIENT_GONE:
+        return None
+    return seen.error or (str(status) if status >= 400 else None)
 
 
 def _path(scope: Scope) -> str:
@@ -62,15 +73,18 @@ def _path(scope: Scope) -> str:
     return f"/v1{path}" if is_bare else path
 
 
-def _tell_model(seen: Record) -> None:
-    own = seen.metrics
-    assert own is not None
-    own.whole.observe(seen.seconds)
-    own.answer_length.observe(seen.completion_tokens)
+def _tell_model(seen: Record, own: ModelMetrics, error: str | None) -> None:
+    """What was refused, or failed, says nothing of how long answers and their prompts are."""
     for reason in seen.finish_reasons:
         own.success(reason).inc()
-    if not seen.is_complete and seen.error is None:
+    if error is not None:
+        return
+    if not seen.is_complete:
         own.aborts.inc()
+    if seen.prompt_tokens:  # it came as far as the model
+        own.whole.observe(seen.seconds)
+        own.prompt_length.observe(seen.prompt_tokens)
+        own.answer_length.observe(seen.completion_tokens)
 
 
 def _tell_span(span: Any, seen: Record) -> None:

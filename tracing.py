@@ -10,6 +10,9 @@ from fastapi.telemetry import TelemetryConfig
 VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 DISABLED = "OTEL_SDK_DISABLED"
+ADDRESSES = ("url.full", "http.url", "http.target")  # of the request; the last two in older conventions
+QUERY = "url.query"
+HIDDEN = "REDACTED"
 
 
 def is_wanted() -> bool:
@@ -37,3 +40,13 @@ def span() -> Callable[[], Any] | None:
     from opentelemetry.trace import get_current_span
 
     return get_current_span
+
+
+def hide_query(span: Any) -> None:
+    """What a client wrote behind the path may be a key; the log leaves it out, too."""
+    known = getattr(span, "attributes", None) or {}
+    for name in ADDRESSES:
+        if name in known:
+            span.set_attribute(name, str(known[name]).partition("?")[0])
+    if QUERY in known:
+        span.set_attribute(QUERY, HIDDEN)

@@ -298,7 +298,10 @@ class Engine:
         try:
             sampled = self.runner.run(batch)
         except Exception as error:
-            log.warning("a step with %d sequences and %d tokens failed", len(batch.spans), batch.num_tokens)
+            log.warning(
+                "a step with %d sequences and %d tokens failed: %s: %s",
+                *(len(batch.spans), batch.num_tokens, type(error).__name__, str(error).partition("\n")[0]),
+            )
             if is_fatal(error):
                 raise
             self.num_failed_steps += 1

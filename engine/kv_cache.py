@@ -149,7 +149,7 @@ class KVCache:
         token is left to compute."""
         keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
         length = self._num_known(keys, sequence)
-        sequence.num_computed = sequence.num_reused = length * self.block_size
+        sequence.num_computed = length * self.block_size
         sequence.num_published = length
         sequence.block_tables = []
         for group, pool in zip(self.groups, self.pools, strict=True):

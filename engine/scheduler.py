@@ -194,6 +194,7 @@ class Scheduler:
         sequence.status = Status.RUNNING
         if sequence.waited is None:
             sequence.waited = time.perf_counter() - sequence.added
+            sequence.num_reused = sequence.num_computed  # later, after a preemption, it may find its own blocks
         self._turn = max(self._turn, sequence.turn)
         self.waiting.remove(sequence)
         if not self.waiting:

@@ -57,6 +57,7 @@ class Piece:
     parts: tuple[Part, ...] = ()  # what the text is
     num_reasoning: int = 0  # of the tokens
     waited: float = 0.0  # seconds until its prompt began to be computed; with the first piece
+    is_ranked: bool = False  # it was chosen when it was whole: when its tokens came means nothing
 
 
 class Meter:
@@ -68,7 +69,7 @@ class Meter:
         self._begin = time.perf_counter()
         self._last: dict[int, float] = {}  # when each choice's last token came
         self._first: float | None = None
-        self._prompt_tokens = 0
+        self._prompts: list[int] = []  # tokens of each
         self._counts: dict[int, int] = {}  # tokens of each choice
         self._reasoning: dict[int, int] = {}  # of these
         self._num_unfinished = 0
@@ -76,21 +77,17 @@ class Meter:
         self._reused: dict[int, int] = {}  # tokens of each prompt, by the answer that reused the fewest
 
     def start(self, prompt_tokens: list[int], answers_per_prompt: int) -> None:
-        self._prompt_tokens, self._answers_per_prompt = sum(prompt_tokens), answers_per_prompt
+        self._prompts, self._answers_per_prompt = prompt_tokens, answers_per_prompt
         self._num_unfinished = len(prompt_tokens) * answers_per_prompt
         self._record.prompt_tokens = self._prompt_tokens
-        if self._record.metrics is not None:
-            self._record.metrics.prompt_tokens.inc(self._prompt_tokens)
-            self._record.metrics.prompt_length.observe(self._prompt_tokens)
 
     def add(self, piece: Piece) -> bool:
         """Whether the piece is its choice's first."""
         now = time.perf_counter()
         is_first = piece.index not in self._counts
         if is_first:
-            prompt = piece.index // self._answers_per_prompt
-            self._reused[prompt] = min(piece.num_reused, self._reused.get(prompt, piece.num_reused))
-        self._tell(piece, now)
+            self._begin_choice(piece)
+        self._tell(piece, now, is_first)
         self._first = self._first or now
         self._counts[piece.index] = piece.num_tokens
         self._reasoning[piece.index] = piece.num_reasoning
@@ -98,26 +95,44 @@ class Meter:
         self._record.is_complete = self.is_complete
         return is_first
 
-    def _tell(self, piece: Piece, now: float) -> None:
+    def _begin_choice(self, piece: Piece) -> None:
+        """Each answer looks for its prompt in the cache, also where several have the same one."""
+        prompt, own = piece.index // self._answers_per_prompt, self._record.metrics
+        if own is not None:
+            own.queue.observe(piece.waited)
+            own.prefix_queries.inc(self._prompts[prompt])
+            own.prefix_hits.inc(piece.num_reused)
+            own.prompt_tokens.inc(0 if prompt in self._reused else self._prompts[prompt])
+        self._reused[prompt] = min(piece.num_reused, self._reused.get(prompt, piece.num_reused))
+        self._record.cached_tokens = sum(self._reused.values())
+
+    def _tell(self, piece: Piece, now: float, is_first: bool) -> None:
         seen, own = self._record, self._record.metrics
         num_new = piece.num_tokens - self._counts.get(piece.index, 0)
         seen.completion_tokens += num_new
         if piece.finish_reason is not None:
             seen.finish_reasons.append(piece.finish_reason)
         if self._first is None:
-            seen.waited, seen.first_token = piece.waited, now - self._begin
+            seen.waited = piece.waited
         if own is not None:
             own.generation_tokens.inc(num_new)
+        if not piece.is_ranked:
+            self._tell_times(piece.index, num_new, now, is_first)
+
+    def _tell_times(self, index: int, num_new: int, now: float, is_first: bool) -> None:
+        own = self._record.metrics
+        if self._first is None:
+            self._record.first_token = now - self._begin
+        if own is not None:
             if self._first is None:
                 own.first_token.observe(now - self._begin)
-            if piece.index not in self._counts:
-                own.queue.observe(piece.waited)
-                own.prefix_hits.inc(piece.num_reused)
-                own.prefix_queries.inc(self._prompt_tokens // max(1, len(self._reused)))
-            is_first = piece.index not in self._counts
             for _ in range(num_new - is_first):  # those that came together share the time since the last
-                own.between_tokens.observe((now - self._last.get(piece.index, now)) / num_new)
-        self._last[piece.index] = now
+                own.between_tokens.observe((now - self._last.get(index, now)) / num_new)
+        self._last[index] = now
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return sum(self._prompts)
 
     @property
     def is_complete(self) -> bool:
@@ -225,13 +240,14 @@ async def best(sources: Sequence[AsyncGenerator[Piece]], n: int, first_index: in
     num_reused = min(piece.num_reused for piece in ranked)
     for rank, piece in enumerate(ranked[:n]):
         extra = 0 if rank else discarded
-        yield replace(piece, index=first_index + rank, num_tokens=piece.num_tokens + extra, num_reused=num_reused)
+        num_tokens = piece.num_tokens + extra
+        yield replace(piece, index=first_index + rank, num_tokens=num_tokens, num_reused=num_reused, is_ranked=True)
 
 
 def _joined(whole: Piece, piece: Piece) -> Piece:
     tokens, offsets = whole.tokens + piece.tokens, whole.offsets + piece.offsets
     joined = replace(piece, text=whole.text + piece.text, tokens=tokens, offsets=offsets)
-    return replace(joined, prompt=whole.prompt, num_reused=whole.num_reused)
+    return replace(joined, prompt=whole.prompt, num_reused=whole.num_reused, waited=whole.waited)
 
 
 def _mean_logprob(piece: Piece) -> float:

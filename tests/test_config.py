@@ -79,3 +79,29 @@ def test_values_of_the_gateway_are_read_as_its_document_writes_them(tmp_path: Pa
     for bad in ({"model_aliases": "x"}, {"model_fallbacks": "x="}, {"ollama_timeout": "soon"}):
         with pytest.raises(ValidationError):
             Settings(_env_file=None, **bad)
+
+
+@pytest.mark.parametrize("value", [",", " , ,", "#secret", "# a comment", " ;"])
+def test_keys_that_are_none_do_not_open_the_server(value: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(_env_file=None, api_keys=value)
+
+
+def test_a_server_whose_keys_are_none_ends_with_a_sentence() -> None:
+    command, environment = [sys.executable, "main.py", "--port", "0"], {**os.environ, "API_KEYS": " , ,"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: API_KEYS: ") and "no key" in ended.stderr
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_without_keys_everybody_may_call(value: str) -> None:
+    assert Settings(_env_file=None, api_keys=value).api_keys == ()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"max_body_memory": "1MiB"}, {"max_body_size": "1GiB"}, {"max_body_size": 2, "max_body_memory": 1}]
+)
+def test_a_body_that_may_be_sent_has_a_place(sizes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="MAX_BODY_SIZE"):
+        Settings(_env_file=None, **sizes)
+    assert Settings(_env_file=None, max_body_size="1GiB", max_body_memory="1GiB").max_body_size == 2**30

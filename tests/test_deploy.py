@@ -251,6 +251,7 @@ METRICS = {  # name -> its labels
             "llm_prefix_cache_hits_total",
             "llm_request_aborts_total",
             "llm_num_preemptions_total",
+            "llm_failed_steps_total",
         ),
         {"model_name"},
     ),

@@ -23,6 +23,7 @@ from engine.model_runner import ModelRunner
 from engine.sampling import SampledToken
 from engine.scheduler import Batch
 from errors import EngineFailure, Unavailable
+from metrics import Metrics
 
 Tokens = list[list[SampledToken | None]]
 Fault = Callable[[Batch], BaseException | None]
@@ -92,6 +93,19 @@ def test_what_a_failed_step_held_is_free_before_the_next_try() -> None:
     engine = engine_with(fault)
     assert run(engine, use) == reference("qwen3", [1, 2, 3])
     assert engine.num_failed_steps == 1
+
+
+def test_a_failed_step_is_counted_and_its_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    errors: list[Exception] = [RuntimeError("a kernel failed\nand said much about it")]
+
+    async def use(engine: Engine) -> list[int]:
+        return await answer(engine, [1, 2, 3], greedy())
+
+    engine, metrics = engine_with(lambda batch: errors.pop() if errors else None), Metrics()
+    metrics.watch(lambda: [("m", engine)])
+    run(engine, use)
+    assert metrics.registry.get_sample_value("llm_failed_steps_total", {"model_name": "m"}) == 1
+    assert "failed: RuntimeError: a kernel failed\n" in caplog.text
 
 
 def test_the_sequence_that_no_step_survives_fails_alone() -> None:

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 from process import MAIN, ROOT, Server, serve
+from raw_http import JSON, Connection, request
 
 import logs
 import tracing
@@ -62,15 +65,20 @@ def until(condition: Any) -> None:
 
 def test_metrics_count_what_was_answered(server: Server) -> None:
     before = read(server)
-    usage = ask(server).json()["usage"]
-    again = ask(server, stream=True, n=2)
-    assert again.text.endswith("data: [DONE]\n\n")
-    after = read(server)
     label = f'{{model_name="{MODEL}"}}'
+    messages = [{"role": "user", "content": "What no other test asks, and long enough for a block of the cache."}]
+    usage = ask(server, messages=messages).json()["usage"]
+    again = ask(server, messages=messages, stream=True, stream_options={"include_usage": True}, n=2)
+    *_, last, done, _ = again.text.split("\n\n")
+    assert done == "data: [DONE]"
+    cached = [said["prompt_tokens_details"]["cached_tokens"] for said in (usage, json.loads(last[6:])["usage"])]
+    until(lambda: gained(before, read(server), f"llm_e2e_request_latency_seconds_count{label}") == 2)
+    after = read(server)
     assert gained(before, after, f"llm_generation_tokens_total{label}") == 3 * usage["completion_tokens"] == 18
     assert gained(before, after, f"llm_prompt_tokens_total{label}") == 2 * usage["prompt_tokens"]
-    assert gained(before, after, f"llm_prefix_cache_queries_total{label}") > 0
-    assert gained(before, after, f"llm_prefix_cache_hits_total{label}") > 0
+    assert gained(before, after, f"llm_prefix_cache_queries_total{label}") == 3 * usage["prompt_tokens"]
+    assert gained(before, after, f"llm_prefix_cache_hits_total{label}") == cached[0] + 2 * cached[1]
+    assert cached[1] >= (usage["prompt_tokens"] - 1) // 16 * 16 > 0
     assert gained(before, after, f'llm_request_success_total{{finished_reason="length",model_name="{MODEL}"}}') == 3
     for name, count in {
         "time_to_first_token_seconds": 2,
@@ -105,6 +113,39 @@ def test_metrics_count_errors_and_those_who_left(server: Server) -> None:
         assert gained(before, after, f'llm_errors_total{{code="{code}"}}') == 1, code
 
 
+MODELS = ("e2e_request_latency_seconds", "request_prompt_tokens", "request_generation_tokens")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"max_tokens": 10**6}, "context_length_exceeded"),
+        ({"guided_regex": "("}, "invalid_value"),
+        ({"timeout": 1e-6, "max_tokens": 400}, "request_timeout"),
+    ],
+)
+def test_what_was_refused_is_no_request_of_the_models(server: Server, body: dict[str, Any], code: str) -> None:
+    before, label = read(server), f'{{model_name="{MODEL}"}}'
+    ask(server, **body)
+    until(lambda: gained(before, read(server), f'llm_errors_total{{code="{code}"}}') == 1)
+    after = read(server)
+    assert [gained(before, after, f"llm_{name}_count{label}") for name in MODELS] == [0, 0, 0]
+    assert gained(before, after, f"llm_request_aborts_total{label}") == 0
+
+
+def test_a_client_that_left_was_told_of_no_error(server: Server) -> None:
+    before, label = read(server), f'{{model_name="{MODEL}"}}'
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "ignore_eos": True}
+    headers = (*JSON, ("authorization", f"Bearer {KEY}"))
+    with Connection(server.url) as connection:
+        connection.send(request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers))
+    answered = 'llm_http_requests_total{code="499",method="POST",path="/v1/chat/completions"}'
+    until(lambda: gained(before, read(server), answered) == 1)
+    after = read(server)
+    assert gained(before, after, f"llm_request_aborts_total{label}") == 1
+    assert [name for name in after if name.startswith("llm_errors_total") and gained(before, after, name)] == []
+
+
 def test_endlessly_many_paths_and_codes_are_not_endlessly_many_series(server: Server) -> None:
     ask(server, "/v1/x0")
     before = len(read(server))
@@ -130,6 +171,7 @@ def test_every_metric_of_the_dashboard_is_there(server: Server) -> None:
 
 
 def test_a_request_is_a_line_with_its_tokens_and_times_and_without_its_secrets(server: Server) -> None:
+    ask(server)
     answer = ask(server, headers={"x-request-id": "mine-1"})
     httpx2.get(server.url + f"/v1/models?api_key={KEY}", headers={"authorization": "Bearer wrong-SECRET"})
     until(lambda: any('"mine-1"' in line for line in server.lines))
@@ -140,7 +182,9 @@ def test_a_request_is_a_line_with_its_tokens_and_times_and_without_its_secrets(s
         200,
         "/v1/chat/completions",
     )
-    assert line["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"] and line["completion_tokens"] == 6
+    usage = answer.json()["usage"]
+    assert line["prompt_tokens"] == usage["prompt_tokens"] and line["completion_tokens"] == 6
+    assert line["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"] > 0
     assert 0 < line["first_token_seconds"] <= line["seconds"] and line["finish_reason"] == "length"
     text = "".join(server.lines)
     assert KEY not in text and SECRET not in text and "wrong-SECRET" not in text
@@ -156,20 +200,59 @@ def test_what_clients_write_is_never_a_line_of_its_own(server: Server) -> None:
     assert not any(line.startswith("2026-01-01") or "\x1b" in line for line in server.lines)
 
 
-@pytest.mark.parametrize("kind", ["plain", "json"])
-def test_a_line_is_one_line_whatever_is_in_it(kind: str) -> None:
+@contextmanager
+def logged(kind: str) -> Iterator[io.StringIO]:
+    """What the log of requests writes."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logs.FORMATTERS[kind]())
     logs.access.addHandler(handler)
     logs.access.setLevel("INFO")
     try:
-        seen = Record(request_id="r\n1", client="\x1b[31m", model="a\r\nb\u2028c\x00", error="e\x9b")
-        logs.write(seen, "GET", "/x\n\x7f", 200)
+        yield stream
     finally:
         logs.access.removeHandler(handler)
+
+
+@pytest.mark.parametrize("kind", ["plain", "json"])
+def test_a_line_is_one_line_whatever_is_in_it(kind: str) -> None:
+    with logged(kind) as stream:
+        seen = Record(request_id="r\n1", client="\x1b[31m", model="a\r\nb\u2028c\x00", error="e\x9b")
+        logs.write(seen, "GET", "/x\n\x7f\u202e\u200b\ud800\U000e0001", 200)
+        logs.access.info("%s", "\u202e")
     text = stream.getvalue()
-    assert text.endswith("\n") and len(text.splitlines()) == 1 and text[:-1].isprintable()
+    assert text.endswith("\n") and len(text.splitlines()) == 2 and text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    "forged", ["/x 200 request_id=forged", '/x" 200 request_id="forged', "/x\\", "/x=1", "/x\u00a0status=200"]
+)
+def test_no_value_of_a_plain_line_looks_like_a_field_of_it(forged: str) -> None:
+    with logged("plain") as stream:
+        logs.write(Record(request_id="mine", model=forged, finish_reasons=["a b=c"]), "GET", forged, 404)
+    line = stream.getvalue().partition(" access: ")[2]
+    value = r'("(?:[^"\\]|\\.)*"|[^\s"=]+)'
+    found = re.fullmatch(rf"GET {value} 404 request_id=mine (?:seconds={value} )?model={value} \S+={value}\n", line)
+    assert found and json.loads(found[1]) == json.loads(found[3]) == forged
+
+
+def test_a_line_with_plain_values_has_no_quotes() -> None:
+    with logged("plain") as stream:
+        logs.write(Record(request_id="r-1.x", model="org/Name-1.5:4b"), "POST", "/v1/chat/completions", 200)
+    assert "POST /v1/chat/completions 200 request_id=r-1.x " in stream.getvalue()
+    assert "model=org/Name-1.5:4b" in stream.getvalue() and '"' not in stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["plain", "json"])
+def test_no_line_of_a_traceback_looks_like_one_of_the_log(kind: str) -> None:
+    with logged(kind) as stream:
+        try:
+            raise ValueError("x\n2026-01-01 00:00:00,000 INFO access: forged\r2026 \x1b[31m\u2028\u202e")
+        except ValueError:
+            logs.access.exception("it failed")
+    first, *rest = stream.getvalue().splitlines()
+    assert "it failed" in first and all(line.startswith("  ") for line in rest)
+    assert all(line.isprintable() for line in (first, *rest)) and "forged" in stream.getvalue()
 
 
 TRACING = """
@@ -194,10 +277,11 @@ with TestClient(app) as client:
     while client.get("/health").status_code != 200:
         pass
     body = {{"model": "Tiny-Qwen3", "messages": [{{"role": "user", "content": "a secret"}}], "max_tokens": 4}}
-    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert client.post("/v1/chat/completions?api_key=sk-secret&q=hello", json=body).status_code == 200
 (span,) = [span for span in seen.get_finished_spans() if span.attributes.get("http.route", "").endswith("completions")]
 print(span.attributes["gen_ai.request.model"], span.attributes["gen_ai.usage.output_tokens"])
 assert "a secret" not in span.to_json()
+assert "sk-secret" not in span.to_json() and "hello" not in span.to_json()
 """
 
 
@@ -210,3 +294,15 @@ def test_a_request_is_a_span_with_its_model_and_tokens(tiny_checkpoint: Path) ->
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and ended.stdout.split()[0] == MODEL, ended.stderr
     assert int(ended.stdout.split()[1]) >= 1
+
+
+def test_a_span_has_no_query_by_any_name_of_the_address() -> None:
+    old, new = {"http.target": "/v1/x?key=a", "http.url": "http://h/v1/x?key=a"}, {"url.full": "http://h/v1/x?key=a"}
+    span = TracerProvider().get_tracer("test").start_span("x", attributes={**old, **new, "url.query": "key=a"})
+    tracing.hide_query(span)
+    assert span.attributes == {
+        "http.target": "/v1/x",
+        "http.url": "http://h/v1/x",
+        "url.full": "http://h/v1/x",
+        "url.query": tracing.HIDDEN,
+    }

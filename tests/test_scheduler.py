@@ -189,6 +189,20 @@ def test_sequences_that_begin_alike_compute_that_once() -> None:
     assert total < 90 + 2 + 2 + 20
 
 
+def test_a_prompt_that_was_begun_twice_has_not_reused_what_it_computed_itself() -> None:
+    subject = scheduler(num_blocks=42, max_num_mixed_tokens=4)
+    decoding, prompt = sequence(4), sequence(140)
+    for one in (decoding, prompt):
+        subject.add(one)
+    while not subject.num_preemptions:
+        step(subject)
+    assert prompt in subject.waiting and prompt.num_output_tokens == 0
+    while prompt in subject.waiting:
+        step(subject)
+    assert prompt.num_computed > 16, "it found its own blocks"
+    assert prompt.num_reused == 0
+
+
 def test_random_traffic_of_sequences_that_begin_alike_ends_with_everything_free() -> None:
     rng = random.Random(2)
     subject = scheduler(num_blocks=60)
