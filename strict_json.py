@@ -81,11 +81,13 @@ def strict(request: Request) -> StrictRequest:
 
 class StrictRoute(APIRoute):
     def get_route_handler(self) -> Handler:
-        handler = super().get_route_handler()
+        handler, has_body = super().get_route_handler(), self.body_field is not None
 
         async def handle(request: Request) -> Response:
             request = strict(request)
             try:
+                if has_body:
+                    await request.body()
                 if is_json(request):
                     await request.json()
             except ClientDisconnect:
