@@ -24,16 +24,19 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         declared = Headers(scope=scope).get("content-length", "")
         size = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
-        num_read = 0
+        num_read, is_whole = 0, False
 
         async def receive_up_to_limit() -> Message:
-            nonlocal num_read
+            nonlocal num_read, is_whole
+            if is_whole:  # what comes is that the client left
+                return await receive()
             self._check(size, 0)
             message = await receive()
             num_new = len(message.get("body", b""))
             num_read += num_new
             self._num_held += num_new
             self._check(num_read, size - num_read)
+            is_whole = not message.get("more_body", False)
             return message
 
         try:

@@ -7,7 +7,7 @@ add_generation_prompt, structured_outputs and guided_*; as llama.cpp does: timin
 
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 from uuid import uuid4
 
 from pydantic import (
@@ -21,11 +21,16 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
 MOST_MESSAGES = 10_000  # of a conversation
+MOST_ITEMS = 10_000  # of a list that has no bound of its own
+MOST_BIASES = 1024
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(max_length=MOST_ITEMS, fail_fast=True)]  # one error, not one of each item
 Support = Literal["honoured", "no meaning here", "refused"]  # a field's `x-support` in /openapi.json
 
 
@@ -118,12 +123,12 @@ class ContentPart(RequestBody):
 
 class Message(RequestBody):
     role: Role
-    content: str | list[ContentPart] | None = None
+    content: str | Items[ContentPart] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None  # the assistant's thoughts, as an answer had them
     reasoning: str | None = None  # the same, as other servers name it
-    tool_calls: list[Object] | None = None
+    tool_calls: Items[Object] | None = None
     tool_call_id: str | None = None
     function_call: Object | None = None  # the older form of one tool call
 
@@ -171,11 +176,11 @@ class _SamplingRequest(_TimedRequest):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None  # OpenAI takes 4
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None  # OpenAI takes 4
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
     stream: bool | None = None
     user: str | None = _no_meaning("a label of the client's.")
 
@@ -185,6 +190,9 @@ class _SamplingRequest(_TimedRequest):
         """JSON has no other keys than strings."""
         if not isinstance(value, dict):
             return value
+        if len(value) > MOST_BIASES:  # before each of them has its own error
+            bounds = {"field_type": "Dictionary", "max_length": MOST_BIASES, "actual_length": len(value)}
+            raise PydanticKnownError("too_long", bounds)
         return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
 
 
@@ -199,7 +207,7 @@ class _CompletionRequest(_SamplingRequest):
     stream_options: StreamOptions | None = None
     guided_json: Object | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     structured_outputs: Object | None = None  # the newer way to send one of the four, without `guided_`
 
@@ -232,7 +240,7 @@ class TemplateArguments(RequestBody):
 class _RenderedRequest(RequestBody):
     """What decides how messages become a prompt."""
 
-    tools: list[Object] | None = None
+    tools: Items[Object] | None = None
     tool_choice: str | Object | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
@@ -269,18 +277,21 @@ class _ConversationRequest(_RenderedRequest):
     store: bool | None = _no_meaning("nothing is stored.")
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+
+
 class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    functions: list[Object] | None = _refused([])
+    functions: Items[Object] | None = _refused([])
     function_call: str | Object | None = _refused("none", "auto")
     response_format: Object | None = None
     audio: Object | None = _refused()
-    modalities: list[str] | None = _refused(["text"])
+    modalities: Items[str] | None = _refused(["text"])
     verbosity: str | None = _refused("medium")
     web_search_options: Object | None = _refused()
     prediction: Object | None = _no_meaning("it could make the answer faster, not another one.")
@@ -365,12 +376,12 @@ class InputItem(RequestBody):
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[InputPart] | None = None
+    content: str | Items[InputPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
     input: str | None = None
-    output: str | list[InputPart] | None = None
+    output: str | Items[InputPart] | None = None
 
 
 class TextConfig(RequestBody):
@@ -385,14 +396,14 @@ class ReasoningConfig(RequestBody):
 
 
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
-    input: str | Annotated[list[InputItem], Field(max_length=MOST_MESSAGES - 1)]  # the instructions are one too
+    input: str | Annotated[list[InputItem], Field(max_length=MOST_MESSAGES - 1, fail_fast=True)]  # and instructions
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: list[Includable] | None = Field(None, description="Of these, text has the log-probabilities alone.")
+    include: Items[Includable] | None = Field(None, description="Of these, text has the log-probabilities alone.")
     text: TextConfig | None = None
     background: bool | None = _refused(False)
-    context_management: list[Object] | None = _refused([])
+    context_management: Items[Object] | None = _refused([])
     conversation: str | Object | None = _refused()
     previous_response_id: str | None = _refused()
     prompt: Object | None = _refused()
@@ -412,7 +423,7 @@ class TokenizeRequest(_RenderedRequest):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MOST_MESSAGES)
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
@@ -501,7 +512,7 @@ class RerankRequest(_TimedRequest):
 
     model: str
     query: NonEmpty
-    documents: list[NonEmpty | RerankDocument] = Field(min_length=1, max_length=2048)
+    documents: list[NonEmpty | RerankDocument] = Field(min_length=1, max_length=2048, fail_fast=True)
     top_n: int | None = Field(None, ge=1)
     return_documents: bool | None = None
     truncate: bool | None = None  # whether a text that is too long is cut, or refused

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Coroutine
+from itertools import islice
 from typing import Any
 
 from fastapi import Request, Response
@@ -12,11 +14,15 @@ from starlette.requests import ClientDisconnect
 from connection import CLIENT_GONE
 from errors import InvalidRequest
 
+MOST_VALUES = 250_000  # strings, lists and objects: each takes many times its bytes. Numbers may be token ids
+_VALUE = re.compile(rb'[\[{]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def loads(body: bytes) -> Any:
-    """Raises json.JSONDecodeError, RecursionError for what is too deep, InvalidRequest for NaN and the like."""
+    """Raises json.JSONDecodeError, RecursionError for what is too deep, InvalidRequest for NaN or too many values."""
+    check_number(body)
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -32,6 +38,14 @@ def loads(body: bytes) -> Any:
         path = _path_of_nan(value)
         raise InvalidRequest(f"{path}: {constants[0]} is no number of JSON.", param=path or None, code="invalid_value")
     return value
+
+
+def check_number(body: bytes) -> None:
+    """Of its values, before they are made. Raises InvalidRequest."""
+    if body.count(b'"') // 2 + body.count(b"[") + body.count(b"{") <= MOST_VALUES:
+        return  # with those that are inside of strings
+    if any(True for _ in islice(_VALUE.finditer(body), MOST_VALUES, None)):
+        raise InvalidRequest(f"The body has more than {MOST_VALUES} strings, lists and objects.", code="invalid_value")
 
 
 def _path_of_nan(value: Any) -> str:
@@ -67,11 +81,13 @@ def strict(request: Request) -> StrictRequest:
 
 class StrictRoute(APIRoute):
     def get_route_handler(self) -> Handler:
-        handler = super().get_route_handler()
+        handler, has_body = super().get_route_handler(), self.body_field is not None
 
         async def handle(request: Request) -> Response:
             request = strict(request)
             try:
+                if has_body:
+                    await request.body()
                 if is_json(request):
                     await request.json()
             except ClientDisconnect:

@@ -241,7 +241,7 @@ def test_2048_texts_are_taken_and_the_event_loop_stays_free(embedding_server: Se
 
 def test_a_list_without_end_is_refused_at_once(embedding_server: Server) -> None:
     for path, field in (("embeddings", "input"), ("completions", "prompt")):
-        for long in (["a"] * 1_000_000, [1] * 1_000_000 + ["a"], [[1]] * 1_000_000, ["a", 1] * 1_000_000):
+        for long in (["a"] * 200_000, [1] * 2_000_000 + ["a"], [[1]] * 200_000, ["a", 1] * 200_000):
             begin = time.monotonic()
             answer = embedding_server.post(f"/v1/{path}", model=DEMO, **{field: long})
             assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(field), answer.text

@@ -445,6 +445,37 @@ ROW_5 += [
       for name, (value, param) in BAD_MESSAGES.items() if name in ("empty", "robot", "of-null", "part-of-null")),
 ]  # fmt: skip
 
+MANY: Any = [0] * 500_000
+ROW_5_MANY = [
+    *(
+        chat(5, f"many-{slug(path)}-{name}", param=name, path=path, seconds=2, **{name: MANY})
+        for path, names in (
+            (CHAT, ("messages", "tools", "functions", "modalities", "guided_choice", "stop")),
+            (TEXT, ("guided_choice", "stop")),
+            (RESPONSES, ("input", "include", "tools", "context_management")),
+            (RERANK, ("documents",)),
+            (TOKENS, ("messages", "tools")),
+        )
+        for name in names
+    ),
+    chat(5, "many-stop_token_ids", param="stop_token_ids", stop_token_ids=[None] * 200_000, seconds=2),
+    chat(5, "many-parts", param="messages[0].content", messages=[user(MANY)], seconds=2),
+    chat(5, "many-calls", param="messages[0].tool_calls", seconds=2, messages=[{"role": "assistant",
+        "tool_calls": MANY}]),
+    *(chat(5, f"many-{name}", param=f"input[0].{name}", path=RESPONSES, input=[{"role": "user", name: MANY}], seconds=2)
+        for name in ("content", "output")),
+    chat(5, "many-biases", param="logit_bias", logit_bias={f"x{number}": 0 for number in range(100_000)}, seconds=2),
+    *(chat(5, f"many-{name}", param=None, path=path, seconds=2, **{field: values}) for name, path, field, values in (
+        ("empty-parts", CHAT, "messages", [user([{}] * 500_000)]),
+        ("good-parts", CHAT, "messages", [user([{"type": "text"}] * 9_000)] * 15),
+        ("unknown-lists", CHAT, "foo", [[]] * 1_000_000),
+        ("unknown-texts", CHAT, "foo", ["x", '"', "\\"] * 500_000),
+        ("prompts", TEXT, "prompt", ["x"] * 500_000),
+        ("documents", RERANK, "documents", [{"text": "x"}] * 200_000),
+    )),
+    chat(5, "many-brackets-in-a-text", {200}, path=TOKENS, prompt='[{"' * 150_000, seconds=5),
+]  # fmt: skip
+
 ROLES = (
     *(
         "<|im_start|>",
@@ -1620,7 +1651,23 @@ ROW_53 += [
 ]
 
 ROWS: tuple[list[Case], ...] = (
-    *(ROW_1, ROW_2, ROW_3, ROW_4, ROW_5, ROW_6, ROW_7, ROW_8, ROW_9, ROW_10, ROW_11, ROW_12, ROW_13, ROW_14, ROW_15),
+    *(
+        ROW_1,
+        ROW_2,
+        ROW_3,
+        ROW_4,
+        [*ROW_5, *ROW_5_MANY],
+        ROW_6,
+        ROW_7,
+        ROW_8,
+        ROW_9,
+        ROW_10,
+        ROW_11,
+        ROW_12,
+        ROW_13,
+        ROW_14,
+        ROW_15,
+    ),
     *(ROW_16, ROW_17, ROW_18, ROW_19, ROW_20, ROW_26, ROW_29, ROW_30, ROW_32, ROW_34, ROW_35, ROW_36, ROW_37, ROW_38),
     *(ROW_39, ROW_40, ROW_41, ROW_42, ROW_43, ROW_45, ROW_53),
 )
@@ -1789,6 +1836,22 @@ def test_control_tokens_in_a_users_text_are_text_row44(targets: dict[bool, Targe
             case = chat(44, "count", {200}, path=TOKENS, prompt=None, model=model, messages=[user(content)])
             counts.append(targets[sees_images].ask(case).json["count"])
         assert counts[1] - counts[0] == len(text.encode())
+
+
+def test_many_wrong_values_delay_nobody_and_take_no_memory_row5(targets: dict[bool, Target]) -> None:
+    def slowest_health() -> float:
+        slowest = 0.0
+        with Connection(targets[False].server.url) as connection:
+            while not asked.done():
+                begin = time.monotonic()
+                assert connection.ask("GET", "/health", b"", ()).status == 200
+                slowest = max(slowest, time.monotonic() - begin)
+        return slowest
+
+    with ThreadPoolExecutor(1) as pool, bounded_peak(targets[False].server, GROWTH):
+        asked = pool.submit(lambda: [targets[False].ask(case) for case in ROW_5_MANY])
+        slowest = slowest_health()
+    assert len(asked.result()) == len(ROW_5_MANY) and slowest < 2, f"one waited for {slowest:.2f} s"
 
 
 def test_pixel_bombs_take_no_memory_row35(targets: dict[bool, Target]) -> None:

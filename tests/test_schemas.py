@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
 import pytest
@@ -16,7 +16,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from process import Server
 
-from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest
+from schemas import ChatCompletionRequest, CompletionRequest, RequestBody, ResponsesRequest
 
 MODEL = "Tiny-Qwen3"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -451,6 +451,28 @@ def test_a_field_without_meaning_is_accepted(server: Server, path: str, name: st
     answer = ask(server, path, **{name: example(request.model_fields[name].annotation)})
     assert answer.status_code == 200, answer.text
     assert "x-ignored-fields" not in answer.headers
+
+
+def bodies(kind: type[RequestBody] = RequestBody) -> Iterator[type[RequestBody]]:
+    for inner in kind.__subclasses__():
+        yield inner
+        yield from bodies(inner)
+
+
+def lists(schema: Any) -> Iterator[Any]:
+    """Of a body and all that it has inside, as pydantic reads them."""
+    if isinstance(schema, dict) and schema.get("type") == "list":
+        yield schema
+    if isinstance(schema, dict | list | tuple):
+        for inner in schema.values() if isinstance(schema, dict) else schema:
+            yield from lists(inner)
+
+
+@pytest.mark.parametrize("body", dict.fromkeys(bodies()), ids=lambda body: body.__name__)
+def test_every_list_of_a_request_is_bounded_and_has_one_error_at_most(body: type[RequestBody]) -> None:
+    found = list(lists(body.__pydantic_core_schema__))
+    assert found or not any("list[" in str(field.annotation) for field in body.model_fields.values())
+    assert all(schema.get("max_length") and schema.get("fail_fast") for schema in found), found
 
 
 @pytest.mark.parametrize("path", REQUESTS)
