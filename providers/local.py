@@ -84,18 +84,21 @@ class LocalProvider:
     async def _load(self) -> None:
         begin = time.monotonic()
         try:
-            self.loaded = await in_daemon_thread(partial(self._load_model, self.path, self.settings, self.progress))
+            loaded = await in_daemon_thread(partial(self._load_model, self.path, self.settings, self.progress))
         except ModelLoadError as error:
             self._fail(str(error))
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             self._fail(f"The model {self.path} cannot be loaded: {type(error).__name__}: {error}")
         else:
-            self.loaded.engine.on_failure = partial(
-                self._fail, f"The engine of {self.name} has stopped after an error."
-            )
-            self.loaded.engine.start()
+            self.begin(loaded)
             log.info("%s is ready after %.1f s", self.name, time.monotonic() - begin)
+
+    def begin(self, loaded: Loaded) -> None:
+        """Answers with that from now on."""
+        loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} has stopped after an error.")
+        loaded.engine.start()
+        self.loaded = loaded
 
     def _fail(self, sentence: str) -> None:
         self._failure = sentence
