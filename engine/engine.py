@@ -38,6 +38,7 @@ CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
 BLOCK_SIZES = (16, 256)  # tokens, the first one that the device's attention takes
 ENCODED_TOGETHER = 4  # images
 STALLED = 300.0  # seconds of a step
+ENDING = 5.0  # seconds of the step under way, once the engine closes
 GPU_RESERVE = 0.1  # of a GPU's memory, for activations
 
 
@@ -86,7 +87,7 @@ class Mailbox:
 
     def put(self, output: TokenOutput | Exception) -> None:
         if isinstance(output, Exception):
-            self._error = output
+            self._error = self._error or output
         else:
             self._outputs.append(output)
         if self._waiter is not None and not self._waiter.done():
@@ -117,6 +118,7 @@ class Engine:
         self._is_closing = False
         self._is_stopped = False
         self._step_began: float | None = None  # of the one under way
+        self.stalled_after = STALLED
         self.num_failed_steps = 0  # since the start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -168,7 +170,7 @@ class Engine:
     def is_stalled(self) -> bool:
         """Whether a step takes longer than any should: a device that hangs does not raise."""
         begin = self._step_began
-        return begin is not None and time.monotonic() - begin > STALLED
+        return begin is not None and time.monotonic() - begin > self.stalled_after
 
     def start(self) -> None:
         """Starts the worker thread; outputs go to the event loop that runs now."""
@@ -238,17 +240,17 @@ class Engine:
         if waiting and waiting + num_tokens > self.max_queued_tokens:
             raise Overloaded(f"Prompts of {waiting} tokens wait already; try again later.", retry_after=5)
 
-    async def close(self, timeout: float = 0.0) -> None:
-        """Lets running sequences finish for `timeout` seconds, gives the others an error, and ends the thread."""
+    async def close(self, timeout: float = 0.0, patience: float = ENDING) -> None:
+        """Lets running sequences finish for `timeout` seconds, ends the thread, and gives the others an error. A step
+        that takes longer than `patience` seconds more is left to itself: it may hang."""
         self._is_closing = True
         deadline = time.monotonic() + timeout
         while self._live and self._thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.post(self._stop)
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
-        for sequence in self._live:
-            sequence.sink(Unavailable("The server is shutting down.", retry_after=10))
+            await asyncio.to_thread(self._thread.join, patience)
+        self._tell_everybody(Unavailable("The server is shutting down.", retry_after=10))
 
     def _stop(self) -> None:
         self._is_stopped = True
@@ -263,10 +265,16 @@ class Engine:
         except BaseException as error:
             log.exception("the engine stops")
             self.failure = error
-            failed = EngineFailure("The engine has stopped after an error.")
-            self._deliver([(sequence.sink, failed) for sequence in list(self._live)])
             if self._loop is not None and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self.on_failure)
+                self._loop.call_soon_threadsafe(self._fail)
+
+    def _fail(self) -> None:
+        self._tell_everybody(EngineFailure("The engine has stopped after an error."))
+        self.on_failure()
+
+    def _tell_everybody(self, error: Exception) -> None:
+        for sequence in self._live:
+            sequence.sink(error)
 
     def _read_inbox(self) -> None:
         """Carries out what the event loop asked for; waits for it where there is nothing to compute."""
@@ -280,14 +288,10 @@ class Engine:
 
     def step(self) -> None:
         """Computes one batch. Its sequences are told if that fails; the others, and the engine, live on."""
-        if not self._encode_images():
-            return
-        batch = self.scheduler.schedule()
-        if not batch.spans:
-            return
         self._step_began = time.monotonic()
         try:
-            self._compute(batch)
+            if self._encode_images() and (batch := self.scheduler.schedule()).spans:
+                self._compute(batch)
         finally:
             self._step_began = None
 
