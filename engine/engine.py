@@ -325,9 +325,9 @@ class Engine:
             return self._compute(Batch((less,)), is_last_try=less == span)
         log.error("the model failed on a sequence", exc_info=error)
         failed = EngineFailure("The model failed on this request; it has been logged.")
-        for sequence in batch.sequences:
-            self.scheduler.remove(sequence)
-        self._deliver([(sequence.sink, failed) for sequence in batch.sequences])
+        self.scheduler.cache.erase(span.sequence)  # whatever of it was written
+        self.scheduler.remove(span.sequence)
+        self._deliver([(span.sequence.sink, failed)])
 
     def _encode_images(self) -> bool:
         """Of those that prompts wait for some at a time, and one while sequences decode. False if one failed."""

@@ -47,8 +47,8 @@ class Faulty(ModelRunner):
         return tokens or super().run(batch)
 
 
-def engine_with(fault: Fault, is_late: bool = False) -> Engine:
-    engine = engine_of("qwen3")
+def engine_with(fault: Fault, is_late: bool = False, family: str = "qwen3") -> Engine:
+    engine = engine_of(family)
     faulty = Faulty(engine.runner.model, engine.runner.cache)
     faulty.fault, faulty.is_late = fault, is_late
     engine.runner = faulty
@@ -64,7 +64,7 @@ def test_a_step_that_fails_once_is_nobodys_failure(is_late: bool) -> None:
     """Whichever step it is."""
     requests = prompts(6, longest=60)
     expected = [reference("qwen3", prompt, 12) for prompt in requests]
-    for number in range(1, 24):
+    for number in range(1, 18):  # it takes no fewer steps
         left = [number]
 
         def fault(batch: Batch, left: list[int] = left) -> Exception | None:
@@ -76,7 +76,7 @@ def test_a_step_that_fails_once_is_nobodys_failure(is_late: bool) -> None:
 
         engine = engine_with(fault, is_late)
         assert run(engine, use) == expected, number
-        assert engine.num_failed_steps <= 1
+        assert engine.num_failed_steps == 1 and left[0] < 1
 
 
 def test_what_a_failed_step_held_is_free_before_the_next_try() -> None:
@@ -112,6 +112,25 @@ def test_the_sequence_that_no_step_survives_fails_alone() -> None:
     outcomes = run(engine_with(fault), use)
     assert isinstance(outcomes.pop(4), EngineFailure)
     assert outcomes == [reference("qwen3", prompt) for prompt in requests]
+
+
+def test_what_a_failed_sequence_wrote_does_not_reach_the_next_owner_of_its_blocks() -> None:
+    """qwen2's heads are of a size that no kernel takes, and a masked NaN is still one in torch's attention."""
+
+    def fault(batch: Batch) -> Exception | None:
+        poisoned = [sequence for sequence in batch.sequences if sequence.token_ids[0] == POISON]
+        for layer, group in engine.scheduler.cache.group_of.items():
+            for sequence in poisoned:
+                engine.scheduler.cache.values[layer][sequence.block_tables[group]] = torch.nan
+        return RuntimeError("poison") if poisoned else None
+
+    async def use(engine: Engine) -> list[int]:
+        with pytest.raises(EngineFailure):
+            await answer(engine, [POISON] * 12, greedy())
+        return await answer(engine, [5, 6, 7], greedy())
+
+    engine = engine_with(fault, family="qwen2")
+    assert run(engine, use) == reference("qwen2", [5, 6, 7])
 
 
 @pytest.mark.parametrize("error", [out_of_memory, lambda: MemoryError(), lambda: RuntimeError("can't allocate memory")])
