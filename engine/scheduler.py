@@ -114,10 +114,23 @@ class Scheduler:
         """Behind those of its priority whose turn is before.
 
         Start-time fair queueing (Goyal et al. 1996): a client's next prompt has its turn as many tokens later as its
-        last one had, so that whoever sends many waits behind whoever sends few."""
-        sequence.turn = max(self._turn, self._next_turns.get(sequence.client, 0))
+        last one had, and as its answers have had meanwhile, so that whoever takes much waits behind whoever takes
+        little."""
+        own = [other.turn for other in self.waiting if other.client == sequence.client]
+        sequence.turn = max([self._next_turn(sequence.client), *own])
         self._next_turns[sequence.client] = sequence.turn + len(sequence.prompt_ids)
         self._insert(sequence)
+
+    def _next_turn(self, client: str) -> int:
+        return max(self._turn, self._next_turns.get(client, 0))
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Once it has ended: while others wait, turns are for what was computed."""
+        if not self.waiting:
+            self._next_turns.clear()
+            return
+        taken = -len(sequence.prompt_ids) if sequence.waited is None else sequence.num_output_tokens
+        self._next_turns[sequence.client] = self._next_turn(sequence.client) + taken
 
     def _insert(self, sequence: Sequence) -> None:
         place = (sequence.priority, sequence.turn)
@@ -328,6 +341,7 @@ class Scheduler:
         self._erase_unseen(sequence)
         self.cache.free(sequence)
         self.guesser.forget(sequence)
+        self._settle(sequence)
         sequence.status = Status.FINISHED
 
     def _erase_unseen(self, sequence: Sequence) -> None:
