@@ -346,7 +346,10 @@ class Engine:
         """Those that the model fails on."""
         try:
             self.runner.encode(images, most)
-        except Exception:
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            release_memory(error)
             missing = [image for image in images if image.features is None]
             if len(missing) > 1:
                 return {bad for image in missing[:most] for bad in self._encode([image], 1)}
