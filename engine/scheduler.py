@@ -46,8 +46,9 @@ class Span:
 
     @property
     def is_decode(self) -> bool:
-        """One token, and what may follow it."""
-        return self.num_tokens - len(self.draft) == 1
+        """One token of an answer, and what may follow it. One of a prompt is computed as the others of it are, so
+        that its logits do not depend on how the prompt was cut."""
+        return self.num_tokens - len(self.draft) == 1 and self.start >= len(self.sequence.prompt_ids)
 
     @property
     def is_complete(self) -> bool:
@@ -159,7 +160,7 @@ class Scheduler:
                     continue  # it will take that over
                 is_full = not self._admit(sequence)
                 budget -= self._prefill(sequence, budget, spans) if not is_full else 0
-        if all(span.is_decode and span.is_complete for span in spans):  # a chunk of a prompt can be one token, too
+        if all(span.is_decode and span.is_complete for span in spans):  # what is computed again can be in chunks of one
             spans = self._with_drafts(spans)
         if not spans and len(self.running) > 1:  # prompts hold blocks that others of them lack
             self._preempt(self._least_urgent())

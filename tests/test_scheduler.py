@@ -8,7 +8,7 @@ import torch
 
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.sampling import SampledToken, SamplingParams
-from engine.scheduler import PATIENCE, Batch, Limits, Scheduler
+from engine.scheduler import PATIENCE, Batch, Limits, Scheduler, Span
 from engine.sequence import Sequence, Status
 
 SPECS = {0: LayerSpec(1, 4, 4, None, torch.float32, torch.device("cpu"))}
@@ -263,3 +263,15 @@ def test_random_traffic_of_sequences_that_begin_alike_ends_with_everything_free(
     for _ in range(3000):
         step(subject)
     assert not subject.has_work and subject.cache.num_used_blocks == 0 and subject.num_preemptions > 0
+
+
+def test_a_token_of_a_prompt_is_no_decode_however_the_prompt_is_cut() -> None:
+    """What computes decodes may round otherwise, and then a prompt's first token would depend on the budget."""
+    one, long = sequence(1), sequence(33)
+    assert not Span(one, 0, 1).is_decode
+    assert not any(Span(long, start, 1).is_decode for start in range(33))
+    assert Span(long, 33, 1).is_decode, "also where the token is not known yet"
+    subject = scheduler(max_num_batched_tokens=32)
+    subject.add(long)
+    counts = [(batch.num_prompt_tokens, batch.num_decodes) for batch in (step(subject) for _ in range(3))]
+    assert counts == [(32, 0), (1, 0), (0, 1)]
