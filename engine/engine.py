@@ -204,11 +204,12 @@ class Engine:
         Its last output has a finish_reason. Leaving the iterator aborts the sequence. The prompts of a smaller
         `priority` are computed first; among those of one priority, clients take turns.
 
-        Raises Overloaded while too many wait, Unavailable while closing, EngineFailure when a step failed.
+        Raises Overloaded while too many wait, whose tokens are the caller's to check; Unavailable while closing,
+        EngineFailure when a step failed.
         """
         assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
-        self.check_open(1, len(prompt_ids))
+        self.check_open(1)
         mailbox = Mailbox()
         sequence = Sequence(prompt_ids, params, mailbox.put, priority, images, client)
         self._live.add(sequence)
@@ -227,15 +228,18 @@ class Engine:
         """Has the worker thread call `command` between two steps."""
         self._inbox.put(command)
 
-    def check_open(self, num_sequences: int = 1, num_tokens: int = 0) -> None:
-        """Raises what `generate` would raise for one of so many sequences, with so many tokens of prompts, before any
-        of them begins."""
+    def check_open(self, num_sequences: int) -> None:
+        """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
         if self.failure is not None:
             raise Unavailable("The engine has stopped after an error; the server ends.", retry_after=30)
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
         if len(self._live) + num_sequences > self.max_live:
             raise Overloaded(f"{len(self._live)} sequences run or wait already; try again later.", retry_after=5)
+
+    def check_room(self, num_sequences: int, num_tokens: int) -> None:
+        """As `check_open`; raises Overloaded also where prompts of so many tokens would wait behind too many others."""
+        self.check_open(num_sequences)
         waiting = self.num_queued_tokens
         if waiting and waiting + num_tokens > self.max_queued_tokens:
             raise Overloaded(f"Prompts of {waiting} tokens wait already; try again later.", retry_after=5)

@@ -192,6 +192,7 @@ class LocalProvider:
             images=images,
             reading=reading_of(loaded.template, box, state, is_structured(request)),
         )
+        loaded.engine.check_room(num_choices, num_choices * len(prompt_ids))
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
         wire = [ChoiceChunks(index, request.num_logprobs is not None, loaded.texts) for index in range(num_choices)]
@@ -243,7 +244,9 @@ class LocalProvider:
             first = 0 if best_of > n else number * n
             answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
-        meter.start([len(prompt.token_ids) for prompt in prompts], n)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        loaded.engine.check_room(len(prompts) * best_of, sum(lengths) * best_of)
+        meter.start(lengths, n)
         choices = Choices(request, prompts, loaded.texts)
         head = Completion(model=self.name, choices=[])
         async with aclosing(merge(sources)) as pieces:
@@ -352,7 +355,8 @@ def _is_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:
 
 
 def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
-    """Raises InvalidRequest for more sequences than could ever wait, Overloaded for more than can now."""
+    """Raises InvalidRequest for more sequences than could ever wait, Overloaded for more than can now; their
+    tokens are not known yet."""
     if num_sequences > engine.max_live:
         raise InvalidRequest(
             f"{num_sequences} answers are asked for, and this server takes {engine.max_live} at a time.", param=param
