@@ -38,6 +38,7 @@ CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
 BLOCK_SIZES = (16, 256)  # tokens, the first one that the device's attention takes
 ENCODED_TOGETHER = 4  # images
 STALLED = 300.0  # seconds of a step
+ENDING = 5.0  # seconds of the step under way, once the engine closes
 GPU_RESERVE = 0.1  # of a GPU's memory, for activations
 
 
@@ -86,7 +87,7 @@ class Mailbox:
 
     def put(self, output: TokenOutput | Exception) -> None:
         if isinstance(output, Exception):
-            self._error = output
+            self._error = self._error or output
         else:
             self._outputs.append(output)
         if self._waiter is not None and not self._waiter.done():
@@ -117,6 +118,7 @@ class Engine:
         self._is_closing = False
         self._is_stopped = False
         self._step_began: float | None = None  # of the one under way
+        self.stalled_after = STALLED
         self.num_failed_steps = 0  # since the start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -168,7 +170,7 @@ class Engine:
     def is_stalled(self) -> bool:
         """Whether a step takes longer than any should: a device that hangs does not raise."""
         begin = self._step_began
-        return begin is not None and time.monotonic() - begin > STALLED
+        return begin is not None and time.monotonic() - begin > self.stalled_after
 
     def start(self) -> None:
         """Starts the worker thread; outputs go to the event loop that runs now."""
@@ -202,11 +204,12 @@ class Engine:
         Its last output has a finish_reason. Leaving the iterator aborts the sequence. The prompts of a smaller
         `priority` are computed first; among those of one priority, clients take turns.
 
-        Raises Overloaded while too many wait, Unavailable while closing, EngineFailure when a step failed.
+        Raises Overloaded while too many wait, whose tokens are the caller's to check; Unavailable while closing,
+        EngineFailure when a step failed.
         """
         assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
-        self.check_open(1, len(prompt_ids))
+        self.check_open(1)
         mailbox = Mailbox()
         sequence = Sequence(prompt_ids, params, mailbox.put, priority, images, client)
         self._live.add(sequence)
@@ -225,30 +228,33 @@ class Engine:
         """Has the worker thread call `command` between two steps."""
         self._inbox.put(command)
 
-    def check_open(self, num_sequences: int = 1, num_tokens: int = 0) -> None:
-        """Raises what `generate` would raise for one of so many sequences, with so many tokens of prompts, before any
-        of them begins."""
+    def check_open(self, num_sequences: int) -> None:
+        """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
         if self.failure is not None:
             raise Unavailable("The engine has stopped after an error; the server ends.", retry_after=30)
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
         if len(self._live) + num_sequences > self.max_live:
             raise Overloaded(f"{len(self._live)} sequences run or wait already; try again later.", retry_after=5)
+
+    def check_room(self, num_sequences: int, num_tokens: int) -> None:
+        """As `check_open`; raises Overloaded also where prompts of so many tokens would wait behind too many others."""
+        self.check_open(num_sequences)
         waiting = self.num_queued_tokens
         if waiting and waiting + num_tokens > self.max_queued_tokens:
             raise Overloaded(f"Prompts of {waiting} tokens wait already; try again later.", retry_after=5)
 
-    async def close(self, timeout: float = 0.0) -> None:
-        """Lets running sequences finish for `timeout` seconds, gives the others an error, and ends the thread."""
+    async def close(self, timeout: float = 0.0, patience: float = ENDING) -> None:
+        """Lets running sequences finish for `timeout` seconds, ends the thread, and gives the others an error. A step
+        that takes longer than `patience` seconds more is left to itself: it may hang."""
         self._is_closing = True
         deadline = time.monotonic() + timeout
         while self._live and self._thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.post(self._stop)
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
-        for sequence in self._live:
-            sequence.sink(Unavailable("The server is shutting down.", retry_after=10))
+            await asyncio.to_thread(self._thread.join, patience)
+        self._tell_everybody(Unavailable("The server is shutting down.", retry_after=10))
 
     def _stop(self) -> None:
         self._is_stopped = True
@@ -263,10 +269,16 @@ class Engine:
         except BaseException as error:
             log.exception("the engine stops")
             self.failure = error
-            failed = EngineFailure("The engine has stopped after an error.")
-            self._deliver([(sequence.sink, failed) for sequence in list(self._live)])
             if self._loop is not None and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self.on_failure)
+                self._loop.call_soon_threadsafe(self._fail)
+
+    def _fail(self) -> None:
+        self._tell_everybody(EngineFailure("The engine has stopped after an error."))
+        self.on_failure()
+
+    def _tell_everybody(self, error: Exception) -> None:
+        for sequence in self._live:
+            sequence.sink(error)
 
     def _read_inbox(self) -> None:
         """Carries out what the event loop asked for; waits for it where there is nothing to compute."""
@@ -280,14 +292,10 @@ class Engine:
 
     def step(self) -> None:
         """Computes one batch. Its sequences are told if that fails; the others, and the engine, live on."""
-        if not self._encode_images():
-            return
-        batch = self.scheduler.schedule()
-        if not batch.spans:
-            return
         self._step_began = time.monotonic()
         try:
-            self._compute(batch)
+            if self._encode_images() and (batch := self.scheduler.schedule()).spans:
+                self._compute(batch)
         finally:
             self._step_began = None
 
@@ -324,9 +332,9 @@ class Engine:
             return self._compute(Batch((less,)), is_last_try=less == span)
         log.error("the model failed on a sequence", exc_info=error)
         failed = EngineFailure("The model failed on this request; it has been logged.")
-        for sequence in batch.sequences:
-            self.scheduler.remove(sequence)
-        self._deliver([(sequence.sink, failed) for sequence in batch.sequences])
+        self.scheduler.cache.erase(span.sequence)  # whatever of it was written
+        self.scheduler.remove(span.sequence)
+        self._deliver([(span.sequence.sink, failed)])
 
     def _encode_images(self) -> bool:
         """Of those that prompts wait for some at a time, and one while sequences decode. False if one failed."""
@@ -345,7 +353,10 @@ class Engine:
         """Those that the model fails on."""
         try:
             self.runner.encode(images, most)
-        except Exception:
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            release_memory(error)
             missing = [image for image in images if image.features is None]
             if len(missing) > 1:
                 return {bad for image in missing[:most] for bad in self._encode([image], 1)}

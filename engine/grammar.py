@@ -7,7 +7,7 @@ only be in each other's way, right after.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -201,6 +201,10 @@ class Masks:
     def start(self) -> None:
         """Begins to compute them; where a GPU computes the model, beside it."""
         self._futures = [_pool.submit(_masks_of, matcher, rows) for matcher, rows in self._rows.items()]
+
+    def wait(self) -> None:
+        """Until nothing computes them any more; a matcher is for one thread at a time."""
+        wait(self._futures)
 
     def apply(self, logits: torch.Tensor) -> None:
         """Sets what may not come to -inf, in place; waits for the masks. logits: (rows, tokens), float32."""

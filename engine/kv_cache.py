@@ -192,9 +192,13 @@ class KVCache:
         sequence.num_published = num_full
 
     def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:
-        """Its last layer tells: what is no number in a token's state stays so in all layers after."""
+        """Its last layer tells: what is no number in a token's state stays so in all layers after. False also where
+        memory lacks to see that."""
         layer = group.layers[-1]
-        return all(bool(torch.isfinite(cache[layer][blocks]).all()) for cache in (self.keys, self.values))
+        try:
+            return all(bool(torch.isfinite(cache[layer][blocks]).all()) for cache in (self.keys, self.values))
+        except (RuntimeError, MemoryError):  # on a CPU torch has no type of its own for it
+            return False
 
     # --- giving back
 

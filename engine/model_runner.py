@@ -414,7 +414,11 @@ class ModelRunner:
         masks = Masks(heirs)
         if self.device.type != "cpu":
             masks.start()
-        logits = self.forward(layout, [row_of[place] for place in places + scored], known)
+        try:
+            logits = self.forward(layout, [row_of[place] for place in places + scored], known)
+        except BaseException:
+            masks.wait()  # the same step may be tried again
+            raise
         if scored:
             self._score_prompts(logits[len(places) :], layout.spans, prompts)
         if not complete:

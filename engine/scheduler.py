@@ -46,8 +46,9 @@ class Span:
 
     @property
     def is_decode(self) -> bool:
-        """One token, and what may follow it."""
-        return self.num_tokens - len(self.draft) == 1
+        """One token of an answer, and what may follow it. One of a prompt is computed as the others of it are, so
+        that its logits do not depend on how the prompt was cut."""
+        return self.num_tokens - len(self.draft) == 1 and self.start >= len(self.sequence.prompt_ids)
 
     @property
     def is_complete(self) -> bool:
@@ -114,10 +115,23 @@ class Scheduler:
         """Behind those of its priority whose turn is before.
 
         Start-time fair queueing (Goyal et al. 1996): a client's next prompt has its turn as many tokens later as its
-        last one had, so that whoever sends many waits behind whoever sends few."""
-        sequence.turn = max(self._turn, self._next_turns.get(sequence.client, 0))
+        last one had, and as its answers have had meanwhile, so that whoever takes much waits behind whoever takes
+        little."""
+        own = [other.turn for other in self.waiting if other.client == sequence.client]
+        sequence.turn = max([self._next_turn(sequence.client), *own])
         self._next_turns[sequence.client] = sequence.turn + len(sequence.prompt_ids)
         self._insert(sequence)
+
+    def _next_turn(self, client: str) -> int:
+        return max(self._turn, self._next_turns.get(client, 0))
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Once it has ended: while others wait, turns are for what was computed."""
+        if not self.waiting:
+            self._next_turns.clear()
+            return
+        taken = -len(sequence.prompt_ids) if sequence.waited is None else sequence.num_output_tokens
+        self._next_turns[sequence.client] = self._next_turn(sequence.client) + taken
 
     def _insert(self, sequence: Sequence) -> None:
         place = (sequence.priority, sequence.turn)
@@ -146,7 +160,7 @@ class Scheduler:
                     continue  # it will take that over
                 is_full = not self._admit(sequence)
                 budget -= self._prefill(sequence, budget, spans) if not is_full else 0
-        if all(span.is_decode and span.is_complete for span in spans):  # a chunk of a prompt can be one token, too
+        if all(span.is_decode and span.is_complete for span in spans):  # what is computed again can be in chunks of one
             spans = self._with_drafts(spans)
         if not spans and len(self.running) > 1:  # prompts hold blocks that others of them lack
             self._preempt(self._least_urgent())
@@ -329,6 +343,7 @@ class Scheduler:
         self._erase_unseen(sequence)
         self.cache.free(sequence)
         self.guesser.forget(sequence)
+        self._settle(sequence)
         sequence.status = Status.FINISHED
 
     def _erase_unseen(self, sequence: Sequence) -> None:

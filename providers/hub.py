@@ -44,6 +44,7 @@ class HubModels:
         self._loading: asyncio.Task[LocalProvider] | None = None
         self._used_at = 0.0
         self._watch: asyncio.Task[None] | None = None
+        self._unloading: asyncio.Task[None] | None = None  # of a model whose engine has ended
 
     def serves(self, model: str) -> bool:
         return model.startswith(PREFIX)
@@ -82,10 +83,14 @@ class HubModels:
         self._loading.add_done_callback(self._forget_failed)
         self._watch = self._watch or asyncio.create_task(self._unload_when_idle())
 
-    def _on_failure(self, sentence: str) -> None:
+    def _on_failure(self, provider: LocalProvider, sentence: str) -> None:
         """Its engine has ended: the next request loads it anew."""
         log.error("%s", sentence)
-        self._name = self._loading = None
+        if provider is not self._provider:  # it was being replaced
+            return
+        if self._loading is not None and self._loading.done():
+            self._name = self._loading = None
+        self._unloading = asyncio.create_task(self._unload())
 
     def _forget_failed(self, task: "asyncio.Task[LocalProvider]") -> None:
         is_lost = task.cancelled() or task.exception() is not None
@@ -96,17 +101,15 @@ class HubModels:
     async def _load(self, name: str) -> LocalProvider:
         begin, served = time.monotonic(), PREFIX + name
         settings = self._settings.model_copy(update={"model_path": name, "served_model_name": served})
-        provider = LocalProvider(settings, self._on_failure, metrics=self._metrics)
+        provider = LocalProvider(settings, lambda why: self._on_failure(provider, why), metrics=self._metrics)
         try:
             directory = await in_daemon_thread(partial(self._fetch, name, provider.progress))
             await self._unload()  # not before the new one is there
-            provider.loaded = await in_daemon_thread(
-                partial(self._load_model, str(directory), settings, provider.progress)
-            )
+            loaded = await in_daemon_thread(partial(self._load_model, str(directory), settings, provider.progress))
         except Exception as error:
             log.warning("%s is not loaded: %s", name, error)
             raise told_of(error, name) from error
-        provider.loaded.engine.start()
+        provider.begin(loaded)
         self._provider, self._used_at = provider, time.monotonic()
         log.info("%s is ready after %.1f s", served, time.monotonic() - begin)
         return provider
@@ -137,6 +140,8 @@ class HubModels:
     def _is_idle(self, seconds: float) -> bool:
         """Whether nothing was asked of the model for so long, and it answers nobody."""
         engine = self._provider.loaded.engine if self._provider and self._provider.loaded else None
+        if engine is not None and engine.failure is not None:
+            return True
         is_quiet = engine is None or engine.num_running + engine.num_waiting == 0
         return is_quiet and time.monotonic() - self._used_at >= seconds
 

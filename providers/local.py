@@ -84,18 +84,21 @@ class LocalProvider:
     async def _load(self) -> None:
         begin = time.monotonic()
         try:
-            self.loaded = await in_daemon_thread(partial(self._load_model, self.path, self.settings, self.progress))
+            loaded = await in_daemon_thread(partial(self._load_model, self.path, self.settings, self.progress))
         except ModelLoadError as error:
             self._fail(str(error))
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             self._fail(f"The model {self.path} cannot be loaded: {type(error).__name__}: {error}")
         else:
-            self.loaded.engine.on_failure = partial(
-                self._fail, f"The engine of {self.name} has stopped after an error."
-            )
-            self.loaded.engine.start()
+            self.begin(loaded)
             log.info("%s is ready after %.1f s", self.name, time.monotonic() - begin)
+
+    def begin(self, loaded: Loaded) -> None:
+        """Answers with that from now on."""
+        loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} has stopped after an error.")
+        loaded.engine.start()
+        self.loaded = loaded
 
     def _fail(self, sentence: str) -> None:
         self._failure = sentence
@@ -189,6 +192,7 @@ class LocalProvider:
             images=images,
             reading=reading_of(loaded.template, box, state, is_structured(request)),
         )
+        loaded.engine.check_room(num_choices, num_choices * len(prompt_ids))
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
         wire = [ChoiceChunks(index, request.num_logprobs is not None, loaded.texts) for index in range(num_choices)]
@@ -240,7 +244,9 @@ class LocalProvider:
             first = 0 if best_of > n else number * n
             answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
-        meter.start([len(prompt.token_ids) for prompt in prompts], n)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        loaded.engine.check_room(len(prompts) * best_of, sum(lengths) * best_of)
+        meter.start(lengths, n)
         choices = Choices(request, prompts, loaded.texts)
         head = Completion(model=self.name, choices=[])
         async with aclosing(merge(sources)) as pieces:
@@ -349,7 +355,8 @@ def _is_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:
 
 
 def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
-    """Raises InvalidRequest for more sequences than could ever wait, Overloaded for more than can now."""
+    """Raises InvalidRequest for more sequences than could ever wait, Overloaded for more than can now; their
+    tokens are not known yet."""
     if num_sequences > engine.max_live:
         raise InvalidRequest(
             f"{num_sequences} answers are asked for, and this server takes {engine.max_live} at a time.", param=param

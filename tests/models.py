@@ -56,6 +56,8 @@ FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig(**_COMMON, num_hidden_layers=3)),
 }
 
+SEEDS = {"gemma3": 53, "qwen3": 0, "qwen2": 0, "llama": 0}  # whose two best tokens are never nearly tied in the tests
+
 
 def tiny_model(family: str, implementation: str = attention.NAME, **changes: object) -> PreTrainedModel:
     """The same weights for every `implementation` of attention; float32."""
@@ -63,7 +65,7 @@ def tiny_model(family: str, implementation: str = attention.NAME, **changes: obj
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)
-    torch.manual_seed(0)
+    torch.manual_seed(SEEDS[family])
     model = model_class(config)
     model.set_attn_implementation(implementation)
     return model.eval()

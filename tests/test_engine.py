@@ -299,10 +299,10 @@ def test_the_tokens_that_wait_are_bounded() -> None:
         tasks = [asyncio.create_task(answer(engine, [number] * 50, greedy(60))) for number in range(4, 8)]
         await asyncio.sleep(0.02)
         with pytest.raises(Overloaded) as refusal:
-            await answer(engine, [3] * 60, greedy())
+            engine.check_room(1, 60)
         assert refusal.value.retry_after
         assert len(await asyncio.gather(*tasks)) == 4
-        assert len(await answer(engine, [3] * 250, greedy(3))) == 3  # alone it may be longer than that
+        engine.check_room(4, 1000)  # alone they may be more than that
 
     run(engine_of("qwen3", EngineOptions(max_num_seqs=1, max_queued_tokens=200)), use)
 

@@ -5,18 +5,22 @@ The faults are drawn from a seed, so that what was found once can be run again.
 
 import asyncio
 import random
+import signal
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 import torch
-from process import ROOT, serve
-from test_engine import answer, engine_of, greedy, prompts, reference, run
+from process import ROOT, Server, serve
+from test_engine import SMALL_STEPS, answer, engine_of, greedy, prompts, reference, run
 
 from engine.engine import Engine
 from engine.model_runner import ModelRunner
@@ -44,8 +48,8 @@ class Faulty(ModelRunner):
         return tokens or super().run(batch)
 
 
-def engine_with(fault: Fault, is_late: bool = False) -> Engine:
-    engine = engine_of("qwen3")
+def engine_with(fault: Fault, is_late: bool = False, family: str = "qwen3") -> Engine:
+    engine = engine_of(family)
     faulty = Faulty(engine.runner.model, engine.runner.cache)
     faulty.fault, faulty.is_late = fault, is_late
     engine.runner = faulty
@@ -61,7 +65,7 @@ def test_a_step_that_fails_once_is_nobodys_failure(is_late: bool) -> None:
     """Whichever step it is."""
     requests = prompts(6, longest=60)
     expected = [reference("qwen3", prompt, 12) for prompt in requests]
-    for number in range(1, 24):
+    for number in range(1, 18):  # it takes no fewer steps
         left = [number]
 
         def fault(batch: Batch, left: list[int] = left) -> Exception | None:
@@ -73,7 +77,7 @@ def test_a_step_that_fails_once_is_nobodys_failure(is_late: bool) -> None:
 
         engine = engine_with(fault, is_late)
         assert run(engine, use) == expected, number
-        assert engine.num_failed_steps <= 1
+        assert engine.num_failed_steps == 1 and left[0] < 1
 
 
 def test_what_a_failed_step_held_is_free_before_the_next_try() -> None:
@@ -122,6 +126,25 @@ def test_the_sequence_that_no_step_survives_fails_alone() -> None:
     outcomes = run(engine_with(fault), use)
     assert isinstance(outcomes.pop(4), EngineFailure)
     assert outcomes == [reference("qwen3", prompt) for prompt in requests]
+
+
+def test_what_a_failed_sequence_wrote_does_not_reach_the_next_owner_of_its_blocks() -> None:
+    """qwen2's heads are of a size that no kernel takes, and a masked NaN is still one in torch's attention."""
+
+    def fault(batch: Batch) -> Exception | None:
+        poisoned = [sequence for sequence in batch.sequences if sequence.token_ids[0] == POISON]
+        for layer, group in engine.scheduler.cache.group_of.items():
+            for sequence in poisoned:
+                engine.scheduler.cache.values[layer][sequence.block_tables[group]] = torch.nan
+        return RuntimeError("poison") if poisoned else None
+
+    async def use(engine: Engine) -> list[int]:
+        with pytest.raises(EngineFailure):
+            await answer(engine, [POISON] * 12, greedy())
+        return await answer(engine, [5, 6, 7], greedy())
+
+    engine = engine_with(fault, family="qwen2")
+    assert run(engine, use) == reference("qwen2", [5, 6, 7])
 
 
 @pytest.mark.parametrize("error", [out_of_memory, lambda: MemoryError(), lambda: RuntimeError("can't allocate memory")])
@@ -199,45 +222,95 @@ def test_what_no_step_can_follow_ends_the_engine_and_everybody_is_told(error: Ba
     assert engine.failure is error
 
 
-def test_a_step_that_never_ends_is_seen() -> None:
-    engine = engine_of("qwen3")
-    assert not engine.is_stalled
-    engine._step_began = time.monotonic() - 1000
-    assert engine.is_stalled
+@pytest.mark.parametrize("place", ["the model", "the guesses", "an image"])
+def test_a_step_that_never_ends_is_seen_and_does_not_keep_the_engine_from_closing(place: str) -> None:
+    engine = engine_of("qwen3", replace(SMALL_STEPS, num_speculative_tokens=4))
+    hang = Hang()
+    hung: dict[str, Callable[[], object]] = {
+        "the model": lambda: setattr(engine.runner, "run", hang),
+        "the guesses": lambda: setattr(engine.scheduler.guesser, "propose", hang),
+        "an image": lambda: setattr(engine.scheduler, "wanted_images", hang),
+    }
+    hung[place]()
+    engine.stalled_after = 0.05
+
+    async def main() -> None:
+        engine.start()
+        asking = asyncio.create_task(answer(engine, [1, 2, 3], greedy()))
+        async with asyncio.timeout(30):
+            while not engine.is_stalled:
+                await asyncio.sleep(0.01)
+            await engine.close(patience=0.05)
+            with pytest.raises(Unavailable):
+                await asking
+
+    try:
+        asyncio.run(main())
+    finally:
+        hang.end.set()
+
+
+class Hang:
+    """Takes the place of what a step calls, and does not return until it is told to."""
+
+    def __init__(self) -> None:
+        self.end = threading.Event()
+
+    def __call__(self, *arguments: object) -> None:
+        self.end.wait(60)
+        raise RuntimeError("it was given up")
 
 
 # --- the process
 
-DYING = """
-import sys
+FAULTY = """
+import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch, main
 from providers.loading import load
 
-def dying(path, settings, progress):
+def faulty(path, settings, progress):
     loaded = load(path, settings, progress)
     run, left = loaded.engine.runner.run, [6]
-    def faulty(batch):
+    def run_or_not(batch):
         left[0] -= 1
         if left[0] < 0:
-            raise torch.AcceleratorError("an illegal access")
+            {fault}
         return run(batch)
-    loaded.engine.runner.run = faulty
+    loaded.engine.runner.run = run_or_not
     return loaded
 
 sys.argv = ["main.py", "--port", "0"]
-main.main(dying)
+main.main(faulty)
 """
+
+LONG_CHAT = {"model": "Tiny-Qwen3", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}
+LONG_CHAT |= {"temperature": 0, "ignore_eos": True, "stream": True}  # or it may end before the engine does
+
+
+@contextmanager
+def faulty_server(checkpoint: Path, fault: str) -> Iterator[Server]:
+    """Its seventh step, the warm-up aside, meets that statement."""
+    code = FAULTY.format(tests=str(ROOT / "tests"), root=str(ROOT), fault=fault)
+    settings = {"MODEL_PATH": str(checkpoint), "DTYPE": "float32", "SHUTDOWN_TIMEOUT": "1"}
+    with serve([sys.executable, "-c", code], **settings) as server:
+        server.wait_until_healthy()
+        yield server
 
 
 def test_a_process_whose_engine_died_tells_everybody_and_exits_with_a_failure(tiny_checkpoint: Path) -> None:
-    code = DYING.format(tests=str(ROOT / "tests"), root=str(ROOT))
-    with serve([sys.executable, "-c", code], MODEL_PATH=str(tiny_checkpoint), DTYPE="float32") as server:
-        server.wait_until_healthy()
-        body = {"model": "Tiny-Qwen3", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}
-        body |= {"temperature": 0, "ignore_eos": True, "stream": True}  # or it may end before the engine does
-        with httpx2.Client(timeout=30) as client:
-            answered = client.post(server.url + "/v1/chat/completions", json=body).text
+    with faulty_server(tiny_checkpoint, 'raise torch.AcceleratorError("an illegal access")') as server:
+        answered = server.post("/v1/chat/completions", **LONG_CHAT).text
         assert '"error"' in answered and "[DONE]" not in answered and '"finish_reason":"' not in answered
         assert server.process.wait(30) == 1
         assert any("The engine of Tiny-Qwen3 has stopped" in line for line in server.lines)
+
+
+def test_a_process_whose_step_hangs_can_be_ended(tiny_checkpoint: Path) -> None:
+    with faulty_server(tiny_checkpoint, "time.sleep(1000)") as server:
+        with httpx2.stream("POST", server.url + "/v1/chat/completions", json=LONG_CHAT, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            assert any("shutting down" in line for line in lines), "its client is told"
+        assert server.process.wait(40) is not None

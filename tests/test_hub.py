@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from checkpoint import Sources
 from config import Settings
-from errors import APIError, InvalidRequest, ModelNotFound, Unavailable, UpstreamUnreachable
+from engine.scheduler import Batch
+from errors import APIError, EngineFailure, InvalidRequest, ModelNotFound, Unavailable, UpstreamUnreachable
 from providers.hub import SETTLING, HubModels
 from providers.loading import load
 from schemas import ChatCompletionRequest
@@ -74,6 +76,25 @@ def test_a_model_that_answers_is_not_pushed_out(cache: Path) -> None:
         with pytest.raises(Unavailable):
             await models.provider("huggingface/acme/two")
         await stream.aclose()
+
+    with_models(cache, scenario)
+
+
+def fail(batch: Batch) -> None:
+    raise torch.AcceleratorError("an illegal access")
+
+
+@pytest.mark.parametrize("next_name", ["one", "two"])
+def test_a_model_whose_engine_died_is_in_nobodys_way_and_is_loaded_anew(cache: Path, next_name: str) -> None:
+    async def scenario(models: HubModels) -> None:
+        first = await models.provider("huggingface/acme/one")
+        assert first.loaded is not None
+        first.loaded.engine.runner.run = fail
+        with pytest.raises(EngineFailure):
+            await ask(models, "huggingface/acme/one")
+        assert (await ask(models, f"huggingface/acme/{next_name}")).choices
+        assert first.loaded is None, "its memory is given back"
+        assert await models.provider(f"huggingface/acme/{next_name}") is not first
 
     with_models(cache, scenario)
 

@@ -1,6 +1,7 @@
 """Blocks are handed out once, come back, and fit the memory that they were planned for."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,33 @@ def test_what_is_no_number_is_never_taken_over() -> None:
     assert other.num_computed == 0
     cache.erase(bad)
     assert torch.isfinite(cache.values[1]).all()
+
+
+class Scarce(torch.Tensor):
+    """Its copies are read as far as memory allows, which it does not."""
+
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory.")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.isfinite:
+            raise cls.error
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("error", [Scarce.error, MemoryError(), RuntimeError("can't allocate memory")])
+def test_what_memory_lacks_to_look_at_is_not_taken_over_and_nobodys_failure(error: Exception) -> None:
+    cache = KVCache(CachePlan.fit(specs(None), 60_000, 4, 8, 16), specs(None))
+    plain, cache.keys[0] = cache.keys[0], cache.keys[0].as_subclass(type("Own", (Scarce,), {"error": error}))
+    compute(cache, numbered(20, first=1), is_checked=False)
+    other = numbered(20, first=1)
+    cache.reuse(other)
+    assert other.num_computed == 0
+    cache.keys[0] = plain
+    compute(cache, other, is_checked=False)
+    again = numbered(20, first=1)
+    cache.reuse(again)
+    assert again.num_computed == 16
 
 
 def test_blocks_of_random_traffic_hold_what_their_sequences_have() -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,17 +14,18 @@ from models import byte_tokenizer
 from config import Settings
 from engine.sampling import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
-from errors import ModelLoading, ModelNotFound
+from errors import ModelLoading, ModelNotFound, Overloaded
 from providers import Router
 from providers.answer import Piece, Question, answer, merge
-from providers.loading import sampling_defaults
+from providers.loading import load, sampling_defaults
 from providers.local import LocalProvider
-from schemas import ChatCompletionRequest
+from schemas import ChatCompletionRequest, CompletionRequest
+from streaming import collect_chat, collect_completion
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def provider(**settings: str) -> LocalProvider:
+def provider(**settings: Any) -> LocalProvider:
     return LocalProvider(Settings.model_validate(settings), on_failure=lambda sentence: None)
 
 
@@ -161,5 +164,34 @@ def test_leaving_merged_choices_or_an_error_in_one_closes_all(num_sources: int) 
             async for _ in merge([source.pieces() for source in sources]):
                 pass
         assert sources[0].is_closed and len(asyncio.all_tasks()) == 1
+
+    asyncio.run(main())
+
+
+def test_choices_whose_prompts_are_more_than_may_wait_begin_together_or_not_at_all(tiny_checkpoint: Path) -> None:
+    settings = {"model_path": str(tiny_checkpoint), "max_model_len": 256, "dtype": "float32", "max_num_seqs": 1}
+    subject = provider(**settings, max_queued_tokens=40)
+    question: dict[str, Any] = {"model": subject.name, "max_tokens": 3, "n": 4}
+    chat = ChatCompletionRequest.model_validate(question | {"messages": HELLO})
+    completion = CompletionRequest.model_validate(question | {"prompt": ["x" * 30, "y" * 30]})
+
+    async def main() -> None:
+        subject.begin(load(subject.path, subject.settings, subject.progress))
+        assert subject.loaded is not None
+        engine = subject.loaded.engine
+        assert len((await collect_chat(subject.stream_chat(chat))).choices) == 4
+        assert len((await collect_completion(subject.stream_completion(completion))).choices) == 8
+        hold = threading.Event()
+        engine.post(hold.wait)
+        other = asyncio.ensure_future(anext(engine.stream([1] * 30, SamplingParams(max_tokens=1, ignore_eos=True))))
+        while not engine.num_waiting:
+            await asyncio.sleep(0)
+        for answering in (subject.stream_chat(chat), subject.stream_completion(completion)):
+            with pytest.raises(Overloaded):
+                await anext(answering)
+            assert engine.num_waiting == 1
+        hold.set()
+        assert await other
+        await subject.close(0)
 
     asyncio.run(main())

@@ -3,11 +3,12 @@
 import itertools
 import random
 
+import pytest
 import torch
 
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.sampling import SampledToken, SamplingParams
-from engine.scheduler import PATIENCE, Batch, Limits, Scheduler
+from engine.scheduler import PATIENCE, Batch, Limits, Scheduler, Span
 from engine.sequence import Sequence, Status
 
 SPECS = {0: LayerSpec(1, 4, 4, None, torch.float32, torch.device("cpu"))}
@@ -138,6 +139,60 @@ def test_clients_take_turns_however_many_prompts_one_of_them_sends() -> None:
     assert waited == sorted(waited), "one client's prompts stay in their order"
 
 
+def of_client(client: str, num_tokens: int, max_tokens: int = 1) -> Sequence:
+    own = sequence(num_tokens, max_tokens)
+    own.client = client
+    return own
+
+
+def test_a_sequence_that_left_costs_its_client_no_turn() -> None:
+    subject = scheduler(max_num_seqs=1)
+    crowd = [of_client("crowd", 4) for _ in range(50)]
+    left = [of_client("leaver", 100) for _ in range(20)]
+    for own in crowd + left:
+        subject.add(own)
+    stays, *rest = left
+    for own in rest:
+        subject.remove(own)
+    later = of_client("leaver", 4)
+    subject.add(later)
+    order = []
+    while subject.has_work:
+        order += [span.sequence for span in step(subject).spans]
+    order = list(dict.fromkeys(order))
+    assert order.index(stays) < order.index(later), "one client's prompts stay in their order"
+    assert order.index(later) < len(crowd)
+
+
+@pytest.mark.parametrize("priority", [0, 1])
+def test_what_leaves_the_queue_empty_leaves_no_turns(priority: int) -> None:
+    subject = scheduler(max_num_seqs=1)
+    subject.add(of_client("running", 4, max_tokens=100))
+    step(subject)
+    first = of_client("crowd", 100)
+    first.priority = priority
+    subject.add(first)
+    subject.remove(first)
+    one, other = of_client("crowd", 4), of_client("other", 4)
+    for own in (one, other):
+        subject.add(own)
+    assert [*subject.waiting] == [one, other]
+
+
+def test_clients_take_turns_by_what_is_computed_for_them_answers_included() -> None:
+    subject = scheduler(max_num_seqs=1)
+    shapes = {"talker": (1, 40), "reader": (40, 1)}  # tokens of prompt and answer; both always have some that wait
+    computed = dict.fromkeys(shapes, 0)
+    for _ in range(3000):
+        waiting = [own.client for own in subject.waiting]
+        for client, (num_tokens, max_tokens) in shapes.items():
+            if waiting.count(client) < 2:
+                subject.add(of_client(client, num_tokens, max_tokens))
+        for span in step(subject).spans:
+            computed[span.sequence.client] += span.num_tokens
+    assert 0.5 < computed["talker"] / computed["reader"] < 2
+
+
 def test_without_keys_prompts_run_in_the_order_in_which_they_came() -> None:
     subject = scheduler(max_num_seqs=1)
     came = [sequence(length, max_tokens=1) for length in (9, 1, 30, 2, 5)]
@@ -222,3 +277,15 @@ def test_random_traffic_of_sequences_that_begin_alike_ends_with_everything_free(
     for _ in range(3000):
         step(subject)
     assert not subject.has_work and subject.cache.num_used_blocks == 0 and subject.num_preemptions > 0
+
+
+def test_a_token_of_a_prompt_is_no_decode_however_the_prompt_is_cut() -> None:
+    """What computes decodes may round otherwise, and then a prompt's first token would depend on the budget."""
+    one, long = sequence(1), sequence(33)
+    assert not Span(one, 0, 1).is_decode
+    assert not any(Span(long, start, 1).is_decode for start in range(33))
+    assert Span(long, 33, 1).is_decode, "also where the token is not known yet"
+    subject = scheduler(max_num_batched_tokens=32)
+    subject.add(long)
+    counts = [(batch.num_prompt_tokens, batch.num_decodes) for batch in (step(subject) for _ in range(3))]
+    assert counts == [(32, 0), (1, 0), (0, 1)]

@@ -1,6 +1,7 @@
 """Images in the continuous batch: the tokens are those of transformers' own Gemma 3, however images come and share."""
 
 import random
+import weakref
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -220,6 +221,35 @@ def test_an_image_that_cannot_be_encoded_fails_its_request_alone() -> None:
     broken.images[0].digest, broken.images[0].pixels = b"broken", torch.zeros(3, 5, 5)
     results = finish(engine, [broken, sequence_of("an image first")])
     assert results == [[], expected("an image first")]
+
+
+class FailsOnImages(ModelRunner):
+    error: Exception
+
+    def encode(self, images: list[Image], most: int) -> None:
+        activations = torch.empty(1000)
+        self.held = weakref.ref(activations)
+        raise self.error
+
+
+def engine_that_fails_on_images(error: Exception) -> tuple[Engine, FailsOnImages]:
+    engine = engine_of()
+    runner = engine.runner = FailsOnImages(engine.runner.model, engine.runner.cache)
+    runner.error = error
+    return engine, runner
+
+
+def test_what_a_failed_image_held_is_given_back() -> None:
+    """Also while the error is kept."""
+    engine, runner = engine_that_fails_on_images(torch.OutOfMemoryError("CUDA out of memory."))
+    assert finish(engine, [sequence_of("one image")]) == [[]]
+    assert runner.held() is None
+
+
+def test_an_image_after_which_nothing_can_be_computed_is_no_failure_of_its_request_alone() -> None:
+    engine, _ = engine_that_fails_on_images(torch.AcceleratorError("an illegal access"))
+    with pytest.raises(torch.AcceleratorError):
+        finish(engine, [sequence_of("one image")])
 
 
 def test_features_are_kept_within_bounds() -> None:
