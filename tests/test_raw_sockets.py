@@ -595,7 +595,7 @@ def test_slow_requests_are_cut_off_and_others_do_not_wait_row27(server: Server) 
         taken = dict(zip(SLOW, (future.result() for future in times), strict=True))
     late = {name: seconds for name, seconds in taken.items() if seconds > WAITS + 2}
     assert not late, f"still there: {late}"
-    assert beside <= 3 * alone + 0.05, (alone, beside)
+    assert beside <= 3 * alone + 0.5, (alone, beside)  # they take seconds
 
 
 def test_a_steady_body_is_not_cut_off_row27(server: Server) -> None:
@@ -613,7 +613,7 @@ def test_idle_sockets_delay_nobody_and_are_closed_row27(server: Server) -> None:
     alone = median_time(server)
     with ExitStack() as stack:
         idle = [stack.enter_context(Connection(server.url)) for _ in range(200)]
-        assert median_time(server) <= 3 * alone + 0.05
+        assert median_time(server) <= 3 * alone + 0.5
         assert all(connection.is_closed(WAITS + 3) for connection in idle), "one that says nothing is kept"
 
 
@@ -622,13 +622,10 @@ def test_connections_beyond_the_limit_are_refused_and_the_others_served_row27(se
         first = stack.enter_context(Connection(server.url))
         assert first.ask("GET", "/version").status == 200
         opened = [stack.enter_context(Connection(server.url, timeout=2)) for _ in range(MOST + 20)]
-        refused = 0
         for connection in opened[-10:]:
-            try:
-                refused += connection.ask("GET", "/version").status == 503
-            except (Closed, ConnectionError):
-                refused += 1
-        assert refused == 10, f"{refused} of 10 beyond the limit were refused"
+            reply = connection.reply()
+            assert reply.status == 503 and reply.header("retry-after") == "1" and reply.header("connection") == "close"
+            assert "too many connections" in reply.json["error"]["message"]
         assert first.ask("GET", "/version").status == 200
 
 
