@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # with padding
+ENDING = 5.0  # seconds of the batch under way, once the embedder closes
 MAX_WAITING = 2**16  # texts; more are refused
 CHARACTERS, CHARACTERS_PER_TOKEN = 2**16, 200  # of a text are tokenized; what is behind them is cut unseen
 TEXT_ALONE = {"text", "message"}  # kinds of input
@@ -231,16 +232,18 @@ class Embedder:
                 self._inbox.put(partial(self._queue.remove, [job]))
         return job
 
-    async def close(self, timeout: float | None = None) -> None:
-        """Lets the calls under way finish, for `timeout` seconds at most, and ends the thread."""
+    async def close(self, timeout: float | None = None, patience: float = ENDING) -> None:
+        """Lets the calls under way finish, for `timeout` seconds at most, and ends the thread. A batch that takes
+        longer than `patience` seconds more is left to itself: it may hang."""
         self._is_closing = True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while self.num_waiting and self._thread.is_alive():
                     await asyncio.sleep(0.02)
         self._inbox.put(self._stop)
-        await asyncio.to_thread(self._thread.join)
-        self.model.release()
+        await asyncio.to_thread(self._thread.join, None if timeout is None else patience)
+        if not self._thread.is_alive():
+            self.model.release()
 
     # --- the worker thread
 

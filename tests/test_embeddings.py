@@ -466,6 +466,17 @@ def test_prompts_truncation_and_dimensions_are_checked() -> None:
     on_echo(scenario)
 
 
+def test_a_batch_that_hangs_does_not_keep_the_embedder_from_closing() -> None:
+    async def scenario(embedder: Embedder, echo: Echo) -> None:
+        asking = asyncio.create_task(embedder.embed(["a"]))
+        await until(lambda: echo.batches)
+        async with asyncio.timeout(10):
+            await embedder.close(0.0, patience=0.05)
+        asking.cancel()
+
+    on_echo(scenario)
+
+
 def test_closing_lets_requests_finish_and_ends_those_that_do_not() -> None:
     async def scenario(embedder: Embedder, echo: Echo) -> None:
         tasks = [asyncio.create_task(embedder.embed(["ab"] * 20)) for _ in range(2)]
