@@ -34,6 +34,7 @@ from engine.vision import Image
 from logprobs import TokenTexts
 from main import create_app
 from progress import Progress
+from protocol import with_bounds
 from providers.loading import Loaded, load_template
 
 HEARTBEAT = 0.5  # seconds
@@ -120,7 +121,7 @@ def serve(port: int) -> None:
         runner.interval = interval
         return {**gauge.read(), "num_tokens": runner.num_tokens}
 
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", http=with_bounds(settings))
 
 
 @dataclass(frozen=True)

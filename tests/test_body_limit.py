@@ -25,7 +25,8 @@ def test_bodies_that_fill_the_memory_together_are_a_503_until_they_end(tiny_chec
             replies.append(connection.ask("POST", "/tokenize", NEXT, (("content-type", kind),)))
         return replies[-1].status
 
-    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), DTYPE="float32", MAX_BODY_MEMORY=str(ROOM)) as server:
+    bounds = {"MAX_BODY_MEMORY": str(ROOM), "MAX_BODY_SIZE": str(ROOM)}
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), DTYPE="float32", **bounds) as server:
         server.wait_until_healthy()
         accepted = ask_next()
         with Connection(server.url) as first, Connection(server.url) as second:
