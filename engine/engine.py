@@ -24,6 +24,7 @@ from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.lookahead import Lookahead
 from engine.model_runner import STOCK, ModelRunner, Report, load_model, probe_layers
 from engine.paged_flash import Kernel
+from engine.room import Room
 from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.sequence import Sequence, Sink, Status, TokenOutput
@@ -55,6 +56,7 @@ class EngineOptions:
     max_num_mixed_tokens: int | None = None
     max_queued_requests: int = 1024
     max_queued_tokens: int = 2**20
+    num_clients: int = 1
     kv_cache_memory: int | None = None
     kv_block_size: int | None = None
     num_speculative_tokens: int = 8
@@ -105,12 +107,11 @@ class Mailbox:
 
 
 class Engine:
-    def __init__(
-        self, runner: Runner, scheduler: Scheduler, max_queued_requests: int = 1024, max_queued_tokens: int = 2**20
-    ) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, options: EngineOptions = EngineOptions()) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.max_queued_requests, self.max_queued_tokens = max_queued_requests, max_queued_tokens
+        self.room = Room(options.max_queued_requests + scheduler.limits.max_num_seqs, options.num_clients)
+        self.max_queued_tokens = options.max_queued_tokens
         self.on_failure: Callable[[], object] = lambda: None  # called on the event loop when the thread has ended so
         self.failure: BaseException | None = None  # set once, when the worker thread has ended by an error
         self._live: set[Sequence] = set()  # generate() calls under way
@@ -126,11 +127,6 @@ class Engine:
     @property
     def max_model_len(self) -> int:
         return self.scheduler.limits.max_model_len
-
-    @property
-    def max_live(self) -> int:
-        """Sequences that may run or wait at a time."""
-        return self.max_queued_requests + self.scheduler.limits.max_num_seqs
 
     @property
     def num_embeddings(self) -> int:
@@ -160,11 +156,6 @@ class Engine:
     @property
     def num_preemptions(self) -> int:
         return self.scheduler.num_preemptions
-
-    @property
-    def num_queued_tokens(self) -> int:
-        """Of prompts that wait."""
-        return sum(len(sequence.prompt_ids) for sequence in self._live if sequence.status is Status.WAITING)
 
     @property
     def is_stalled(self) -> bool:
@@ -209,10 +200,11 @@ class Engine:
         """
         assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
-        self.check_open(1)
+        self.check_open(1, client)
         mailbox = Mailbox()
         sequence = Sequence(prompt_ids, params, mailbox.put, priority, images, client)
         self._live.add(sequence)
+        self.room.take(client)
         self.post(partial(self.scheduler.add, sequence))
         try:
             while True:
@@ -222,27 +214,31 @@ class Engine:
                     return
         finally:
             self._live.discard(sequence)
+            self.room.leave(client)
             self.post(partial(self.scheduler.remove, sequence))
 
     def post(self, command: Callable[[], object]) -> None:
         """Has the worker thread call `command` between two steps."""
         self._inbox.put(command)
 
-    def check_open(self, num_sequences: int) -> None:
+    def check_open(self, num_sequences: int, client: str = "") -> None:
         """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
         if self.failure is not None:
             raise Unavailable("The engine has stopped after an error; the server ends.", retry_after=30)
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
-        if len(self._live) + num_sequences > self.max_live:
+        if not self.room.has(num_sequences, client):
             raise Overloaded(f"{len(self._live)} sequences run or wait already; try again later.", retry_after=5)
 
-    def check_room(self, num_sequences: int, num_tokens: int) -> None:
-        """As `check_open`; raises Overloaded also where prompts of so many tokens would wait behind too many others."""
-        self.check_open(num_sequences)
-        waiting = self.num_queued_tokens
-        if waiting and waiting + num_tokens > self.max_queued_tokens:
-            raise Overloaded(f"Prompts of {waiting} tokens wait already; try again later.", retry_after=5)
+    def check_room(self, num_sequences: int, num_tokens: int, client: str = "") -> None:
+        """As `check_open`; raises Overloaded also where prompts of so many tokens would wait behind too many others,
+        and one of the client's own is among these."""
+        self.check_open(num_sequences, client)
+        waiting = [sequence for sequence in self._live if sequence.status is Status.WAITING]
+        num_waiting = sum(len(sequence.prompt_ids) for sequence in waiting)
+        is_first = not any(sequence.client == client for sequence in waiting)
+        if num_waiting + num_tokens > self.max_queued_tokens and not is_first:
+            raise Overloaded(f"Prompts of {num_waiting} tokens wait already; try again later.", retry_after=5)
 
     async def close(self, timeout: float = 0.0, patience: float = ENDING) -> None:
         """Lets running sequences finish for `timeout` seconds, ends the thread, and gives the others an error. A step
@@ -463,9 +459,7 @@ def build_engine(
     runner = ModelRunner(model, cache, eos_token_ids, flash)
     if flash is not None and len({spec.device for spec in specs.values()}) == 1:
         runner.record_graphs(max_num_seqs, limits.max_model_len)
-    engine = Engine(
-        runner, Scheduler(cache, limits, eos_token_ids, guesser), options.max_queued_requests, options.max_queued_tokens
-    )
+    engine = Engine(runner, Scheduler(cache, limits, eos_token_ids, guesser), options)
     if runner.device.type == "cuda":
         engine.runner = Lookahead(runner, engine.is_quiet)
     return engine

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
+import record
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
 from fetching import ImageFetcher
@@ -192,7 +193,7 @@ class LocalProvider:
             images=images,
             reading=reading_of(loaded.template, box, state, is_structured(request)),
         )
-        loaded.engine.check_room(num_choices, num_choices * len(prompt_ids))
+        loaded.engine.check_room(num_choices, num_choices * len(prompt_ids), record.current().client)
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
         wire = [ChoiceChunks(index, request.num_logprobs is not None, loaded.texts) for index in range(num_choices)]
@@ -245,7 +246,7 @@ class LocalProvider:
             answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        loaded.engine.check_room(len(prompts) * best_of, sum(lengths) * best_of)
+        loaded.engine.check_room(len(prompts) * best_of, sum(lengths) * best_of, record.current().client)
         meter.start(lengths, n)
         choices = Choices(request, prompts, loaded.texts)
         head = Completion(model=self.name, choices=[])
@@ -357,11 +358,11 @@ def _is_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:
 def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
     """Raises InvalidRequest for more sequences than could ever wait, Overloaded for more than can now; their
     tokens are not known yet."""
-    if num_sequences > engine.max_live:
+    if num_sequences > engine.room.most:
         raise InvalidRequest(
-            f"{num_sequences} answers are asked for, and this server takes {engine.max_live} at a time.", param=param
+            f"{num_sequences} answers are asked for, and this server takes {engine.room.most} at a time.", param=param
         )
-    engine.check_open(num_sequences)
+    engine.check_open(num_sequences, record.current().client)
 
 
 def _check_token_ids(engine: "Engine", request: ChatCompletionRequest | CompletionRequest) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ from engine.engine import Engine, EngineOptions, build_engine
 from engine.model_runner import ModelRunner, probe_layers
 from engine.sampling import SampledToken, SamplingParams
 from engine.scheduler import Batch
+from engine.sequence import TokenOutput
 from errors import EngineFailure, Overloaded, Unavailable
 
 NUM_TOKENS = 40
@@ -294,6 +295,27 @@ def test_what_may_run_and_wait_is_bounded() -> None:
     run(engine_of("qwen3", EngineOptions(max_num_seqs=2, max_queued_requests=4)), use)
 
 
+def test_a_client_that_fills_the_queue_leaves_room_for_another() -> None:
+    async def use(engine: Engine) -> None:
+        def ask(client: str) -> asyncio.Task[list[TokenOutput]]:
+            stream = engine.generate([5] * 8, greedy(20), client=client)
+            return asyncio.create_task(collected(stream))
+
+        greedy_ones = [ask("a") for _ in range(20)]
+        await asyncio.sleep(0)
+        other = ask("b")
+        outcomes = await asyncio.gather(*greedy_ones, return_exceptions=True)
+        assert sum(isinstance(outcome, Overloaded) for outcome in outcomes) == 20 - 9
+        assert len(await other) == 20
+        engine.check_room(9, 10**9, "b")  # nothing waits
+
+    run(engine_of("qwen3", EngineOptions(max_num_seqs=2, max_queued_requests=10, num_clients=2)), use)
+
+
+async def collected(stream: AsyncGenerator[TokenOutput]) -> list[TokenOutput]:
+    return [output async for output in stream]
+
+
 def test_the_tokens_that_wait_are_bounded() -> None:
     async def use(engine: Engine) -> None:
         tasks = [asyncio.create_task(answer(engine, [number] * 50, greedy(60))) for number in range(4, 8)]
@@ -301,6 +323,7 @@ def test_the_tokens_that_wait_are_bounded() -> None:
         with pytest.raises(Overloaded) as refusal:
             engine.check_room(1, 60)
         assert refusal.value.retry_after
+        engine.check_room(1, 60, "another, of whom none waits")
         assert len(await asyncio.gather(*tasks)) == 4
         engine.check_room(4, 1000)  # alone they may be more than that
 

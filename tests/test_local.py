@@ -168,6 +168,14 @@ def test_leaving_merged_choices_or_an_error_in_one_closes_all(num_sources: int) 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("keys", "most"), [("", 12), ("a:one,a:two", 12), ("a:one,b:two", 9), ("a:1,b:2,c:3", 8)])
+def test_each_key_has_places_of_its_own(tiny_checkpoint: Path, keys: str, most: int) -> None:
+    settings = {"max_queued_requests": 10, "max_num_seqs": 2, "dtype": "float32", "api_keys": keys}
+    subject = provider(model_path=str(tiny_checkpoint), **settings)
+    engine = load(subject.path, subject.settings, subject.progress).engine
+    assert engine.room.most == most
+
+
 def test_choices_whose_prompts_are_more_than_may_wait_begin_together_or_not_at_all(tiny_checkpoint: Path) -> None:
     settings = {"model_path": str(tiny_checkpoint), "max_model_len": 256, "dtype": "float32", "max_num_seqs": 1}
     subject = provider(**settings, max_queued_tokens=40)
