@@ -171,8 +171,7 @@ def events(error: Exception | None = None) -> list[tuple[str, Any]]:
     """(name, data) of each."""
 
     async def read() -> bytes:
-        items = stream(request(), chunks(error))
-        return b"".join([event async for event in sse(await anext(items), items, EventWire())])
+        return b"".join([event async for event in sse(stream(request(), chunks(error)), EventWire())])
 
     blocks = [block.split("\n") for block in asyncio.run(read()).decode().split("\n\n")[:-1]]
     assert all(name.startswith("event: ") and data.startswith("data: ") for name, data in blocks)

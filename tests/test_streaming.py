@@ -113,8 +113,7 @@ async def chunks(fail: bool = False) -> AsyncIterator[ChatCompletionChunk]:
 
 def events(include_usage: bool, fail: bool = False) -> list[str]:
     async def read() -> bytes:
-        items = chunks(fail)
-        return b"".join([event async for event in sse(await anext(items), items, ChunkWire(include_usage))])
+        return b"".join([event async for event in sse(chunks(fail), ChunkWire(include_usage))])
 
     text = asyncio.run(read()).decode()
     assert text.endswith("\n\n")
