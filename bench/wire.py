@@ -28,6 +28,7 @@ import checkpoint
 from config import Settings
 from engine.engine import Engine
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
+from engine.pace import Pace
 from engine.sampling import SampledToken
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.vision import Image
@@ -118,7 +119,10 @@ def serve(port: int) -> None:
         if not beats:
             beats.append(asyncio.create_task(gauge.beat()))
         runner: NullRunner = app.state.local.loaded.engine.runner
-        runner.interval = interval
+        if interval != runner.interval:  # another model, as it were
+            runner.interval = interval
+            scheduler = app.state.local.loaded.engine.scheduler
+            scheduler.pace = Pace(scheduler.limits.max_num_mixed_tokens)
         return {**gauge.read(), "num_tokens": runner.num_tokens}
 
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", http=with_bounds(settings))
