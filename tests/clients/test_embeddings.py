@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from conftest import interpreter
 from langchain_openai import OpenAIEmbeddings
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
 from openai import OpenAI
-from process import ROOT, Server
+from process import ROOT, serve
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -34,9 +35,12 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
 
 
-@pytest.fixture
-def base_url(server: Server) -> str:
-    return server.url + "/v1"
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    """Of a server of its own: models that were used are listed, and other tests know of one."""
+    with serve([interpreter("SERVER_PYTHON"), "main.py", "--port", "0"], MAX_MODEL_LEN="4096") as server:
+        server.wait_until_healthy()
+        yield server.url + "/v1"
 
 
 class TestEmbeddings(EmbeddingsIntegrationTests):
