@@ -43,8 +43,13 @@ def answered(seconds: float | None, *pauses: float, shutdown: Shutdown | None = 
     async def send(message: Any) -> None:
         messages.append(message)
 
-    scope = {"type": "http", "state": {}}
-    asyncio.run(TimeLimit(app, seconds, shutdown or Shutdown())(scope, lambda: None, send))  # type: ignore[arg-type]
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def main() -> None:
+        await TimeLimit(app, seconds, shutdown or Shutdown())({"type": "http", "state": {}}, receive, send)
+
+    asyncio.run(main())
     return messages
 
 
