@@ -154,3 +154,49 @@ def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> lis
     led = lead.format("\n\n".join(system)) if system else ""
     turns[0]["content"] = (led + turns[0]["content"].lstrip()).strip()
     return turns
+
+
+def gathered(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """The same with what the system says in one message at the beginning."""
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    others = [m for m in messages if m["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(system)}, *others] if system else others
+
+
+def led(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """The same with what the system says at the head of the user's first message, for templates without a system."""
+    first, *others = gathered(messages)
+    if first["role"] != "system":
+        return [first, *others]
+    if not others or others[0]["role"] != "user":
+        return [{**first, "role": "user"}, *others]
+    return [{**others[0], "content": f"{first['content']}\n\n{others[0]['content'].lstrip()}"}, *others[1:]]
+
+
+def apart(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """The same with a message for each call, its result behind it, for templates that take no more in one."""
+    result: list[CanonicalMessage] = []
+    for message, results in _with_results(messages):
+        calls = message.get("tool_calls", ())
+        said = {key: value for key, value in message.items() if key != "tool_calls"}
+        pieces = [said] if message["content"].strip() or not calls else []
+        for call in calls:
+            begin = {} if pieces else said  # with its thoughts
+            pieces.append({**begin, "role": "assistant", "content": "", "tool_calls": [call]})
+            own = next((m for m in results if m.get("tool_call_id") == call.get("id")), None)
+            if own is not None:
+                pieces.append(own)
+                results = [m for m in results if m is not own]
+        result += [*pieces, *results]
+    return result
+
+
+def _with_results(messages: Sequence[CanonicalMessage]) -> list[tuple[CanonicalMessage, list[CanonicalMessage]]]:
+    """Each message with the results of its calls that follow it."""
+    pairs: list[tuple[CanonicalMessage, list[CanonicalMessage]]] = []
+    for message in messages:
+        if message["role"] == "tool" and pairs and pairs[-1][0].get("tool_calls"):
+            pairs[-1][1].append(message)
+        else:
+            pairs.append((message, []))
+    return pairs

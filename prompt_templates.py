@@ -5,7 +5,7 @@ The tokenizer's own chat template always wins; a family's is for tokenizers that
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,15 +15,19 @@ from errors import InvalidRequest
 from messages import (
     CanonicalMessage,
     alternate,
+    apart,
     canonical,
     check_characters,
     cut,
     fold_tools,
+    gathered,
     is_alternating,
+    led,
     with_names,
 )
 from schemas import Message
 from streaming import MarkingDetokenizer
+from template_probe import TemplateForm, hidden_by, is_usual, shows_images, try_out
 from tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat, taught_by
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 MARKUP = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response|tools?)>|<(start|end)_of_\w+>|<\w+_soft_token>")
 SEAMS = [chr(code) for code in [*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100)]]  # in no text that means something
+DEFAULT_NAMES = ("default", "chat")  # of the template for conversations, where there are several
+RENDERING_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)  # of programs
 THINK = ("<think>", "</think>")
 FIRST_MARK = 0x10FF00  # private characters that stand for the tokens of marks, which text spelled alike is not
 
@@ -177,7 +183,10 @@ class PromptTemplate:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", model_type: str, tokens_per_image: int = 0, name: str = ""
     ) -> None:
-        """tokens_per_image: 0 for a model that does not see; name: the model's."""
+        """tokens_per_image: 0 for a model that does not see; name: the model's.
+
+        The tokenizer's chat template is tried here, in milliseconds. Raises ValueError for one that cannot be chosen.
+        """
         self.tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
         self._vocabulary = tokenizer.get_vocab()
@@ -186,9 +195,8 @@ class PromptTemplate:
         self.is_own = bool(own)
         self._template = None if own else self.family.template
         self._source = _source(own) or self.family.template
-        self._knows_calls = "tool_calls" in self._source
         taught = taught_by(self._source)
-        self._shows_tools, self.tool_format = taught is not None, taught or self.family.tools
+        self.tool_format = taught or self.family.tools
         self.think = self._thinking_marks()
         self.detokenizer = _detokenizer(tokenizer)
         self.marks = {mark: chr(FIRST_MARK + number) for number, mark in enumerate(sorted(self._marks))}
@@ -200,6 +208,31 @@ class PromptTemplate:
         self._control = _any_of(control)  # nobody may write these
         # nor these, but for the assistant: its earlier thoughts and calls come back in its own words
         self._markup = _any_of([*control, *(t.content for t in added if self._is_markup(t.content))])
+        self._forms = {has_tools: self._tried(has_tools) for has_tools in (False, True)}
+        self._shows_tools = taught is not None and "tools" not in self._forms[True].hidden
+        self._shows_images = not tokens_per_image or self._tried_images()
+
+    def _tried(self, has_tools: bool) -> TemplateForm:
+        """The form that the tokenizer's own template wants; a family's takes text and knows no calls.
+
+        Raises ValueError where there are several templates and none is the default.
+        """
+        if not self.is_own:
+            return TemplateForm(hidden=("calls", "tools"))
+        chosen(self.tokenizer.chat_template, has_tools)
+        return try_out(lambda messages, tools: self._apply(messages, tools, add_generation_prompt=True), has_tools)
+
+    def _tried_images(self) -> bool:
+        if self._template is not None or self.family.images is None:
+            return True
+        mark = self.family.images.mark
+        return shows_images(lambda messages, _: self._apply(messages, None, add_generation_prompt=True), mark)
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """What the template shows in no form: roles (user, assistant, system), calls and their results, tools."""
+        shown = self._forms[self._shows_tools].hidden
+        return shown if self._shows_tools or "tools" in shown else (*shown, "tools")
 
     def _is_markup(self, token: str) -> bool:
         """Of the tokens that are not special to the tokenizer, those that are to the model; `<h1>` is not."""
@@ -268,12 +301,13 @@ class PromptTemplate:
                 "Only a message of the assistant's or the user's can be continued.", param="continue_final_message"
             )
         switches = {"continue_final_message": continues, "add_generation_prompt": opens, **_switches(options)}
+        refusal: Exception | None = None
         for attempt, shown in self._attempts(plain, tools, bool(options.num_views)):
             try:
-                text = self._apply(self._with_images(attempt, mark), tools=shown, **switches)
+                text = self._rendered(attempt, shown, mark, switches)
                 text = self._show(text, options.num_views)
-            except (TemplateError, TypeError, ValueError, RecursionError) as error:
-                refusal = error
+            except (TemplateError, *RENDERING_ERRORS) as error:
+                refusal = refusal or error
             else:
                 check_characters(text, "messages")
                 token_ids = [i for part in text.split(seam) for i in self.encode(part)]
@@ -282,16 +316,44 @@ class PromptTemplate:
             f"The model's chat template does not take these messages: {refusal}", param="messages"
         ) from refusal
 
+    def _rendered(
+        self,
+        messages: list[CanonicalMessage],
+        tools: list[dict[str, Any]] | None,
+        image_mark: str,
+        switches: Mapping[str, Any],
+    ) -> str:
+        """Raises ValueError for messages of which the template would leave something out, and what it raises itself."""
+        form = self._forms[tools is not None]
+        if self.is_own and (not is_usual(messages) or form.hides(messages)):
+            lost = hidden_by(lambda twin, shown: self._apply(twin, shown, **switches), form, messages, bool(tools))
+            if lost:
+                raise ValueError(f"it leaves out what these say: {', '.join(lost)}")
+        return self._apply(form.of(self._with_images(messages, image_mark)), tools, **switches)
+
     def _attempts(
         self, plain: list[CanonicalMessage], tools: list[dict[str, Any]], has_images: bool
-    ) -> list[tuple[list[CanonicalMessage], list[dict[str, Any]] | None]]:
+    ) -> Iterator[tuple[list[CanonicalMessage], list[dict[str, Any]] | None]]:
         """The messages in forms that the template may take, each with the tools that are its own matter to show."""
         folded = fold_tools(plain, self.tool_format, self._tool_prompt(tools))
         alternating = (alternate(folded, self.family.lead if self._template else "{}\n\n"), None)
         if self.family.alternates and not has_images and (tools or self._template or not is_alternating(plain)):
-            return [alternating]
-        knows = self._knows_calls and (self._shows_tools or not tools)
-        return [(with_names(plain), tools or None) if knows else (folded, None), alternating]
+            yield alternating
+            return
+        if self._knows(plain, tools):
+            native = with_names(plain)
+            for messages in (native, apart(native), gathered(native), led(native)):
+                yield messages, tools or None
+        for messages in (folded, gathered(folded), led(folded)):
+            yield messages, None
+        yield alternating
+
+    def _knows(self, messages: Sequence[CanonicalMessage], tools: Sequence[dict[str, Any]]) -> bool:
+        """Whether the template itself shows the tools, the calls and their results that there are."""
+        if tools and not self._shows_tools:
+            return False
+        has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        return not (has_calls and "calls" in self._forms[bool(tools)].hidden)
 
     def _tool_prompt(self, tools: Sequence[dict[str, Any]]) -> str:
         if not tools:
@@ -335,7 +397,12 @@ class PromptTemplate:
 
     @property
     def sees(self) -> bool:
-        return bool(self._tokens_per_image) and self.family.images is not None
+        return bool(self._tokens_per_image) and self.family.images is not None and self._shows_images
+
+    @property
+    def hides_images(self) -> bool:
+        """Whether the model could see, were it not for its template."""
+        return bool(self._tokens_per_image) and not self._shows_images
 
     def _disarm(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
@@ -359,8 +426,10 @@ class PromptTemplate:
         own = self._control if message["role"] == "assistant" else self._markup
         return {key: cut(value, self._markup if key == "tool_calls" else own, seam) for key, value in message.items()}
 
-    def _apply(self, messages: list[CanonicalMessage], **switches: Any) -> str:
-        text = self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **switches)
+    def _apply(self, messages: list[CanonicalMessage], tools: list[dict[str, Any]] | None, **switches: Any) -> str:
+        template = self._template or chosen(self.tokenizer.chat_template, tools is not None)
+        switches |= {"tools": tools, "chat_template": template}
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **switches)
         assert isinstance(text, str)
         return text
 
@@ -401,8 +470,24 @@ def _detokenizer(tokenizer: "PreTrainedTokenizerBase") -> Any:
 
 
 def _source(template: Any) -> str:
-    """A tokenizer can have several templates; transformers takes the one for tools where there are some."""
+    """All that the prompts of a tokenizer can be made of: it can have several templates."""
     return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+
+def chosen(template: Any, has_tools: bool) -> str:
+    """Of several named templates the one for tools where there are some, as transformers takes it, else the default.
+
+    Raises ValueError where none of them is the default.
+    """
+    if not isinstance(template, dict):
+        return str(template)
+    names = [name for name in ("tool_use",) if has_tools and name in template] + [
+        name for name in DEFAULT_NAMES if name in template
+    ]
+    names += template if len(template) == 1 else ()
+    if not names:
+        raise ValueError(f"its chat templates are named {', '.join(template)}, and none of them is the default")
+    return str(template[names[0]])
 
 
 def _switches(options: RenderOptions) -> dict[str, Any]:

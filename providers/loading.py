@@ -49,6 +49,14 @@ class Loaded:
     grammars: "GrammarCompiler | None" = None  # None: its tokenizer is none that grammars can be compiled for
 
 
+_REFUSED = "conversations that need it are refused"
+HIDDEN = {  # what a chat template may leave out; calls and tools are written as text where it does, as in many models
+    "system": "does not show what the system says: it leads what the user says",
+    "user": f"does not show all that the user says: {_REFUSED}",
+    "assistant": f"does not show what the assistant has said: {_REFUSED}",
+    "messages": "refuses a plain conversation: it gets others, or none",
+}
+
 T = TypeVar("T")
 Load = Callable[[str, Settings, Progress], Loaded]
 
@@ -157,10 +165,21 @@ def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, n
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        return PromptTemplate(tokenizer, model_type, tokens_per_image, name)
+        template = PromptTemplate(tokenizer, model_type, tokens_per_image, name)
     except Exception as error:  # of any kind, where a file says what nobody expects
         reason = str(error).strip() or type(error).__name__
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {reason}".splitlines()[0]) from error
+    tell_hidden(template, directory)
+    return template
+
+
+def tell_hidden(template: PromptTemplate, directory: Path) -> None:
+    """Logs what the chat template leaves out, and what becomes of it."""
+    for what in template.hidden if template.is_own else ():
+        if what in HIDDEN:
+            log.warning("the chat template in %s %s", directory, HIDDEN[what])
+    if template.hides_images:
+        log.warning("images are refused: the chat template in %s does not show them beside the text", directory)
 
 
 def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:
