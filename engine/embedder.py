@@ -33,14 +33,30 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # with padding
 ENDING = 5.0  # seconds of the batch under way, once the embedder closes
 MAX_WAITING = 2**16  # texts; more are refused
 CHARACTERS, CHARACTERS_PER_TOKEN = 2**16, 200  # of a text are tokenized; what is behind them is cut unseen
+TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # with the names of their prompts
 TEXT_ALONE = {"text", "message"}  # kinds of input
 OWN_MODULES = "sentence_transformers."  # what a modules.json may name: other classes would be a stranger's code
 CROSS_ENCODER = "ForSequenceClassification"
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+OTHER_KINDS = {"SparseEncoder": "sparse vectors", "MultiVectorEncoder": "a vector for each token"}
+OTHER_MODULES = re.compile(r"sentence_transformers\.(sparse|multi_vector)_encoder\.")
+LATE = re.compile("colbert", re.IGNORECASE)  # architectures that compare token by token
+POSITIVE = re.compile(
+    r"(is[_ ])?(relevant|positive|yes|true|match|matches|entailment|duplicate|related)", re.IGNORECASE
+)
 MATRYOSHKA = re.compile(  # models that were trained so that a vector's beginning is a vector too
     r"embeddinggemma|qwen3-embedding|nomic-embed-text-v(1\.5|2)|text-embedding|mxbai-embed-(large|2d)|matryoshka"
     r"|arctic-embed-(m-v1\.5|[ml]-v2)|jina-embeddings-v[345]",
     re.IGNORECASE,
 )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is told of a text."""
+
+    text: str = ""  # stands before it
+    task: str | None = None  # query or document: the way that it takes through a model that has several
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class Job:
     """What one caller waits for; after its making it belongs to the worker thread."""
 
     texts: Sequence[Any]
-    prompt: str
+    prompt: Prompt
     may_truncate: bool
     param: str  # the request's field that the texts are from
     deliver: Callable[["Job", Exception | None], None]
@@ -79,11 +95,11 @@ class TextModel(Protocol):
     max_length: int  # tokens of a text
     tokenizer: Any  # transformers'
 
-    def lengths(self, texts: Sequence[Any], prompt: str) -> list[int]:
+    def lengths(self, texts: Sequence[Any], prompt: Prompt) -> list[int]:
         """Tokens of each, uncut, the special ones included."""
         ...
 
-    def compute(self, texts: Sequence[Any], prompt: str) -> tuple[Vectors, list[int]]:
+    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
         """A row for each, and the tokens that it took."""
         ...
 
@@ -105,38 +121,57 @@ class _Modules:
         """At once: what refers to itself, as these models do, stays until a collection of garbage, or longer."""
         self.model.to("meta")
 
-    def lengths(self, texts: Sequence[Any], prompt: str) -> list[int]:
+    def lengths(self, texts: Sequence[Any], prompt: Prompt) -> list[int]:
         """Of a model with a chat template it is a guess, and what the template adds is missing."""
-        whole = [(prompt + text[0], text[1]) if isinstance(text, tuple) else prompt + text for text in texts]
+        lead = prompt.text
+        whole = [(lead + text[0], text[1]) if isinstance(text, tuple) else lead + text for text in texts]
         encoded = self.tokenizer(whole, truncation=False, padding=False, return_attention_mask=False, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
-    def _forward(self, texts: Sequence[Any], prompt: str, name: str) -> tuple[torch.Tensor, list[int]]:
+    def _forward(self, texts: Sequence[Any], prompt: Prompt, name: str) -> tuple[torch.Tensor, list[int]]:
         """The steps of sentence-transformers' own `encode` and `predict` for one batch."""
-        features = self.model.preprocess(list(texts), prompt=prompt or None)
+        task = {} if prompt.task is None else {"task": prompt.task}
+        features = self.model.preprocess(list(texts), prompt=prompt.text or None, **task)
         features = {
             key: getattr(value, "to", lambda _, same=value: same)(self.model.device) for key, value in features.items()
         }
         num_tokens = features["attention_mask"].sum(1).tolist()
         with torch.inference_mode():
-            return self.model(features)[name], num_tokens
+            return self.model(features, **task)[name], num_tokens
 
 
 class Encoder(_Modules):
     """A bi-encoder: a vector for each text."""
 
-    def compute(self, texts: Sequence[Any], prompt: str) -> tuple[Vectors, list[int]]:
+    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
         vectors, num_tokens = self._forward(texts, prompt, "sentence_embedding")
         return vectors.float().cpu().numpy()[:, : self.model.truncate_dim], num_tokens
 
 
 class PairScorer(_Modules):
-    """A cross-encoder: a score for each pair of texts."""
+    """A cross-encoder: a score for each pair of texts; of two labels, the probability of the one that says yes."""
 
-    def compute(self, texts: Sequence[Any], prompt: str) -> tuple[Vectors, list[int]]:
+    def __init__(self, model: Any, name: str) -> None:
+        """Raises ModelLoadError for a model of more than two labels."""
+        super().__init__(model)
+        self._positive = _positive_label(model, name)
+
+    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
         scores, num_tokens = self._forward(texts, prompt, "scores")
-        scores = self.model.activation_fn(scores.float())
-        return scores.reshape(len(texts), -1).cpu().numpy(), num_tokens
+        scores = self.model.activation_fn(scores.float()).reshape(len(texts), -1)
+        if scores.shape[1] > 1 and isinstance(self.model.activation_fn, torch.nn.Identity):
+            scores = scores.softmax(1)
+        return scores[:, self._positive, None].cpu().numpy(), num_tokens
+
+
+def _positive_label(model: Any, name: str) -> int:
+    """Which of the labels says that a document answers: by its name, else the second one of two, as is usual."""
+    count = int(model.num_labels)
+    if count > 2:
+        raise ModelLoadError(f"{name} tells {count} classes apart and does not rank.")
+    names = getattr(model.config, "id2label", None) or {}
+    found = [number for number in range(count) if POSITIVE.fullmatch(str(names.get(number, "")))]
+    return found[0] if len(found) == 1 else count - 1
 
 
 @dataclass(frozen=True)
@@ -148,6 +183,7 @@ class About:
     may_shorten: bool = False  # a vector's beginning is a vector too
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str = ""
+    similarity: str = "cosine"  # by which its vectors were trained to be compared
     num_bytes: int = 0
 
 
@@ -179,19 +215,19 @@ class Embedder:
         return Embeddings(shortened(vectors, dimensions), job.num_tokens, job.num_truncated)
 
     async def score(self, question: str, documents: Sequence[str], may_truncate: bool = True) -> Scores:
-        """How well each document answers; by the cosine of the vectors where the model is no cross-encoder."""
+        """How well each document answers; by the likeness of the vectors where the model is no cross-encoder."""
         if self.about.kind == "cross-encoder":
             pairs = [(question, document) for document in documents]
-            job = await self._compute(pairs, self.about.default_prompt, may_truncate, "documents")
+            job = await self._compute(pairs, Prompt(self.about.default_prompt), may_truncate, "documents")
             return Scores([float(row[-1]) for row in job.rows if row is not None], job.num_tokens, job.num_truncated)
         own = [
-            await self._compute([question], self._prompt("query", ""), may_truncate, "query"),
-            await self._compute(documents, self._prompt("document", ""), may_truncate, "documents"),
+            await self._compute([question], self._prompt_of("query"), may_truncate, "query"),
+            await self._compute(documents, self._prompt_of("document"), may_truncate, "documents"),
         ]
         query, rows = (np.stack([row for row in job.rows if row is not None]) for job in own)
-        cosines = normalised(rows) @ normalised(query)[0]
+        likeness = SIMILARITIES[self.about.similarity](rows, query[0])
         return Scores(
-            cosines.tolist(), own[0].num_tokens + own[1].num_tokens, own[0].num_truncated + own[1].num_truncated
+            likeness.tolist(), own[0].num_tokens + own[1].num_tokens, own[0].num_truncated + own[1].num_truncated
         )
 
     def _check_dimensions(self, dimensions: int | None) -> None:
@@ -200,15 +236,21 @@ class Embedder:
         if dimensions not in (None, self.about.dims) and not self.about.may_shorten:
             raise ValueError(f"The model's vectors have {self.about.dims} dimensions and lose their meaning when cut.")
 
-    def _prompt(self, name: str | None, default: str | None = None) -> str:
+    def _prompt(self, name: str | None) -> Prompt:
         if name is None:
-            return self.about.default_prompt
-        if name not in self.about.prompts and default is None:
+            return Prompt(self.about.default_prompt)
+        if name not in self.about.prompts:
             known = ", ".join(sorted(self.about.prompts)) or "none"
             raise InvalidRequest(f"The model's prompts are: {known}.", param="prompt_name", code="invalid_value")
-        return self.about.prompts.get(name, default or "")
+        task = next((task for task, names in TASKS.items() if name in names), None)
+        return Prompt(self.about.prompts[name], task)
 
-    async def _compute(self, texts: Sequence[Any], prompt: str, may_truncate: bool, param: str) -> Job:
+    def _prompt_of(self, task: str) -> Prompt:
+        """As sentence-transformers' encode_query and encode_document choose it."""
+        name = next((name for name in TASKS[task] if name in self.about.prompts), None)
+        return Prompt(self.about.default_prompt if name is None else self.about.prompts[name], task)
+
+    async def _compute(self, texts: Sequence[Any], prompt: Prompt, may_truncate: bool, param: str) -> Job:
         if self._is_closing:
             raise Unavailable("The model is being unloaded.", retry_after=5)
         if self.num_waiting + len(texts) > MAX_WAITING:
@@ -318,7 +360,7 @@ class Embedder:
     def _settle(self, batch: Sequence[Item[Job]]) -> None:
         """A batch that fails is computed again job by job, since one text of one of them may be why."""
         try:
-            rows, counts = self.model.compute([item.text for item in batch], batch[0].prompt)
+            rows, counts = self.model.compute([item.text for item in batch], batch[0].job.prompt)
             if not np.isfinite(rows).all():
                 raise ValueError("a value that is not a number")
         except Exception:
@@ -356,6 +398,16 @@ def normalised(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
 
 
+SIMILARITIES: dict[
+    str, Callable[[Vectors, Vectors], Vectors]
+] = {  # rows (n, dims) and one vector: (n,); more is nearer
+    "cosine": lambda rows, one: normalised(rows) @ normalised(one[None])[0],
+    "dot": lambda rows, one: rows @ one,
+    "euclidean": lambda rows, one: -np.linalg.norm(rows - one, axis=1),
+    "manhattan": lambda rows, one: -np.abs(rows - one).sum(axis=1),
+}
+
+
 def shortened(vectors: Vectors, dimensions: int | None) -> Vectors:
     return vectors if dimensions in (None, vectors.shape[1]) else normalised(vectors[:, :dimensions])
 
@@ -374,8 +426,8 @@ def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten:
     try:
         text_model, about = _open(directory, name, device, may_shorten)
         sample: Any = ("a", "a") if about.kind == "cross-encoder" else "a"
-        text_model.lengths([sample], "")
-        text_model.compute([sample], "")
+        text_model.lengths([sample], Prompt())
+        text_model.compute([sample], Prompt())
     except ModelLoadError:
         raise
     except Exception as error:  # of many kinds, for files that are not as they should be
@@ -400,8 +452,10 @@ def _device(device: str) -> str:
 
 def _open(directory: Path, name: str, device: str, may_shorten: bool) -> tuple[TextModel, About]:
     import sentence_transformers  # takes seconds
+    import transformers
 
     _check_modules(directory)
+    _check_kind(directory)
     is_pair_scorer = _is_cross_encoder(directory)
     kind = sentence_transformers.CrossEncoder if is_pair_scorer else sentence_transformers.SentenceTransformer
     model = kind(
@@ -411,20 +465,23 @@ def _open(directory: Path, name: str, device: str, may_shorten: bool) -> tuple[T
         trust_remote_code=False,
         model_kwargs={"use_safetensors": True, "dtype": "float32" if device == "cpu" else _gpu_dtype(directory)},
     )
+    if not isinstance(model.tokenizer, transformers.PreTrainedTokenizerBase):
+        raise ModelLoadError(
+            f"{name} begins with {type(model[0]).__name__}; models that begin with a Transformer are served."
+        )
     if not set(model.modalities) <= TEXT_ALONE:  # the library would read texts that are paths and addresses as images
         raise ModelLoadError(f"{name} takes {', '.join(map(str, model.modalities))}; models of text alone are served.")
-    num_classes = getattr(model.config, "num_labels", None) or 1
-    if is_pair_scorer and num_classes > 2:
-        raise ModelLoadError(f"{name} tells {num_classes} classes apart and does not rank.")
+    text_model = PairScorer(model, name) if is_pair_scorer else Encoder(model)
     about = About(
         "cross-encoder" if is_pair_scorer else "embeddings",
         0 if is_pair_scorer else int(model.truncate_dim or model.get_embedding_dimension() or 0),
         may_shorten or _is_matryoshka(directory, name),
         {key: text or "" for key, text in model.prompts.items()},
         model.prompts.get(model.default_prompt_name or "") or "",
+        "cosine" if is_pair_scorer else str(model.similarity_fn_name),
         sum(tensor.nbytes for tensor in model.parameters()),
     )
-    return PairScorer(model) if is_pair_scorer else Encoder(model), about
+    return text_model, about
 
 
 def _read(path: Path) -> Any:
@@ -439,6 +496,26 @@ def _check_modules(directory: Path) -> None:
     for module in _read(directory / "modules.json") or ():
         if not str(module.get("type", "")).startswith(OWN_MODULES):
             raise ModelLoadError(f"{directory.name} needs code of its own ({module.get('type')}), which is never run.")
+
+
+def _check_kind(directory: Path) -> None:
+    """Raises ModelLoadError for what sentence-transformers would load and compute as something that it is not."""
+    own, config = _read(directory / "config_sentence_transformers.json"), _read(directory / "config.json")
+    name, architecture = directory.name, str((config.get("architectures") or [""])[0])
+    kind, modules = own.get("model_type"), _read(directory / "modules.json") or ()
+    other = OTHER_KINDS.get(str(kind)) or next(
+        (str(module["type"]) for module in modules if OTHER_MODULES.match(str(module.get("type")))), None
+    )
+    if other or LATE.search(architecture):
+        raise ModelLoadError(f"{name} gives {other or 'a vector for each token'}; models of one vector are served.")
+    if architecture.endswith(CAUSAL) and not modules and kind != "CrossEncoder":
+        raise ModelLoadError(
+            f"{name} is a language model without modules.json, which would say how it makes vectors or scores of texts."
+        )
+    old = config.get("sbert_ce_default_activation_function")
+    activation = (config.get("sentence_transformers") or {}).get("activation_fn") or old or own.get("activation_fn")
+    if activation and not str(activation).startswith("torch."):
+        raise ModelLoadError(f"{name} scores by {activation}, which is code of its own: that is never run.")
 
 
 def _is_cross_encoder(directory: Path) -> bool:

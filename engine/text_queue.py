@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +19,7 @@ class Item(Generic[J]):
     job: J = field(compare=False)
     index: int = field(compare=False)  # in the job
     text: Any = field(compare=False)
-    prompt: str = field(compare=False)  # what the model is told before it
+    prompt: Hashable = field(compare=False)  # what the model is told before it
 
 
 class TextQueue(Generic[J]):
@@ -29,14 +29,14 @@ class TextQueue(Generic[J]):
     def __init__(self, max_batch_tokens: int) -> None:
         """max_batch_tokens: padding included."""
         self.max_batch_tokens = max_batch_tokens
-        self._waiting: dict[str, list[Item[J]]] = {}  # by prompt; in the order of their lengths
+        self._waiting: dict[Hashable, list[Item[J]]] = {}  # by prompt; in the order of their lengths
         self._turns: deque[deque[Item[J]]] = deque()  # what each job has left, and maybe some that it has not
         self._num_added = 0
 
     def __bool__(self) -> bool:
         return any(self._waiting.values())
 
-    def add(self, job: J, texts: Sequence[Any], lengths: Sequence[int], prompt: str) -> None:
+    def add(self, job: J, texts: Sequence[Any], lengths: Sequence[int], prompt: Hashable) -> None:
         waiting = self._waiting.setdefault(prompt, [])
         items: list[Item[J]] = []
         for index, (text, length) in enumerate(zip(texts, lengths, strict=True)):
@@ -71,7 +71,7 @@ class TextQueue(Generic[J]):
                     return self._cut(first.prompt, place)
         return []
 
-    def _cut(self, prompt: str, place: int) -> list[Item[J]]:
+    def _cut(self, prompt: Hashable, place: int) -> list[Item[J]]:
         """The texts around that place, nearest length first, while they fit."""
         waiting = self._waiting[prompt]
         begin, end, length = place, place + 1, waiting[place].length
