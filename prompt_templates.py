@@ -27,7 +27,7 @@ from messages import (
 )
 from schemas import Message
 from streaming import MarkingDetokenizer
-from template_probe import TemplateForm, hidden_by, is_usual, shows_images, try_out
+from template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
 from tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat, taught_by
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ class PromptTemplate:
         self._markup = _any_of([*control, *(t.content for t in added if self._is_markup(t.content))])
         self._forms = {has_tools: self._tried(has_tools) for has_tools in (False, True)}
         self._shows_tools = taught is not None and "tools" not in self._forms[True].hidden
+        self._end_of_turn = self._tried_end()
         self._shows_images = not tokens_per_image or self._tried_images()
 
     def _tried(self, has_tools: bool) -> TemplateForm:
@@ -221,6 +222,12 @@ class PromptTemplate:
             return TemplateForm(hidden=("calls", "tools"))
         chosen(self.tokenizer.chat_template, has_tools)
         return try_out(lambda messages, tools: self._apply(messages, tools, add_generation_prompt=True), has_tools)
+
+    def _tried_end(self) -> str | None:
+        """The token that the template puts behind what the assistant has said, if it puts one there."""
+        behind = behind_answer(self._apply, self._forms[False]) if self.is_own else ""
+        match = self._markup.match(behind.lstrip())
+        return match[0] if match else None
 
     def _tried_images(self) -> bool:
         if self._template is not None or self.family.images is None:
@@ -261,6 +268,7 @@ class PromptTemplate:
         own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         known = [token for family in FAMILIES for token in family.ends if token not in _GLM_ENDS]
         used = [token for token in (*known, *self.family.ends) if token in self._source]
+        used += [] if self._end_of_turn is None else [self._end_of_turn]
         return list(dict.fromkeys(own + [self._vocabulary[token] for token in used if token in self._vocabulary]))
 
     @cached_property

@@ -206,6 +206,16 @@ def _lacks(render: Render, form: TemplateForm, messages: list[CanonicalMessage],
         return {MESSAGES}
 
 
+def behind_answer(render: Callable[..., str], form: TemplateForm) -> str:
+    """What the prompt has behind an answer that another turn follows; nothing where the template does not show it."""
+    twins, probes = twin_of([_USER, _ASSISTANT, _USER])
+    try:
+        prompt = render(form.of(twins), None, add_generation_prompt=True)
+    except Exception:  # of any kind: templates are programs
+        return ""
+    return prompt.partition(probes[1].text)[2]
+
+
 def shows_images(render: Render, mark: str) -> bool:
     """Whether an image among the user's text is shown as its mark, and the text with it."""
     first, second = ({"type": "text", "text": f"probe{number}z"} for number in range(2))

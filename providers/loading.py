@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from logprobs import TokenTexts
 from progress import Progress
 from prompt_templates import PromptTemplate
 from providers.eyes import Eyes
+from schemas import Message
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -49,12 +51,13 @@ class Loaded:
     grammars: "GrammarCompiler | None" = None  # None: its tokenizer is none that grammars can be compiled for
 
 
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # that may have a chat template
 _REFUSED = "conversations that need it are refused"
 HIDDEN = {  # what a chat template may leave out; calls and tools are written as text where it does, as in many models
     "system": "does not show what the system says: it leads what the user says",
     "user": f"does not show all that the user says: {_REFUSED}",
     "assistant": f"does not show what the assistant has said: {_REFUSED}",
-    "messages": "refuses a plain conversation: it gets others, or none",
+    "messages": "refuses conversations of several turns: they are written in another form, or refused",
 }
 
 T = TypeVar("T")
@@ -165,21 +168,61 @@ def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, n
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer.chat_template = with_templates_beside(tokenizer.chat_template, directory)
         template = PromptTemplate(tokenizer, model_type, tokens_per_image, name)
     except Exception as error:  # of any kind, where a file says what nobody expects
         reason = str(error).strip() or type(error).__name__
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {reason}".splitlines()[0]) from error
     tell_hidden(template, directory)
+    tell_moved(template, directory)
     return template
+
+
+def with_templates_beside(template: Any, directory: Path) -> Any:
+    """The tokenizer's chat template, or the one that other files have where transformers does not look for it: a
+    processor's, and the default of a tokenizer that has others in a folder."""
+    if not template:
+        beside = [_json_object(directory / name).get("chat_template") for name in PROCESSOR_FILES]
+        return next((text for text in beside if text), template)
+    if isinstance(template, dict) and not template.keys() & {"default", "chat"}:
+        default = _json_object(directory / "tokenizer_config.json").get("chat_template")
+        return {**template, "default": default} if isinstance(default, str) else template
+    return template
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def tell_hidden(template: PromptTemplate, directory: Path) -> None:
     """Logs what the chat template leaves out, and what becomes of it."""
-    for what in template.hidden if template.is_own else ():
+    hidden = template.hidden if template.is_own else ()
+    if "messages" in hidden:
+        try:
+            template.render_chat([Message(role="user", content="Hello")])
+        except InvalidRequest as error:
+            log.warning("chats are refused: %s (%s)", error, directory)
+            return
+    for what in hidden:
         if what in HIDDEN:
             log.warning("the chat template in %s %s", directory, HIDDEN[what])
     if template.hides_images:
         log.warning("images are refused: the chat template in %s does not show them beside the text", directory)
+
+
+def tell_moved(template: PromptTemplate, directory: Path) -> None:
+    """Logs the added tokens to which the tokenizer gives other ids than its files say: the model would read others."""
+    added = _json_object(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    told = {str(token.get("content")): int(number) for number, token in added.items()}
+    told |= _json_object(directory / "added_tokens.json")
+    ids = {text: template.token_id(text) for text in told}
+    moved = [f"{text} has id {ids[text]}, not {number}" for text, number in told.items() if ids[text] != number]
+    if moved:
+        log.warning("the tokenizer in %s numbers tokens as its files do not: %s", directory, "; ".join(moved[:5]))
 
 
 def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:
