@@ -18,11 +18,11 @@ import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from engine import paged_flash
+from engine import paged_flash, start_check
 from engine.draft_model import CATCH_UP, DraftModel
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.lookahead import Lookahead
-from engine.model_runner import STOCK, ModelRunner, Report, load_model, probe_layers
+from engine.model_runner import STOCK, ModelRunner, Report, first_line, load_model, probe_layers
 from engine.paged_flash import Kernel
 from engine.room import Room
 from engine.sampling import SampledToken, SamplingParams
@@ -60,6 +60,7 @@ class EngineOptions:
     kv_cache_memory: int | None = None
     kv_block_size: int | None = None
     num_speculative_tokens: int = 8
+    cache_dir: Path | None = None  # None: what the check at start found is not remembered
 
 
 _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
@@ -415,18 +416,43 @@ def load_engine(
     if not getattr(text, "max_position_embeddings", None):
         text.max_position_embeddings = known.context_length
     eos_ids = frozenset([*known.stop_token_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
-    engine = build_engine(model, options, eos_ids, small)
-    _warm_up(engine)
+    try:
+        engine = build_engine(model, options, eos_ids, small)
+        check_start(engine, directory, options)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # of any kind: whatever a model does in a way that nobody expects
+        raise ModelLoadError(
+            f"The model in {directory} was loaded, but computing with it fails: try another DTYPE or QUANTIZATION "
+            f"({type(error).__name__}: {first_line(error).rstrip('.')})."
+        ) from error
     return engine, model.generation_config
 
 
-def _warm_up(engine: Engine) -> None:
-    """A prompt and decodes, so that what is compiled when first used does not wait for somebody's stream."""
+def check_start(engine: Engine, directory: Path, options: EngineOptions) -> None:
+    """A model that cannot compute, or computes something else than in transformers, is found out before anybody asks
+    it something. Raises ModelLoadError. What was compared is remembered in `options.cache_dir`."""
+    warm_up(engine)
+    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+    assert isinstance(runner, ModelRunner)
+    how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
+    memory = start_check.Memory(options.cache_dir)
+    key = start_check.key_of(directory, runner.model, how)
+    if not memory.knows(key) and start_check.check(runner, engine.max_model_len):
+        memory.keep(key)
+
+
+def warm_up(engine: Engine) -> None:
+    """A prompt and decodes, so that what is compiled when first used does not wait for somebody's stream. Raises what
+    the model raises."""
+    scheduler = engine.scheduler
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     for params in (greedy, replace(greedy, temperature=1.0), replace(greedy, temperature=1.0, top_k=2)):
-        engine.scheduler.add(Sequence([0, 0, 0], params, sink=lambda output: None))
-    while engine.scheduler.has_work:
-        engine.step()
+        scheduler.add(Sequence([0, 0, 0], params, sink=lambda output: None))
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        if any(output is None for _, output in scheduler.update(batch, engine.runner.run(batch))):
+            raise ModelLoadError("The model computes values that are no numbers: try DTYPE=bfloat16 or float32.")
 
 
 def build_engine(

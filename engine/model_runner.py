@@ -3,7 +3,6 @@
 import ctypes
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,12 +12,11 @@ from typing import Any, cast
 
 import psutil
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers
+from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers, weight_files
 from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
 from engine.cuda_graphs import DecodeGraphs, Record, record
 from engine.grammar import Masks
@@ -84,8 +82,16 @@ def load_model(
             model = packed_checkpoint.load(directory, config, chosen, _attention_of(config))
         else:
             model = _load_stock(directory, config, chosen, device_map, how, report)
+    except ModelLoadError:
+        raise
+    except ImportError as error:
+        is_quantized = weight_files.scheme_of(config) is not None
+        reason = "what reads its quantized weights is not installed" if is_quantized else "a package is missing"
+        raise ModelLoadError(f"The model in {directory} cannot be loaded: {reason} ({first_line(error)}).") from error
     except Exception as error:  # of any kind, where a file says what nobody expects
-        raise ModelLoadError(f"The model in {directory} cannot be loaded: {_first_line(error)}") from error
+        raise ModelLoadError(
+            f"The model in {directory} cannot be loaded ({type(error).__name__}: {first_line(error).rstrip('.')})."
+        ) from error
     if "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}:
         raise ModelLoadError(f"The model in {directory} does not fit into the memory of this machine's devices.")
     model.eval()
@@ -126,8 +132,23 @@ def _load_stock(
         )
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], both)
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them at random
-        raise ModelLoadError(f"its files lack {len(missing)} tensors: {', '.join(missing[:3])}")
+        raise ModelLoadError(f"The model in {directory} lacks {weight_files.some(missing)}.")
+    num_layers = config.get_text_config().num_hidden_layers
+    is_quantized = weight_files.scheme_of(config) is not None
+    unread = weight_files.check_unread(directory, loaded["unexpected_keys"], num_layers, is_quantized)
+    if unread:
+        log.info("not read: %s", unread)
+    if is_quantized and all(p.is_floating_point() and p.dtype.itemsize > 1 for p in model.parameters()):
+        _make_alike(model, dtype)
     return model
+
+
+def _make_alike(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Layers that were made plain when loaded have a type of their own, and what is beside them that of the files."""
+    names = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(kept in name for kept in names):
+            parameter.data = parameter.data.to(dtype)
 
 
 def choose_quantization(wanted: str, dtype: str, on_cuda: bool, directory: Path) -> str:
@@ -155,16 +176,18 @@ def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTraine
     """Its configuration, and the dtype to load it in; takes milliseconds. Raises ModelLoadError."""
     on_cuda = _is_on_cuda(device_map)
     try:
-        _check_layers(directory)
+        tensors = weight_files.read_headers(directory)
+        _check_layers(directory, len(tensors))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         check_architecture(config)
+        weight_files.check_numbers(directory, tensors, config)
         chosen = choose_dtype(dtype, config.model_type, on_cuda)
         if not on_cuda:
-            _check_memory(directory, config, chosen)
+            _check_memory(directory, config, chosen, sum(tensor.num_elements for tensor in tensors.values()))
     except ModelLoadError:
         raise
     except Exception as error:  # of any kind, where a file says what nobody expects
-        raise ModelLoadError(f"The model in {directory} cannot be served: {_first_line(error)}") from error
+        raise ModelLoadError(f"The model in {directory} cannot be served: {first_line(error)}") from error
     return config, chosen
 
 
@@ -177,6 +200,12 @@ def check_architecture(config: PreTrainedConfig) -> None:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelLoadError(
             f"Models of type {config.model_type!r} are not supported: not a causal language model of transformers."
+        )
+    model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    if not model_class._supports_attention_backend:
+        raise ModelLoadError(
+            f"Models of type {config.model_type!r} are not supported: "
+            "transformers does not let others compute their attention."
         )
     text = config.get_text_config()
     foreign = set(getattr(text, "layer_types", None) or LAYER_TYPES) - LAYER_TYPES
@@ -197,21 +226,14 @@ def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
     )
 
 
-def _check_memory(directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+def _check_memory(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, in_files: int) -> None:
     """For what the files have, and for what the configuration says: room is made for that before they are compared."""
-    in_files = sum(_num_elements(path) for path in directory.glob("*.safetensors"))
     needed = max(in_files, _num_parameters(config)) * dtype.itemsize
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelLoadError(
             f"The model in {directory} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free."
         )
-
-
-def _num_elements(path: Path) -> int:
-    """Of a safetensors file, whose header is found to be true first."""
-    with safe_open(path, "pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 
 def _num_parameters(config: PreTrainedConfig) -> int:
@@ -223,25 +245,19 @@ def _num_parameters(config: PreTrainedConfig) -> int:
     return int(model.num_parameters())
 
 
-def _check_layers(directory: Path) -> None:
+def _check_layers(directory: Path, num_tensors: int) -> None:
     """Before anything is made for each layer that a configuration says there is."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     parts = [config, *config.values()] if isinstance(config, dict) else []
     said = [part.get("num_hidden_layers") for part in parts if isinstance(part, dict)]
     num_layers = max((number for number in said if isinstance(number, int)), default=0)
-    num_tensors = sum(_num_tensors(path) for path in directory.glob("*.safetensors"))
     if num_layers > num_tensors:
         raise ModelLoadError(
             f"The model in {directory} says it has {num_layers} layers, and has {num_tensors} tensors."
         )
 
 
-def _num_tensors(path: Path) -> int:
-    with safe_open(path, "pt") as file:
-        return len(file.keys())
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -425,6 +441,14 @@ class ModelRunner:
             return Started(batch, [], None)
         return Started(batch, complete, self.sampler.choose(logits[: len(places)], heirs, masks))
 
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Of all of the batch's tokens, in its order: (tokens, vocab)."""
+        layout = _Layout.of(batch)
+        row_of = layout.rows()
+        places = [(span.sequence.number, p) for span in batch.spans for p in range(span.start, span.end)]
+        return self.forward(layout, [row_of[place] for place in places])
+
     def forward(self, layout: _Layout, rows: list[int], known: torch.Tensor | None = None) -> torch.Tensor:
         """The logits of the step's tokens number `rows`: (rows, vocab). known: the tokens, where the CPU lacks them."""
         if self._graphs is not None and not layout.prefills:
@@ -475,7 +499,7 @@ class ModelRunner:
         try:
             self._graphs = DecodeGraphs(self._compute, self.cache, self.flash, most, max_model_len, self.device, record)
         except RuntimeError as error:  # it moves something to the CPU, or memory is short
-            log.info("decodes are not recorded as CUDA graphs: %s", _first_line(error))
+            log.info("decodes are not recorded as CUDA graphs: %s", first_line(error))
 
     def _score_prompts(self, logits: torch.Tensor, spans: list[Span], positions: dict[int, range]) -> None:
         """logits: (positions of all spans, vocab); SCORED_ROWS of them at a time in float32."""

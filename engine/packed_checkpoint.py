@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from engine import gguf_blocks
 from engine.packed_layers import fuse, replace_layer
 from engine.packing import Codes, Format, PackedWeight, can_pack, pack
+from errors import ModelLoadError
 
 FILE = "weights.packed"
 HASHED_ROWS = 4096  # at a time
@@ -143,7 +144,10 @@ def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attentio
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     plain = {name: value.to(dtype, copy=True) for name, value in tensors.items()}
     plain |= {name: plain[source] for name, source in tables["aliases"].items()}
-    model.load_state_dict(plain, strict=False, assign=True)
+    result = model.load_state_dict(plain, strict=False, assign=True)
+    lacking = [name for name in result.missing_keys if name.removesuffix(".weight") not in tables["layers"]]
+    if lacking or result.unexpected_keys:
+        raise ModelLoadError(f"{directory / FILE} is of another model: remove {directory}, and it is made again.")
     for name, source in tables["layers"].items():
         replace_layer(model, name, formats[source])
     fuse(model)

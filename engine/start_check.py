@@ -1,0 +1,203 @@
+"""The check at start: a model is compared with the stock forward, for a prompt and for the tokens after it.
+
+Attention is the only part of a model that the engine computes in its own way, with its own cache. Some models use
+theirs in a way that cannot be seen from outside: then everything starts, and the text is wrong. So the same weights
+compute the same tokens twice, once through the engine and once with transformers' own attention and cache. Packed
+layers compute in both, so that the rounding of weights does not count.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from engine.model_runner import ModelRunner
+from engine.packed_layers import FusedMLP, PackedLinear, SharedLinear
+from engine.sampling import SamplingParams
+from engine.scheduler import Batch, Span
+from engine.sequence import Sequence
+from errors import ModelLoadError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checked"
+PROMPT_TOKENS = 24
+BEYOND_WINDOW = 8  # tokens of the prompt, where the window is small enough
+LARGEST_WINDOW = 64  # tokens that a prompt is made longer for
+CHUNK = 8  # the prompt's last tokens, computed in a step of their own
+NUM_DECODES = 4
+# How far logits may be apart, as a part of their own spread. A rounding to bfloat16 changes a value by 1/256 at most,
+# to float16 by 1/2048, and quantized layers round what goes in to about 1/254. A model of 80 layers rounds its state
+# 160 times at random: 160 ** 0.5 / 256 = 0.05, which the layers may double or triple. 110 tiny architectures differ by
+# 2e-6 in float32 and by 0.11 in 16 or 8 bits at most; those whose attention is another one by 0.15 to 1.4.
+TOLERANCE = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.15}
+QUANTIZED_TOLERANCE = 0.15
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the engine's logits are from the stock forward's, in the median: 0 where they are equal, about 1 where
+    they have nothing in common. The median, as rounding alone can send a token of a mixture to another expert."""
+
+    prompt: float  # over all of its tokens
+    end: float  # over the prompt's last tokens, which a sliding window cuts
+    decodes: float  # over the tokens after it
+
+    @classmethod
+    def between(cls, own: torch.Tensor, stock: torch.Tensor) -> "Difference":
+        """own, stock: (tokens, vocab), those of the prompt and of NUM_DECODES after it."""
+        own, stock = (logits - logits.mean(-1, keepdim=True) for logits in (own, stock))
+        apart = ((own - stock).norm(dim=-1) / stock.norm(dim=-1).clamp(min=1e-6)).nan_to_num(torch.inf)
+        prompt, decodes = apart[:-NUM_DECODES], apart[-NUM_DECODES:]
+        return cls(*(float(part.median()) for part in (prompt, prompt[-CHUNK:], decodes)))
+
+    def faults(self, tolerance: float) -> list[str]:
+        """What is beyond the tolerance, in words."""
+        places = {"the prompt": max(self.prompt, self.end), "the tokens after the prompt": self.decodes}
+        return [f"{place} by {value:.0%}" for place, value in places.items() if not value <= tolerance]
+
+
+def check(runner: ModelRunner, max_model_len: int) -> bool:
+    """False where transformers itself fails, so that there is nothing to compare with. Raises ModelLoadError for a
+    model that the engine does not compute as transformers does."""
+    began = time.perf_counter()
+    token_ids, kind = _tokens(runner, max_model_len), runner.model.config.model_type
+    try:
+        stock = _stock_logits(runner, token_ids)
+    except Exception as error:  # of any kind, where a model wants to be called in another way
+        log.warning("models of type %r could not be compared with transformers: %s", kind, error)
+        return False
+    difference = Difference.between(_engine_logits(runner, token_ids), stock)
+    tolerance = tolerance_of(runner)
+    if faults := difference.faults(tolerance):
+        raise ModelLoadError(
+            f"Models of type {kind!r} are not supported: the engine computes something else than transformers, "
+            f"for {' and '.join(faults)} of the logits' spread, where {tolerance:.0%} may be rounding."
+        )
+    log.info(
+        "compared with transformers in %.0f ms: a prompt differs by %.2g of the logits' spread, later tokens by %.2g",
+        *((time.perf_counter() - began) * 1000, max(difference.prompt, difference.end), difference.decodes),
+    )
+    return True
+
+
+def _tokens(runner: ModelRunner, max_model_len: int) -> list[int]:
+    """Ids from the whole vocabulary but those that stand for images and the like; more of them than a small window."""
+    windows = [group.window for group in runner.cache.groups if group.window and group.window <= LARGEST_WINDOW]
+    count = max([PROMPT_TOKENS, *(window + BEYOND_WINDOW for window in windows)]) + NUM_DECODES
+    count = min(count, max_model_len)
+    places = _placeholders(runner.model)
+    spread = torch.linspace(0, runner.num_embeddings - 1, 2 * count).long().tolist()
+    return [token for token in spread if token not in places][:: 2 if len(places) < count else 1][:count]
+
+
+def _placeholders(model: PreTrainedModel) -> set[int]:
+    """The tokens that a model puts something else in the place of."""
+    config = model.config.to_dict()
+    names = [name for name in config if name.endswith(("_token_id", "_token_index"))]
+    return {config[name] for name in names if isinstance(config[name], int)}
+
+
+def tolerance_of(runner: ModelRunner) -> float:
+    """Layers that round what goes in to 8 bits decide, whatever the model computes in beside them."""
+    model = runner.model
+    rounds = any(isinstance(layer, PackedLinear | SharedLinear | FusedMLP) for layer in model.modules())
+    if rounds or getattr(model, "hf_quantizer", None) is not None:
+        return QUANTIZED_TOLERANCE
+    return TOLERANCE[runner.dtype]
+
+
+@torch.inference_mode()
+def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
+    """(tokens, vocab) in float32: the prompt in two steps, and a step for each token after it."""
+    length = len(token_ids) - NUM_DECODES
+    sequence = Sequence(token_ids[:length], SamplingParams(max_tokens=NUM_DECODES), sink=lambda output: None)
+    sequence.token_ids = list(token_ids)
+    starts = [0, max(length - CHUNK, 1), *range(length, len(token_ids))]
+    try:
+        runner.cache.allocate(sequence, len(token_ids))
+        spans = [
+            Span(sequence, start, end - start) for start, end in zip(starts, [*starts[1:], len(token_ids)], strict=True)
+        ]
+        return torch.cat([runner.logits(Batch((span,))).float() for span in spans])
+    finally:
+        runner.cache.free(sequence)
+
+
+@torch.inference_mode()
+def _stock_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
+    """The same, with transformers' attention and cache."""
+    inputs = torch.tensor([token_ids], device=runner.device)
+    prompt, *steps = inputs.tensor_split(tuple(range(len(token_ids) - NUM_DECODES, len(token_ids))), dim=1)
+    rows, past = [], None
+    with _stock_attention(runner.model):
+        for part in (prompt, *steps):
+            output = runner.model(input_ids=part, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            rows.append(output.logits[0].float())
+    return torch.cat(rows)
+
+
+@contextmanager
+def _stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The plainest of transformers' own, which every model has."""
+    config: Any = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+# --- what is remembered
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Which checkpoints have passed, as empty files: a later start need not compare them again."""
+
+    directory: Path | None  # None: none are remembered
+
+    def knows(self, key: str) -> bool:
+        return self.directory is not None and (self.directory / FOLDER / key).exists()
+
+    def keep(self, key: str) -> None:
+        if self.directory is None:
+            return
+        try:
+            folder = self.directory / FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / key).touch()
+        except OSError as error:
+            log.info("the check at start is not remembered: %s", error)
+
+
+def key_of(directory: Path, model: PreTrainedModel, options: dict[str, Any]) -> str:
+    """A name for all that decides about the check's outcome: the files, the libraries, our code, how it is run."""
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".packed", ".json"))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    device = str(model.device)
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    known = (stats, torch.__version__, transformers.__version__, _code(), device, str(model.dtype), options)
+    return hashlib.sha256(json.dumps([str(directory.resolve()), known], default=str).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """This version of the engine."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""WeightFiles: which of a directory's files hold a model's weights, and what their headers say of each tensor.
+
+What a checkpoint stores and what a model reads must be the same: a tensor that nobody reads means that the rest means
+something else than it seems to. The exceptions are in UNREAD, each with its reason.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from errors import ModelLoadError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MODELOPT = "hf_quant_config.json"
+NAMED = 3  # tensors that an error names
+CODES = re.compile(r"F8_|F4|F6_|I8|U8|I16|U16|I32|U32|I64|U64")  # safetensors' types that are no numbers of a model
+UNREAD = {  # tensors that a text model rightly leaves unread -> what they are
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$": "angles, which the model computes itself",
+    r"\.(attn|attention)\.(bias|masked_bias)$": "causal masks",
+    r"position_ids$": "numbers of positions",
+    r"(^|\.)(mtp|mtp_layers|nextn|shared_head|multi_token)\w*\.": "layers that predict further tokens",
+    r"(^|\.)(vision|visual|image|audio|speech|sound|video)\w*\.": "parts for images and sounds",
+    r"(^|\.)(mm_|multi_modal_|multimodal_|embed_vision|embed_audio|resampler|connector|aligner|projector)\w*\.": (
+        "parts for images and sounds"
+    ),
+    r"(^|\.)(value_head|v_head|talker|token2wav|code2wav)\.": "heads for another task",
+    r"\.(q|k|v|prob)_scale$": "scales of a cache in 8 bits, which this one is not",
+}
+UNREAD_QUANTIZED = {r"\.(input|activation)_scale$": "scales of inputs, where weights are made plain when loaded"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a header says of one tensor."""
+
+    file: str
+    dtype: str  # as safetensors names it, such as BF16
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_headers(directory: Path) -> dict[str, Tensor]:
+    """Of all tensors that a model will be loaded from, by name. Raises ModelLoadError for files that contradict each
+    other: copies in another format, such as consolidated.safetensors, are not among them."""
+    found: dict[str, Tensor] = {}
+    for path in weight_paths(directory):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if name in found:
+                    raise ModelLoadError(f"{path} has the tensor {name}, and so has {found[name].file}.")
+                part = file.get_slice(name)
+                found[name] = Tensor(path.name, part.get_dtype(), tuple(part.get_shape()))
+    return found
+
+
+def weight_paths(directory: Path) -> list[Path]:
+    """Those that transformers reads. Raises ModelLoadError where it would not know which."""
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    if (directory / INDEX).exists():
+        places = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return [directory / name for name in sorted(set(places.values()))]
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if others:
+        raise ModelLoadError(
+            f"{directory} has {others[0]}, but neither {SINGLE} nor {INDEX}, which says what is in which file."
+        )
+    return []
+
+
+def check_numbers(directory: Path, tensors: dict[str, Tensor], config: PreTrainedConfig) -> None:
+    """Raises ModelLoadError for weights stored as codes whose meaning nobody says, or says in a way that is not read
+    here: they would be taken for the numbers themselves."""
+    scheme = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if scheme is not None:
+        method = _method(scheme)
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise ModelLoadError(
+                f"The model in {directory} is quantized as {method!r}, which transformers does not know."
+            )
+        return
+    codes = [name for name, tensor in tensors.items() if CODES.match(tensor.dtype) and name.endswith("weight")]
+    if codes:
+        is_modelopt = (directory / MODELOPT).exists()
+        reason = f"{MODELOPT}, which does, is read by NVIDIA's tools alone" if is_modelopt else "so nothing does"
+        raise ModelLoadError(
+            f"The model in {directory} stores {some(codes)} as {tensors[codes[0]].dtype}, and its config.json has no "
+            f"quantization_config that says what they mean ({reason}): take the checkpoint that is not quantized."
+        )
+
+
+def scheme_of(config: PreTrainedConfig) -> Any:
+    """How its files are quantized already, or None."""
+    own = getattr(config, "quantization_config", None)
+    return own or getattr(config.get_text_config(), "quantization_config", None)
+
+
+def _method(scheme: Any) -> str:
+    """Of a quantization_config, as transformers names it."""
+    known = scheme if isinstance(scheme, dict) else scheme.to_dict()
+    bits = next((bits for bits in (8, 4) if known.get(f"load_in_{bits}bit")), None)
+    method = known.get("quant_method")
+    return str(getattr(method, "value", method)) if bits is None else f"bitsandbytes_{bits}bit"
+
+
+def check_unread(directory: Path, names: set[str], num_layers: int, is_quantized: bool) -> str:
+    """names: tensors that the model did not read, less those that transformers itself expects to be unread. Raises
+    ModelLoadError for others than UNREAD names; gives what is to be logged."""
+    known = {**UNREAD, **UNREAD_QUANTIZED} if is_quantized else UNREAD
+    reasons: dict[str, int] = {}
+    strangers = []
+    for name in sorted(names):
+        if (reason := _reason(name, num_layers, known)) is None:
+            strangers.append(name)
+        else:
+            reasons[reason] = reasons.get(reason, 0) + 1
+    if strangers:
+        raise ModelLoadError(
+            f"The model in {directory} has {some(strangers)}, which nothing reads: what it computes without them is "
+            "not what was trained."
+        )
+    return ", ".join(f"{count} tensors ({reason})" for reason, count in reasons.items())
+
+
+def _reason(name: str, num_layers: int, known: dict[str, str]) -> str | None:
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    if layer and int(layer[1]) >= num_layers:
+        return "layers that predict further tokens"
+    return next((reason for pattern, reason in known.items() if re.search(pattern, name)), None)
+
+
+def some(names: list[str]) -> str:
+    """Their number, and the first of them."""
+    shown = ", ".join(names[:NAMED])
+    rest = len(names) - NAMED
+    return f"{len(names)} tensors ({shown}{', ...' if rest > 0 else ''})" if len(names) > 1 else f"the tensor {shown}"
