@@ -34,6 +34,9 @@ class TokenTexts:
         self._is_byte_level = "\u2581" not in tokenizer.get_vocab()  # SentencePiece's space, in no byte-level alphabet
         added = tokenizer.get_added_vocab().values() if self._is_byte_level else ()
         self._verbatim = {*tokenizer.all_special_ids, *added}  # not written in the vocabulary's own alphabet
+        ids = {} if self._is_byte_level else tokenizer.get_vocab()
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        self.byte_ids = frozenset(ids[name] for name in names if name in ids)  # of SentencePiece's byte fallback
 
     def bytes_of(self, token_id: int) -> bytes:
         """What the token adds to a text, exactly; also where it is a part of a character."""

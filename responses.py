@@ -187,7 +187,7 @@ async def stream(
     status: Status = "incomplete" if response.status == "incomplete" else "completed"
     for event in output.end(status):
         yield event.numbered(next(numbers))
-    done = {"status": status, "output": output.items, "completed_at": time.time(), "usage": _usage(usage)}
+    done = {"status": status, "output": output.items, "completed_at": int(time.time()), "usage": _usage(usage)}
     last = ResponseStateEvent(type=f"response.{status}", response=response.model_copy(update=done))
     yield last.numbered(next(numbers))
 

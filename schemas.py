@@ -216,6 +216,10 @@ class _CompletionRequest(_SamplingRequest):
         """It is compiled later."""
 
     @property
+    def thoughts(self) -> None:
+        """Known once the prompt is."""
+
+    @property
     def num_prompt_logprobs(self) -> int | None:
         return None
 
@@ -805,8 +809,8 @@ class ResponsesUsage(BaseModel):
 class ResponseObject(BaseModel):
     id: str = Field(default_factory=lambda: f"resp_{uuid4().hex}")
     object: Literal["response"] = "response"
-    created_at: float = Field(default_factory=time.time)
-    completed_at: float | None = None
+    created_at: int = Field(default_factory=lambda: int(time.time()))
+    completed_at: int | None = None
     status: Literal["in_progress", "completed", "incomplete", "failed"]
     error: Object | None = None
     incomplete_details: Object | None = None

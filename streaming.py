@@ -1,11 +1,11 @@
 """From token ids to text, and from chunks to bytes on the wire. It knows neither the engine nor the model.
 
-The streamer belongs to the family of transformers' `TextIteratorStreamer`: `put(token_ids)`, then `end()`.
+Decoder and finder work as transformers' `TextIteratorStreamer` does: `put` for each piece, then `end()`.
 """
 
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from schemas import (
 
 log = logging.getLogger(__name__)
 REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character
+MOST_BYTES = 64  # of a run of tokens for single bytes that are held back, in case one of them is no character's
 
 
 class Detokenizer(Protocol):
@@ -58,72 +59,94 @@ class MarkingDetokenizer:
         return text if text.isascii() else text.translate(self._never)
 
 
-class TextStreamer:
-    """Token ids in, text out as early as it is certain.
+class TextDecoder:
+    """Token ids in, text out as early as it is certain; all of it is what the tokenizer decodes from all the ids.
 
-    Held back are only the bytes of an incomplete character and a suffix that may become a stop string. Bytes that
-    never become a character are dropped. `prefix` is text before the answer that decides how its first token reads.
+    Held back are the bytes of an incomplete character; bytes that never become one are U+FFFD. With a token for each
+    byte beside the others (SentencePiece's byte fallback) a run of such tokens is text if all of it is valid, and else
+    one U+FFFD for each byte, so that it is certain where it ends, or is longer than MOST_BYTES.
+    `prefix` is text before the answer that decides how its first token reads.
     """
 
-    def __init__(self, tokenizer: Detokenizer, stop: Sequence[str] = (), prefix: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._ids = list(prefix)  # a window: the tokens of the last character before, and those after it
-        self._read = len(self._ids)
-        self._shown = self._decode(self._ids).rstrip(REPLACEMENT)  # a character that the answer may complete
-        self._held = ""  # decoded, but perhaps the beginning of a stop string
-        self.num_characters = 0  # decoded so far
-        self.num_released = 0  # of them
+    def __init__(self, tokenizer: Detokenizer, prefix: Sequence[int] = (), byte_ids: Collection[int] = ()) -> None:
+        """byte_ids: the tokens whose runs are read as a whole."""
+        self._tokenizer, self._byte_ids = tokenizer, byte_ids
+        self._ids = list(prefix)  # a window: tokens whose text is out, and those after them
+        self._num_known = len(self._ids)
+        self._text = self._decode(self._ids)
+        self._num_out = len(self._without_incomplete(self._text))  # characters of the window's text
+        self._prefix_end = self._text[self._num_out :]  # what the prefix ends in, unless the answer completes it
+        self._is_in_run = False
+
+    def put(self, token_id: int) -> str:
+        """The text that this token makes certain."""
+        before, text = self._text, self._decode([*self._ids, token_id])
+        if before and text == before and not self._decode([token_id]):  # a token that is never shown
+            return ""
+        self._ids.append(token_id)
+        self._text = text
+        self._is_in_run = token_id in self._byte_ids or (self._is_in_run and text == before)
+        if self._is_in_run and len(self._ids) - self._num_known < MOST_BYTES:
+            return ""
+        certain = text if self._byte_ids else self._without_incomplete(text)
+        new = certain[self._num_out :]
+        self._num_out = len(certain)
+        self._move_window(before)
+        return self._without_prefix_end(new)
+
+    def end(self) -> str:
+        """What was held back; no character will be completed any more."""
+        return self._without_prefix_end(self._text[self._num_out :])
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+    def _without_incomplete(self, text: str) -> str:
+        return text.rstrip(REPLACEMENT) if self._byte_ids else text.removesuffix(REPLACEMENT)
+
+    def _without_prefix_end(self, new: str) -> str:
+        if new:
+            new, self._prefix_end = new.removeprefix(self._prefix_end), ""
+        return new
+
+    def _move_window(self, before: str) -> None:
+        """To begin where no character is cut. before: the text of all its tokens but the last one."""
+        if self._num_out == len(self._text):
+            self._ids = self._ids[self._num_known :]
+            self._num_known = len(self._ids)
+            self._text = self._decode(self._ids)
+            self._num_out = len(self._text)
+        elif self._text == before + (last := self._decode(self._ids[-1:])):  # the last token completes nothing
+            self._ids, self._num_known, self._text = self._ids[-1:], 0, last
+            self._num_out -= len(before)
+
+
+class StopFinder:
+    """Text in; out comes what is before the first stop string. A suffix that may become one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
         self.is_stopped = False
 
-    def put(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens make certain. After a stop string, which is cut off, there is no more."""
-        text = ""
-        for token_id in token_ids:
-            if self.is_stopped:
-                break
-            text += self._release(self._decode_next(token_id))
-        self.num_released += len(text)
+    def put(self, text: str, may_stop: bool = True) -> str:
+        """may_stop: else a stop string that is completed here stays, as text."""
+        if not self._stops or self.is_stopped:
+            return "" if self.is_stopped else text
+        num_before = len(self._held)
+        self._held += text
+        begins = [(stop, self._held.find(stop, max(num_before + 1 - len(stop), 0))) for stop in self._stops]
+        ends = [(at + len(stop), at) for stop, at in begins if at >= 0]
+        if ends and may_stop:  # the one that was complete first, so that it does not matter how the text was split
+            text, self._held, self.is_stopped = self._held[: min(ends)[1]], "", True
+            return text
+        cut = len(self._held) - max(overlap(self._held, stop) for stop in self._stops)
+        text, self._held = self._held[:cut], self._held[cut:]
         return text
 
     def end(self) -> str:
-        """What was held back for a stop string or a character that did not come; incomplete bytes are dropped."""
-        if self.is_stopped:
-            return ""
-        rest = self._decode(self._ids)[len(self._shown) :].replace(REPLACEMENT, "")
-        self._ids, self._shown = [], ""
-        text = self._release(rest)
-        text += "" if self.is_stopped else self._held
-        self.num_released += len(text)
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _decode_next(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        text = self._decode(self._ids)
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < 8:  # a character has at most 4 bytes
-            return ""
-        new = text[len(self._shown) :]
-        self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
-        self._shown = self._decode(self._ids).rstrip(REPLACEMENT)
-        return new.replace(REPLACEMENT, "")
-
-    def _release(self, text: str) -> str:
-        self.num_characters += len(text)
-        if not self._stop:
-            return text
-        self._held += text
-        found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
-        if found:  # the one that was complete first, so that it does not matter how the text was split
-            text, self._held, self.is_stopped = self._held[: min(found)[1]], "", True
-            return text
-        keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text
+        """What was held back and has become no stop string."""
+        return self._held
 
 
 def overlap(text: str, stop: str) -> int:

@@ -5,12 +5,13 @@
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from errors import InvalidRequest
+from json_schemas import patterns_of, without_unknown_formats
 from schemas import ChatCompletionRequest, CompletionRequest
 from tool_formats import (
     WHITESPACE,
@@ -22,7 +23,7 @@ from tool_formats import (
     quoted,
     rest_of_call_grammar,
 )
-from tools import Toolbox, check_size
+from tools import Toolbox, check_patterns, check_size
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -85,6 +86,7 @@ def _grammar_of(request: Structured) -> tuple[str, str] | None:
         if kind == "json" and isinstance(value, str):
             value = json.loads(value)
         check_size(value, field)
+        check_patterns(PATTERNS[kind](value), field)
         return KINDS[kind](value), field
 
 
@@ -139,7 +141,7 @@ def _of_json(schema: Any) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object, and allows something")
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+    return LLMatcher.grammar_from_json_schema(json.dumps(without_unknown_formats(schema)), overrides=JSON_OPTIONS)
 
 
 def _of_regex(pattern: Any) -> str:
@@ -169,6 +171,17 @@ def _of_lark(text: Any) -> str:
         raise ValueError(str(error)) from error
 
 
+def _texts(value: Any) -> list[str]:
+    """A grammar repeats its own parts as the patterns in it do."""
+    return [value] if isinstance(value, str) else []
+
+
+PATTERNS: dict[str, Callable[[Any], Iterable[str]]] = {
+    "json": patterns_of,
+    "regex": _texts,
+    "choice": lambda choices: (),
+    "grammar": _texts,
+}
 KINDS |= {"json": _of_json, "regex": _of_regex, "choice": _of_choice, "grammar": _of_lark}
 
 

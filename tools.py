@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from errors import InvalidRequest
+from json_schemas import patterns_of, without_unknown_formats
 from messages import check_characters
 from repetition import is_too_large
 from schemas import ChatCompletionRequest, TokenizeRequest
@@ -15,7 +16,10 @@ NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 MOST = 512  # tools
 MAX_LENGTH = 200_000  # characters of a schema or grammar, or of all tools
 MAX_DEPTH = 100  # of a schema's objects and lists
-OPENS = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "allOf", "oneOf", "$ref", "if"}
+OPENS = {  # say something of other properties than those that are listed, or of all together
+    *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
+    *("anyOf", "allOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "dependentRequired", "enum", "const"),
+}
 
 Object = dict[str, Any]
 
@@ -37,6 +41,7 @@ def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | No
         raise _invalid(f"There are more than {MOST} tools.", "tools")
     check_size(tools, "tools")
     functions = [_function(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
+    check_patterns((own for function in functions for own in patterns_of(function.get("parameters"))), "tools")
     names = [function["name"] for function in functions]
     if twice := {name for name in names if names.count(name) > 1}:
         raise _invalid(f"There are two tools named {min(twice)!r}.", "tools")
@@ -46,7 +51,7 @@ def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | No
     is_parallel = isinstance(request, TokenizeRequest) or request.parallel_tool_calls is not False
     return Toolbox(
         tuple(tools),
-        {f["name"]: _closed(f.get("parameters") or {}) for f in functions if f["name"] in callable_names},
+        {f["name"]: _closed(f.get("parameters")) for f in functions if f["name"] in callable_names},
         {name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},
         mode != "auto",
         is_parallel and mode != "named",
@@ -54,11 +59,13 @@ def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | No
     )
 
 
-def _closed(schema: Object) -> Object:
-    """An object; of the properties that are listed, if any are and nothing is said of others: small models make up
-    more, which no function expects."""
-    is_open = "properties" not in schema or OPENS & schema.keys()
-    return {"type": "object", **({} if is_open else {"additionalProperties": False}), **schema}
+def _closed(schema: Object | None) -> Object:
+    """An object of the properties that are listed, if nothing is said of others: small models make up more, which no
+    function expects. A tool without parameters, or without properties, takes no arguments."""
+    own: Object = without_unknown_formats(schema or {})
+    listed = own.get("properties", {})
+    is_open = OPENS & own.keys() or not set(own.get("required") or ()) <= set(listed or ())
+    return {"type": "object", **({} if is_open else {"properties": {}, "additionalProperties": False}), **own}
 
 
 def check_size(value: Any, field: str) -> None:
@@ -67,17 +74,12 @@ def check_size(value: Any, field: str) -> None:
     if text is None or len(text) > MAX_LENGTH:
         raise _invalid(f"{field} is longer than {MAX_LENGTH} characters, or deeper than {MAX_DEPTH} levels.", field)
     check_characters(text, field)
-    if any(is_too_large(own) for own in _texts(value)):
+
+
+def check_patterns(patterns: Iterable[str], field: str) -> None:
+    """Raises InvalidRequest for one that would take too much memory; the field is what they are in."""
+    if any(is_too_large(pattern) for pattern in patterns):
         raise _invalid(f"{field} has a pattern whose counts make it too large.", field)
-
-
-def _texts(value: Any) -> list[str]:
-    """All in it, at any level; patterns are among them."""
-    level, found = [value], []
-    while level:
-        found += [item for item in level if isinstance(item, str)]
-        level = [item for value in level for item in _items(value)]
-    return found
 
 
 def _depth(value: Any) -> int:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST_KEPT, MOST_MEMORY = 128, 32 * 2**20  # compiled grammars, and bytes that they take
 LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
+INDENT, MOST_QUOTED = 4, 40  # characters before a pattern in an error's text, and of the pattern in ours
 WORD = 32  # tokens in a word of a mask
 
 
@@ -161,7 +162,7 @@ class GrammarCompiler:
         before = _resident()
         prototype = LLMatcher(compiler, text, log_level=0, limits=LIMITS)
         if prototype.is_error():
-            raise ValueError(prototype.get_error().splitlines()[0])
+            raise ValueError(_reason(prototype.get_error()))
         grammar = Grammar(prototype)
         first = int.from_bytes(grammar.matcher().mask([]) or b"", "little")
         if not first & ~sum(1 << token_id for token_id in self._eos_token_ids):
@@ -178,6 +179,20 @@ class GrammarCompiler:
                 freed += self._known.popitem(last=False)[1][1]
         if max(freed, num_bytes) > memory.LARGE:  # what compiling took is more than what is kept
             memory.trim_soon()
+
+
+def _reason(error: str) -> str:
+    """In one line: what is wrong, and in a pattern where. Of a pattern there are its lines, a mark below the place, and
+    what is wrong there."""
+    lines = error.splitlines()
+    at = next((number for number, line in enumerate(lines) if line.startswith("error: ")), None)
+    marks = [number for number in range(at or 0) if set(lines[number].strip()) == {"^"}]
+    if at is None or not marks:
+        return lines[0] if at is None else f"{lines[0].rstrip(':')}: {lines[at].removeprefix('error: ')}"
+    pattern, mark = lines[marks[0] - 1], lines[marks[0]]
+    start, what = mark.index("^"), lines[at].removeprefix("error: ")
+    cause = pattern[start : len(mark)][:MOST_QUOTED]
+    return f"the regular expression cannot be read: {what}, at character {start - INDENT + 1}: {cause!r}"
 
 
 def _resident() -> int:

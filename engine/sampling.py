@@ -23,6 +23,19 @@ _MASK64 = 2**64 - 1
 
 
 @dataclass(frozen=True)
+class ThoughtTokens:
+    """The tokens around what a model writes for itself before its answer."""
+
+    begin: int
+    end: int
+    is_open: bool  # the prompt has begun it
+
+    def are_open(self, output_ids: Rows[int]) -> bool:
+        """Whether the answer so far is still in it; blanks of a token may come before."""
+        return self.end not in output_ids and (self.is_open or self.begin in output_ids[:2])
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen, and when to stop. Field names are those of the request.
 
@@ -46,6 +59,7 @@ class SamplingParams:
     num_logprobs: int | None = None  # best tokens to report beside the chosen one; None: report nothing
     num_prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     grammar: "Constraint | None" = None  # what the answer must look like
+    thoughts: ThoughtTokens | None = None  # stop_token_ids do not end the answer inside
 
     @property
     def is_greedy(self) -> bool:

@@ -320,7 +320,7 @@ class Scheduler:
         if is_first:
             about_prompt = (sequence.num_reused, tuple(sequence.prompt_logprobs), sequence.waited or 0.0)
         is_end = token_id in self.eos_token_ids and not sequence.params.ignore_eos
-        if is_end or token_id in sequence.params.stop_token_ids:
+        if is_end or sequence.is_stopped:
             return TokenOutput(None, "stop", None, *about_prompt)
         reason: FinishReason | None = None
         if sequence.matcher is not None:

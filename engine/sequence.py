@@ -116,6 +116,13 @@ class Sequence:
         return other
 
     @property
+    def is_stopped(self) -> bool:
+        """Whether its last token is one of the request's stop tokens, and not among its thoughts."""
+        thoughts = self.params.thoughts
+        is_stop = self.token_ids[-1] in self.params.stop_token_ids
+        return is_stop and (thoughts is None or not thoughts.are_open(self.output_ids))
+
+    @property
     def scores_prompt(self) -> bool:
         return self.params.num_prompt_logprobs is not None
 

@@ -3,17 +3,18 @@
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import record
-from answer_parser import AnswerParser, Part, Reading
+from answer_parser import BLANKS, AnswerParser, Part, Reading
 from metrics import ModelMetrics
 from providers.loading import Loaded
 from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
-from streaming import TextStreamer
+from streaming import Detokenizer, StopFinder, TextDecoder
 
 if TYPE_CHECKING:
     from engine.sampling import SampledToken, SamplingParams
@@ -36,10 +37,12 @@ class Question:
     reading: Reading = TEXT
 
     def of_choice(self, number: int) -> "Question":
-        """The choices of a seeded request differ, and each is repeatable."""
+        """The choices of a seeded request are independent, also of those of other seeds, and each is repeatable; the
+        first one has the request's own seed."""
         if self.params.seed is None or number == 0:
             return self
-        return replace(self, params=replace(self.params, seed=self.params.seed + number))
+        digest = blake2b(f"{self.params.seed} {number}".encode(), digest_size=8).digest()
+        return replace(self, params=replace(self.params, seed=int.from_bytes(digest, "big")))
 
 
 @dataclass(frozen=True)
@@ -165,13 +168,94 @@ class Meter:
         )
 
 
+class ChoiceReader:
+    """Reads one choice's tokens: their text, and what it is. Stop strings end the content, and not the thoughts."""
+
+    def __init__(self, detokenizer: Detokenizer, byte_ids: Collection[int], question: Question) -> None:
+        self._decoder = TextDecoder(detokenizer, question.prefix, byte_ids)
+        self._stops = StopFinder(question.stop)
+        self._parser = AnswerParser(question.reading)
+        self._think, self._min_tokens = question.reading.think, question.params.min_tokens
+        self._is_at_start = self._think is not None and not question.reading.is_thinking
+        self._is_thinking = question.reading.is_thinking
+        self._blanks = ""  # before what may be thoughts
+        self.num_tokens = self.num_reasoning = 0  # tokens so far, and of them those of the thoughts
+        self.num_characters = self.num_released = 0  # decoded so far, and of them those that are out
+        self._text = ""  # not taken yet
+        self._parts: list[Part] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing that follows belongs to the answer."""
+        return self._stops.is_stopped or self._parser.is_done
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string came, and is cut off."""
+        return self._stops.is_stopped
+
+    def put(self, token_id: int | None) -> None:
+        """None: the token that ends the answer, which is not shown."""
+        self.num_tokens += 1
+        was_reasoning = self._parser.is_reasoning
+        if token_id is not None:
+            self._add(self._decoder.put(token_id))
+        self.num_reasoning += was_reasoning or self._parser.is_reasoning
+
+    def end(self) -> None:
+        """What was held back comes, unless the answer was over before."""
+        if not self.is_done:
+            self._add(self._decoder.end())
+        if not self.is_done:
+            self._release(self._stops.put(self._blanks, self._may_stop))
+        if not self.is_done:
+            self._release(self._stops.end())
+        self._parts += self._parser.end()
+
+    def take(self) -> tuple[str, list[Part]]:
+        """What came since it was asked last."""
+        text, parts, self._text, self._parts = self._text, self._parts, "", []
+        return text, parts
+
+    def finish_reason(self, reason: FinishReason | None) -> FinishReason | None:
+        return self._parser.finish_reason("stop" if self.is_stopped else reason)
+
+    @property
+    def _may_stop(self) -> bool:
+        return self.num_tokens >= self._min_tokens
+
+    def _add(self, new: str) -> None:
+        self.num_characters += len(new)
+        new, self._blanks = self._blanks + new, ""
+        if self._is_at_start and (beginning := new.lstrip(BLANKS)[:1]):
+            self._is_at_start, self._is_thinking = False, self._think is not None and beginning == self._think[0]
+        if self._is_at_start:
+            self._blanks = new
+            return
+        if self._is_thinking:
+            new = self._without_thoughts(new)
+        self._release(self._stops.put(new, self._may_stop))
+
+    def _without_thoughts(self, new: str) -> str:
+        """The text from the mark of their end on; the parser knows whether something else has ended them."""
+        assert self._think is not None
+        thoughts, end, rest = new.partition(self._think[1])
+        self._release(thoughts)
+        self._is_thinking = not end and (self._parser.is_reasoning or not thoughts)
+        return end + rest
+
+    def _release(self, text: str) -> None:
+        self.num_released += len(text)
+        self._text += text
+        if text:
+            self._parts += self._parser.put(text)
+
+
 async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerator[Piece]:
     """One choice, until it ends or a stop string comes."""
     template = loaded.template
     detokenizer = template.marking_detokenizer if question.reading.marks else template.detokenizer
-    streamer = TextStreamer(detokenizer, question.stop, question.prefix)
-    parser = AnswerParser(question.reading)
-    num_tokens = num_reasoning = 0
+    reader = ChoiceReader(detokenizer, loaded.texts.byte_ids, question)
     pending: list[SampledToken] = []  # their text is not out yet
     offsets: list[int] = []
     async with aclosing(
@@ -180,43 +264,32 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
         )
     ) as lists:
         async for outputs in lists:
-            text, reason, is_first = "", None, not num_tokens
-            parts: list[Part] = []
+            reason, is_first = None, not reader.num_tokens
             for output in outputs:
-                num_tokens += 1
-                was_reasoning = parser.is_reasoning
                 if output.sampled is not None:
                     pending.append(output.sampled)
-                    offsets.append(streamer.num_characters)
-                new = "" if output.token_id is None else streamer.put([output.token_id])
-                text += new
-                parts += parser.put(new) if new else ()
-                num_reasoning += was_reasoning or parser.is_reasoning
-                reason = "stop" if streamer.is_stopped or parser.is_done else output.finish_reason
+                    offsets.append(reader.num_characters)
+                reader.put(output.token_id)
+                reason = "stop" if reader.is_done else output.finish_reason
                 if reason:
+                    reader.end()
                     break
-            if reason and not streamer.is_stopped and not parser.is_done:
-                rest = streamer.end()
-                text += rest
-                parts += parser.put(rest)
-            if reason:
-                reason = "stop" if streamer.is_stopped else reason
-                parts += parser.end()
-            num_shown = bisect_left(offsets, streamer.num_released)  # their text has begun to show
-            if reason and not streamer.is_stopped:
+            text, parts = reader.take()
+            num_shown = bisect_left(offsets, reader.num_released)  # their text has begun to show
+            if reason and not reader.is_stopped:
                 num_shown = len(pending)
             if text or reason or is_first:
                 yield Piece(
                     index,
                     text,
-                    num_tokens,
-                    parser.finish_reason(reason),
+                    reader.num_tokens,
+                    reader.finish_reason(reason),
                     tuple(pending[:num_shown]),
                     tuple(offsets[:num_shown]),
                     outputs[0].prompt,
                     outputs[0].num_reused,
                     tuple(parts),
-                    num_reasoning,
+                    reader.num_reasoning,
                     outputs[0].waited,
                 )
                 pending, offsets = pending[num_shown:], offsets[num_shown:]

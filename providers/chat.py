@@ -18,6 +18,7 @@ from tools import Toolbox
 
 if TYPE_CHECKING:
     from engine.grammar import Constraint, GrammarCompiler
+    from engine.sampling import ThoughtTokens
 
 State = Literal["open", "closed", "unsaid"]
 
@@ -88,21 +89,30 @@ class Thoughts:
     state: State  # at the prompt's end
     budget: int | None  # tokens
 
+    def tokens(self, template: PromptTemplate) -> "ThoughtTokens | None":
+        """Those around them; None if there are none."""
+        from engine.sampling import ThoughtTokens
+
+        if self.state == "closed" or template.think is None:
+            return None
+        begin, end = (template.token_id(mark) for mark in template.think)
+        assert begin is not None and end is not None
+        return ThoughtTokens(begin, end, self.state == "open")
+
     def before(self, answer: "Constraint | None", loaded: Loaded) -> "Constraint | None":
         """What an answer must look like holds from the end of the thoughts on."""
         from engine.grammar import Triggered
         from engine.thinking import Thinking
 
         template = loaded.template
-        if self.state == "closed" or template.think is None or (answer is None and self.budget is None):
+        tokens = self.tokens(template)
+        if tokens is None or (answer is None and self.budget is None):
             return answer
-        begin, end = (template.token_id(mark) for mark in template.think)
-        assert begin is not None and end is not None
         thinking = Thinking(
-            begin,
-            end,
-            (*template.encode("\n"), end, *template.encode("\n\n")),
-            self.state == "open",
+            tokens.begin,
+            tokens.end,
+            (*template.encode("\n"), tokens.end, *template.encode("\n\n")),
+            tokens.is_open,
             loaded.engine.num_embeddings,
             self.budget,
             answer,

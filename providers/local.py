@@ -277,9 +277,9 @@ class LocalProvider:
         template = loaded.template
         asked = await asyncio.to_thread(structure_of, request, box, template.tool_format, template.literals)
         constraint = None if asked is None else await compiled(loaded, asked, box is None or box.is_parallel)
-        if thoughts is not None:
-            constraint = thoughts.before(constraint, loaded)
-        return replace(params, grammar=constraint)
+        if thoughts is None:
+            return replace(params, grammar=constraint)
+        return replace(params, grammar=thoughts.before(constraint, loaded), thoughts=thoughts.tokens(template))
 
     # --- tokens
 

@@ -114,6 +114,16 @@ def test_reasoning_is_counted_and_stays_out_of_the_content(thinker: OpenAI) -> N
     assert message.model_extra["reasoning_content"] and "<think>" not in (message.content or "")[:7]
 
 
+@pytest.mark.parametrize("stop", [{"stop": "<think>"}, {"stop_token_ids": [THINK]}], ids=["string", "token"])
+def test_what_stops_the_content_does_not_stop_the_thoughts(thinker: OpenAI, stop: dict[str, Any]) -> None:
+    """A model that says nothing else: it comes among the thoughts, and again as the first word of the content."""
+    body: dict[str, Any] = {"messages": HELLO, "max_tokens": 40, "temperature": 0, "logit_bias": {THINK: 100}}
+    body["extra_body"] = {"thinking_token_budget": 6, **stop}
+    message, reason = whole(thinker, **body)
+    assert message["reasoning_content"] == "<think>" * 6 and not message["content"] and reason == "stop"
+    assert streamed(thinker, **body) == (message, reason)
+
+
 def test_several_choices_have_calls_of_their_own(thinker: OpenAI) -> None:
     answer = thinker.chat.completions.create(
         model=MODEL, messages=HELLO, tools=TOOLS, tool_choice="required", n=3, seed=1, temperature=1.5,

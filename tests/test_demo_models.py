@@ -79,16 +79,16 @@ async def engine_tokens(model: Any, options: EngineOptions, prompts: list[list[i
 
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
 def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
-    from streaming import TextStreamer
+    from streaming import TextDecoder
 
     directory = fetch(name)
     template = load_template(directory, "")
     tokenizer = template.tokenizer
     assert template.detokenizer is not tokenizer, "the faster one is taken"
     for text in ["Hello,  world!\n\n\tIndented", "你好，世界！", "😀👩‍👩‍👧‍👦 🇫🇷", "Ωμέγα नमस्ते สวัสดี ½ ﷽", "\u200bzero"]:
-        streamer = TextStreamer(template.detokenizer)
-        pieces = [streamer.put([token_id]) for token_id in tokenizer(text, add_special_tokens=False).input_ids]
-        assert "".join([*pieces, streamer.end()]) == text
+        decoder = TextDecoder(template.detokenizer, byte_ids=TokenTexts(tokenizer).byte_ids)
+        pieces = [decoder.put(token_id) for token_id in tokenizer(text, add_special_tokens=False).input_ids]
+        assert "".join([*pieces, decoder.end()]) == text
         assert not any(REPLACEMENT in piece for piece in pieces)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert b"".join(map(TokenTexts(tokenizer).bytes_of, ids)) == text.encode()

@@ -177,6 +177,26 @@ def test_hostile_schemas_are_refused_at_once(name: str) -> None:
         COMPILER.compile(structure._of_json(BAD[name]))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "what", "place"),
+    [
+        ("a([", "unclosed character class", "at character 3: '['"),
+        ("(?=a)b", "look-around, including look-ahead and look-behind, is not supported", "at character 1: '(?='"),
+        (r"x\1(a)", "backreferences are not supported", r"at character 2: '\\1'"),
+        ("  世(", "unclosed group", "at character 4: '('"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["json", "regex", "grammar"])
+def test_a_pattern_that_cannot_be_read_is_told_with_its_reason_and_place(
+    kind: str, pattern: str, what: str, place: str
+) -> None:
+    schema = {"properties": {"x": {"pattern": pattern}}}
+    value = {"json": schema, "regex": pattern, "grammar": f"start: /{pattern}/"}[kind]
+    with pytest.raises(ValueError) as refusal:
+        COMPILER.compile(structure.KINDS[kind](value))
+    assert str(refusal.value) == f"the regular expression cannot be read: {what}, {place}"
+
+
 HUGE = {
     "a count": {"type": "string", "minLength": 10**9},
     "items": {"type": "array", "items": {"type": "integer"}, "minItems": 10**7},

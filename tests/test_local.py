@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,16 +12,19 @@ from typing import Any, cast
 import pytest
 from models import byte_tokenizer
 
+from answer_parser import Reading
 from config import Settings
 from engine.sampling import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
 from errors import ModelLoading, ModelNotFound, Overloaded
+from logprobs import TokenTexts
 from providers import Router
 from providers.answer import Piece, Question, answer, merge
+from providers.chat import with_marks
 from providers.loading import load, sampling_defaults
 from providers.local import LocalProvider
 from schemas import ChatCompletionRequest, CompletionRequest
-from streaming import collect_chat, collect_completion
+from streaming import MarkingDetokenizer, collect_chat, collect_completion
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -90,18 +94,71 @@ class Groups:
             yield group
 
 
-def answered(groups: list[list[TokenOutput]], stop: str) -> tuple[str, list[int], list[int], int]:
-    """Text, tokens, their offsets, and how many were counted."""
-    template = SimpleNamespace(detokenizer=byte_tokenizer())
-    loaded = cast(Any, SimpleNamespace(engine=Groups(groups), template=template))
+MARKED = byte_tokenizer(has_marks=True)
+MARKS = {mark: chr(0x10FF00 + number) for number, mark in enumerate(("<think>", "</think>", "<tool_call>"))}
+THINKING = Reading(think=(MARKS["<think>"], MARKS["</think>"]), marks={own: mark for mark, own in MARKS.items()})
+
+
+def pieces_of(groups: list[list[TokenOutput]], question: Question) -> list[Piece]:
+    marking = MarkingDetokenizer(MARKED, {MARKED.convert_tokens_to_ids(mark): own for mark, own in MARKS.items()})
+    template = SimpleNamespace(detokenizer=MARKED, marking_detokenizer=marking)
+    loaded = cast(Any, SimpleNamespace(engine=Groups(groups), template=template, texts=TokenTexts(MARKED)))
 
     async def gather() -> list[Piece]:
-        return [piece async for piece in answer(loaded, 0, Question([1], SamplingParams(99), [stop]))]
+        return [piece async for piece in answer(loaded, 0, question)]
 
-    pieces = asyncio.run(gather())
+    return asyncio.run(gather())
+
+
+def answered(groups: list[list[TokenOutput]], stop: str) -> tuple[str, list[int], list[int], int]:
+    """Text, tokens, their offsets, and how many were counted."""
+    pieces = pieces_of(groups, Question([1], SamplingParams(99), [stop]))
     tokens = [token.token_id for piece in pieces for token in piece.tokens]
     text = "".join(piece.text for piece in pieces)
     return text, tokens, [offset for piece in pieces for offset in piece.offsets], pieces[-1].num_tokens
+
+
+def outputs_of(text: str) -> list[TokenOutput]:
+    token_ids = MARKED(text, add_special_tokens=False).input_ids
+    return [*(TokenOutput(i, sampled=SampledToken(i, -1.0)) for i in token_ids), TokenOutput(None, "stop")]
+
+
+def said(text: str, *stops: str, is_open: bool = False, min_tokens: int = 0) -> tuple[str, str, str | None]:
+    """Thoughts, content and finish reason of an answer, the same however its tokens are grouped."""
+    reading, params = replace(THINKING, is_thinking=is_open), SamplingParams(99, min_tokens=min_tokens)
+    outputs, found = outputs_of(text), set()
+    for size in (1, 2, 5, len(outputs)):
+        groups = [outputs[at : at + size] for at in range(0, len(outputs), size)]
+        pieces = pieces_of(groups, Question([1], params, with_marks(list(stops), MARKS), reading=reading))
+        parts = [part for piece in pieces for part in piece.parts]
+        thoughts, content = "".join(part.reasoning for part in parts), "".join(part.content for part in parts)
+        found.add((thoughts, content, pieces[-1].finish_reason))
+    (one,) = found
+    return one
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("stop", ["END", "\n\n", "b END"])
+def test_a_stop_string_ends_the_content_alone(stop: str, is_open: bool) -> None:
+    begin = "" if is_open else "\n\n<think>"
+    text = begin + f"a{stop}b END\n\nc</think>d{stop}e"
+    assert said(text, stop, is_open=is_open) == (f"a{stop}b END\n\nc", "d", "stop")
+    assert said(f"d{stop}e", stop) == ("", "d", "stop")
+    assert said(f"{begin}a</think>d", stop, is_open=is_open) == ("a", "d", "stop")
+    assert said(begin + "a" + stop[:-1], stop, is_open=is_open)[0].startswith("a" + stop[:-1].rstrip())
+
+
+def test_a_stop_string_may_be_the_end_of_the_thoughts_or_a_blank_before_content() -> None:
+    assert said("<think>a</think>b", "</think>") == ("a", "", "stop")
+    assert said("<think>a</think>\n\nb", "</think>\n") == ("a", "", "stop")
+    assert said("\n\nb", "\n\n") == ("", "", "stop")
+    assert said("\n", "\n\n") == ("", "\n", "stop")
+
+
+@pytest.mark.parametrize(("min_tokens", "content"), [(0, "ab"), (4, "ab"), (5, "ab..c"), (7, "ab..c"), (8, "ab..c..d")])
+def test_a_stop_string_waits_for_min_tokens(min_tokens: int, content: str) -> None:
+    """A token per character; one that came too early stays, and a later one ends the answer."""
+    assert said("ab..c..d", "..", min_tokens=min_tokens)[1] == content
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -3,14 +3,18 @@
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Collection
 
 import pytest
 from models import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from errors import Overloaded
+from logprobs import _BYTES, TokenTexts
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, Usage
-from streaming import REPLACEMENT, ChunkWire, TextStreamer, collect_chat, sse
+from streaming import REPLACEMENT, ChunkWire, StopFinder, TextDecoder, collect_chat, sse
 
 TOKENIZER = byte_tokenizer()
 TEXTS = ["plain text", "日本語のテキスト", "😀👩‍👩‍👧‍👦🇫🇷", "naïve Ωμέγα\n\n한국어 text", "a" * 50]
@@ -21,9 +25,10 @@ def ids(text: str) -> list[int]:
 
 
 def stream(token_ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    streamer = TextStreamer(TOKENIZER, stop)
-    pieces = [streamer.put([token_id]) for token_id in token_ids]
-    return [*pieces, streamer.end()]
+    decoder, stops = TextDecoder(TOKENIZER), StopFinder(stop)
+    pieces = [stops.put(decoder.put(token_id)) for token_id in token_ids]
+    rest = stops.put(decoder.end())
+    return [*pieces, rest if stops.is_stopped else rest + stops.end()]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -35,31 +40,86 @@ def test_text_survives_its_tokens(text: str) -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_character_comes_as_soon_as_it_is_whole(text: str) -> None:
-    streamer = TextStreamer(TOKENIZER)
+    decoder = TextDecoder(TOKENIZER)
     shown = ""
     for character in text:
-        shown += streamer.put(ids(character))
+        shown += "".join(map(decoder.put, ids(character)))
         assert shown == text[: len(shown)] and len(shown) >= len(text[: len(shown)])
     assert shown == text
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_bytes_never_become_replacement_characters(seed: int) -> None:
-    rng = random.Random(seed)
-    token_ids = [rng.randrange(len(TOKENIZER)) for _ in range(300)]
-    whole = TOKENIZER.decode(token_ids, skip_special_tokens=True).replace(REPLACEMENT, "")
-    pieces = stream(token_ids)
-    assert not any(REPLACEMENT in piece for piece in pieces)
-    assert "".join(pieces) == whole
+def with_byte_fallback(strips: bool) -> PreTrainedTokenizerFast:
+    """As Llama 2 has it, which takes off the first space, or Gemma: some pieces, and a token for each byte."""
+    pieces = ["\u2581", "\u2581a", "\u2581the", "b", "é", "世", REPLACEMENT, "\u2581\u2581", "\n"]
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {piece: number for number, piece in enumerate(["<unk>", *names, *pieces])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if strips else [])])
+    tokenizer.add_special_tokens(["<eos>", "<pad>"])
+    tokenizer.add_tokens(["<mark>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+ALPHABET = {data[0]: character for character, data in _BYTES.items()}
+MARKED_BYTES = byte_tokenizer(has_marks=True)
+LLAMA, GEMMA = with_byte_fallback(strips=True), with_byte_fallback(strips=False)
+TOKENIZERS = {"bytes": MARKED_BYTES, "llama": LLAMA, "gemma": GEMMA}
+BYTES = {name: TokenTexts(tokenizer).byte_ids for name, tokenizer in TOKENIZERS.items()}
+FALLBACK = ["llama", "gemma"]
+
+
+def random_tokens(rng: random.Random, tokenizer: PreTrainedTokenizerFast, byte_ids: Collection[int]) -> list[int]:
+    """Characters in bytes, whole and broken, bytes at random, and all the other tokens."""
+    found: list[int] = []
+    while len(found) < 60:
+        text = rng.choice(["a", "é", "世", "😀", "\n", "世é😀"]).encode()
+        data = [text, text[: rng.randrange(1, 5)], text[1:], rng.randbytes(rng.randrange(1, 4))][rng.randrange(4)]
+        tokens = [f"<0x{byte:02X}>" for byte in data] if byte_ids else [ALPHABET[byte] for byte in data]
+        others = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 4))]
+        found += rng.choice([tokenizer.convert_tokens_to_ids(tokens), others])
+    return found
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_stream_is_what_the_tokenizer_decodes(name: str) -> None:
+    """Bytes that never become a character among them, and those that are still to become one are not shown."""
+    tokenizer, byte_ids = TOKENIZERS[name], BYTES[name]
+    for seed in range(300):
+        token_ids = random_tokens(random.Random(seed), tokenizer, byte_ids)
+        decoder, shown = TextDecoder(tokenizer.backend_tokenizer, byte_ids=byte_ids), ""
+        whole = tokenizer.decode(token_ids, skip_special_tokens=True)
+        for token_id in token_ids:
+            shown += decoder.put(token_id)
+            assert whole.startswith(shown)
+        assert shown + decoder.end() == whole
+
+
+@pytest.mark.parametrize("name", FALLBACK)
+def test_a_run_of_bytes_comes_with_what_follows_it(name: str) -> None:
+    """Before that each of its bytes may yet be no character's."""
+    tokenizer, byte_ids = TOKENIZERS[name], BYTES[name]
+    smile = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "😀\n".encode()]
+    word = tokenizer.convert_tokens_to_ids("\u2581the")
+    decoder = TextDecoder(tokenizer, byte_ids=byte_ids)
+    assert [decoder.put(token_id) for token_id in [word, *smile, word, word]][6:] == ["😀\n the", " the"]
+    assert "".join(map(decoder.put, smile[:4] * 40)).startswith("😀" * 16)
 
 
 @pytest.mark.parametrize("num_bytes", range(1, 12))
 def test_a_character_after_garbage_is_not_lost(num_bytes: int) -> None:
-    assert "".join(stream([ids("你")[0]] * num_bytes + ids("你"))) == "你"
+    assert "".join(stream([ids("你")[0]] * num_bytes + ids("你"))) == REPLACEMENT * num_bytes + "你"
 
 
-def test_an_answer_cut_inside_a_character_ends_before_it() -> None:
-    assert "".join(stream(ids("ok 😀")[:-1])) == "ok "
+def test_an_answer_cut_inside_a_character_ends_as_the_tokenizer_reads_it() -> None:
+    assert stream(ids("ok 😀")[:-1]) == ["o", "k", " ", "", "", "", REPLACEMENT]
+
+
+def test_hours_of_garbage_take_no_longer_than_text() -> None:
+    """A forced token whose byte is no character's."""
+    begin, number = time.monotonic(), ids("你")[0]
+    assert "".join(stream([number] * 20_000)) == REPLACEMENT * 20_000
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -89,8 +149,29 @@ def test_nothing_is_held_back_without_need() -> None:
 
 
 def test_the_prefix_decides_how_the_first_token_reads() -> None:
-    streamer = TextStreamer(TOKENIZER, prefix=ids("日")[:2])
-    assert streamer.put(ids("日")[2:]) == "日"
+    decoder = TextDecoder(TOKENIZER, prefix=ids("日")[:2])
+    assert decoder.put(ids("日")[2]) == "日"
+
+
+def test_the_prefixes_own_broken_end_is_not_the_answers() -> None:
+    decoder = TextDecoder(TOKENIZER, prefix=ids("日")[:2])
+    assert "".join(map(decoder.put, ids("abé"))) + decoder.end() == "abé"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_stop_string_that_comes_too_early_stays_and_later_ones_end(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choice("aab") for _ in range(30))
+    stops, num_free = ("aa", "xaab", "ba")[: rng.randrange(1, 4)], rng.randrange(len(text))
+    ends = [at + len(stop) for stop in stops for at in range(len(text)) if text.startswith(stop, at)]
+    late = min([end for end in ends if end > num_free], default=None)
+    finder = StopFinder(stops)
+    shown = "".join(finder.put(character, number >= num_free) for number, character in enumerate(text))
+    if late is None:
+        assert shown + finder.end() == text
+    else:
+        cut = text[:late]
+        assert shown == cut[: -max(len(stop) for stop in stops if cut.endswith(stop))]
 
 
 def chunk(**delta: str) -> ChatCompletionChunk:

@@ -1,0 +1,75 @@
+"""JSON schemas as they come in requests: where the schemas in them are, and what they say that no grammar can hold.
+
+Source: https://json-schema.org/draft/2020-12. Text such as a description is no pattern and no schema, whatever it looks
+like, nor are the values of `enum`, `const`, `default` and `examples`, unless a `$ref` leads there.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+Object = dict[str, Any]
+VALUES = frozenset({"const", "default", "enum", "example", "examples"})  # keywords that hold any values
+BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})  # name -> schema
+FORMATS = frozenset(  # that llguidance holds an answer to; the others are annotations, as in the standard
+    {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
+)
+
+
+def without_unknown_formats(schema: Any) -> Any:
+    """The same without formats that nothing enforces; a property may be named `format`."""
+    values = _values_in(schema)
+
+    def copied(schema: Any) -> Any:
+        if isinstance(schema, list):
+            return [copied(item) for item in schema]
+        if not isinstance(schema, dict):
+            return schema
+        return {key: copied_value(key, value) for key, value in schema.items() if not _is_annotation(key, value)}
+
+    def copied_value(key: str, value: Any) -> Any:
+        if key in values:
+            return value
+        if key in BY_NAME and isinstance(value, dict):
+            return {name: copied(own) for name, own in value.items()}
+        return copied(value)
+
+    return copied(schema)
+
+
+def patterns_of(schema: Any) -> Iterator[str]:
+    """All regular expressions in it, at any level."""
+    values, level = _values_in(schema), [schema]
+    while level:
+        schemas, level = [item for item in level if isinstance(item, dict)], _inside(level, values)
+        for own in schemas:
+            named = own.get("patternProperties")
+            yield from named if isinstance(named, dict) else ()
+            if isinstance(own.get("pattern"), str):
+                yield own["pattern"]
+
+
+def _inside(level: list[Any], values: frozenset[str]) -> list[Any]:
+    """The schemas one level below, in objects and lists."""
+    found: list[Any] = []
+    for item in level:
+        found += item if isinstance(item, list) else ()
+        for key, value in item.items() if isinstance(item, dict) else ():
+            if key not in values:
+                found += value.values() if key in BY_NAME and isinstance(value, dict) else [value]
+    return found
+
+
+def _values_in(schema: Any) -> frozenset[str]:
+    """The keywords whose values are no schemas here: none if a reference may lead into one."""
+    level = [schema]
+    while level:
+        references = [item["$ref"] for item in level if isinstance(item, dict) and isinstance(item.get("$ref"), str)]
+        if any(VALUES & set(unquote(reference).split("/")) for reference in references):
+            return frozenset()
+        level = _inside(level, frozenset())
+    return VALUES
+
+
+def _is_annotation(key: str, value: Any) -> bool:
+    return key == "format" and (value is None or (isinstance(value, str) and value not in FORMATS))
