@@ -200,8 +200,9 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
                 text += rest
                 parts += parser.put(rest)
             if reason:
+                is_whole = reason == "stop" and not streamer.is_stopped and not parser.is_done
                 reason = "stop" if streamer.is_stopped else reason
-                parts += parser.end()
+                parts += parser.end(is_whole)
             num_shown = bisect_left(offsets, streamer.num_released)  # their text has begun to show
             if reason and not streamer.is_stopped:
                 num_shown = len(pending)
