@@ -502,6 +502,8 @@ class AnswerParser:
         except _End:
             if head.has_begun and self._is_whole and not self._text.strip(BLANKS):
                 self._end_call()  # small models forget the brace
+            elif head.has_begun and self._text.lstrip(BLANKS).startswith(","):
+                raise _NoCall from None  # the beginning of something else
             raise
         if head.name is None:
             raise _NoCall
@@ -567,20 +569,24 @@ class AnswerParser:
 
     def _stream_arguments(self) -> Steps[None]:
         """The value that begins here, as it comes; it is taken. Raises _NoCall for what is no object."""
-        if self._text[0] != "{":
-            text, end = yield from self._value(0)
-            self._take(end)
-            self._add_arguments(_object_of(text))
-            return
         reader = JsonReader()
-        while not reader.is_done:
-            if not self._text:
-                yield from self._more()
-            length, text = reader.feed(self._text)
-            self._take(length)
-            self._add_arguments(text)
-            if reader.is_broken:
-                raise _NoCall
+        try:
+            if self._text[0] != "{":
+                text, end = yield from self._value(0)
+                self._take(end)
+                self._add_arguments(_object_of(text))
+                return
+            while not reader.is_done:
+                if not self._text:
+                    yield from self._more()
+                length, text = reader.feed(self._text)
+                self._take(length)
+                self._add_arguments(text)
+                if reader.is_broken:
+                    raise _NoCall
+        except _End:
+            self._add_arguments(reader.held + self._take(len(self._text)))
+            raise
 
     def _value(self, at: int) -> Steps[tuple[str, int]]:
         """The JSON of a value, and where it ends; nothing is taken. Raises _NoCall for what is no value."""
@@ -689,8 +695,9 @@ class AnswerParser:
         style, elements = call.style, call.elements
         if mark == call.opener:
             return (yield from self._begins_element(call))
+        others = (elements.name_begin, style.begin) if self._is_held else ()
         followers = {
-            call.ends[0]: (elements.begin, elements.close, style.end, elements.name_begin if self._is_held else ""),
+            call.ends[0]: (elements.begin, elements.close, style.end, *others),
             call.closer: (style.end, style.begin, elements.name_begin),
             style.end: (style.begin,),
         }[mark]
@@ -842,10 +849,6 @@ def _object_of(text: str) -> str:
         inner = str(json.loads(text)).strip() or "{}"
         is_text = json_of(inner) == json.dumps(inner, ensure_ascii=False)  # no half of a character is in it
         text = (read_json(inner) if is_text else None) or ""
-            (read_json(inner) or "")
-            if inner.isascii() or json_of(inner) == json.dumps(inner, ensure_ascii=False)
-            else ""
-        )
     if not text.startswith("{"):
         raise _NoCall
     return text

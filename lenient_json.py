@@ -46,6 +46,11 @@ class JsonReader:
             given.append(piece)
         return at, "".join(given)
 
+    @property
+    def held(self) -> str:
+        """What is not certain yet, as it was written."""
+        return self._escape + "".join(self._word or ())
+
     # --- strings
 
     def _in_string(self, text: str, at: int) -> tuple[int, str]:

@@ -27,12 +27,16 @@ class Answer:
 
 
 def read(pieces: list[str], style: ToolFormat | None, **reading: Any) -> Answer:
-    parser, answer = AnswerParser(Reading(TOOLS, style, **reading)), Answer()
-    parts: list[Part] = []
+    return fold(AnswerParser(Reading(TOOLS, style, **reading)), pieces)
+
+
+def fold(parser: AnswerParser, pieces: list[str], is_whole: bool = False) -> Answer:
+    """is_whole: the model itself ended the answer."""
+    answer, parts = Answer(), list[Part]()
     for piece in pieces:
         if not parser.is_done:
             parts += parser.put(piece)
-    parts += parser.end()
+    parts += parser.end(is_whole)
     for part in parts:
         answer.content += part.content
         answer.reasoning += part.reasoning
