@@ -190,6 +190,7 @@ class PromptTemplate:
         self.tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
         self._vocabulary = tokenizer.get_vocab()
+        self._added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         self.family = family_of(model_type, self._vocabulary.keys(), name)
         own = tokenizer.chat_template
         self.is_own = bool(own)
@@ -255,12 +256,20 @@ class PromptTemplate:
         """Tokens that the parser of answers has to see."""
         style = self.tool_format
         elements = style.elements.tokens if style.elements else ()
-        return {style.begin, style.end, *elements, *(self.think or ())} & self._vocabulary.keys()
+        marks = {style.begin, style.end, *elements} & self._vocabulary.keys()
+        return {mark for mark in marks if not self._is_plain(mark)} | {*(self.think or ())}
+
+    def _is_plain(self, token: str) -> bool:
+        """Whether a token of the vocabulary is a piece of text like others, which other tokens spell too.
+
+        `>` is one: a model that writes `>` and a line break has a single token for both.
+        """
+        return token not in self._added and self.encode(token) == [self._vocabulary[token]]
 
     @property
     def literals(self) -> Literals:
         """For grammars of calls."""
-        return Literals(self._marks & {token.content for token in self.tokenizer.added_tokens_decoder.values()})
+        return Literals(self._marks & self._added)
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -202,15 +202,15 @@ class ChoiceReader:
             self._add(self._decoder.put(token_id))
         self.num_reasoning += was_reasoning or self._parser.is_reasoning
 
-    def end(self) -> None:
-        """What was held back comes, unless the answer was over before."""
+    def end(self, is_whole: bool) -> None:
+        """What was held back comes, unless the answer was over before. is_whole: the model itself ended the answer."""
         if not self.is_done:
             self._add(self._decoder.end())
         if not self.is_done:
             self._release(self._stops.put(self._blanks, self._may_stop))
         if not self.is_done:
             self._release(self._stops.end())
-        self._parts += self._parser.end()
+        self._parts += self._parser.end(is_whole and not self.is_done)
 
     def take(self) -> tuple[str, list[Part]]:
         """What came since it was asked last."""
@@ -272,7 +272,7 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
                 reader.put(output.token_id)
                 reason = "stop" if reader.is_done else output.finish_reason
                 if reason:
-                    reader.end()
+                    reader.end(is_whole=reason == "stop" and not reader.is_done)
                     break
             text, parts = reader.take()
             num_shown = bisect_left(offsets, reader.num_released)  # their text has begun to show

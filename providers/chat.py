@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 State = Literal["open", "closed", "unsaid"]
 
 
-def reading_of(template: PromptTemplate, box: Toolbox | None, state: State, is_structured: bool) -> Reading:
-    """state: of the thinking, at the prompt's end; is_structured: the answer may be JSON of another kind."""
+def reading_of(
+    template: PromptTemplate, box: Toolbox | None, state: State, is_structured: bool, constraint: "Constraint | None"
+) -> Reading:
+    """state: of the thinking, at the prompt's end; is_structured: the answer may be JSON of another kind; constraint:
+    what the answer must look like."""
     marks = template.marks
     think = None if template.think is None else (marks[template.think[0]], marks[template.think[1]])
     reading = Reading(
@@ -39,8 +42,17 @@ def reading_of(template: PromptTemplate, box: Toolbox | None, state: State, is_s
         is_parallel=box.is_parallel,
         is_forced=box.is_required,
         is_strict=box.is_strict,
+        is_guarded=_guards_marks(constraint, template),
         is_structured=is_structured,
     )
+
+
+def _guards_marks(constraint: "Constraint | None", template: PromptTemplate) -> bool:
+    """Whether a grammar holds behind the mark of a call, which only a token can set off."""
+    from engine.thinking import Thinking
+
+    answer = constraint.answer if isinstance(constraint, Thinking) else constraint
+    return answer is not None and template.tool_format.begin in template.literals
 
 
 def with_marks(stops: list[str], marks: Mapping[str, str]) -> list[str]:
@@ -126,19 +138,23 @@ class Thoughts:
 class ChoiceChunks:
     """One choice's pieces as parts of chunks."""
 
-    def __init__(self, index: int, shows_logprobs: bool, texts: TokenTexts) -> None:
+    def __init__(self, index: int, shows_logprobs: bool, texts: TokenTexts, is_call: bool) -> None:
+        """is_call: the answer has no content, since calls are forced."""
         self._index, self._shows_logprobs, self._texts = index, shows_logprobs, texts
+        self._nothing = Delta(content=None if is_call else "")
+        self._first = self._nothing.model_copy(update={"role": "assistant"})
 
     def of(self, piece: Piece, is_first: bool) -> Iterator[ChunkChoice]:
         """The role once, what was said, and the finish reason with an empty delta."""
         if is_first:
             none_yet = ChoiceLogprobs(content=[]) if self._shows_logprobs else None
-            yield ChunkChoice(index=self._index, delta=Delta(role="assistant", content=""), logprobs=none_yet)
+            yield ChunkChoice(index=self._index, delta=self._first, logprobs=none_yet)
         logprobs = self._texts.chat(piece.tokens) if self._shows_logprobs and piece.tokens else None
         parts = piece.parts or ((Part(),) if logprobs else ())
         for number, part in enumerate(parts):
             own = logprobs if number == 0 else None
-            yield ChunkChoice(index=self._index, delta=_delta(part), logprobs=own)
+            delta = self._nothing if part == Part() else _delta(part)
+            yield ChunkChoice(index=self._index, delta=delta, logprobs=own)
         if piece.finish_reason:
             yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=piece.finish_reason)
 

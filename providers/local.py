@@ -191,12 +191,13 @@ class LocalProvider:
             with_marks(request.stop_strings, loaded.template.marks),
             priority=BACKGROUND if _is_task(request) else 0,
             images=images,
-            reading=reading_of(loaded.template, box, state, is_structured(request)),
+            reading=reading_of(loaded.template, box, state, is_structured(request), params.grammar),
         )
         loaded.engine.check_room(num_choices, num_choices * len(prompt_ids), record.current().client)
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
-        wire = [ChoiceChunks(index, request.num_logprobs is not None, loaded.texts) for index in range(num_choices)]
+        shows, is_call = request.num_logprobs is not None, box is not None and box.is_required
+        wire = [ChoiceChunks(index, shows, loaded.texts, is_call) for index in range(num_choices)]
         sources = [answer(loaded, index, question.of_choice(index)) for index in range(num_choices)]
         async with aclosing(merge(sources)) as pieces:
             async for piece in pieces:

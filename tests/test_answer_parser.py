@@ -27,12 +27,16 @@ class Answer:
 
 
 def read(pieces: list[str], style: ToolFormat | None, **reading: Any) -> Answer:
-    parser, answer = AnswerParser(Reading(TOOLS, style, **reading)), Answer()
-    parts: list[Part] = []
+    return fold(AnswerParser(Reading(TOOLS, style, **reading)), pieces)
+
+
+def fold(parser: AnswerParser, pieces: list[str], is_whole: bool = False) -> Answer:
+    """is_whole: the model itself ended the answer."""
+    answer, parts = Answer(), list[Part]()
     for piece in pieces:
         if not parser.is_done:
             parts += parser.put(piece)
-    parts += parser.end()
+    parts += parser.end(is_whole)
     for part in parts:
         answer.content += part.content
         answer.reasoning += part.reasoning
@@ -81,6 +85,7 @@ CALLS: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [  # format, a
     (MARKED, f'```json\n{{"name": "weather", "arguments": {PARIS}}}\n```', "", [("weather", PARIS)]),
     (MARKED, f"See <tool_call> and\nthis: {marked('now', '{}')}", "See <tool_call> and\nthis:", [("now", {})]),
     (MARKED, f'<tool_call>\n{{"name": "weather", "arguments": {PARIS}\n</tool_call>', "", [("weather", PARIS)]),
+    (MARKED, "<tool_call>\n{'name': 'now'}\n</tool_call>", "", [("now", {})]),
     (MARKED, f"```xml\n{marked('weather', PARIS)}\n```", "", [("weather", PARIS)]),
     (QWEN_XML, QWEN.replace("2\n", "1e9\n"), "", [("weather", {"city": "Pa </parameter> ris", "days": 1e9})]),
     (QWEN_XML, QWEN.replace("2\n", "two\n"), "", [("weather", {"city": "Pa </parameter> ris", "days": "two"})]),
@@ -119,7 +124,6 @@ def test_calls_are_found_and_text_around_them_is_content(
 NO_CALLS = [
     (MARKED, marked("unknown", "{}")),
     (MARKED, "<tool_call> is how it is written"),
-    (MARKED, "<tool_call>\n{'name': 'now'}\n</tool_call>"),
     (MARKED, '<tool_call>{"name": "now", "surprise": 1}</tool_call>'),
     (MARKED, "a < b <tool"),
     (MARKED, "  indented\n\n"),
@@ -175,11 +179,15 @@ def test_a_call_that_is_cut_short_is_not_complete(style: ToolFormat, text: str) 
         "3",
         '"text"',
         "{]",
-        '{"a": "b}',
     ],
 )
-def test_broken_arguments_are_no_complete_call(arguments: str) -> None:
-    answer = whole(marked("weather", arguments), MARKED)
+def test_a_call_whose_arguments_cannot_be_read_is_content_to_the_letter(arguments: str) -> None:
+    text = marked("weather", arguments)
+    assert whole(text, MARKED) == Answer(content=text, reason="stop")
+
+
+def test_a_text_that_never_ends_is_no_complete_call() -> None:
+    answer = whole(marked("weather", '{"a": "b}'), MARKED)
     assert answer.reason == "stop" and len(answer.calls) == 1
 
 

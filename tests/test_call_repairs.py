@@ -1,0 +1,417 @@
+"""Calls as models really write them: what can be read in one way alone is repaired, what cannot stays content.
+
+docs/tool-calls.md has the rule. Every form is read whole and in any pieces, and as the tokens of genuine tokenizers.
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import jsonschema
+import pytest
+from test_answer_parser import Answer, fold
+from test_genuine_prompts import MODELS, fetch
+from transformers import AutoTokenizer
+
+from answer_parser import AnswerParser, Reading
+from argument_values import argument_of, fits
+from lenient_json import JsonReader, is_json, read_json
+from prompt_templates import PromptTemplate
+from providers.chat import reading_of
+from streaming import TextStreamer
+from tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
+from tools import Toolbox
+
+TOOLS: dict[str, dict[str, Any]] = {
+    "f": {
+        "type": "object",
+        "properties": {
+            "x": {"type": "string"},
+            "n": {"type": "integer"},
+            "list": {"type": "array", "items": {"type": "string"}},
+            "map": {"type": "object"},
+            "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        },
+        "required": ["x"],
+        "additionalProperties": False,
+    },
+    "g": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+THINK = ("<think>", "</think>")
+
+
+def read(pieces: list[str], style: ToolFormat, is_whole: bool = True, **reading: Any) -> Answer:
+    return fold(AnswerParser(Reading(TOOLS, style, **reading)), pieces, is_whole)
+
+
+def xml(*parameters: tuple[str, str], name: str = "f") -> str:
+    inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters)
+    return f"<function={name}>\n{inner}</function>"
+
+
+def marked(call: str) -> str:
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+X = ("f", {"x": "123"})
+ONE = xml(("x", "123"))
+JSON_ONE = '{"name": "f", "arguments": {"x": "123"}}'
+OPENAI = '{"type": "function", "function": {"name": "f", "arguments": {"x": "123"}}}'
+GLM_ONE = "f\n<arg_key>x</arg_key>\n<arg_value>123</arg_value>"
+
+# What is written, content, calls
+XML_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
+    (marked(ONE), "", [X]),
+    (marked(xml(("x", "a > b\n<b>c</b>"))), "", [("f", {"x": "a > b\n<b>c</b>"})]),
+    (marked(xml(("x", "if </parameter> or </tool_call> b"))), "", [("f", {"x": "if </parameter> or </tool_call> b"})]),
+    (ONE, "", [X]),
+    (f"{ONE}\n</tool_call>", "", [X]),
+    (f"I will look.\n\n{ONE}\n</tool_call>", "I will look.", [X]),
+    (marked(f"{ONE}\n{xml(name='g')}"), "", [X, ("g", {})]),
+    (f"{marked(ONE)}\n{marked(ONE)}", "", [X, X]),
+    (marked(xml(("x", "1"), ("n", "2")).replace("</parameter>\n<", "<", 1)), "", [("f", {"x": "1", "n": 2})]),
+    (marked(xml(("x", "1"), ("n", "2")).replace("\n</parameter>\n</f", "\n</f")), "", [("f", {"x": "1", "n": 2})]),
+    (marked(ONE.replace("\n</function>", "")), "", [X]),
+    (f"<tool_call>\n{ONE}", "", [X]),
+    (f"<tool_call>\n{ONE}\n<tool_call>\n{ONE}\n</tool_call>", "", [X, X]),
+    (f"<tool_call>\n{ONE.replace('</function>', '')}", "", [X]),
+    (f"<tool_call>\n{ONE.replace('</function>', '')}{xml(name='g')}\n</tool_call>", "", [X, ("g", {})]),
+    (marked(ONE.replace("x>", "x")), "", [X]),
+    (marked(ONE.replace("f>", "f")), "", [X]),
+    (marked(xml(("x", "1"), ("list", "['a', 'b']"), ("map", "{'a': True}"))), "",
+     [("f", {"x": "1", "list": ["a", "b"], "map": {"a": True}})]),
+    (marked(xml(("x", "1"), ("list", "a"), ("n", "+1,000"))), "", [("f", {"x": "1", "list": ["a"], "n": 1000})]),
+    (marked(xml(("x", "null"), ("maybe", "null"))), "", [("f", {"x": "null", "maybe": None})]),
+    (marked(xml(("maybe", "123"), ("x", "1"))), "", [("f", {"maybe": "123", "x": "1"})]),
+    (marked(JSON_ONE), "", [X]),
+]  # fmt: skip
+JSON_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
+    (marked(JSON_ONE), "", [X]),
+    (marked(OPENAI), "", [X]),
+    (marked(OPENAI.replace('{"x": "123"}', '"{\\"x\\": \\"123\\"}"')), "", [X]),
+    (marked('{"function": "f", "arguments": {"x": "123"}}'), "", [X]),
+    (marked('{"name": "f", "arguments": "{\'x\': \'123\'}"}'), "", [X]),
+    (marked("{'name': 'f', 'arguments': {'x': '123'}}"), "", [X]),
+    (marked("{'name': 'f', 'arguments': {'x': 'it\\'s \"so\"', 'list': ['a',], 'maybe': None,},}"), "",
+     [("f", {"x": "it's \"so\"", "list": ["a"], "maybe": None})]),
+    (marked('{"name": "f", "arguments": {"x": "a\nb\tc"}}'), "", [("f", {"x": "a\nb\tc"})]),
+    (marked('{"name": "f", "arguments": {"x": "\\d+\\.py"}}'), "", [("f", {"x": "\\d+\\.py"})]),
+    (marked('{"name": "f", "arguments": {"x": "1", "n": +5}}'), "", [("f", {"x": "1", "n": 5})]),
+    (marked('{"name": "f", "arguments": {"x": "1", "n": "5", "list": "a"}}'), "",
+     [("f", {"x": "1", "n": 5, "list": ["a"]})]),
+    (marked(f"```json\n{JSON_ONE}\n```"), "", [X]),
+    (marked(f"{JSON_ONE}\n{JSON_ONE}"), "", [X, X]),
+    (f"<tool_call>\n{JSON_ONE[:-1]}\n</tool_call>", "", [X]),
+    (f"<tool_call>\n{JSON_ONE[:-1]}", "", [X]),
+    (f"<tool_call>\n{OPENAI[:-2]}\n</tool_call>\n{marked(JSON_ONE)}", "", [X, X]),
+    (JSON_ONE, "", [X]),
+    (f"{JSON_ONE}\n</tool_call>", "", [X]),
+]  # fmt: skip
+GLM_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
+    (marked(GLM_ONE).replace("<tool_call>\n", "<tool_call>"), "", [X]),
+    (f"<tool_call>{GLM_ONE.replace(chr(10), '')}</tool_call>", "", [X]),
+    (f"{GLM_ONE}\n</tool_call>", "", [X]),
+    (f"<tool_call>{GLM_ONE}", "", [X]),
+    (f"<tool_call>{GLM_ONE}\n<tool_call>g</tool_call>", "", [X, ("g", {})]),
+    (f"<tool_call>{GLM_ONE.replace('</arg_value>', '')}\n<arg_key>n</arg_key><arg_value>+5</arg_value></tool_call>", "",
+     [("f", {"x": "123\n", "n": 5})]),
+    (f"<tool_call>{GLM_ONE}<arg_key>list</arg_key><arg_value>['a']</arg_value></tool_call>", "",
+     [("f", {"x": "123", "list": ["a"]})]),
+]  # fmt: skip
+BARE_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
+    ('{"name": "f", "parameters": {"x": "123"}}', "", [X]),
+    ('{"name": "f", "parameters": {"x": "123"}', "", [X]),
+    (OPENAI, "", [X]),
+    ("{'name': 'f', 'parameters': {'x': '123',}}", "", [X]),
+    ('{"name": "f", "parameters": {"x": "123"}}; {"name": "g", "parameters": {}}', "", [X, ("g", {})]),
+    ("```json\n{'name': 'f', 'parameters': {'x': '123'}}\n```", "", [X]),
+    ("```tool_code\nf(x='1', n='5')\n```", "", [("f", {"x": "1", "n": 5})]),
+]
+FORMS = [
+    *((QWEN_XML, *form) for form in XML_FORMS),
+    *((MARKED, *form) for form in JSON_FORMS),
+    *((GLM_XML, *form) for form in GLM_FORMS),
+    *((style, *form) for style in (PARAMETERS, LINES) for form in BARE_FORMS),
+    (NAMED, "f\n{'x': '123',}", "", [X]),
+]
+
+
+def called(answer: Answer) -> list[tuple[str, Any]]:
+    return [(name, json.loads(arguments)) for name, arguments in answer.calls]
+
+
+@pytest.mark.parametrize(("style", "text", "content", "calls"), FORMS)
+def test_what_can_be_read_without_doubt_is_a_call(
+    style: ToolFormat, text: str, content: str, calls: list[tuple[str, Any]]
+) -> None:
+    answer = read([text], style)
+    assert (called(answer), answer.content, answer.reason) == (calls, content, "tool_calls")
+
+
+NO_CALLS = [
+    *((MARKED, marked(f'{{"name": "f", "arguments": {arguments}}}')) for arguments in (
+        '{"x": NaN}', '{x: "1"}', '{"x": "1" "n": 2}', '{"x": }', '{"x": "1"]', "[1]", "3", '"text"', '{"n": 1,000}',
+        '{"x": "1", "n": -Infinity}', "{'x': 'it's'}")),
+    (MARKED, marked('{"name": "F", "arguments": {"x": "1"}}')),
+    (MARKED, marked('{"name": "f ", "arguments": {"x": "1"}}')),
+    (MARKED, marked('{"name": "f", "arguments": {"x": "1"}, "parameters": {"x": "2"}}')),
+    (MARKED, '{"name": "f", "arguments": {"value": ["1"]}}'),
+    (MARKED, '{"name": "f", "arguments": {"x": 5}}'),
+    (MARKED, 'So:\n```json\n{"name": "f", "arguments": {}}\n```'),
+    (QWEN_XML, "<function=f>\n<parameter=y>\n1\n</parameter>\n</function>"),
+    (QWEN_XML, "<function=f>\n</function> is how one calls f."),
+    (QWEN_XML, "It is <function=g>\n</function>"),
+    (QWEN_XML, "<tool_call>\n<function=F>\n</function>\n</tool_call>"),
+    (QWEN_XML, "<tool_call>\n<function=g>\nHello\n</function>\n</tool_call>"),
+    (GLM_XML, "f is a function"),
+    (GLM_XML, "f\nis a function"),
+    (LINES, "```tool_code\ng(1, 2)\n```"),
+    (LINES, "```tool_code\nf(**{'x': '1'})\n```"),
+    (NAMED, "f\n{x: 1}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("style", "text"), NO_CALLS)
+def test_what_cannot_be_read_stays_content_to_the_letter(style: ToolFormat, text: str) -> None:
+    assert read([text], style) == Answer(content=text, reason="stop")
+
+
+def cuts(text: str, rng: random.Random) -> Iterator[list[str]]:
+    yield list(text)
+    for _ in range(12):
+        places = sorted(rng.choices(range(len(text) + 1), k=3))
+        yield [text[a:b] for a, b in pairwise([0, *places, len(text)])]
+
+
+def test_every_cut_of_a_repaired_call_gives_the_same() -> None:
+    rng = random.Random(2)
+    for style, text in [*((style, text) for style, text, *_ in FORMS), *NO_CALLS]:
+        for end in (len(text), len(text) * 2 // 3, len(text) // 2):
+            for before, reading in (("", {}), ("Hm.\n", {"think": THINK, "is_thinking": True})):
+                for is_whole in (True, False):
+                    own = before + text[:end]
+                    one = read([own], style, is_whole, **reading)
+                    for pieces in cuts(own, rng):
+                        assert read(pieces, style, is_whole, **reading) == one, (own, pieces)
+
+
+def test_a_call_in_thoughts_that_are_not_closed_ends_them() -> None:
+    for style, text, _, calls in FORMS:
+        if not text.startswith("<tool_call>"):
+            continue
+        for choice in ({}, {"is_forced": True}):
+            open_ = read([f"Hm.\n\n{text}"], style, think=THINK, is_thinking=True, **choice)
+            assert (open_.reasoning, called(open_), open_.content, open_.reason) == ("Hm.", calls, "", "tool_calls")
+        closed = read([f"Hm.\n{text}\n</think>\n\nNo."], style, think=THINK, is_thinking=True)
+        assert (closed.reasoning, closed.calls, closed.content) == (f"Hm.\n{text}".rstrip(), [], "No.")
+        inline = read([f"I could write {text}"], style, think=THINK, is_thinking=True)
+        assert (inline.reasoning.startswith("I could write <tool_call>"), inline.content) == (True, "")
+    for style, text in NO_CALLS:
+        if text.startswith("<tool_call>"):
+            answer = read([f"Hm.\n{text}"], style, think=THINK, is_thinking=True)
+            assert answer == Answer(reasoning=f"Hm.\n{text}", reason="stop")
+
+
+# --- nothing is lost
+
+
+PIECES = [
+    "<tool_call>", "</tool_call>", "<think>", "</think>", "```", "```json\n", "\n", " ", "{", "}", "'", '"',
+    '"name"', ": ", '"f"', "'f'", '"arguments"', '{"x": "1"}', '{"name": "f", "arguments": ', '{"x": "1",', ",",
+    "[", "]", "text", "<function=f>", "<function=g>\n", "</function>", "f\n", "\\", "<arg_key>x</arg_key>",
+    "<arg_value>", "</arg_value>", "f(x='1')", ";", "<parameter=x>\n", "\n<parameter=n>", "</parameter>", ">",
+    "é", "None", "+5", "NaN", '{"function": ',
+]  # fmt: skip
+
+
+def test_nothing_that_a_model_writes_is_lost_and_complete_calls_are_json() -> None:
+    """Markup of calls aside: what is no markup shows up, whatever the order."""
+    rng = random.Random(3)
+    for style in (MARKED, QWEN_XML, GLM_XML, LINES, NAMED):
+        for number in range(1500):
+            words = [rng.choice([*PIECES, f"word{i}"]) for i in range(rng.randrange(1, 16))]
+            reading: dict[str, Any] = {"think": rng.choice([None, THINK]), "is_thinking": False}
+            reading["is_thinking"] = reading["think"] is not None and number % 2 == 0
+            text, is_whole = "".join(words), bool(rng.randrange(2))
+            one = read([text], style, is_whole, **reading)
+            assert read(words, style, is_whole, **reading) == one == read(list(text), style, is_whole, **reading)
+            shown = one.content + one.reasoning + "".join(arguments for _, arguments in one.calls)
+            for word in re.findall(r"word\d+|text|é", text):
+                assert shown.count(word) >= text.count(word), (style.name, text, one)
+            if one.reason == "tool_calls":
+                assert all(isinstance(json.loads(arguments), dict) for _, arguments in one.calls)
+            if not one.calls:
+                both = one.reasoning + one.content
+                unmarked = text.replace("<think>", "").replace("</think>", "")
+                assert sorted(re.sub(r"\s", "", both.replace("<think>", "").replace("</think>", ""))) == sorted(
+                    re.sub(r"\s", "", unmarked)
+                ), (style.name, text, one)
+
+
+def test_what_has_been_given_of_json_is_always_its_beginning() -> None:
+    rng = random.Random(4)
+    pieces = [*"\"'{}[],: \n\\1+a", "u00", "e9", "True", "null", ".5", "x y"]
+    for _ in range(4000):
+        text = "{" + "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 14)))
+        one, given = JsonReader(), ""
+        length, whole = one.feed(text)
+        two = JsonReader()
+        for character in text[: length + one.is_broken]:
+            given += two.feed(character)[1]
+        assert given == whole and (one.is_done, one.is_broken) == (two.is_done, two.is_broken)
+        if one.is_done:
+            assert is_json(whole), (text, whole)
+        if is_json(text):
+            assert read_json(text) == text.rstrip()
+
+
+VALUES: list[tuple[Any, str, Any]] = [
+    ({"type": ["string", "null"]}, "123", "123"),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "123", "123"),
+    ({"oneOf": [{"type": "null"}, {"$ref": "#/$defs/text"}]}, "123", "123"),
+    ({"$ref": "#/$defs/text"}, "123", "123"),
+    ({"$ref": "#/$defs/chain"}, "123", "123"),
+    ({"allOf": [{"$ref": "#/$defs/text"}, {"maxLength": 9}]}, "123", "123"),
+    ({"const": "123"}, "123", "123"),
+    ({"enum": ["1", "2", None]}, "1", "1"),
+    ({"enum": [1, "a"]}, "1", 1),
+    ({"enum": ["1", 2]}, "2", 2),
+    ({"type": "string", "nullable": True}, "5", "5"),
+    ({"type": "string", "pattern": "^1"}, "123", "123"),
+    ({"type": ["integer", "null"]}, "null", None),
+    ({"type": ["integer", "null"]}, "None", None),
+    ({"type": ["string", "null"]}, "null", None),
+    ({"type": "string"}, "null", "null"),
+    ({"type": "string"}, '["a"]', '["a"]'),
+    ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "12", 12),
+    ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "12 km", "12 km"),
+    ({"anyOf": [{"type": "string"}, {"type": "array"}]}, '["a"]', ["a"]),
+    ({"type": "array", "items": {"type": "string"}}, "['it\\'s', \"b\"]", ["it's", "b"]),
+    ({"type": "array", "items": {"type": "string"}}, "a.txt", ["a.txt"]),
+    ({"type": "array", "items": {"type": "string"}}, '"a.txt"', ["a.txt"]),
+    ({"type": "array", "items": {"type": "integer"}}, "7", [7]),
+    ({"type": "array", "items": {"$ref": "#/$defs/point"}}, "{'x': 1}", [{"x": 1}]),
+    ({"type": "array"}, '"[1, 2]"', [1, 2]),
+    ({"type": "array", "items": {"type": "string"}}, "a, b", "a, b"),
+    ({"type": "object"}, "{'a': True, 'b': None}", {"a": True, "b": None}),
+    ({"$ref": "#/$defs/point"}, "{'x': 1,}", {"x": 1}),
+    ({"type": "number"}, "1,000.5", 1000.5),
+    ({"type": "number"}, "+5", 5),
+    ({"type": "number"}, ".5", 0.5),
+    ({"type": "integer"}, "1,00", "1,00"),
+    ({"type": "integer"}, "about 3", "about 3"),
+    ({"type": "integer"}, " 3 ", 3),
+    ({"type": "boolean"}, "True", True),
+    ({"type": "boolean"}, "yes", "yes"),
+    ({}, "5", 5),
+    ({}, "+5", "+5"),
+    (None, "text", "text"),
+    ({"$ref": "#/$defs/circle"}, "5", 5),
+    ({"$ref": "#/nowhere"}, "5", 5),
+]
+ROOT: dict[str, Any] = {
+    "$defs": {
+        "text": {"type": "string"},
+        "chain": {"$ref": "#/$defs/text"},
+        "point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+        "circle": {"anyOf": [{"$ref": "#/$defs/circle"}, {"$ref": "#/$defs/circle"}]},
+    }
+}
+
+
+@pytest.mark.parametrize(("schema", "text", "value"), VALUES)
+def test_a_text_is_read_as_the_first_type_that_it_fits_without_doubt(schema: Any, text: str, value: Any) -> None:
+    read_as = json.loads(argument_of(text, schema, ROOT))
+    assert (read_as, type(read_as)) == (value, type(value))
+
+
+def test_what_fits_a_schema_is_what_its_validator_says() -> None:
+    values = ["x", "1", 1, 1.0, 1.5, True, None, [], ["a"], [1], {}, {"x": 1}, {"x": "1"}, {"y": 1}]
+    schemas = [
+        schema for schema, *_ in VALUES if schema and "circle" not in str(schema) and "nowhere" not in str(schema)
+    ]
+    schemas += [
+        {"type": "object", "properties": {"x": {"type": "string"}}, "additionalProperties": False},
+        {"enum": [1, True]},
+    ]
+    for schema in [schema for schema in schemas if not schema.get("nullable")]:
+        known = {key: own for key, own in schema.items() if key not in ("pattern", "maxLength")}
+        validator = jsonschema.Draft202012Validator({**known, **ROOT})
+        for value in values:
+            assert fits(value, schema, ROOT) == validator.is_valid(value), (schema, value)
+
+
+def test_long_calls_are_read_in_linear_time() -> None:
+    long = "x" * 300_000
+    texts = {
+        QWEN_XML: marked(xml(("x", long))),
+        GLM_XML: f"<tool_call>f<arg_key>x</arg_key><arg_value>{long}</arg_value></tool_call>",
+        MARKED: marked(f"{{'name': 'f', 'arguments': {{'x': '{long}'}}}}"),
+        LINES: OPENAI.replace("123", long),
+    }
+    for style, text in texts.items():
+        pieces = [text[start : start + 3] for start in range(0, len(text), 3)]
+        assert called(read(pieces, style)) == [("f", {"x": long})]
+
+
+# --- genuine tokenizers
+
+XML_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools }}</tools> <tool_call>\n<function=name>\n<parameter=key>\n{% endif %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}<think></think>"
+)
+GLM_TEMPLATE = XML_TEMPLATE.replace("<function=name>\n<parameter=key>", "<arg_key>k</arg_key> <arg_value>v</arg_value>")
+BOX = Toolbox(shown=(), schemas=TOOLS, fields={}, is_required=False, is_parallel=True, is_strict=False)
+
+
+@cache
+def template_of(model: str, style: ToolFormat) -> PromptTemplate:
+    tokenizer = AutoTokenizer.from_pretrained(fetch(model))
+    if style in (QWEN_XML, GLM_XML):
+        tokenizer.chat_template = XML_TEMPLATE if style is QWEN_XML else GLM_TEMPLATE
+    return PromptTemplate(tokenizer, MODELS[model])
+
+
+def through_tokens(template: PromptTemplate, text: str, state: Any = "closed", is_spelled: bool = False) -> Answer:
+    """As the server reads an answer; is_spelled: marks are written in pieces."""
+    reading = reading_of(template, BOX, state, False, None)
+    streamer = TextStreamer(template.marking_detokenizer)
+    parts = [text] if not is_spelled else re.split(r"(?<=<)", text)
+    token_ids = [token_id for part in parts for token_id in template.encode(part)]
+    return fold(AnswerParser(reading), [*(streamer.put([token_id]) for token_id in token_ids), streamer.end()], True)
+
+
+MODEL_FORMS = [
+    *(("qwen3", QWEN_XML, *form) for form in XML_FORMS),
+    *(("qwen3", MARKED, *form) for form in JSON_FORMS),
+    *(("qwen3", GLM_XML, *form) for form in GLM_FORMS),
+    *(("qwen2_5", MARKED, *form) for form in JSON_FORMS),
+    *(("llama3_2", PARAMETERS, *form) for form in BARE_FORMS),
+    *(("gemma3", LINES, *form) for form in BARE_FORMS),
+]
+
+
+@pytest.mark.parametrize(("model", "style", "text", "content", "calls"), MODEL_FORMS)
+def test_calls_are_read_from_the_tokens_of_genuine_models(
+    model: str, style: ToolFormat, text: str, content: str, calls: list[tuple[str, Any]]
+) -> None:
+    template = template_of(model, style)
+    assert template.tool_format is style
+    answer = through_tokens(template, text)
+    assert (called(answer), answer.content, answer.reason) == (calls, content, "tool_calls")
+    if template.think is not None and text.startswith("<tool_call>"):
+        answer = through_tokens(template, f"Hm.\n\n{text}", "open")
+        assert (answer.reasoning, called(answer), answer.reason) == ("Hm.", calls, "tool_calls")
+        answer = through_tokens(template, f"Hm. I call it: {text}", "open")
+        assert (answer.reasoning, called(answer), answer.reason) == ("Hm. I call it:", calls, "tool_calls")
+
+
+def test_marks_that_other_tokens_spell_are_text() -> None:
+    template = template_of("qwen3", QWEN_XML)
+    assert set(template.marks) == {"<tool_call>", "</tool_call>", "<think>", "</think>"}
+    assert ">" in template.tokenizer.get_vocab() and len(template.encode(">\n")) == 1
+    assert "<arg_key>" not in template_of("qwen3", GLM_XML).marks
