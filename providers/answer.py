@@ -10,7 +10,8 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import record
-from answer_parser import BLANKS, AnswerParser, Part, Reading
+from answer_parser import AnswerParser, Part, Reading
+from lenient_json import BLANKS
 from metrics import ModelMetrics
 from providers.loading import Loaded
 from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
