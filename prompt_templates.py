@@ -165,6 +165,9 @@ def family_of(model_type: str, vocabulary: Collection[str], name: str = "") -> F
     return CHATML if CHATML.marker in vocabulary else GENERIC
 
 
+Attempt = tuple[list[CanonicalMessage], list[dict[str, Any]] | None]  # messages, and tools that the template shows
+
+
 @dataclass(frozen=True)
 class RenderOptions:
     """What a prompt depends on beside its messages; None: the messages, or the template, decide."""
@@ -319,7 +322,11 @@ class PromptTemplate:
             )
         switches = {"continue_final_message": continues, "add_generation_prompt": opens, **_switches(options)}
         refusal: Exception | None = None
+        tried: list[Attempt] = []
         for attempt, shown in self._attempts(plain, tools, bool(options.num_views)):
+            if (attempt, shown) in tried:
+                continue
+            tried.append((attempt, shown))
             try:
                 text = self._rendered(attempt, shown, mark, switches)
                 text = self._show(text, options.num_views)
@@ -350,7 +357,7 @@ class PromptTemplate:
 
     def _attempts(
         self, plain: list[CanonicalMessage], tools: list[dict[str, Any]], has_images: bool
-    ) -> Iterator[tuple[list[CanonicalMessage], list[dict[str, Any]] | None]]:
+    ) -> Iterator[Attempt]:
         """The messages in forms that the template may take, each with the tools that are its own matter to show."""
         folded = fold_tools(plain, self.tool_format, self._tool_prompt(tools))
         alternating = (alternate(folded, self.family.lead if self._template else "{}\n\n"), None)

@@ -6,6 +6,7 @@ with a text of its own for all that is said; what of the twin is not in the prom
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,11 +88,19 @@ class Probe:
     text: str
     is_key: bool = False  # of the arguments of a call
 
-    def is_shown(self, prompt: str) -> bool:
-        """Python's own notation of a dict, and JSON in JSON, are not what models are taught."""
-        if self.text not in prompt:
-            return False
-        return not (self.is_key and (f"'{self.text}'" in prompt or f'\\"{self.text}' in prompt))
+
+# A probe, and what is before it where a key is in Python's notation of a dict or in JSON inside of JSON's text:
+# models are taught neither
+FOUND = re.compile(r"""(\\"|')?(probe(?:_tool_)?\d+z)""")
+
+
+def missing(probes: Sequence[Probe], prompt: str) -> tuple[str, ...]:
+    """Whose probes the prompt does not show."""
+    found = {(match[2], match[1] is not None) for match in FOUND.finditer(prompt)}
+    shown = {text for text, _ in found}
+    marred = {text for text, is_marred in found if is_marred}
+    lost = (probe.of for probe in probes if probe.text not in shown or (probe.is_key and probe.text in marred))
+    return tuple(dict.fromkeys(lost))
 
 
 def twin_of(messages: Sequence[CanonicalMessage]) -> tuple[list[CanonicalMessage], list[Probe]]:
@@ -139,8 +148,7 @@ def hidden_by(
     prompt = render(form.of(twins), [TWIN_TOOL] if has_tools else None)
     if "{'type': 'text'" in prompt:  # the parts themselves, in Python's notation
         return tuple(sorted(form.as_parts))
-    all_probes = [*probes, *(TOOL_PROBES if has_tools else ())]
-    return tuple(dict.fromkeys(probe.of for probe in all_probes if not probe.is_shown(prompt)))
+    return missing([*probes, *(TOOL_PROBES if has_tools else ())], prompt)
 
 
 def is_usual(messages: Sequence[CanonicalMessage]) -> bool:
