@@ -175,10 +175,8 @@ def test_blocks_in_8_bits_are_served_in_every_type_beside_every_type(
 # --- files
 
 
-def split(
-    directory: Path, has_index: bool, extra: Callable[[Path, Tensors], object] = lambda path, tensors: None
-) -> Path:
-    """In two files."""
+def split(directory: Path, index: dict[str, Any] | None, extra: Callable[[Path, Tensors], object]) -> Path:
+    """In two files; index: what it has beside the places."""
     save_tiny_checkpoint(directory)
     tensors = load_file(directory / "model.safetensors")
     os.remove(directory / "model.safetensors")
