@@ -327,6 +327,7 @@ def _check_path(path: Path) -> None:
 
 def _check_directory(directory: Path, name: str) -> None:
     names = {entry.name for entry in directory.iterdir()}
+    _check_adapter(directory, name, names)
     if "config.json" not in names:
         hint = "; name one of its .gguf files instead" if any(n.endswith(".gguf") for n in names) else ""
         raise errors.ModelLoadError(f"{name} has no config.json, so it is not a model's directory{hint}.")
@@ -337,6 +338,30 @@ def _check_directory(directory: Path, name: str) -> None:
     missing = sorted(_indexed_shards(directory) - names)
     if missing:
         raise errors.ModelLoadError(f"{name} lacks {len(missing)} weight files, the first of them {missing[0]}.")
+
+
+def _check_adapter(directory: Path, name: str, names: set[str]) -> None:
+    """An adapter (LoRA) changes another model's weights: without it that model would answer as if it were this one."""
+    has_weights = any(file.startswith("adapter_model.") for file in names)
+    if "config.json" in names and has_weights:
+        raise errors.ModelLoadError(
+            f"{name} has an adapter (adapter_model) beside the model, and adapters are not applied: merge it into the "
+            "weights (PEFT's merge_and_unload), or move its files away to serve the model without it."
+        )
+    if "config.json" not in names and (has_weights or "adapter_config.json" in names):
+        raise errors.ModelLoadError(
+            f"{name} is an adapter for {_base_of(directory)}, not a model: merge it into that model's weights (PEFT's "
+            "merge_and_unload), and name the directory with the result."
+        )
+
+
+def _base_of(directory: Path) -> str:
+    """The model that an adapter says it is for."""
+    try:
+        known = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(known["base_model_name_or_path"] or "another model")
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another model"
 
 
 def _indexed_shards(directory: Path) -> set[str]:

@@ -437,7 +437,7 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions) -> None
     assert isinstance(runner, ModelRunner)
     how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
     memory = start_check.Memory(options.cache_dir)
-    key = start_check.key_of(directory, runner.model, how)
+    key = start_check.key_of(directory, runner, how)
     if not memory.knows(key) and start_check.check(runner, engine.max_model_len):
         memory.keep(key)
 

@@ -90,6 +90,7 @@ class CachePlan:
 class KVCache:
     def __init__(self, plan: CachePlan, specs: dict[int, LayerSpec]) -> None:
         self.plan = plan
+        self.specs = specs
         self.groups = plan.groups
         self.block_size = plan.block_size
         self.keys: dict[int, torch.Tensor] = {}  # layer -> (num_blocks + 1, block_size, num_kv_heads, key_dim)

@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
 from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers, weight_files
@@ -117,7 +118,9 @@ def _load_stock(
     options: dict[str, Any] = {}
     if how in BITSANDBYTES:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns with every product
-        options["quantization_config"] = BitsAndBytesConfig(**BITSANDBYTES[how], bnb_4bit_compute_dtype=dtype)
+        options["quantization_config"] = BitsAndBytesConfig(
+            **BITSANDBYTES[how], bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_layers_to_keep(config)
+        )
     with _weights_progress(report):
         both = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -149,6 +152,14 @@ def _make_alike(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(kept in name for kept in names):
             parameter.data = parameter.data.to(dtype)
+
+
+def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
+    """Those that bitsandbytes leaves alone, if there are routers: these, and what it would leave anyhow."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    routers = [name for name, _ in model.named_modules() if packed_layers.ROUTER.search(name)]
+    return [*get_keys_to_not_convert(model), *routers] if routers else None
 
 
 def choose_quantization(wanted: str, dtype: str, on_cuda: bool, directory: Path) -> str:
@@ -442,12 +453,12 @@ class ModelRunner:
         return Started(batch, complete, self.sampler.choose(logits[: len(places)], heirs, masks))
 
     @torch.inference_mode()
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Of all of the batch's tokens, in its order: (tokens, vocab)."""
+    def logits(self, batch: Batch, num_kept: int | None = None) -> torch.Tensor:
+        """Of the batch's tokens, or its last `num_kept` ones, in its order: (tokens, vocab)."""
         layout = _Layout.of(batch)
         row_of = layout.rows()
         places = [(span.sequence.number, p) for span in batch.spans for p in range(span.start, span.end)]
-        return self.forward(layout, [row_of[place] for place in places])
+        return self.forward(layout, [row_of[place] for place in places[-(num_kept or 0) :]])
 
     def forward(self, layout: _Layout, rows: list[int], known: torch.Tensor | None = None) -> torch.Tensor:
         """The logits of the step's tokens number `rows`: (rows, vocab). known: the tokens, where the CPU lacks them."""

@@ -4,6 +4,7 @@ Stock models stay in charge of their structure: a layer is replaced by one that 
 several layers are replaced by one (norms, MLPs), the replacement is first compared with what it replaces.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -28,6 +29,9 @@ from engine.packing import (
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 FORMATS = {"int8": INT8, "int4": INT4, "bfloat16": BFLOAT16}
+ROUTER = re.compile(  # layers that choose experts: a little rounding there chooses others
+    r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)"
+)
 Prepared = Activations | torch.Tensor  # what `prepare` makes of a layer's input
 ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the same computation may be apart
 
@@ -193,6 +197,7 @@ class FusedNorm(nn.Module):
 
 def pack_model(model: PreTrainedModel, quantization: str, report: Callable[[float], None]) -> None:
     """Quantises a stock model's linear layers, in place; an int4 model's output layer has 8 bits, as it decides most.
+    Routers stay as they are.
 
     quantization: one of FORMATS.
     """
@@ -200,7 +205,7 @@ def pack_model(model: PreTrainedModel, quantization: str, report: Callable[[floa
     linears = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
     for number, (name, layer) in enumerate(linears):
         report(number / len(linears))
-        if not can_pack(layer.in_features):
+        if not can_pack(layer.in_features) or ROUTER.search(name):
             continue
         packed = _pack(layer.weight.data, INT8 if layer is head and quantization == "int4" else FORMATS[quantization])
         is_tied = embedding.weight is layer.weight

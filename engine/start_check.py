@@ -9,6 +9,7 @@ layers compute in both, so that the rounding of weights does not count.
 import hashlib
 import json
 import logging
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,17 +32,20 @@ from errors import ModelLoadError
 log = logging.getLogger(__name__)
 
 FOLDER = "checked"
-PROMPT_TOKENS = 24
+PROMPT_TOKENS = 16
 BEYOND_WINDOW = 8  # tokens of the prompt, where the window is small enough
 LARGEST_WINDOW = 64  # tokens that a prompt is made longer for
-CHUNK = 8  # the prompt's last tokens, computed in a step of their own
-NUM_DECODES = 4
+COMPARED = 8  # the prompt's last tokens, computed in a step of their own
+NUM_DECODES = 4  # the first of them alone, as both sides compute most of them
 # How far logits may be apart, as a part of their own spread. A rounding to bfloat16 changes a value by 1/256 at most,
 # to float16 by 1/2048, and quantized layers round what goes in to about 1/254. A model of 80 layers rounds its state
-# 160 times at random: 160 ** 0.5 / 256 = 0.05, which the layers may double or triple. 110 tiny architectures differ by
-# 2e-6 in float32 and by 0.11 in 16 or 8 bits at most; those whose attention is another one by 0.15 to 1.4.
+# 160 times at random: 160 ** 0.5 / 256 = 0.05, which the layers may double or triple. 100 tiny architectures differ by
+# 2e-6 in float32 and by 0.11 in 16 or 8 bits at most, Qwen 2.5 0.5B by 0.03; those that attend in another way by 0.15
+# to 1.4. A model's own formulas in 16 bits (EAGER) round the scores too: there Qwen 2.5 0.5B differs by 0.11.
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.15}
 QUANTIZED_TOLERANCE = 0.15
+EAGER, SDPA = "eager", "sdpa"  # transformers' names
+EAGER_FACTOR = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
@@ -49,21 +53,19 @@ class Difference:
     """How far the engine's logits are from the stock forward's, in the median: 0 where they are equal, about 1 where
     they have nothing in common. The median, as rounding alone can send a token of a mixture to another expert."""
 
-    prompt: float  # over all of its tokens
-    end: float  # over the prompt's last tokens, which a sliding window cuts
+    prompt: float  # over its last tokens, which see all others, or what a sliding window leaves
     decodes: float  # over the tokens after it
 
     @classmethod
     def between(cls, own: torch.Tensor, stock: torch.Tensor) -> "Difference":
-        """own, stock: (tokens, vocab), those of the prompt and of NUM_DECODES after it."""
+        """own, stock: (COMPARED + NUM_DECODES, vocab)."""
         own, stock = (logits - logits.mean(-1, keepdim=True) for logits in (own, stock))
         apart = ((own - stock).norm(dim=-1) / stock.norm(dim=-1).clamp(min=1e-6)).nan_to_num(torch.inf)
-        prompt, decodes = apart[:-NUM_DECODES], apart[-NUM_DECODES:]
-        return cls(*(float(part.median()) for part in (prompt, prompt[-CHUNK:], decodes)))
+        return cls(float(apart[:-NUM_DECODES].median()), float(apart[-NUM_DECODES:].median()))
 
     def faults(self, tolerance: float) -> list[str]:
         """What is beyond the tolerance, in words."""
-        places = {"the prompt": max(self.prompt, self.end), "the tokens after the prompt": self.decodes}
+        places = {"a prompt": self.prompt, "the tokens after a prompt": self.decodes}
         return [f"{place} by {value:.0%}" for place, value in places.items() if not value <= tolerance]
 
 
@@ -86,7 +88,7 @@ def check(runner: ModelRunner, max_model_len: int) -> bool:
         )
     log.info(
         "compared with transformers in %.0f ms: a prompt differs by %.2g of the logits' spread, later tokens by %.2g",
-        *((time.perf_counter() - began) * 1000, max(difference.prompt, difference.end), difference.decodes),
+        *((time.perf_counter() - began) * 1000, difference.prompt, difference.decodes),
     )
     return True
 
@@ -108,28 +110,36 @@ def _placeholders(model: PreTrainedModel) -> set[int]:
     return {config[name] for name in names if isinstance(config[name], int)}
 
 
+def reference_of(runner: ModelRunner) -> str:
+    """Which of transformers' implementations to compare with: the more exact one, where it computes all that the layers
+    ask for."""
+    has_softcap = any(spec.softcap is not None for spec in runner.cache.specs.values())
+    return SDPA if runner.model._supports_sdpa and not has_softcap else EAGER
+
+
 def tolerance_of(runner: ModelRunner) -> float:
     """Layers that round what goes in to 8 bits decide, whatever the model computes in beside them."""
     model = runner.model
     rounds = any(isinstance(layer, PackedLinear | SharedLinear | FusedMLP) for layer in model.modules())
-    if rounds or getattr(model, "hf_quantizer", None) is not None:
-        return QUANTIZED_TOLERANCE
-    return TOLERANCE[runner.dtype]
+    is_rounded = rounds or getattr(model, "hf_quantizer", None) is not None
+    tolerance = QUANTIZED_TOLERANCE if is_rounded else TOLERANCE[runner.dtype]
+    return tolerance * EAGER_FACTOR[runner.dtype] if reference_of(runner) == EAGER else tolerance
 
 
 @torch.inference_mode()
 def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
-    """(tokens, vocab) in float32: the prompt in two steps, and a step for each token after it."""
+    """(COMPARED + NUM_DECODES, vocab) in float32: the prompt in two chunks, the first token after it beside the second
+    one, and a step of decodes as a guess makes them."""
     length = len(token_ids) - NUM_DECODES
     sequence = Sequence(token_ids[:length], SamplingParams(max_tokens=NUM_DECODES), sink=lambda output: None)
     sequence.token_ids = list(token_ids)
-    starts = [0, max(length - CHUNK, 1), *range(length, len(token_ids))]
+    start = length - COMPARED
+    decodes = [Span(sequence, position, 1) for position in range(length, len(token_ids))]
     try:
         runner.cache.allocate(sequence, len(token_ids))
-        spans = [
-            Span(sequence, start, end - start) for start, end in zip(starts, [*starts[1:], len(token_ids)], strict=True)
-        ]
-        return torch.cat([runner.logits(Batch((span,))).float() for span in spans])
+        runner.logits(Batch((Span(sequence, 0, start),)), num_kept=1)
+        mixed = runner.logits(Batch((Span(sequence, start, COMPARED), decodes[0])))
+        return torch.cat([mixed, runner.logits(Batch(tuple(decodes[1:])))]).float()
     finally:
         runner.cache.free(sequence)
 
@@ -138,22 +148,22 @@ def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
 def _stock_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
     """The same, with transformers' attention and cache."""
     inputs = torch.tensor([token_ids], device=runner.device)
-    prompt, *steps = inputs.tensor_split(tuple(range(len(token_ids) - NUM_DECODES, len(token_ids))), dim=1)
+    length = len(token_ids) - NUM_DECODES
     rows, past = [], None
-    with _stock_attention(runner.model):
-        for part in (prompt, *steps):
-            output = runner.model(input_ids=part, past_key_values=past, use_cache=True)
+    with _attention(runner.model, reference_of(runner)):
+        for part in inputs.tensor_split((length, length + 1), dim=1):
+            kept = min(part.shape[1], COMPARED)
+            output = runner.model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=kept)
             past = output.past_key_values
             rows.append(output.logits[0].float())
     return torch.cat(rows)
 
 
 @contextmanager
-def _stock_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The plainest of transformers' own, which every model has."""
+def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     config: Any = model.config.get_text_config()
     before = config._attn_implementation
-    config._attn_implementation = "eager"
+    config._attn_implementation = implementation
     try:
         yield
     finally:
@@ -183,14 +193,12 @@ class Memory:
             log.info("the check at start is not remembered: %s", error)
 
 
-def key_of(directory: Path, model: PreTrainedModel, options: dict[str, Any]) -> str:
+def key_of(directory: Path, runner: ModelRunner, options: dict[str, Any]) -> str:
     """A name for all that decides about the check's outcome: the files, the libraries, our code, how it is run."""
     files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".packed", ".json"))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    device = str(model.device)
-    if model.device.type == "cuda":
-        device = torch.cuda.get_device_name(model.device)
-    known = (stats, torch.__version__, transformers.__version__, _code(), device, str(model.dtype), options)
+    device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else platform.processor()
+    known = (stats, torch.__version__, transformers.__version__, _code(), device, str(runner.dtype), options)
     return hashlib.sha256(json.dumps([str(directory.resolve()), known], default=str).encode()).hexdigest()
 
 

@@ -69,8 +69,10 @@ def weight_paths(directory: Path) -> list[Path]:
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if (directory / INDEX).exists():
-        places = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return [directory / name for name in sorted(set(places.values()))]
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        if "metadata" not in index:
+            raise ModelLoadError(f'{directory / INDEX} has no "metadata": transformers wants it, if only as {{}}.')
+        return [directory / name for name in sorted(set(index["weight_map"].values()))]
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if others:
         raise ModelLoadError(

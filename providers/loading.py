@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 IMPORTING = threading.Lock()  # two threads that import torch and transformers at once meet half-made modules
 SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # where request and model are silent; the specification's
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
+FOREIGN_VOCABULARIES = ("tokenizer.model", "tekken.json", "spiece.model", "tiktoken.model", "qwen.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,14 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, name: str = "") -> PromptTemplate:
     from transformers import AutoTokenizer
 
+    if not any((directory / name).exists() for name in VOCABULARIES):
+        # transformers would make an empty one, or convert another file and lose spaces and added tokens of some models
+        others = [name for name in FOREIGN_VOCABULARIES if (directory / name).exists()]
+        reason = f"has {others[0]} alone" if others else "has no vocabulary"
+        raise ModelLoadError(
+            f"{directory} {reason}, and what is read here is tokenizer.json: take that file from the model's page, or "
+            "from another model with the same vocabulary."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         tokenizer.chat_template = with_templates_beside(tokenizer.chat_template, directory)

@@ -1,0 +1,326 @@
+"""Checkpoints that would start, and answer with something else than the model, are refused or read rightly."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import _COMMON, byte_tokenizer, save_tiny_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import (
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import checkpoint
+from engine import kernels, packed_layers
+from engine.engine import Engine, EngineOptions, Facts, load_engine
+from engine.model_runner import ModelRunner, check_model, load_model
+from engine.sampling import SamplingParams
+from engine.scheduler import Batch, Span
+from engine.sequence import Sequence
+from errors import ModelLoadError
+from providers.loading import load_template
+
+Tensors = dict[str, torch.Tensor]
+
+
+def ignore(what: str, fraction: float) -> None:
+    pass
+
+
+def save(directory: Path, change: Callable[[Tensors], object], config: dict[str, Any] | None = None) -> Path:
+    """A tiny Qwen 3 whose tensors were changed."""
+    save_tiny_checkpoint(directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    edit(directory, **(config or {}))
+    return directory
+
+
+def edit(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def start(directory: Path, **options: Any) -> Engine:
+    return load_engine(directory, EngineOptions(kv_cache_memory=2**24, **options), Facts, ignore)[0]
+
+
+def logprobs(engine: Engine, token_ids: list[int]) -> torch.Tensor:
+    """(tokens, vocab)"""
+    runner = engine.runner
+    assert isinstance(runner, ModelRunner)
+    sequence = Sequence(token_ids, SamplingParams(max_tokens=1), sink=lambda output: None)
+    assert runner.cache.allocate(sequence, len(token_ids))
+    return runner.logits(Batch((Span(sequence, 0, len(token_ids)),))).float().log_softmax(-1)
+
+
+# --- tensors
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.down_proj.weight_scale",
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.2.mlp.experts.0.down_proj.weight",
+        "score.weight",
+    ],
+)
+def test_tensors_that_nobody_reads_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)}))
+    with pytest.raises(ModelLoadError, match=f"the tensor {name}, which nothing reads"):
+        load_model(directory, "float32", "cpu", ignore)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.3.mlp.down_proj.weight",  # beyond the model's layers: it predicts further tokens
+        "mtp.layers.0.mlp.down_proj.weight",
+        "visual.blocks.0.attn.qkv.weight",
+        "model.vision_tower.encoder.layers.0.weight",
+        "multi_modal_projector.linear_1.weight",
+        "model.layers.0.self_attn.k_scale",
+    ],
+)
+def test_what_a_text_model_rightly_leaves_unread_is_accepted(name: str, tmp_path: Path) -> None:
+    load_model(save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)})), "float32", "cpu", ignore)
+
+
+def to_codes(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("is_modelopt", [True, False])
+def test_numbers_in_8_bits_whose_scheme_nobody_says_are_refused(is_modelopt: bool, tmp_path: Path) -> None:
+    directory = save(tmp_path, to_codes)
+    if is_modelopt:
+        (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    reason = "hf_quant_config.json, which does, is read by NVIDIA" if is_modelopt else "so nothing does"
+    with pytest.raises(ModelLoadError, match=rf"21 tensors \(model.layers.0.mlp.down_proj.*F8_E4M3.*{reason}"):
+        check_model(directory, "auto", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [("modelopt", "'modelopt', which transformers does not know"), ("gptq", "not installed"), ("awq", "not installed")],
+)
+def test_quantizations_that_cannot_be_read_are_named(method: str, reason: str, tmp_path: Path) -> None:
+    scheme = {"quant_method": method, "bits": 4, "group_size": 128}
+    directory = save(tmp_path, lambda tensors: None, {"quantization_config": scheme})
+    with pytest.raises(ModelLoadError, match=reason) as raised:
+        load_model(directory, "auto", "cpu", ignore)
+    assert "\n" not in str(raised.value)
+
+
+BLOCK = 128
+
+
+def to_blocks(tensors: Tensors) -> None:
+    """As Qwen's FP8 checkpoints have them: https://arxiv.org/abs/2412.19437, section 3.3."""
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        blocks = tensors[name].float().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+        scales = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)
+        tensors[name], tensors[f"{name}_scale_inv"] = codes.to(torch.float8_e4m3fn), scales
+
+
+def plain(tensors: Tensors) -> Tensors:
+    def scaled(name: str) -> torch.Tensor:
+        if f"{name}_scale_inv" not in tensors:
+            return tensors[name].float()
+        spread = tensors[f"{name}_scale_inv"].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return tensors[name].float() * spread
+
+    return {name: scaled(name) for name in tensors if not name.endswith("_scale_inv")}
+
+
+@pytest.mark.parametrize("around", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_blocks_in_8_bits_are_served_in_every_type_beside_every_type(
+    around: torch.dtype, dtype: str, tmp_path: Path
+) -> None:
+    own = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
+    config = Qwen3Config(**{**_COMMON, **own, "initializer_range": 0.1})
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).to(around).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    to_blocks(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    edit(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]})
+    stock = Qwen3ForCausalLM(config).eval()
+    stock.load_state_dict(plain(tensors))
+    token_ids = list(range(0, 190, 7))
+    expected = stock(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+    apart = (logprobs(start(tmp_path, dtype=dtype), token_ids) - expected).abs().max()
+    assert apart < (0.01 if dtype == "float32" else 0.3)
+
+
+# --- files
+
+
+def split(directory: Path, index: dict[str, Any] | None, extra: Callable[[Path, Tensors], object]) -> Path:
+    """In two files; index: what it has beside the places."""
+    save_tiny_checkpoint(directory)
+    tensors = load_file(directory / "model.safetensors")
+    os.remove(directory / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({name: tensors[name] for name in own}, directory / file, {"format": "pt"})
+    if index is not None:
+        places = {name: file for file, own in parts.items() for name in own}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": places}))
+    extra(directory, tensors)
+    return directory
+
+
+def consolidated(directory: Path, tensors: Tensors) -> None:
+    """The same weights in Mistral's own format, with names that transformers does not know."""
+    renamed = {f"consolidated.{name}": torch.full_like(value, torch.nan) for name, value in tensors.items()}
+    save_file(renamed, directory / "consolidated.safetensors", {"format": "pt"})
+
+
+def repeated(directory: Path, tensors: Tensors) -> None:
+    first = directory / "model-00001-of-00002.safetensors"
+    names = [*load_file(first), sorted(tensors)[1]]
+    save_file({name: tensors[name] * 2 for name in names}, first, {"format": "pt"})
+
+
+def test_a_second_copy_in_another_format_is_not_read(tmp_path: Path) -> None:
+    load_model(split(tmp_path, {"metadata": {}}, consolidated), "float32", "cpu", ignore)
+
+
+def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="has the tensor .*, and so has model-00001"):
+        check_model(split(tmp_path, {"metadata": {}}, repeated), "float32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [(None, "neither model.safetensors nor model.safetensors.index.json"), ({}, 'index.json has no "metadata"')],
+)
+def test_parts_without_a_whole_index_are_refused_with_its_name(
+    index: dict[str, Any] | None, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelLoadError, match=reason):
+        check_model(split(tmp_path, index, lambda directory, tensors: None), "float32", "cpu")
+
+
+def test_a_head_of_its_own_is_kept_where_the_configuration_says_tied(tmp_path: Path) -> None:
+    """What the files say goes before what the configuration says."""
+    directory = save(tmp_path, lambda tensors: None, {"tie_word_embeddings": True})
+    model = load_model(directory, "float32", "cpu", ignore)
+    head = load_file(directory / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    assert not torch.equal(model.get_input_embeddings().weight, head)
+
+
+def test_a_missing_head_is_refused_unless_it_is_tied(tmp_path: Path) -> None:
+    directory = save(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ModelLoadError, match="lacks the tensor lm_head.weight"):
+        load_model(directory, "float32", "cpu", ignore)
+    edit(directory, tie_word_embeddings=True)
+    model = load_model(directory, "float32", "cpu", ignore)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_adapter_is_named(has_config: bool, tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B", "r": 8}')
+    checkpoint.check(str(tmp_path))  # a description alone changes nothing
+    os.rename(tmp_path / "model.safetensors", tmp_path / "adapter_model.safetensors")
+    if has_config:
+        shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "model.safetensors")
+    else:
+        os.remove(tmp_path / "config.json")
+    reason = "adapter .* beside the model" if has_config else "an adapter for Qwen/Qwen3-8B, not a model: merge it"
+    with pytest.raises(ModelLoadError, match=reason):
+        checkpoint.check(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"), [("tokenizer.model", "has tokenizer.model alone"), (None, "has no vocabulary")]
+)
+def test_a_vocabulary_that_is_not_read_here_is_named(file: str | None, reason: str, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    os.remove(tmp_path / "tokenizer.json")
+    if file:
+        (tmp_path / file).write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(ModelLoadError, match=f"{reason}, and what is read here is tokenizer.json"):
+        load_template(tmp_path, "llama")
+
+
+# --- architectures
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "gptj", "gpt_neo", "mpt", "biogpt", "bloom", "bart"])
+def test_models_with_an_attention_of_their_own_are_refused_in_a_sentence(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ModelLoadError, match=f"Models of type '{model_type}' are not supported") as raised:
+        check_model(tmp_path, "auto", "cpu")
+    assert "paged_blocks" not in str(raised.value)
+
+
+MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "jetmoe": lambda: JetMoeForCausalLM(
+        JetMoeConfig(
+            vocab_size=199, hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, kv_channels=16,
+            intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=None,
+        )
+    ),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **{**_COMMON, "hidden_size": 64, "intermediate_size": 64}, num_hidden_layers=2, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64,
+        )
+    ),
+}  # fmt: skip
+ROUTERS = {"jetmoe": "mlp.router.layer", "qwen2_moe": "mlp.shared_expert_gate"}
+
+
+@pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+@pytest.mark.parametrize("quantization", ["int8", "int4", "bnb-8bit"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routers_are_never_quantized(name: str, quantization: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    MIXTURES[name]().save_pretrained(tmp_path)
+    model = load_model(tmp_path, "float32", "cpu", ignore, quantization)
+    routers = [module for path, module in model.named_modules() if path.endswith(ROUTERS[name])]
+    assert len(routers) == 2 and {type(router) for router in routers} == {torch.nn.Linear}
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert kinds & {"PackedLinear", "SharedLinear", "Linear8bitLt"}
+
+
+@pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+def test_a_mixture_in_8_bits_moves_as_a_dense_model_does() -> None:
+    """The median token: a few are sent to other experts even by what attention in 8 bits rounds."""
+    moved = {}
+    for name in ("dense", *MIXTURES):
+        torch.manual_seed(0)
+        dense = LlamaConfig(**{**_COMMON, "hidden_size": 64, "intermediate_size": 64}, num_hidden_layers=2)
+        model = LlamaForCausalLM(dense).eval() if name == "dense" else MIXTURES[name]().eval()
+        token_ids = torch.arange(0, 198, 3)[None]
+        with torch.inference_mode():
+            before = model(token_ids).logits.log_softmax(-1)
+            packed_layers.pack_model(model, "int8", lambda fraction: None)
+            after = model(token_ids).logits.log_softmax(-1)
+        moved[name] = float((after - before).abs().amax(-1).median())
+    assert max(moved.values()) <= 1.5 * moved["dense"], moved
