@@ -40,6 +40,7 @@ SOFTCAPS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.sliding_window": "sliding_window",
 }
+LEAST = {"attention.sliding_window": 0, "feed_forward_length": 0}  # of counts; 1 of others
 EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 GPT2 = {
     "context_length": "n_positions",
@@ -120,6 +121,13 @@ class Keys:
             raise ValueError(f"its key {self.architecture}.{key} {said}")
         return value
 
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of things."""
+        value = self.number(key, default)
+        if value != int(value) or value < least:
+            raise self.refuse(key, f"it can only be a whole number from {least} on")
+        return int(value)
+
     def refuse(self, key: str, served: str = "") -> ValueError:
         value = _said(self._values.get(key))
         hint = f" ({served})" if served else ""
@@ -160,7 +168,7 @@ def _said(value: Value | None) -> str:
 
 def _head_dim(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     heads, hidden = found["num_attention_heads"], found["hidden_size"]
-    size = keys.number("attention.key_length", hidden // heads)
+    size = keys.count("attention.key_length", hidden // heads)
     _scale(keys, size)
     return {"head_dim": size}
 
@@ -169,7 +177,7 @@ def _shape_alone(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     """The heads of classes that have no setting for their size."""
     heads = found["num_attention_heads" if "num_attention_heads" in found else "n_head"]
     hidden = found["hidden_size" if "hidden_size" in found else "n_embd"]
-    size = keys.number("attention.key_length", hidden // heads)
+    size = keys.count("attention.key_length", hidden // heads)
     if size != hidden // heads:
         raise keys.refuse("attention.key_length", f"it can only be {hidden // heads}")
     _scale(keys, size)
@@ -184,7 +192,7 @@ def _scale(keys: Keys, head_dim: int) -> None:
 
 
 def _key_value_heads(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
-    return {"num_key_value_heads": keys.number("attention.head_count_kv", found["num_attention_heads"])}
+    return {"num_key_value_heads": keys.count("attention.head_count_kv", found["num_attention_heads"])}
 
 
 def _biases(**names: str) -> Derive:
@@ -197,7 +205,7 @@ def _no_parallel(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
 
 
 def _window(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
-    return {"sliding_window": keys.number("attention.sliding_window", 0) or None}
+    return {"sliding_window": keys.count("attention.sliding_window", 0, least=0) or None}
 
 
 def _original(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
@@ -216,13 +224,17 @@ def _shared_expert(keys: Keys, found: Attributes, factors: Factors) -> Attribute
 
 def _dense_size(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     """Of layers that a model of experts alone does not have."""
-    return {"intermediate_size": keys.number("feed_forward_length", 1) or 1}
+    return {"intermediate_size": keys.count("feed_forward_length", 1, least=0) or 1}
 
 
 def _norm_of_experts(default: bool) -> Derive:
-    return lambda keys, found, factors: {
-        "norm_topk_prob": default if (said := keys.value("expert_weights_norm")) is None else bool(said)
-    }
+    def derive(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
+        said = keys.value("expert_weights_norm")
+        if not isinstance(said, bool | None):
+            raise keys.refuse("expert_weights_norm", "it can only be true or false")
+        return {"norm_topk_prob": default if said is None else said}
+
+    return derive
 
 
 def _expert_size(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
@@ -252,7 +264,7 @@ def _size_of_heads(found: Attributes) -> int:
 
 
 def _rotated(keys: Keys, found: Attributes) -> int:
-    return int(keys.number("rope.dimension_count", _size_of_heads(found)))
+    return keys.count("rope.dimension_count", _size_of_heads(found))
 
 
 def _base(keys: Keys) -> float:
@@ -263,7 +275,7 @@ def _scaled(keys: Keys, found: Attributes, factors: Factors, size: int) -> Attri
     """The parameters of rotary embeddings of `size` dimensions, as transformers takes them."""
     kind = keys.value("rope.scaling.type")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
-    original = keys.number("rope.scaling.original_context_length", found["max_position_embeddings"])
+    original = keys.count("rope.scaling.original_context_length", found["max_position_embeddings"])
     attention = keys.number("rope.scaling.attn_factor", 0.0) or 1.0
     parameters: Attributes = {"rope_theta": _base(keys)}
     if factors:
@@ -371,12 +383,12 @@ GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of those whose scores have a 
 
 def _gemma(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     """llama.cpp knows the attention's scale by the number of layers: files do not say it."""
-    size = keys.number("attention.key_length", found["hidden_size"] // found["num_attention_heads"])
+    size = keys.count("attention.key_length", found["hidden_size"] // found["num_attention_heads"])
     is_27b = found["num_hidden_layers"] == GEMMA_27B[keys.architecture]
     scalar = found["hidden_size"] // found["num_attention_heads"] if is_27b else size
     if scale := keys.number("attention.scale", 0.0):
-        scalar = round(scale**-2)
-        if not math.isclose(scalar**-0.5, scale, rel_tol=TOLERANCE):
+        scalar = round(scale**-2) if scale > 0 else 0
+        if not scalar or not math.isclose(scalar**-0.5, scale, rel_tol=TOLERANCE):
             raise keys.refuse("attention.scale")
     return {"head_dim": size, "query_pre_attn_scalar": scalar}
 
@@ -416,10 +428,13 @@ def _layers(keys: Keys, found: Attributes, period: int) -> list[str]:
     names = {True: "sliding_attention", False: "full_attention"}
     said = keys.value("attention.sliding_window_pattern")
     if isinstance(said, Array):
+        if len(said.items) != found["num_hidden_layers"]:
+            raise keys.refuse("attention.sliding_window_pattern", f"it has {said.length} layers")
         return [names[bool(item)] for item in said.items]
     if isinstance(said, bool):
         return [names[said]] * found["num_hidden_layers"]
-    period = int(said) if isinstance(said, int) and said else period
+    if said is not None:
+        period = keys.count("attention.sliding_window_pattern")
     return [names[(layer + 1) % period != 0] for layer in range(found["num_hidden_layers"])]
 
 
@@ -541,7 +556,8 @@ def attributes(header: Header, factors: Factors) -> Attributes:
     found: Attributes = {"model_type": architecture.model_type, **architecture.constants}
     for key, attribute in architecture.attributes.items():
         if key in keys or key not in architecture.optional:
-            found[attribute] = keys.number(key)
+            is_count = not key.endswith(("epsilon", "softcapping"))
+            found[attribute] = keys.count(key, least=LEAST.get(key, 1)) if is_count else keys.number(key)
     for derive in architecture.derive:
         found |= derive(keys, found, factors)
     _refuse_others(keys, architecture)

@@ -123,7 +123,11 @@ def _completed(backend: Any, gguf: Path, header: Header) -> Any:
     """The tokenizer with what transformers does not read."""
     from tokenizers import AddedToken, Tokenizer
 
-    state = json.loads(backend.to_str())
+    state = {**json.loads(backend.to_str()), "post_processor": None}  # which is made anew
+    size = header.values["tokenizer.ggml.tokens"]
+    assert isinstance(size, Array)
+    # transformers' classes have tokens of their own, such as `<|endoftext|>`, for which the model has no embedding
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size.length]
     added: dict[str, bool] = {}
     if header.values["tokenizer.ggml.model"] == BYTE_LEVEL:
         state["model"]["ignore_merges"] = _pre(header) in WHOLE_WORDS

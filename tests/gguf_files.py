@@ -32,10 +32,11 @@ def write(
     tensors: Mapping[str, Numbers],
     tokenizer: Mapping[str, Any] = TOKENIZER,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    parts: int = 0,
 ) -> None:
     """values: by the whole key, or by its end where the architecture's name is the rest; kind: of the matrices whose
-    columns fill its blocks."""
-    writer = gguf.GGUFWriter(path, architecture)
+    columns fill its blocks; parts: the file is split into parts of so many tensors."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=parts)
     for key, value in {**values, **tokenizer}.items():
         if value is None:
             continue

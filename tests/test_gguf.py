@@ -1,17 +1,27 @@
 """GGUF files compute what the models do that they were made of, or are refused by the name of what cannot be read."""
 
+import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_files
 import numpy
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import checkpoint
 import conversion
+import gguf_header
+import gguf_metadata
+import gguf_parts
+from errors import ModelLoadError
 
 COMMON = {
     "vocab_size": gguf_files.VOCAB,
@@ -263,3 +273,316 @@ def converted(path: Path) -> PreTrainedModel:
 def test_a_gguf_file_computes_what_its_model_does(name: str, tmp_path: Path) -> None:
     model = TWINS[name].write(tmp_path / "tiny.gguf")
     assert difference(model, converted(tmp_path / "tiny.gguf")) < 1e-3
+
+
+# --- each key: honoured, without effect, or refused by its name
+
+FIRST = {architecture: name for name, twin in reversed(TWINS.items()) if (architecture := twin.architecture)}
+
+
+def all_keys() -> list[str]:
+    """The ends of all keys that llama.cpp knows for an architecture."""
+    groups = [gguf.constants.Keys]
+    found = []
+    while groups:
+        for value in vars(groups.pop()).values():
+            if isinstance(value, type):
+                groups.append(value)
+            elif isinstance(value, str) and value.startswith("{arch}."):
+                found.append(value.removeprefix("{arch}."))
+    return found
+
+
+@pytest.mark.parametrize("architecture", gguf_metadata.ARCHITECTURES)
+def test_no_key_is_dropped(architecture: str, tmp_path: Path) -> None:
+    """Of all that llama.cpp knows: one with another value is refused, or it is in the configuration."""
+    path = tmp_path / "tiny.gguf"
+    TWINS[FIRST[architecture]].write(path)
+    header = gguf_header.read(path)
+    usual = gguf_metadata.attributes(header, {})
+    names = {*all_keys(), "rope.scale_linear", "never.heard.of"} - gguf_metadata.NO_EFFECT
+    for name in sorted(names):
+        key = f"{architecture}.{name}"
+        said = header.values.get(key)
+        value = said + 1 if isinstance(said, int | float) else 5
+        values = {**header.values, key: value}
+        if name in ("rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast"):
+            values |= {f"{architecture}.{k}": v for k, v in YARN.items() if k != name}
+        try:
+            found = gguf_metadata.attributes(gguf_header.Header(False, values, header.tensors), {})
+        except ValueError as refusal:
+            assert architecture in str(refusal), key
+        else:
+            assert found != usual or name in WITHOUT_SCALING | OTHER_EFFECTS.get(architecture, set()), key
+
+
+WITHOUT_SCALING = {"rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier"}  # which say how to scale
+OTHER_EFFECTS = {  # honoured from elsewhere, or not at all by llama.cpp
+    "gpt2": {"rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast"},
+    **dict.fromkeys(("qwen3moe", "qwen2moe", "minimax-m2"), {"feed_forward_length"}),  # the shapes of the experts
+}
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_a_tensor_that_nothing_takes_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    twin = TWINS[name]
+    extra = {"blk.0.attn_q_extra.weight": factors([1.0] * 8)}
+    Twin(twin.architecture, twin.model_type, twin.config, twin.keys, extra).write(tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match=r"blk\.0\.attn_q_extra\.weight"):
+        converted(tmp_path / "tiny.gguf")
+
+
+def refusal(path: Path) -> str:
+    """What the server says of the file, before it imports torch."""
+    with pytest.raises(ModelLoadError) as raised:
+        checkpoint.fetch(str(path), path.parent / "cache", lambda what, fraction: None)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"attention.scale": 0.5}, "llama.attention.scale is 0.5"),
+        ({"logit_scale": 0.125}, "llama.logit_scale is 0.125"),
+        ({"expert_count": 8, "expert_used_count": 2}, "llama.expert_count is 8"),
+        ({"attention.sliding_window": 32}, "llama.attention.sliding_window is 32"),
+        ({"attention.causal": False}, "llama.attention.causal is False"),
+        ({"rope.scaling.type": "quadratic", "rope.scaling.factor": 2.0}, "llama.rope.scaling.type is quadratic"),
+        ({"rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
+        ({"attention.head_count": [4, 2]}, "llama.attention.head_count is not one number for all layers"),
+        ({"something.new": 1}, "llama.something.new is 1"),
+        ({"attention.layer_norm_rms_epsilon": None}, "llama.attention.layer_norm_rms_epsilon is missing"),
+        ({"general.type": "adapter"}, "LoRA adapter"),
+        ({"adapter.type": "lora"}, "LoRA adapter"),
+        ({"general.type": "mmproj"}, "name the file of its text model"),
+        ({"general.type": "imatrix"}, "importance matrix"),
+        ({"general.type": "lens"}, "general.type is lens"),
+        ({"split.count": 3, "split.no": 0}, "one of 3 parts of a model"),
+        ({"tokenizer.ggml.model": "none"}, "it has no tokenizer"),
+        ({"tokenizer.ggml.model": "rwkv"}, "tokenizer.ggml.model is rwkv"),
+        ({"tokenizer.ggml.something": 1}, "tokenizer.ggml.something is not known"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_its_name(keys: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    own = {key: value for key, value in keys.items() if key.startswith("tokenizer.")}
+    twin(LLAMA_, LLAMA, None, {key: value for key, value in keys.items() if key not in own}).write(
+        tmp_path / "tiny.gguf", tokenizer={**gguf_files.TOKENIZER, **own}
+    )
+    assert reason in refusal(tmp_path / "tiny.gguf")
+
+
+def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+    gguf_files.write(tmp_path / "x.gguf", "mamba", {}, {"token_embd.weight": factors([1.0])})
+    assert "its architecture is mamba, and known are llama" in refusal(tmp_path / "x.gguf")
+
+
+def test_a_file_in_the_other_order_of_bytes_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", factors([1.0] * 64))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "it is big-endian" in refusal(tmp_path / "x.gguf")
+
+
+def test_a_type_of_tensor_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    tensors = {"rope_freqs.weight": numpy.ones(8, dtype=numpy.float64)}
+    twin(LLAMA_, LLAMA, None, None, tensors).write(tmp_path / "tiny.gguf")
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight is of type F64"):
+        converted(tmp_path / "tiny.gguf")
+
+
+# --- types of tensors
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_types_of_tensors_are_read(kind: str, tmp_path: Path) -> None:
+    """Rounded as the type rounds, and not more."""
+    model = LLAMA_TWIN.write(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType[kind])
+    bound = {"F16": 1e-3, "BF16": 1e-3, "Q8_0": 3.0, "Q4_0": 30.0}[kind]
+    assert difference(model, converted(tmp_path / "tiny.gguf"), 20) < bound
+
+
+LLAMA_TWIN = TWINS["llama, tied"]
+
+# --- parts
+
+
+def write_parts(path: Path) -> list[Path]:
+    """As gguf-split does."""
+    LLAMA_TWIN.write(path, parts=8)
+    path.unlink(missing_ok=True)
+    return sorted(path.parent.glob("*-of-*.gguf"))
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_any_part_stands_for_all(number: int, tmp_path: Path) -> None:
+    paths = write_parts(tmp_path / "tiny.gguf")
+    assert len(paths) == 3
+    found = gguf_parts.parts(paths[number])
+    assert found == paths and gguf_parts.stem(paths[number].name) == "tiny"
+    conversion.convert(found, tmp_path / "converted", lambda fraction: None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32)
+    assert difference(LLAMA_TWIN.model(), model) < 1e-3
+    assert not list((tmp_path / "converted").glob("*.gguf"))
+
+
+def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
+    paths = write_parts(tmp_path / "tiny.gguf")
+    paths[1].unlink()
+    said = refusal(paths[0])
+    assert "is one of 3 parts of a model, of which 1 are missing beside it: tiny-00002-of-00003.gguf" in said
+
+
+# --- converted directories
+
+
+def test_what_an_older_converter_made_is_made_again_and_removed(tmp_path: Path) -> None:
+    LLAMA_TWIN.write(tmp_path / "tiny.gguf")
+    path, cache = str(tmp_path / "tiny.gguf"), tmp_path / "cache"
+    directory = checkpoint.fetch(path, cache, lambda what, fraction: None).directory
+    old = directory.with_name(directory.name.rpartition("-")[0] + "-v2")
+    other = directory.with_name("tiny-0123456789abcdef-v2")
+    directory.rename(old)
+    other.mkdir()
+    assert checkpoint.fetch(path, cache, lambda what, fraction: None).directory == directory
+    assert directory.exists() and other.exists() and not old.exists()
+
+
+def test_the_converters_version_is_that_of_all_that_converts() -> None:
+    """Else a directory that an older one wrote would be used after an update."""
+    root = Path(conversion.__file__).parent
+    script = (
+        "import sys, json, conversion;"
+        "sys.argv = ['', '', ''];"
+        "from engine import packed_checkpoint;"
+        "print(json.dumps([m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)]))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    loaded = {Path(file) for file in json.loads(run.stdout)}
+    own = {str(path.relative_to(root)) for path in loaded if path.is_relative_to(root) and ".venv" not in path.parts}
+    assert own - set(conversion.SOURCES) <= NOT_CONVERTING
+    assert re.fullmatch("v[0-9a-f]{8}", conversion.converter_version())
+
+
+NOT_CONVERTING = {  # imported by what converts, without a say in what is written
+    *("errors.py", "atomic_files.py", "engine/__init__.py", "engine/packed_layers.py", "engine/kernels.py"),
+    *("engine/jit.py", "engine/threads.py", "memory.py"),
+}
+
+
+# --- tokenizers
+
+
+def tokenizer(path: Path, **keys: Any) -> Any:
+    """keys: of the tokenizer; `__` is a point."""
+    own = {f"tokenizer.{key.replace('__', '.')}": value for key, value in keys.items()}
+    LLAMA_TWIN.write(path, tokenizer={**gguf_files.TOKENIZER, **own})
+    conversion.convert([path], path.with_suffix(""), lambda fraction: None)
+    return AutoTokenizer.from_pretrained(path.with_suffix(""))
+
+
+def test_control_tokens_outside_ascii_stay_whole(tmp_path: Path) -> None:
+    """DeepSeek's, say."""
+    tokens, kinds = list(gguf_files.TOKENS), list(gguf_files.TOKENIZER["tokenizer.ggml.token_type"])
+    tokens[-3:-1], kinds[-2] = ["<｜begin▁of▁sentence｜>", "<｜User｜>"], 4
+    found = tokenizer(
+        tmp_path / "tiny.gguf",
+        ggml__tokens=tokens,
+        ggml__token_type=kinds,
+        ggml__bos_token_id=gguf_files.VOCAB - 3,
+        ggml__add_bos_token=True,
+    )
+    ids = found.encode("a<｜User｜>b<｜begin▁of▁sentence｜>")
+    assert found.convert_ids_to_tokens(ids) == [
+        "<｜begin▁of▁sentence｜>",
+        "a",
+        "<｜User｜>",
+        "b",
+        "<｜begin▁of▁sentence｜>",
+    ]
+    assert ids[0] == gguf_files.VOCAB - 3 and ids[2] == gguf_files.VOCAB - 2 and len(found) == gguf_files.VOCAB
+    assert found.decode(ids, skip_special_tokens=True) == "a<｜User｜>b"
+    assert found.bos_token == "<｜begin▁of▁sentence｜>"
+
+
+SENTENCEPIECE = {
+    "ggml__model": "llama",
+    "ggml__pre": None,
+    "ggml__merges": None,
+    "ggml__tokens": ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(253)), "▁", "a", "b", "▁a", "▁b"],
+    "ggml__scores": [0.0] * 256 + [-1.0, -2.0, -3.0, -4.0, -5.0],
+    "ggml__token_type": [2, 3, 3] + [6] * 253 + [1] * 5,
+    "ggml__bos_token_id": 1,
+    "ggml__eos_token_id": 2,
+    "ggml__unknown_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(("prefix", "first"), [(None, "▁a"), (True, "▁a"), (False, "a")])
+def test_a_space_before_the_text_is_added_where_the_file_says_so(
+    prefix: bool | None, first: str, tmp_path: Path
+) -> None:
+    found = tokenizer(tmp_path / "tiny.gguf", **SENTENCEPIECE, ggml__add_space_prefix=prefix)
+    ids = found.encode("a b")
+    assert found.convert_ids_to_tokens(ids) == ["<s>", first, "▁b"]
+    assert found.decode(ids, skip_special_tokens=True) == "a b"
+
+
+def test_a_sentencepiece_tokenizer_without_scores_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lacks the key tokenizer\.ggml\.scores"):
+        tokenizer(tmp_path / "tiny.gguf", **{**SENTENCEPIECE, "ggml__scores": None})
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        ("gpt-2", "in 2026's", ["in", "Ġ2026", "'s"]),
+        ("smollm", "in 2026", ["in", "Ġ", "2", "0", "2", "6"]),
+        ("qwen2", "in 2026", ["in", "Ġ", "2", "0", "2", "6"]),
+        ("llama-bpe", "in 2026", ["in", "Ġ", "202", "6"]),
+        ("deepseek-v3", "in 2026", ["in", "Ġ", "202", "6"]),
+        ("default", "in 2026!", ["in", "Ġ", "202", "6", "!"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(pre: str, text: str, words: list[str], tmp_path: Path) -> None:
+    found = tokenizer(tmp_path / "tiny.gguf", ggml__pre=pre)
+    split = found.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [word for word, _ in split] == words
+
+
+def test_an_unknown_way_to_split_text_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre is no-such, a way to split text that is not known"):
+        tokenizer(tmp_path / "tiny.gguf", ggml__pre="no-such")
+
+
+@pytest.mark.parametrize(
+    ("pre", "said", "adds"),
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("qwen2", None, False), ("qwen2", True, True)],
+)
+def test_a_text_begins_as_the_file_says_or_as_its_kind_does(
+    pre: str, said: bool | None, adds: bool, tmp_path: Path
+) -> None:
+    bos = gguf_files.VOCAB - 3
+    found = tokenizer(tmp_path / "tiny.gguf", ggml__pre=pre, ggml__bos_token_id=bos, ggml__add_bos_token=said)
+    assert (found.encode("ab")[0] == bos) == adds
+
+
+def test_several_templates_are_kept_by_name(tmp_path: Path) -> None:
+    found = tokenizer(
+        tmp_path / "tiny.gguf",
+        chat_template="plain",
+        chat_template__tool_use="with tools",
+        chat_templates=["tool_use"],
+    )
+    assert found.chat_template == {"default": "plain", "tool_use": "with tools"}
+    assert found.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "plain"
+
+
+def test_all_tokens_that_end_a_turn_do(tmp_path: Path) -> None:
+    end = gguf_files.VOCAB - 1
+    tokenizer(tmp_path / "tiny.gguf", ggml__eot_token_id=end - 1, ggml__eom_token_id=end)
+    generation = json.loads((tmp_path / "tiny" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [end, end - 1]
