@@ -7,6 +7,7 @@ Hub repository or of a package.
 import contextlib
 import fnmatch
 import functools
+import glob
 import hashlib
 import importlib
 import io
@@ -23,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import errors
+import gguf_parts
 from atomic_files import Report, locked, remove, require_room, temporary
-from conversion import convert_gguf, last_line
+from conversion import convert_gguf, converter_version, last_line
 
 DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
 DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"
 CONNECT_TIMEOUT = 3.0  # seconds
-CONVERSION_VERSION = 2  # goes up when a directory that `_convert` wrote before must not be used any more
 CHUNK = 1 << 20  # bytes
 HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
@@ -179,7 +180,7 @@ def default_model_path() -> str:
 def served_name(model_path: str) -> str:
     """The model's base name; looks at no file."""
     name = os.path.basename(os.path.abspath(model_path)).removeprefix("demo:")
-    return name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
+    return gguf_parts.stem(name)
 
 
 def check(model_path: str) -> None:
@@ -208,10 +209,11 @@ def fetch(model_path: str, cache_dir: Path, report: Report, sources: Sources | N
             return _fetch_converted_demo(model_path, cache_dir, report, sources)
         if path.is_dir():
             return Checkpoint(path)
-        status = path.stat()
-        identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        parts = gguf_parts.parts(path)
+        states = [(part.resolve(), part.stat()) for part in parts]
+        identity = "\n".join(f"{part} {status.st_size} {status.st_mtime_ns}" for part, status in states)
         key = hashlib.sha256(identity.encode()).hexdigest()
-        return Checkpoint(convert_gguf(path, _converted(cache_dir, served_name(model_path), key), report))
+        return _convert(parts, cache_dir, served_name(model_path), key, report)
 
 
 def fetch_demo(name: str, demo: DemoModel, cache_dir: Path, report: Report, sources: Sources) -> Path:
@@ -373,16 +375,27 @@ def _indexed_shards(directory: Path) -> set[str]:
         raise errors.ModelLoadError(f"{index} is not an index of safetensors files.") from error
 
 
+def _convert(paths: list[Path], cache_dir: Path, name: str, key: str, report: Report) -> Checkpoint:
+    """The directory that a GGUF file is converted to; what other versions of the converter made of it is removed."""
+    target = _converted(cache_dir, name, key)
+    if not target.exists():
+        convert_gguf(paths, target, report)
+        for other in target.parent.glob(f"{glob.escape(f'{name}-{key[:16]}-')}*"):
+            if not other.name.startswith(target.name):
+                remove(other)
+    return Checkpoint(target)
+
+
 def _converted(cache_dir: Path, name: str, key: str) -> Path:
-    return cache_dir / "safetensors" / f"{name}-{key[:16]}-v{CONVERSION_VERSION}"
+    return cache_dir / "safetensors" / f"{name}-{key[:16]}-{converter_version()}"
 
 
 def _fetch_converted_demo(name: str, cache_dir: Path, report: Report, sources: Sources) -> Checkpoint:
     demo = DEMO_MODELS[name]
-    target = _converted(cache_dir, served_name(name), demo.sha256)
-    if target.exists():
+    if (target := _converted(cache_dir, served_name(name), demo.sha256)).exists():
         return Checkpoint(target)
-    return Checkpoint(convert_gguf(fetch_demo(name, demo, cache_dir, report, sources), target, report))
+    path = fetch_demo(name, demo, cache_dir, report, sources)
+    return _convert([path], cache_dir, served_name(name), demo.sha256, report)
 
 
 def _reachable(endpoint: str) -> bool:

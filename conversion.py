@@ -1,54 +1,88 @@
 """Conversion of a GGUF file into a directory of safetensors that loads in seconds. As a program, it is the child."""
 
 import contextlib
+import functools
+import hashlib
+import importlib.metadata
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import errors
 import gguf_header
+import gguf_metadata
+import gguf_parts
+import gguf_tokenizer
 from atomic_files import Report, locked, require_room, temporary
 
+SOURCES = (  # of all that decides what is in a converted directory
+    *("conversion.py", "gguf_header.py", "gguf_metadata.py", "gguf_parts.py", "gguf_tokenizer.py"),
+    *("engine/gguf_blocks.py", "engine/packed_checkpoint.py", "engine/packing.py"),
+)
+LIBRARIES = ("transformers", "gguf", "tokenizers")
 
-def convert_gguf(gguf: Path, target: Path, report: Report) -> Path:
+
+@functools.cache
+def converter_version() -> str:
+    """Another one where anything that converts has changed, so that nothing made by an older converter is used."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes().replace(b"\r\n", b"\n"))
+    for name in LIBRARIES:
+        digest.update(f"{name} {importlib.metadata.version(name)}".encode())
+    return f"v{digest.hexdigest()[:8]}"
+
+
+def convert_gguf(paths: list[Path], target: Path, report: Report) -> Path:
     """Writes a GGUF file's weights, in bfloat16 and packed, and its tokenizer to the directory `target`, once.
+
+    paths: the file, or all its parts.
 
     transformers would dequantise a GGUF at every start, for tens of seconds. A child process does it here, so that
     the server does not keep the memory that it takes.
     """
     with locked(target, report):
         if not target.exists():
-            _check_header(gguf)
-            require_room(target.parent, gguf.stat().st_size, gguf.name)  # at least; the child knows exactly
+            _check_header(paths)
+            require_room(target.parent, _size(paths), paths[0].name)  # at least; the child knows exactly
             with temporary(target) as directory:
-                _run_conversion(gguf, directory, report)
+                _run_conversion(paths, directory, report)
                 if not target.exists():  # without locks, another process may have been faster
                     os.replace(directory, target)
     return target
 
 
-def _check_header(gguf: Path) -> None:
+def _size(paths: list[Path]) -> int:
+    """Bytes."""
+    return sum(path.stat().st_size for path in paths)
+
+
+def _check_header(paths: list[Path]) -> None:
     try:
-        gguf_header.check(gguf)
+        header = gguf_parts.read(paths)
+        gguf_metadata.check_kind(header)
+        gguf_metadata.attributes(header, gguf_metadata.no_factors(header))
+        gguf_tokenizer.check(header)
     except ValueError as error:
-        raise _refusal(gguf, str(error)) from error
+        raise _refusal(paths[0], str(error)) from error
 
 
 def _refusal(gguf: Path, reason: str) -> errors.ModelLoadError:
     return errors.ModelLoadError(f"{gguf.name} could not be converted (is it whole, and a text model?): {reason}")
 
 
-def _run_conversion(gguf: Path, directory: Path, report: Report) -> None:
-    """`_convert` in a child, which prints its progress; what transformers has to say is kept for the error."""
-    what = f"converting {gguf.name}"
+def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
+    """`convert` in a child, which prints its progress; what transformers has to say is kept for the error."""
+    what = f"converting {paths[0].name}"
     report(what, 0.0)
     # The child needs neither GPU nor network, and transformers' look-ups for a local file would only wait.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, __file__, str(gguf.absolute()), str(directory)]
+    command = [sys.executable, __file__, str(directory), *(str(path.absolute()) for path in paths)]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True) as child:
@@ -57,37 +91,119 @@ def _run_conversion(gguf: Path, directory: Path, report: Report) -> None:
                     report(what, float(line))
             child.wait()  # before its stdin is closed, which would end it
         log.seek(0)
-        reason = last_line(log.read()).removeprefix("errors.ModelLoadError: ")
+        reason = last_line(log.read()).removeprefix("errors.ModelLoadError: ").removeprefix("ValueError: ")
     if child.returncode:
-        raise _refusal(gguf, reason or f"exit status {child.returncode}")
+        raise _refusal(paths[0], reason or f"exit status {child.returncode}")
     report(what, 1.0)
 
 
-def _convert(gguf: Path, directory: Path) -> None:
-    """What the child does; prints the fraction done."""
-    # The parent holds the other end of stdin: when it dies, however it does, so does this.
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+def convert(paths: list[Path], directory: Path, report: Callable[[float], None]) -> None:
+    """What the child does; report: told the fraction done. Raises ValueError or whatever transformers raises."""
+    if len(paths) == 1:
+        return _convert(paths[0], directory, report)
+    directory.mkdir()
+    require_room(directory, _size(paths), paths[0].name)
+    whole = directory / "whole.gguf"
+    gguf_parts.merge(paths, whole)
+    _convert(whole, directory, report)
+    whole.unlink()
+
+
+def _convert(gguf: Path, directory: Path, report: Callable[[float], None]) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from engine import packed_checkpoint
 
-    print(0.1, flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    print(0.4, flush=True)
+    report(0.1)
+    header = gguf_header.read(gguf)
+    _check_types(header)
+    tokenizer = gguf_tokenizer.load(gguf, header)
+    config = AutoConfig.for_model(**gguf_metadata.attributes(header, _factors(gguf)))
+    report(0.4)
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, loaded = load(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, output_loading_info=True)
+    options = {"gguf_file": gguf.name, "config": config, "dtype": torch.bfloat16, "output_loading_info": True}
+    with _one_table_of_names():
+        _check_tensors(header, config)
+        model, loaded = load(gguf.parent, **options)
     if loaded["missing_keys"]:  # they would be random numbers: one file of several, say
         raise errors.ModelLoadError(f"it lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}")
-    print(0.7, flush=True)
+    report(0.7)
     model.hf_quantizer = None  # else it saves a GGUF's settings beside weights that are none any more
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     require_room(directory.parent, model.num_parameters() * 2 + gguf.stat().st_size, gguf.name)
     model.save_pretrained(directory)
-    print(0.8, flush=True)
+    report(0.8)
     packed_checkpoint.write(model, gguf, directory)
     tokenizer.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def _one_table_of_names() -> Iterator[None]:
+    """transformers makes gguf's table of tensors' names anew for each module of a model: a minute for 60 layers."""
+    import gguf
+
+    module: Any = gguf
+    make = module.get_tensor_name_map
+    module.get_tensor_name_map = functools.cache(make)
+    try:
+        yield
+    finally:
+        module.get_tensor_name_map = make
+
+
+def _factors(gguf: Path) -> dict[str, list[float]]:
+    """The tensors that scale the rotary embeddings."""
+    from gguf import GGUFReader, dequantize
+
+    tensors = (t for t in GGUFReader(gguf).tensors if t.name in gguf_metadata.FACTORS)
+    return {tensor.name: dequantize(tensor.data, tensor.tensor_type).flatten().tolist() for tensor in tensors}
+
+
+def _check_types(header: gguf_header.Header) -> None:
+    """Raises ValueError for a type of tensor that cannot be dequantised here."""
+    from gguf import GGMLQuantizationType
+
+    names = {kind.value: kind.name for kind in GGMLQuantizationType}
+    unreadable = {kind for kind in {tensor.kind for tensor in header.tensors.values()} if not _can_read(kind)}
+    for tensor in header.tensors.values():
+        if tensor.kind in unreadable:
+            kind = names.get(tensor.kind, f"number {tensor.kind}")
+            raise ValueError(f"its tensor {tensor.name} is of type {kind}, which cannot be read")
+
+
+def _can_read(kind: int) -> bool:
+    import numpy
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    try:
+        _, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        dequantize(numpy.zeros((1, num_bytes), dtype=numpy.uint8), GGMLQuantizationType(kind))
+    except (ValueError, KeyError, NotImplementedError):
+        return False
+    return True
+
+
+def _check_tensors(header: gguf_header.Header, config: Any) -> None:
+    """Raises ModelLoadError for a tensor that the model would not get."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    make: Any = TENSOR_PROCESSORS.get(str(header.values["general.architecture"]), TensorProcessor)
+    processor = make(config=config.to_dict())
+    known = {*get_gguf_hf_weights_map(model, processor), *gguf_metadata.FACTORS}
+    unread = [name for name in header.tensors if not {name, name.removesuffix(".weight")} & known]
+    if unread:
+        raise errors.ModelLoadError(f"nothing in the model takes its tensors {', '.join(unread[:3])}")
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin: when it dies, however it does, so does this."""
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 
 
 def last_line(text: str) -> str:
@@ -95,4 +211,5 @@ def last_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    _end_with_parent()
+    convert([Path(part) for part in sys.argv[2:]], Path(sys.argv[1]), lambda fraction: print(fraction, flush=True))

@@ -1,81 +1,122 @@
-"""A GGUF file's header: whether what it says of itself can be true, before a reader that believes it makes room.
+"""A GGUF file's header: what the file says of itself, once it is known that it can be true.
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It reads sizes and no weights.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It reads sizes, names and values, and no weights.
 """
 
 import mmap
+import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-STRING, ARRAY = 8, 9
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of value -> bytes
+STRING, ARRAY, BOOLEAN = 8, 9, 7
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}  # struct's codes
+SIZES = {kind: struct.calcsize(f"={code}") for kind, code in NUMBERS.items()}  # bytes
 MOST_ITEMS = 2**23  # in all arrays; a vocabulary has a quarter of a million tokens
+MOST_KEPT = 4096  # items of one array; there may be one for each layer
 MOST_DIMENSIONS = 4
 MOST_NESTED = 4  # arrays
 
 
-def check(path: Path) -> None:
+@dataclass(frozen=True)
+class Array:
+    """A list; a long one, such as the vocabulary, is known by its length alone."""
+
+    length: int
+    items: "tuple[Value, ...]"
+
+
+Value = int | float | bool | str | Array
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]  # rows before columns, as in torch
+    kind: int  # ggml's number of its type
+
+
+@dataclass(frozen=True)
+class Header:
+    is_big_endian: bool
+    values: dict[str, Value]
+    tensors: dict[str, Tensor]
+
+
+def read(path: Path) -> Header:
     """Raises ValueError with a sentence; takes a second at most."""
     if path.stat().st_size < 24:
         raise ValueError("it ends within its header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        _Header(content).check()
+        return _Reader(content).read()
 
 
-class _Header:
+class _Reader:
     def __init__(self, content: mmap.mmap) -> None:
         self._content, self._at, self._num_items = content, 4, 0  # behind the magic bytes
         self._order: Literal["little", "big"] = "little" if int.from_bytes(content[4:6], "little") else "big"
 
-    def check(self) -> None:
-        version, num_tensors, num_values = self._number(4), self._number(8), self._number(8)
+    def read(self) -> Header:
+        version, num_tensors, num_values = self._size(4), self._size(8), self._size(8)
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, and known are 2 and 3")
+        values: dict[str, Value] = {}
         for _ in range(num_values):
             name = self._text()
-            value = self._value(self._number(4))
-            if name.endswith(b".block_count") and (value or 0) > num_tensors:
+            values[name] = value = self._value(self._size(4))
+            if name.endswith(".block_count") and isinstance(value, int) and value > num_tensors:
                 raise ValueError(f"it says that it has {value} layers, and has {num_tensors} tensors")
-        for _ in range(num_tensors):
-            self._tensor()
+        tensors = [self._tensor() for _ in range(num_tensors)]
+        return Header(self._order == "big", values, {tensor.name: tensor for tensor in tensors})
 
-    def _tensor(self) -> None:
-        self._text()
-        num_dimensions = self._number(4)
+    def _tensor(self) -> Tensor:
+        name, num_dimensions = self._text(), self._size(4)
         if num_dimensions > MOST_DIMENSIONS:
             raise ValueError(f"a tensor has {num_dimensions} dimensions")
-        self._skip(8 * num_dimensions + 12)  # with its type and where it is
+        shape = [self._size(8) for _ in range(num_dimensions)]
+        kind = self._size(4)
+        self._skip(8)  # where it is
+        return Tensor(name, tuple(reversed(shape)), kind)
 
-    def _value(self, kind: int, depth: int = 0) -> int | None:
-        """A number, as if it were an integer; None for all else."""
+    def _value(self, kind: int, depth: int = 0) -> Value:
         if kind == STRING:
-            self._text()
-        elif kind == ARRAY:
-            self._array(depth)
-        elif kind in SIZES:
-            return self._number(SIZES[kind])
-        else:
+            return self._text()
+        if kind == ARRAY:
+            return self._array(depth)
+        if kind not in NUMBERS:
             raise ValueError(f"a value is of type {kind}, which is not known")
-        return None
+        number = self._numbers(kind, 1)[0]
+        return bool(number) if kind == BOOLEAN else number
 
-    def _array(self, depth: int) -> None:
-        kind, length = self._number(4), self._number(8)
+    def _array(self, depth: int) -> Array:
+        kind, length = self._size(4), self._size(8)
         self._num_items += length
         if self._num_items > MOST_ITEMS or depth > MOST_NESTED:
             raise ValueError("its lists are too long, or too deep")
-        if kind in SIZES:
-            return self._skip(SIZES[kind] * length)
-        for _ in range(length):
+        if kind in NUMBERS and length > MOST_KEPT:
+            self._skip(SIZES[kind] * length)
+            return Array(length, ())
+        if kind in NUMBERS:
+            return Array(length, self._numbers(kind, length))
+        items = tuple(self._value(kind, depth + 1) for _ in range(min(length, MOST_KEPT)))
+        for _ in range(length - len(items)):
             self._value(kind, depth + 1)
+        return Array(length, items if length <= MOST_KEPT else ())
 
-    def _text(self) -> bytes:
-        length = self._number(8)
+    def _numbers(self, kind: int, length: int) -> tuple[int | float, ...]:
+        start = self._at
+        self._skip(SIZES[kind] * length)
+        order = "<" if self._order == "little" else ">"
+        return struct.unpack_from(f"{order}{length}{NUMBERS[kind]}", self._content, start)
+
+    def _text(self) -> str:
+        length = self._size(8)
         self._skip(length)
-        return self._content[self._at - length : self._at]
+        return self._content[self._at - length : self._at].decode("utf-8", errors="replace")
 
-    def _number(self, size: int) -> int:
-        self._skip(size)
-        return int.from_bytes(self._content[self._at - size : self._at], self._order)
+    def _size(self, num_bytes: int) -> int:
+        self._skip(num_bytes)
+        return int.from_bytes(self._content[self._at - num_bytes : self._at], self._order)
 
     def _skip(self, size: int) -> None:
         self._at += size

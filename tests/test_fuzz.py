@@ -707,7 +707,7 @@ def test_a_gguf_file_is_read_or_refused_in_no_time(
     path, start = tmp_path / "x.gguf", time.process_time()
     path.write_bytes(changed(gguf_file.read_bytes(), changes, length, header))
     with suppress(ValueError):
-        gguf_header.check(path)
+        gguf_header.read(path)
         with suppress(Exception), warnings.catch_warnings(action="ignore"):
             GGUFReader(path)  # in a process of its own, which may fail as it likes but must not take for ever
     assert time.process_time() - start < 2.0

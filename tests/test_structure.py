@@ -30,8 +30,14 @@ ALLOWED = {  # file or folder -> which of our modules it may import
     "logprobs.py": {"schemas"},
     "atomic_files.py": {"errors"},
     "gguf_header.py": set(),
-    "conversion.py": {"errors", "atomic_files", "gguf_header", "engine"},  # in the child alone
-    "checkpoint.py": {"errors", "atomic_files", "conversion"},
+    "gguf_metadata.py": {"gguf_header"},
+    "gguf_tokenizer.py": {"gguf_header"},
+    "gguf_parts.py": {"errors", "gguf_header"},
+    "conversion.py": {
+        *("errors", "atomic_files", "gguf_header", "gguf_metadata", "gguf_parts", "gguf_tokenizer"),
+        "engine",  # in the child alone
+    },
+    "checkpoint.py": {"errors", "atomic_files", "conversion", "gguf_parts"},
     "streaming.py": {"errors", "record", "schemas"},
     "images.py": {"errors"},
     "tool_formats.py": set(),

@@ -1,0 +1,74 @@
+"""A GGUF file and the parts that it may be split into, as llama.cpp's gguf-split names them."""
+
+import re
+from pathlib import Path
+
+import errors
+import gguf_header
+from gguf_header import Header
+
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+OWN_KEYS = ("split.", "GGUF.", "general.architecture", "general.alignment")  # of one part, or written anew
+
+
+def stem(name: str) -> str:
+    """A file's name without its suffix and its number among the parts."""
+    match = PART.fullmatch(name)
+    return match["stem"] if match else name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
+
+
+def parts(path: Path) -> list[Path]:
+    """The file and its other parts, in their order. Raises ModelLoadError, which names those that are missing."""
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    names = [
+        f"{match['stem']}-{number:05}-of-{match['count']}{match['suffix']}"
+        for number in range(1, int(match["count"]) + 1)
+    ]
+    missing = [name for name in names if not (path.parent / name).exists()]
+    if missing:
+        raise errors.ModelLoadError(
+            f"{path.name} is one of {len(names)} parts of a model, of which {len(missing)} are missing beside it: "
+            f"{', '.join(missing[:3])}."
+        )
+    return [path.parent / name for name in names]
+
+
+def read(paths: list[Path]) -> Header:
+    """Of all parts as one. Raises ValueError with a sentence."""
+    headers = [gguf_header.read(path) for path in paths]
+    first = headers[0]
+    count = first.values.get("split.count", 0)
+    if isinstance(count, int) and count > 1 and count != len(paths):
+        raise ValueError(
+            f"it is one of {count} parts of a model, and parts are found by names that end in -00001-of-{count:05}.gguf"
+        )
+    tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    total = first.values.get("split.tensors.count", len(tensors))
+    if len(paths) > 1 and total != len(tensors):
+        raise ValueError(f"its parts have {len(tensors)} tensors, and should have {total}")
+    return Header(first.is_big_endian, first.values, tensors)
+
+
+def merge(paths: list[Path], target: Path) -> None:
+    """Writes the parts as one file, byte by byte as they are."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    readers = [GGUFReader(path) for path in paths]
+    architecture = readers[0].fields["general.architecture"].contents()
+    writer = GGUFWriter(target, architecture)
+    for name, field in readers[0].fields.items():
+        if not name.startswith(OWN_KEYS):
+            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    for tensor in tensors:
+        data = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.data)
+    writer.close()

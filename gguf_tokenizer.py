@@ -1,0 +1,184 @@
+"""The tokenizer of a GGUF file: what transformers makes of it, with what it leaves out.
+
+A key that it does not know, or a way to split text that nobody here knows, refuses the file by its name.
+
+Source: llama.cpp's llama-vocab.cpp, for what a key means and what holds where it is missing.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf_header import Array, Header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # kinds of vocabularies
+CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+
+PREFIX = "tokenizer."
+TEMPLATE = "tokenizer.chat_template"
+HONOURED = {
+    *("ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.scores", "ggml.merges"),
+    *("ggml.bos_token_id", "ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id"),
+    *("ggml.unknown_token_id", "ggml.padding_token_id", "ggml.add_bos_token", "ggml.add_eos_token"),
+    *("ggml.add_space_prefix", "chat_template", "chat_templates"),
+}
+NO_EFFECT = {  # on a text's tokens in these kinds of vocabularies
+    *("ggml.token_type_count", "ggml.seperator_token_id", "ggml.cls_token_id", "ggml.mask_token_id"),
+    *("ggml.add_sep_token", "ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap"),
+    *("ggml.prefix_token_id", "ggml.suffix_token_id", "ggml.middle_token_id"),
+    *(f"ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
+}
+
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SINGLE_DIGITS = (r"\p{N}", GPT2_WORDS)
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+SPLITS: dict[
+    str, tuple[str, ...]
+] = {  # tokenizer.ggml.pre -> expressions, each of which cuts what the ones before left
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe", "mellum"), (GPT2_WORDS,)),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell", "minerva-7b"), SINGLE_DIGITS),
+    **dict.fromkeys(("stablelm2", "hunyuan", "solar-open"), QWEN2),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+}
+WHOLE_WORDS = {  # what splits so takes a word of the vocabulary as it is, and begins each text with a token
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    "tekken",
+}
+
+
+def check(header: Header, known_splits: "set[str] | None" = None) -> None:
+    """Raises ValueError with a sentence. known_splits: those of transformers; None where it is not at hand."""
+    values = header.values
+    kind = values.get("tokenizer.ggml.model")
+    if kind not in (BYTE_LEVEL, SENTENCEPIECE):
+        said = (
+            "it has no tokenizer" if kind in (None, "none", "no_vocab") else f"its key tokenizer.ggml.model is {kind}"
+        )
+        raise ValueError(f"{said}, and known are {BYTE_LEVEL} and {SENTENCEPIECE}")
+    wanted = "scores" if kind == SENTENCEPIECE and "tokenizer.ggml.merges" not in values else "merges"
+    for key in ("tokens", "token_type", *((wanted,) if kind == BYTE_LEVEL or wanted == "scores" else ())):
+        if not isinstance(values.get(f"tokenizer.ggml.{key}"), Array):
+            raise ValueError(f"its tokenizer is not whole: it lacks the key tokenizer.ggml.{key}")
+    for key in values:
+        name = key.removeprefix(PREFIX)
+        if key.startswith(PREFIX) and name not in HONOURED | NO_EFFECT and not key.startswith(f"{TEMPLATE}."):
+            raise ValueError(f"its key {key} is not known")
+    if kind == BYTE_LEVEL and known_splits is not None and (pre := _pre(header)) not in known_splits | SPLITS.keys():
+        raise ValueError(f"its key tokenizer.ggml.pre is {pre}, a way to split text that is not known")
+
+
+def _pre(header: Header) -> str:
+    """llama.cpp takes `default` where the key is missing, and says that answers will be worse."""
+    own = "gpt-2" if header.values.get("general.architecture") == "gpt2" else "default"
+    return str(header.values.get("tokenizer.ggml.pre", own))
+
+
+def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
+    """Raises ValueError with a sentence, or whatever transformers raises."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    check(header, set(GGUF_PRE_TOKENIZER_SPLITS))
+    read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_completed(read.backend_tokenizer, gguf, header),
+        **{name: getattr(read, name) for name in names},
+        add_bos_token=_adds(header, "bos"),
+        add_eos_token=_adds(header, "eos"),
+        chat_template=_templates(header.values),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _adds(header: Header, name: str) -> bool:
+    """Whether a text gets the token of its begin or end."""
+    if header.values.get(f"tokenizer.ggml.{name}_token_id") is None:
+        return False
+    is_usual = header.values["tokenizer.ggml.model"] == SENTENCEPIECE or _pre(header) in WHOLE_WORDS
+    return bool(header.values.get(f"tokenizer.ggml.add_{name}_token", is_usual and name == "bos"))
+
+
+def _templates(values: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """One, or several by name."""
+    named = {key.removeprefix(f"{TEMPLATE}."): text for key, text in values.items() if key.startswith(f"{TEMPLATE}.")}
+    default = values.get(TEMPLATE)
+    return ({"default": default} if default else {}) | named if named else default
+
+
+def _completed(backend: Any, gguf: Path, header: Header) -> Any:
+    """The tokenizer with what transformers does not read."""
+    from tokenizers import AddedToken, Tokenizer
+
+    state = {**json.loads(backend.to_str()), "post_processor": None}  # which is made anew
+    size = header.values["tokenizer.ggml.tokens"]
+    assert isinstance(size, Array)
+    # transformers' classes have tokens of their own, such as `<|endoftext|>`, for which the model has no embedding
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size.length]
+    added: dict[str, bool] = {}
+    if header.values["tokenizer.ggml.model"] == BYTE_LEVEL:
+        state["model"]["ignore_merges"] = _pre(header) in WHOLE_WORDS
+        state["pre_tokenizer"] = _split(_pre(header)) or state["pre_tokenizer"]
+        added = _restore(state, gguf)
+    elif header.values.get("tokenizer.ggml.add_space_prefix") is False:
+        _without_prefix(state)
+    completed = Tokenizer.from_str(json.dumps(state))
+    for token, is_special in added.items():
+        add = completed.add_special_tokens if is_special else completed.add_tokens
+        add([AddedToken(token, normalized=False, special=is_special)])
+    return completed
+
+
+def _split(pre: str) -> dict[str, Any] | None:
+    if pre not in SPLITS:
+        return None
+    cuts = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in SPLITS[pre]
+    ]
+    bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [*cuts, bytes_alone]}
+
+
+def _restore(state: dict[str, Any], gguf: Path) -> dict[str, bool]:
+    """Gives control tokens that transformers has spelled in bytes, such as DeepSeek's `<｜User｜>`, their text again;
+    returns them, and whether they are special."""
+    from gguf import GGUFReader
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    fields = GGUFReader(gguf).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    known = {token["content"] for token in state["added_tokens"]}
+    spelling = bytes_to_unicode()
+    vocabulary = state["model"]["vocab"]
+    restored = {}
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        spelled = "".join(spelling[byte] for byte in token.encode())
+        if kind in (CONTROL, USER_DEFINED) and token not in known and vocabulary.get(spelled) == index:
+            del vocabulary[spelled]
+            vocabulary[token] = index
+            restored[token] = kind == CONTROL
+    return restored
+
+
+def _without_prefix(state: dict[str, Any]) -> None:
+    """No space before a text's first word, nor one less in what is decoded."""
+    if (state["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        state["pre_tokenizer"]["prepend_scheme"] = "never"
+    for name, part, kind in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):
+        if (state[name] or {}).get("type") == "Sequence":
+            state[name][part] = [step for step in state[name][part] if step["type"] != kind]

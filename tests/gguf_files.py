@@ -1,0 +1,115 @@
+"""GGUF files of tiny transformers models, written as llama.cpp's converter writes them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedModel
+
+Numbers = numpy.ndarray[Any, Any]
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = [*sorted(ByteLevel.alphabet()), "ab", "cd", *SPECIAL]
+VOCAB = len(TOKENS)
+TOKENIZER: dict[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [1] * (VOCAB - 3) + [3] * 3,
+    "tokenizer.ggml.merges": ["a b", "c d"],
+    "tokenizer.ggml.eos_token_id": VOCAB - 1,
+}
+
+
+def write(
+    path: Path,
+    architecture: str,
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Numbers],
+    tokenizer: Mapping[str, Any] = TOKENIZER,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    parts: int = 0,
+) -> None:
+    """values: by the whole key, or by its end where the architecture's name is the rest; kind: of the matrices whose
+    columns fill its blocks; parts: the file is split into parts of so many tensors."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=parts)
+    for key, value in {**values, **tokenizer}.items():
+        if value is None:
+            continue
+        name = key if key.startswith(("general.", "tokenizer.", "split.", "adapter.")) else f"{architecture}.{key}"
+        write_value(writer, name, value)
+    for name, tensor in tensors.items():
+        fits = tensor.ndim > 1 and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        data = gguf.quants.quantize(tensor, kind) if fits else tensor
+        writer.add_tensor(name, data, raw_dtype=kind if fits else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_value(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(name, value)
+    elif isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, int):
+        writer.add_uint32(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    else:
+        writer.add_string(name, value)
+
+
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """With weights that bfloat16 has, so that a conversion changes none."""
+    with torch.no_grad():
+        for value in (*model.parameters(), *(b for name, b in model.named_buffers() if "bias" in name)):
+            value.copy_(value.bfloat16())
+    return model.eval()
+
+
+def tensors_of(model: PreTrainedModel, architecture: str) -> dict[str, Numbers]:
+    """The model's weights by llama.cpp's names, with its changes of them undone by whoever reads the file."""
+    config = model.config
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    found: dict[str, Numbers] = {}
+    for name, value in model.state_dict().items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        base, _, suffix = name.rpartition(".")
+        if suffix not in ("weight", "bias"):
+            base, suffix = name, "weight"
+        if base.endswith("experts.gate_up_proj"):
+            layer = base.split(".")[2]
+            gate, up = value.float().chunk(2, dim=1)
+            found |= {f"blk.{layer}.ffn_gate_exps.weight": gate.numpy(), f"blk.{layer}.ffn_up_exps.weight": up.numpy()}
+            continue
+        if base.endswith("e_score_correction_bias"):
+            found[f"blk.{base.split('.')[2]}.exp_probs_b.bias"] = value.float().numpy()
+            continue
+        known = names.get_name(base)
+        assert known is not None, name
+        found[f"{known}.{suffix}"] = (
+            changed(value.float(), f"{known}.{suffix}", architecture, config).contiguous().numpy()
+        )
+    return found
+
+
+def changed(value: torch.Tensor, name: str, architecture: str, config: Any) -> torch.Tensor:
+    """What llama.cpp's converter does to a tensor."""
+    if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+        heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+        return value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    if architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
+        return value + 1
+    if architecture == "gpt2" and value.ndim == 2 and name.startswith("blk."):
+        return value.T
+    if name.endswith("ffn_gate_inp_shexp.weight"):
+        return value.flatten()
+    return value
