@@ -229,6 +229,11 @@ class _CompletionRequest(_SamplingRequest):
         return [stop for stop in stops if stop]
 
     @property
+    def limit_field(self) -> str:
+        """Where `max_tokens` was sent."""
+        return "max_tokens"
+
+    @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -303,6 +308,10 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @field_validator("top_logprobs")
     @classmethod
