@@ -80,8 +80,11 @@ def _tool_choice(given: str | dict[str, Any] | None) -> str | dict[str, Any] | N
 
 def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
     """There the schema is beside its type, in chat inside an object of its own."""
-    if given is None or given.get("type") != "json_schema":
-        return given
+    if given is None or given.get("type") != "json_schema" or ("json_schema" in given and "schema" not in given):
+        return given  # the last of these as chat has it
+    if given.get("schema") is None:
+        path = "text.format.schema"
+        raise InvalidRequest(f"{path}: Field required", param=path, code="missing_required_parameter")
     return {"type": "json_schema", "json_schema": {key: value for key, value in given.items() if key != "type"}}
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import fields, replace
@@ -238,12 +239,15 @@ class LocalProvider:
             _check_characters(loaded, len(text), "prompt")
         prompts = [await asyncio.to_thread(Prompt.of, loaded, request.suffix, prompt) for prompt in request.prompts]
         sources: list[AsyncGenerator[Piece]] = []
+        num_same: Counter[tuple[int, ...]] = Counter()  # answers so far of each prompt
         for number, prompt in enumerate(prompts):
+            earlier = num_same[tuple(prompt.token_ids)]
+            num_same[tuple(prompt.token_ids)] += best_of
             question = self._question(loaded, request, prompt, best_of > n)
             params = await self._constrained(loaded, request, question.params, None, None)
             question = replace(question, params=params)
             first = 0 if best_of > n else number * n
-            answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
+            answers = [answer(loaded, first + i, question.of_choice(earlier + i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
         lengths = [len(prompt.token_ids) for prompt in prompts]
         loaded.engine.check_room(len(prompts) * best_of, sum(lengths) * best_of, record.current().client)
