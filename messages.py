@@ -88,6 +88,9 @@ def _called(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(message: Message, number: int, image_mark: str | None) -> str:
+    if message.content is None and not _may_be_silent(message):
+        param = f"messages[{number}].content"
+        raise InvalidRequest(f"{param}: Field required", param=param, code="missing_required_parameter")
     if not isinstance(message.content, list):
         return message.content or message.refusal or ""
     for index, part in enumerate(message.content):
@@ -109,6 +112,14 @@ def _text(message: Message, number: int, image_mark: str | None) -> str:
     return "".join(image_mark or "" if p.type == "image_url" else getattr(p, p.type) for p in message.content)
 
 
+def _may_be_silent(message: Message) -> bool:
+    """The assistant beside something else that it said or did, and a function, as in OpenAI's API."""
+    if message.role != "assistant":
+        return message.role == "function"
+    said = (message.tool_calls, message.function_call, message.refusal, message.reasoning_content, message.reasoning)
+    return any(said)
+
+
 def check_characters(text: str, param: str) -> None:
     """JSON can hold half a character, an escape such as \\ud800; UTF-8 and tokenizers cannot."""
     try:
@@ -121,12 +132,19 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(custom := call.get("custom"), dict):  # a tool that takes text
         return {**call, "function": {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}}
     function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict):
         return call
+    return {**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+
+
+def _arguments(given: Any) -> Any:
+    """An object; none, null and blanks are an empty one. What is no JSON stays as it is."""
+    if given is None or (isinstance(given, str) and given.strip() in ("", "null")):
+        return {}
     try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+        return json.loads(given) if isinstance(given, str) else given
     except (ValueError, RecursionError):
-        return call
+        return given
 
 
 def is_alternating(messages: Sequence[CanonicalMessage]) -> bool:

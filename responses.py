@@ -31,6 +31,8 @@ from schemas import (
 )
 
 PART_TYPES = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # here -> in chat
+SENT_AS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}  # there -> here
+Content = str | Sequence[InputPart]
 LOGPROBS = "message.output_text.logprobs"  # what `include` says to ask for them
 
 
@@ -78,8 +80,11 @@ def _tool_choice(given: str | dict[str, Any] | None) -> str | dict[str, Any] | N
 
 def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
     """There the schema is beside its type, in chat inside an object of its own."""
-    if given is None or given.get("type") != "json_schema":
-        return given
+    if given is None or given.get("type") != "json_schema" or ("json_schema" in given and "schema" not in given):
+        return given  # the last of these as chat has it
+    if given.get("schema") is None:
+        path = "text.format.schema"
+        raise InvalidRequest(f"{path}: Field required", param=path, code="missing_required_parameter")
     return {"type": "json_schema", "json_schema": {key: value for key, value in given.items() if key != "type"}}
 
 
@@ -102,7 +107,7 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
 def _add_message(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
     if item.role is None:
         raise InvalidRequest(f"{path} has no role.", param=f"{path}.role", code="missing_required_parameter")
-    content = _content(item.content, f"{path}.content")
+    content = _content(_given(item.content, f"{path}.content"), f"{path}.content")
     last = messages[-1] if messages else {}
     if item.role == "assistant" and last.get("role") == "assistant" and last["content"] is None:
         last["content"] = content  # beside its thoughts, or calls
@@ -120,7 +125,7 @@ def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> Non
 
 
 def _add_result(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    content = _content(item.output, f"{path}.output")
+    content = _content(_given(item.output, f"{path}.output"), f"{path}.output")
     messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
 
 
@@ -140,8 +145,14 @@ _ITEMS = {
 }
 
 
-def _content(content: str | Sequence[InputPart] | None, path: str) -> str | list[dict[str, Any]] | None:
-    if content is None or isinstance(content, str):
+def _given(content: Content | None, path: str) -> Content:
+    if content is None:
+        raise InvalidRequest(f"{path}: Field required", param=path, code="missing_required_parameter")
+    return content
+
+
+def _content(content: Content, path: str) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
         return content
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
@@ -193,9 +204,10 @@ async def stream(
 
 
 def _naming_input(error: APIError) -> APIError:
-    """What is wrong with the messages is wrong with the input: that is the field which was sent."""
-    if error.param and error.param.startswith("messages"):
-        error.param = "input"
+    """What is wrong with the messages is wrong with the input: that is the field which was sent, and so on."""
+    field = (error.param or "").partition("[")[0].partition(".")[0]
+    if field in SENT_AS:
+        error.param = SENT_AS[field]
     return error
 
 

@@ -6,8 +6,8 @@ add_generation_prompt, structured_outputs and guided_*; as llama.cpp does: timin
 """
 
 import time
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar, cast
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import uuid4
 
 from pydantic import (
@@ -61,6 +61,8 @@ class RequestBody(BaseModel):
         extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_mark_honoured
     )
 
+    known_inside: ClassVar[Mapping[str, frozenset[str]]] = {}  # path of an object without a model -> its fields
+
     @classmethod
     def support(cls, name: str) -> Support:
         """What becomes of a field."""
@@ -87,7 +89,15 @@ class RequestBody(BaseModel):
     @property
     def ignored_fields(self) -> list[str]:
         """Those that are sent and not known."""
-        return sorted(path + name for path, part in self._parts() for name in part.model_extra or ())
+        return sorted(path + name for path, part in self._parts() for name in part._unknown_fields())
+
+    def _unknown_fields(self) -> Iterator[str]:
+        yield from self.model_extra or ()
+        for path, known in self.known_inside.items():
+            value: Any = self.__dict__
+            for name in path.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+            yield from (f"{path}.{name}" for name in value if name not in known) if isinstance(value, dict) else ()
 
     def _parts(self, path: str = "") -> Iterator[tuple[str, "RequestBody"]]:
         """This object and those inside, each with what leads to it."""
@@ -229,6 +239,11 @@ class _CompletionRequest(_SamplingRequest):
         return [stop for stop in stops if stop]
 
     @property
+    def limit_field(self) -> str:
+        """Where `max_tokens` was sent."""
+        return "max_tokens"
+
+    @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -284,7 +299,16 @@ class _ConversationRequest(_RenderedRequest):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
+JSON_SCHEMA = frozenset({"name", "description", "schema", "strict"})
+
+
 class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
+    known_inside = {
+        "response_format": frozenset({"type", "json_schema", "schema"}),
+        "response_format.json_schema": JSON_SCHEMA,
+        "tool_choice": frozenset({"type", "function", "allowed_tools", "mode", "tools"}),
+        "tool_choice.function": frozenset({"name"}),
+    }
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -303,6 +327,10 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @field_validator("top_logprobs")
     @classmethod
@@ -389,6 +417,7 @@ class InputItem(RequestBody):
 
 
 class TextConfig(RequestBody):
+    known_inside = {"format": frozenset({"type", "json_schema", *JSON_SCHEMA})}
     format: Object | None = None
     verbosity: str | None = _refused("medium")
 
@@ -400,6 +429,7 @@ class ReasoningConfig(RequestBody):
 
 
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
+    known_inside = {"tool_choice": frozenset({"type", "name", "function", "mode", "tools"})}
     input: str | Annotated[list[InputItem], Field(max_length=MOST_MESSAGES - 1, fail_fast=True)]  # and instructions
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)

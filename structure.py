@@ -123,14 +123,16 @@ def _schema_of(response_format: dict[str, Any]) -> Any:
     kind = response_format.get("type")
     if kind == "text":
         return None
-    if kind == "json_object":
-        return {"type": "object"}
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         raise _invalid("response_format.type is text, json_object or json_schema.", "response_format.type")
-    given = response_format.get("json_schema")
+    given, field = response_format.get("json_schema"), "response_format.json_schema"
     schema = given.get("schema", {}) if isinstance(given, dict) else None
+    if response_format.get("schema") is not None and (kind == "json_object" or given is None):  # as llama.cpp takes it
+        schema, field = response_format["schema"], "response_format"
+    elif kind == "json_object":
+        return {"type": "object"}
     if not isinstance(schema, dict | bool):
-        raise _invalid("response_format.json_schema.schema is no JSON schema.", "response_format.json_schema")
+        raise _invalid(f"{field}.schema is no JSON schema.", field)
     return schema
 
 

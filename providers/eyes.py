@@ -25,7 +25,11 @@ PAN_AND_SCAN = {  # of `detail: high`, as in Gemma 3's report; `auto` does the s
     "pan_and_scan_min_crop_size": 256,
     "pan_and_scan_max_num_crops": 4,
 }
-ELONGATED = {"auto": 1.5, "high": 1.2}  # from which ratio of its sides on an image is also shown in parts
+ELONGATED = {
+    "auto": 1.5,
+    "high": 1.2,
+    "original": 1.2,
+}  # from which ratio of its sides on an image is also shown in parts
 FETCHED_TOGETHER, DECODED_TOGETHER = 16, 4  # images, which bounds the memory for it
 MAX_WAITING_BYTES = 2**30  # of pixels that wait to be encoded; more requests are told to come back
 
@@ -73,8 +77,10 @@ class Eyes:
         url, detail = part.image
         if url is None:
             raise InvalidRequest(f"{param}.image_url has no url.", param=param, code="missing_required_parameter")
-        if detail not in ("low", "high", "auto"):
-            raise InvalidRequest("detail is low, high or auto.", param=f"{param}.detail", code="invalid_value")
+        if detail not in ("low", *ELONGATED):
+            raise InvalidRequest(
+                f"detail is low, {', '.join(ELONGATED)}.", param=f"{param}.detail", code="invalid_value"
+            )
         async with self._room:
             if sum(pixels.nbytes for pixels in list(self._waiting)) > MAX_WAITING_BYTES:
                 raise Overloaded("Too many images wait to be seen; try again later.", retry_after=5)

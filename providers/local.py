@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import fields, replace
@@ -239,12 +240,15 @@ class LocalProvider:
             _check_characters(loaded, len(text), "prompt")
         prompts = [await asyncio.to_thread(Prompt.of, loaded, request.suffix, prompt) for prompt in request.prompts]
         sources: list[AsyncGenerator[Piece]] = []
+        num_same: Counter[tuple[int, ...]] = Counter()  # answers so far of each prompt
         for number, prompt in enumerate(prompts):
+            earlier = num_same[tuple(prompt.token_ids)]
+            num_same[tuple(prompt.token_ids)] += best_of
             question = self._question(loaded, request, prompt, best_of > n)
             params = await self._constrained(loaded, request, question.params, None, None)
             question = replace(question, params=params)
             first = 0 if best_of > n else number * n
-            answers = [answer(loaded, first + i, question.of_choice(i)) for i in range(best_of)]
+            answers = [answer(loaded, first + i, question.of_choice(earlier + i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
         lengths = [len(prompt.token_ids) for prompt in prompts]
         loaded.engine.check_room(len(prompts) * best_of, sum(lengths) * best_of, record.current().client)
@@ -315,26 +319,33 @@ class LocalProvider:
         prompt_tokens: int,
         default_max_tokens: int | None,
     ) -> "SamplingParams":
-        """The request's values, else the model's, else the specification's; raises ContextLengthExceeded."""
+        """The request's values, else the model's, else the specification's; an answer is no longer than the context
+        leaves. Raises ContextLengthExceeded for a prompt that fills it, InvalidRequest for a limit beyond it."""
         from engine.sampling import SamplingParams
 
         _check_token_ids(loaded.engine, request)
         limit = loaded.engine.max_model_len
-        wanted = None if request.max_tokens is None else max(request.max_tokens, 1)  # 0: one that is not shown
-        at_least = wanted or 1
-        if prompt_tokens + at_least > limit:
+        left = limit - prompt_tokens
+        if left < 1:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {limit} tokens. However, you requested "
-                f"{prompt_tokens + at_least} tokens ({prompt_tokens} in the prompt, {at_least} in the completion). "
-                "Please reduce the length of the prompt or of the completion. (context_length_exceeded)",
+                f"{prompt_tokens + 1} tokens ({prompt_tokens} in the prompt, 1 in the completion). "
+                "Please reduce the length of the prompt. (context_length_exceeded)",
                 param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+            )
+        if (request.max_tokens or 0) > limit:
+            raise InvalidRequest(
+                f"An answer of {request.max_tokens} tokens is asked for, and this model's maximum context length is "
+                f"{limit} tokens. Please ask for fewer tokens.",
+                param=request.limit_field,
+                code="invalid_value",
             )
         if (request.min_tokens or 0) > (limit if request.max_tokens is None else request.max_tokens):
             raise InvalidRequest("min_tokens is larger than max_tokens.", param="min_tokens", code="invalid_value")
-        left = limit - prompt_tokens
+        wanted = default_max_tokens or left if request.max_tokens is None else max(request.max_tokens, 1)  # 0: hidden
         given = {field.name: getattr(request, field.name) for field in fields(SamplingParams)}
         values = {**loaded.defaults, **{name: value for name, value in given.items() if value is not None}}
-        return SamplingParams(**{**values, "max_tokens": wanted or min(left, default_max_tokens or left)})
+        return SamplingParams(**{**values, "max_tokens": min(left, wanted)})
 
 
 def _check_characters(loaded: Loaded, num_characters: int, param: str) -> None:

@@ -111,6 +111,7 @@ def test_prompt_and_pixels_are_those_of_the_genuine_processor(name: str, seeing_
     [
         *(("low", (900, 300), 1), ("high", (900, 300), 4), ("high", (500, 480), 1), ("auto", (500, 480), 1)),
         *(("auto", (600, 300), 3), ("auto", (300, 390), 1), ("high", (256, 640), 3), ("high", (90, 30), 1)),
+        *(("original", (900, 300), 4), ("original", (500, 480), 1)),
     ],
 )
 def test_detail_decides_whether_an_image_is_also_shown_in_parts(
@@ -213,7 +214,7 @@ def generated(messages: list[dict[str, Any]], directory: Path, count: int) -> st
     model = Gemma3ForConditionalGeneration.from_pretrained(directory, attn_implementation="eager").eval()
     output = model.generate(**inputs, max_new_tokens=count, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
-    return str(gemma_processor().tokenizer.decode(new, skip_special_tokens=True)).replace("\ufffd", "")
+    return str(gemma_processor().tokenizer.decode(new, skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -240,6 +241,31 @@ def test_responses_see_the_same(client: OpenAI) -> None:
     )
     assert response.output_text == chat.choices[0].message.content
     assert response.usage and chat.usage and response.usage.input_tokens == chat.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("detail", ["original", "high", "auto", "low", None])
+def test_an_image_may_be_a_tools_result(client: OpenAI, detail: str | None) -> None:
+    """As Codex shows one to its model."""
+    url = url_of(picture(5, (900, 300)))
+    call: Any = {"type": "function_call", "call_id": "c1", "name": "view_image", "arguments": '{"path": "a.png"}'}
+    shown: Any = [{"type": "input_image", "image_url": url, "detail": detail}]
+    result: Any = {"type": "function_call_output", "call_id": "c1", "output": shown}
+    asked: Any = [{"role": "user", "content": "Look."}, call, result]
+    response = client.responses.create(model=MODEL, input=asked, max_output_tokens=8, temperature=0)
+    function = {"name": "view_image", "arguments": '{"path": "a.png"}'}
+    messages: Any = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
+        {
+            "role": "tool",
+            "tool_call_id": "c1",
+            "content": [{"type": "image_url", "image_url": {"url": url, "detail": detail}}],
+        },
+    ]
+    chat = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=8, temperature=0)
+    assert response.usage and chat.usage and response.usage.input_tokens == chat.usage.prompt_tokens
+    assert response.usage.input_tokens > (1 if detail == "low" else 4) * TOKENS
+    assert response.output_text == chat.choices[0].message.content
 
 
 def test_a_second_turn_takes_over_the_first_ones_image(client: OpenAI) -> None:

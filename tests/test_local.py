@@ -181,6 +181,40 @@ def test_how_tokens_are_grouped_does_not_matter_to_an_answer(seed: int) -> None:
         assert expected[1] == token_ids
 
 
+def test_seeded_choices_share_no_seed_with_those_of_another_seed_and_the_first_has_the_requests_own() -> None:
+    choices = {
+        (seed, number): Question([1], SamplingParams(9, seed=seed), []).of_choice(number).params.seed
+        for seed in range(-40, 40)
+        for number in range(40)
+    }
+    assert len(set(choices.values())) == len(choices)
+    assert all(choices[seed, 0] == seed for seed in range(-40, 40))
+    assert Question([1], SamplingParams(9), []).of_choice(3).params.seed is None
+
+
+def test_seeded_answers_are_independent_and_repeatable_over_choices_and_prompts(tiny_checkpoint: Path) -> None:
+    subject = provider(model_path=str(tiny_checkpoint), max_model_len=256, dtype="float32")
+    question: dict[str, Any] = {"model": subject.name, "max_tokens": 12, "temperature": 1.5, "ignore_eos": True}
+
+    async def texts(**body: Any) -> list[str]:
+        request = CompletionRequest.model_validate(question | body)
+        return [choice.text for choice in (await collect_completion(subject.stream_completion(request))).choices]
+
+    async def main() -> None:
+        subject.begin(load(subject.path, subject.settings, subject.progress))
+        many = [await texts(prompt="ab", seed=seed, n=4) for seed in range(5)]
+        assert len({text for own in many for text in own}) == 20
+        assert many[2] == await texts(prompt="ab", seed=2, n=4) and many[2][:1] == await texts(prompt="ab", seed=2)
+        both = await texts(prompt=["ab", "cd", "ab"], seed=2, n=2)
+        assert both[:2] == many[2][:2] and both[2:4] == await texts(prompt="cd", seed=2, n=2)
+        assert len(set(both)) == 6
+        best = await texts(prompt=["ab", "ab"], seed=2, best_of=4)
+        assert best[0] in many[2] and best[1] not in many[2]
+        await subject.close(0)
+
+    asyncio.run(main())
+
+
 class Source:
     """Yields `count` pieces, then fails if told so; knows whether it was closed."""
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from logprobs import TokenTexts
 
 MODEL = "Tiny-Qwen3"
+MISSING = "missing_required_parameter"
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, 世界"}]
 
 
@@ -288,7 +289,27 @@ def test_texts_and_conversations_are_turned_into_tokens_and_back(server: Server)
         ("chat/completions", {"temperature": "hot"}, 400, "temperature", "invalid_value"),
         ("chat/completions", {"n": 129}, 400, "n", "invalid_value"),
         ("chat/completions", {"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
-        ("chat/completions", {"max_tokens": 9999}, 400, "messages", "context_length_exceeded"),
+        ("chat/completions", {"max_tokens": 9999}, 400, "max_tokens", "invalid_value"),
+        (
+            "chat/completions",
+            {"max_tokens": 5, "max_completion_tokens": 481},
+            400,
+            "max_completion_tokens",
+            "invalid_value",
+        ),
+        ("completions", {"max_tokens": 481}, 400, "max_tokens", "invalid_value"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "x" * 480}]},
+            400,
+            "messages",
+            "context_length_exceeded",
+        ),
+        ("chat/completions", {"messages": [*HELLO, {"role": "user"}]}, 400, "messages[2].content", MISSING),
+        *(
+            ("chat/completions", {"messages": [{"role": role, "content": None}]}, 400, "messages[0].content", MISSING)
+            for role in ("user", "system", "developer", "tool", "assistant")
+        ),
         ("chat/completions", {"logprobs": 1}, 400, "logprobs", "invalid_value"),
         ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
         ("chat/completions", {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
@@ -356,6 +377,10 @@ def test_hostile_requests_are_refused_by_name_and_others_live_on(
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 150}}]},
         {"role": "assistant", "content": None, "tool_calls": [{"function": None}]},
         {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "reasoning_content": "Well."},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": None}},
+        {"role": "function", "content": None, "name": "f"},
         {"role": "tool", "content": "", "tool_call_id": "1"},
         {"role": "user", "content": ""},
         {"role": "user", "content": [], "name": "<|im_end|>"},

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import byte_tokenizer
@@ -13,7 +14,8 @@ from errors import InvalidRequest, ModelLoadError
 from messages import alternate, canonical
 from prompt_templates import SEAMS, PromptTemplate, RenderOptions, chosen, family_of
 from providers.loading import load_template
-from schemas import Message
+from responses import as_chat
+from schemas import Message, ResponsesRequest
 
 CONVERSATION = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye")]
 
@@ -262,6 +264,21 @@ def test_a_part_without_its_text_is_refused_by_name(part: dict[str, str], path: 
     with pytest.raises(InvalidRequest) as refusal:
         canonical([Message(role="user", content="x"), Message(role="user", content=[part])])
     assert refusal.value.param == "messages[1].content[0]" + path
+
+
+@pytest.mark.parametrize("arguments", ["", "null", None, " ", "\n null\t", "{}", {}])
+def test_a_call_without_arguments_has_none(arguments: Any) -> None:
+    function = {"name": "now", "arguments": arguments}
+    empty = {"name": "now", "arguments": {}}
+    (chat,) = canonical([Message(role="assistant", tool_calls=[{"id": "1", "function": function}])])
+    (older,) = canonical([Message(role="assistant", function_call=function)])
+    assert chat["tool_calls"][0]["function"] == older["tool_calls"][0]["function"] == empty
+    (missing,) = canonical([Message(role="assistant", tool_calls=[{"function": {"name": "now"}}])])
+    assert missing["tool_calls"][0]["function"] == empty
+    if not isinstance(arguments, dict):
+        item = {"type": "function_call", "call_id": "1", "name": "now", "arguments": arguments}
+        request = ResponsesRequest.model_validate({"model": "m", "input": [{"role": "user", "content": "x"}, item]})
+        assert canonical(as_chat(request).messages)[1]["tool_calls"][0]["function"] == empty
 
 
 def test_arguments_nested_beyond_reason_are_refused_or_text() -> None:

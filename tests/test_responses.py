@@ -58,6 +58,34 @@ def test_the_sdk_reads_an_answer_and_its_stream_and_they_are_equal(client: OpenA
     assert kinds == [*ORDER[:-1], "response.incomplete"]
 
 
+def test_times_are_whole_seconds(server: Server) -> None:
+    """As clients with integers for them read them."""
+    body: dict[str, Any] = {"model": MODEL, "max_output_tokens": 2}
+    whole = server.post("/v1/responses", input="Hello", **body).json()
+    assert type(whole["created_at"]) is int and type(whole["completed_at"]) is int
+    assert 0 <= whole["completed_at"] - whole["created_at"] < 60
+    lines = server.post("/v1/responses", input="Hello", stream=True, **body).text.splitlines()
+    states = [json.loads(line[6:])["response"] for line in lines if line.startswith("data: ") and '"response":' in line]
+    assert len(states) == 3 and all(type(state["created_at"]) is int for state in states)
+    (model,) = server.get("/v1/models").json()["data"]
+    chat = server.post("/v1/chat/completions", model=MODEL, messages=[{"role": "user", "content": "x"}], max_tokens=2)
+    assert type(chat.json()["created"]) is int and type(model["created"]) is int
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"role": "user"}, "input[1].content"),
+        ({"role": "assistant", "content": None}, "input[1].content"),
+        ({"type": "function_call_output", "call_id": "c"}, "input[1].output"),
+        ({"type": "custom_tool_call_output", "call_id": "c", "output": None}, "input[1].output"),
+    ],
+)
+def test_an_item_that_says_nothing_is_named(server: Server, item: dict[str, Any], param: str) -> None:
+    refusal = server.post("/v1/responses", model=MODEL, input=[{"role": "user", "content": "Hello"}, item])
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == param
+
+
 def test_the_sdks_stream_helper_follows_the_events(client: OpenAI) -> None:
     eos = {"extra_body": {"logit_bias": {"258": 100}, "min_tokens": 9}}
     with client.responses.stream(
@@ -146,7 +174,7 @@ def test_the_sdk_raises_its_own_errors(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.responses.create(model="nobody", input="x")
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
-        client.responses.create(model=MODEL, input="x", max_output_tokens=5000, stream=True)
+        client.responses.create(model=MODEL, input="x" * 480, max_output_tokens=5, stream=True)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve("resp_1")
 

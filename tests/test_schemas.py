@@ -25,6 +25,7 @@ REQUESTS: dict[str, Any] = {
     "completions": (CompletionRequest, completion_create_params, {"prompt": "Hello"}),
     "responses": (ResponsesRequest, response_create_params, {"input": "Hello"}),
 }
+TOOL = {"type": "function", "function": {"name": "f"}}
 A, B = 64, 65  # token ids of "a" and "b"
 
 
@@ -226,6 +227,58 @@ def response_format(server: Server, path: str) -> None:
     for bad in ({}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": 5}}):
         refusal = ask(server, path, response_format=bad)
         assert refusal.status_code == 400 and refusal.json()["error"]["param"].startswith("response_format")
+
+
+WITH_A = {"type": "object", "properties": {"a": {"const": 5}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "json_object", "schema": WITH_A},
+        {"type": "json_schema", "schema": WITH_A},
+        {"type": "json_schema", "json_schema": {"schema": WITH_A}},
+    ],
+)
+def test_a_schema_holds_wherever_clients_write_it(server: Server, given: dict[str, Any]) -> None:
+    (answer,) = texts(server, "chat/completions", response_format=given, ignore_eos=False)
+    assert json.loads(answer) == {"a": 5}
+    (answer,) = texts(server, "responses", text={"format": given}, ignore_eos=False)
+    assert json.loads(answer) == {"a": 5}
+    for bad in (5, "x", []):
+        refusal = ask(server, "chat/completions", response_format={"type": "json_object", "schema": bad})
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "response_format"
+
+
+def test_a_format_of_a_response_that_has_no_schema_is_refused(server: Server) -> None:
+    refusal = ask(server, "responses", text={"format": {"type": "json_schema", "name": "x"}})
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "text.format.schema"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("chat/completions", {"response_format": {"type": "text", "grammar": 1}}, "response_format.grammar"),
+        (
+            "chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "x": 1}, "y": 2}},
+            "response_format.json_schema.x, response_format.y",
+        ),
+        ("chat/completions", {"stream_options": {"x": 1}, "stream": True}, "stream_options.x"),
+        ("responses", {"text": {"format": {"type": "text", "x": 1}, "y": 2}}, "text.format.x, text.y"),
+        ("responses", {"reasoning": {"effort": "low", "x": 1}}, "reasoning.x"),
+        (
+            "chat/completions",
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f", "x": 1}, "y": 2}},
+            "tool_choice.function.x, tool_choice.y",
+        ),
+    ],
+)
+def test_unknown_fields_inside_of_objects_are_named_too(
+    server: Server, path: str, body: dict[str, Any], names: str
+) -> None:
+    answer = ask(server, path, **body)
+    assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == names
 
 
 def guided_json(server: Server, path: str) -> None:

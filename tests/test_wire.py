@@ -364,10 +364,35 @@ def test_a_body_of_another_kind_is_a_400(server: Server) -> None:
 
 def test_a_prompt_beyond_the_context_is_told_in_the_words_that_clients_look_for(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
-        client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=10_000)
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x" * 480}], max_tokens=10)
     assert refusal.value.code == "context_length_exceeded" and refusal.value.param == "messages"
     assert "maximum context length is 480 tokens. However, you requested" in str(refusal.value)
     assert "context_length_exceeded" in str(refusal.value)
+
+
+@pytest.mark.parametrize("num_answers", [1, 3])
+def test_an_answer_is_no_longer_than_the_context_leaves(server: Server, num_answers: int) -> None:
+    """As agents ask, whose limit of an answer is a third of a large context whatever the prompt is."""
+    prompt = "x" * 300
+    body: dict[str, Any] = {"model": MODEL, "max_tokens": 480, "ignore_eos": True, "n": num_answers}
+    for answer in (
+        server.post("/v1/chat/completions", messages=[{"role": "user", "content": prompt}], **body),
+        server.post("/v1/completions", prompt=prompt, **body),
+        server.post("/v1/completions", prompt=prompt, best_of=num_answers + 1, **body),
+    ):
+        usage, choices = answer.json()["usage"], answer.json()["choices"]
+        most = num_answers + ("best_of" in answer.request.content.decode())
+        assert usage["completion_tokens"] == (480 - usage["prompt_tokens"]) * most
+        assert [choice["finish_reason"] for choice in choices] == ["length"] * num_answers
+
+
+def test_the_limit_of_a_response_is_told_by_its_own_name(server: Server) -> None:
+    body: dict[str, Any] = {"model": MODEL, "input": "Hello", "ignore_eos": True}
+    whole = server.post("/v1/responses", max_output_tokens=480, **body).json()
+    assert whole["status"] == "incomplete" and whole["usage"]["total_tokens"] == 480
+    for stream in (False, True):
+        refusal = server.post("/v1/responses", max_output_tokens=481, stream=stream, **body)
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "max_output_tokens"
 
 
 def test_an_unsupported_value_is_told_by_its_field(client: OpenAI) -> None:
