@@ -30,7 +30,7 @@ CALL_KEYS = (*ARGUMENT_KEYS, "name", "id", "type")
 NAME_KEYS = ("name", "function")
 MOST_OF_NAME = 200  # characters
 FENCE = "```"
-_NAME_END, _NO_BLANK = re.compile(r"[\s<>]"), re.compile(rf"[^{BLANKS}]")
+_NAME_END, _NO_BLANK = re.compile(r"[^\w.:/-]", re.ASCII), re.compile(rf"[^{BLANKS}]")
 FENCED = ("json", "tool_code", "tool_call", "tool_calls", "python", "")  # languages of fences that may hold calls
 
 T = TypeVar("T")
