@@ -1,0 +1,184 @@
+"""ElementCalls: calls of tools whose arguments models write one by one, as text between marks."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from answer_parts import AnswerParts
+from answer_text import End, NoCall, Steps
+from argument_values import argument_of
+from lenient_json import BLANKS, json_of
+from tool_formats import Elements, ToolFormat
+
+MOST_OF_NAME = 200  # characters
+_NAME_END = re.compile(r"[^\w.:/-]", re.ASCII)
+
+
+@dataclass
+class _ElementCall:
+    """A call whose arguments come one by one."""
+
+    style: ToolFormat
+    elements: Elements
+    schema: Mapping[str, Any]
+    keys: list[str] = field(default_factory=list)  # so far
+    is_inside: bool = False  # of an element
+
+    @property
+    def opener(self) -> str:
+        """Of the next element where the end of this one is forgotten."""
+        return f"\n{self.elements.begin}" if self.elements.has_lines else self.elements.begin
+
+    @property
+    def closer(self) -> str:
+        return f"\n{self.elements.close}" if self.elements.close else ""
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Marks that may end a value; the first one is its own, the others come where that is forgotten."""
+        own = self.elements.end.strip()
+        return tuple(filter(None, (own, self.opener, self.closer, self.style.end)))
+
+    @property
+    def known(self) -> list[str]:
+        """Names of parameters that have not come yet."""
+        properties = self.schema.get("properties")
+        return [key for key in properties if key not in self.keys] if isinstance(properties, dict) else []
+
+    def schema_of(self, key: str) -> Any:
+        properties = self.schema.get("properties")
+        return properties.get(key) if isinstance(properties, dict) else None
+
+    def value(self, text: str) -> str:
+        return text.removeprefix("\n").removesuffix("\n") if self.elements.has_lines else text
+
+
+class ElementCalls(AnswerParts):
+    def _element_call(self, style: ToolFormat, elements: Elements, at: int, is_marked: bool) -> Steps[None]:
+        if not (yield from self._starts_with(elements.name_begin, at)):
+            raise NoCall
+        name, end = yield from self._element_name(elements, at)
+        if name not in self._reading.tools:
+            raise NoCall
+        if not is_marked and not elements.name_begin:  # a name alone is no sign of a call
+            after = yield from self._after_blanks(end)
+            if not (yield from self._starts_with(elements.begin, after)):
+                raise NoCall
+        is_strict = self._reading.is_strict and self._reading.is_guarded
+        call = _ElementCall(style, elements, self._reading.tools[name])
+        yield from self._called(self._elements(call, name, end), is_marked, is_strict)
+
+    def _element_name(self, elements: Elements, at: int) -> Steps[tuple[str, int]]:
+        """And where it ends."""
+        at += len(elements.name_begin)
+        while not (found := _NAME_END.search(self._text, at)) and len(self._text) < at + MOST_OF_NAME:
+            if not elements.name_begin and not self._may_be_name(self._text[at:]):
+                break
+            yield from self._more()
+        end = found.start() if found else len(self._text)
+        return self._text[at:end], end
+
+    def _elements(self, call: _ElementCall, name: str, end: int) -> Steps[None]:
+        elements = call.elements
+        self._take(end)
+        self._begin_call(name)
+        try:
+            yield from self._optional(elements.name_end.strip())
+            while (yield from self._optional(elements.begin)):
+                yield from self._element(call)
+            yield from self._closed(call)
+        except End:
+            if self._is_whole and not self._text.strip(BLANKS) and not call.is_inside:
+                self._add_arguments("}" if call.keys else "{}")
+                self._end_call()
+            raise
+        self._add_arguments("}" if call.keys else "{}")
+        self._end_call()
+        yield from self._optional(elements.close)
+
+    def _element(self, call: _ElementCall) -> Steps[None]:
+        call.is_inside = True
+        key = yield from self._element_key(call)
+        yield from self._optional(call.elements.value_begin.strip())
+        opening = ", " if call.keys else "{"
+        call.keys.append(key)
+        value: list[str] = []
+        try:
+            yield from self._element_value(call, value)
+        except End:  # the beginning of a text, which is all that there is of the call's last argument
+            self._add_arguments(f"{opening}{json_of(key)}: {json_of(self._shown(''.join(value)))[:-1]}")
+            raise
+        text = self._shown(call.value("".join(value)))
+        self._add_arguments(f"{opening}{json_of(key)}: {argument_of(text, call.schema_of(key), call.schema)}")
+        call.is_inside = False
+
+    def _element_key(self, call: _ElementCall) -> Steps[str]:
+        """Its mark may be forgotten at the end of a line."""
+        mark, pieces = call.elements.key_end, list[str]()
+        marks = (mark, "\n") if self._is_held and call.elements.has_lines else (mark,)
+        found = yield from self._until(marks, pieces.append)
+        key = "".join(pieces)
+        if found == mark:
+            return key
+        if key.strip() not in call.known:
+            raise NoCall
+        return key.strip()
+
+    def _element_value(self, call: _ElementCall, value: list[str]) -> Steps[None]:
+        """Up to its end, which is one only if another element or the call's end follows."""
+        marks = call.ends if self._is_held else call.ends[:1]
+        while True:
+            mark = yield from self._until(marks, value.append)
+            try:
+                ends = yield from self._ends_value(call, mark)
+            except End:
+                value.append("" if mark == marks[0] else mark + self._take(len(self._text)))
+                raise
+            if not ends:
+                value.append(mark)
+                continue
+            if mark != marks[0]:  # it is what follows the value
+                value.append(mark[: len(mark) - len(mark.lstrip("\n"))])
+                self._put_back(mark.lstrip("\n"))
+            return
+
+    def _ends_value(self, call: _ElementCall, mark: str) -> Steps[bool]:
+        style, elements = call.style, call.elements
+        if mark == call.opener:
+            return (yield from self._begins_element(call))
+        others = (elements.name_begin, style.begin) if self._is_held else ()
+        followers = {
+            call.ends[0]: (elements.begin, elements.close, style.end, *others),
+            call.closer: (style.end, style.begin, elements.name_begin),
+            style.end: (style.begin,),
+        }[mark]
+        try:
+            after = yield from self._after_blanks(0)
+        except End:
+            if self._is_whole and self._is_held:
+                return True
+            raise
+        for follower in filter(None, followers):
+            if (yield from self._starts_with(follower, after)):
+                return True
+        return False
+
+    def _begins_element(self, call: _ElementCall) -> Steps[bool]:
+        """Whether the name of a parameter follows that has not come yet."""
+        heads = [key + call.elements.key_end for key in call.known]
+        while not any(self._text.startswith(head) for head in heads):
+            if not any(head.startswith(self._text) for head in heads):
+                return False
+            yield from self._more()
+        return True
+
+    def _closed(self, call: _ElementCall) -> Steps[None]:
+        """Raises NoCall if neither the call's end follows nor, where that is forgotten, what comes after it."""
+        style, elements = call.style, call.elements
+        after = yield from self._after_blanks(0)
+        forgotten = (style.end, elements.name_begin, style.begin) if self._is_held else ()
+        for mark in filter(None, (elements.close or style.end, *forgotten)):
+            if (yield from self._starts_with(mark, after)):
+                return
+        raise NoCall
