@@ -166,8 +166,10 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, name: str = "") -> PromptTemplate:
     from transformers import AutoTokenizer
 
+    from engine.tokenizer_file import by_its_file
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = by_its_file(AutoTokenizer.from_pretrained(directory, trust_remote_code=False), directory)
         tokenizer.chat_template = with_templates_beside(tokenizer.chat_template, directory)
         template = PromptTemplate(tokenizer, model_type, tokens_per_image, name)
     except Exception as error:  # of any kind, where a file says what nobody expects
