@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -180,3 +181,37 @@ def test_the_templates_own_end_of_a_turn_ends_an_answer(template: PromptTemplate
 
 
 NAMES = {"Gemma 3": "gemma3", "Qwen 2.5": "qwen2_5", "Qwen 3": "qwen3", "Llama 3": "llama3_2"}
+
+
+RESULTS = [
+    {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+    {"role": "tool", "content": "rain", "tool_call_id": "c2"},
+]
+
+
+def test_text_beside_calls_and_second_calls_are_in_llamas_prompt_in_its_own_form() -> None:
+    template = PromptTemplate(AutoTokenizer.from_pretrained(fetch("llama3_2")), "llama")
+    calls = [SENT, {**SENT, "id": "c2"}]
+    token_ids = rendered(template, [USER, {"role": "assistant", "content": "I look.", "tool_calls": calls}, *RESULTS])
+    turns = [
+        {"role": "assistant", "content": "I look."},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        RESULTS[0],
+        {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "c2"}]},
+        RESULTS[1],
+    ]
+    assert token_ids == genuine(template, [USER, *turns])
+
+
+def test_ids_of_calls_are_as_short_as_mistrals_template_wants_them() -> None:
+    template = PromptTemplate(AutoTokenizer.from_pretrained(fetch("mistral_nemo")), "mistral")
+    called = {"role": "assistant", "content": "", "tool_calls": [{**SENT, "id": "call_123"}]}
+    prompt = str(
+        template.tokenizer.decode(rendered(template, [USER, called, {**RESULTS[0], "tool_call_id": "call_123"}]))
+    )
+    begun, shown = re.findall(r'"(?:id|call_id)": "(\w+)"', prompt)
+    assert begun == shown and len(begun) == 9 and "[TOOL_CALLS]" in prompt and "[TOOL_RESULTS]" in prompt
+
+
+def test_genuine_gemma_shows_images_beside_the_text() -> None:
+    assert PromptTemplate(AutoTokenizer.from_pretrained(fetch("gemma3")), "gemma3", tokens_per_image=256).sees
