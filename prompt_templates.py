@@ -199,8 +199,9 @@ class PromptTemplate:
         self.is_own = bool(own)
         self._template = None if own else self.family.template
         self._source = _source(own) or self.family.template
-        taught = taught_by(self._source)
-        self.tool_format = taught or self.family.tools
+        self._forms = {has_tools: self._tried(has_tools) for has_tools in (False, True)}
+        taught = None if "tools" in self._forms[True].hidden else taught_by(self._source)
+        self._shows_tools, self.tool_format = taught is not None, taught or self.family.tools
         self.think = self._thinking_marks()
         self.detokenizer = _detokenizer(tokenizer)
         self.marks = {mark: chr(FIRST_MARK + number) for number, mark in enumerate(sorted(self._marks))}
@@ -212,8 +213,6 @@ class PromptTemplate:
         self._control = _any_of(control)  # nobody may write these
         # nor these, but for the assistant: its earlier thoughts and calls come back in its own words
         self._markup = _any_of([*control, *(t.content for t in added if self._is_markup(t.content))])
-        self._forms = {has_tools: self._tried(has_tools) for has_tools in (False, True)}
-        self._shows_tools = taught is not None and "tools" not in self._forms[True].hidden
         self._end_of_turn = self._tried_end()
         self._shows_images = not tokens_per_image or self._tried_images()
 

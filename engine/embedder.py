@@ -158,7 +158,7 @@ class PairScorer(_Modules):
 
     def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
         scores, num_tokens = self._forward(texts, prompt, "scores")
-        scores = self.model.activation_fn(scores.float()).reshape(len(texts), -1)
+        scores = self.model.activation_fn(scores.double()).reshape(len(texts), -1)  # in less, sure ones are all 1.0
         if scores.shape[1] > 1 and isinstance(self.model.activation_fn, torch.nn.Identity):
             scores = scores.softmax(1)
         return scores[:, self._positive, None].cpu().numpy(), num_tokens

@@ -168,16 +168,11 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, name: str = "") -> PromptTemplate:
     from transformers import AutoTokenizer
 
-    if not any((directory / name).exists() for name in VOCABULARIES):
-        # transformers would make an empty one, or convert another file and lose spaces and added tokens of some models
-        others = [name for name in FOREIGN_VOCABULARIES if (directory / name).exists()]
-        reason = f"has {others[0]} alone" if others else "has no vocabulary"
-        raise ModelLoadError(
-            f"{directory} {reason}, and what is read here is tokenizer.json: take that file from the model's page, or "
-            "from another model with the same vocabulary."
-        )
+    from engine.tokenizer_file import by_its_file
+
+    _check_vocabulary_file(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = by_its_file(AutoTokenizer.from_pretrained(directory, trust_remote_code=False), directory)
         tokenizer.chat_template = with_templates_beside(tokenizer.chat_template, directory)
         template = PromptTemplate(tokenizer, model_type, tokens_per_image, name)
     except Exception as error:  # of any kind, where a file says what nobody expects
@@ -206,6 +201,19 @@ def _json_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path.name} is no JSON: {error}") from error
     return content if isinstance(content, dict) else {}
+
+
+def _check_vocabulary_file(directory: Path) -> None:
+    """Raises ModelLoadError where transformers would make an empty vocabulary, or convert another file and lose spaces
+    and added tokens of some models."""
+    if any((directory / name).exists() for name in VOCABULARIES):
+        return
+    others = [name for name in FOREIGN_VOCABULARIES if (directory / name).exists()]
+    reason = f"has {others[0]} alone" if others else "has no vocabulary"
+    raise ModelLoadError(
+        f"{directory} {reason}, and what is read here is tokenizer.json: take that file from the model's page, or "
+        "from another model with the same vocabulary."
+    )
 
 
 def tell_hidden(template: PromptTemplate, directory: Path) -> None:

@@ -733,6 +733,18 @@ def test_of_two_labels_the_probability_of_the_one_that_says_yes_is_the_score(
     assert close(scored(directory, "a query", TEXTS[:8]), expected)
 
 
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_scores_of_which_a_model_is_sure_are_still_told_apart(tmp_path: Path, num_labels: int) -> None:
+    directory = save_tiny_cross_encoder(tmp_path / "model", num_labels)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["classifier.bias"] += torch.tensor([25.0] if num_labels == 1 else [0.0, 25.0])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    logits = predicted(directory, activation_fn=torch.nn.Identity()).reshape(8, -1)
+    margin = logits[:, 0] if num_labels == 1 else logits[:, 1] - logits[:, 0]
+    scores = scored(directory, "a query", TEXTS[:8])
+    assert np.argsort(scores).tolist() == np.argsort(margin).tolist() and len(set(scores)) == 8
+
+
 LINEAR, SIGMOID = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.Sigmoid"
 
 

