@@ -390,6 +390,7 @@ class Facts:
 
     stop_token_ids: tuple[int, ...] = ()  # end an answer beside those that its generation config names
     context_length: int = 2048  # tokens, where its config has none
+    num_tokens: int | None = None  # of its vocabulary: ids beyond are no text, and never chosen
 
 
 def load_engine(
@@ -418,6 +419,7 @@ def load_engine(
     eos_ids = frozenset([*known.stop_token_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
     try:
         engine = build_engine(model, options, eos_ids, small)
+        _model_runner(engine).num_known = known.num_tokens
         check_start(engine, directory, options)
     except ModelLoadError:
         raise
@@ -433,13 +435,18 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions) -> None
     """A model that cannot compute, or computes something else than in transformers, is found out before anybody asks
     it something. Raises ModelLoadError. What was compared is remembered in `options.cache_dir`."""
     warm_up(engine)
-    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
-    assert isinstance(runner, ModelRunner)
+    runner = _model_runner(engine)
     how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
     memory = start_check.Memory(options.cache_dir)
     key = start_check.key_of(directory, runner, how)
     if not memory.knows(key) and start_check.check(runner, engine.max_model_len):
         memory.keep(key)
+
+
+def _model_runner(engine: Engine) -> ModelRunner:
+    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+    assert isinstance(runner, ModelRunner)
+    return runner
 
 
 def warm_up(engine: Engine) -> None:

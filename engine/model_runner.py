@@ -390,6 +390,7 @@ class ModelRunner:
         """flash: attends to all of a step's tokens in one."""
         self.model = model
         self.flash = flash
+        self.num_known: int | None = None  # tokens of the vocabulary, where the output layer is padded beyond it
         self._graphs: DecodeGraphs | None = None
         self.vision: VisionEncoder | None = None
         self.cache = cache
@@ -450,6 +451,8 @@ class ModelRunner:
             self._score_prompts(logits[len(places) :], layout.spans, prompts)
         if not complete:
             return Started(batch, [], None)
+        if self.num_known is not None:
+            logits[: len(places), self.num_known :] = -torch.inf
         return Started(batch, complete, self.sampler.choose(logits[: len(places)], heirs, masks))
 
     @torch.inference_mode()

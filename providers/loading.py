@@ -28,7 +28,7 @@ from prompt_templates import PromptTemplate
 from providers.eyes import Eyes
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from engine.engine import Engine, Facts
     from engine.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
         from engine import kernels
 
         threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
-        from engine.engine import EngineOptions, Facts, load_engine
+        from engine.engine import EngineOptions, load_engine
         from engine.model_runner import check_model
 
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
@@ -93,7 +93,7 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
         engine, generation_config = load_engine(
             directory,
             options,
-            lambda: Facts(tuple(template.result().stop_token_ids), template.result().family.context_length),
+            lambda: facts_of(template.result()),
             progress.report,
             draft_directory or None,
         )
@@ -101,6 +101,13 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     texts = TokenTexts(template.result().tokenizer)
     grammars = open_grammars(template.result(), engine)
     return Loaded(engine, template.result(), texts, sampling_defaults(generation_config), eyes, grammars)
+
+
+def facts_of(template: PromptTemplate) -> "Facts":
+    from engine.engine import Facts
+
+    num_tokens = 1 + max(template.tokenizer.get_vocab().values())
+    return Facts(tuple(template.stop_token_ids), template.family.context_length, num_tokens)
 
 
 def open_grammars(template: PromptTemplate, engine: "Engine") -> "GrammarCompiler | None":

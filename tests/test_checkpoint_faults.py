@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import checkpoint
+from config import Settings
 from engine import kernels, packed_layers
 from engine.engine import Engine, EngineOptions, Facts, load_engine
 from engine.model_runner import ModelRunner, check_model, load_model
@@ -31,7 +32,8 @@ from engine.sampling import SamplingParams
 from engine.scheduler import Batch, Span
 from engine.sequence import Sequence
 from errors import ModelLoadError
-from providers.loading import load_template
+from progress import Progress
+from providers.loading import load, load_template
 
 Tensors = dict[str, torch.Tensor]
 
@@ -266,6 +268,23 @@ def test_a_vocabulary_that_is_not_read_here_is_named(file: str | None, reason: s
         (tmp_path / file).write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(ModelLoadError, match=f"{reason}, and what is read here is tokenizer.json"):
         load_template(tmp_path, "llama")
+
+
+def test_ids_beyond_the_vocabulary_are_never_chosen(tmp_path: Path) -> None:
+    """Output layers are padded to round sizes, and what is trained nowhere can be the largest logit."""
+    num_tokens = len(byte_tokenizer())
+    save(tmp_path, pad_output, {"vocab_size": num_tokens + 13})
+    loaded = load(str(tmp_path), Settings(cache_dir=tmp_path, dtype="float32"), Progress())
+    sequence = Sequence([5, 6, 7], SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True), sink=print)
+    loaded.engine.scheduler.add(sequence)
+    while loaded.engine.scheduler.has_work:
+        loaded.engine.step()
+    assert len(sequence.output_ids) == 30 and max(sequence.output_ids) < num_tokens
+
+
+def pad_output(tensors: Tensors) -> None:
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], 50 * torch.randn(13, tensors[name].shape[1])])
 
 
 # --- architectures
