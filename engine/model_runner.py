@@ -191,6 +191,7 @@ def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTraine
         _check_layers(directory, len(tensors))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         check_architecture(config)
+        _check_generation_config(directory)
         weight_files.check_numbers(directory, tensors, config)
         chosen = choose_dtype(dtype, config.model_type, on_cuda)
         if not on_cuda:
@@ -266,6 +267,17 @@ def _check_layers(directory: Path, num_tensors: int) -> None:
         raise ModelLoadError(
             f"The model in {directory} says it has {num_layers} layers, and has {num_tensors} tensors."
         )
+
+
+def _check_generation_config(directory: Path) -> None:
+    """transformers goes on without one that it cannot read, and so without the tokens that end an answer."""
+    path = directory / "generation_config.json"
+    try:
+        is_read = not path.exists() or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        is_read = False
+    if not is_read:
+        raise ModelLoadError(f"{path} is no JSON object: mend it, or remove it.")
 
 
 def first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from engine.scheduler import Batch, Span
 from engine.sequence import Sequence
 from errors import ModelLoadError
 from progress import Progress
-from providers.loading import load, load_template
+from providers.loading import Loaded, load, load_template, sampling_defaults
 
 Tensors = dict[str, torch.Tensor]
 
@@ -285,6 +286,48 @@ def test_ids_beyond_the_vocabulary_are_never_chosen(tmp_path: Path) -> None:
 def pad_output(tensors: Tensors) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], 50 * torch.randn(13, tensors[name].shape[1])])
+
+
+# --- generation_config.json
+
+
+def started(directory: Path, text: str | None, config: dict[str, Any]) -> Loaded:
+    save(directory, lambda tensors: None, config)
+    os.remove(directory / "generation_config.json")
+    if text is not None:
+        (directory / "generation_config.json").write_text(text)
+    return load(str(directory), Settings(cache_dir=directory, dtype="float32"), Progress())
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "expected"),
+    [
+        (None, {"eos_token_id": [100, 101]}, {100, 101}),
+        ('{"temperature": 0.5}', {"eos_token_id": 100}, {100}),
+        ('{"eos_token_id": [100, 101]}', {"eos_token_id": 102}, {100, 101}),
+        ('{"eos_token_id": -1}', {}, set()),
+    ],
+)
+def test_the_tokens_that_end_an_answer_are_found_wherever_they_are_said(
+    text: str | None, config: dict[str, Any], expected: set[int], tmp_path: Path
+) -> None:
+    loaded = started(tmp_path, text, config)
+    assert loaded.engine.scheduler.eos_token_ids - {loaded.template.tokenizer.eos_token_id} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "no JSON object"), ("[]", "no JSON object"), ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'")],
+)
+def test_a_generation_config_that_cannot_be_read_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=reason):
+        started(tmp_path, text, {})
+
+
+def test_recommendations_out_of_range_are_not_followed(caplog: pytest.LogCaptureFixture) -> None:
+    odd = {"temperature": "0.6", "top_p": 1.5, "top_k": -1, "min_p": 2, "repetition_penalty": 0, "num_beams": 4}
+    assert sampling_defaults(SimpleNamespace(**odd)) == {"temperature": 0.7, "top_p": 1.0, "top_k": 0}
+    assert "min_p" in caplog.text and "num_beams" in caplog.text
 
 
 # --- architectures
