@@ -13,6 +13,7 @@ from typing import Any, cast
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
@@ -199,7 +200,9 @@ def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTraine
     except ModelLoadError:
         raise
     except Exception as error:  # of any kind, where a file says what nobody expects
-        raise ModelLoadError(f"The model in {directory} cannot be served: {first_line(error)}") from error
+        raise ModelLoadError(
+            f"The model in {directory} cannot be served ({type(error).__name__}: {first_line(error).rstrip('.')})."
+        ) from error
     return config, chosen
 
 
@@ -226,8 +229,14 @@ def check_architecture(config: PreTrainedConfig) -> None:
             f"Models of type {config.model_type!r} are not supported: they have {', '.join(sorted(foreign))} layers."
         )
     rope = getattr(text, "rope_parameters", None) or {}
-    if "dynamic" in {rope.get("rope_type"), *(p.get("rope_type") for p in rope.values() if isinstance(p, dict))}:
+    types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)} - {None}
+    if "dynamic" in types:
         raise ModelLoadError("Models with dynamic rotary embeddings are not supported: they depend on the batch.")
+    if unknown := types - {"default", *ROPE_INIT_FUNCTIONS}:
+        raise ModelLoadError(
+            f"Rotary embeddings of type {', '.join(sorted(map(repr, unknown)))} are not supported; "
+            f"known are {', '.join(sorted(ROPE_INIT_FUNCTIONS))}."
+        )
 
 
 def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:

@@ -288,6 +288,45 @@ def pad_output(tensors: Tensors) -> None:
         tensors[name] = torch.cat([tensors[name], 50 * torch.randn(13, tensors[name].shape[1])])
 
 
+# --- positions
+
+
+def llama_logprobs(directory: Path, **rope: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**_COMMON, num_hidden_layers=2)).save_pretrained(directory)
+    path = directory / "config.json"
+    known = {name: value for name, value in json.loads(path.read_text()).items() if name != "rope_parameters"}
+    path.write_text(json.dumps({**known, **rope}))
+    return logprobs(start(directory, dtype="float32"), list(range(0, 190, 2)))
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "values"),
+    [
+        ("linear", {"factor": 4.0}),
+        ("yarn", {"factor": 4.0, "original_max_position_embeddings": 64}),
+        ("llama3", LLAMA3),
+    ],
+)
+def test_scaled_positions_are_the_same_in_the_old_words_and_the_new(
+    rope_type: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    new = llama_logprobs(tmp_path / "new", rope_parameters={"rope_type": rope_type, "rope_theta": 5e5, **values})
+    old = llama_logprobs(tmp_path / "old", rope_scaling={"type": rope_type, **values}, rope_theta=5e5)
+    plain = llama_logprobs(tmp_path / "plain", rope_theta=5e5)
+    assert torch.equal(old, new) and not torch.allclose(old, plain, atol=0.1)
+
+
+@pytest.mark.parametrize("rope_type", ["su", "mrope", "dynamic"])
+def test_scaled_positions_that_are_not_known_are_refused_by_name(rope_type: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=rf"{rope_type}'? ?.*are not supported"):
+        llama_logprobs(tmp_path, rope_scaling={"type": rope_type, "factor": 2.0}, rope_theta=1e4)
+
+
 # --- generation_config.json
 
 
