@@ -123,7 +123,9 @@ class Settings(BaseSettings):
     cors_allow_origins: Annotated[list[str] | None, NoDecode] = Field(
         None, description="comma-separated origins, or *; default: localhost only"
     )
-    cache_dir: Path = Field(Path("~/.cache/gemma3-server"), description="demo models and converted GGUF files")
+    cache_dir: Path = Field(
+        Path("~/.cache/gemma3-server"), description="demo models, converted GGUF files, what passed the check at start"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     log_format: Literal["plain", "json"] = Field("plain", description="how it is logged, a line per request")
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(parse_api_keys)] = Field(

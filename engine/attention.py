@@ -19,6 +19,7 @@ from engine.kv_cache import KVCache, LayerSpec
 from engine.paged_flash import FlashBatch, Kernel
 
 NAME = "paged_blocks"
+COMPUTED = ("position_ids", "is_causal")  # arguments that ask for nothing beside what is computed here
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,12 @@ def attend_with_kernels(
 
 
 def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
-    """Attention sinks, position biases and the like come as tensors; to leave them out would give wrong answers."""
-    unknown = [name for name, value in arguments.items() if isinstance(value, torch.Tensor) and name != "position_ids"]
+    """Attention sinks, position biases, caps and the like: to leave them out would give wrong answers."""
+    unknown = [
+        name
+        for name, value in arguments.items()
+        if name not in COMPUTED and (isinstance(value, torch.Tensor) or value not in (None, False, 0))
+    ]
     assert not unknown, f"their attention takes {', '.join(sorted(unknown))}"
     assert arguments.get("is_causal") is not False, "their attention is not causal"
 

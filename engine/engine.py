@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import psutil
 import torch
@@ -390,6 +390,7 @@ class Facts:
 
     stop_token_ids: tuple[int, ...] = ()  # end an answer beside those that its generation config names
     context_length: int = 2048  # tokens, where its config has none
+    num_tokens: int | None = None  # of its vocabulary: ids beyond are no text, and never chosen
 
 
 def load_engine(
@@ -411,13 +412,13 @@ def load_engine(
     small = None
     if draft is not None:
         small = load_model(draft, options.dtype, options.device_map, report, options.quantization)
-    eos = model.generation_config.eos_token_id if model.generation_config else None
     known, text = facts(), model.config.get_text_config()
     if not getattr(text, "max_position_embeddings", None):
         text.max_position_embeddings = known.context_length
-    eos_ids = frozenset([*known.stop_token_ids, *(eos if isinstance(eos, list) else [] if eos is None else [eos])])
+    eos_ids = frozenset([*known.stop_token_ids, *_eos_of(model)])
     try:
         engine = build_engine(model, options, eos_ids, small)
+        _model_runner(engine).num_known = known.num_tokens
         check_start(engine, directory, options)
     except ModelLoadError:
         raise
@@ -429,17 +430,33 @@ def load_engine(
     return engine, model.generation_config
 
 
+def _eos_of(model: PreTrainedModel) -> list[int]:
+    """As the generation config says, else the model's, else its text part's. Raises ModelLoadError."""
+    sources = (model.generation_config, model.config, model.config.get_text_config())
+    found = (getattr(source, "eos_token_id", None) for source in sources)
+    eos: Any = next((value for value in found if value is not None), [])
+    ids = list(eos) if isinstance(eos, list | tuple) else [eos]
+    if not all(isinstance(token, int) for token in ids):
+        raise ModelLoadError(f"The model's eos_token_id is {eos!r}, and not the id of a token or a list of them.")
+    return [token for token in ids if token >= 0]
+
+
 def check_start(engine: Engine, directory: Path, options: EngineOptions) -> None:
     """A model that cannot compute, or computes something else than in transformers, is found out before anybody asks
     it something. Raises ModelLoadError. What was compared is remembered in `options.cache_dir`."""
     warm_up(engine)
-    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
-    assert isinstance(runner, ModelRunner)
+    runner = _model_runner(engine)
     how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
     memory = start_check.Memory(options.cache_dir)
     key = start_check.key_of(directory, runner, how)
     if not memory.knows(key) and start_check.check(runner, engine.max_model_len):
         memory.keep(key)
+
+
+def _model_runner(engine: Engine) -> ModelRunner:
+    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+    assert isinstance(runner, ModelRunner)
+    return runner
 
 
 def warm_up(engine: Engine) -> None:

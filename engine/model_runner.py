@@ -13,6 +13,7 @@ from typing import Any, cast
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
@@ -191,6 +192,7 @@ def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTraine
         _check_layers(directory, len(tensors))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         check_architecture(config)
+        _check_generation_config(directory)
         weight_files.check_numbers(directory, tensors, config)
         chosen = choose_dtype(dtype, config.model_type, on_cuda)
         if not on_cuda:
@@ -198,7 +200,9 @@ def check_model(directory: Path, dtype: str, device_map: str) -> tuple[PreTraine
     except ModelLoadError:
         raise
     except Exception as error:  # of any kind, where a file says what nobody expects
-        raise ModelLoadError(f"The model in {directory} cannot be served: {first_line(error)}") from error
+        raise ModelLoadError(
+            f"The model in {directory} cannot be served ({type(error).__name__}: {first_line(error).rstrip('.')})."
+        ) from error
     return config, chosen
 
 
@@ -225,8 +229,14 @@ def check_architecture(config: PreTrainedConfig) -> None:
             f"Models of type {config.model_type!r} are not supported: they have {', '.join(sorted(foreign))} layers."
         )
     rope = getattr(text, "rope_parameters", None) or {}
-    if "dynamic" in {rope.get("rope_type"), *(p.get("rope_type") for p in rope.values() if isinstance(p, dict))}:
+    types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)} - {None}
+    if "dynamic" in types:
         raise ModelLoadError("Models with dynamic rotary embeddings are not supported: they depend on the batch.")
+    if unknown := types - {"default", *ROPE_INIT_FUNCTIONS}:
+        raise ModelLoadError(
+            f"Rotary embeddings of type {', '.join(sorted(map(repr, unknown)))} are not supported; "
+            f"known are {', '.join(sorted(ROPE_INIT_FUNCTIONS))}."
+        )
 
 
 def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
@@ -266,6 +276,17 @@ def _check_layers(directory: Path, num_tensors: int) -> None:
         raise ModelLoadError(
             f"The model in {directory} says it has {num_layers} layers, and has {num_tensors} tensors."
         )
+
+
+def _check_generation_config(directory: Path) -> None:
+    """transformers goes on without one that it cannot read, and so without the tokens that end an answer."""
+    path = directory / "generation_config.json"
+    try:
+        is_read = not path.exists() or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        is_read = False
+    if not is_read:
+        raise ModelLoadError(f"{path} is no JSON object: mend it, or remove it.")
 
 
 def first_line(error: Exception) -> str:
@@ -390,6 +411,7 @@ class ModelRunner:
         """flash: attends to all of a step's tokens in one."""
         self.model = model
         self.flash = flash
+        self.num_known: int | None = None  # tokens of the vocabulary, where the output layer is padded beyond it
         self._graphs: DecodeGraphs | None = None
         self.vision: VisionEncoder | None = None
         self.cache = cache
@@ -450,6 +472,8 @@ class ModelRunner:
             self._score_prompts(logits[len(places) :], layout.spans, prompts)
         if not complete:
             return Started(batch, [], None)
+        if self.num_known is not None:
+            logits[: len(places), self.num_known :] = -torch.inf
         return Started(batch, complete, self.sampler.choose(logits[: len(places)], heirs, masks))
 
     @torch.inference_mode()

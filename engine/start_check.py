@@ -70,10 +70,13 @@ class Difference:
 
 
 def check(runner: ModelRunner, max_model_len: int) -> bool:
-    """False where transformers itself fails, so that there is nothing to compare with. Raises ModelLoadError for a
-    model that the engine does not compute as transformers does."""
+    """False where there is nothing to compare: transformers itself fails, or there is no room for a few tokens. Raises
+    ModelLoadError for a model that the engine does not compute as transformers does."""
     began = time.perf_counter()
     token_ids, kind = _tokens(runner, max_model_len), runner.model.config.model_type
+    if len(token_ids) <= COMPARED + NUM_DECODES or not _fits(runner, len(token_ids)):
+        log.warning("there is no room to compare the model with transformers: raise MAX_MODEL_LEN or KV_CACHE_MEMORY")
+        return False
     try:
         stock = _stock_logits(runner, token_ids)
     except Exception as error:  # of any kind, where a model wants to be called in another way
@@ -124,6 +127,11 @@ def tolerance_of(runner: ModelRunner) -> float:
     is_rounded = rounds or getattr(model, "hf_quantizer", None) is not None
     tolerance = QUANTIZED_TOLERANCE if is_rounded else TOLERANCE[runner.dtype]
     return tolerance * EAGER_FACTOR[runner.dtype] if reference_of(runner) == EAGER else tolerance
+
+
+def _fits(runner: ModelRunner, num_tokens: int) -> bool:
+    block_size = runner.cache.block_size
+    return all(pool.num_free * block_size >= num_tokens for pool in runner.cache.pools)
 
 
 @torch.inference_mode()

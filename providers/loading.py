@@ -30,13 +30,34 @@ from providers.eyes import Eyes
 from schemas import Message
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from engine.engine import Engine, Facts
     from engine.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
 
 IMPORTING = threading.Lock()  # two threads that import torch and transformers at once meet half-made modules
 SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # where request and model are silent; the specification's
+RANGES = {  # of a recommendation
+    "temperature": (0.0, 100.0),
+    "top_p": (1e-9, 1.0),
+    "top_k": (0, 2**31),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-3, 1e3),
+}
+NOT_FOLLOWED = (  # what else of a generation config would change answers
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "num_beams",
+    "no_repeat_ngram_size",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "penalty_alpha",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 FOREIGN_VOCABULARIES = ("tokenizer.model", "tekken.json", "spiece.model", "tiktoken.model", "qwen.tiktoken")
 
@@ -89,7 +110,7 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
         from engine import kernels
 
         threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
-        from engine.engine import EngineOptions, Facts, load_engine
+        from engine.engine import EngineOptions, load_engine
         from engine.model_runner import check_model
 
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
@@ -104,7 +125,7 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
         engine, generation_config = load_engine(
             directory,
             options,
-            lambda: Facts(tuple(template.result().stop_token_ids), template.result().family.context_length),
+            lambda: facts_of(template.result()),
             progress.report,
             draft_directory or None,
         )
@@ -112,6 +133,13 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     texts = TokenTexts(template.result().tokenizer)
     grammars = open_grammars(template.result(), engine)
     return Loaded(engine, template.result(), texts, sampling_defaults(generation_config), eyes, grammars)
+
+
+def facts_of(template: PromptTemplate) -> "Facts":
+    from engine.engine import Facts
+
+    num_tokens = 1 + max(template.tokenizer.get_vocab().values())
+    return Facts(tuple(template.stop_token_ids), template.family.context_length, num_tokens)
 
 
 def open_grammars(template: PromptTemplate, engine: "Engine") -> "GrammarCompiler | None":
@@ -250,9 +278,22 @@ def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:
 
 
 def sampling_defaults(generation_config: Any) -> dict[str, Any]:
-    """What a model's authors recommend, over the specification's defaults."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    own = {name: getattr(generation_config, name, None) for name in names}
+    """What a model's authors recommend, over the specification's defaults; what is out of range is not followed."""
+    own = {name: getattr(generation_config, name, None) for name in RANGES}
     if getattr(generation_config, "do_sample", None) is False:
         own["temperature"] = None  # without sampling it has no meaning
-    return {**SAMPLING_DEFAULTS, **{name: value for name, value in own.items() if value is not None}}
+    if own["top_k"] == -1:
+        own["top_k"] = 0  # both are written for all tokens
+    given = {name: value for name, value in own.items() if value is not None}
+    bad = {name: value for name, value in given.items() if not _is_in_range(name, value)}
+    if bad:
+        log.warning("generation_config.json: out of range and not followed: %s", bad)
+    unread = [name for name in NOT_FOLLOWED if getattr(generation_config, name, None) not in (None, False, 0, 1, [])]
+    if unread:
+        log.warning("generation_config.json: not followed here: %s", ", ".join(unread))
+    return {**SAMPLING_DEFAULTS, **{name: value for name, value in given.items() if name not in bad}}
+
+
+def _is_in_range(name: str, value: Any) -> bool:
+    low, high = RANGES[name]
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

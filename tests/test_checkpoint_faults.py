@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 import checkpoint
+from config import Settings
 from engine import kernels, packed_layers
 from engine.engine import Engine, EngineOptions, Facts, load_engine
 from engine.model_runner import ModelRunner, check_model, load_model
@@ -31,7 +33,8 @@ from engine.sampling import SamplingParams
 from engine.scheduler import Batch, Span
 from engine.sequence import Sequence
 from errors import ModelLoadError
-from providers.loading import load_template
+from progress import Progress
+from providers.loading import Loaded, load, load_template, sampling_defaults
 
 Tensors = dict[str, torch.Tensor]
 
@@ -266,6 +269,104 @@ def test_a_vocabulary_that_is_not_read_here_is_named(file: str | None, reason: s
         (tmp_path / file).write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(ModelLoadError, match=f"{reason}, and what is read here is tokenizer.json"):
         load_template(tmp_path, "llama")
+
+
+def test_ids_beyond_the_vocabulary_are_never_chosen(tmp_path: Path) -> None:
+    """Output layers are padded to round sizes, and what is trained nowhere can be the largest logit."""
+    num_tokens = len(byte_tokenizer())
+    save(tmp_path, pad_output, {"vocab_size": num_tokens + 13})
+    loaded = load(str(tmp_path), Settings(cache_dir=tmp_path, dtype="float32"), Progress())
+    sequence = Sequence([5, 6, 7], SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True), sink=print)
+    loaded.engine.scheduler.add(sequence)
+    while loaded.engine.scheduler.has_work:
+        loaded.engine.step()
+    assert len(sequence.output_ids) == 30 and max(sequence.output_ids) < num_tokens
+
+
+def pad_output(tensors: Tensors) -> None:
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], 50 * torch.randn(13, tensors[name].shape[1])])
+
+
+# --- positions
+
+
+def llama_logprobs(directory: Path, **rope: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**_COMMON, num_hidden_layers=2)).save_pretrained(directory)
+    path = directory / "config.json"
+    known = {name: value for name, value in json.loads(path.read_text()).items() if name != "rope_parameters"}
+    path.write_text(json.dumps({**known, **rope}))
+    return logprobs(start(directory, dtype="float32"), list(range(0, 190, 2)))
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "values"),
+    [
+        ("linear", {"factor": 4.0}),
+        ("yarn", {"factor": 4.0, "original_max_position_embeddings": 64}),
+        ("llama3", LLAMA3),
+    ],
+)
+def test_scaled_positions_are_the_same_in_the_old_words_and_the_new(
+    rope_type: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    new = llama_logprobs(tmp_path / "new", rope_parameters={"rope_type": rope_type, "rope_theta": 5e5, **values})
+    old = llama_logprobs(tmp_path / "old", rope_scaling={"type": rope_type, **values}, rope_theta=5e5)
+    plain = llama_logprobs(tmp_path / "plain", rope_theta=5e5)
+    assert torch.equal(old, new) and not torch.allclose(old, plain, atol=0.1)
+
+
+@pytest.mark.parametrize("rope_type", ["su", "mrope", "dynamic"])
+def test_scaled_positions_that_are_not_known_are_refused_by_name(rope_type: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=rf"{rope_type}'? ?.*are not supported"):
+        llama_logprobs(tmp_path, rope_scaling={"type": rope_type, "factor": 2.0}, rope_theta=1e4)
+
+
+# --- generation_config.json
+
+
+def started(directory: Path, text: str | None, config: dict[str, Any]) -> Loaded:
+    save(directory, lambda tensors: None, config)
+    os.remove(directory / "generation_config.json")
+    if text is not None:
+        (directory / "generation_config.json").write_text(text)
+    return load(str(directory), Settings(cache_dir=directory, dtype="float32"), Progress())
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "expected"),
+    [
+        (None, {"eos_token_id": [100, 101]}, {100, 101}),
+        ('{"temperature": 0.5}', {"eos_token_id": 100}, {100}),
+        ('{"eos_token_id": [100, 101]}', {"eos_token_id": 102}, {100, 101}),
+        ('{"eos_token_id": -1}', {}, set()),
+    ],
+)
+def test_the_tokens_that_end_an_answer_are_found_wherever_they_are_said(
+    text: str | None, config: dict[str, Any], expected: set[int], tmp_path: Path
+) -> None:
+    loaded = started(tmp_path, text, config)
+    assert loaded.engine.scheduler.eos_token_ids - {loaded.template.tokenizer.eos_token_id} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "no JSON object"), ("[]", "no JSON object"), ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'")],
+)
+def test_a_generation_config_that_cannot_be_read_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=reason):
+        started(tmp_path, text, {})
+
+
+def test_recommendations_out_of_range_are_not_followed(caplog: pytest.LogCaptureFixture) -> None:
+    odd = {"temperature": "0.6", "top_p": 1.5, "top_k": -1, "min_p": 2, "repetition_penalty": 0, "num_beams": 4}
+    assert sampling_defaults(SimpleNamespace(**odd)) == {"temperature": 0.7, "top_p": 1.0, "top_k": 0}
+    assert "min_p" in caplog.text and "num_beams" in caplog.text
 
 
 # --- architectures

@@ -66,6 +66,13 @@ def test_packed_layers_compute_on_both_sides(family: str, quantization: str) -> 
     assert start_check.check(runner_of(model), 256)
 
 
+def test_a_context_of_a_few_tokens_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    options = EngineOptions(kv_cache_memory=2**20, kv_block_size=4, max_model_len=10)
+    assert load_engine(tmp_path, options, Facts, lambda phase, fraction: None)[0].max_model_len == 10
+
+
 class WrongDecodesConfig(LlamaConfig):
     model_type = "wrong_decodes"
 
@@ -107,8 +114,8 @@ for config_class, model_class in ((WrongDecodesConfig, WrongDecodes), (WrongProm
 @pytest.mark.parametrize(
     ("config_class", "model_class", "place"),
     [
-        (WrongDecodesConfig, WrongDecodes, "for the tokens after the prompt by"),
-        (WrongPromptConfig, WrongPrompt, "for the prompt by"),
+        (WrongDecodesConfig, WrongDecodes, "for the tokens after a prompt by"),
+        (WrongPromptConfig, WrongPrompt, "for a prompt by"),
     ],
 )
 def test_a_model_that_computes_something_else_is_refused_with_the_place(
