@@ -210,6 +210,10 @@ def _window(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
 
 def _original(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     """Phi 3 has it beside the rotary embeddings' parameters, where it wins over them."""
+    said = keys.count("rope.scaling.original_context_length", found["max_position_embeddings"])
+    if said < found["max_position_embeddings"] and found["rope_parameters"]["rope_type"] == "default":
+        # a converter has dropped them: https://github.com/ggml-org/llama.cpp/issues/24820
+        raise keys.refuse("rope.scaling.original_context_length", f"it lacks the tensors {' and '.join(FACTORS[1:])}")
     original = found["rope_parameters"].get("original_max_position_embeddings", found["max_position_embeddings"])
     return {"original_max_position_embeddings": original}
 

@@ -13,6 +13,7 @@ import gguf
 import gguf_files
 import numpy
 import pytest
+import test_genuine_prompts
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -21,6 +22,7 @@ import conversion
 import gguf_header
 import gguf_metadata
 import gguf_parts
+import gguf_tokenizer
 from errors import ModelLoadError
 
 COMMON = {
@@ -372,6 +374,11 @@ def test_what_cannot_be_served_is_refused_by_its_name(keys: dict[str, Any], reas
     assert reason in refusal(tmp_path / "tiny.gguf")
 
 
+def test_a_long_context_without_its_factors_is_refused(tmp_path: Path) -> None:
+    twin(PHI3_, PHI3, None, {"rope.scaling.original_context_length": 64}).write(tmp_path / "tiny.gguf")
+    assert "it lacks the tensors rope_factors_long.weight" in refusal(tmp_path / "tiny.gguf")
+
+
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     gguf_files.write(tmp_path / "x.gguf", "mamba", {}, {"token_embd.weight": factors([1.0])})
     assert "its architecture is mamba, and known are llama" in refusal(tmp_path / "x.gguf")
@@ -586,3 +593,35 @@ def test_all_tokens_that_end_a_turn_do(tmp_path: Path) -> None:
     tokenizer(tmp_path / "tiny.gguf", ggml__eot_token_id=end - 1, ggml__eom_token_id=end)
     generation = json.loads((tmp_path / "tiny" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [end, end - 1]
+
+
+TEXTS = [
+    " What is 世界?\n\n  In 2026, don't  pay $12,345.67 — ok?\t\tnaïve café Ω≈ç🙂",
+    "def f(x):\n    return x ** 2  # 二乗\r\n\r\nHELLOworld camelCaseWord it's IT'S 1234567",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"),
+    [("qwen2_5", "qwen2"), ("llama3_2", "llama-bpe"), ("mistral_nemo", "tekken"), ("deepseek_v3", "deepseek-v3")],
+)
+def test_a_genuine_tokenizer_is_the_same_from_a_gguf_file(name: str, pre: str, tmp_path: Path) -> None:
+    genuine = AutoTokenizer.from_pretrained(test_genuine_prompts.fetch(name))
+    state = json.loads(genuine.backend_tokenizer.to_str())
+    tokens = [token for token, _ in sorted(genuine.get_vocab().items(), key=lambda pair: pair[1])]
+    kinds = [1] * len(tokens)
+    for added in state["added_tokens"]:
+        kinds[added["id"]] = 3 if added["special"] else 4
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
+    own = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
+    own |= {"bos_token_id": genuine.bos_token_id, "eos_token_id": genuine.eos_token_id}
+    own |= {"add_bos_token": genuine("").input_ids == [genuine.bos_token_id]}
+    path = tmp_path / "tiny.gguf"
+    said = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
+    tensors = {f"blk.{layer}.attn_norm.weight": factors([1.0]) for layer in range(2)}
+    gguf_files.write(path, "llama", {**KEYS, **LLAMA[1]}, tensors, said)
+    read = gguf_tokenizer.load(path, gguf_header.read(path))
+    specials = [added["content"] for added in state["added_tokens"]][:30]
+    for text in (*TEXTS, "a".join(specials)):
+        assert read(text).input_ids == genuine(text).input_ids
+        assert read.decode(read(text).input_ids) == genuine.decode(genuine(text).input_ids)
