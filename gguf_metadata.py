@@ -57,7 +57,6 @@ NO_EFFECT = {  # what they say is known from elsewhere, or does not change what 
     "tensor_data_layout",
     "expert_feed_forward_length",  # the shapes
     "expert_shared_feed_forward_length",
-    "use_parallel_residual",  # the tensors: without a second norm it is parallel
 }
 NEUTRAL: Mapping[str, tuple[Value, ...]] = {  # keys that change nothing at these values, and are refused at others
     "attention.causal": (True,),
@@ -198,10 +197,6 @@ def _key_value_heads(keys: Keys, found: Attributes, factors: Factors) -> Attribu
 def _biases(**names: str) -> Derive:
     """Attributes that are true where the first layer has the tensor."""
     return lambda keys, found, factors: {attribute: keys.has(f"blk.0.{tensor}") for attribute, tensor in names.items()}
-
-
-def _no_parallel(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
-    return {"use_parallel_residual": not keys.has("blk.0.ffn_norm.weight")}
 
 
 def _window(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
@@ -471,24 +466,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture(
         "phi3", DECODER | RMS, (_key_value_heads, _shape_alone, _partial_rope, _original, _window), _NO_HEADS
     ),
-    "stablelm": Architecture(
-        "stablelm",
-        DECODER | {"attention.layer_norm_epsilon": "layer_norm_eps"},
-        (_key_value_heads, _shape_alone, _partial_rope, _no_parallel, _biases(use_qkv_bias="attn_q.bias")),
-        _NO_HEADS,
-    ),
     "starcoder2": Architecture(
         "starcoder2",
         DECODER | {"attention.layer_norm_epsilon": "norm_epsilon"},
         (_key_value_heads, _shape_alone, _rope, _biases(use_bias="attn_q.bias")),
         _NO_HEADS,
         {"sliding_window": None},
-    ),
-    "nemotron": Architecture(
-        "nemotron",
-        DECODER | {"attention.layer_norm_epsilon": "norm_eps"},
-        (_key_value_heads, _head_dim, _partial_rope, _biases(attention_bias="attn_q.bias", mlp_bias="ffn_up.bias")),
-        _NO_HEADS,
     ),
     "gpt2": Architecture(
         "gpt2", GPT2, (_shape_alone,), also={"rope.dimension_count": (0,), "attention.head_count_kv": ()}
