@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -445,16 +446,20 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
 # --- converted directories
 
 
-def test_what_an_older_converter_made_is_made_again_and_removed(tmp_path: Path) -> None:
+def test_what_an_older_converter_made_is_made_again_and_removed_once_nobody_uses_it(tmp_path: Path) -> None:
     LLAMA_TWIN.write(tmp_path / "tiny.gguf")
     path, cache = str(tmp_path / "tiny.gguf"), tmp_path / "cache"
     directory = checkpoint.fetch(path, cache, lambda what, fraction: None).directory
     old = directory.with_name(directory.name.rpartition("-")[0] + "-v2")
+    fresh = directory.with_name(directory.name.rpartition("-")[0] + "-v3")
     other = directory.with_name("tiny-0123456789abcdef-v2")
     directory.rename(old)
-    other.mkdir()
+    for made in (fresh, other):
+        made.mkdir()
+    for unused in (old, other):
+        os.utime(unused, (0, 0))
     assert checkpoint.fetch(path, cache, lambda what, fraction: None).directory == directory
-    assert directory.exists() and other.exists() and not old.exists()
+    assert directory.exists() and fresh.exists() and other.exists() and not old.exists()
 
 
 def test_the_converters_version_is_that_of_all_that_converts() -> None:
