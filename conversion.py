@@ -132,6 +132,8 @@ def _convert(gguf: Path, directory: Path, report: Callable[[float], None]) -> No
     model.hf_quantizer = None  # else it saves a GGUF's settings beside weights that are none any more
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    recommended = gguf_metadata.sampling(header)
+    model.generation_config.update(**recommended, **({"do_sample": True} if recommended else {}))
     require_room(directory.parent, model.num_parameters() * 2 + gguf.stat().st_size, gguf.name)
     model.save_pretrained(directory)
     report(0.8)

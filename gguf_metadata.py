@@ -569,6 +569,20 @@ def _refuse_others(keys: Keys, architecture: Architecture) -> None:
             raise keys.refuse(key, f"it can only be {' or '.join(map(str, neutral))}" if neutral else "")
 
 
+SAMPLING = {  # what a model's authors recommend -> transformers' names; other samplers are not offered here
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+
+
+def sampling(header: Header) -> dict[str, Value]:
+    """What requests that are silent take."""
+    return {name: header.values[key] for key, name in SAMPLING.items() if key in header.values}
+
+
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message with a call
 

@@ -599,6 +599,14 @@ def test_all_tokens_that_end_a_turn_do(tmp_path: Path) -> None:
     assert generation["eos_token_id"] == [end, end - 1]
 
 
+def test_the_sampling_that_a_file_recommends_is_the_models(tmp_path: Path) -> None:
+    said = {"general.sampling.temp": 0.25, "general.sampling.top_k": 20, "general.sampling.min_p": 0.125}
+    twin(LLAMA_, LLAMA, None, said).write(tmp_path / "tiny.gguf")
+    conversion.convert([tmp_path / "tiny.gguf"], tmp_path / "tiny", lambda fraction: None)
+    generation = json.loads((tmp_path / "tiny" / "generation_config.json").read_text())
+    assert [generation[name] for name in ("temperature", "top_k", "min_p", "do_sample")] == [0.25, 20, 0.125, True]
+
+
 TEXTS = [
     " What is 世界?\n\n  In 2026, don't  pay $12,345.67 — ok?\t\tnaïve café Ω≈ç🙂",
     "def f(x):\n    return x ** 2  # 二乗\r\n\r\nHELLOworld camelCaseWord it's IT'S 1234567",
