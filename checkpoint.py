@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
 DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"
 CONNECT_TIMEOUT = 3.0  # seconds
 CHUNK = 1 << 20  # bytes
+UNUSED = 7 * 86400.0  # seconds, after which what another version converted is removed
 HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -376,14 +378,22 @@ def _indexed_shards(directory: Path) -> set[str]:
 
 
 def _convert(paths: list[Path], cache_dir: Path, name: str, key: str, report: Report) -> Checkpoint:
-    """The directory that a GGUF file is converted to; what other versions of the converter made of it is removed."""
+    """The directory that a GGUF file is converted to; what other versions of the converter made of it is removed,
+    unless it was used lately: by a server of another version, say."""
     target = _converted(cache_dir, name, key)
     if not target.exists():
         convert_gguf(paths, target, report)
-        for other in target.parent.glob(f"{glob.escape(f'{name}-{key[:16]}-')}*"):
-            if not other.name.startswith(target.name):
+        for other in target.parent.glob(f"{glob.escape(f'{name}-{key[:16]}-')}v*"):
+            if other.is_dir() and other.suffix != ".tmp" and other.stat().st_mtime < time.time() - UNUSED:
                 remove(other)
-    return Checkpoint(target)
+    return _used(target)
+
+
+def _used(directory: Path) -> Checkpoint:
+    """Its time of change says when it was used last."""
+    with contextlib.suppress(OSError):  # of a cache that may only be read
+        os.utime(directory)
+    return Checkpoint(directory)
 
 
 def _converted(cache_dir: Path, name: str, key: str) -> Path:
@@ -393,7 +403,7 @@ def _converted(cache_dir: Path, name: str, key: str) -> Path:
 def _fetch_converted_demo(name: str, cache_dir: Path, report: Report, sources: Sources) -> Checkpoint:
     demo = DEMO_MODELS[name]
     if (target := _converted(cache_dir, served_name(name), demo.sha256)).exists():
-        return Checkpoint(target)
+        return _used(target)
     path = fetch_demo(name, demo, cache_dir, report, sources)
     return _convert([path], cache_dir, served_name(name), demo.sha256, report)
 

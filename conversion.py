@@ -119,7 +119,7 @@ def _convert(gguf: Path, directory: Path, report: Callable[[float], None]) -> No
     header = gguf_header.read(gguf)
     _check_types(header)
     tokenizer = gguf_tokenizer.load(gguf, header)
-    config = AutoConfig.for_model(**gguf_metadata.attributes(header, _factors(gguf)))
+    config = AutoConfig.for_model(**gguf_metadata.attributes(header, _factors(gguf, header)))
     report(0.4)
     load: Any = AutoModelForCausalLM.from_pretrained
     options = {"gguf_file": gguf.name, "config": config, "dtype": torch.bfloat16, "output_loading_info": True}
@@ -132,6 +132,8 @@ def _convert(gguf: Path, directory: Path, report: Callable[[float], None]) -> No
     model.hf_quantizer = None  # else it saves a GGUF's settings beside weights that are none any more
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    recommended = gguf_metadata.sampling(header)
+    model.generation_config.update(**recommended, **({"do_sample": True} if recommended else {}))
     require_room(directory.parent, model.num_parameters() * 2 + gguf.stat().st_size, gguf.name)
     model.save_pretrained(directory)
     report(0.8)
@@ -153,8 +155,10 @@ def _one_table_of_names() -> Iterator[None]:
         module.get_tensor_name_map = make
 
 
-def _factors(gguf: Path) -> dict[str, list[float]]:
+def _factors(gguf: Path, header: gguf_header.Header) -> dict[str, list[float]]:
     """The tensors that scale the rotary embeddings."""
+    if not header.tensors.keys() & set(gguf_metadata.FACTORS):
+        return {}  # gguf's reader takes seconds for a large vocabulary
     from gguf import GGUFReader, dequantize
 
     tensors = (t for t in GGUFReader(gguf).tensors if t.name in gguf_metadata.FACTORS)

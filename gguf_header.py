@@ -43,17 +43,18 @@ class Header:
     tensors: dict[str, Tensor]
 
 
-def read(path: Path) -> Header:
-    """Raises ValueError with a sentence; takes a second at most."""
+def read(path: Path, keep: frozenset[str] = frozenset()) -> Header:
+    """Raises ValueError with a sentence; takes a second at most. keep: keys of lists of any length that are wanted."""
     if path.stat().st_size < 24:
         raise ValueError("it ends within its header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _Reader(content).read()
+        return _Reader(content, keep).read()
 
 
 class _Reader:
-    def __init__(self, content: mmap.mmap) -> None:
+    def __init__(self, content: mmap.mmap, keep: frozenset[str]) -> None:
         self._content, self._at, self._num_items = content, 4, 0  # behind the magic bytes
+        self._keep, self._most_kept = keep, MOST_KEPT
         self._order: Literal["little", "big"] = "little" if int.from_bytes(content[4:6], "little") else "big"
 
     def read(self) -> Header:
@@ -63,6 +64,7 @@ class _Reader:
         values: dict[str, Value] = {}
         for _ in range(num_values):
             name = self._text()
+            self._most_kept = MOST_ITEMS if name in self._keep else MOST_KEPT
             values[name] = value = self._value(self._size(4))
             if name.endswith(".block_count") and isinstance(value, int) and value > num_tensors:
                 raise ValueError(f"it says that it has {value} layers, and has {num_tensors} tensors")
@@ -93,15 +95,15 @@ class _Reader:
         self._num_items += length
         if self._num_items > MOST_ITEMS or depth > MOST_NESTED:
             raise ValueError("its lists are too long, or too deep")
-        if kind in NUMBERS and length > MOST_KEPT:
+        if kind in NUMBERS and length > self._most_kept:
             self._skip(SIZES[kind] * length)
             return Array(length, ())
         if kind in NUMBERS:
             return Array(length, self._numbers(kind, length))
-        items = tuple(self._value(kind, depth + 1) for _ in range(min(length, MOST_KEPT)))
+        items = tuple(self._value(kind, depth + 1) for _ in range(min(length, self._most_kept)))
         for _ in range(length - len(items)):
             self._value(kind, depth + 1)
-        return Array(length, items if length <= MOST_KEPT else ())
+        return Array(length, items if length <= self._most_kept else ())
 
     def _numbers(self, kind: int, length: int) -> tuple[int | float, ...]:
         start = self._at

@@ -57,7 +57,6 @@ NO_EFFECT = {  # what they say is known from elsewhere, or does not change what 
     "tensor_data_layout",
     "expert_feed_forward_length",  # the shapes
     "expert_shared_feed_forward_length",
-    "use_parallel_residual",  # the tensors: without a second norm it is parallel
 }
 NEUTRAL: Mapping[str, tuple[Value, ...]] = {  # keys that change nothing at these values, and are refused at others
     "attention.causal": (True,),
@@ -200,16 +199,16 @@ def _biases(**names: str) -> Derive:
     return lambda keys, found, factors: {attribute: keys.has(f"blk.0.{tensor}") for attribute, tensor in names.items()}
 
 
-def _no_parallel(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
-    return {"use_parallel_residual": not keys.has("blk.0.ffn_norm.weight")}
-
-
 def _window(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     return {"sliding_window": keys.count("attention.sliding_window", 0, least=0) or None}
 
 
 def _original(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     """Phi 3 has it beside the rotary embeddings' parameters, where it wins over them."""
+    said = keys.count("rope.scaling.original_context_length", found["max_position_embeddings"])
+    if said < found["max_position_embeddings"] and found["rope_parameters"]["rope_type"] == "default":
+        # a converter has dropped them: https://github.com/ggml-org/llama.cpp/issues/24820
+        raise keys.refuse("rope.scaling.original_context_length", f"it lacks the tensors {' and '.join(FACTORS[1:])}")
     original = found["rope_parameters"].get("original_max_position_embeddings", found["max_position_embeddings"])
     return {"original_max_position_embeddings": original}
 
@@ -467,24 +466,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture(
         "phi3", DECODER | RMS, (_key_value_heads, _shape_alone, _partial_rope, _original, _window), _NO_HEADS
     ),
-    "stablelm": Architecture(
-        "stablelm",
-        DECODER | {"attention.layer_norm_epsilon": "layer_norm_eps"},
-        (_key_value_heads, _shape_alone, _partial_rope, _no_parallel, _biases(use_qkv_bias="attn_q.bias")),
-        _NO_HEADS,
-    ),
     "starcoder2": Architecture(
         "starcoder2",
         DECODER | {"attention.layer_norm_epsilon": "norm_epsilon"},
         (_key_value_heads, _shape_alone, _rope, _biases(use_bias="attn_q.bias")),
         _NO_HEADS,
         {"sliding_window": None},
-    ),
-    "nemotron": Architecture(
-        "nemotron",
-        DECODER | {"attention.layer_norm_epsilon": "norm_eps"},
-        (_key_value_heads, _head_dim, _partial_rope, _biases(attention_bias="attn_q.bias", mlp_bias="ffn_up.bias")),
-        _NO_HEADS,
     ),
     "gpt2": Architecture(
         "gpt2", GPT2, (_shape_alone,), also={"rope.dimension_count": (0,), "attention.head_count_kv": ()}
@@ -580,6 +567,20 @@ def _refuse_others(keys: Keys, architecture: Architecture) -> None:
             continue  # nothing is ever out of sight
         if keys.value(key) not in neutral:
             raise keys.refuse(key, f"it can only be {' or '.join(map(str, neutral))}" if neutral else "")
+
+
+SAMPLING = {  # what a model's authors recommend -> transformers' names; other samplers are not offered here
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+
+
+def sampling(header: Header) -> dict[str, Value]:
+    """What requests that are silent take."""
+    return {name: header.values[key] for key, name in SAMPLING.items() if key in header.values}
 
 
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf_header
 from gguf_header import Array, Header
 
 if TYPE_CHECKING:
@@ -88,15 +89,15 @@ def _pre(header: Header) -> str:
 
 def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
     """Raises ValueError with a sentence, or whatever transformers raises."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as transformers_tokenizers
 
-    check(header, set(GGUF_PRE_TOKENIZER_SPLITS))
-    read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    check(header, set(transformers_tokenizers.GGUF_PRE_TOKENIZER_SPLITS))
+    architecture, parts, said = transformers_tokenizers.get_gguf_tokenizer(str(gguf))
+    backend, _ = transformers_tokenizers.convert_gguf_tokenizer(architecture, parts)
     return PreTrainedTokenizerFast(
-        tokenizer_object=_completed(read.backend_tokenizer, gguf, header),
-        **{name: getattr(read, name) for name in names},
+        tokenizer_object=_completed(backend, gguf, header),
+        **{name: said[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
         add_bos_token=_adds(header, "bos"),
         add_eos_token=_adds(header, "eos"),
         chat_template=_templates(header.values),
@@ -156,19 +157,21 @@ def _split(pre: str) -> dict[str, Any] | None:
 def _restore(state: dict[str, Any], gguf: Path) -> dict[str, bool]:
     """Gives control tokens that transformers has spelled in bytes, such as DeepSeek's `<｜User｜>`, their text again;
     returns them, and whether they are special."""
-    from gguf import GGUFReader
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    fields = GGUFReader(gguf).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    kinds = fields["tokenizer.ggml.token_type"].contents()
+    keys = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+    values = gguf_header.read(gguf, frozenset(keys)).values
+    tokens, kinds = (value.items if isinstance(value := values[key], Array) else () for key in keys)
     known = {token["content"] for token in state["added_tokens"]}
     spelling = bytes_to_unicode()
     vocabulary = state["model"]["vocab"]
-    restored = {}
-    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+    restored: dict[str, bool] = {}
+    for index, (value, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        token = str(value)
+        if kind not in (CONTROL, USER_DEFINED) or token in known:
+            continue
         spelled = "".join(spelling[byte] for byte in token.encode())
-        if kind in (CONTROL, USER_DEFINED) and token not in known and vocabulary.get(spelled) == index:
+        if vocabulary.get(spelled) == index:
             del vocabulary[spelled]
             vocabulary[token] = index
             restored[token] = kind == CONTROL

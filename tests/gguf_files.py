@@ -106,7 +106,7 @@ def changed(value: torch.Tensor, name: str, architecture: str, config: Any) -> t
     if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         return value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    if architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
+    if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
         return value + 1
     if architecture == "gpt2" and value.ndim == 2 and name.startswith("blk."):
         return value.T

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import gguf
 import gguf_files
 import numpy
 import pytest
+import test_genuine_prompts
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -21,6 +23,8 @@ import conversion
 import gguf_header
 import gguf_metadata
 import gguf_parts
+import gguf_tokenizer
+from engine.model_runner import load_model, probe_layers
 from errors import ModelLoadError
 
 COMMON = {
@@ -112,17 +116,9 @@ EXPERTS = (
 )
 SHARED = ({"shared_expert_intermediate_size": 72}, {"expert_shared_feed_forward_length": 72})
 PHI3 = ({**EPSILON, **rope(1e4)}, {**RMS, "rope.freq_base": 1e4, "rope.dimension_count": 16})
-STABLELM = (
-    {"layer_norm_eps": 1e-3, "use_qkv_bias": True, **rope(1e4, partial_rotary_factor=0.5)},
-    {**LAYER_NORM, "rope.dimension_count": 8, "rope.freq_base": 1e4, "use_parallel_residual": True},
-)
 STARCODER2 = (
     {"norm_epsilon": 1e-3, "tie_word_embeddings": True, **rope(1e5)},
     {**LAYER_NORM, "rope.freq_base": 1e5},
-)
-NEMOTRON = (
-    {"norm_eps": 1e-3, **rope(1e4, partial_rotary_factor=0.5)},
-    {**LAYER_NORM, "rope.freq_base": 1e4, "rope.dimension_count": 8},
 )
 GEMMA2 = (
     {**EPSILON, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 20, "tie_word_embeddings": True},
@@ -222,11 +218,7 @@ TWINS = {
         {"rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": ATTENTION},
         {"rope_factors_long.weight": factors(LONG),
          "rope_factors_short.weight": factors(SHORT)}),
-    "stablelm": twin(("stablelm", "stablelm"), STABLELM),
-    "stablelm, parallel": twin(("stablelm", "stablelm"), STABLELM,
-        {"use_parallel_residual": True, "use_qkv_bias": False}),
     "starcoder2": twin(("starcoder2", "starcoder2"), STARCODER2),
-    "nemotron": twin(("nemotron", "nemotron"), NEMOTRON),
     "gpt2": twin(("gpt2", "gpt2"), (
         {"n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "layer_norm_epsilon": 1e-3,
          "tie_word_embeddings": True}, {**LAYER_NORM, "attention.head_count_kv": None})),
@@ -275,9 +267,19 @@ def test_a_gguf_file_computes_what_its_model_does(name: str, tmp_path: Path) -> 
     assert difference(model, converted(tmp_path / "tiny.gguf")) < 1e-3
 
 
-# --- each key: honoured, without effect, or refused by its name
-
 FIRST = {architecture: name for name, twin in reversed(TWINS.items()) if (architecture := twin.architecture)}
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_each_architecture_is_served(name: str, tmp_path: Path) -> None:
+    """All its layers attend through the engine, with the file's own blocks where they are kept."""
+    TWINS[name].write(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+    conversion.convert([tmp_path / "tiny.gguf"], tmp_path / "tiny", lambda fraction: None)
+    model = load_model(tmp_path / "tiny", "auto", "cpu", lambda what, fraction: None, "auto")
+    assert len(probe_layers(model)) == model.config.num_hidden_layers
+
+
+# --- each key: honoured, without effect, or refused by its name
 
 
 def all_keys() -> list[str]:
@@ -372,6 +374,11 @@ def test_what_cannot_be_served_is_refused_by_its_name(keys: dict[str, Any], reas
     assert reason in refusal(tmp_path / "tiny.gguf")
 
 
+def test_a_long_context_without_its_factors_is_refused(tmp_path: Path) -> None:
+    twin(PHI3_, PHI3, None, {"rope.scaling.original_context_length": 64}).write(tmp_path / "tiny.gguf")
+    assert "it lacks the tensors rope_factors_long.weight" in refusal(tmp_path / "tiny.gguf")
+
+
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     gguf_files.write(tmp_path / "x.gguf", "mamba", {}, {"token_embd.weight": factors([1.0])})
     assert "its architecture is mamba, and known are llama" in refusal(tmp_path / "x.gguf")
@@ -439,16 +446,20 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
 # --- converted directories
 
 
-def test_what_an_older_converter_made_is_made_again_and_removed(tmp_path: Path) -> None:
+def test_what_an_older_converter_made_is_made_again_and_removed_once_nobody_uses_it(tmp_path: Path) -> None:
     LLAMA_TWIN.write(tmp_path / "tiny.gguf")
     path, cache = str(tmp_path / "tiny.gguf"), tmp_path / "cache"
     directory = checkpoint.fetch(path, cache, lambda what, fraction: None).directory
     old = directory.with_name(directory.name.rpartition("-")[0] + "-v2")
+    fresh = directory.with_name(directory.name.rpartition("-")[0] + "-v3")
     other = directory.with_name("tiny-0123456789abcdef-v2")
     directory.rename(old)
-    other.mkdir()
+    for made in (fresh, other):
+        made.mkdir()
+    for unused in (old, other):
+        os.utime(unused, (0, 0))
     assert checkpoint.fetch(path, cache, lambda what, fraction: None).directory == directory
-    assert directory.exists() and other.exists() and not old.exists()
+    assert directory.exists() and fresh.exists() and other.exists() and not old.exists()
 
 
 def test_the_converters_version_is_that_of_all_that_converts() -> None:
@@ -586,3 +597,43 @@ def test_all_tokens_that_end_a_turn_do(tmp_path: Path) -> None:
     tokenizer(tmp_path / "tiny.gguf", ggml__eot_token_id=end - 1, ggml__eom_token_id=end)
     generation = json.loads((tmp_path / "tiny" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [end, end - 1]
+
+
+def test_the_sampling_that_a_file_recommends_is_the_models(tmp_path: Path) -> None:
+    said = {"general.sampling.temp": 0.25, "general.sampling.top_k": 20, "general.sampling.min_p": 0.125}
+    twin(LLAMA_, LLAMA, None, said).write(tmp_path / "tiny.gguf")
+    conversion.convert([tmp_path / "tiny.gguf"], tmp_path / "tiny", lambda fraction: None)
+    generation = json.loads((tmp_path / "tiny" / "generation_config.json").read_text())
+    assert [generation[name] for name in ("temperature", "top_k", "min_p", "do_sample")] == [0.25, 20, 0.125, True]
+
+
+TEXTS = [
+    " What is 世界?\n\n  In 2026, don't  pay $12,345.67 — ok?\t\tnaïve café Ω≈ç🙂",
+    "def f(x):\n    return x ** 2  # 二乗\r\n\r\nHELLOworld camelCaseWord it's IT'S 1234567",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"),
+    [("llama3_2", "llama-bpe"), ("deepseek_v3", "deepseek-v3")],
+)
+def test_a_genuine_tokenizer_is_the_same_from_a_gguf_file(name: str, pre: str, tmp_path: Path) -> None:
+    genuine = AutoTokenizer.from_pretrained(test_genuine_prompts.fetch(name))
+    state = json.loads(genuine.backend_tokenizer.to_str())
+    tokens = [token for token, _ in sorted(genuine.get_vocab().items(), key=lambda pair: pair[1])]
+    kinds = [1] * len(tokens)
+    for added in state["added_tokens"]:
+        kinds[added["id"]] = 3 if added["special"] else 4
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
+    own = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
+    own |= {"bos_token_id": genuine.bos_token_id, "eos_token_id": genuine.eos_token_id}
+    own |= {"add_bos_token": genuine("").input_ids == [genuine.bos_token_id]}
+    path = tmp_path / "tiny.gguf"
+    said = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
+    tensors = {f"blk.{layer}.attn_norm.weight": factors([1.0]) for layer in range(2)}
+    gguf_files.write(path, "llama", {**KEYS, **LLAMA[1]}, tensors, said)
+    read = gguf_tokenizer.load(path, gguf_header.read(path))
+    specials = [added["content"] for added in state["added_tokens"]][:30]
+    for text in (*TEXTS, "a".join(specials)):
+        assert read(text).input_ids == genuine(text).input_ids
+        assert read.decode(read(text).input_ids) == genuine.decode(genuine(text).input_ids)
