@@ -4,11 +4,13 @@ Source: https://json-schema.org/draft/2020-12. Text such as a description is no 
 like, nor are the values of `enum`, `const`, `default` and `examples`, unless a `$ref` leads there.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
 Object = dict[str, Any]
+_NAMES = re.compile(r"\^(?:([\w-]+)|\((?:\?:)?([\w-]+(?:\|[\w-]+)*)\))\$")  # a pattern of some names and no others
 VALUES = frozenset({"const", "default", "enum", "example", "examples"})  # keywords that hold any values
 BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})  # name -> schema
 FORMATS = frozenset(  # that llguidance holds an answer to; the others are annotations, as in the standard
@@ -16,8 +18,9 @@ FORMATS = frozenset(  # that llguidance holds an answer to; the others are annot
 )
 
 
-def without_unknown_formats(schema: Any) -> Any:
-    """The same without formats that nothing enforces; a property may be named `format`."""
+def enforceable(schema: Any) -> Any:
+    """The same in a form that llguidance holds an answer to: without formats that nothing enforces (a property may be
+    named `format`), and with the patterns of listed properties beside those."""
     values = _values_in(schema)
 
     def copied(schema: Any) -> Any:
@@ -25,7 +28,8 @@ def without_unknown_formats(schema: Any) -> Any:
             return [copied(item) for item in schema]
         if not isinstance(schema, dict):
             return schema
-        return {key: copied_value(key, value) for key, value in schema.items() if not _is_annotation(key, value)}
+        own = {key: copied_value(key, value) for key, value in schema.items() if not _is_annotation(key, value)}
+        return _with_listed_patterns(own)
 
     def copied_value(key: str, value: Any) -> Any:
         if key in values:
@@ -35,6 +39,22 @@ def without_unknown_formats(schema: Any) -> Any:
         return copied(value)
 
     return copied(schema)
+
+
+def _with_listed_patterns(schema: Object) -> Object:
+    """Patterns that fit listed properties alone go to these: for one more key there would be a comma and no key."""
+    patterns, properties = schema.get("patternProperties"), schema.get("properties")
+    if not isinstance(patterns, dict) or not isinstance(properties, dict):
+        return schema
+    listed, others = dict(properties), {}
+    for pattern, own in patterns.items():
+        found = _NAMES.fullmatch(pattern)
+        names = (found[1] or found[2]).split("|") if found else []
+        if not names or not set(names) <= listed.keys():
+            others[pattern] = own
+            continue
+        listed |= {name: {"allOf": [listed[name], own]} for name in names}
+    return {**schema, "properties": listed, "patternProperties": others}
 
 
 def patterns_of(schema: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from errors import InvalidRequest
-from json_schemas import patterns_of, without_unknown_formats
+from json_schemas import enforceable, patterns_of
 from schemas import ChatCompletionRequest, CompletionRequest
 from tool_formats import (
     WHITESPACE,
@@ -143,7 +143,7 @@ def _of_json(schema: Any) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object, and allows something")
-    return LLMatcher.grammar_from_json_schema(json.dumps(without_unknown_formats(schema)), overrides=JSON_OPTIONS)
+    return LLMatcher.grammar_from_json_schema(json.dumps(enforceable(schema)), overrides=JSON_OPTIONS)
 
 
 def _of_regex(pattern: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import InvalidRequest
-from json_schemas import patterns_of, without_unknown_formats
+from json_schemas import enforceable, patterns_of
 from messages import check_characters
 from repetition import is_too_large
 from schemas import ChatCompletionRequest, TokenizeRequest
@@ -62,9 +62,10 @@ def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | No
 def _closed(schema: Object | None) -> Object:
     """An object of the properties that are listed, if nothing is said of others: small models make up more, which no
     function expects. A tool without parameters, or without properties, takes no arguments."""
-    own: Object = without_unknown_formats(schema or {})
-    listed = own.get("properties", {})
-    is_open = OPENS & own.keys() or not set(own.get("required") or ()) <= set(listed or ())
+    own: Object = enforceable(schema or {})
+    listed, required = own.get("properties", {}), own.get("required", [])
+    is_listed = isinstance(listed, dict) and isinstance(required, list) and set(map(str, required)) <= set(listed)
+    is_open = OPENS & own.keys() or not is_listed
     return {"type": "object", **({} if is_open else {"properties": {}, "additionalProperties": False}), **own}
 
 

@@ -82,6 +82,25 @@ TOOLS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [*(("{", "{"), ("[1]", "[1]"), ("5", "5"), ('"x"', "x"), ("{'a': 1}", "{'a': 1}"))]
+    + [(nothing, "{}") for nothing in ("", "null", " ", None)],
+)
+def test_a_history_with_broken_calls_is_still_a_prompt(
+    template: PromptTemplate, arguments: str | None, shown: str
+) -> None:
+    """What a model once wrote comes back with each turn that follows."""
+    call = {"id": None, "type": "function", "function": {"name": "echo", "arguments": arguments}}
+    result = {"role": "tool", "tool_call_id": None, "content": "No such file."}
+    messages: list[dict[str, Any]] = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, result, USER]
+    text = str(template.tokenizer.decode(rendered(template, messages)))
+    called = text[text.index('"echo"') :].partition("\n")[0]
+    assert shown in called and "null" not in called and "No such file." in text
+    bare = {"type": "function", "function": {"name": "echo", "description": None, "parameters": None}}
+    assert rendered(template, messages, tools=[bare])
+
+
 def test_tools_calls_and_results_are_rendered_as_the_genuine_template_does(template: PromptTemplate) -> None:
     if template.family.name == "Gemma 3":  # its template knows no tools
         assert template.tool_format.prompt

@@ -1,15 +1,16 @@
 """What in a JSON schema is a pattern or a format, and what only looks like one."""
 
 import json
+import random
 from typing import Any
 
 import jsonschema
 import pytest
-from test_grammar import COMPILER
+from test_grammar import COMPILER, TOKENIZER
 
 import structure
 from errors import InvalidRequest
-from json_schemas import FORMATS, patterns_of, without_unknown_formats
+from json_schemas import FORMATS, enforceable, patterns_of
 from schemas import ChatCompletionRequest
 from structure import structure_of
 from tool_formats import MARKED, Literals
@@ -65,7 +66,7 @@ def compile_all(schema: Any) -> None:
 def test_an_unknown_format_is_an_annotation_at_every_level(place: str) -> None:
     for name in UNKNOWN:
         schema = PLACES[place]({"type": "string", "format": name, "minLength": 2})
-        assert name not in json.dumps(without_unknown_formats(schema))
+        assert name not in json.dumps(enforceable(schema))
         compile_all(schema)
 
 
@@ -73,7 +74,7 @@ def test_an_unknown_format_is_an_annotation_at_every_level(place: str) -> None:
 def test_a_known_format_stays(name: str) -> None:
     for place in PLACES.values():
         schema = place({"type": "string", "format": name})
-        assert without_unknown_formats(schema) == schema
+        assert enforceable(schema) == schema
     matcher = COMPILER.compile(structure.KINDS["json"]({"type": "string", "format": name}))
     assert matcher.matcher().mask([]) != COMPILER.compile(structure.KINDS["json"]({"enum": [1, "x"]})).matcher().mask(
         []
@@ -84,8 +85,26 @@ def test_values_that_look_like_schemas_stay_as_they_are() -> None:
     value = {"format": "own-kind", "pattern": BOMB}
     for key, values in {"const": value, "enum": [value, "x"], "default": value, "examples": [value]}.items():
         schema = {"properties": {"a": {key: values}}}
-        assert without_unknown_formats(schema) == schema and list(patterns_of(schema)) == []
-    jsonschema.validate(value, without_unknown_formats({"const": value}))
+        assert enforceable(schema) == schema and list(patterns_of(schema)) == []
+    jsonschema.validate(value, enforceable({"const": value}))
+
+
+@pytest.mark.parametrize("pattern", ["^a$", "^(a)$", "^(?:a|b)$", "^(b|a)$"])
+def test_a_pattern_that_fits_listed_properties_alone_leaves_no_comma_without_a_key(pattern: str) -> None:
+    listed = {"a": {"enum": [1, 2, "x"]}, "b": {"enum": [2, 3]}}
+    schema = {"properties": listed, "required": ["a", "b"], "additionalProperties": False}
+    schema |= {"type": "object", "patternProperties": {pattern: {"type": "integer"}}}
+    rng, found = random.Random(1), set()
+    for _ in range(60):
+        matcher, token_ids = COMPILER.compile(structure.KINDS["json"](schema)).matcher(), list[int]()
+        while not matcher.is_finished and len(token_ids) < 600:
+            bits = int.from_bytes(matcher.mask([]) or b"", "little")
+            token_ids.append(rng.choice([i for i in range(len(TOKENIZER)) if bits >> i & 1]))
+            matcher.accept(token_ids[-1])
+        answer = json.loads(TOKENIZER.decode(token_ids, skip_special_tokens=True))
+        jsonschema.validate(answer, schema)
+        found.add(json.dumps(answer))
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize("place", PLACES)

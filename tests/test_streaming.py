@@ -111,6 +111,16 @@ def test_a_character_after_garbage_is_not_lost(num_bytes: int) -> None:
     assert "".join(stream([ids("你")[0]] * num_bytes + ids("你"))) == REPLACEMENT * num_bytes + "你"
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_replacement_character_that_a_model_writes_holds_nothing_back(name: str) -> None:
+    tokenizer, byte_ids = TOKENIZERS[name], BYTES[name]
+    own = ids(REPLACEMENT) if name == "bytes" else [tokenizer.convert_tokens_to_ids(REPLACEMENT)]
+    after = ids("a")[0] if name == "bytes" else tokenizer.convert_tokens_to_ids("b")
+    decoder = TextDecoder(tokenizer, byte_ids=byte_ids)
+    pieces = [decoder.put(token_id) for token_id in [after, *own, after, after]]
+    assert "".join(pieces[:-1]) == tokenizer.decode([after, *own, after]) and len(pieces[-1]) == 1
+
+
 def test_an_answer_cut_inside_a_character_ends_as_the_tokenizer_reads_it() -> None:
     assert stream(ids("ok 😀")[:-1]) == ["o", "k", " ", "", "", "", REPLACEMENT]
 
