@@ -419,9 +419,12 @@ def test_calls_are_read_from_the_tokens_of_genuine_models(
         assert (answer.reasoning, called(answer), answer.reason) == ("Hm. I call it:", calls, "tool_calls")
 
 
+LONG = "a > b\nin a line </parameter> and </function> are text"
+
+
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
-@pytest.mark.parametrize(("style", "text"), [(QWEN_XML, marked(xml(("x", "a > b\n1"), ("n", "2")))), (MARKED, marked(
-    '{"name": "f", "arguments": {"x": "a > b\\n1", "n": 2}}'))], ids=["XML", "JSON"])  # fmt: skip
+@pytest.mark.parametrize(("style", "text"), [(QWEN_XML, marked(xml(("x", LONG), ("n", "2")))), (MARKED, marked(
+    json.dumps({"name": "f", "arguments": {"x": LONG, "n": 2}})))], ids=["XML", "JSON"])  # fmt: skip
 def test_grammars_take_what_genuine_models_write_and_it_is_read_as_it_comes(
     style: ToolFormat, text: str, choice: Any
 ) -> None:
@@ -442,7 +445,7 @@ def test_grammars_take_what_genuine_models_write_and_it_is_read_as_it_comes(
         mask = matcher.mask([])
         assert mask is None or mask[token_id // 8] >> token_id % 8 & 1, tokenizer.decode(token_id)
         matcher.accept(token_id)
-    assert called(through_tokens(template, text, box=box, grammar=grammar)) == [("f", {"x": "a > b\n1", "n": 2})]
+    assert called(through_tokens(template, text, box=box, grammar=grammar)) == [("f", {"x": LONG, "n": 2})]
     parser, parts = AnswerParser(reading_of(template, box, "closed", False, grammar)), 0
     for token_id in token_ids:
         parts += len(parser.put(template.marking_detokenizer.decode([token_id])))
