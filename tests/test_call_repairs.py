@@ -133,6 +133,8 @@ BARE_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ('{"name": "f", "parameters": {"x": "123"}}; {"name": "g", "parameters": {}}', "", [X, ("g", {})]),
     ("```json\n{'name': 'f', 'parameters': {'x': '123'}}\n```", "", [X]),
     ("```tool_code\nf(x='1', n='5')\n```", "", [("f", {"x": "1", "n": 5})]),
+    ("[f(x='a, b', n=2), g()]", "", [("f", {"x": "a, b", "n": 2}), ("g", {})]),
+    ("So:\n[g()]\nDone.", "So:\nDone.", [("g", {})]),
 ]
 FORMS = [
     *((QWEN_XML, *form) for form in XML_FORMS),
@@ -174,6 +176,9 @@ NO_CALLS = [
     (GLM_XML, "f\nis a function"),
     (LINES, "```tool_code\ng(1, 2)\n```"),
     (LINES, "```tool_code\nf(**{'x': '1'})\n```"),
+    (MARKED, "```python\nf(n=1)\n```"),
+    (LINES, "[f(n=1)]"),
+    (LINES, "[f(x=y)] and [g()] are calls"),
     (NAMED, "f\n{x: 1}"),
 ]  # fmt: skip
 
@@ -226,8 +231,8 @@ PIECES = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "```", "```json\n", "\n", " ", "{", "}", "'", '"',
     '"name"', ": ", '"f"', "'f'", '"arguments"', '{"x": "1"}', '{"name": "f", "arguments": ', '{"x": "1",', ",",
     "[", "]", "text", "<function=f>", "<function=g>\n", "</function>", "f\n", "\\", "<arg_key>x</arg_key>",
-    "<arg_value>", "</arg_value>", "f(x='1')", ";", "<parameter=x>\n", "\n<parameter=n>", "</parameter>", ">",
-    "é", "None", "+5", "NaN", '{"function": ',
+    "<arg_value>", "</arg_value>", "f(x='1')", "[g()]", "[f(", ";", "<parameter=x>\n", "\n<parameter=n>",
+    "</parameter>", ">", "é", "None", "+5", "NaN", '{"function": ',
 ]  # fmt: skip
 
 
