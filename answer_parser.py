@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from answer_parts import CallDelta, Part, Reading
 from answer_text import End, NoCall, Steps
-from argument_values import fitted
+from argument_values import fits, fitted, value_of
 from element_calls import ElementCalls
 from json_calls import JsonCalls
 from lenient_json import BLANKS
@@ -193,6 +193,8 @@ class AnswerParser(JsonCalls, ElementCalls):
                     self._take(at + 1)
                 elif (yield from self._starts_with(FENCE, at)):
                     yield from self._fenced(style, at)
+                elif not style.begin and (yield from self._begins_python(at)):
+                    yield from self._python_line(at)
                 else:
                     yield from self._call(style, at, is_marked=False)
                     yield from self._optional(style.end or ";")
@@ -268,18 +270,51 @@ class AnswerParser(JsonCalls, ElementCalls):
                 return
         if language in FENCED and not self._reading.is_strict:
             end = yield from self._find(FENCE, inside)
-            if calls := python_calls(self._text[inside:end], self._reading.tools):
+            if calls := self._python_calls(self._text[inside:end], must_fit=bool(style.begin)):
                 self._take(end + len(FENCE))
-                for name, arguments in calls[: None if self._reading.is_parallel else 1]:
-                    self._begin_call(name)
-                    self._add_arguments(fitted(arguments, self._reading.tools[name]))
-                    self._end_call()
+                self._add_calls(calls)
                 return
         self._num_barren = 0
         self._add_content(self._take(start))
         yield from self._until((FENCE,), self._add_content)
         self._add_content(FENCE)
         yield from self._line("")
+
+    def _add_calls(self, calls: list[tuple[str, str]]) -> None:
+        for name, arguments in calls[: None if self._reading.is_parallel else 1]:
+            self._begin_call(name)
+            self._add_arguments(arguments)
+            self._end_call()
+
+    def _begins_python(self, at: int) -> Steps[bool]:
+        """Whether a list of calls in Python begins here: `[weather(`."""
+        if self._reading.is_strict or self._text[at] != "[":
+            return False
+        heads = [f"[{name}(" for name in self._reading.tools]
+        while not any(self._text.startswith(head, at) for head in heads):
+            if not any(head.startswith(self._text[at:]) for head in heads):
+                return False
+            yield from self._more()
+        return True
+
+    def _python_line(self, at: int) -> Steps[None]:
+        """Such a list, alone on its line; its calls must fit, since the form is not the one that was taught."""
+        end = at
+        with suppress(End):
+            end = yield from self._find("\n", at)
+        end = end if end > at else len(self._text)
+        calls = self._python_calls(self._text[at:end], must_fit=True)
+        if not calls:
+            raise NoCall
+        self._take(end)
+        self._add_calls(calls)
+
+    def _python_calls(self, code: str, must_fit: bool) -> list[tuple[str, str]]:
+        """Names and arguments; none if the code is anything else."""
+        tools = self._reading.tools
+        calls = [(name, fitted(own, tools[name])) for name, own in python_calls(code, tools) or ()]
+        fit = all(fits(value_of(own), tools[name], tools[name]) for name, own in calls)
+        return calls if fit or not must_fit else []
 
 
 class _Line:

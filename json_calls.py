@@ -126,8 +126,9 @@ class JsonCalls(AnswerParts):
         try:
             if self._text[0] != "{":
                 text, end = yield from self._value(0)
+                arguments = _object_of(text)
                 self._take(end)
-                self._add_arguments(_object_of(text))
+                self._add_arguments(arguments)
                 return
             while not reader.is_done:
                 if not self._text:

@@ -224,8 +224,9 @@ def _element_call(
     rules: list[str] = []
     properties: Mapping[str, Any] = schema.get("properties") or {}
     for number, (key, own) in enumerate(properties.items()):
-        head = literals.of(f"{elements.begin}{key}{elements.key_end}{elements.value_begin}")
-        value, lines = _element_value(f"{rule}_{number}", own, schema, literals, elements.end)
+        has_lines = _has_lines(own, literals, elements)
+        head = literals.of(f"{elements.begin}{key}{elements.key_end}{'' if has_lines else elements.value_begin}")
+        value, lines = _element_value(f"{rule}_{number}", own, schema, literals, elements)
         rules += lines
         is_required = key in (schema.get("required") or ())
         parts.append(f"({head} {value})" + ("" if is_required else "?"))
@@ -233,8 +234,16 @@ def _element_call(
     return [f"{rule}: {' '.join(parts)} {literals.of(close + style.end)}", *rules]
 
 
-def _element_value(rule: str, own: Any, schema: Schema, literals: Literals, end: str) -> tuple[str, list[str]]:
+def _has_lines(own: Any, literals: Literals, elements: Elements) -> bool:
+    """Whether a text begins and ends with lines of its own, so that the mark of its end may stand inside of a line."""
+    return elements.has_lines and is_plain_text(own) and elements.end.strip() not in literals
+
+
+def _element_value(
+    rule: str, own: Any, schema: Schema, literals: Literals, elements: Elements
+) -> tuple[str, list[str]]:
     """The rest of an element, and the rules it needs."""
+    end = elements.end
     if are_texts(own):
         return f"({' | '.join(literals.of(value) for value in own['enum'])}) {literals.of(end)}", []
     if not is_plain_text(own):
@@ -243,6 +252,8 @@ def _element_value(rule: str, own: Any, schema: Schema, literals: Literals, end:
     name, mark = f"{rule}_text", end.strip()
     if mark in literals:
         return f"{name} {literals.of(end.lstrip())}", [f"{name}: /(.|\\n)*/"]
+    if _has_lines(own, literals, elements):
+        return name, [f"{name}[lazy]: /{_in_regex(elements.value_begin)}((.|\\n)*\\n)?{_in_regex(end.lstrip())}/"]
     after = end[end.index(mark) + len(mark) :]  # the value ends with the first mark, as for the parser
     tail = f" {literals.of(after)}" if after else ""
     return f"{name}{tail}", [f"{name}[lazy]: /(.|\\n)*{_in_regex(mark)}/"]

@@ -19,12 +19,15 @@ from transformers import AutoTokenizer
 
 from answer_parser import AnswerParser, Reading
 from argument_values import argument_of, fits
+from engine.grammar import Constraint, GrammarCompiler
 from lenient_json import JsonReader, is_json, read_json
 from prompt_templates import PromptTemplate
 from providers.chat import reading_of
+from schemas import ChatCompletionRequest
 from streaming import TextStreamer
+from structure import structure_of
 from tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
-from tools import Toolbox
+from tools import Toolbox, toolbox_of
 
 TOOLS: dict[str, dict[str, Any]] = {
     "f": {
@@ -130,6 +133,8 @@ BARE_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ('{"name": "f", "parameters": {"x": "123"}}; {"name": "g", "parameters": {}}', "", [X, ("g", {})]),
     ("```json\n{'name': 'f', 'parameters': {'x': '123'}}\n```", "", [X]),
     ("```tool_code\nf(x='1', n='5')\n```", "", [("f", {"x": "1", "n": 5})]),
+    ("[f(x='a, b', n=2), g()]", "", [("f", {"x": "a, b", "n": 2}), ("g", {})]),
+    ("So:\n[g()]\nDone.", "So:\nDone.", [("g", {})]),
 ]
 FORMS = [
     *((QWEN_XML, *form) for form in XML_FORMS),
@@ -171,6 +176,9 @@ NO_CALLS = [
     (GLM_XML, "f\nis a function"),
     (LINES, "```tool_code\ng(1, 2)\n```"),
     (LINES, "```tool_code\nf(**{'x': '1'})\n```"),
+    (MARKED, "```python\nf(n=1)\n```"),
+    (LINES, "[f(n=1)]"),
+    (LINES, "[f(x=y)] and [g()] are calls"),
     (NAMED, "f\n{x: 1}"),
 ]  # fmt: skip
 
@@ -223,8 +231,8 @@ PIECES = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "```", "```json\n", "\n", " ", "{", "}", "'", '"',
     '"name"', ": ", '"f"', "'f'", '"arguments"', '{"x": "1"}', '{"name": "f", "arguments": ', '{"x": "1",', ",",
     "[", "]", "text", "<function=f>", "<function=g>\n", "</function>", "f\n", "\\", "<arg_key>x</arg_key>",
-    "<arg_value>", "</arg_value>", "f(x='1')", ";", "<parameter=x>\n", "\n<parameter=n>", "</parameter>", ">",
-    "é", "None", "+5", "NaN", '{"function": ',
+    "<arg_value>", "</arg_value>", "f(x='1')", "[g()]", "[f(", ";", "<parameter=x>\n", "\n<parameter=n>",
+    "</parameter>", ">", "é", "None", "+5", "NaN", '{"function": ',
 ]  # fmt: skip
 
 
@@ -376,12 +384,18 @@ def template_of(model: str, style: ToolFormat) -> PromptTemplate:
     return PromptTemplate(tokenizer, MODELS[model])
 
 
-def through_tokens(template: PromptTemplate, text: str, state: Any = "closed", is_spelled: bool = False) -> Answer:
-    """As the server reads an answer; is_spelled: marks are written in pieces."""
-    reading = reading_of(template, BOX, state, False, None)
-    streamer = TextStreamer(template.marking_detokenizer)
-    parts = [text] if not is_spelled else re.split(r"(?<=<)", text)
-    token_ids = [token_id for part in parts for token_id in template.encode(part)]
+@cache
+def compiler_of(template: PromptTemplate) -> GrammarCompiler:
+    tokenizer = template.tokenizer
+    return GrammarCompiler(tokenizer.backend_tokenizer.to_str, len(tokenizer), {tokenizer.eos_token_id})
+
+
+def through_tokens(
+    template: PromptTemplate, text: str, state: Any = "closed", box: Toolbox = BOX, grammar: Constraint | None = None
+) -> Answer:
+    """As the server reads an answer."""
+    reading = reading_of(template, box, state, False, grammar)
+    streamer, token_ids = TextStreamer(template.marking_detokenizer), template.encode(text)
     return fold(AnswerParser(reading), [*(streamer.put([token_id]) for token_id in token_ids), streamer.end()], True)
 
 
@@ -408,6 +422,39 @@ def test_calls_are_read_from_the_tokens_of_genuine_models(
         assert (answer.reasoning, called(answer), answer.reason) == ("Hm.", calls, "tool_calls")
         answer = through_tokens(template, f"Hm. I call it: {text}", "open")
         assert (answer.reasoning, called(answer), answer.reason) == ("Hm. I call it:", calls, "tool_calls")
+
+
+LONG = "a > b\nin a line </parameter> and </function> are text"
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize(("style", "text"), [(QWEN_XML, marked(xml(("x", LONG), ("n", "2")))), (MARKED, marked(
+    json.dumps({"name": "f", "arguments": {"x": LONG, "n": 2}})))], ids=["XML", "JSON"])  # fmt: skip
+def test_grammars_take_what_genuine_models_write_and_it_is_read_as_it_comes(
+    style: ToolFormat, text: str, choice: Any
+) -> None:
+    template = template_of("qwen3", style)
+    tokenizer = template.tokenizer
+    tools = [{"type": "function", "function": {"name": name, "parameters": own}} for name, own in TOOLS.items()]
+    message = {"role": "user", "content": "x"}
+    body = ChatCompletionRequest.model_validate(
+        {"model": "m", "messages": [message], "tools": tools, "tool_choice": choice}
+    )
+    box = toolbox_of(body)
+    structure = structure_of(body, box, template.tool_format, template.literals)
+    assert structure is not None and box is not None
+    grammar, token_ids = compiler_of(template).compile(structure.text), template.encode(text)
+    assert structure.trigger in (None, tokenizer.decode(token_ids[0]))
+    matcher = grammar.matcher()
+    for token_id in token_ids[structure.trigger is not None :]:
+        mask = matcher.mask([])
+        assert mask is None or mask[token_id // 8] >> token_id % 8 & 1, tokenizer.decode(token_id)
+        matcher.accept(token_id)
+    assert called(through_tokens(template, text, box=box, grammar=grammar)) == [("f", {"x": LONG, "n": 2})]
+    parser, parts = AnswerParser(reading_of(template, box, "closed", False, grammar)), 0
+    for token_id in token_ids:
+        parts += len(parser.put(template.marking_detokenizer.decode([token_id])))
+    assert parts > 2  # it is guarded, so it need not be held
 
 
 def test_marks_that_other_tokens_spell_are_text() -> None:

@@ -98,6 +98,18 @@ def test_a_stream_says_the_same_as_the_whole_answer(thinker: OpenAI, name: str) 
             assert reason == ("length" if name == "cut" else "stop") and not message["content"]
 
 
+@pytest.mark.parametrize("choice", ["required", WEATHER])
+def test_a_forced_call_has_no_content_in_any_delta(thinker: OpenAI, choice: Any) -> None:
+    options: Any = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 60, "seed": 1, "extra_body": ANSWER}
+    for shows in (False, True):
+        with thinker.chat.completions.create(
+            model=MODEL, messages=HELLO, stream=True, logprobs=shows, **options
+        ) as chunks:
+            deltas = [choice.delta.model_dump(exclude_unset=True) for chunk in chunks for choice in chunk.choices]
+        assert deltas[0] == {"role": "assistant"} and not any("content" in delta for delta in deltas)
+        assert any("tool_calls" in delta for delta in deltas)
+
+
 def test_reasoning_is_counted_and_stays_out_of_the_content(thinker: OpenAI) -> None:
     bias = {THINK: 30, END: 3}
     answer = thinker.chat.completions.create(
