@@ -222,6 +222,12 @@ def test_text_beside_calls_and_second_calls_are_in_llamas_prompt_in_its_own_form
     assert token_ids == genuine(template, [USER, *turns])
 
 
+def test_empty_lists_of_tools_and_calls_are_none(template: PromptTemplate) -> None:
+    said = {"role": "assistant", "content": "Hi!"}
+    expected = genuine(template, [USER, said, USER])
+    assert rendered(template, [USER, {**said, "tool_calls": []}, USER], tools=[]) == expected
+
+
 def test_ids_of_calls_are_as_short_as_mistrals_template_wants_them() -> None:
     template = PromptTemplate(AutoTokenizer.from_pretrained(fetch("mistral_nemo")), "mistral")
     called = {"role": "assistant", "content": "", "tool_calls": [{**SENT, "id": "call_123"}]}
