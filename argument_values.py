@@ -48,7 +48,11 @@ def fitted(arguments: str, schema: Mapping[str, Any]) -> str:
                 read[key] = own
     if not read:
         return arguments
-    members = [f"{json_of(key)}: {read.get(key) or json_of(value)}" for key, value in json.loads(arguments).items()]
+    try:
+        whole = json.loads(arguments)
+    except ValueError:  # a number of more digits than Python reads
+        return arguments
+    members = [f"{json_of(key)}: {read.get(key) or json_of(value)}" for key, value in whole.items()]
     return f"{{{', '.join(members)}}}"
 
 

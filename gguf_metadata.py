@@ -151,9 +151,8 @@ class Architecture:
     model_type: str  # transformers' name of it
     attributes: Mapping[str, str]
     derive: tuple[Derive, ...]
-    optional: frozenset[str] = (
-        frozenset()
-    )  # of the attributes' keys: the default is llama.cpp's, which is transformers'
+    # Those of the attributes' keys that may be missing: what holds then is llama.cpp's default, and transformers'
+    optional: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
     also: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)  # as NEUTRAL, and before it
 

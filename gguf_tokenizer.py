@@ -39,9 +39,8 @@ SINGLE_DIGITS = (r"\p{N}", GPT2_WORDS)
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-SPLITS: dict[
-    str, tuple[str, ...]
-] = {  # tokenizer.ggml.pre -> expressions, each of which cuts what the ones before left
+# tokenizer.ggml.pre -> expressions, each of which cuts what the ones before left
+SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe", "mellum"), (GPT2_WORDS,)),
     **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell", "minerva-7b"), SINGLE_DIGITS),
     **dict.fromkeys(("stablelm2", "hunyuan", "solar-open"), QWEN2),
