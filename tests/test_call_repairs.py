@@ -24,7 +24,7 @@ from lenient_json import JsonReader, is_json, read_json
 from prompt_templates import PromptTemplate
 from providers.chat import reading_of
 from schemas import ChatCompletionRequest
-from streaming import TextStreamer
+from streaming import TextDecoder
 from structure import structure_of
 from tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
 from tools import Toolbox, toolbox_of
@@ -395,8 +395,8 @@ def through_tokens(
 ) -> Answer:
     """As the server reads an answer."""
     reading = reading_of(template, box, state, False, grammar)
-    streamer, token_ids = TextStreamer(template.marking_detokenizer), template.encode(text)
-    return fold(AnswerParser(reading), [*(streamer.put([token_id]) for token_id in token_ids), streamer.end()], True)
+    decoder, token_ids = TextDecoder(template.marking_detokenizer), template.encode(text)
+    return fold(AnswerParser(reading), [*(decoder.put(token_id) for token_id in token_ids), decoder.end()], True)
 
 
 MODEL_FORMS = [
