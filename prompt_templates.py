@@ -348,7 +348,7 @@ class PromptTemplate:
     ) -> str:
         """Raises ValueError for messages of which the template would leave something out, and what it raises itself."""
         form = self._forms[tools is not None]
-        if self.is_own and (not is_usual(messages) or form.hides(messages)):
+        if self.is_own and (not is_usual(messages, form.ends) or form.hides(messages)):
             lost = hidden_by(lambda twin, shown: self._apply(twin, shown, **switches), form, messages, bool(tools))
             if lost:
                 raise ValueError(f"it leaves out what these say: {', '.join(lost)}")

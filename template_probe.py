@@ -7,7 +7,7 @@ with a text of its own for all that is said; what of the twin is not in the prom
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -39,6 +39,7 @@ class TemplateForm:
     is_flat: bool = False  # a call has its name and arguments outside of `function`, too
     has_short_ids: bool = False
     hidden: tuple[str, ...] = ()  # what it shows in no form
+    ends: frozenset[str] = frozenset({"user"})  # kinds of messages that a conversation was tried to end with
 
     def hides(self, messages: Sequence[CanonicalMessage]) -> bool:
         """Whether something of these may be hidden."""
@@ -151,8 +152,8 @@ def hidden_by(
     return missing([*probes, *(TOOL_PROBES if has_tools else ())], prompt)
 
 
-def is_usual(messages: Sequence[CanonicalMessage]) -> bool:
-    """Whether it goes as the conversations that templates are tried with; others are tried one by one."""
+def is_usual(messages: Sequence[CanonicalMessage], ends: Collection[str]) -> bool:
+    """Whether it goes, and ends, as the conversations that the template was tried with; others are tried one by one."""
     before = ""
     for message in messages:
         calls, role = message.get("tool_calls", ()), message["role"]
@@ -160,7 +161,7 @@ def is_usual(messages: Sequence[CanonicalMessage]) -> bool:
         if kind not in USUAL[before] or len(calls) > 1 or (calls and message["content"].strip()):
             return False
         before = kind
-    return True
+    return before in ends
 
 
 # --- the trial
@@ -193,7 +194,10 @@ def try_out(render: Render, has_tools: bool) -> TemplateForm:
     found = next((each for each in _forms_of_calls(form) if trial(each, [_USER, _CALLS, _RESULT]) <= {"tools"}), None)
     form = found or form
     hidden += [] if found else ["calls"]
-    lost = trial(form, [*([] if "system" in hidden else [_SYSTEM]), *(_WHOLE if found else _WHOLE[:3])])
+    system = [] if "system" in hidden else [_SYSTEM]
+    lost = trial(form, [*system, *(_WHOLE if found else _WHOLE[:3])])
+    if found and trial(form, [*system, *_WHOLE[2:5]]) <= lost >= trial(form, [*system, *_WHOLE[:5]]):
+        form = replace(form, ends=form.ends | {"tool"})
     if "tools" not in lost and MESSAGES not in lost:
         hidden = [what for what in hidden if what != "tools"]
     return replace(form, hidden=tuple(dict.fromkeys([*hidden, *lost])))

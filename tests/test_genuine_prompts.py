@@ -238,5 +238,39 @@ def test_ids_of_calls_are_as_short_as_mistrals_template_wants_them() -> None:
     assert begun == shown and len(begun) == 9 and "[TOOL_CALLS]" in prompt and "[TOOL_RESULTS]" in prompt
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "system": {"role": "system"},
+    "developer": {"role": "developer"},
+    "user": {"role": "user"},
+    "assistant": {"role": "assistant"},
+    "calls": {
+        "role": "assistant",
+        "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    },
+    "tool": {"role": "tool", "tool_call_id": "call_1"},
+}
+
+
+WAYS = (
+    *("system", "user", "system user", "system user assistant", "user system assistant", "developer system"),
+    *("user assistant", "user calls tool", "system user calls tool", "system user assistant user calls tool"),
+    *("user system user assistant system", "system user calls tool assistant user calls tool"),
+)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "mistral_nemo"])
+@pytest.mark.parametrize("has_tools", [False, True])
+def test_nothing_that_is_said_is_lost_however_a_conversation_goes_and_ends(name: str, has_tools: bool) -> None:
+    template = PromptTemplate(AutoTokenizer.from_pretrained(fetch(name)), MODELS.get(name, "mistral"))
+    tools = [{"type": "function", "function": {"name": "f", "description": "Does it."}}] if has_tools else []
+    for way in WAYS:
+        kinds = way.split()
+        texts = [f"said {number} so" for number in range(len(kinds))]
+        messages = [{**KINDS[kind], "content": text} for kind, text in zip(kinds, texts, strict=True)]
+        prompt = template.tokenizer.decode(rendered(template, messages, tools=tools))
+        assert [text for text in texts if text not in prompt] == [], kinds
+        assert not has_tools or "Does it." in prompt, kinds
+
+
 def test_genuine_gemma_shows_images_beside_the_text() -> None:
     assert PromptTemplate(AutoTokenizer.from_pretrained(fetch("gemma3")), "gemma3", tokens_per_image=256).sees
