@@ -112,10 +112,10 @@ class TextDecoder:
     def _move_window(self, before: str) -> None:
         """To begin where no character is cut. before: the text of all its tokens but the last one."""
         if self._num_out == len(self._text):
-            self._ids = self._ids[self._num_known :]
+            recent = self._ids[self._num_known :]
+            if text := self._decode(recent):  # else the next token would be read as a text's first
+                self._ids, self._text, self._num_out = recent, text, len(text)
             self._num_known = len(self._ids)
-            self._text = self._decode(self._ids)
-            self._num_out = len(self._text)
         elif self._text == before + (last := self._decode(self._ids[-1:])):  # the last token completes nothing
             self._ids, self._num_known, self._text = self._ids[-1:], 0, last
             self._num_out -= len(before)
@@ -143,6 +143,11 @@ class StopFinder:
         cut = len(self._held) - max(overlap(self._held, stop) for stop in self._stops)
         text, self._held = self._held[:cut], self._held[cut:]
         return text
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether a stop string may have begun."""
+        return bool(self._held)
 
     def end(self) -> str:
         """What was held back and has become no stop string."""

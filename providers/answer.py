@@ -179,6 +179,7 @@ class ChoiceReader:
         self._think, self._min_tokens = question.reading.think, question.params.min_tokens
         self._is_at_start = self._think is not None and not question.reading.is_thinking
         self._is_thinking = question.reading.is_thinking
+        self._is_behind_thoughts = False  # blanks there are no content, which stop strings are looked for in
         self._blanks = ""  # before what may be thoughts
         self.num_tokens = self.num_reasoning = 0  # tokens so far, and of them those of the thoughts
         self.num_characters = self.num_released = 0  # decoded so far, and of them those that are out
@@ -235,15 +236,25 @@ class ChoiceReader:
             return
         if self._is_thinking:
             new = self._without_thoughts(new)
+        if self._is_behind_thoughts:
+            new = self._without_blanks(new)
         self._release(self._stops.put(new, self._may_stop))
 
     def _without_thoughts(self, new: str) -> str:
-        """The text from the mark of their end on; the parser knows whether something else has ended them."""
+        """What is behind the mark of their end; the parser knows whether something else has ended them."""
         assert self._think is not None
         thoughts, end, rest = new.partition(self._think[1])
         self._release(thoughts)
         self._is_thinking = not end and (self._parser.is_reasoning or not thoughts)
-        return end + rest
+        self._release(self._stops.put(end, self._may_stop))
+        self._is_behind_thoughts = bool(end) and not self._stops.is_holding
+        return rest
+
+    def _without_blanks(self, new: str) -> str:
+        rest = new.lstrip(BLANKS)
+        self._release(new[: len(new) - len(rest)])
+        self._is_behind_thoughts = not rest
+        return rest
 
     def _release(self, text: str) -> None:
         self.num_released += len(text)

@@ -148,6 +148,13 @@ def test_a_stop_string_ends_the_content_alone(stop: str, is_open: bool) -> None:
     assert said(begin + "a" + stop[:-1], stop, is_open=is_open)[0].startswith("a" + stop[:-1].rstrip())
 
 
+@pytest.mark.parametrize("stop", ["\n", "\n\n", " "])
+def test_blanks_around_thoughts_are_no_content_that_a_stop_string_ends(stop: str) -> None:
+    assert said(f"\n\n<think>\na\n</think>\n\n \nb{stop}c", stop) == ("a", "b", "stop")
+    assert said(f"a</think> \n\n{stop}b{stop}c", stop, is_open=True) == ("a", "b", "stop")
+    assert said(f"<think>a</think>{stop}", stop) == ("a", "", "stop")
+
+
 def test_a_stop_string_may_be_the_end_of_the_thoughts_or_a_blank_before_content() -> None:
     assert said("<think>a</think>b", "</think>") == ("a", "", "stop")
     assert said("<think>a</think>\n\nb", "</think>\n") == ("a", "", "stop")

@@ -1,6 +1,7 @@
 """The streamer's text is the decoded text, whatever way it was cut; events are the bytes that clients rely on."""
 
 import asyncio
+import itertools
 import json
 import random
 import time
@@ -93,6 +94,17 @@ def test_the_stream_is_what_the_tokenizer_decodes(name: str) -> None:
             shown += decoder.put(token_id)
             assert whole.startswith(shown)
         assert shown + decoder.end() == whole
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_and_lone_spaces_take_no_space_away(name: str) -> None:
+    tokenizer, byte_ids = TOKENIZERS[name], BYTES[name]
+    words = ["\u2581", "\u2581the"] if name in FALLBACK else ["\u0120", "t"]
+    space, word, special = *tokenizer.convert_tokens_to_ids(words), tokenizer.all_special_ids[0]
+    for token_ids in itertools.product([space, word, special], repeat=5):
+        decoder = TextDecoder(tokenizer.backend_tokenizer, byte_ids=byte_ids)
+        shown = "".join(map(decoder.put, token_ids)) + decoder.end()
+        assert shown == tokenizer.decode(token_ids, skip_special_tokens=True), token_ids
 
 
 @pytest.mark.parametrize("name", FALLBACK)
