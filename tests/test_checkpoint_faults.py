@@ -316,6 +316,22 @@ def test_a_vocabulary_that_is_not_read_here_is_named(file: str | None, reason: s
         load_template(tmp_path, "llama")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", "{"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["<s>"]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"first": {"content": "<s>"}}}'),
+    ],
+)
+def test_broken_lists_of_added_tokens_are_refused_in_a_sentence(file: str, content: str, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ModelLoadError, match="The tokenizer in .* cannot be loaded: ") as raised:
+        load_template(tmp_path, "llama")
+    assert "\n" not in str(raised.value)
+
+
 def test_ids_beyond_the_vocabulary_are_never_chosen(tmp_path: Path) -> None:
     """Output layers are padded to round sizes, and what is trained nowhere can be the largest logit."""
     num_tokens = len(byte_tokenizer())
@@ -390,6 +406,7 @@ def started(directory: Path, text: str | None, config: dict[str, Any]) -> Loaded
         ('{"temperature": 0.5}', {"eos_token_id": 100}, {100}),
         ('{"eos_token_id": [100, 101]}', {"eos_token_id": 102}, {100, 101}),
         ('{"eos_token_id": -1}', {}, set()),
+        ('{"eos_token_id": [100, null]}', {}, {100}),
     ],
 )
 def test_the_tokens_that_end_an_answer_are_found_wherever_they_are_said(
