@@ -203,11 +203,11 @@ def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, n
         tokenizer = by_its_file(AutoTokenizer.from_pretrained(directory, trust_remote_code=False), directory)
         tokenizer.chat_template = with_templates_beside(tokenizer.chat_template, directory)
         template = PromptTemplate(tokenizer, model_type, tokens_per_image, name)
+        tell_hidden(template, directory)
+        tell_moved(template, directory)
     except Exception as error:  # of any kind, where a file says what nobody expects
         reason = str(error).strip() or type(error).__name__
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {reason}".splitlines()[0]) from error
-    tell_hidden(template, directory)
-    tell_moved(template, directory)
     return template
 
 
@@ -263,7 +263,10 @@ def tell_hidden(template: PromptTemplate, directory: Path) -> None:
 def tell_moved(template: PromptTemplate, directory: Path) -> None:
     """Logs the added tokens to which the tokenizer gives other ids than its files say: the model would read others."""
     added = _json_object(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    told = {str(token.get("content")): int(number) for number, token in added.items()}
+    try:
+        told = {str(token.get("content")): int(number) for number, token in added.items()}
+    except (AttributeError, ValueError) as error:
+        raise ValueError("the added_tokens_decoder of tokenizer_config.json is no table of tokens by id") from error
     told |= _json_object(directory / "added_tokens.json")
     ids = {text: template.token_id(text) for text in told}
     moved = [f"{text} has id {ids[text]}, not {number}" for text, number in told.items() if ids[text] != number]
