@@ -378,22 +378,30 @@ def _indexed_shards(directory: Path) -> set[str]:
 
 
 def _convert(paths: list[Path], cache_dir: Path, name: str, key: str, report: Report) -> Checkpoint:
-    """The directory that a GGUF file is converted to; what other versions of the converter made of it is removed,
-    unless it was used lately: by a server of another version, say."""
+    """The directory that a GGUF file is converted to."""
     target = _converted(cache_dir, name, key)
     if not target.exists():
         convert_gguf(paths, target, report)
-        for other in target.parent.glob(f"{glob.escape(f'{name}-{key[:16]}-')}v*"):
-            if other.is_dir() and other.suffix != ".tmp" and other.stat().st_mtime < time.time() - UNUSED:
-                remove(other)
     return _used(target)
 
 
 def _used(directory: Path) -> Checkpoint:
-    """Its time of change says when it was used last."""
+    """Its time of change says when it was used last. What other versions of the converter made of the same file is
+    removed, unless it was used lately: by a server of another version, say."""
     with contextlib.suppress(OSError):  # of a cache that may only be read
         os.utime(directory)
+        _remove_unused(directory)
     return Checkpoint(directory)
+
+
+def _remove_unused(directory: Path) -> None:
+    """Directories, whole or half made, and then the lock files of those that are gone."""
+    stem = directory.name.rpartition("-")[0]
+    for other in sorted(directory.parent.glob(f"{glob.escape(stem)}-v*")):
+        is_needed = other.suffix == ".lock" and other.with_suffix("").exists()
+        is_unused = other.stat().st_mtime < time.time() - UNUSED  # a lock file's time says when it was taken last
+        if is_unused and not is_needed and not other.name.startswith(directory.name):
+            remove(other)
 
 
 def _converted(cache_dir: Path, name: str, key: str) -> Path:

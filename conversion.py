@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import gguf_metadata
 import gguf_parts
 import gguf_tokenizer
 from atomic_files import Report, locked, require_room, temporary
+
+log = logging.getLogger(__name__)
 
 SOURCES = (  # of all that decides what is in a converted directory
     *("conversion.py", "gguf_header.py", "gguf_metadata.py", "gguf_parts.py", "gguf_tokenizer.py"),
@@ -48,7 +51,7 @@ def convert_gguf(paths: list[Path], target: Path, report: Report) -> Path:
     """
     with locked(target, report):
         if not target.exists():
-            _check_header(paths)
+            check_header(paths)
             require_room(target.parent, _size(paths), paths[0].name)  # at least; the child knows exactly
             with temporary(target) as directory:
                 _run_conversion(paths, directory, report)
@@ -62,14 +65,17 @@ def _size(paths: list[Path]) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def _check_header(paths: list[Path]) -> None:
+def check_header(paths: list[Path]) -> None:
+    """Raises ModelLoadError for what its keys say that is not served; logs what they do not say."""
     try:
         header = gguf_parts.read(paths)
         gguf_metadata.check_kind(header)
         gguf_metadata.attributes(header, gguf_metadata.no_factors(header))
         gguf_tokenizer.check(header)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise _refusal(paths[0], str(error)) from error
+    if warning := gguf_tokenizer.warning(header):
+        log.warning("%s: %s", paths[0].name, warning)
 
 
 def _refusal(gguf: Path, reason: str) -> errors.ModelLoadError:
@@ -84,14 +90,14 @@ def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, __file__, str(directory), *(str(path.absolute()) for path in paths)]
     pipe = subprocess.PIPE
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True) as child:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, env=environment, text=True) as child:
             for line in child.stdout or ():
                 with contextlib.suppress(ValueError):
                     report(what, float(line))
             child.wait()  # before its stdin is closed, which would end it
-        log.seek(0)
-        reason = last_line(log.read()).removeprefix("errors.ModelLoadError: ").removeprefix("ValueError: ")
+        output.seek(0)
+        reason = last_line(output.read()).removeprefix("errors.ModelLoadError: ").removeprefix("ValueError: ")
     if child.returncode:
         raise _refusal(paths[0], reason or f"exit status {child.returncode}")
     report(what, 1.0)

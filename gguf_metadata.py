@@ -20,7 +20,7 @@ Factors = Mapping[str, Sequence[float]]  # of the rotary embeddings: a tensor's 
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 MOST_FACTORS = 2**16
 DEFAULT_BASE = 10000.0  # of rotary embeddings
-YARN_BETAS = (32.0, 1.0)  # fast, slow
+YARN_BETAS = {"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
 TOLERANCE = 1e-4  # of factors, which files have in float32
 
 # --- the tables
@@ -79,6 +79,7 @@ NEUTRAL: Mapping[str, tuple[Value, ...]] = {  # keys that change nothing at thes
     "expert_weights_norm": (False,),
     "expert_gating_func": (0, 1),  # none said; softmax
     "leading_dense_block_count": (0,),
+    "interleave_moe_layer_step": (0,),
     "nextn_predict_layers": (0,),
     "pooling_type": (0,),
     "rope.scaling.alpha": (0.0,),
@@ -118,7 +119,17 @@ class Keys:
         if not isinstance(value, int | float):
             said = "is missing" if value is None else f"is not one number for all layers ({_said(value)})"
             raise ValueError(f"its key {self.architecture}.{key} {said}")
+        if not 0 <= value < math.inf:  # nor is it one that is not a number
+            raise self.refuse(key, "it can only be a number from 0 on")
         return value
+
+    def positive(self, default: float, *names: str) -> float:
+        """The value of a key that has several names: files of llama.cpp's converter have the first one."""
+        said = [name for name in names if name in self]
+        values = {float(self.number(name)) for name in said}
+        if len(values) > 1 or 0.0 in values:
+            raise self.refuse(said[-1], f"beside {said[0]}" if len(values) > 1 else "it can only be a number above 0")
+        return values.pop() if values else default
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number of things."""
@@ -247,13 +258,13 @@ def _rope(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     size = _rotated(keys, found)
     if size != _size_of_heads(found):
         raise keys.refuse("rope.dimension_count", f"it can only be {_size_of_heads(found)}")
-    return {"rope_parameters": _scaled(keys, found, factors, size)}
+    return {"rope_parameters": _scaled(keys, found, factors, size, _base(keys))}
 
 
 def _partial_rope(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     """The first part of a head is rotated."""
     size = _rotated(keys, found)
-    parameters = _scaled(keys, found, factors, size)
+    parameters = _scaled(keys, found, factors, size, _base(keys))
     return {"rope_parameters": {**parameters, "partial_rotary_factor": size / _size_of_heads(found)}}
 
 
@@ -266,22 +277,23 @@ def _rotated(keys: Keys, found: Attributes) -> int:
 
 
 def _base(keys: Keys) -> float:
-    return float(keys.number("rope.freq_base", DEFAULT_BASE))
+    return keys.positive(DEFAULT_BASE, "rope.freq_base")
 
 
-def _scaled(keys: Keys, found: Attributes, factors: Factors, size: int) -> Attributes:
+def _scaled(keys: Keys, found: Attributes, factors: Factors, size: int, base: float) -> Attributes:
     """The parameters of rotary embeddings of `size` dimensions, as transformers takes them."""
     kind = keys.value("rope.scaling.type")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
     original = keys.count("rope.scaling.original_context_length", found["max_position_embeddings"])
     attention = keys.number("rope.scaling.attn_factor", 0.0) or 1.0
-    parameters: Attributes = {"rope_theta": _base(keys)}
+    parameters: Attributes = {"rope_theta": base}
+    betas = {key: keys.number(key, usual) for key, usual in YARN_BETAS.items()}  # asked for: only yarn reads them
     if factors:
         if factor != 1.0 and kind not in ("none", "longrope"):
             raise keys.refuse("rope.scaling.factor", "beside a tensor that scales the rotary embeddings too")
-        return parameters | _by_factors(keys, factors, size, parameters["rope_theta"], original, attention)
+        return parameters | _by_factors(keys, factors, size, base, original, attention)
     if kind == "yarn":
-        return parameters | _yarn(keys, factor, original, attention)
+        return parameters | _yarn(keys, factor, original, attention, *betas.values())
     if attention != 1.0:
         raise keys.refuse("rope.scaling.attn_factor", "without yarn or longrope")
     if kind == "none" or (kind in (None, "linear", "longrope") and factor == 1.0):
@@ -291,7 +303,7 @@ def _scaled(keys: Keys, found: Attributes, factors: Factors, size: int) -> Attri
     return parameters | {"rope_type": "linear", "factor": factor}
 
 
-def _yarn(keys: Keys, factor: float, original: int, attention: float) -> Attributes:
+def _yarn(keys: Keys, factor: float, original: int, attention: float, fast: float, slow: float) -> Attributes:
     multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
     magnitude = _magnitude(factor, 1.0) / (_magnitude(factor, multiplier) if multiplier else 1.0)
     return {
@@ -299,8 +311,8 @@ def _yarn(keys: Keys, factor: float, original: int, attention: float) -> Attribu
         "factor": factor,
         "original_max_position_embeddings": original,
         "attention_factor": magnitude * attention,
-        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", YARN_BETAS[0]),
-        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", YARN_BETAS[1]),
+        "beta_fast": fast,
+        "beta_slow": slow,
     }
 
 
@@ -393,7 +405,7 @@ def _gemma(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
 
 def _gemma2_layers(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     base = _base(keys)
-    if keys.number("rope.freq_base_swa", base) != base:
+    if keys.positive(base, "rope.freq_base_swa") != base:
         raise keys.refuse("rope.freq_base_swa", f"it can only be {base}")
     caps = {cap: found.get(cap, most) or None for cap, most in GEMMA2_CAPS.items()}
     return {"sliding_window": found.get("sliding_window", 4096), "layer_types": _layers(keys, found, 2), **caps}
@@ -403,19 +415,20 @@ GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def _gemma3_layers(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
-    """Only the layers that see all have the scaling."""
+    """Only the layers that see all have the scaling. Ollama has names of its own for the two bases."""
     window = found.get("sliding_window", 0)
     types = _layers(keys, found, 6) if window else ["full_attention"] * found["num_hidden_layers"]
     size = _rotated(keys, found)
     if size != found["head_dim"]:
         raise keys.refuse("rope.dimension_count", f"it can only be {found['head_dim']}")
-    local = float(keys.number("rope.freq_base_swa", DEFAULT_BASE))
+    base = keys.positive(DEFAULT_BASE, "rope.freq_base", "rope.global.freq_base")
+    local = keys.positive(DEFAULT_BASE, "rope.freq_base_swa", "rope.local.freq_base")
     return {
         "sliding_window": window or 4096,
         "layer_types": types,
         "final_logit_softcapping": found.get("final_logit_softcapping") or None,
         "rope_parameters": {
-            "full_attention": _scaled(keys, found, factors, size),
+            "full_attention": _scaled(keys, found, factors, size, base),
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
         },
     }
@@ -485,7 +498,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gemma3_text",
         DECODER | RMS | SOFTCAPS,
         (_key_value_heads, _gemma, _gemma3_layers),
-        _NO_HEADS | SOFTCAPS.keys(),
+        _NO_HEADS | SOFTCAPS.keys() | RMS.keys(),
+        {"rms_norm_eps": 1e-6},  # as Ollama's files leave it out
     ),
     "minimax-m2": Architecture(
         "minimax_m2",
@@ -564,6 +578,8 @@ def _refuse_others(keys: Keys, architecture: Architecture) -> None:
         neutral = architecture.also.get(key, NEUTRAL.get(key, ()))
         if key == "attention.sliding_window" and keys.number(key) >= keys.number("context_length"):
             continue  # nothing is ever out of sight
+        if key == "embedding_length_out" and keys.number(key) in (0, keys.number("embedding_length")):
+            continue  # no other than that of what goes in
         if keys.value(key) not in neutral:
             raise keys.refuse(key, f"it can only be {' or '.join(map(str, neutral))}" if neutral else "")
 
@@ -589,11 +605,20 @@ ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message with a call
 def _token_ids(header: Header, rows: int) -> Attributes:
     """None where the file says none, or one that the model does not have."""
     found = {attribute: _token_id(header, name, rows) for attribute, name in TOKENS.items()}
-    ends = [_token_id(header, name, rows) for name in ENDS]
+    ends = [*(_token_id(header, name, rows) for name in ENDS), *_further_ends(header, rows)]
     known = list(dict.fromkeys(token for token in ends if token is not None))
     return {**found, "eos_token_id": known[0] if len(known) == 1 else known or None}
 
 
 def _token_id(header: Header, name: str, rows: int) -> int | None:
-    value = header.values.get(f"tokenizer.ggml.{name}_token_id")
-    return value if isinstance(value, int) and 0 <= value < rows else None
+    return _known(header.values.get(f"tokenizer.ggml.{name}_token_id"), rows)
+
+
+def _further_ends(header: Header, rows: int) -> list[int | None]:
+    """Those of a list, as Ollama writes it."""
+    said = header.values.get("tokenizer.ggml.eos_token_ids")
+    return [_known(item, rows) for item in said.items] if isinstance(said, Array) else [_known(said, rows)]
+
+
+def _known(token: Value | None, rows: int) -> int | None:
+    return token if isinstance(token, int) and 0 <= token < rows else None

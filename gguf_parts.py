@@ -60,8 +60,11 @@ def merge(paths: list[Path], target: Path) -> None:
     writer = GGUFWriter(target, architecture)
     for name, field in readers[0].fields.items():
         if not name.startswith(OWN_KEYS):
-            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
+            is_array = field.types[0] == GGUFValueType.ARRAY
+            value = field.contents()
+            if is_array and not value:
+                continue  # an empty list, such as one of tags: gguf's writer has no words for it
+            writer.add_key_value(name, value, field.types[0], sub_type=field.types[-1] if is_array else None)
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     for tensor in tensors:
         data = tensor.data

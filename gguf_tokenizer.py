@@ -24,12 +24,15 @@ TEMPLATE = "tokenizer.chat_template"
 HONOURED = {
     *("ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.scores", "ggml.merges"),
     *("ggml.bos_token_id", "ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id"),
+    "ggml.eos_token_ids",
     *("ggml.unknown_token_id", "ggml.padding_token_id", "ggml.add_bos_token", "ggml.add_eos_token"),
     *("ggml.add_space_prefix", "chat_template", "chat_templates"),
 }
 NO_EFFECT = {  # on a text's tokens in these kinds of vocabularies
     *("ggml.token_type_count", "ggml.seperator_token_id", "ggml.cls_token_id", "ggml.mask_token_id"),
     *("ggml.add_sep_token", "ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap"),
+    *("ggml.add_padding_token", "ggml.add_unknown_token"),  # as Ollama writes for each special token
+    "huggingface.json",  # the whole tokenizer in another format, which llama.cpp does not read either
     *("ggml.prefix_token_id", "ggml.suffix_token_id", "ggml.middle_token_id"),
     *(f"ggml.fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
 }
@@ -53,6 +56,12 @@ SPLITS: dict[str, tuple[str, ...]] = {
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }
+UNSAID = "default"  # tokenizer.ggml.pre before May 2024, where there is none, and where a converter knew no better
+FAMILY_SPLITS = {  # how all models of an architecture split text; `default` is wrong for them
+    **dict.fromkeys(("qwen2", "qwen2moe", "qwen3", "qwen3moe"), "qwen2"),
+    **{"gpt2": "gpt-2", "starcoder2": "starcoder"},
+}
+VOCABULARY_SPLITS = {("llama", 128256): "llama-bpe"}  # architecture and number of tokens: Llama 3
 WHOLE_WORDS = {  # what splits so takes a word of the vocabulary as it is, and begins each text with a token
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     "tekken",
@@ -81,9 +90,27 @@ def check(header: Header, known_splits: "set[str] | None" = None) -> None:
 
 
 def _pre(header: Header) -> str:
-    """llama.cpp takes `default` where the key is missing, and says that answers will be worse."""
-    own = "gpt-2" if header.values.get("general.architecture") == "gpt2" else "default"
-    return str(header.values.get("tokenizer.ggml.pre", own))
+    """How the file says that text is split, or its family; llama.cpp takes `default` where the key is missing, and
+    says that answers will be worse."""
+    said = str(header.values.get("tokenizer.ggml.pre", UNSAID))
+    return said if said != UNSAID else _family_split(header) or UNSAID
+
+
+def _family_split(header: Header) -> str | None:
+    architecture, tokens = str(header.values.get("general.architecture")), header.values.get("tokenizer.ggml.tokens")
+    number = tokens.length if isinstance(tokens, Array) else 0
+    return VOCABULARY_SPLITS.get((architecture, number)) or FAMILY_SPLITS.get(architecture)
+
+
+def warning(header: Header) -> str | None:
+    """What to tell of a file that does not say how text is split, where its family does not either."""
+    is_byte_level = header.values.get("tokenizer.ggml.model") == BYTE_LEVEL
+    if not is_byte_level or "tokenizer.ggml.pre" in header.values or _family_split(header):
+        return None
+    return (
+        "it lacks the key tokenizer.ggml.pre, so text is split as llama.cpp does by default, maybe in another way than "
+        "the model was trained with: answers may be worse than those of a file that a newer converter made"
+    )
 
 
 def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
@@ -93,6 +120,8 @@ def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
 
     check(header, set(transformers_tokenizers.GGUF_PRE_TOKENIZER_SPLITS))
     architecture, parts, said = transformers_tokenizers.get_gguf_tokenizer(str(gguf))
+    if header.values["tokenizer.ggml.model"] == BYTE_LEVEL:
+        parts["pre_tokenizer_type"] = _pre(header)
     backend, _ = transformers_tokenizers.convert_gguf_tokenizer(architecture, parts)
     return PreTrainedTokenizerFast(
         tokenizer_object=_completed(backend, gguf, header),

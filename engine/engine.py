@@ -419,7 +419,7 @@ def load_engine(
     try:
         engine = build_engine(model, options, eos_ids, small)
         _model_runner(engine).num_known = known.num_tokens
-        check_start(engine, directory, options)
+        check_start(engine, directory, options, report)
     except ModelLoadError:
         raise
     except Exception as error:  # of any kind: whatever a model does in a way that nobody expects
@@ -435,13 +435,13 @@ def _eos_of(model: PreTrainedModel) -> list[int]:
     sources = (model.generation_config, model.config, model.config.get_text_config())
     found = (getattr(source, "eos_token_id", None) for source in sources)
     eos: Any = next((value for value in found if value is not None), [])
-    ids = list(eos) if isinstance(eos, list | tuple) else [eos]
+    ids = [token for token in eos if token is not None] if isinstance(eos, list | tuple) else [eos]
     if not all(isinstance(token, int) for token in ids):
         raise ModelLoadError(f"The model's eos_token_id is {eos!r}, and not the id of a token or a list of them.")
     return [token for token in ids if token >= 0]
 
 
-def check_start(engine: Engine, directory: Path, options: EngineOptions) -> None:
+def check_start(engine: Engine, directory: Path, options: EngineOptions, report: Report) -> None:
     """A model that cannot compute, or computes something else than in transformers, is found out before anybody asks
     it something. Raises ModelLoadError. What was compared is remembered in `options.cache_dir`."""
     warm_up(engine)
@@ -449,7 +449,7 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions) -> None
     how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
     memory = start_check.Memory(options.cache_dir)
     key = start_check.key_of(directory, runner, how)
-    if not memory.knows(key) and start_check.check(runner, engine.max_model_len):
+    if not memory.knows(key) and start_check.check(runner, engine.max_model_len, report):
         memory.keep(key)
 
 

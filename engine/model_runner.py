@@ -137,9 +137,8 @@ def _load_stock(
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], both)
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them at random
         raise ModelLoadError(f"The model in {directory} lacks {weight_files.some(missing)}.")
-    num_layers = config.get_text_config().num_hidden_layers
     is_quantized = weight_files.scheme_of(config) is not None
-    unread = weight_files.check_unread(directory, loaded["unexpected_keys"], num_layers, is_quantized)
+    unread = weight_files.check_unread(directory, loaded["unexpected_keys"], config, is_quantized)
     if unread:
         log.info("not read: %s", unread)
     if is_quantized and all(p.is_floating_point() and p.dtype.itemsize > 1 for p in model.parameters()):

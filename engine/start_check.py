@@ -3,26 +3,29 @@
 Attention is the only part of a model that the engine computes in its own way, with its own cache. Some models use
 theirs in a way that cannot be seen from outside: then everything starts, and the text is wrong. So the same weights
 compute the same tokens twice, once through the engine and once with transformers' own attention and cache. Packed
-layers compute in both, so that the rounding of weights does not count.
+layers compute in both, so that the rounding of weights does not count. Each side takes two forwards, one for the prompt
+and one for what comes after it: each reads all weights once, which is what it costs.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-from engine.model_runner import ModelRunner
+from engine import kernels
+from engine.model_runner import ModelRunner, Report
 from engine.packed_layers import FusedMLP, PackedLinear, SharedLinear
 from engine.sampling import SamplingParams
 from engine.scheduler import Batch, Span
@@ -32,11 +35,16 @@ from errors import ModelLoadError
 log = logging.getLogger(__name__)
 
 FOLDER = "checked"
+LIBRARIES = (  # that compute, or read weights
+    *("torch", "transformers", "accelerate", "bitsandbytes", "compressed-tensors", "gptqmodel", "kernels"),
+    *("triton", "flash-attn", "torchao"),
+)
 PROMPT_TOKENS = 16
 BEYOND_WINDOW = 8  # tokens of the prompt, where the window is small enough
 LARGEST_WINDOW = 64  # tokens that a prompt is made longer for
-COMPARED = 8  # the prompt's last tokens, computed in a step of their own
-NUM_DECODES = 4  # the first of them alone, as both sides compute most of them
+COMPARED = 8  # the prompt's last tokens
+NUM_DECODES = 4  # in one step, as a guess makes them
+PHASE = "comparing with transformers"
 # How far logits may be apart, as a part of their own spread. A rounding to bfloat16 changes a value by 1/256 at most,
 # to float16 by 1/2048, and quantized layers round what goes in to about 1/254. A model of 80 layers rounds its state
 # 160 times at random: 160 ** 0.5 / 256 = 0.05, which the layers may double or triple. 100 tiny architectures differ by
@@ -69,7 +77,7 @@ class Difference:
         return [f"{place} by {value:.0%}" for place, value in places.items() if not value <= tolerance]
 
 
-def check(runner: ModelRunner, max_model_len: int) -> bool:
+def check(runner: ModelRunner, max_model_len: int, report: Report = lambda phase, fraction: None) -> bool:
     """False where there is nothing to compare: transformers itself fails, or there is no room for a few tokens. Raises
     ModelLoadError for a model that the engine does not compute as transformers does."""
     began = time.perf_counter()
@@ -77,12 +85,15 @@ def check(runner: ModelRunner, max_model_len: int) -> bool:
     if len(token_ids) <= COMPARED + NUM_DECODES or not _fits(runner, len(token_ids)):
         log.warning("there is no room to compare the model with transformers: raise MAX_MODEL_LEN or KV_CACHE_MEMORY")
         return False
+    report(PHASE, 0.0)
     try:
         stock = _stock_logits(runner, token_ids)
     except Exception as error:  # of any kind, where a model wants to be called in another way
         log.warning("models of type %r could not be compared with transformers: %s", kind, error)
         return False
+    report(PHASE, 0.5)
     difference = Difference.between(_engine_logits(runner, token_ids), stock)
+    report(PHASE, 1.0)
     tolerance = tolerance_of(runner)
     if faults := difference.faults(tolerance):
         raise ModelLoadError(
@@ -136,30 +147,26 @@ def _fits(runner: ModelRunner, num_tokens: int) -> bool:
 
 @torch.inference_mode()
 def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
-    """(COMPARED + NUM_DECODES, vocab) in float32: the prompt in two chunks, the first token after it beside the second
-    one, and a step of decodes as a guess makes them."""
+    """(COMPARED + NUM_DECODES, vocab) in float32: a step for the prompt, and one for the tokens after it."""
     length = len(token_ids) - NUM_DECODES
     sequence = Sequence(token_ids[:length], SamplingParams(max_tokens=NUM_DECODES), sink=lambda output: None)
     sequence.token_ids = list(token_ids)
-    start = length - COMPARED
-    decodes = [Span(sequence, position, 1) for position in range(length, len(token_ids))]
+    decodes = tuple(Span(sequence, position, 1) for position in range(length, len(token_ids)))
     try:
         runner.cache.allocate(sequence, len(token_ids))
-        runner.logits(Batch((Span(sequence, 0, start),)), num_kept=1)
-        mixed = runner.logits(Batch((Span(sequence, start, COMPARED), decodes[0])))
-        return torch.cat([mixed, runner.logits(Batch(tuple(decodes[1:])))]).float()
+        prompt = runner.logits(Batch((Span(sequence, 0, length),)), num_kept=COMPARED)
+        return torch.cat([prompt, runner.logits(Batch(decodes))]).float()
     finally:
         runner.cache.free(sequence)
 
 
 @torch.inference_mode()
 def _stock_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
-    """The same, with transformers' attention and cache."""
+    """The same, with transformers' attention and cache: some models compute something else once it holds tokens."""
     inputs = torch.tensor([token_ids], device=runner.device)
-    length = len(token_ids) - NUM_DECODES
     rows, past = [], None
     with _attention(runner.model, reference_of(runner)):
-        for part in inputs.tensor_split((length, length + 1), dim=1):
+        for part in inputs.tensor_split((len(token_ids) - NUM_DECODES,), dim=1):
             kept = min(part.shape[1], COMPARED)
             output = runner.model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=kept)
             past = output.past_key_values
@@ -202,12 +209,30 @@ class Memory:
 
 
 def key_of(directory: Path, runner: ModelRunner, options: dict[str, Any]) -> str:
-    """A name for all that decides about the check's outcome: the files, the libraries, our code, how it is run."""
+    """A name for all that decides about the check's outcome: the files, the libraries, our code, how it is run. Options
+    may leave the choice to the machine, so the layers that were chosen count too."""
     files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".packed", ".json"))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else platform.processor()
-    known = (stats, torch.__version__, transformers.__version__, _code(), device, str(runner.dtype), options)
+    layers = Counter(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in runner.model.modules())
+    known = (stats, _versions(), _code(), _machine(runner.device), str(runner.dtype), options, sorted(layers.items()))
     return hashlib.sha256(json.dumps([str(directory.resolve()), known], default=str).encode()).hexdigest()
+
+
+def _machine(device: torch.device) -> tuple[Any, ...]:
+    """What the device's kernels are chosen by."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    can = (kernels.are_available(), kernels.has_bfloat16(), torch.backends.cpu.get_cpu_capability())
+    return (name, platform.machine(), *can)
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    """None where a library is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(LIBRARIES)
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @cache

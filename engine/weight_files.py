@@ -20,19 +20,29 @@ from errors import ModelLoadError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MODELOPT = "hf_quant_config.json"
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)")
+FURTHER = "layers that predict further tokens"
+FURTHER_COUNTS = (  # settings that say how many of them there are
+    *("num_nextn_predict_layers", "nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"),
+    *("num_mtp_modules", "mtp_num_layers", "n_predict_layers", "num_multi_token_layers"),
+)
+FURTHER_PARTS = re.compile(r"(eh_proj|enorm|hnorm|shared_head|mtp|nextn)\b|mtp_|nextn_")  # that no other layer has
+BIAS = re.compile(r"(\.|_)bias$")  # added to something
 NAMED = 3  # tensors that an error names
 CODES = re.compile(r"F8_|F4|F6_|I8|U8|I16|U16|I32|U32|I64|U64")  # safetensors' types that are no numbers of a model
 UNREAD = {  # tensors that a text model rightly leaves unread -> what they are
-    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$": "angles, which the model computes itself",
+    r"(^|\.)(inv_freq|cos_cached|sin_cached|freqs_cis)$": "angles, which the model computes itself",
     r"\.(attn|attention)\.(bias|masked_bias)$": "causal masks",
     r"position_ids$": "numbers of positions",
-    r"(^|\.)(mtp|mtp_layers|nextn|shared_head|multi_token)\w*\.": "layers that predict further tokens",
+    r"(^|\.)(mtp|mtp_layers|nextn|shared_head|multi_token)\w*\.": FURTHER,
     r"(^|\.)(vision|visual|image|audio|speech|sound|video)\w*\.": "parts for images and sounds",
     r"(^|\.)(mm_|multi_modal_|multimodal_|embed_vision|embed_audio|resampler|connector|aligner|projector)\w*\.": (
         "parts for images and sounds"
     ),
     r"(^|\.)(value_head|v_head|talker|token2wav|code2wav)\.": "heads for another task",
-    r"\.(q|k|v|prob)_scale$": "scales of a cache in 8 bits, which this one is not",
+    r"\.((q|k|v|kv|prob)_scale|(q|k|v|kv|qkv)_proj\.output_scale)$": (
+        "scales of a cache in 8 bits, which this one is not"
+    ),
 }
 UNREAD_QUANTIZED = {r"\.(input|activation)_scale$": "scales of inputs, where weights are made plain when loaded"}
 
@@ -118,30 +128,52 @@ def _method(scheme: Any) -> str:
     return str(getattr(method, "value", method)) if bits is None else f"bitsandbytes_{bits}bit"
 
 
-def check_unread(directory: Path, names: set[str], num_layers: int, is_quantized: bool) -> str:
+def check_unread(directory: Path, names: set[str], config: PreTrainedConfig, is_quantized: bool) -> str:
     """names: tensors that the model did not read, less those that transformers itself expects to be unread. Raises
-    ModelLoadError for others than UNREAD names; gives what is to be logged."""
+    ModelLoadError for others than UNREAD names, layers that predict further tokens, and biases of zero; gives what is
+    to be logged."""
     known = {**UNREAD, **UNREAD_QUANTIZED} if is_quantized else UNREAD
-    reasons: dict[str, int] = {}
-    strangers = []
-    for name in sorted(names):
-        if (reason := _reason(name, num_layers, known)) is None:
-            strangers.append(name)
-        else:
-            reasons[reason] = reasons.get(reason, 0) + 1
-    if strangers:
+    further = _further_layers(names, config)
+    reasons: dict[str, list[str]] = {}
+    for name in names:
+        reasons.setdefault(_reason(name, known, further) or "", []).append(name)
+    strangers = reasons.pop("", [])
+    zeros = _zeros(directory, {name for name in strangers if BIAS.search(name)})
+    if others := sorted({*strangers} - zeros):
         raise ModelLoadError(
-            f"The model in {directory} has {some(strangers)}, which nothing reads: what it computes without them is "
+            f"The model in {directory} has {some(others)}, which nothing reads: what it computes without them is "
             "not what was trained."
         )
-    return ", ".join(f"{count} tensors ({reason})" for reason, count in reasons.items())
+    told = {**reasons, **({"biases of zero, which change nothing": [*zeros]} if zeros else {})}
+    return ", ".join(f"{len(tensors)} tensors ({reason})" for reason, tensors in sorted(told.items()))
 
 
-def _reason(name: str, num_layers: int, known: dict[str, str]) -> str | None:
-    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    if layer and int(layer[1]) >= num_layers:
-        return "layers that predict further tokens"
+def _reason(name: str, known: dict[str, str], further: set[int]) -> str | None:
+    layer = LAYER.search(name)
+    if layer and int(layer[1]) in further:
+        return FURTHER
     return next((reason for pattern, reason in known.items() if re.search(pattern, name)), None)
+
+
+def _further_layers(names: set[str], config: PreTrainedConfig) -> set[int]:
+    """The numbers of layers beyond the model's that predict further tokens: as the configuration counts them, or with
+    parts that no other layer has. Others are missing in the model."""
+    text = config.get_text_config()
+    first = text.num_hidden_layers
+    counts = [getattr(text, setting, None) for setting in FURTHER_COUNTS]
+    said = max((count for count in counts if isinstance(count, int)), default=0)
+    layers = [layer for layer in map(LAYER.search, names) if layer]
+    seen = {int(layer[1]) for layer in layers if FURTHER_PARTS.match(layer[2])}
+    return {number for number in seen if number >= first} | {*range(first, first + said)}
+
+
+def _zeros(directory: Path, names: set[str]) -> set[str]:
+    """Those that are zero everywhere, as some quantizers write them for layers that have no bias."""
+    found: set[str] = set()
+    for path in weight_paths(directory) if names else ():
+        with safe_open(path, "pt") as file:
+            found |= {name for name in names.intersection(file.keys()) if not file.get_tensor(name).any()}
+    return found
 
 
 def some(names: list[str]) -> str:

@@ -203,11 +203,11 @@ def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, n
         tokenizer = by_its_file(AutoTokenizer.from_pretrained(directory, trust_remote_code=False), directory)
         tokenizer.chat_template = with_templates_beside(tokenizer.chat_template, directory)
         template = PromptTemplate(tokenizer, model_type, tokens_per_image, name)
+        tell_hidden(template, directory)
+        tell_moved(template, directory)
     except Exception as error:  # of any kind, where a file says what nobody expects
         reason = str(error).strip() or type(error).__name__
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {reason}".splitlines()[0]) from error
-    tell_hidden(template, directory)
-    tell_moved(template, directory)
     return template
 
 

@@ -428,6 +428,21 @@ def test_gguf_is_converted_once_and_keeps_weights_template_and_end_of_sequence(t
     assert reports == []
 
 
+def test_what_other_versions_converted_is_removed_at_every_start_once_nobody_uses_it(tmp_path: Path) -> None:
+    demo = checkpoint.DEMO_MODELS["demo:smollm2-135m"]
+    stem = tmp_path / "safetensors" / f"smollm2-135m-{demo.sha256[:16]}"
+    own, fresh, unused = (Path(f"{stem}-{version}") for version in (checkpoint.converter_version(), "v1", "v0"))
+    for directory in (own, fresh, unused, Path(f"{unused}.0123.tmp")):
+        directory.mkdir(parents=True)
+    locks = [Path(f"{path}.lock") for path in (own, fresh, unused, Path(f"{stem}-vgone"), Path(f"{stem}-vmaking"))]
+    for lock in locks:
+        lock.touch()
+    for path in (unused, *tmp_path.rglob("*.tmp"), *locks[:-1]):
+        os.utime(path, (0, 0))
+    assert checkpoint.fetch("demo:smollm2-135m", tmp_path, ignore).directory == own
+    assert {*stem.parent.iterdir()} == {own, locks[0], fresh, locks[1], locks[-1]}
+
+
 def test_gguf_that_cannot_be_converted_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00 and then no more")
     with pytest.raises(ModelLoadError, match="cut.gguf could not be converted") as raised:

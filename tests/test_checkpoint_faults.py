@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +81,9 @@ def logprobs(engine: Engine, token_ids: list[int]) -> torch.Tensor:
         "model.layers.0.mlp.down_proj.weight_scale",
         "model.layers.1.self_attn.q_proj.bias",
         "model.layers.2.mlp.experts.0.down_proj.weight",
+        "model.layers.3.mlp.down_proj.weight",  # beyond the model's layers, which are then too few
+        "model.layers.9.eh_proj_of_something.weight",
+        "model.layers.0.mlp.down_proj.bias",
         "score.weight",
     ],
 )
@@ -93,16 +97,57 @@ def test_tensors_that_nobody_reads_are_refused_by_name(name: str, tmp_path: Path
     "name",
     [
         "model.layers.0.self_attn.rotary_emb.inv_freq",
-        "model.layers.3.mlp.down_proj.weight",  # beyond the model's layers: it predicts further tokens
+        "model.rotary_pos_emb.inv_freq",
+        "model.freqs_cis",
+        "model.layers.3.eh_proj.weight",  # beyond the model's layers: it predicts further tokens
         "mtp.layers.0.mlp.down_proj.weight",
         "visual.blocks.0.attn.qkv.weight",
         "model.vision_tower.encoder.layers.0.weight",
         "multi_modal_projector.linear_1.weight",
         "model.layers.0.self_attn.k_scale",
+        "model.layers.0.self_attn.kv_scale",
+        "model.layers.0.self_attn.k_proj.output_scale",
     ],
 )
 def test_what_a_text_model_rightly_leaves_unread_is_accepted(name: str, tmp_path: Path) -> None:
     load_model(save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)})), "float32", "cpu", ignore)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_biases_of_zero_that_no_layer_has_change_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Official GPTQ files have them."""
+    name = "model.layers.{}.mlp.down_proj.bias"
+    zeros = {name.format(layer): torch.zeros(48, dtype=dtype) for layer in range(3)}
+    directory = save(tmp_path, lambda tensors: tensors.update(zeros))
+    load_model(directory, "float32", "cpu", ignore)
+    zeros[name.format(1)][7] = 1e-4
+    save(directory, lambda tensors: tensors.update(zeros))
+    with pytest.raises(ModelLoadError, match=f"the tensor {name.format(1)}, which nothing reads"):
+        load_model(directory, "float32", "cpu", ignore)
+
+
+@pytest.mark.parametrize("setting", ["num_nextn_predict_layers", "mtp_num_hidden_layers"])
+@pytest.mark.parametrize(("count", "is_accepted"), [(1, False), (2, True)])
+def test_layers_beyond_the_models_are_left_unread_where_the_configuration_counts_them(
+    setting: str, count: int, is_accepted: bool, tmp_path: Path
+) -> None:
+    further = {f"model.layers.{layer}.mlp.down_proj.weight": torch.ones(4) for layer in (3, 4)}
+    directory = save(tmp_path, lambda tensors: tensors.update(further), {setting: count})
+    refused = pytest.raises(ModelLoadError, match="the tensor model.layers.4.mlp.down_proj.weight, which nothing reads")
+    with nullcontext() if is_accepted else refused:
+        load_model(directory, "float32", "cpu", ignore)
+
+
+def test_a_layer_that_predicts_further_tokens_is_known_by_its_parts(tmp_path: Path) -> None:
+    names = ("enorm.weight", "mlp.down_proj.weight", "self_attn.q_proj.weight")
+    further = {f"model.layers.3.{name}": torch.ones(4) for name in names}
+    load_model(save(tmp_path, lambda tensors: tensors.update(further)), "float32", "cpu", ignore)
+
+
+def test_a_configuration_with_fewer_layers_than_the_files_is_refused(tmp_path: Path) -> None:
+    directory = save(tmp_path, lambda tensors: None, {"num_hidden_layers": 2, "layer_types": None})
+    with pytest.raises(ModelLoadError, match=r"11 tensors \(model.layers.2.*which nothing reads"):
+        load_model(directory, "float32", "cpu", ignore)
 
 
 def to_codes(tensors: Tensors) -> None:
@@ -271,6 +316,21 @@ def test_a_vocabulary_that_is_not_read_here_is_named(file: str | None, reason: s
         load_template(tmp_path, "llama")
 
 
+@pytest.mark.parametrize("told", [{}, {"0": {"content": "!"}}])
+@pytest.mark.parametrize("content", ["{", "[", ""])
+def test_a_broken_list_of_added_tokens_is_refused_in_a_sentence(
+    told: dict[str, Any], content: str, tmp_path: Path
+) -> None:
+    """Where another file tells of added tokens, transformers does not read this one."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": told}))
+    (tmp_path / "added_tokens.json").write_text(content)
+    with pytest.raises(ModelLoadError, match="The tokenizer in .* cannot be loaded: ") as raised:
+        load_template(tmp_path, "llama")
+    assert "\n" not in str(raised.value)
+
+
 def test_ids_beyond_the_vocabulary_are_never_chosen(tmp_path: Path) -> None:
     """Output layers are padded to round sizes, and what is trained nowhere can be the largest logit."""
     num_tokens = len(byte_tokenizer())
@@ -345,6 +405,7 @@ def started(directory: Path, text: str | None, config: dict[str, Any]) -> Loaded
         ('{"temperature": 0.5}', {"eos_token_id": 100}, {100}),
         ('{"eos_token_id": [100, 101]}', {"eos_token_id": 102}, {100, 101}),
         ('{"eos_token_id": -1}', {}, set()),
+        ('{"eos_token_id": [100, null]}', {}, {100}),
     ],
 )
 def test_the_tokens_that_end_an_answer_are_found_wherever_they_are_said(

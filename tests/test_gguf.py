@@ -1,9 +1,11 @@
 """GGUF files compute what the models do that they were made of, or are refused by the name of what cannot be read."""
 
+import dataclasses
 import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -325,6 +327,54 @@ OTHER_EFFECTS = {  # honoured from elsewhere, or not at all by llama.cpp
 }
 
 
+def attributes(name: str, path: Path, **keys: Any) -> dict[str, Any]:
+    """Those of a twin with other keys of its architecture; `__` is a point."""
+    own = {key.replace("__", "."): value for key, value in keys.items()}
+    tokenizer = {key: value for key, value in own.items() if key.startswith("tokenizer.")}
+    values = {key: value for key, value in own.items() if key not in tokenizer}
+    dataclasses.replace(TWINS[name], keys={**TWINS[name].keys, **values}).write(
+        path, tokenizer={**gguf_files.TOKENIZER, **tokenizer}
+    )
+    header = gguf_header.read(path)
+    gguf_tokenizer.check(header)
+    return gguf_metadata.attributes(header, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("llama", {"embedding_length_out": 64}),
+        ("llama", {"interleave_moe_layer_step": 0}),
+        ("llama", {"rope__scaling__type": "none", "rope__scaling__yarn_beta_fast": 16.0}),
+        ("llama, linear", {"rope__scaling__yarn_beta_slow": 2.0}),
+        ("llama", {"tokenizer__ggml__add_padding_token": False, "tokenizer__ggml__add_unknown_token": True}),
+        ("llama", {"tokenizer__huggingface__json": "{}"}),
+    ],
+)
+def test_keys_without_effect_are_accepted(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    assert attributes(name, tmp_path / "with.gguf", **keys) == attributes(name, tmp_path / "without.gguf")
+
+
+def test_ollamas_names_for_the_bases_say_the_same(tmp_path: Path) -> None:
+    theirs = {"rope__freq_base": None, "rope__freq_base_swa": None}
+    theirs |= {"rope__global__freq_base": 3e6, "rope__local__freq_base": 3e4}
+    expected = attributes("gemma3, bases", tmp_path / "llama_cpp.gguf")
+    assert attributes("gemma3, bases", tmp_path / "ollama.gguf", **theirs) == expected
+    with pytest.raises(ValueError, match=r"rope\.local\.freq_base is 20000\.0.*beside rope\.freq_base_swa"):
+        attributes("gemma3, bases", tmp_path / "both.gguf", rope__local__freq_base=2e4)
+
+
+def test_gemma_3_without_an_epsilon_has_ollamas(tmp_path: Path) -> None:
+    found = attributes("gemma3", tmp_path / "tiny.gguf", attention__layer_norm_rms_epsilon=None)
+    assert found["rms_norm_eps"] == 1e-6
+
+
+def test_a_list_of_tokens_that_end_a_turn_is_honoured(tmp_path: Path) -> None:
+    end = gguf_files.VOCAB - 1
+    found = attributes("llama", tmp_path / "tiny.gguf", tokenizer__ggml__eos_token_ids=[end, end - 1])
+    assert found["eos_token_id"] == [end, end - 1]
+
+
 @pytest.mark.parametrize("name", FIRST.values())
 def test_a_tensor_that_nothing_takes_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
     twin = TWINS[name]
@@ -354,6 +404,14 @@ def refusal(path: Path) -> str:
         ({"rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
         ({"attention.head_count": [4, 2]}, "llama.attention.head_count is not one number for all layers"),
         ({"something.new": 1}, "llama.something.new is 1"),
+        ({"context_length": math.inf}, "llama.context_length is inf"),
+        ({"context_length": math.nan}, "llama.context_length is nan"),
+        ({"rope.freq_base": math.nan}, "llama.rope.freq_base is nan"),
+        ({"rope.freq_base": 0.0}, "llama.rope.freq_base is 0.0"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": -8.0}, "llama.rope.scaling.factor is -8.0"),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "llama.attention.layer_norm_rms_epsilon is -1.0"),
+        ({"embedding_length_out": 32}, "llama.embedding_length_out is 32"),
+        ({"interleave_moe_layer_step": 2}, "llama.interleave_moe_layer_step is 2"),
         ({"attention.layer_norm_rms_epsilon": None}, "llama.attention.layer_norm_rms_epsilon is missing"),
         ({"general.type": "adapter"}, "LoRA adapter"),
         ({"adapter.type": "lora"}, "LoRA adapter"),
@@ -434,6 +492,25 @@ def test_any_part_stands_for_all(number: int, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32)
     assert difference(LLAMA_TWIN.model(), model) < 1e-3
     assert not list((tmp_path / "converted").glob("*.gguf"))
+
+
+def test_an_empty_list_among_the_keys_of_parts_is_left_out(tmp_path: Path) -> None:
+    """gguf's writer refuses it, so a list of one item loses it in the file, to the description after it."""
+    keys = {"general.tags": [7], "general.description": "abcd"}
+    dataclasses.replace(LLAMA_TWIN, keys={**LLAMA_TWIN.keys, **keys}).write(tmp_path / "tiny.gguf", parts=8)
+    paths = sorted(tmp_path.glob("*-of-*.gguf"))
+    content = paths[0].read_bytes()
+    for key, old, new in (
+        (b"tags", struct.pack("<IIQi", 9, 5, 1, 7), struct.pack("<IIQ", 9, 5, 0)),
+        (b"description", struct.pack("<IQ", 8, 4) + b"abcd", struct.pack("<IQ", 8, 8) + b"abcdabcd"),
+    ):
+        assert content.count(key + old) == 1
+        content = content.replace(key + old, key + new)
+    paths[0].write_bytes(content)
+    gguf_parts.merge(paths, tmp_path / "whole.gguf")
+    merged, whole = gguf_header.read(tmp_path / "whole.gguf"), gguf_parts.read(paths)
+    assert merged.tensors == whole.tensors
+    assert merged.values["general.description"] == "abcdabcd" and "general.tags" not in merged.values
 
 
 def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
@@ -564,6 +641,36 @@ def test_text_is_split_as_the_file_says(pre: str, text: str, words: list[str], t
     assert [word for word, _ in split] == words
 
 
+@pytest.mark.parametrize("said", [None, "default"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qwen2", ["in", "Ġ", "2", "0", "2", "6", "!?"]),
+        ("qwen3moe", ["in", "Ġ", "2", "0", "2", "6", "!?"]),
+        ("starcoder2", ["in", "Ġ", "2", "0", "2", "6", "!?"]),
+        ("gpt2", ["in", "Ġ2026", "!?"]),
+        ("llama", ["in", "Ġ", "202", "6", "!?"]),
+    ],
+)
+def test_text_is_split_as_the_family_does_where_the_file_does_not_say(
+    name: str, words: list[str], said: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    TWINS[name].write(path, tokenizer={**gguf_files.TOKENIZER, "tokenizer.ggml.pre": said})
+    found = gguf_tokenizer.load(path, gguf_header.read(path))
+    split = found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 2026!?")
+    assert [word for word, _ in split] == words
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("llama", True), ("qwen2", False)])
+def test_a_way_to_split_text_that_nobody_says_is_told(
+    name: str, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    TWINS[name].write(tmp_path / "tiny.gguf", tokenizer={**gguf_files.TOKENIZER, "tokenizer.ggml.pre": None})
+    conversion.check_header([tmp_path / "tiny.gguf"])
+    assert ("lacks the key tokenizer.ggml.pre" in caplog.text) == is_told
+
+
 def test_an_unknown_way_to_split_text_is_refused_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre is no-such, a way to split text that is not known"):
         tokenizer(tmp_path / "tiny.gguf", ggml__pre="no-such")
@@ -614,10 +721,16 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "pre"),
-    [("llama3_2", "llama-bpe"), ("deepseek_v3", "deepseek-v3")],
+    ("name", "architecture", "pre"),
+    [
+        ("llama3_2", "llama", "llama-bpe"),
+        ("llama3_2", "llama", None),
+        ("deepseek_v3", "llama", "deepseek-v3"),
+    ],
 )
-def test_a_genuine_tokenizer_is_the_same_from_a_gguf_file(name: str, pre: str, tmp_path: Path) -> None:
+def test_a_genuine_tokenizer_is_the_same_from_a_gguf_file(
+    name: str, architecture: str, pre: str | None, tmp_path: Path
+) -> None:
     genuine = AutoTokenizer.from_pretrained(test_genuine_prompts.fetch(name))
     state = json.loads(genuine.backend_tokenizer.to_str())
     tokens = [token for token, _ in sorted(genuine.get_vocab().items(), key=lambda pair: pair[1])]
@@ -627,11 +740,11 @@ def test_a_genuine_tokenizer_is_the_same_from_a_gguf_file(name: str, pre: str, t
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
     own = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
     own |= {"bos_token_id": genuine.bos_token_id, "eos_token_id": genuine.eos_token_id}
-    own |= {"add_bos_token": genuine("").input_ids == [genuine.bos_token_id]}
+    own |= {"add_bos_token": genuine("").input_ids == [genuine.bos_token_id]} if pre else {}
     path = tmp_path / "tiny.gguf"
     said = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
     tensors = {f"blk.{layer}.attn_norm.weight": factors([1.0]) for layer in range(2)}
-    gguf_files.write(path, "llama", {**KEYS, **LLAMA[1]}, tensors, said)
+    gguf_files.write(path, architecture, {**KEYS, **LLAMA[1]}, tensors, said)
     read = gguf_tokenizer.load(path, gguf_header.read(path))
     specials = [added["content"] for added in state["added_tokens"]][:30]
     for text in (*TEXTS, "a".join(specials)):

@@ -158,6 +158,35 @@ def test_what_passed_is_compared_again_only_if_something_has_changed(
     assert not compared(caplog, tmp_path / "model", cache)
 
 
+@pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+def test_what_is_remembered_is_of_the_layers_that_the_machine_has_chosen(tmp_path: Path) -> None:
+    """With the same settings: `auto` is another choice where there are no kernels for packed layers."""
+    auto = {"quantization": "auto", "dtype": "auto"}
+    plain, packed = (tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32) for _ in range(2))
+    with torch.inference_mode():
+        packed_layers.pack_model(packed, "int8", lambda fraction: None)
+    keys = [start_check.key_of(tmp_path, runner_of(model), auto) for model in (plain, plain, packed)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_comparison_is_reported_while_it_lasts_and_takes_four_forwards() -> None:
+    model = tiny_model("llama")
+    runner, reports, forwards = runner_of(model), list[tuple[str, float]](), list[int]()
+    model.register_forward_hook(lambda model, inputs, output: forwards.append(len(reports)))
+    assert start_check.check(runner, 256, lambda phase, fraction: reports.append((phase, fraction)))
+    assert reports == [("comparing with transformers", fraction) for fraction in (0.0, 0.5, 1.0)]
+    assert forwards == [1, 1, 2, 2]  # transformers' two, and the engine's
+
+
+def test_a_start_reports_the_comparison(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    phases: list[str] = []
+    options = EngineOptions(kv_cache_memory=2**24)
+    load_engine(tmp_path, options, Facts, lambda phase, fraction: phases.append(phase))
+    assert "comparing with transformers" in phases
+
+
 def test_a_model_whose_numbers_are_none_is_refused_at_start(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
