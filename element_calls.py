@@ -100,6 +100,8 @@ class ElementCalls(AnswerParts):
     def _element(self, call: _ElementCall) -> Steps[None]:
         call.is_inside = True
         key = yield from self._element_key(call)
+        if self._is_held and key in call.keys:
+            raise NoCall
         yield from self._optional(call.elements.value_begin.strip())
         opening = ", " if call.keys else "{"
         call.keys.append(key)

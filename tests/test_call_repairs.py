@@ -6,6 +6,7 @@ docs/tool-calls.md has the rule. Every form is read whole and in any pieces, and
 import json
 import random
 import re
+import time
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -180,6 +181,20 @@ NO_CALLS = [
     (LINES, "[f(n=1)]"),
     (LINES, "[f(x=y)] and [g()] are calls"),
     (NAMED, "f\n{x: 1}"),
+    *((QWEN_XML, text) for text in (
+        "<function=f>", "So:\n<function=f>\n<parameter=n>\n1\n</parameter>", "<function=f>\n</function>",
+        "<function=f>\n<parameter=x>\n1\n</parameter>\n<parameter=y>\n1\n</parameter>")),
+    *((style, '{"name": "f", "arguments": {}') for style in (MARKED, QWEN_XML, GLM_XML)),
+    (GLM_XML, "f\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>"),
+    (LINES, "```python\nf('a', x='b')\n```"),
+    (MARKED, "```python\nf(x='a', x='b')\n```"),
+    (LINES, "[f(x='a', x='b')]"),
+    (QWEN_XML, marked(xml(("x", "1"), ("x", "2")))),
+    (QWEN_XML, marked(xml(("x", "1"), ("n", "2"), ("x", "2")))),
+    (GLM_XML, f"<tool_call>{GLM_ONE}{GLM_ONE[1:]}</tool_call>"),
+    *((style, marked(f'{{{names}, "arguments": {{"x": "1"}}}}')) for style in (MARKED, QWEN_XML) for names in (
+        '"name": "f", "name": "g"', '"name": "g", "name": "f"', '"name": "f", "function": "h"')),
+    (MARKED, marked('{"name": "f", "arguments": {"x": "1"}, "name": "g"}')),
 ]  # fmt: skip
 
 
@@ -364,6 +379,39 @@ def test_long_calls_are_read_in_linear_time() -> None:
     for style, text in texts.items():
         pieces = [text[start : start + 3] for start in range(0, len(text), 3)]
         assert called(read(pieces, style)) == [("f", {"x": long})]
+
+
+HOSTILE: list[tuple[ToolFormat, str, int]] = [
+    (LINES, '{"id":[\n', 3000),
+    (MARKED, '{"id":[\n', 3000),
+    (MARKED, '{"arguments":{"x":[\n', 3000),
+    (LINES, '[\n{"id":[\n', 3000),
+    (LINES, '{"id":["\n",\n', 3000),
+    (MARKED, "<tool_call>{'id':[\n\"", 3000),
+    (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=n>\n", 20_000),
+    (QWEN_XML, "<tool_call>\n<function=f>\nx\n", 20_000),
+    (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</parameter>\n", 8000),
+    (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=x>\n1\n</function>\n</tool_call>\n", 8000),
+    (GLM_XML, "<tool_call>f<arg_key>x</arg_key><arg_value>1</tool_call>", 8000),
+]
+
+
+@pytest.mark.parametrize(("style", "text", "count"), HOSTILE)
+@pytest.mark.parametrize("is_thinking", [False, True])
+def test_what_looks_like_calls_again_and_again_is_read_in_linear_time(
+    style: ToolFormat, text: str, count: int, is_thinking: bool
+) -> None:
+    start = time.process_time()
+    read([text * count + "x"], style, think=THINK, is_thinking=is_thinking)
+    assert time.process_time() - start < 8  # seconds; one, or minutes
+
+
+def test_nested_values_that_are_closed_are_read_once() -> None:
+    start, text = time.process_time(), '{"id":[\n' * 3000 + "]}\n" * 3000
+    assert read([text + "x"], LINES).content == text + "x"
+    assert time.process_time() - start < 8
+    text = '{"id": "oops\n' + JSON_ONE
+    assert called(read([text], MARKED)) == [X]
 
 
 # --- genuine tokenizers
