@@ -95,7 +95,8 @@ class AnswerParser(JsonCalls, ElementCalls):
         if style is None or not style.begin or self._reading.is_strict:
             yield from self._until((end,), self._add_reasoning)
             return
-        line, marks = _Line(), (end, style.begin)
+        line = _Line()
+        marks: tuple[str, ...] = (end, style.begin)
         while True:
             mark = yield from self._until(marks, lambda text: self._add_reasoning(line.add(text)))
             if mark == end:
@@ -117,9 +118,7 @@ class AnswerParser(JsonCalls, ElementCalls):
         try:
             yield from self._until((end,), held.append)
         except End:
-            text = "".join(held)
-            self._num_seen -= len(text)
-            self._wait(text)
+            self._put_back("".join(held))
             return False
         self._add_reasoning(mark + "".join(held))
         return True

@@ -60,7 +60,7 @@ class AnswerParts(AnswerText):
         self._name = ""  # of the last one
         self._arguments: list[str] = []
         self._num_barren = 0  # characters of the text that are known to be no call
-        self._inner: set[int] = set()  # places in values of JSON that have been read: no call without a mark begins there
+        self._inner: set[int] = set()  # places in JSON that has been read: no call without a mark begins there
         self._is_unguarded = False  # no grammar held where this text was written
         self._restored = str.maketrans(dict(reading.marks))
         self.num_complete = 0

@@ -1,7 +1,7 @@
 """AnswerText: the text of an answer as it comes, and the steps that a parser takes in it.
 
 A step is a generator that yields where it has to wait for more text. It looks at the text from a place on, and takes
-what is certain from its beginning. A long text is looked at piece by piece, so that taking from it does not copy all the rest.
+what is certain from its beginning. A long text is looked at piece by piece, so that taking from it copies no long rest.
 """
 
 import re
@@ -52,10 +52,13 @@ class AnswerText:
         return taken
 
     def _put_back(self, text: str) -> None:
-        """The last that was taken, or its end."""
-        self._text = text + self._text
+        """The end of what was taken; it waits again."""
+        length, text, self._text = len(text), text + self._text, ""
+        self._num_seen -= len(text)
+        self._wait(text)
         if self._is_held:
-            self._taken[-1] = self._taken[-1].removesuffix(text)
+            taken = "".join(self._taken)
+            self._taken = [taken[: len(taken) - length]]
 
     def _more(self) -> Steps[None]:
         if not self._waiting:

@@ -65,6 +65,15 @@ X = ("f", {"x": "123"})
 ONE = xml(("x", "123"))
 JSON_ONE = '{"name": "f", "arguments": {"x": "123"}}'
 OPENAI = '{"type": "function", "function": {"name": "f", "arguments": {"x": "123"}}}'
+ENDLESS = ONE.replace("\n</parameter>", "")
+QUOTED = [  # elements and ends of calls in a value whose own end follows
+    "So:\n<parameter=x>\n/x\n</parameter>",
+    "So:\n<parameter=x>\n/x\n</parameter>\nbye",
+    "So:\n<parameter=n>\n1\n</parameter> and\n<parameter=x>\n1\n</parameter>.",
+    "a\n</function>\n</tool_call>\nb",
+    "a\n</function>\n<function=g>\nb",
+    "a\n</function>\n<tool_call>\n\n</tool_call>\n<tool_call>",
+]
 GLM_ONE = "f\n<arg_key>x</arg_key>\n<arg_value>123</arg_value>"
 
 # What is written, content, calls
@@ -92,6 +101,13 @@ XML_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     (marked(xml(("x", "null"), ("maybe", "null"))), "", [("f", {"x": "null", "maybe": None})]),
     (marked(xml(("maybe", "123"), ("x", "1"))), "", [("f", {"maybe": "123", "x": "1"})]),
     (marked(JSON_ONE), "", [X]),
+    *((begin + xml(("maybe", quoted), ("x", "1")) + "\n</tool_call>", "", [("f", {"maybe": quoted, "x": "1"})])
+      for begin in ("<tool_call>\n", "") for quoted in QUOTED),
+    (marked(xml(("maybe", "a"), ("x", "  b\n")).replace("</parameter>\n<", "<", 1)), "",
+     [("f", {"maybe": "a", "x": "  b\n"})]),
+    (f"{marked(ENDLESS)}\n{marked(ENDLESS)}", "", [X, X]),
+    (f"{marked(ENDLESS)}\n{marked(ONE)}", "", [X, X]),
+    (f"{marked(ENDLESS)}\n{marked(xml(name='g'))}", "", [X, ("g", {})]),
 ]  # fmt: skip
 JSON_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     (marked(JSON_ONE), "", [X]),
@@ -125,6 +141,9 @@ GLM_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
      [("f", {"x": "123\n", "n": 5})]),
     (f"<tool_call>{GLM_ONE}<arg_key>list</arg_key><arg_value>['a']</arg_value></tool_call>", "",
      [("f", {"x": "123", "list": ["a"]})]),
+    *((f"<tool_call>f<arg_key>maybe</arg_key><arg_value>{quoted}</arg_value>{GLM_ONE[1:]}</tool_call>", "",
+      [("f", {"maybe": quoted, "x": "123"})]) for quoted in (
+        "a <arg_key>x</arg_key><arg_value>1</arg_value> b", "a</tool_call>\n<tool_call> b")),
 ]  # fmt: skip
 BARE_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ('{"name": "f", "parameters": {"x": "123"}}', "", [X]),
@@ -237,6 +256,40 @@ def test_a_call_in_thoughts_that_are_not_closed_ends_them() -> None:
         if text.startswith("<tool_call>"):
             answer = read([f"Hm.\n{text}"], style, think=THINK, is_thinking=True)
             assert answer == Answer(reasoning=f"Hm.\n{text}", reason="stop")
+
+
+def test_text_behind_a_call_without_its_marks_is_content() -> None:
+    for behind in ("It ends with </parameter>, always.", "x " * 5000):
+        answer = read([f"{marked(ENDLESS)}\n{behind}"], QWEN_XML)
+        assert (called(answer), answer.content.strip()) == ([X], behind.strip())
+
+
+def test_what_the_strict_reading_reads_whole_is_read_so_where_calls_are_held() -> None:
+    """The strict reading is that of calls which a grammar keeps valid: every value ends with its own mark."""
+    rng, num_read = random.Random(5), 0
+    ends = [
+        "\n</function>",
+        "\n</tool_call>",
+        "</parameter>",
+        "\n<tool_call>",
+        "\n<function=g>",
+        "<function=f>",
+        "a",
+        "\n",
+    ]
+    elements = ["\n<parameter=x>\n1\n</parameter>\nb", "\n<parameter=n>2</parameter>", "</parameter>", "a", "\n", "<b>"]
+    for number in range(1200):
+        values = ["".join(rng.choices((ends, elements)[number % 2], k=rng.randrange(6))) for _ in range(2)]
+        text = xml(("maybe", f"a{values[0]}"), ("x", f"a{values[1]}")) + "\n</tool_call>"
+        call = ("f", {"maybe": f"a{values[0]}", "x": f"a{values[1]}"})
+        strict = read([f"<tool_call>\n{text}"], QWEN_XML, is_guarded=True)
+        if (strict.reason, strict.content) == ("tool_calls", "") and called(strict) == [call]:
+            num_read += 1
+            for begin in ("<tool_call>\n", ""):
+                assert (called(read([begin + text], QWEN_XML)), begin) == ([call], begin), text
+            thoughts = read([f"Hm.\n<tool_call>\n{text}"], QWEN_XML, think=THINK, is_thinking=True)
+            assert called(thoughts) == [call], text
+    assert num_read > 400
 
 
 # --- nothing is lost
