@@ -36,7 +36,7 @@ class AnswerParser(JsonCalls, ElementCalls):
         self._steps = self._answer()
 
     def put(self, text: str) -> list[Part]:
-        self._text += text
+        self._wait(text)
         return self._run()
 
     def end(self, is_whole: bool = False) -> list[Part]:
@@ -96,24 +96,32 @@ class AnswerParser(JsonCalls, ElementCalls):
             yield from self._until((end,), self._add_reasoning)
             return
         line = _Line()
+        marks: tuple[str, ...] = (end, style.begin)
         while True:
-            mark = yield from self._until((end, style.begin), lambda text: self._add_reasoning(line.add(text)))
+            mark = yield from self._until(marks, lambda text: self._add_reasoning(line.add(text)))
             if mark == end:
                 return
             is_token = mark in self._reading.marks
             if not (is_token or line.is_blank) or not (yield from self._begins_call(style)):
                 self._add_reasoning(line.add(mark))
                 continue
-            held: list[str] = []
-            try:
-                yield from self._until((end,), held.append)
-                self._add_reasoning(mark + "".join(held))
+            if end in marks and (yield from self._is_draft(mark, end)):
                 return
-            except End:
-                self._text = mark + "".join(held) + self._text
+            self._text, marks = mark + self._text, (style.begin,)
             if (yield from self._call_in_thoughts(style)):
                 return
             line.add(mark)
+
+    def _is_draft(self, mark: str, end: str) -> Steps[bool]:
+        """Whether the thoughts end behind this mark; what is between is reasoning then. If not, nothing is taken."""
+        held: list[str] = []
+        try:
+            yield from self._until((end,), held.append)
+        except End:
+            self._put_back("".join(held))
+            return False
+        self._add_reasoning(mark + "".join(held))
+        return True
 
     def _begins_call(self, style: ToolFormat) -> Steps[bool]:
         """Whether what follows a mark may be a call."""
@@ -127,7 +135,7 @@ class AnswerParser(JsonCalls, ElementCalls):
         return False
 
     def _call_in_thoughts(self, style: ToolFormat) -> Steps[bool]:
-        """The text is all there is. Without a call at its beginning, that becomes reasoning."""
+        """The answer has ended. Without a call at its beginning, that becomes reasoning."""
         num_before, self._is_unguarded = self._num_calls, True
         blanks, self._blanks = self._blanks, ""
         try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from answer_text import AnswerText, NoCall, Steps
+from answer_text import AnswerText, End, NoCall, Steps
 from argument_values import fits, fitted, value_of
 from lenient_json import is_json
 from tool_formats import ToolFormat
@@ -60,6 +60,7 @@ class AnswerParts(AnswerText):
         self._name = ""  # of the last one
         self._arguments: list[str] = []
         self._num_barren = 0  # characters of the text that are known to be no call
+        self._inner: set[int] = set()  # places in JSON that has been read: no call without a mark begins there
         self._is_unguarded = False  # no grammar held where this text was written
         self._restored = str.maketrans(dict(reading.marks))
         self.num_complete = 0
@@ -137,8 +138,7 @@ class AnswerParts(AnswerText):
         before = self._blanks, self._ends_with_call, self._is_at_start, self._num_calls, self.num_complete
         self._is_held, self._taken = True, []
         try:
-            yield from call
-            self._check(must_fit)
+            yield from self._checked(call, must_fit)
         except NoCall:
             taken = "".join(self._taken)
             self._text, self._num_barren = taken + self._text, len(taken)
@@ -148,6 +148,17 @@ class AnswerParts(AnswerText):
             self._is_held = False
             if self._num_calls > before[3]:
                 self._add(Part(call=CallDelta(before[3], self._name, "".join(self._arguments))))
+
+    def _checked(self, call: Steps[None], must_fit: bool) -> Steps[None]:
+        """Raises NoCall for a call that is complete and does not fit, where the answer's end has closed it, too."""
+        num_before = self.num_complete
+        try:
+            yield from call
+        except End:
+            if self.num_complete > num_before:
+                self._check(must_fit)
+            raise
+        self._check(must_fit)
 
     def _check(self, must_fit: bool) -> None:
         schema = self._reading.tools[self._name]

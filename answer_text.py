@@ -1,7 +1,7 @@
 """AnswerText: the text of an answer as it comes, and the steps that a parser takes in it.
 
 A step is a generator that yields where it has to wait for more text. It looks at the text from a place on, and takes
-what is certain from its beginning.
+what is certain from its beginning. A long text is looked at piece by piece, so that taking from it copies no long rest.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import TypeVar
 from lenient_json import BLANKS
 from streaming import overlap
 
+MOST_AT_ONCE = 4096  # characters
 _NO_BLANK = re.compile(rf"[^{BLANKS}]")
 
 T = TypeVar("T")
@@ -28,10 +29,21 @@ class End(Exception):
 class AnswerText:
     def __init__(self) -> None:
         self._text = ""  # not taken yet
+        self._waiting: list[str] = []  # pieces of what follows it, the last one first
+        self._num_seen = 0  # characters, up to the end of the text
         self._is_ended = False
         self._is_whole = False  # the model itself ended the answer
         self._is_held = False  # what is taken can be put back
         self._taken: list[str] = []  # since then
+
+    def _wait(self, text: str) -> None:
+        """This follows the text, before all that is waiting."""
+        starts = range(0, len(text), MOST_AT_ONCE)
+        self._waiting += [text[start : start + MOST_AT_ONCE] for start in reversed(starts)]
+
+    def _place(self, at: int) -> int:
+        """Of a character of the text, in the whole answer."""
+        return self._num_seen - len(self._text) + at
 
     def _take(self, length: int) -> str:
         taken, self._text = self._text[:length], self._text[length:]
@@ -40,20 +52,28 @@ class AnswerText:
         return taken
 
     def _put_back(self, text: str) -> None:
-        """The last that was taken, or its end."""
-        self._text = text + self._text
+        """The end of what was taken; it waits again."""
+        length, text, self._text = len(text), text + self._text, ""
+        self._num_seen -= len(text)
+        self._wait(text)
         if self._is_held:
-            self._taken[-1] = self._taken[-1].removesuffix(text)
+            taken = "".join(self._taken)
+            self._taken = [taken[: len(taken) - length]]
 
     def _more(self) -> Steps[None]:
-        if self._is_ended:
-            raise End
-        yield
+        if not self._waiting:
+            if self._is_ended:
+                raise End
+            yield
+        if self._waiting:
+            piece = self._waiting.pop()
+            self._text += piece
+            self._num_seen += len(piece)
 
     def _until(self, marks: tuple[str, ...], add: Callable[[str], None]) -> Steps[str]:
         """Adds the text before the first of the marks as it comes, and skips that; which one it was."""
         while not (found := [(at, mark) for mark in marks if (at := self._text.find(mark)) >= 0]):
-            held = 0 if self._is_ended else max(overlap(self._text, mark) for mark in marks)
+            held = 0 if self._is_ended and not self._waiting else max(overlap(self._text, mark) for mark in marks)
             add(self._take(len(self._text) - held))
             yield from self._more()
         at, mark = min(found)

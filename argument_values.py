@@ -2,22 +2,27 @@
 
 A value is read as the first type that it fits without doubt. The types that a schema may take come from `type`, `enum`,
 `const`, `anyOf`, `oneOf`, `allOf` and local `$ref`s; other keywords, such as limits and patterns, are not looked at.
+What a schema says too deep down is not known: nothing fits it, and nothing is repaired by it.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from lenient_json import is_json, json_of, number, read_json
 from tool_formats import are_texts, is_plain_text
 
 MOST_REFERENCES = 60  # one behind the other
+MOST_DEPTH = 60  # schemas inside of each other; those of a request have less than 100 levels of JSON, two for each
 THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 NULLS = {"null": "null", "None": "null"}
 BOOLEANS = {"true": "true", "false": "false", "True": "true", "False": "false"}
 WORDS = {"True": "true", "False": "false", "None": "null"}  # Python's, which are no JSON
 MOST_DIGITS = 4000  # that Python reads as one number
+_MEMBERS = json.JSONDecoder(parse_int=len, parse_float=len)  # numbers may be of any size
+_BEFORE_KEY, _BEFORE_VALUE = re.compile(r"[\s,]*"), re.compile(r"[\s:]*")
 KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 
 
@@ -37,33 +42,51 @@ def argument_of(text: str, schema: Any, root: Mapping[str, Any]) -> str:
 
 def fitted(arguments: str, schema: Mapping[str, Any]) -> str:
     """The same object, with texts read as what the schema asks for where it takes no text there."""
-    values, properties = value_of(arguments), schema.get("properties")
-    if not isinstance(values, dict) or not isinstance(properties, dict):
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
         return arguments
-    read: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, str) and key in properties and not fits(value, properties[key], schema):
-            own = argument_of(value, properties[key], schema)
-            if fits(value_of(own), properties[key], schema):
-                read[key] = own
-    if not read:
-        return arguments
+    pieces, at = [], 0
     try:
-        whole = json.loads(arguments)
-    except ValueError:  # a number of more digits than Python reads
+        for key, start, end in _members(arguments):
+            if arguments[start] == '"' and key in properties:
+                own = _fitted_text(arguments[start:end], properties[key], schema)
+                pieces += [arguments[at:start], own]
+                at = end
+    except (ValueError, IndexError, RecursionError):  # it is no object
         return arguments
-    members = [f"{json_of(key)}: {read.get(key) or json_of(value)}" for key, value in whole.items()]
-    return f"{{{', '.join(members)}}}"
+    return "".join(pieces) + arguments[at:]
+
+
+def _members(text: str) -> Iterator[tuple[str, int, int]]:
+    """The keys of an object, and where their values are. Raises ValueError or IndexError if it is none."""
+    at = text.index("{") + 1
+    while text[at := _behind(_BEFORE_KEY, text, at)] != "}":
+        key, at = _MEMBERS.raw_decode(text, at)
+        start = _behind(_BEFORE_VALUE, text, at)
+        _, at = _MEMBERS.raw_decode(text, start)
+        yield key, start, at
+
+
+def _behind(gap: re.Pattern[str], text: str, at: int) -> int:
+    found = gap.match(text, at)
+    return found.end() if found else at
+
+
+def _fitted_text(literal: str, schema: Any, root: Mapping[str, Any]) -> str:
+    """A string of JSON, or the value that it stands for."""
+    text = json.loads(literal)
+    if fits(text, schema, root):
+        return literal
+    own = argument_of(text, schema, root)
+    return own if fits(value_of(own), schema, root) else literal
 
 
 def _candidates(text: str, kinds: list[str], schema: Any, root: Mapping[str, Any]) -> Iterator[str]:
     """What a text may stand for, the most certain first."""
     own = text.strip()
     is_literal = own.startswith('"') and is_json(own)
-    if is_literal or (not kinds and is_json(own)):
-        yield own
     if not kinds:
-        yield WORDS.get(own, json_of(text))
+        yield own if is_json(own) else WORDS.get(own, json_of(text))
     if "null" in kinds and own in NULLS:
         yield NULLS[own]
     if "boolean" in kinds and own in BOOLEANS:
@@ -75,9 +98,11 @@ def _candidates(text: str, kinds: list[str], schema: Any, root: Mapping[str, Any
             yield json_of(text)
         elif kind in ("integer", "number") and (found := _number(own)) is not None:
             yield found
+    if is_literal:
+        yield own
     if is_literal and "string" not in kinds:  # JSON inside of JSON
         yield from _candidates(json.loads(own), kinds, schema, root)
-    if "array" in kinds and own:
+    if "array" in kinds and own and own not in NULLS:
         yield from _lists_of_one(own, is_literal, schema, root)
 
 
@@ -86,11 +111,14 @@ def _number(text: str) -> str | None:
 
 
 def _lists_of_one(text: str, is_literal: bool, schema: Any, root: Mapping[str, Any]) -> Iterator[str]:
-    """A value alone where a list is asked for; one with commas or lines may be several."""
+    """A value alone where a list is asked for; one with commas or lines may be several, and none is a list of lists."""
+    items = _resolved(schema, root).get("items", {})
+    kinds = kinds_of(items, root)
+    if "array" in kinds:
+        return
     if is_literal:
         yield f"[{text}]"
-    items = _resolved(schema, root).get("items", {})
-    if not re.search(r"[,\n\[]", text) or (text.startswith("{") and "object" in kinds_of(items, root)):
+    if not re.search(r"[,\n\[]", text) or (text.startswith("{") and "object" in kinds):
         yield f"[{argument_of(text, items, root)}]"
 
 
@@ -105,34 +133,48 @@ def value_of(text: str) -> Any:
 # --- schemas
 
 
-def kinds_of(schema: Any, root: Mapping[str, Any], seen: dict[int, list[str]] | None = None) -> list[str]:
-    """The types that a schema may take, in its order; none: it says nothing of types.
-
-    seen: the types of the schemas met so far, since references can meet one often, or lead around in a circle.
-    """
-    schema, seen = _resolved(schema, root), {} if seen is None else seen
-    if id(schema) not in seen:
-        seen[id(schema)] = []
-        seen[id(schema)] = _kinds(schema, root, seen) if schema else []
-    return seen[id(schema)]
+def kinds_of(schema: Any, root: Mapping[str, Any]) -> list[str]:
+    """The types that a schema may take, in its order; none: it says nothing of types, or too deep down."""
+    return _Kinds(root).of(schema, 0)
 
 
-def _kinds(schema: Mapping[str, Any], root: Mapping[str, Any], seen: dict[int, list[str]]) -> list[str]:
-    found = [_named(schema.get("type"))]
-    if "const" in schema or isinstance(schema.get("enum"), list):
-        found.append([_kind(value) for value in schema.get("enum", [schema.get("const")])])
-    for key in ("anyOf", "oneOf"):
-        choices = [kinds_of(own, root, seen) for own in _list(schema.get(key))]
-        found.append([kind for own in choices for kind in own] if all(choices) else [])
-    found += [kinds_of(own, root, seen) for own in _list(schema.get("allOf"))]
+class _Kinds:
+    """Meets each schema once, since references can meet one often, or lead around in a circle."""
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._seen: dict[int, list[str]] = {}
+
+    def of(self, schema: Any, depth: int) -> list[str]:
+        schema = _resolved(schema, self._root)
+        if depth > MOST_DEPTH:
+            return []
+        if id(schema) not in self._seen:
+            self._seen[id(schema)] = []
+            self._seen[id(schema)] = self._found(schema, depth + 1) if schema else []
+        return self._seen[id(schema)]
+
+    def _found(self, schema: Mapping[str, Any], depth: int) -> list[str]:
+        found = [_named(schema.get("type"))]
+        if "const" in schema or isinstance(schema.get("enum"), list):
+            found.append([_kind(value) for value in _list(schema.get("enum")) or [schema.get("const")]])
+        for key in ("anyOf", "oneOf"):
+            choices = [self.of(own, depth) for own in _list(schema.get(key))]
+            found.append([kind for own in choices for kind in own] if all(choices) else [])
+        found += [self.of(own, depth) for own in _list(schema.get("allOf"))]
+        return _common(found, schema.get("nullable") is True)
+
+
+def _common(found: list[list[str]], is_nullable: bool) -> list[str]:
+    """The types that all agree on who say something."""
     said = [own for own in found if own]
     kinds = [kind for kind in dict.fromkeys(said[0]) if all(_has(own, kind) for own in said[1:])] if said else []
-    return [*kinds, "null"] if kinds and schema.get("nullable") is True else kinds
+    return [*kinds, "null"] if kinds and is_nullable else kinds
 
 
 def fits(value: Any, schema: Any, root: Mapping[str, Any]) -> bool:
     """Whether a value has the types, choices and properties that a schema asks for."""
-    return _Check(root).fits(value, schema)
+    return _Check(root).fits(value, schema, 0)
 
 
 class _Check:
@@ -142,8 +184,8 @@ class _Check:
         self._root = root
         self._seen: dict[tuple[int, int], bool] = {}
 
-    def fits(self, value: Any, schema: Any) -> bool:
-        if schema is False:
+    def fits(self, value: Any, schema: Any, depth: int) -> bool:
+        if schema is False or depth > MOST_DEPTH:
             return False
         schema = _resolved(schema, self._root)
         if not schema or (value is None and schema.get("nullable") is True):
@@ -151,10 +193,10 @@ class _Check:
         pair = id(value), id(schema)
         if pair not in self._seen:
             self._seen[pair] = True
-            self._seen[pair] = self._is_chosen(value, schema) and self._has_parts(value, schema)
+            self._seen[pair] = self._is_chosen(value, schema, depth + 1) and self._has_parts(value, schema, depth + 1)
         return self._seen[pair]
 
-    def _is_chosen(self, value: Any, schema: Mapping[str, Any]) -> bool:
+    def _is_chosen(self, value: Any, schema: Mapping[str, Any], depth: int) -> bool:
         kinds = _named(schema.get("type"))
         if kinds and not any(_is(value, kind) for kind in kinds):
             return False
@@ -162,20 +204,20 @@ class _Check:
         if isinstance(choices, list) and not any(_is_same(value, choice) for choice in choices):
             return False
         some = [own for key in ("anyOf", "oneOf") if (own := _list(schema.get(key)))]
-        return all(any(self.fits(value, own) for own in choices) for choices in some) and all(
-            self.fits(value, own) for own in _list(schema.get("allOf"))
+        return all(any(self.fits(value, own, depth) for own in choices) for choices in some) and all(
+            self.fits(value, own, depth) for own in _list(schema.get("allOf"))
         )
 
-    def _has_parts(self, value: Any, schema: Mapping[str, Any]) -> bool:
+    def _has_parts(self, value: Any, schema: Mapping[str, Any], depth: int) -> bool:
         if isinstance(value, list):
-            return all(self.fits(item, schema.get("items", True)) for item in value)
+            return all(self.fits(item, schema.get("items", True), depth) for item in value)
         if not isinstance(value, dict):
             return True
         properties = schema.get("properties")
         known: dict[str, Any] = properties if isinstance(properties, dict) else {}
         others = True if schema.get("patternProperties") else schema.get("additionalProperties", True)
-        return all(key in value for key in _list(schema.get("required"))) and all(
-            self.fits(own, known.get(key, others)) for key, own in value.items()
+        return all(key in value for key in _list(schema.get("required")) if isinstance(key, str)) and all(
+            self.fits(own, known.get(key, others), depth) for key, own in value.items()
         )
 
 
@@ -186,11 +228,16 @@ def _resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(path, str):
             return schema if isinstance(schema, dict) else {}
         target: Any = root if path.startswith("#") else None
-        for step in path.removeprefix("#").strip("/").split("/"):
-            if step:
-                target = target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+        for step in filter(None, unquote(path.removeprefix("#")).split("/")):
+            target = _part(target, step.replace("~1", "/").replace("~0", "~"))
         schema = target
     return {}
+
+
+def _part(value: Any, key: str) -> Any:
+    if isinstance(value, list) and key in map(str, range(len(value))):
+        return value[int(key)]
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def _named(kind: Any) -> list[str]:

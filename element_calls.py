@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from answer_parts import AnswerParts
@@ -34,11 +35,36 @@ class _ElementCall:
     def closer(self) -> str:
         return f"\n{self.elements.close}" if self.elements.close else ""
 
+    @cached_property
+    def next_element(self) -> re.Pattern[str] | None:
+        """What begins an element of a parameter of the tool's."""
+        own, names = self.elements, "|".join(map(re.escape, self.known))
+        line, value_begin = "(?<=\n)" if own.has_lines else "", re.escape(own.value_begin.strip())
+        before_value = f"(?:[{BLANKS}]*{value_begin})?" if value_begin else ""
+        pattern = f"{line}{re.escape(own.begin)}({names}){re.escape(own.key_end)}{before_value}"
+        return re.compile(pattern) if names else None
+
+    @property
+    def opening(self) -> str:
+        return ", " if self.keys else "{"
+
     @property
     def ends(self) -> tuple[str, ...]:
         """Marks that may end a value; the first one is its own, the others come where that is forgotten."""
         own = self.elements.end.strip()
         return tuple(filter(None, (own, self.opener, self.closer, self.style.end)))
+
+    @property
+    def followers(self) -> tuple[str, ...]:
+        """What follows a value's own mark."""
+        return self.elements.begin, self.elements.close, self.style.end
+
+    @property
+    def late_followers(self) -> dict[str, tuple[str, ...]]:
+        """What follows the marks that may end a value where something is forgotten."""
+        name_begin, begin, end = self.elements.name_begin, self.style.begin, self.style.end
+        others = {self.closer: (end, begin, name_begin), end: (begin,)}
+        return {**others, self.ends[0]: (name_begin, begin), self.opener: ()}
 
     @property
     def known(self) -> list[str]:
@@ -100,18 +126,40 @@ class ElementCalls(AnswerParts):
     def _element(self, call: _ElementCall) -> Steps[None]:
         call.is_inside = True
         key = yield from self._element_key(call)
+        if self._is_held and key in call.keys:
+            raise NoCall
         yield from self._optional(call.elements.value_begin.strip())
-        opening = ", " if call.keys else "{"
-        call.keys.append(key)
         value: list[str] = []
         try:
             yield from self._element_value(call, value)
-        except End:  # the beginning of a text, which is all that there is of the call's last argument
-            self._add_arguments(f"{opening}{json_of(key)}: {json_of(self._shown(''.join(value)))[:-1]}")
+        except End:
+            *others, (key, text) = self._split(call, key, "".join(value))
+            self._add_elements(call, others)
+            # the beginning of a text, which is all that there is of the call's last argument
+            self._add_arguments(f"{call.opening}{json_of(key)}: {json_of(self._shown(text))[:-1]}")
+            call.keys.append(key)
             raise
-        text = self._shown(call.value("".join(value)))
-        self._add_arguments(f"{opening}{json_of(key)}: {argument_of(text, call.schema_of(key), call.schema)}")
+        self._add_elements(call, self._split(call, key, "".join(value)))
         call.is_inside = False
+
+    def _split(self, call: _ElementCall, key: str, value: str) -> list[tuple[str, str]]:
+        """Names and texts of the elements in a value: where the end of one is forgotten, the next one begins. Those
+        that have an end of their own in the value are quoted in it."""
+        if not self._is_held or call.next_element is None:
+            return [(key, value)]
+        start, elements, seen = 0, list[tuple[str, str]](), {*call.keys, key}
+        for found in call.next_element.finditer(value, value.rfind(call.ends[0]) + 1):
+            if found[1] not in seen:
+                elements.append((key, value[start : found.start()]))
+                key, start = found[1], found.end()
+                seen.add(key)
+        return [*elements, (key, value[start:])]
+
+    def _add_elements(self, call: _ElementCall, elements: list[tuple[str, str]]) -> None:
+        for key, value in elements:
+            text = self._shown(call.value(value))
+            self._add_arguments(f"{call.opening}{json_of(key)}: {argument_of(text, call.schema_of(key), call.schema)}")
+            call.keys.append(key)
 
     def _element_key(self, call: _ElementCall) -> Steps[str]:
         """Its mark may be forgotten at the end of a line."""
@@ -126,52 +174,44 @@ class ElementCalls(AnswerParts):
         return key.strip()
 
     def _element_value(self, call: _ElementCall, value: list[str]) -> Steps[None]:
-        """Up to its end, which is one only if another element or the call's end follows."""
-        marks = call.ends if self._is_held else call.ends[:1]
-        while True:
-            mark = yield from self._until(marks, value.append)
-            try:
-                ends = yield from self._ends_value(call, mark)
-            except End:
-                value.append("" if mark == marks[0] else mark + self._take(len(self._text)))
-                raise
-            if not ends:
+        """Up to its own mark, if another element or the call's end follows. Where other marks show that one of these
+        was forgotten, the value ends with them, if no such end comes before the next element."""
+        own, marks = call.ends[0], call.ends if self._is_held else call.ends[:1]
+        num_pieces, mark = None, ""  # of the value, if something is forgotten
+        try:
+            while True:
+                mark = yield from self._until(marks, value.append)
+                if mark == own and (yield from self._is_followed(call.followers)):
+                    return
                 value.append(mark)
-                continue
-            if mark != marks[0]:  # it is what follows the value
-                value.append(mark[: len(mark) - len(mark.lstrip("\n"))])
-                self._put_back(mark.lstrip("\n"))
-            return
+                if mark == call.opener and num_pieces is not None:
+                    break
+                if self._is_held and num_pieces is None and (yield from self._is_followed(call.late_followers[mark])):
+                    num_pieces = len(value) - 1
+        except End:
+            if num_pieces is None:
+                if mark != own:
+                    value.append(self._take(len(self._text)))
+                elif value[-1] == own:
+                    value.pop()
+                raise
+        rest = "".join(value[num_pieces:])
+        line = len(rest) - len(rest.lstrip("\n"))
+        value[num_pieces:] = rest[:line]
+        self._put_back(rest[line:].removeprefix(own))
 
-    def _ends_value(self, call: _ElementCall, mark: str) -> Steps[bool]:
-        style, elements = call.style, call.elements
-        if mark == call.opener:
-            return (yield from self._begins_element(call))
-        others = (elements.name_begin, style.begin) if self._is_held else ()
-        followers = {
-            call.ends[0]: (elements.begin, elements.close, style.end, *others),
-            call.closer: (style.end, style.begin, elements.name_begin),
-            style.end: (style.begin,),
-        }[mark]
+    def _is_followed(self, marks: tuple[str, ...]) -> Steps[bool]:
+        """Whether one of these comes next, or the end that the model gave the answer."""
         try:
             after = yield from self._after_blanks(0)
         except End:
             if self._is_whole and self._is_held:
                 return True
             raise
-        for follower in filter(None, followers):
-            if (yield from self._starts_with(follower, after)):
+        for mark in filter(None, marks):
+            if (yield from self._starts_with(mark, after)):
                 return True
         return False
-
-    def _begins_element(self, call: _ElementCall) -> Steps[bool]:
-        """Whether the name of a parameter follows that has not come yet."""
-        heads = [key + call.elements.key_end for key in call.known]
-        while not any(self._text.startswith(head) for head in heads):
-            if not any(head.startswith(self._text) for head in heads):
-                return False
-            yield from self._more()
-        return True
 
     def _closed(self, call: _ElementCall) -> Steps[None]:
         """Raises NoCall if neither the call's end follows nor, where that is forgotten, what comes after it."""

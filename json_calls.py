@@ -26,6 +26,8 @@ class _Head:
 class JsonCalls(AnswerParts):
     def _json_calls(self, at: int, is_marked: bool) -> Steps[None]:
         """One, or a list of them. Raises NoCall while nothing is taken."""
+        if not is_marked and self._place(at) in self._inner:
+            raise NoCall
         if self._text[at] == "{" or self._reading.is_strict:
             yield from self._json_call(at, is_marked)
             return
@@ -87,7 +89,9 @@ class JsonCalls(AnswerParts):
         if key == "function" and self._text[at] == "{" and not head.is_nested:
             head.is_nested = True
             return (yield from self._members(head, (yield from self._behind("{", at))))
-        if key in NAME_KEYS and head.name is None:
+        if key in NAME_KEYS:
+            if head.name is not None:
+                raise NoCall
             head.name, at = yield from self._string(at)
             if head.name not in self._reading.tools:
                 raise NoCall
@@ -144,11 +148,13 @@ class JsonCalls(AnswerParts):
 
     def _value(self, at: int) -> Steps[tuple[str, int]]:
         """The JSON of a value, and where it ends; nothing is taken. Raises NoCall for what is no value."""
-        reader, given = JsonReader(), []
+        reader, given, place = JsonReader(), [], self._place(at)
         while True:
             length, text = reader.feed(self._text[at:])
             at += length
             given.append(text)
+            self._inner.update(place + opened for opened in reader.opened)
+            reader.opened.clear()
             if reader.is_broken:
                 raise NoCall
             if reader.is_done:

@@ -35,6 +35,8 @@ class JsonReader:
         self._quote = self._escape = ""  # of the string that it is in
         self._word: list[str] | None = None  # a number or a name, so far
         self._comma = ""  # with the blanks after it; given before what follows, if that is no end
+        self._num_read = 0  # characters, before the text that it is in
+        self.opened: list[int] = []  # where objects and lists begin, from the beginning of the text on
         self.is_done = self.is_broken = False
 
     def feed(self, text: str) -> tuple[int, str]:
@@ -44,6 +46,7 @@ class JsonReader:
             step = self._in_string if self._quote else self._between if self._word is None else self._in_word
             at, piece = step(text, at)
             given.append(piece)
+        self._num_read += at
         return at, "".join(given)
 
     @property
@@ -134,6 +137,7 @@ class JsonReader:
             return at + 1, before + '"'
         if character in _CLOSES and self._expects in (VALUE, ITEM):
             self._open.append(character)
+            self.opened.append(self._num_read + at)
             self._expects = KEY if character == "{" else ITEM
             return at + 1, before + character
         if character in _WORD_STARTS and self._expects in (VALUE, ITEM):

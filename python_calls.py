@@ -32,5 +32,7 @@ def _python_call(call: ast.AST | None, tools: Mapping[str, Mapping[str, Any]]) -
         raise ValueError("arguments without a name")
     arguments = {own: ast.literal_eval(value) for own, value in zip(names, call.args, strict=False)}
     for keyword in call.keywords:
+        if keyword.arg in arguments:
+            raise ValueError("two values for an argument")
         arguments[str(keyword.arg)] = ast.literal_eval(keyword.value)
     return name, json_of(arguments)

@@ -6,6 +6,7 @@ docs/tool-calls.md has the rule. Every form is read whole and in any pieces, and
 import json
 import random
 import re
+import time
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -64,6 +65,15 @@ X = ("f", {"x": "123"})
 ONE = xml(("x", "123"))
 JSON_ONE = '{"name": "f", "arguments": {"x": "123"}}'
 OPENAI = '{"type": "function", "function": {"name": "f", "arguments": {"x": "123"}}}'
+ENDLESS = ONE.replace("\n</parameter>", "")
+QUOTED = [  # elements and ends of calls in a value whose own end follows
+    "So:\n<parameter=x>\n/x\n</parameter>",
+    "So:\n<parameter=x>\n/x\n</parameter>\nbye",
+    "So:\n<parameter=n>\n1\n</parameter> and\n<parameter=x>\n1\n</parameter>.",
+    "a\n</function>\n</tool_call>\nb",
+    "a\n</function>\n<function=g>\nb",
+    "a\n</function>\n<tool_call>\n\n</tool_call>\n<tool_call>",
+]
 GLM_ONE = "f\n<arg_key>x</arg_key>\n<arg_value>123</arg_value>"
 
 # What is written, content, calls
@@ -91,6 +101,13 @@ XML_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     (marked(xml(("x", "null"), ("maybe", "null"))), "", [("f", {"x": "null", "maybe": None})]),
     (marked(xml(("maybe", "123"), ("x", "1"))), "", [("f", {"maybe": "123", "x": "1"})]),
     (marked(JSON_ONE), "", [X]),
+    *((begin + xml(("maybe", quoted), ("x", "1")) + "\n</tool_call>", "", [("f", {"maybe": quoted, "x": "1"})])
+      for begin in ("<tool_call>\n", "") for quoted in QUOTED),
+    (marked(xml(("maybe", "a"), ("x", "  b\n")).replace("</parameter>\n<", "<", 1)), "",
+     [("f", {"maybe": "a", "x": "  b\n"})]),
+    (f"{marked(ENDLESS)}\n{marked(ENDLESS)}", "", [X, X]),
+    (f"{marked(ENDLESS)}\n{marked(ONE)}", "", [X, X]),
+    (f"{marked(ENDLESS)}\n{marked(xml(name='g'))}", "", [X, ("g", {})]),
 ]  # fmt: skip
 JSON_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     (marked(JSON_ONE), "", [X]),
@@ -124,6 +141,9 @@ GLM_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
      [("f", {"x": "123\n", "n": 5})]),
     (f"<tool_call>{GLM_ONE}<arg_key>list</arg_key><arg_value>['a']</arg_value></tool_call>", "",
      [("f", {"x": "123", "list": ["a"]})]),
+    *((f"<tool_call>f<arg_key>maybe</arg_key><arg_value>{quoted}</arg_value>{GLM_ONE[1:]}</tool_call>", "",
+      [("f", {"maybe": quoted, "x": "123"})]) for quoted in (
+        "a <arg_key>x</arg_key><arg_value>1</arg_value> b", "a</tool_call>\n<tool_call> b")),
 ]  # fmt: skip
 BARE_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ('{"name": "f", "parameters": {"x": "123"}}', "", [X]),
@@ -180,6 +200,20 @@ NO_CALLS = [
     (LINES, "[f(n=1)]"),
     (LINES, "[f(x=y)] and [g()] are calls"),
     (NAMED, "f\n{x: 1}"),
+    *((QWEN_XML, text) for text in (
+        "<function=f>", "So:\n<function=f>\n<parameter=n>\n1\n</parameter>", "<function=f>\n</function>",
+        "<function=f>\n<parameter=x>\n1\n</parameter>\n<parameter=y>\n1\n</parameter>")),
+    *((style, '{"name": "f", "arguments": {}') for style in (MARKED, QWEN_XML, GLM_XML)),
+    (GLM_XML, "f\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>"),
+    (LINES, "```python\nf('a', x='b')\n```"),
+    (MARKED, "```python\nf(x='a', x='b')\n```"),
+    (LINES, "[f(x='a', x='b')]"),
+    (QWEN_XML, marked(xml(("x", "1"), ("x", "2")))),
+    (QWEN_XML, marked(xml(("x", "1"), ("n", "2"), ("x", "2")))),
+    (GLM_XML, f"<tool_call>{GLM_ONE}{GLM_ONE[1:]}</tool_call>"),
+    *((style, marked(f'{{{names}, "arguments": {{"x": "1"}}}}')) for style in (MARKED, QWEN_XML) for names in (
+        '"name": "f", "name": "g"', '"name": "g", "name": "f"', '"name": "f", "function": "h"')),
+    (MARKED, marked('{"name": "f", "arguments": {"x": "1"}, "name": "g"}')),
 ]  # fmt: skip
 
 
@@ -222,6 +256,40 @@ def test_a_call_in_thoughts_that_are_not_closed_ends_them() -> None:
         if text.startswith("<tool_call>"):
             answer = read([f"Hm.\n{text}"], style, think=THINK, is_thinking=True)
             assert answer == Answer(reasoning=f"Hm.\n{text}", reason="stop")
+
+
+def test_text_behind_a_call_without_its_marks_is_content() -> None:
+    for behind in ("It ends with </parameter>, always.", "x " * 5000):
+        answer = read([f"{marked(ENDLESS)}\n{behind}"], QWEN_XML)
+        assert (called(answer), answer.content.strip()) == ([X], behind.strip())
+
+
+def test_what_the_strict_reading_reads_whole_is_read_so_where_calls_are_held() -> None:
+    """The strict reading is that of calls which a grammar keeps valid: every value ends with its own mark."""
+    rng, num_read = random.Random(5), 0
+    ends = [
+        "\n</function>",
+        "\n</tool_call>",
+        "</parameter>",
+        "\n<tool_call>",
+        "\n<function=g>",
+        "<function=f>",
+        "a",
+        "\n",
+    ]
+    elements = ["\n<parameter=x>\n1\n</parameter>\nb", "\n<parameter=n>2</parameter>", "</parameter>", "a", "\n", "<b>"]
+    for number in range(1200):
+        values = ["".join(rng.choices((ends, elements)[number % 2], k=rng.randrange(6))) for _ in range(2)]
+        text = xml(("maybe", f"a{values[0]}"), ("x", f"a{values[1]}")) + "\n</tool_call>"
+        call = ("f", {"maybe": f"a{values[0]}", "x": f"a{values[1]}"})
+        strict = read([f"<tool_call>\n{text}"], QWEN_XML, is_guarded=True)
+        if (strict.reason, strict.content) == ("tool_calls", "") and called(strict) == [call]:
+            num_read += 1
+            for begin in ("<tool_call>\n", ""):
+                assert (called(read([begin + text], QWEN_XML)), begin) == ([call], begin), text
+            thoughts = read([f"Hm.\n<tool_call>\n{text}"], QWEN_XML, think=THINK, is_thinking=True)
+            assert called(thoughts) == [call], text
+    assert num_read > 400
 
 
 # --- nothing is lost
@@ -364,6 +432,39 @@ def test_long_calls_are_read_in_linear_time() -> None:
     for style, text in texts.items():
         pieces = [text[start : start + 3] for start in range(0, len(text), 3)]
         assert called(read(pieces, style)) == [("f", {"x": long})]
+
+
+HOSTILE: list[tuple[ToolFormat, str, int]] = [
+    (LINES, '{"id":[\n', 3000),
+    (MARKED, '{"id":[\n', 3000),
+    (MARKED, '{"arguments":{"x":[\n', 3000),
+    (LINES, '[\n{"id":[\n', 3000),
+    (LINES, '{"id":["\n",\n', 3000),
+    (MARKED, "<tool_call>{'id':[\n\"", 3000),
+    (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=n>\n", 20_000),
+    (QWEN_XML, "<tool_call>\n<function=f>\nx\n", 20_000),
+    (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</parameter>\n", 8000),
+    (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=x>\n1\n</function>\n</tool_call>\n", 8000),
+    (GLM_XML, "<tool_call>f<arg_key>x</arg_key><arg_value>1</tool_call>", 8000),
+]
+
+
+@pytest.mark.parametrize(("style", "text", "count"), HOSTILE)
+@pytest.mark.parametrize("is_thinking", [False, True])
+def test_what_looks_like_calls_again_and_again_is_read_in_linear_time(
+    style: ToolFormat, text: str, count: int, is_thinking: bool
+) -> None:
+    start = time.process_time()
+    read([text * count + "x"], style, think=THINK, is_thinking=is_thinking)
+    assert time.process_time() - start < 8  # seconds; one, or minutes
+
+
+def test_nested_values_that_are_closed_are_read_once() -> None:
+    start, text = time.process_time(), '{"id":[\n' * 3000 + "]}\n" * 3000
+    assert read([text + "x"], LINES).content == text + "x"
+    assert time.process_time() - start < 8
+    text = '{"id": "oops\n' + JSON_ONE
+    assert called(read([text], MARKED)) == [X]
 
 
 # --- genuine tokenizers

@@ -1,0 +1,93 @@
+"""What a text stands for is found for any schema that a request may have, and nothing else of a call is touched."""
+
+import json
+from typing import Any
+
+import pytest
+
+from answer_parser import AnswerParser, Reading
+from argument_values import argument_of, fits, fitted, kinds_of
+from tool_formats import LINES, MARKED, QWEN_XML, ToolFormat
+
+ITSELF = {"type": "array", "items": {"$ref": "#/$defs/a"}}
+CHAIN = {f"d{step}": {"allOf": [{"$ref": f"#/$defs/d{step + 1}"}]} for step in range(2000)}
+ROOT: dict[str, Any] = {
+    "properties": {"u": {"anyOf": [{"type": "string"}, {"type": "null"}]}},
+    "definitions": {"Id<string>": {"type": "string"}, "a/b~c": {"type": "string"}},
+    "$defs": {"a": ITSELF, "text": {"type": "string"}, **CHAIN, "d2000": {"type": "integer"}},
+}
+STRINGS = {"type": "array", "items": {"type": "string"}}
+
+
+def test_values_are_read_by_schemas_of_any_depth_without_an_error() -> None:
+    for text in ("x", '"x"', "5", "null", "[" * 900 + "]" * 900, "[" * 90 + '"x"' + "]" * 90):
+        for schema in (ITSELF, {"$ref": "#/$defs/a"}, {"$ref": "#/$defs/d0"}, {"anyOf": [{"$ref": "#/$defs/d0"}]}):
+            json.loads(argument_of(text, schema, ROOT))
+            arguments = f'{{"x": {text if text != "x" else "1"}, "y": "5"}}'
+            assert fitted(arguments, {**ROOT, "properties": {"x": schema}}) == arguments
+    assert kinds_of({"$ref": "#/$defs/d0"}, ROOT) == []
+    assert kinds_of({"$ref": "#/$defs/d1990"}, ROOT) == ["integer"]
+    assert not fits(5, {"$ref": "#/$defs/d0"}, ROOT)
+    assert fits([[[]]], ITSELF, ROOT)
+
+
+ODD: list[dict[str, Any]] = [
+    {"required": [["a"]]}, {"required": [{}]}, {"required": [1, None]}, {"properties": None}, {"properties": ["a"]},
+    {"properties": {"a": {"enum": 5, "const": 1}}}, {"properties": {"a": {"type": [["string"]]}}},
+    {"properties": {"a": {"$ref": "#/properties/a/0"}}}, {"properties": {"a": {"items": [[]], "type": "array"}}},
+    {"properties": {"a": {"allOf": [5, None]}}}, {"properties": {"a": {"$ref": "#/%zz/-1"}}},
+]  # fmt: skip
+CALLS = [
+    (MARKED, '{"name": "f", "arguments": {"a": "1", "b": ["x"]}}'),
+    (QWEN_XML, "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>"),
+    (LINES, '[f(a="1")]'),
+    (LINES, "```python\nf(1)\n```"),
+]
+
+
+@pytest.mark.parametrize("schema", ODD)
+@pytest.mark.parametrize(("style", "text"), CALLS)
+def test_calls_are_read_by_odd_schemas_without_an_error(schema: dict[str, Any], style: ToolFormat, text: str) -> None:
+    parser = AnswerParser(Reading({"f": schema}, style))
+    assert [*parser.put(text), *parser.end(True)]
+
+
+VALUES: list[tuple[Any, str, Any]] = [
+    (STRINGS, "null", None),
+    (STRINGS, "None", "None"),
+    ({"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}, "5", 5),
+    ({"$ref": "#/properties/u/anyOf/0"}, "123", "123"),
+    ({"$ref": "#/properties/u/anyOf/2"}, "123", 123),
+    ({"$ref": "#/properties/u/anyOf/01"}, "123", 123),
+    ({"$ref": "#/definitions/Id%3Cstring%3E"}, "123", "123"),
+    ({"$ref": "#/definitions/a~1b~0c"}, "123", "123"),
+    *((schema, '"exact phrase"', '"exact phrase"') for schema in (
+        {"type": "string"}, {"type": "string", "minLength": 1}, {"type": ["string", "null"]},
+        {"$ref": "#/$defs/text"}, {"allOf": [{"$ref": "#/$defs/text"}]}, {"type": ["integer", "string"]})),
+    ({"enum": ["a", 1]}, '"a"', "a"),
+    (STRINGS, '"exact phrase"', ["exact phrase"]),
+    ({}, '"exact phrase"', "exact phrase"),
+    ({"type": ["string", "boolean"]}, "true", True),
+    ({"type": ["string", "boolean"]}, "yes", "yes"),
+    ({"type": ["string", "object"]}, "{'a': 1}", {"a": 1}),
+    ({"type": ["string", "array"]}, "[1]", [1]),
+    ({"type": ["string", "array"]}, "a", "a"),
+    ({"type": ["string", "number"]}, "5", "5"),
+    ({"type": ["number", "string"]}, "5", 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "text", "value"), VALUES)
+def test_a_text_is_what_the_table_of_values_says(schema: Any, text: str, value: Any) -> None:
+    read_as = json.loads(argument_of(text, schema, ROOT))
+    assert (read_as, type(read_as)) == (value, type(value))
+
+
+def test_what_stands_beside_a_repaired_argument_stays_to_the_letter() -> None:
+    schema = {"properties": {"b": {"type": "integer"}, "s": {"type": "string"}, "c": STRINGS}}
+    for beside in ("1e400", "12345678901234567890.123456789", "1.10", "9" * 5000, '"\\u00e9\\/"', '{ "b":"5" }', "-0"):
+        for before, behind in ((f'{{"a":{beside},"b":', "}"), ('{ "b" : ', f' ,\n"a":{beside} }}')):
+            assert fitted(f'{before}"5"{behind}', schema) == f"{before}5{behind}"
+            assert fitted(f'{before}"five"{behind}', schema) == f'{before}"five"{behind}'
+    assert fitted('{"s":"5","c":"null"}', schema) == '{"s":"5","c":"null"}'
+    assert fitted("{}", schema) == "{}"
