@@ -63,7 +63,7 @@ def prepare(x: torch.Tensor, fmt: Format) -> Prepared:
 def _padded_bias(weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     padded = torch.zeros(weight.quants.shape[0] * LANES)
     if bias is not None:
-        padded[: weight.num_rows] = bias
+        padded[: len(bias)] = bias  # which is padded already where layers were joined
     return padded
 
 

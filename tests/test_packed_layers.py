@@ -13,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers
+from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers, packing
 from engine.engine import EngineOptions, build_engine
 from engine.fused_attention import FusedAttention
 from engine.model_runner import choose_quantization, load_model
-from engine.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedLinear
+from engine.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedInput, SharedLinear
+from engine.packing import INT8, quantize_weight
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
@@ -268,3 +269,16 @@ def test_the_default_keeps_what_dtype_asks_for_and_a_files_own_blocks(tmp_path: 
     (tmp_path / packed_checkpoint.FILE).touch()
     assert choose_quantization("auto", "auto", False, tmp_path) == "from file"
     assert choose_quantization("int4", "auto", False, tmp_path) == "int4"
+
+
+def test_layers_of_any_number_of_rows_share_their_input() -> None:
+    """Also where the last of those that are computed as one does not end with a tile."""
+    torch.manual_seed(0)
+    layers = [
+        PackedLinear(packing.pack(quantize_weight(torch.randn(rows, 64), INT8)), torch.randn(rows), torch.float32)
+        for rows in (48, 24, 24)
+    ]
+    x = torch.randn(3, 64)
+    expected = [layer(x) for layer in layers]
+    for actual, own in zip(SharedInput(layers).outputs(x), expected, strict=True):
+        assert torch.equal(actual, own)
