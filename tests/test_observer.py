@@ -119,7 +119,8 @@ MODELS = ("e2e_request_latency_seconds", "request_prompt_tokens", "request_gener
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        ({"max_tokens": 10**6}, "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "x" * 20_000}]}, "context_length_exceeded"),
+        ({"max_tokens": 10**6}, "invalid_value"),
         ({"guided_regex": "("}, "invalid_value"),
         ({"timeout": 1e-6, "max_tokens": 400}, "request_timeout"),
     ],

@@ -43,6 +43,6 @@ def test_what_people_write_is_not(pattern: str) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "(" * 200_000, "{" * 200_000, "(a{9}" * 40_000, "{1," * 60_000])
 def test_it_takes_linear_time(text: str) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()  # of this process alone, on a machine that may do other things
     expanded_size(text)
-    assert time.monotonic() - begin < 3
+    assert time.process_time() - begin < 3
