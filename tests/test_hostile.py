@@ -624,7 +624,7 @@ ROW_10 = [
     chat(10, "token-lists", param="prompt", path=TEXT, prompt=[[5], [5] * 10**5], **TOO_LONG),
     chat(10, "response", param="input", path=RESPONSES, input="x" * 10**6, **TOO_LONG),
     chat(10, "response-instructions", param="input", path=RESPONSES, instructions="x" * 10**6, **TOO_LONG),
-    chat(10, "prompt-and-answer", code="context_length_exceeded", messages=[user("x" * 400)], max_tokens=200),
+    chat(10, "answer", param="max_tokens", code="invalid_value", max_tokens=10**6),
     chat(10, "exactly-full", code="context_length_exceeded", path=TEXT, prompt="x" * 480),
 ]  # fmt: skip
 
