@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 def test_the_engines_tokens_are_what_the_stock_model_prefers() -> None:
     model = gpu.build("tiny", CPU)
-    rate, answers = gpu.engine_rate(model, CPU, 3)
+    rate, answers = gpu.engine_rate(gpu.engine_of(model), model, CPU, 3)
     assert rate > 0 and [len(answer) for answer in answers] == [gpu.NEW_TOKENS] * 3
     model.set_attn_implementation("sdpa")
     same, largest = gpu.compare(model, CPU, answers)
