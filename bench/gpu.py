@@ -182,7 +182,7 @@ def prefill_flops(model: Any) -> float:
     """Of the long prompt: two for each weight of a layer and token, and causal attention's, a window's share of it."""
     text = model.config.get_text_config()
     weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
-    flops = 2.0 * weights * LONG_PROMPT
+    flops: float = 2.0 * weights * LONG_PROMPT
     for layer in range(text.num_hidden_layers):
         kinds = getattr(text, "layer_types", None) or []
         is_sliding = bool(kinds) and kinds[layer] == "sliding_attention"
