@@ -87,7 +87,7 @@ def find(
     wanted = set(specs)
     able = [
         candidate
-        for candidate in (known_kernels() if candidates is None else candidates)
+        for candidate in (known_kernels(wanted) if candidates is None else candidates)
         if all(candidate.can_attend(spec) for spec in wanted)
         and all(agrees(candidate.kernel, spec, block_size) for spec in wanted)
     ]
@@ -106,8 +106,10 @@ def _logged_time(
     return total
 
 
-def known_kernels() -> Iterator[Candidate]:
-    """torch's kernel, and the one in Triton, where they are installed."""
+def known_kernels(specs: set[LayerSpec]) -> Iterator[Candidate]:
+    """torch's kernel, and the one in Triton, where they are installed and the layers on GPUs."""
+    if any(spec.device.type != "cuda" for spec in specs):
+        return
     try:
         from torch.nn.attention.varlen import varlen_attn
 
