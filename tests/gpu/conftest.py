@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-DEVICE = torch.device(os.environ.get("GPU_TESTS", "cuda"))
+DEVICE = torch.device(os.environ.get("GPU_TESTS", "cuda"), 0)
 REASON = "needs a GPU that this torch can use"
 
 
