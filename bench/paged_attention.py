@@ -5,10 +5,11 @@
 A line of JSON for each kernel and workload: microseconds of one call, recorded as a CUDA graph; GB/s of the keys and
 values that have to be read; TFLOP/s of what the queries see. Several sets of inputs in turn, so that none is found in
 the GPU's own cache. SDPA's keys are in one piece already: the engine's fallback gathers them first. `--tiles` (rows,
-keys, warps, stages) tries others than the kernel's table has, several by several `--tiles`.
+keys, warps, stages) and `--parts` try others than the kernel in Triton would take; both may be repeated.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -70,16 +71,18 @@ def workloads(is_tiny: bool) -> list[Workload]:
     return decodes + [Workload(1, chunk, chunk) for chunk in chunks] + [Workload(1, chunks[0], contexts[-1])]
 
 
-def calls(spec: LayerSpec, tiles: list[str]) -> Iterator[tuple[str, Call]]:
+def calls(spec: LayerSpec, tiles: list[str], parts: list[int]) -> Iterator[tuple[str, Call]]:
     for candidate in paged_flash.known_kernels({spec}):
         yield candidate.name, partial(_run, candidate.kernel)
     yield "SDPA, without gathering", _sdpa
-    if tiles:
-        from engine.paged_triton import Tiles, paged_attention
+    if not tiles and not parts:
+        return
+    from engine.paged_triton import Tiles, paged_attention
 
-        for chosen in tiles:
-            kernel = partial(paged_attention, tiles=Tiles(*map(int, chosen.split(","))))
-            yield f"Triton {chosen}", partial(_run, kernel)
+    for chosen, count in itertools.product(tiles or [""], parts or [0]):
+        own = Tiles(*map(int, chosen.split(","))) if chosen else None
+        kernel = partial(paged_attention, tiles=own, num_parts=count or None)
+        yield f"Triton {chosen or 'own tiles'} in {count or 'own'} parts", partial(_run, kernel)
 
 
 def _run(kernel: paged_flash.Kernel, trial: Trial) -> torch.Tensor:
@@ -122,7 +125,7 @@ def microseconds(call: Call, trials: list[Trial], device: torch.device) -> float
     return statistics.median(times)
 
 
-def measure(work: Workload, spec: LayerSpec, block_size: int, tiles: list[str]) -> Iterator[Result]:
+def measure(work: Workload, spec: LayerSpec, block_size: int, tiles: list[str], parts: list[int]) -> Iterator[Result]:
     own = work.sequences * work.context * spec.bytes_per_token
     trial = work.trial(spec, block_size)
     count = max(1, min(32, -(-COLD // own), MOST_CACHE // own))
@@ -130,7 +133,7 @@ def measure(work: Workload, spec: LayerSpec, block_size: int, tiles: list[str]) 
     flops = 2 * work.num_seen(spec.window) * spec.group * spec.num_kv_heads * (spec.key_dim + spec.value_dim)
     num_bytes = work.num_read(spec.window) * spec.bytes_per_token
     expected: torch.Tensor | None = None
-    for name, call in calls(spec, tiles):
+    for name, call in calls(spec, tiles, parts):
         place = asdict(work)
         try:
             time = microseconds(call, trials, spec.device)
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tiles", action="append", default=[], metavar="ROWS,KEYS,WARPS,STAGES")
+    parser.add_argument("--parts", action="append", default=[], type=int, help="that the keys are divided into")
     parser.add_argument("--only", choices=["decodes", "chunks"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="to see that it runs, on a CPU too")
@@ -174,7 +178,7 @@ def main() -> None:
             continue
         if work.sequences * work.context * spec.bytes_per_token > MOST_CACHE:
             continue
-        for result in measure(work, spec, a.block_size, a.tiles):
+        for result in measure(work, spec, a.block_size, a.tiles, a.parts):
             shape = {"heads": a.heads, "kv_heads": a.kv_heads, "dim": a.dim, "window": a.window}
             print(json.dumps({**shape, **asdict(result)}), flush=True)
         if place[1].type == "cuda":
