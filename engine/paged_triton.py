@@ -21,7 +21,13 @@ FEW_PARTS, MOST_PARTS = 8, 64
 NO_WINDOW = 2**30  # tokens
 PROGRAMS_PER_PROCESSOR = 4  # that parts are made for
 KEYS_PER_PART = 256  # at least
-IS_INTERPRETED: bool = triton.knobs.runtime.interpret  # on the CPU, by TRITON_INTERPRET=1
+
+
+def _same(value: tl.tensor) -> tl.tensor:
+    return value
+
+
+IS_INTERPRETED = not isinstance(triton.jit(_same), triton.JITFunction)  # on the CPU, by TRITON_INTERPRET=1
 
 
 @dataclass(frozen=True)
@@ -176,10 +182,6 @@ def _padded(dim: int) -> int:
 
 
 # --- kernels
-
-
-def _same(value: tl.tensor) -> tl.tensor:
-    return value
 
 
 def _whole(value: Any) -> int:
