@@ -21,7 +21,13 @@ FEW_PARTS, MOST_PARTS = 8, 64
 NO_WINDOW = 2**30  # tokens
 PROGRAMS_PER_PROCESSOR = 4  # that parts are made for
 KEYS_PER_PART = 256  # at least
-IS_INTERPRETED: bool = triton.knobs.runtime.interpret  # on the CPU, by TRITON_INTERPRET=1
+
+
+def _same(value: tl.tensor) -> tl.tensor:
+    return value
+
+
+IS_INTERPRETED = not isinstance(triton.jit(_same), triton.JITFunction)  # on the CPU, by TRITON_INTERPRET=1
 
 
 @dataclass(frozen=True)
@@ -34,23 +40,35 @@ class Tiles:
     stages: int  # passes whose keys are loaded ahead
 
 
-CHUNK_TILES = {  # bytes of a head, padded -> how several queries are computed
-    32: Tiles(rows=128, keys=64, warps=4, stages=3),
-    64: Tiles(rows=128, keys=64, warps=4, stages=3),
-    128: Tiles(rows=128, keys=64, warps=4, stages=3),
-    256: Tiles(rows=128, keys=64, warps=8, stages=3),
-    512: Tiles(rows=64, keys=32, warps=4, stages=2),
-    1024: Tiles(rows=32, keys=16, warps=4, stages=2),
-    2048: Tiles(rows=16, keys=16, warps=4, stages=1),
+# By the bytes of a number and by what a head is padded to. They need less than 99 KiB of shared memory, as the smaller
+# GPUs from compute capability 8.0 on have it, and keep their state in registers.
+CHUNK_TILES = {  # several queries of a sequence
+    2: {
+        64: Tiles(rows=128, keys=64, warps=4, stages=3),
+        128: Tiles(rows=128, keys=64, warps=8, stages=3),
+        256: Tiles(rows=64, keys=32, warps=8, stages=3),
+        512: Tiles(rows=32, keys=32, warps=8, stages=3),
+    },
+    4: {
+        64: Tiles(rows=64, keys=32, warps=4, stages=2),
+        128: Tiles(rows=32, keys=32, warps=4, stages=2),
+        256: Tiles(rows=16, keys=16, warps=4, stages=2),
+        512: Tiles(rows=16, keys=16, warps=8, stages=1),
+    },
 }
-DECODE_TILES = {  # the same for one query, or few
-    32: Tiles(rows=16, keys=128, warps=4, stages=3),
-    64: Tiles(rows=16, keys=128, warps=4, stages=3),
-    128: Tiles(rows=16, keys=128, warps=4, stages=3),
-    256: Tiles(rows=16, keys=64, warps=4, stages=3),
-    512: Tiles(rows=16, keys=32, warps=4, stages=3),
-    1024: Tiles(rows=16, keys=16, warps=4, stages=2),
-    2048: Tiles(rows=16, keys=16, warps=4, stages=1),
+DECODE_TILES = {  # one
+    2: {
+        64: Tiles(rows=16, keys=128, warps=4, stages=3),
+        128: Tiles(rows=16, keys=64, warps=4, stages=3),
+        256: Tiles(rows=16, keys=32, warps=4, stages=3),
+        512: Tiles(rows=16, keys=16, warps=4, stages=2),
+    },
+    4: {
+        64: Tiles(rows=16, keys=64, warps=4, stages=3),
+        128: Tiles(rows=16, keys=32, warps=4, stages=3),
+        256: Tiles(rows=16, keys=16, warps=4, stages=2),
+        512: Tiles(rows=16, keys=16, warps=8, stages=1),
+    },
 }
 
 
@@ -70,16 +88,17 @@ def paged_attention(
     block_table: torch.Tensor,
     softcap: float | None = None,
     num_parts: int | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """query (tokens, heads, dim), keys and values (blocks, block_size, kv_heads, dim) -> (tokens, heads, value dim).
 
-    num_parts: into how many parts each tile's keys are divided; None: as the device's size asks for.
+    num_parts: into how many parts each tile's keys are divided, and tiles: None for what suits the shape and device.
     """
     num_tokens, num_heads, key_dim = query.shape
     _blocks, block_size, num_kv_heads, value_dim = values.shape
     group, num_sequences, is_decode = num_heads // num_kv_heads, len(seqused_k), longest_query == 1
     assert query.stride(-1) == keys.stride(-1) == values.stride(-1) == block_table.stride(-1) == 1
-    tiles = tiles_of(max(key_dim, value_dim) * keys.element_size(), is_decode, group)
+    tiles = tiles or tiles_of(max(key_dim, value_dim), keys.element_size(), is_decode, group)
     queries = tiles.rows // group
     num_tiles = num_sequences if is_decode else num_tokens // queries + num_sequences
     if num_parts is None:
@@ -132,13 +151,13 @@ def can_attend(spec: LayerSpec) -> bool:
     """Whether such layers can be tried: Triton's products take GPUs from compute capability 8.0 on."""
     if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
-    head_bytes = max(spec.key_dim, spec.value_dim) * spec.dtype.itemsize
-    return torch.cuda.get_device_capability(spec.device) >= (8, 0) and head_bytes <= max(CHUNK_TILES)
+    dim = max(spec.key_dim, spec.value_dim)
+    return torch.cuda.get_device_capability(spec.device) >= (8, 0) and dim <= max(CHUNK_TILES[spec.dtype.itemsize])
 
 
-def tiles_of(head_bytes: int, is_decode: bool, group: int) -> Tiles:
-    """group: heads that share a key; they are of one tile."""
-    tiles = (DECODE_TILES if is_decode else CHUNK_TILES)[max(32, triton.next_power_of_2(head_bytes))]
+def tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
+    """num_bytes: of a number; group: heads that share a key, which are of one tile."""
+    tiles = (DECODE_TILES if is_decode else CHUNK_TILES)[num_bytes][max(64, triton.next_power_of_2(dim))]
     return replace(tiles, rows=max(tiles.rows, triton.next_power_of_2(group)))
 
 
@@ -163,10 +182,6 @@ def _padded(dim: int) -> int:
 
 
 # --- kernels
-
-
-def _same(value: tl.tensor) -> tl.tensor:
-    return value
 
 
 def _whole(value: Any) -> int:
