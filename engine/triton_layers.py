@@ -39,7 +39,7 @@ class Norm(nn.Module):
 class Joined:
     """Linear layers of one input as one product; their weights become views of the joined ones."""
 
-    def __init__(self, layers: list[nn.Linear]) -> None:
+    def __init__(self, layers: list[Any]) -> None:
         self.weight = torch.cat([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat(biases)
@@ -181,7 +181,7 @@ def fused_attention(module: nn.Module) -> Attention | None:
     return fused if all(a.shape == b.shape and _is_same(a, b) for a, b in pairs) else None
 
 
-def _plain_layers(module: nn.Module, *names: str) -> list[nn.Linear]:
+def _plain_layers(module: nn.Module, *names: str) -> list[Any]:
     """None of them where one is no plain layer."""
     layers: list[Any] = [getattr(module, name, None) for name in names]
     return layers if all(type(layer) is nn.Linear for layer in layers) else []
