@@ -1,4 +1,4 @@
-# make serve | test | test-clients | test-ray | check | bench | setup | lock | licenses | clean
+# make serve | test | test-gpu | test-clients | test-ray | check | bench | setup | lock | licenses | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,13 +7,17 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 export HOST PORT
 
-.PHONY: serve test test-clients test-ray check bench setup setup-dev lock licenses clean
+.PHONY: serve test test-gpu test-clients test-ray check bench setup setup-dev lock licenses clean
 
 serve: setup
 	@$(BIN)/python main.py
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+# Skipped without a GPU; scripts/gpu_check.sh runs these and the benchmark, with another Python too
+test-gpu: setup-dev
+	$(BIN)/python -m pytest tests/gpu -rs
 
 # The clients have environments of their own, and start the server in this one
 test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed

@@ -1,24 +1,31 @@
-"""GPU: decode with models in true shapes and random weights, against what the device's memory allows.
+"""GPU: models in true shapes with random weights, against what the device's memory and matrix units allow.
 
-    python -m bench.gpu [--models qwen3-0.6b,qwen3-8b,gemma-3-27b]
+    python -m bench.gpu [--models qwen3-0.6b,qwen3-8b,gemma-3-27b] [--out DIRECTORY]
 
 A step of one stream has to read all weights once, so the memory's bandwidth over their size is the most tokens per
 second that there can be. Beside the engine: transformers' `generate`, and its continuous batching. The engine's greedy
-tokens are checked against the stock model's logits.
+tokens are checked against the stock model's logits. What was measured is written after each part, so that it can be
+stopped at any time; a part that fails says why in its place.
 """
 
 import argparse
 import gc
 import json
+import logging
 import random
+import signal
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -30,7 +37,9 @@ from transformers import (
 from bench import machine
 from bench.run import RESULTS
 from engine import attention
-from engine.engine import EngineOptions, build_engine
+from engine.engine import Engine, EngineOptions, build_engine, warm_up
+from engine.lookahead import Lookahead
+from engine.model_runner import ModelRunner, probe_layers
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
@@ -38,7 +47,11 @@ STREAMS = (1, 64)
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128
 NUM_CHECKED = 32  # tokens of each of a few prompts
-CONTEXT = 4096
+LONG_PROMPT = 8000
+CONTEXT = 8448
+PROFILED = 8  # steps
+NUM_GENERATED = 32  # by transformers, which is slower
+PART_SECONDS = 100
 
 _QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6}
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {  # the models' config.json on the Hub
@@ -82,28 +95,6 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {  # the models' config.json
 }
 
 
-@dataclass(frozen=True)
-class Decode:
-    """Tokens per second, all streams together."""
-
-    streams: int
-    engine: float
-    generate: float
-    continuous_batching: float | str  # or why there is none
-    share_of_limit: float | None  # of one stream
-
-
-@dataclass(frozen=True)
-class Result:
-    model: str
-    weight_gib: float  # that a token reads
-    bandwidth_gb_per_s: float  # copied, reading and writing counted
-    limit_tokens_per_s: float
-    same_tokens: float  # share of the engine's tokens that are the stock model's first choice
-    largest_difference: float  # of the others: how far below it, in standard deviations of the logits
-    decodes: list[Decode]
-
-
 def bandwidth(device: torch.device, num_bytes: int) -> float:
     """Bytes per second of a copy within the device's memory."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -145,43 +136,97 @@ def prompts_of(model: Any, count: int) -> list[list[int]]:
     return [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-def engine_rate(model: Any, device: torch.device, count: int) -> tuple[float, list[list[int]]]:
+def engine_of(model: Any) -> Engine:
+    """With room for the streams and the long prompt."""
+    room = LONG_PROMPT + max(STREAMS) * (PROMPT_TOKENS + NEW_TOKENS + 64)
+    memory = room * sum(spec.bytes_per_token for spec in probe_layers(model).values())
+    options = EngineOptions(
+        max_model_len=CONTEXT, max_num_seqs=max(STREAMS), num_speculative_tokens=0, kv_cache_memory=memory
+    )
+    return build_engine(model, options, frozenset())
+
+
+def engine_rate(engine: Engine, model: Any, device: torch.device, count: int) -> tuple[float, list[list[int]]]:
     """Tokens per second of decoding, and the tokens."""
-    options = EngineOptions(max_model_len=CONTEXT, max_num_seqs=max(count, 2), num_speculative_tokens=0)
-    engine = build_engine(model, options, frozenset())
+    sequences = _decoding(engine, prompts_of(model, count))
+    before = sum(sequence.num_output_tokens for sequence in sequences)
+    seconds = _seconds(lambda: _finish(engine), device)
+    return (count * NEW_TOKENS - before) / seconds, [sequence.output_ids for sequence in sequences]
+
+
+def _decoding(engine: Engine, prompts: list[list[int]]) -> list[Sequence]:
+    """The prompts computed, and a few tokens of each answer."""
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-    sequences = [Sequence(prompt, params, sink=lambda output: None) for prompt in prompts_of(model, count)]
+    sequences = [Sequence(prompt, params, sink=lambda output: None) for prompt in prompts]
     for sequence in sequences:
         engine.scheduler.add(sequence)
     while any(sequence.num_output_tokens < 4 for sequence in sequences):
         engine.step()
-    before = sum(sequence.num_output_tokens for sequence in sequences)
+    return sequences
 
-    def finish() -> None:
-        while engine.scheduler.has_work:
-            engine.step()
 
-    seconds = _seconds(finish, device)
-    return (count * NEW_TOKENS - before) / seconds, [sequence.output_ids for sequence in sequences]
+def _finish(engine: Engine) -> None:
+    while engine.scheduler.has_work:
+        engine.step()
+
+
+def _prefill(engine: Engine, model: Any, seed: int) -> None:
+    """A long prompt that is not known yet, and its first token."""
+    rng, vocabulary = random.Random(seed), model.config.get_text_config().vocab_size
+    prompt = [rng.randrange(vocabulary) for _ in range(LONG_PROMPT)]
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    engine.scheduler.add(Sequence(prompt, params, sink=lambda output: None))
+    _finish(engine)
+
+
+def prefill_flops(model: Any) -> float:
+    """Of the long prompt: two for each weight of a layer and token, and causal attention's, a window's share of it."""
+    text = model.config.get_text_config()
+    weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    flops: float = 2.0 * weights * LONG_PROMPT
+    for layer in range(text.num_hidden_layers):
+        kinds = getattr(text, "layer_types", None) or []
+        is_sliding = bool(kinds) and kinds[layer] == "sliding_attention"
+        seen = min(LONG_PROMPT / 2, text.sliding_window) if is_sliding else LONG_PROMPT / 2
+        flops += 4.0 * LONG_PROMPT * seen * text.num_attention_heads * text.head_dim
+    return flops
+
+
+def matrix_peak(device: torch.device, size: int) -> float:
+    """FLOP/s of a square product in bfloat16, of random numbers."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
+    times = [_seconds(lambda: a @ b, device) for _ in range(10)]
+    return 2.0 * size * size * size / statistics.median(times)
+
+
+def profile_of(work: Callable[[], Any], device: torch.device) -> str:
+    """torch's table of what takes longest."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as recorded:
+        work()
+        _wait(device)
+    averages = recorded.key_averages()
+    kind = "device" if device.type == "cuda" else "cpu"
+    tables = [averages.table(sort_by=f"self_{name}_time_total", row_limit=30) for name in dict.fromkeys((kind, "cpu"))]
+    return "\n".join(tables)
 
 
 def generate_rate(model: Any, device: torch.device, count: int) -> float:
     inputs = torch.tensor(prompts_of(model, count), device=device)
+    config = _greedy(NUM_GENERATED)
+    model.generate(inputs, generation_config=_greedy(4), attention_mask=torch.ones_like(inputs))
+    mask = torch.ones_like(inputs)  # else tokens 0 would be taken for padding
+    seconds = _seconds(lambda: model.generate(inputs, generation_config=config, attention_mask=mask), device)
+    return count * NUM_GENERATED / seconds
+
+
+def continuous_batching_rate(model: Any, device: torch.device, count: int) -> float:
+    """transformers' own; it needs a GPU, and a version that has it."""
     config = _greedy(NEW_TOKENS)
-    model.generate(inputs, generation_config=_greedy(4))
-    seconds = _seconds(lambda: model.generate(inputs, generation_config=config), device)
-    return count * NEW_TOKENS / seconds
-
-
-def continuous_batching_rate(model: Any, device: torch.device, count: int) -> float | str:
-    try:
-        config = _greedy(NEW_TOKENS)
-        model.generate_batch(inputs=prompts_of(model, count), generation_config=_greedy(4))
-        answers: dict[str, Any] = {}
-        seconds = _seconds(lambda: answers.update(model.generate_batch(prompts_of(model, count), config)), device)
-        return sum(len(answer.generated_tokens) for answer in answers.values()) / seconds
-    except Exception as error:  # it needs a GPU, and a version that has it
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    model.generate_batch(inputs=prompts_of(model, count), generation_config=_greedy(4))
+    answers: dict[str, Any] = {}
+    seconds = _seconds(lambda: answers.update(model.generate_batch(prompts_of(model, count), config)), device)
+    return float(sum(len(answer.generated_tokens) for answer in answers.values()) / seconds)
 
 
 def _greedy(count: int) -> GenerationConfig:
@@ -204,50 +249,133 @@ def compare(model: Any, device: torch.device, answers: list[list[int]]) -> tuple
     return sum(same) / len(same), largest
 
 
-def measure(name: str, device: torch.device) -> Result:
-    speed = bandwidth(device, 2**32 if device.type == "cuda" else 2**28)
+class Report:
+    """One model's figures, in a file that is written after each part."""
+
+    def __init__(self, path: Path, name: str, device: torch.device) -> None:
+        self._path, self._name = path, name
+        self.figures: dict[str, Any] = {}
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self._described = {"device": gpu, "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", **machine.describe()}
+
+    def note(self, **figures: Any) -> None:
+        rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in figures.items()}
+        self.figures |= rounded
+        print(self._name, json.dumps(rounded), flush=True)
+        known = json.loads(self._path.read_text()) if self._path.exists() else {"machine": self._described}
+        known.setdefault("results", {})[self._name] = self.figures
+        self._path.write_text(json.dumps(known, indent=1) + "\n")
+
+    def part(self, name: str, work: Callable[[], None]) -> None:
+        """Work that notes something; why it failed stands under its name."""
+        try:
+            with _limited(PART_SECONDS):
+                work()
+        except Exception as error:  # of any kind: the other parts count too
+            traceback.print_exc()
+            self.note(**{name: f"{type(error).__name__}: {error}".splitlines()[0]})
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def text(self, name: str, text: str) -> None:
+        path = self._path.parent / f"{self._path.stem}-{self._name}-{name}.txt"
+        path.write_text("\n".join(line.rstrip()[:240] for line in text.splitlines()) + "\n")
+
+
+@contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(name: str, device: torch.device, report: Report) -> None:
+    """The engine first, then what it is compared with."""
+    on_gpu = device.type == "cuda"
+    speed = bandwidth(device, 2**32 if on_gpu else 2**26)
+    peak = matrix_peak(device, 8192 if on_gpu else 256)
     model = build(name, device)
     weights = num_bytes_read(model)
-    rates: dict[int, float] = {}
+    report.note(
+        weight_gib=weights / 2**30,
+        bandwidth_gb_per_s=speed / 1e9,
+        matrix_tflops=peak / 1e12,
+        limit_tokens_per_s=speed / weights,
+    )
     answers: list[list[int]] = []
-    for count in STREAMS:
-        rates[count], answers = engine_rate(model, device, count)
-        gc.collect()
+
+    def engine_parts() -> None:
+        started = time.perf_counter()
+        engine = engine_of(model)
+        warm_up(engine)
+
+        def steps() -> None:
+            for _ in range(PROFILED):
+                engine.step()
+
+        runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+        assert isinstance(runner, ModelRunner)
+        kernel = getattr(runner.flash, "__name__", "none: SDPA over gathered blocks")
+        report.note(start_s=time.perf_counter() - started, kernel=kernel, graphs=runner._graphs is not None)
+        for count in STREAMS:
+            engine_rate(engine, model, device, count)  # warm
+            rate, tokens = engine_rate(engine, model, device, count)
+            report.note(**{f"engine_{count}_tokens_per_s": rate})
+            if count == 1:
+                report.note(share_of_limit=rate * weights / speed)
+            answers[:] = tokens
+        _prefill(engine, model, 1)
+        seconds = statistics.median(_seconds(partial(_prefill, engine, model, n), device) for n in (2, 3, 4))
+        report.note(ttft_8000_s=seconds, prefill_share_of_peak=prefill_flops(model) / seconds / peak)
+        for count in STREAMS:
+            _decoding(engine, prompts_of(model, count))
+            report.text(f"decode-{count}", profile_of(steps, device))
+            _finish(engine)
+        report.text("prefill", profile_of(lambda: _prefill(engine, model, 5), device))
+
+    report.part("engine", engine_parts)
     model.set_attn_implementation("sdpa")
+    if answers:
+        report.part("compared", lambda: report.note(**_compared(model, device, answers)))
+
+    def rate_of(kind: str, measured: Callable[..., float], count: int) -> None:
+        report.note(**{f"{kind}_{count}_tokens_per_s": measured(model, device, count)})
+
+    others = {"generate": generate_rate}
+    if on_gpu:  # else it takes all of the machine's memory
+        others["continuous_batching"] = continuous_batching_rate
+    for kind, measured in others.items():
+        for count in STREAMS:
+            report.part(f"{kind}_{count}_tokens_per_s", partial(rate_of, kind, measured, count))
+
+
+def _compared(model: Any, device: torch.device, answers: list[list[int]]) -> dict[str, float]:
     same, largest = compare(model, device, answers)
-    limit = speed / weights
-    decodes = [
-        Decode(
-            count,
-            rates[count],
-            generate_rate(model, device, count),
-            continuous_batching_rate(model, device, count),
-            rates[count] / limit if count == 1 else None,
-        )
-        for count in STREAMS
-    ]
-    return Result(name, weights / 2**30, speed / 1e9, limit, same, largest, decodes)
+    return {"same_tokens": same, "largest_difference": largest}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="qwen3-0.6b,qwen3-8b,gemma-3-27b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--save", action="store_true", help="into bench/results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a directory")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
     device = torch.device(arguments.device)
-    results = []
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-gpu-{machine.slug(gpu)}.json"
     for name in arguments.models.split(","):
-        results.append(asdict(measure(name, device)))
-        print(json.dumps(results[-1], indent=1), flush=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if arguments.save:
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        described = {"device": gpu, **machine.describe()}
-        path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-gpu-{machine.slug(gpu)}.json"
-        path.write_text(json.dumps({"machine": described, "results": results}, indent=1) + "\n")
+        report = Report(path, name, device)
+        report.part("failed", partial(measure, name, device, report))
 
 
 if __name__ == "__main__":

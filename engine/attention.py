@@ -124,8 +124,8 @@ class Call:
     @property
     def spec(self) -> LayerSpec:
         _, num_kv_heads, _, key_dim = self.key.shape
-        place = (self.key.dtype, self.key.device)
-        return LayerSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, *place, self.softcap)
+        place, group = (self.key.dtype, self.key.device), self.query.shape[1] // num_kv_heads
+        return LayerSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, *place, self.softcap, group)
 
     @property
     def stand_in(self) -> torch.Tensor:
@@ -170,13 +170,14 @@ def paged_attention(
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
     flat = query[0].transpose(0, 1)  # (tokens, heads, dim)
     if step.flash is not None and group.flash is not None and not group.prefills:
-        return paged_flash.attend(step.flash, flat, keys, values, group.flash, scaling)[None], None
+        return paged_flash.attend(step.flash, flat, keys, values, group.flash, scaling, softcap)[None], None
     num_kv_heads, value_dim = values.shape[2:]
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     if step.flash is not None and group.flash is not None:
         own = slice(0, group.flash.num_tokens)
-        output[own] = paged_flash.attend(step.flash, flat[own], keys, values, group.flash, scaling).view_as(output[own])
+        result = paged_flash.attend(step.flash, flat[own], keys, values, group.flash, scaling, softcap)
+        output[own] = result.view_as(output[own])
     if softcap is None and attention_kernels.can_attend(keys, values):
         attend_with_kernels(query, keys, values, group, scaling, output)
         return output.flatten(1, 2)[None], None

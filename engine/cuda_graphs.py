@@ -4,6 +4,7 @@ A recorded step reads its tokens and tables from the same memory every time: one
 sequence. Rows without a sequence write to a block that nobody owns.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -54,6 +55,7 @@ class DecodeGraphs:
             self._sizes.append(2 * self._sizes[-1])
         self._widths = [_width(group, cache.block_size, max_model_len) for group in cache.groups]
         # A row: token, position, and for each group: slot, length, table
+        self._columns = [0, *itertools.accumulate((2 + width for width in self._widths[:-1]), initial=2)]
         self._rows = torch.zeros(
             self._sizes[-1], 2 + sum(2 + w for w in self._widths), dtype=torch.int32, device=device
         )
@@ -73,25 +75,27 @@ class DecodeGraphs:
         return self._replays[size]()[: len(spans)]
 
     def _fill(self, spans: list[Span], size: int) -> None:
-        rows = [self._row(span) for span in spans]
-        rows += [self._idle_row()] * (size - len(spans))
-        self._rows[:size].copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
+        """What a row's table has beyond its length stays as it was: nobody reads it."""
+        staged = torch.zeros(size, self._rows.shape[1], dtype=torch.int32, pin_memory=self._rows.is_cuda)
+        rows = staged.numpy()
+        for number in range(size):
+            own = self._row(spans[number]) if number < len(spans) else self._idle_row()
+            for column, part in zip(self._columns, own, strict=True):
+                rows[number, column : column + len(part)] = part
+        self._rows[:size].copy_(staged, non_blocking=True)
 
-    def _row(self, span: Span) -> list[int]:
-        row, size = [span.token_at(span.start), span.start], self._cache.block_size
-        for index, (group, width) in enumerate(zip(self._cache.groups, self._widths, strict=True)):
+    def _row(self, span: Span) -> list[list[int]]:
+        parts, size = [[span.token_at(span.start), span.start]], self._cache.block_size
+        for index, group in enumerate(self._cache.groups):
             table = span.sequence.block_tables[index]
             first = first_visible(span.start, group.window) // size
-            seen = table[first : span.start // size + 1]
-            row += [table[span.start // size] * size + span.start % size, span.end - first * size]
-            row += seen + [0] * (width - len(seen))
-        return row
+            slot = table[span.start // size] * size + span.start % size
+            parts.append([slot, span.end - first * size, *table[first : span.start // size + 1]])
+        return parts
 
-    def _idle_row(self) -> list[int]:
-        row, size = [0, 0], self._cache.block_size
-        for group, width in zip(self._cache.groups, self._widths, strict=True):
-            row += [group.num_blocks * size, 1, group.num_blocks, *([0] * (width - 1))]
-        return row
+    def _idle_row(self) -> list[list[int]]:
+        size = self._cache.block_size
+        return [[0, 0], *([group.num_blocks * size, 1, group.num_blocks] for group in self._cache.groups)]
 
     def _run(self, compute: Compute, size: int) -> torch.Tensor:
         rows, column = self._rows[:size], 2

@@ -22,7 +22,7 @@ from engine import paged_flash, start_check
 from engine.draft_model import CATCH_UP, DraftModel
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.lookahead import Lookahead
-from engine.model_runner import STOCK, ModelRunner, Report, first_line, load_model, probe_layers
+from engine.model_runner import STOCK, ModelRunner, Report, first_line, input_device, load_model, probe_layers
 from engine.paged_flash import Kernel
 from engine.room import Room
 from engine.sampling import SampledToken, SamplingParams
@@ -489,6 +489,7 @@ def build_engine(
     context = _model_context(model, options.max_model_len)
     guesser = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
     block_size, flash = _attention_of(specs, options)
+    _fuse_layers(model, flash)
     plan, memory = _plan(specs, options, block_size, context, max_num_seqs, max(batched, mixed))
     limits = Limits(
         max_num_seqs, batched, mixed, _fit_context(context, plan, options, memory), options.num_speculative_tokens
@@ -513,6 +514,21 @@ def _attention_of(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
     found = ((size, paged_flash.find(specs.values(), size)) for size in sizes)
     return next(((size, kernel) for size, kernel in found if kernel is not None), (sizes[0], None))
+
+
+def _fuse_layers(model: PreTrainedModel, flash: Kernel | None) -> None:
+    """On a GPU that runs Triton's kernels."""
+    if flash is None or input_device(model).type != "cuda":
+        return
+    try:
+        from engine import triton_layers
+    except ImportError:
+        return
+    try:
+        log.info("%d layers by fused kernels", triton_layers.fuse(model))
+    except RuntimeError as error:  # memory is short, or the compiler fails: the stock layers compute the same
+        log.info("no more layers by fused kernels: %s", first_line(error))
+    torch.cuda.empty_cache()
 
 
 def _tokens_per_image(model: PreTrainedModel) -> int:
@@ -547,6 +563,7 @@ def _draft_model(
     specs = probe_layers(draft)
     context = min(context, _model_context(draft, None))
     block_size, flash = _attention_of(specs, options)
+    _fuse_layers(draft, flash)
     plan, memory = _plan(specs, options, block_size, context, max_num_seqs, CATCH_UP)
     cache = KVCache(plan, specs)
     log.info("guesses come from a draft model, whose KV cache has %.2f GiB", memory / 2**30)

@@ -31,12 +31,7 @@ class LayerSpec:
     dtype: torch.dtype
     device: torch.device
     softcap: float | None = None  # of the scores
-
-    @property
-    def can_use_flash(self) -> bool:
-        """Whether it is plain attention in 16 bits, on a GPU."""
-        is_plain = self.softcap is None and self.key_dim == self.value_dim
-        return is_plain and self.device.type == "cuda" and self.dtype.itemsize == 2
+    group: int = 2  # query heads that share a key
 
     @property
     def bytes_per_token(self) -> int:

@@ -393,12 +393,20 @@ class Started:
         return [_confirmed([next(tokens) for _ in range(len(span.draft) + 1)], span.draft) for span in self.complete]
 
 
+def picked(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """A copy of these rows, without waiting for its device, as an index from a list would."""
+    if rows == list(range(len(rows))):
+        return tensor[: len(rows)].clone()
+    index = torch.tensor(rows, pin_memory=tensor.is_cuda)
+    return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
+
+
 def _tokens_after(started: Started, rows: list[int], batch: Batch, layout: _Layout) -> torch.Tensor:
     """The tokens of a batch of decodes, in the forward's order: those that `rows` of the step before choose."""
     assert started.chosen is not None
     row_of = {span.sequence.number: row for span, row in zip(batch.spans, rows, strict=True)}
     order = [row_of[span.sequence.number] for span in layout.spans]
-    return started.chosen.token_ids[order]
+    return picked(started.chosen.token_ids, order)
 
 
 class ModelRunner:
@@ -488,7 +496,7 @@ class ModelRunner:
         if self._graphs is not None and not layout.prefills:
             recorded = self._graphs.run(layout.decodes, known)
             if recorded is not None:
-                return recorded[rows]
+                return picked(recorded, rows)
         token_ids: list[int] = []
         positions: list[int] = []
         for span in layout.spans:

@@ -1,11 +1,12 @@
-"""Attention over the paged cache on GPUs, by torch's own flash attention for sequences of different lengths.
+"""Attention over the paged cache on GPUs, by one kernel for sequences of different lengths: torch's own, or Triton's.
 
-Which cache layouts and windows that kernel takes depends on the GPU and on torch's version, so it is tried, and its
-result compared, before it is used: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html.
+Which cache layouts and windows a kernel takes depends on the GPU and on the versions of torch and Triton, so each is
+tried, its result compared, and the faster one used: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,7 +17,10 @@ from engine.kv_cache import LayerSpec
 log = logging.getLogger(__name__)
 
 Kernel = Callable[..., torch.Tensor]  # with the signature of `reference`
-TOLERANCE = 0.02  # of the result's norm, in 16 bits
+TOLERANCES = {2: 0.02, 4: 1e-3}  # of the result's norm, by the bytes of a number
+TIMED_TOKENS = 4096  # of each sequence
+TIMED_DECODES, TIMED_QUERIES = 8, 2048
+TIMED_CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,23 @@ class FlashBatch:
         return replace(self, starts=starts, tables=tables, lengths=lengths)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    kernel: Kernel
+    can_attend: Callable[[LayerSpec], bool]  # what is known beforehand
+
+
 def attend(
-    kernel: Kernel, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: FlashBatch, scaling: float
+    kernel: Kernel,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: FlashBatch,
+    scaling: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """query: (tokens, heads, dim); keys, values: (blocks, block_size, kv_heads, dim) -> (tokens, heads, dim)."""
+    """query: (tokens, heads, dim); keys, values: (blocks, block_size, kv_heads, dim) -> (tokens, heads, value dim)."""
     return kernel(
         query,
         keys,
@@ -53,49 +70,152 @@ def attend(
         enable_gqa=True,
         seqused_k=batch.lengths,
         block_table=batch.tables,
+        **({} if softcap is None else {"softcap": softcap}),  # which not every kernel knows
     )
 
 
-def find(specs: Iterable[LayerSpec], block_size: int) -> Kernel | None:
-    """torch's kernel, if this device computes all these layers with it."""
+def find(
+    specs: Iterable[LayerSpec],
+    block_size: int,
+    candidates: Iterable[Candidate] | None = None,
+    measure: Callable[[Kernel, LayerSpec, int], float] | None = None,
+) -> Kernel | None:
+    """The fastest kernel that computes all these layers on their device as `reference` does; None if none does.
+
+    measure: how long a kernel takes for a layer with blocks of so many tokens, for tests without a GPU.
+    """
+    wanted = set(specs)
+    able = [
+        candidate
+        for candidate in (known_kernels(wanted) if candidates is None else candidates)
+        if all(candidate.can_attend(spec) for spec in wanted)
+        and all(agrees(candidate.kernel, spec, block_size) for spec in wanted)
+    ]
+    if len(able) > 1:
+        able.sort(key=lambda candidate: _logged_time(candidate, wanted, block_size, measure or seconds))
+    if able:
+        log.info("attention over blocks of %d tokens by %s", block_size, able[0].name)
+    return able[0].kernel if able else None
+
+
+def _logged_time(
+    candidate: Candidate, specs: set[LayerSpec], block_size: int, measure: Callable[[Kernel, LayerSpec, int], float]
+) -> float:
+    total = sum(measure(candidate.kernel, spec, block_size) for spec in specs)
+    log.info("a decode and a chunk of a prompt take %.0f us by %s", 1e6 * total, candidate.name)
+    return total
+
+
+def known_kernels(specs: set[LayerSpec]) -> Iterator[Candidate]:
+    """torch's kernel, and the one in Triton, where they are installed and the layers on GPUs."""
+    if any(spec.device.type != "cuda" for spec in specs):
+        return
     try:
         from torch.nn.attention.varlen import varlen_attn
+
+        yield Candidate("torch's varlen_attn", cast(Kernel, varlen_attn), is_plain)
     except ImportError:
-        return None
-    kernel = cast(Kernel, varlen_attn)
-    can_use = all(spec.can_use_flash and agrees(kernel, spec, block_size) for spec in set(specs))
-    return kernel if can_use else None
+        pass
+    try:
+        from engine import paged_triton
+
+        yield Candidate("Triton", paged_triton.paged_attention, paged_triton.can_attend)
+    except ImportError:
+        pass
+
+
+def is_plain(spec: LayerSpec) -> bool:
+    """Whether it is plain attention in 16 bits, on a GPU."""
+    is_simple = spec.softcap is None and spec.key_dim == spec.value_dim
+    return is_simple and spec.device.type == "cuda" and spec.dtype.itemsize == 2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Random numbers for one call; the blocks are out of order."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    batch: FlashBatch
+    softcap: float | None
+
+    @classmethod
+    def of(cls, spec: LayerSpec, block_size: int, counts: list[int], lengths: list[int]) -> "Trial":
+        """counts: queries of each sequence; lengths: its tokens."""
+        generator = torch.Generator(spec.device).manual_seed(0)
+
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=spec.device, dtype=spec.dtype)
+
+        width = -(-max(lengths) // block_size)
+        num_blocks = len(lengths) * width
+        tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).view(len(lengths), width).int()
+        starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        limits = (max(counts), width * block_size, sum(counts), spec.window)
+        batch = FlashBatch(starts, tables, torch.tensor(lengths, dtype=torch.int32), *limits)
+        return cls(
+            numbers(sum(counts), spec.group * spec.num_kv_heads, spec.key_dim),
+            numbers(num_blocks, block_size, spec.num_kv_heads, spec.key_dim),
+            numbers(num_blocks, block_size, spec.num_kv_heads, spec.value_dim),
+            batch.to(spec.device),
+            spec.softcap,
+        )
+
+    def run(self, kernel: Kernel) -> torch.Tensor:
+        scaling = self.query.shape[2] ** -0.5
+        return attend(kernel, self.query, self.keys, self.values, self.batch, scaling, self.softcap)
 
 
 def agrees(kernel: Kernel, spec: LayerSpec, block_size: int) -> bool:
-    """Whether it gives what `reference` gives, for one query and for several, in blocks out of order."""
-    generator = torch.Generator().manual_seed(0)
+    """Whether it gives what `reference` gives, for chunks of prompts, and for decodes of short and long contexts."""
+    window = None if spec.window is None else min(spec.window, block_size + 2)
+    chunks = Trial.of(
+        replace(spec, window=window), block_size, [1, block_size, 2], [2 * block_size + 3, block_size, 3 * block_size]
+    )
+    decodes = Trial.of(spec, block_size, [1, 1], [5, 1030])
+    return all(_agrees(kernel, trial) for trial in (chunks, decodes))
 
-    def numbers(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(spec.dtype).to(spec.device)
 
-    lengths = [2 * block_size + 3, block_size, 3 * block_size]
-    num_queries = [1, block_size, 2]
-    starts = torch.tensor([0, *num_queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    tables = torch.tensor([[4, 1, 6], [0, 0, 0], [3, 5, 2]], dtype=torch.int32)
-    batch = FlashBatch(
-        starts,
-        tables,
-        torch.tensor(lengths, dtype=torch.int32),
-        max(num_queries),
-        3 * block_size,
-        sum(num_queries),
-        None if spec.window is None else min(spec.window, block_size + 2),
-    ).to(spec.device)
-    query = numbers(sum(num_queries), 2 * spec.num_kv_heads, spec.key_dim)
-    keys, values = (numbers(7, block_size, spec.num_kv_heads, spec.key_dim) for _ in "kv")
-    expected = attend(reference, query, keys, values, batch, spec.key_dim**-0.5).float()
+def _agrees(kernel: Kernel, trial: Trial) -> bool:
+    expected = trial.run(reference).float()
     try:
-        actual = attend(kernel, query, keys, values, batch, spec.key_dim**-0.5).float()
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        log.info("no flash attention for blocks of %d tokens: %s", block_size, str(error).splitlines()[0])
+        actual = trial.run(kernel).float()
+    except Exception as error:  # of whatever kind: the compiler's, the driver's, or of an argument that it lacks
+        described = (str(error).splitlines() or [type(error).__name__])[0]
+        log.info("no attention by %s: %s", getattr(kernel, "__name__", "a kernel"), described)
         return False
-    return bool((actual - expected).norm() <= TOLERANCE * expected.norm())
+    return bool((actual - expected).norm() <= TOLERANCES[trial.query.element_size()] * expected.norm())
+
+
+def seconds(kernel: Kernel, spec: LayerSpec, block_size: int) -> float:
+    """What a step of decodes and a chunk of a prompt take together, on a GPU; infinite if its memory lacks."""
+    seen = TIMED_TOKENS if spec.window is None else min(TIMED_TOKENS, spec.window + block_size)
+    try:
+        decodes = Trial.of(spec, block_size, [1] * TIMED_DECODES, [seen] * TIMED_DECODES)
+        chunk = Trial.of(spec, block_size, [TIMED_QUERIES], [TIMED_QUERIES])
+        return sum(_seconds(kernel, trial) for trial in (decodes, chunk))
+    except RuntimeError:  # out of memory, or it cannot be recorded
+        return math.inf
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _seconds(kernel: Kernel, trial: Trial) -> float:
+    """Of one call, recorded: decodes are, and do not wait for Python."""
+    trial.run(kernel)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(TIMED_CALLS):
+            trial.run(kernel)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+    graph.replay()
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000 / TIMED_CALLS
 
 
 def reference(
@@ -112,9 +232,10 @@ def reference(
     enable_gqa: bool,
     seqused_k: torch.Tensor,
     block_table: torch.Tensor,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """What the kernel is to compute, one sequence after the other, in float32."""
-    output = torch.empty_like(query)
+    output = query.new_empty(*query.shape[:2], values.shape[3])
     for number, (start, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
         length = int(seqused_k[number])
         blocks = block_table[number].long()
@@ -126,6 +247,8 @@ def reference(
         if window_size[0] >= 0:
             hidden |= positions < own - window_size[0]
         scores = torch.einsum("qhd,khd->hqk", query[start:end].float(), key) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         output[start:end] = torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
     return output

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 from models import save_checkpoint_that_sees, save_tiny_checkpoint
@@ -11,6 +12,10 @@ from process import MAIN, Server, serve
 
 collect_ignore = ["clients", "ray"]  # `make test-clients` and `make test-ray` run them, in other environments
 torch.set_num_threads(1)  # tiny models lose more to a second thread than they gain
+
+
+def pytest_report_header() -> str:
+    return f"kernels for GPUs: on {devices.DEVICE}"
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,19 @@ and by recorded steps. The kernel is stood in for by what it is compared with wh
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, VOCAB, tiny_model
+from models import _COMMON, FAMILIES, VOCAB, tiny_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from engine import paged_flash
+from engine import attention, paged_flash
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.kv_cache import LayerSpec
 from engine.model_runner import ModelRunner
+from engine.paged_flash import Candidate, Kernel
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
@@ -20,21 +23,24 @@ OPTIONS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_
 
 
 def engine_of(family: str, flash: bool, graphs: bool = False, most: int = 6) -> Engine:
-    model = tiny_model(family)
+    return engine_with(tiny_model(family), paged_flash.reference if flash else None, graphs, most)
+
+
+def engine_with(model: PreTrainedModel, kernel: Kernel | None, graphs: bool = False, most: int = 6) -> Engine:
     engine = build_engine(model, OPTIONS, frozenset())
-    if flash:
-        runner = ModelRunner(model, engine.scheduler.cache, flash=paged_flash.reference)
+    if kernel is not None:
+        runner = ModelRunner(model, engine.scheduler.cache, flash=kernel)
         if graphs:
             runner.record_graphs(most, engine.max_model_len, record=lambda run: run)
         engine.runner = runner
     return engine
 
 
-def answers(engine: Engine, count: int = 9) -> list[list[int]]:
+def answers(engine: Engine, count: int = 9, max_tokens: int = 40) -> list[list[int]]:
     """More prompts than run at once, some alike, of very different lengths."""
     rng = random.Random(1)
     common = [rng.randrange(VOCAB) for _ in range(40)]
-    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     sequences = []
     for number in range(count):
         own = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 7, 60, 130)))]
@@ -56,6 +62,18 @@ def test_one_call_for_all_sequences_gives_the_same_tokens(family: str) -> None:
 def test_recorded_steps_give_the_same_tokens(family: str, most: int) -> None:
     """Also where some steps have more decodes than were recorded."""
     assert answers(engine_of(family, True, True, most)) == answers(engine_of(family, flash=False))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_soft_caps_give_the_same_tokens(graphs: bool) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **{**_COMMON, "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
+        attn_logit_softcapping=0.5,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    model.set_attn_implementation(attention.NAME)
+    assert answers(engine_with(model, paged_flash.reference, graphs), 3) == answers(engine_with(model, None), 3)
 
 
 @torch.inference_mode()
@@ -112,3 +130,34 @@ def test_torchs_kernel_agrees_or_is_refused(block_size: int) -> None:
     spec = LayerSpec(8, 128, 128, None, torch.bfloat16, torch.device("cuda"))
     kernel = paged_flash.find([spec], block_size)
     assert kernel is None or paged_flash.agrees(kernel, spec, block_size)
+
+
+def test_the_faster_one_of_the_kernels_that_agree_is_used() -> None:
+    def slow(*arguments: Any, **options: Any) -> torch.Tensor:
+        return paged_flash.reference(*arguments, **options)
+
+    def quick(*arguments: Any, **options: Any) -> torch.Tensor:
+        return paged_flash.reference(*arguments, **options)
+
+    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
+        return 2 * paged_flash.reference(*arguments, **options)
+
+    def measure(kernel: Kernel, spec: LayerSpec, block_size: int) -> float:
+        return {slow: 2.0, quick: 1.0, wrong: 0.1}[kernel]
+
+    def known(*kernels: Kernel, can_attend: bool = True) -> list[Candidate]:
+        return [Candidate(kernel.__name__, kernel, lambda spec: can_attend) for kernel in kernels]
+
+    assert paged_flash.find([SPEC], 16, known(slow, wrong, quick), measure) is quick
+    assert paged_flash.find([SPEC], 16, [*known(quick, can_attend=False), *known(slow)], measure) is slow
+    assert paged_flash.find([SPEC], 16, known(wrong), measure) is None
+
+
+def test_a_kernel_without_soft_caps_is_not_used_for_them() -> None:
+    def plain(*arguments: Any, scale: float, softcap: None = None, **options: Any) -> torch.Tensor:
+        return paged_flash.reference(*arguments, scale=scale, **options)
+
+    capped = replace(SPEC, softcap=1.0)
+    assert paged_flash.agrees(plain, SPEC, 16)
+    assert not paged_flash.agrees(plain, capped, 16)
+    assert paged_flash.agrees(paged_flash.reference, capped, 16)

@@ -1,0 +1,189 @@
+"""PagedAttention: attention alone over the paged cache of a GPU, by each of its kernels and by SDPA.
+
+    python -m bench.paged_attention [--heads 32 --kv-heads 8 --dim 128] [--tiles 16,64,4,3]
+
+A line of JSON for each kernel and workload: microseconds of one call, recorded as a CUDA graph; GB/s of the keys and
+values that have to be read; TFLOP/s of what the queries see. Several sets of inputs in turn, so that none is found in
+the GPU's own cache. SDPA's keys are in one piece already: the engine's fallback gathers them first. `--tiles` (rows,
+keys, warps, stages) and `--parts` try others than the kernel in Triton would take; both may be repeated.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from engine import paged_flash
+from engine.kv_cache import LayerSpec
+from engine.paged_flash import Trial
+
+DECODES, CONTEXTS, CHUNKS = (1, 64), (1024, 8192, 32768), (2048, 8192)
+MOST_CACHE = 24 * 2**30  # bytes, of all sets
+COLD = 256 * 2**20  # bytes of keys and values between two uses of the same set; no GPU's own cache holds them
+REPEATS = 5
+
+Call = Callable[[Trial], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    sequences: int
+    queries: int  # of each
+    context: int  # tokens of each, the queries included
+
+    def trial(self, spec: LayerSpec, block_size: int) -> Trial:
+        return Trial.of(spec, block_size, [self.queries] * self.sequences, [self.context] * self.sequences)
+
+    def num_seen(self, window: int | None) -> int:
+        """Pairs of a query and a key."""
+        ends = range(self.context - self.queries + 1, self.context + 1)
+        return self.sequences * sum(min(end, window or end) for end in ends)
+
+    def num_read(self, window: int | None) -> int:
+        """Keys."""
+        return self.sequences * min(self.context, (window or self.context) + self.queries - 1)
+
+
+@dataclass(frozen=True)
+class Result:
+    kernel: str
+    sequences: int
+    queries: int
+    context: int
+    microseconds: float | None
+    gb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    error: float | None = None  # against the first kernel that works, of the result's norm
+    note: str = ""
+
+
+def workloads(is_tiny: bool) -> list[Workload]:
+    size = 256 if is_tiny else 1
+    contexts, chunks = ([count // size for count in counts] for counts in (CONTEXTS, CHUNKS))
+    decodes = [Workload(count, 1, context) for count in DECODES for context in contexts]
+    return decodes + [Workload(1, chunk, chunk) for chunk in chunks] + [Workload(1, chunks[0], contexts[-1])]
+
+
+def calls(spec: LayerSpec, tiles: list[str], parts: list[int]) -> Iterator[tuple[str, Call]]:
+    for candidate in paged_flash.known_kernels({spec}):
+        yield candidate.name, partial(_run, candidate.kernel)
+    yield "SDPA, without gathering", _sdpa
+    if not tiles and not parts:
+        return
+    from engine.paged_triton import Tiles, paged_attention
+
+    for chosen, count in itertools.product(tiles or [""], parts or [0]):
+        own = Tiles(*map(int, chosen.split(","))) if chosen else None
+        kernel = partial(paged_attention, tiles=own, num_parts=count or None)
+        yield f"Triton {chosen or 'own tiles'} in {count or 'own'} parts", partial(_run, kernel)
+
+
+def _run(kernel: paged_flash.Kernel, trial: Trial) -> torch.Tensor:
+    return trial.run(kernel)
+
+
+def _sdpa(trial: Trial) -> torch.Tensor:
+    """The blocks in their own order, which takes as long; decodes, or one chunk from the beginning on."""
+    batch = trial.batch
+    sequences, queries = len(batch.lengths), batch.longest_query
+    shape = (sequences, -1, *trial.keys.shape[2:])
+    key, value = (cache.view(shape)[:, : batch.longest].transpose(1, 2) for cache in (trial.keys, trial.values))
+    query = trial.query.view(sequences, queries, *trial.query.shape[1:]).transpose(1, 2)
+    is_causal = queries > 1 and queries == key.shape[2]
+    if trial.softcap or batch.window or (queries > 1 and not is_causal):
+        raise NotImplementedError("SDPA needs a mask for this")
+    return scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
+
+
+def microseconds(call: Call, trials: list[Trial], device: torch.device) -> float:
+    """The median of REPEATS replays, each of all trials."""
+    for trial in trials[:2]:
+        call(trial)
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for trial in trials:
+            call(trial)
+    graph.replay()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) * 1000 / len(trials))
+    return statistics.median(times)
+
+
+def measure(work: Workload, spec: LayerSpec, block_size: int, tiles: list[str], parts: list[int]) -> Iterator[Result]:
+    own = work.sequences * work.context * spec.bytes_per_token
+    trial = work.trial(spec, block_size)
+    count = max(1, min(32, -(-COLD // own), MOST_CACHE // own))
+    trials = [trial, *(_copy(trial) for _ in range(count - 1))]
+    flops = 2 * work.num_seen(spec.window) * spec.group * spec.num_kv_heads * (spec.key_dim + spec.value_dim)
+    num_bytes = work.num_read(spec.window) * spec.bytes_per_token
+    expected: torch.Tensor | None = None
+    for name, call in calls(spec, tiles, parts):
+        place = asdict(work)
+        try:
+            time = microseconds(call, trials, spec.device)
+            output = call(trial).float()
+        except Exception as error:  # a kernel that this device or version lacks
+            described = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield Result(kernel=name, **place, microseconds=None, note=described)
+            continue
+        expected = output if expected is None else expected
+        is_alike = output.shape == expected.shape  # SDPA's blocks are in another order
+        rates: dict[str, Any] = {}
+        if time:
+            rates = {"gb_per_s": num_bytes / time / 1e3, "tflop_per_s": flops / time / 1e6}
+        distance = float((output - expected).norm() / expected.norm()) if is_alike else None
+        yield Result(kernel=name, **place, microseconds=time, **rates, error=distance)
+
+
+def _copy(trial: Trial) -> Trial:
+    copied = {f.name: getattr(trial, f.name) for f in fields(Trial)}
+    return Trial(**{**copied, "keys": trial.keys.clone(), "values": trial.values.clone()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--softcap", type=float)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tiles", action="append", default=[], metavar="ROWS,KEYS,WARPS,STAGES")
+    parser.add_argument("--parts", action="append", default=[], type=int, help="that the keys are divided into")
+    parser.add_argument("--only", choices=["decodes", "chunks"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="to see that it runs, on a CPU too")
+    a = parser.parse_args()
+    place = (getattr(torch, a.dtype), torch.device(a.device))
+    spec = LayerSpec(a.kv_heads, a.dim, a.dim, a.window, *place, a.softcap, a.heads // a.kv_heads)
+    for work in workloads(a.tiny):
+        if a.only and (work.queries == 1) != (a.only == "decodes"):
+            continue
+        if work.sequences * work.context * spec.bytes_per_token > MOST_CACHE:
+            continue
+        for result in measure(work, spec, a.block_size, a.tiles, a.parts):
+            shape = {"heads": a.heads, "kv_heads": a.kv_heads, "dim": a.dim, "window": a.window}
+            print(json.dumps({**shape, **asdict(result)}), flush=True)
+        if place[1].type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

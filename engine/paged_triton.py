@@ -1,0 +1,434 @@
+"""Attention over the paged cache on GPUs, by kernels in Triton: decodes and chunks of prompts in one launch.
+
+They compute what `paged_flash.reference` does, by softmax in passes (Dao, FlashAttention-2, 2023). A tile holds the
+heads that share a key and as many queries as fit; where tiles are too few to fill the device, each one's keys are
+divided into parts, whose results a second kernel joins (Flash-Decoding, 2023). Nothing is read back from the device,
+so that a step can be recorded. This module needs Triton, which torch brings on GPUs.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kv_cache import LayerSpec
+
+LOG2E = 1.4426950408889634
+FEW_PARTS, MOST_PARTS = 8, 64
+NO_WINDOW = 2**30  # tokens
+PROGRAMS_PER_PROCESSOR = 4  # that parts are made for
+KEYS_PER_PART = 256  # at least
+
+
+def _same(value: tl.tensor) -> tl.tensor:
+    return value
+
+
+IS_INTERPRETED = not isinstance(triton.jit(_same), triton.JITFunction)  # on the CPU, by TRITON_INTERPRET=1
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one shape is computed; see `tiles_of`."""
+
+    rows: int  # pairs of a query and a head; a power of two from 16 on
+    keys: int  # that a pass reads; a power of two from 16 on
+    warps: int
+    stages: int  # passes whose keys are loaded ahead
+
+
+# By the bytes of a number and by what a head is padded to. They need less than 99 KiB of shared memory, as the smaller
+# GPUs from compute capability 8.0 on have it, and keep their state in registers.
+CHUNK_TILES = {  # several queries of a sequence
+    2: {
+        64: Tiles(rows=128, keys=64, warps=4, stages=3),
+        128: Tiles(rows=128, keys=64, warps=8, stages=3),
+        256: Tiles(rows=64, keys=32, warps=8, stages=3),
+        512: Tiles(rows=32, keys=32, warps=8, stages=3),
+    },
+    4: {
+        64: Tiles(rows=64, keys=32, warps=4, stages=2),
+        128: Tiles(rows=32, keys=32, warps=4, stages=2),
+        256: Tiles(rows=16, keys=16, warps=4, stages=2),
+        512: Tiles(rows=16, keys=16, warps=8, stages=1),
+    },
+}
+DECODE_TILES = {  # one
+    2: {
+        64: Tiles(rows=16, keys=128, warps=4, stages=3),
+        128: Tiles(rows=16, keys=64, warps=4, stages=3),
+        256: Tiles(rows=16, keys=32, warps=4, stages=3),
+        512: Tiles(rows=16, keys=16, warps=4, stages=2),
+    },
+    4: {
+        64: Tiles(rows=16, keys=64, warps=4, stages=3),
+        128: Tiles(rows=16, keys=32, warps=4, stages=3),
+        256: Tiles(rows=16, keys=16, warps=4, stages=2),
+        512: Tiles(rows=16, keys=16, warps=8, stages=1),
+    },
+}
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    _: None,
+    longest_query: int,
+    longest: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+    softcap: float | None = None,
+    num_parts: int | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """query (tokens, heads, dim), keys and values (blocks, block_size, kv_heads, dim) -> (tokens, heads, value dim).
+
+    num_parts: into how many parts each tile's keys are divided, and tiles: None for what suits the shape and device.
+    """
+    num_tokens, num_heads, key_dim = query.shape
+    _blocks, block_size, num_kv_heads, value_dim = values.shape
+    group, num_sequences, is_decode = num_heads // num_kv_heads, len(seqused_k), longest_query == 1
+    assert query.stride(-1) == keys.stride(-1) == values.stride(-1) == block_table.stride(-1) == 1
+    tiles = tiles or tiles_of(max(key_dim, value_dim), keys.element_size(), is_decode, group)
+    queries = tiles.rows // group
+    num_tiles = num_sequences if is_decode else num_tokens // queries + num_sequences
+    if num_parts is None:
+        num_parts = parts_of(num_tiles * num_kv_heads, longest, _num_processors(query.device))
+    output = query.new_empty(num_tokens, num_heads, value_dim)
+    partial = top = total = _nothing(query.device)
+    if num_parts > 1:
+        sizes = ((value_dim,), (), ())
+        partial, top, total = (
+            torch.empty(num_parts, num_tokens, num_heads, *size, dtype=torch.float32, device=query.device)
+            for size in sizes
+        )
+    _attend[num_tiles, num_kv_heads, num_parts](
+        *(query, keys, values, output, partial, top, total, starts, seqused_k, block_table),
+        scale * LOG2E if softcap is None else LOG2E,
+        0.0 if softcap is None else 2 * scale / softcap,
+        softcap or 0.0,
+        NO_WINDOW if window_size[0] < 0 else window_size[0],
+        *(num_parts, num_tokens, num_sequences),
+        *(*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], block_table.stride(0)),
+        GROUP=group,
+        BLOCK_SIZE=block_size,
+        KEY_DIM=key_dim,
+        KEY_PAD=_padded(key_dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=_padded(value_dim),
+        ROWS=tiles.rows,
+        QUERIES=queries,
+        KEYS=tiles.keys,
+        IS_DECODE=is_decode,
+        HAS_CAP=softcap is not None,
+        PRECISION="tf32x3",  # for float32 alone
+        WIDENS=IS_INTERPRETED and query.dtype == torch.bfloat16,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if num_parts > 1:
+        _join[num_tokens, num_heads](
+            *(partial, top, total, output, num_parts, num_tokens),
+            HEADS=num_heads,
+            DIM=value_dim,
+            PAD=_padded(value_dim),
+            PARTS_PAD=FEW_PARTS if num_parts <= FEW_PARTS else MOST_PARTS,
+            num_warps=4 if value_dim <= 256 else 8,
+        )
+    return output
+
+
+def can_attend(spec: LayerSpec) -> bool:
+    """Whether such layers can be tried: Triton's products take GPUs from compute capability 8.0 on."""
+    if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    dim = max(spec.key_dim, spec.value_dim)
+    return torch.cuda.get_device_capability(spec.device) >= (8, 0) and dim <= max(CHUNK_TILES[spec.dtype.itemsize])
+
+
+def tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
+    """num_bytes: of a number; group: heads that share a key, which are of one tile."""
+    tiles = (DECODE_TILES if is_decode else CHUNK_TILES)[num_bytes][max(64, triton.next_power_of_2(dim))]
+    return replace(tiles, rows=max(tiles.rows, triton.next_power_of_2(group)))
+
+
+def parts_of(num_programs: int, longest: int, num_processors: int) -> int:
+    """As many parts as fill the device, of at least KEYS_PER_PART."""
+    wanted = PROGRAMS_PER_PROCESSOR * num_processors // num_programs
+    return max(1, min(wanted, longest // KEYS_PER_PART, MOST_PARTS))
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _nothing(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.float32, device=device)
+
+
+def _padded(dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+# --- kernels
+
+
+def _whole(value: Any) -> int:
+    """For the interpreter of Triton 3.6, whose own way from a scalar to an integer fails with numpy 2.4."""
+    return int(value.handle.data.item()) if isinstance(value, tl.tensor) else int(value)
+
+
+_bound = _whole if IS_INTERPRETED else triton.jit(_same)  # of a loop
+
+
+@triton.jit(  # one compilation for all steps
+    do_not_specialize=["window", "num_parts", "num_tokens", "num_sequences", "table_stride"],
+    do_not_specialize_on_alignment=["starts", "lengths", "tables"],
+)
+def _attend(
+    query: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    output: tl.tensor,
+    partial: tl.tensor,
+    all_top: tl.tensor,
+    all_total: tl.tensor,
+    starts: tl.tensor,
+    lengths: tl.tensor,
+    tables: tl.tensor,
+    factor: tl.tensor,  # from scores to powers of two
+    cap_factor: tl.tensor,
+    cap: tl.tensor,
+    window: tl.tensor,  # tokens before its own that a query sees
+    num_parts: tl.tensor,
+    num_tokens: tl.tensor,
+    num_sequences: tl.tensor,
+    query_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    key_block_stride: tl.tensor,
+    key_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    value_block_stride: tl.tensor,
+    value_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,  # of a tile
+    KEYS: tl.constexpr,
+    IS_DECODE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDENS: tl.constexpr,
+) -> None:
+    """One tile of queries, of the heads of one key, over one part of what they see."""
+    head, part = tl.program_id(1), tl.program_id(2)
+    if IS_DECODE:
+        sequence, tile = tl.program_id(0), 0
+        start, count = tl.load(starts + sequence), 1
+    else:
+        number = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest ones first
+        sequence = _owner(starts, number, num_sequences, QUERIES)
+        start = tl.load(starts + sequence)
+        tile = number - start // QUERIES - sequence
+        count = tl.load(starts + sequence + 1) - start
+        if tile * QUERIES >= count:
+            return
+    length = tl.load(lengths + sequence)
+    row = tl.arange(0, ROWS)
+    index = tile * QUERIES + row // GROUP  # of its query in the sequence
+    is_row = (row < QUERIES * GROUP) & (index < count)
+    token, query_head = (start + index).to(tl.int64), head * GROUP + row % GROUP
+    own = length - count + index  # its position in the table
+    first_own = length - count + tile * QUERIES
+    last_own = tl.minimum(first_own + QUERIES, length) - 1
+
+    first = tl.maximum(first_own - window, 0) // KEYS  # passes
+    last = tl.cdiv(last_own + 1, KEYS)
+    size = tl.cdiv(last - first, num_parts)
+    first += part * size
+    last = tl.minimum(first + size, last)
+
+    key_dims, value_dims = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    q = tl.load(
+        query + token[:, None] * query_stride + query_head[:, None] * query_head_stride + key_dims[None],
+        mask=is_row[:, None] & (key_dims[None] < KEY_DIM),
+        other=0.0,
+    )
+    key_base = keys + head.to(tl.int64) * key_head_stride + key_dims[None]
+    value_base = values + head.to(tl.int64) * value_head_stride + value_dims[None]
+    table = tables + sequence.to(tl.int64) * table_stride
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sum_ = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+
+    state = (top, total, sum_)
+    edge = first
+    if not IS_DECODE:  # what all rows see needs no mask: it is needed at the window's edge, and at the queries' own
+        free = tl.minimum(tl.maximum(tl.cdiv(last_own - window, KEYS), first), tl.maximum(last, first))
+        edge = tl.maximum(tl.minimum((first_own + 1) // KEYS, last), free)
+        state = _visit(
+            *(first, free, state, q, own, last_own, window, key_base, value_base, table),
+            *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
+            *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, PRECISION, WIDENS),
+        )
+        state = _visit(
+            *(free, edge, state, q, own, last_own, window, key_base, value_base, table),
+            *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
+            *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, False, HAS_CAP, PRECISION, WIDENS),
+        )
+    top, total, sum_ = _visit(
+        *(edge, last, state, q, own, last_own, window, key_base, value_base, table),
+        *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
+        *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, PRECISION, WIDENS),
+    )
+
+    is_element = is_row[:, None] & (value_dims[None] < VALUE_DIM)
+    place = token * (tl.num_programs(1) * GROUP) + query_head
+    if num_parts == 1:
+        result = sum_ / tl.where(is_row, total, 1.0)[:, None]
+        tl.store(output + place[:, None] * VALUE_DIM + value_dims[None], result.to(output.dtype.element_ty), is_element)
+    else:
+        place += part.to(tl.int64) * num_tokens * tl.num_programs(1) * GROUP
+        tl.store(partial + place[:, None] * VALUE_DIM + value_dims[None], sum_, is_element)
+        tl.store(all_top + place, top, is_row)
+        tl.store(all_total + place, total, is_row)
+
+
+@triton.jit
+def _owner(starts: tl.tensor, number: tl.tensor, num_sequences: tl.tensor, QUERIES: tl.constexpr) -> tl.tensor:
+    """The sequence of tile `number`: the last one whose tiles, starts / QUERIES + sequence, begin there or before."""
+    low, high = 0, num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // QUERIES + middle <= number:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _visit(
+    begin: tl.tensor,
+    end: tl.tensor,
+    state: tl.tuple,  # of each row: its largest score, the sum of its weights, and that of weighted values
+    q: tl.tensor,
+    own: tl.tensor,
+    last_own: tl.tensor,
+    window: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    table: tl.tensor,
+    key_block_stride: tl.tensor,
+    key_stride: tl.tensor,
+    value_block_stride: tl.tensor,
+    value_stride: tl.tensor,
+    factor: tl.tensor,
+    cap_factor: tl.tensor,
+    cap: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDENS: tl.constexpr,
+) -> tl.tuple:
+    """The state after the keys of passes [begin, end)."""
+    top, total, sum_ = state
+    for i in range(_bound(begin), _bound(end)):
+        position = i * KEYS + tl.arange(0, KEYS)
+        is_there = position <= last_own
+        if BLOCK_SIZE % KEYS == 0:
+            block = tl.load(table + i * KEYS // BLOCK_SIZE).to(tl.int64)
+        elif IS_MASKED:
+            block = tl.load(table + position // BLOCK_SIZE, mask=is_there, other=0).to(tl.int64)
+        else:
+            block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+        place = position % BLOCK_SIZE
+        key_place = block * key_block_stride + place * key_stride
+        k = _load(keys + key_place[:, None], is_there, KEY_DIM, IS_MASKED)
+        scores = _product(q, tl.trans(k), tl.zeros([q.shape[0], KEYS], tl.float32), PRECISION, WIDENS)
+        if HAS_CAP:  # cap * tanh(scale * score / cap)
+            scores = cap - 2 * cap / (tl.exp(scores * cap_factor) + 1)
+        if IS_MASKED:
+            is_seen = (position[None] <= own[:, None]) & (position[None] >= own[:, None] - window)
+            scores = tl.where(is_seen, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing yet
+        weights = tl.exp2(scores * factor - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(weights, 1)
+        value_place = block * value_block_stride + place * value_stride
+        v = _load(values + value_place[:, None], is_there, VALUE_DIM, IS_MASKED)
+        sum_ = _product(weights.to(v.dtype), v, sum_ * shrink[:, None], PRECISION, WIDENS)
+        top = new_top
+    return top, total, sum_
+
+
+@triton.jit
+def _load(place: tl.tensor, is_there: tl.tensor, DIM: tl.constexpr, IS_MASKED: tl.constexpr) -> tl.tensor:
+    """(keys, padded dim)"""
+    PAD: tl.constexpr = place.shape[1]
+    if DIM != PAD:
+        is_element = tl.arange(0, PAD)[None] < DIM
+        if IS_MASKED:
+            is_element &= is_there[:, None]
+        return tl.load(place, mask=is_element, other=0.0)
+    elif IS_MASKED:
+        return tl.load(place, mask=is_there[:, None], other=0.0)
+    else:
+        return tl.load(place)
+
+
+@triton.jit
+def _product(a: tl.tensor, b: tl.tensor, sum_: tl.tensor, PRECISION: tl.constexpr, WIDENS: tl.constexpr) -> tl.tensor:
+    """sum_ + a b, in float32. WIDENS: for the interpreter, which has no products of bfloat16."""
+    if WIDENS:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum_, input_precision="ieee")
+    else:
+        return tl.dot(a, b, sum_, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_parts", "num_tokens"])
+def _join(
+    partial: tl.tensor,
+    all_top: tl.tensor,
+    all_total: tl.tensor,
+    output: tl.tensor,
+    num_parts: tl.tensor,
+    num_tokens: tl.tensor,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
+) -> None:
+    """One head of one token, from the parts of what it sees."""
+    row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    parts, dims = tl.arange(0, PARTS_PAD), tl.arange(0, PAD)
+    place = parts.to(tl.int64) * num_tokens * HEADS + row
+    top = tl.load(all_top + place, mask=parts < num_parts, other=-float("inf"))
+    total = tl.load(all_total + place, mask=parts < num_parts, other=0.0)
+    weights = tl.exp2(top - tl.max(top, 0))
+    is_element = (total > 0)[:, None] & (dims[None] < DIM)  # a part may have no keys
+    part = tl.load(partial + place[:, None] * DIM + dims[None], mask=is_element, other=0.0)
+    result = tl.sum(part * weights[:, None], 0) / tl.sum(total * weights, 0)
+    tl.store(output + row * DIM + dims, result.to(output.dtype.element_ty), dims < DIM)

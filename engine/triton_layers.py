@@ -1,0 +1,345 @@
+"""A stock model's layers on a GPU, in fewer and larger kernels: what is between the products, by Triton.
+
+Where one token is computed, a stock layer launches some forty kernels that take longer to start than to run. Here it is
+a dozen: products of the same input are one, and each norm, what stands between products and attention (norms of heads,
+rotation, the cache), and the activation are a kernel each. A part is replaced where it gives what the stock one gives,
+as in packed_layers; it keeps the stock module, whose weights become views of the joined ones.
+"""
+
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+from torch.nn.functional import linear
+
+from engine import paged_flash
+from engine.attention import Probe, StepAttention
+
+Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
+TOLERANCES = {2: 0.02, 4: 1e-4}  # of a result's norm, by the bytes of a number
+LARGEST_ROW = 16384  # columns that one program holds
+ACTIVATED = 1024  # columns of a program
+ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Norm(nn.Module):
+    """A root mean square norm over the last dimension."""
+
+    def __init__(self, stock: nn.Module, factor: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self._stock = stock
+        self.factor, self.epsilon = factor, epsilon  # (columns,), float32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.factor, self.epsilon)
+
+
+class Joined:
+    """Linear layers of one input as one product; their weights become views of the joined ones."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.weight = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        for layer, weight in zip(layers, self.weight.split([len(layer.weight) for layer in layers]), strict=True):
+            layer.weight.data = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class MLP(nn.Module):
+    def __init__(self, stock: Any, is_gelu: bool) -> None:
+        super().__init__()
+        self._stock, self._is_gelu = stock, is_gelu
+        self._joined = Joined([stock.gate_proj, stock.up_proj])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self._stock.down_proj(activate(self._joined(x), self._is_gelu)))
+
+
+class Attention(nn.Module):
+    """Queries, keys and values in one product; their norms, rotation and the cache in one kernel."""
+
+    def __init__(self, stock: Any, scaling: float) -> None:
+        super().__init__()
+        self._stock, self._layer, self._head_dim = stock, cast(int, stock.layer_idx), cast(int, stock.head_dim)
+        self._scaling = scaling
+        norms = [getattr(stock, name, None) for name in ("q_norm", "k_norm")]
+        if not all(isinstance(norm, Norm) for norm in norms) and norms != [None, None]:
+            raise ValueError("another normalisation")
+        self._norms = [(norm.factor, norm.epsilon) if isinstance(norm, Norm) else None for norm in norms]
+        self._joined = Joined([stock.q_proj, stock.k_proj, stock.v_proj])
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Angles | None = None, **others: Any
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states: (1, tokens, columns)."""
+        step = others.get("step")
+        if not isinstance(step, StepAttention) or step.flash is None or position_embeddings is None:
+            return self._as_stock(hidden_states, position_embeddings, others)
+        group = step.of_layer(self._layer, hidden_states.device)
+        if group.flash is None or group.prefills:  # there are images
+            return self._as_stock(hidden_states, position_embeddings, others)
+        keys, values = step.cache.keys[self._layer], step.cache.values[self._layer]
+        query = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
+        output = paged_flash.attend(step.flash, query, keys, values, group.flash, self._scaling)
+        return self.project(output), None
+
+    def _as_stock(
+        self, hidden_states: torch.Tensor, angles: Angles | None, others: dict[str, Any]
+    ) -> tuple[torch.Tensor, None]:
+        result = self._stock(hidden_states=hidden_states, position_embeddings=angles, **others)
+        return cast(tuple[torch.Tensor, None], result)
+
+    def heads(
+        self, x: torch.Tensor, angles: Angles, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """The queries, (tokens, heads, dim); keys and values go to the cache."""
+        return place_heads(self._joined(x)[0], angles, self._norms, keys, values, slots)
+
+    def project(self, output: torch.Tensor) -> torch.Tensor:
+        """What attention gave, (tokens, heads, dim), as the module's output."""
+        return cast(torch.Tensor, self._stock.o_proj(output.reshape(1, len(output), -1)))
+
+
+@torch.no_grad()
+def fuse(model: nn.Module) -> int:
+    """Puts these in the place of every stock module whose work they do, and says how many there are."""
+    count = 0
+    for make in (fused_norm, fused_mlp, fused_attention):
+        for name, module in list(model.named_modules()):
+            fused = None if hasattr(module, "_hf_hook") or "_stock" in name else make(module)
+            if fused is not None:
+                model.set_submodule(name, fused)
+                count += 1
+    return count
+
+
+def fused_norm(module: nn.Module) -> Norm | None:
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
+        return None
+    if weight.dim() != 1 or weight.numel() > LARGEST_ROW:
+        return None
+    x = _numbers(weight)
+    for factor in (weight.float(), 1 + weight.float()):
+        fused = Norm(module, factor, float(epsilon))
+        if _is_same(fused(x), module(x)):
+            return fused
+    return None
+
+
+def fused_mlp(module: nn.Module) -> MLP | None:
+    layers = _plain_layers(module, "gate_proj", "up_proj", "down_proj")
+    if not layers or layers[0].bias is not None or layers[1].bias is not None:
+        return None
+    gate, up, down = layers
+    x = _numbers(gate.weight)
+    try:
+        expected, joined = module(x), torch.cat([gate(x), up(x)], dim=-1)
+        for is_gelu in (False, True):
+            own = down(activate(joined, is_gelu))
+            if _is_same(own, expected):
+                return MLP(module, is_gelu)
+    except Exception:  # it wants to be called in another way
+        return None
+    return None
+
+
+def fused_attention(module: nn.Module) -> Attention | None:
+    """For a module whose norms are replaced already; None where it computes something else."""
+    layers, head_dim = _plain_layers(module, *ATTENTION_LAYERS), getattr(module, "head_dim", None)
+    if not layers or not isinstance(head_dim, int) or head_dim & (head_dim - 1):  # a kernel's rows are powers of two
+        return None
+    if len({layer.bias is None for layer in layers[:3]}) > 1:
+        return None
+    x = _numbers(layers[0].weight)
+    half = torch.rand(1, 3, head_dim // 2, device=x.device) * 6
+    angles = torch.cat([half, half], dim=-1)
+    places = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+    probe = Probe()
+    try:
+        expected = module(hidden_states=x, position_embeddings=places, attention_mask=None, step=probe)[0]
+        (call,) = probe.calls.values()
+        if call.softcap is not None or call.spec.key_dim != head_dim or call.spec.value_dim != head_dim:
+            return None
+        fused = Attention(module, call.scaling)
+    except Exception:  # it wants to be called in another way
+        return None
+    keys, values = torch.empty(2, 1, 3, call.spec.num_kv_heads, head_dim, dtype=x.dtype, device=x.device)
+    query = fused.heads(x, places, keys, values, torch.arange(3, device=x.device))
+    pairs = (
+        (query, call.query[0].transpose(0, 1)),
+        (keys[0], call.key[0].transpose(0, 1)),
+        (values[0], call.value[0].transpose(0, 1)),
+        (fused.project(call.stand_in[0]), expected),
+    )
+    return fused if all(a.shape == b.shape and _is_same(a, b) for a, b in pairs) else None
+
+
+def _plain_layers(module: nn.Module, *names: str) -> list[Any]:
+    """None of them where one is no plain layer."""
+    layers: list[Any] = [getattr(module, name, None) for name in names]
+    return layers if all(type(layer) is nn.Linear for layer in layers) else []
+
+
+def _numbers(weight: torch.Tensor) -> torch.Tensor:
+    """Random inputs of three tokens, as the weight takes them: (1, 3, columns)."""
+    return torch.randn(1, 3, weight.shape[-1], device=weight.device).to(weight.dtype)
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    tolerance = TOLERANCES[b.element_size()]
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a - b).float().norm() <= tolerance * b.float().norm())
+
+
+# --- kernels
+
+
+def rms_norm(x: torch.Tensor, factor: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x: (..., columns); factor: (columns,), float32."""
+    columns = x.shape[-1]
+    rows = x.reshape(-1, columns)
+    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    size = triton.next_power_of_2(columns)
+    _norm[(len(rows),)](
+        rows, factor, output, columns, rows.stride(0), epsilon, SIZE=size, num_warps=max(1, min(16, size // 512))
+    )
+    return output
+
+
+def activate(joined: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+    """joined: (1, tokens, 2 * columns), gates first -> activated gates times the others, (1, tokens, columns)."""
+    tokens, columns = joined.shape[1], joined.shape[2] // 2
+    output = torch.empty(1, tokens, columns, dtype=joined.dtype, device=joined.device)
+    _activate[tokens, triton.cdiv(columns, ACTIVATED)](joined, output, columns, IS_GELU=is_gelu, SIZE=ACTIVATED)
+    return output
+
+
+def place_heads(
+    joined: torch.Tensor,
+    angles: Angles,
+    norms: list[tuple[torch.Tensor, float] | None],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """joined: (tokens, (heads + 2 * kv_heads) * dim) -> the queries, (tokens, heads, dim), normed and rotated; the keys
+    so, and the values as they are, go to the cache: (blocks, block_size, kv_heads, dim), at `slots` (tokens,)."""
+    num_kv_heads, dim = keys.shape[2:]
+    num_heads = joined.shape[1] // dim - 2 * num_kv_heads
+    query = torch.empty(len(joined), num_heads, dim, dtype=joined.dtype, device=joined.device)
+    cosines, sines = (part[0].contiguous() for part in angles)
+    (query_factor, query_epsilon), (key_factor, key_epsilon) = (norm or (cosines, 0.0) for norm in norms)
+    _place[len(joined), num_heads + 2 * num_kv_heads](
+        *(joined, query, keys, values, slots, cosines, sines, query_factor, key_factor),
+        *(query_epsilon, key_epsilon, num_heads, num_kv_heads),
+        DIM=dim,
+        HAS_NORMS=norms[0] is not None,
+        num_warps=1,
+    )
+    return query
+
+
+@triton.jit
+def _norm(
+    x: tl.tensor,
+    factor: tl.tensor,
+    output: tl.tensor,
+    columns: tl.tensor,
+    stride: tl.tensor,
+    epsilon: tl.tensor,
+    SIZE: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, SIZE)
+    is_there = column < columns
+    own = tl.load(x + row * stride + column, mask=is_there, other=0.0).to(tl.float32)
+    own = own * tl.rsqrt(tl.sum(own * own, 0) / columns + epsilon)
+    own = own * tl.load(factor + column, mask=is_there, other=0.0)
+    tl.store(output + row * columns + column, own.to(output.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _activate(
+    joined: tl.tensor, output: tl.tensor, columns: tl.tensor, IS_GELU: tl.constexpr, SIZE: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    is_there = column < columns
+    place = joined + row * 2 * columns + column
+    gate = tl.load(place, mask=is_there, other=0.0).to(tl.float32)
+    up = tl.load(place + columns, mask=is_there, other=0.0).to(tl.float32)
+    if IS_GELU:  # its tanh form, tanh(x) = 2 sigmoid(2 x) - 1
+        gate = gate * tl.sigmoid(2 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        gate = gate * tl.sigmoid(gate)
+    tl.store(output + row * columns + column, (gate * up).to(output.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _place(
+    joined: tl.tensor,
+    query: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    slots: tl.tensor,
+    cosines: tl.tensor,
+    sines: tl.tensor,
+    query_factor: tl.tensor,
+    key_factor: tl.tensor,
+    query_epsilon: tl.tensor,
+    key_epsilon: tl.tensor,
+    num_heads: tl.tensor,
+    num_kv_heads: tl.tensor,
+    DIM: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+) -> None:
+    """One head of one token."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half = tl.arange(0, DIM // 2)
+    source = joined + (token * (num_heads + 2 * num_kv_heads) + head) * DIM
+    first = tl.load(source + half).to(tl.float32)
+    second = tl.load(source + DIM // 2 + half).to(tl.float32)
+    slot = tl.load(slots + token)
+    if head >= num_heads + num_kv_heads:  # a value
+        target = values + (slot * num_kv_heads + head - num_heads - num_kv_heads) * DIM + half
+        tl.store(target, first.to(values.dtype.element_ty))
+        tl.store(target + DIM // 2, second.to(values.dtype.element_ty))
+    elif head >= num_heads:
+        target = keys + (slot * num_kv_heads + head - num_heads) * DIM + half
+        _rotate(target, first, second, cosines, sines, key_factor, key_epsilon, token, half, DIM, HAS_NORMS)
+    else:
+        target = query + (token * num_heads + head) * DIM + half
+        _rotate(target, first, second, cosines, sines, query_factor, query_epsilon, token, half, DIM, HAS_NORMS)
+
+
+@triton.jit
+def _rotate(
+    target: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    cosines: tl.tensor,
+    sines: tl.tensor,
+    factor: tl.tensor,
+    epsilon: tl.tensor,
+    token: tl.tensor,
+    half: tl.tensor,
+    DIM: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+) -> None:
+    """Norms and rotates a head, given as its two halves, and writes it."""
+    if HAS_NORMS:
+        scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / DIM + epsilon)
+        first = first * scale * tl.load(factor + half)
+        second = second * scale * tl.load(factor + DIM // 2 + half)
+    angle = token * DIM + half
+    cosine, sine = tl.load(cosines + angle).to(tl.float32), tl.load(sines + angle).to(tl.float32)
+    tl.store(target, (first * cosine - second * sine).to(target.dtype.element_ty))
+    angle += DIM // 2
+    cosine, sine = tl.load(cosines + angle).to(tl.float32), tl.load(sines + angle).to(tl.float32)
+    tl.store(target + DIM // 2, (second * cosine + first * sine).to(target.dtype.element_ty))

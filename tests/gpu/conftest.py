@@ -1,0 +1,29 @@
+"""`make test-gpu`: everything here runs on a GPU. GPU_TESTS=cpu tries the tests themselves without one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICE = torch.device(os.environ.get("GPU_TESTS", "cuda"), 0)
+REASON = "needs a GPU that this torch can use"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE.type == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture
+def on_gpu(device: torch.device) -> None:
+    """For what a CPU has nothing of."""
+    if device.type != "cuda":
+        pytest.skip(REASON)

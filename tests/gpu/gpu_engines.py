@@ -1,0 +1,100 @@
+"""Tiny engines on the device, and the stock models that they are compared with."""
+
+import copy
+import random
+from collections.abc import Sequence as Rows
+from functools import cache
+
+import torch
+from models import VOCAB, tiny_model
+from transformers import PreTrainedModel
+
+from engine.engine import Engine, EngineOptions, build_engine
+from engine.lookahead import Lookahead
+from engine.model_runner import ModelRunner, probe_layers
+from engine.sampling import SamplingParams
+from engine.sequence import Sequence
+
+NUM_NEW = 40
+MOST_APART = {torch.float32: 1e-3, torch.bfloat16: 0.35}  # of the logits' spread, by which another token may be better
+SHARE_OF_BEST = {torch.float32: 1.0, torch.bfloat16: 0.9}  # of tokens that are the stock model's first choice
+
+
+def prompts(count: int, longest: int = 120, seed: int = 7) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
+
+
+@cache
+def model_of(family: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Attending through the engine."""
+    return tiny_model(family).to(device=device, dtype=dtype)
+
+
+@cache
+def stock_model(family: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    return tiny_model(family, "eager").to(device=device, dtype=dtype)
+
+
+def engine_of(family: str, dtype: torch.dtype, device: torch.device, options: EngineOptions) -> Engine:
+    return build_engine(model_of(family, dtype, device), options, frozenset())
+
+
+def without_graphs(engine: Engine) -> Engine:
+    runner_of(engine)._graphs = None
+    return engine
+
+
+def runner_of(engine: Engine) -> ModelRunner:
+    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+    assert isinstance(runner, ModelRunner)
+    return runner
+
+
+def room_for(num_tokens: int, family: str, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of a cache with so many tokens in every layer."""
+    specs = probe_layers(model_of(family, dtype, device))
+    return num_tokens * sum(spec.bytes_per_token for spec in specs.values())
+
+
+def finish(engine: Engine, sequences: Rows[Sequence]) -> None:
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    while engine.scheduler.has_work:
+        engine.step()
+    assert engine.num_used_blocks == 0
+
+
+def answers(engine: Engine, requests: Rows[list[int]], **params: object) -> list[list[int]]:
+    """All at once; greedy ones unless `params` say otherwise."""
+    asked = SamplingParams(**{"max_tokens": NUM_NEW, "temperature": 0.0, "ignore_eos": True, **params})
+    sequences = [Sequence(prompt, copy.copy(asked), sink=lambda output: None) for prompt in requests]
+    finish(engine, sequences)
+    return [sequence.output_ids for sequence in sequences]
+
+
+@cache
+def generated(family: str, dtype: torch.dtype, device: torch.device, prompt: tuple[int, ...]) -> list[int]:
+    """Those of transformers' generate on the same device."""
+    ids = torch.tensor([prompt], device=device)
+    output = stock_model(family, dtype, device).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def check(stock: PreTrainedModel, requests: Rows[list[int]], found: Rows[list[int]], most_apart: float) -> float:
+    """The share of tokens that are the stock model's first choice; fails where one is much worse than that.
+
+    In 16 bits two implementations may differ in a token that is nearly as good, and in all after it; so each token is
+    judged by the stock model's logits after those that were answered before it."""
+    best = []
+    for prompt, answer in zip(requests, found, strict=True):
+        ids = torch.tensor([prompt + answer], device=next(stock.parameters()).device)
+        logits = stock(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        own = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+        short = (logits.amax(-1) - own) / logits.std(-1)
+        assert float(short.max()) <= most_apart, f"a token is {float(short.max()):.2f} of the spread from the best"
+        best += (short == 0).tolist()
+    return sum(best) / len(best)

@@ -1,0 +1,121 @@
+"""Greedy tokens on the GPU are those of transformers' generate there, whatever shares a step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu_engines import (
+    MOST_APART,
+    SHARE_OF_BEST,
+    answers,
+    check,
+    engine_of,
+    generated,
+    prompts,
+    room_for,
+    runner_of,
+    stock_model,
+    without_graphs,
+)
+from models import FAMILIES, VOCAB
+from test_start_check import TINY
+
+from engine import attention, paged_flash, start_check
+from engine.engine import EngineOptions, build_engine
+from engine.lookahead import Lookahead
+
+DTYPES = [torch.float32, torch.bfloat16]
+WHOLE = EngineOptions(max_num_seqs=16, num_speculative_tokens=0, kv_cache_memory=2**26)
+CHUNKS = replace(WHOLE, max_num_batched_tokens=24, max_num_mixed_tokens=24)
+LONG = [number % VOCAB for number in range(3, 150)]
+REPEATING = [[*range(10, 24)] * 5 + [7, 9, number] for number in range(8)]
+Requests = list[list[int]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("options", "requests"),
+    [
+        (WHOLE, prompts(1)),
+        (WHOLE, prompts(16)),
+        (CHUNKS, prompts(16)),
+        (replace(CHUNKS, kv_block_size=8), prompts(16)),
+        (replace(CHUNKS, kv_block_size=256), prompts(8)),
+        (replace(WHOLE, num_speculative_tokens=8), REPEATING),
+    ],
+    ids=["alone", "together", "chunks", "small-blocks", "large-blocks", "guesses"],
+)
+@pytest.mark.parametrize("graphs", ["graphs", "no-graphs"])
+def test_tokens_are_those_of_generate(
+    family: str,
+    dtype: torch.dtype,
+    options: EngineOptions,
+    requests: list[list[int]],
+    graphs: str,
+    device: torch.device,
+) -> None:
+    engine = engine_of(family, dtype, device, options)
+    if graphs == "no-graphs":
+        engine = without_graphs(engine)
+    elif runner_of(engine)._graphs is None:
+        pytest.skip("nothing is recorded here")
+    hold(family, dtype, device, requests, answers(engine, requests))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preempted_sequences_too(family: str, dtype: torch.dtype, device: torch.device) -> None:
+    memory = room_for(256, family, dtype, device)
+    options = EngineOptions(max_num_seqs=8, kv_cache_memory=memory, max_model_len=160, max_num_batched_tokens=32)
+    engine, requests = engine_of(family, dtype, device, options), prompts(8, longest=60)
+    hold(family, dtype, device, requests, answers(engine, requests))
+    assert engine.num_preemptions > 0, "the cache was not small enough"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beginnings_that_were_computed_before_too(family: str, dtype: torch.dtype, device: torch.device) -> None:
+    requests = [LONG[:n] + own for n, own in zip((140, 139, 30, 64, 65, 8), prompts(6, longest=20), strict=True)]
+    engine = engine_of(family, dtype, device, replace(CHUNKS, kv_block_size=8))
+    for _ in range(2):
+        hold(family, dtype, device, requests, answers(engine, requests))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_begin_before_the_last_one_is_read(family: str, device: torch.device, on_gpu: None) -> None:
+    engine = engine_of(family, torch.bfloat16, device, WHOLE)
+    answers(engine, prompts(3))
+    assert isinstance(engine.runner, Lookahead) and engine.runner.num_right > 30
+
+
+def hold(family: str, dtype: torch.dtype, device: torch.device, requests: Requests, found: Requests) -> None:
+    share = check(stock_model(family, dtype, device), requests, found, MOST_APART[dtype])
+    assert share >= SHARE_OF_BEST[dtype]
+    if dtype == torch.float32:
+        assert found == [generated(family, dtype, device, tuple(prompt)) for prompt in requests]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_the_check_at_start_passes(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Also with soft caps, with windows and for mixtures."""
+    torch.manual_seed(0)
+    model = TINY[name]().to(device=device, dtype=dtype).eval()
+    model.set_attn_implementation({"text_config": attention.NAME, "": attention.NAME})
+    runner = runner_of(build_engine(model, EngineOptions(kv_cache_memory=2**24, max_model_len=256), frozenset()))
+    assert start_check.check(runner, 256)
+
+
+@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize("heads", [(8, 128), (2, 64), (16, 128), (4, 256)], ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_kernel_that_is_found_agrees_with_the_reference(
+    heads: tuple[int, int], window: int | None, block_size: int, device: torch.device, on_gpu: None
+) -> None:
+    num_kv_heads, dim = heads
+    spec = paged_flash.LayerSpec(num_kv_heads, dim, dim, window, torch.bfloat16, device)
+    kernel = paged_flash.find([spec], block_size)
+    if kernel is None:
+        pytest.skip("this device has no kernel for such blocks")
+    assert paged_flash.agrees(kernel, spec, block_size)
