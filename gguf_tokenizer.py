@@ -62,6 +62,7 @@ FAMILY_SPLITS = {  # how all models of an architecture split text; `default` is 
     **{"gpt2": "gpt-2", "starcoder2": "starcoder"},
 }
 VOCABULARY_SPLITS = {("llama", 128256): "llama-bpe"}  # architecture and number of tokens: Llama 3
+COMPOSED = {"qwen2"}  # what splits so reads a letter and its accent as one character first, which files do not say
 WHOLE_WORDS = {  # what splits so takes a word of the vocabulary as it is, and begins each text with a token
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     "tekken",
@@ -161,6 +162,7 @@ def _completed(backend: Any, gguf: Path, header: Header) -> Any:
     if header.values["tokenizer.ggml.model"] == BYTE_LEVEL:
         state["model"]["ignore_merges"] = _pre(header) in WHOLE_WORDS
         state["pre_tokenizer"] = _split(_pre(header)) or state["pre_tokenizer"]
+        state["normalizer"] = {"type": "NFC"} if _pre(header) in COMPOSED else state["normalizer"]
         added = _restore(state, gguf)
     elif header.values.get("tokenizer.ggml.add_space_prefix") is False:
         _without_prefix(state)

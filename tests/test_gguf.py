@@ -716,6 +716,7 @@ def test_the_sampling_that_a_file_recommends_is_the_models(tmp_path: Path) -> No
 
 TEXTS = [
     " What is 世界?\n\n  In 2026, don't  pay $12,345.67 — ok?\t\tnaïve café Ω≈ç🙂",
+    "cafe\u0301 A\u030angstro\u0308m \u1112\u1161\u11ab",  # letters and their accents apart
     "def f(x):\n    return x ** 2  # 二乗\r\n\r\nHELLOworld camelCaseWord it's IT'S 1234567",
 ]
 
@@ -723,6 +724,7 @@ TEXTS = [
 @pytest.mark.parametrize(
     ("name", "architecture", "pre"),
     [
+        ("qwen2_5", "qwen2", "qwen2"),
         ("llama3_2", "llama", "llama-bpe"),
         ("llama3_2", "llama", None),
         ("deepseek_v3", "llama", "deepseek-v3"),
