@@ -161,7 +161,10 @@ def embed(server: Server, input: Any, **body: Any) -> Any:
 
 
 def vectors(server: Server, input: Any, **body: Any) -> list[list[float]]:
-    answer = embed(server, input, **body)
+    return vectors_of(embed(server, input, **body))
+
+
+def vectors_of(answer: Any) -> list[list[float]]:
     assert answer.status_code == 200, answer.text
     data = answer.json()["data"]
     assert [item["index"] for item in data] == list(range(len(data)))
@@ -227,14 +230,14 @@ def test_2048_texts_are_taken_and_the_event_loop_stays_free(embedding_server: Se
     texts = [f"text {number} " + "and so on " * 8 for number in range(2048)]
     waits = []
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(vectors, embedding_server, texts)
+        answer = pool.submit(embed, embedding_server, texts)  # parsed later: that holds this process up
         while not answer.done():
             begin = time.monotonic()
             assert embedding_server.get("/health").status_code == 200
             waits.append(time.monotonic() - begin)
             time.sleep(0.02)
     assert len(waits) > 10 and max(waits) < 0.5
-    found = answer.result()
+    found = vectors_of(answer.result())
     assert len(found) == 2048 and close(found[-1], theirs.encode(texts[-1]))
     refusal = embed(embedding_server, ["a"] * 2049).json()["error"]
     assert refusal["param"] == "input" and "2048" in refusal["message"]
