@@ -11,6 +11,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -108,6 +110,43 @@ def save_tiny_checkpoint(directory: Path, has_marks: bool = False) -> Path:
     config = Qwen3Config(**{**config.to_dict(), **own})
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+CODE = 128  # of a position: random signs, of which no two are alike
+
+
+def save_repeating_checkpoint(directory: Path, tokenizer: PreTrainedTokenizerFast, lag: int) -> Path:
+    """A GPT-2 whose next token is always the one that stands `lag` tokens before it, so that a
+    question decides the answer to the letter: one layer that looks back by its position, and says what it sees there.
+    """
+    vocab, length = len(tokenizer), 4096
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_positions=length,
+        n_embd=vocab + 2 * CODE,
+        n_layer=1,
+        n_head=1,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = GPT2LMHeadModel(config)
+    codes = torch.randint(0, 2, (length, CODE), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    token, own, sought = slice(vocab), slice(vocab, vocab + CODE), slice(vocab + CODE, None)
+    with torch.no_grad():
+        for weight in model.transformer.parameters():
+            weight.zero_()
+        block, width = model.transformer.h[0], config.n_embd
+        for norm in (block.ln_1, block.ln_2, model.transformer.ln_f):
+            norm.weight.fill_(1)
+        model.transformer.wte.weight[:, token] = torch.eye(vocab)
+        model.transformer.wpe.weight[:, own] = codes
+        model.transformer.wpe.weight[lag - 1 :, sought] = codes[: length - lag + 1]
+        queries, keys, values = block.attn.c_attn.weight.split(width, dim=1)
+        queries[sought, own] = keys[own, own] = torch.eye(CODE) * width**0.5
+        values[token, token] = block.attn.c_proj.weight[token, token] = torch.eye(vocab) * 100
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -1,0 +1,132 @@
+"""What a model is told and what it writes, through the real server: what the official SDK holds in the end.
+
+The model repeats its question to the letter, so that the question says what it writes: calls as models really write
+them, say.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import CHATML, byte_tokenizer, save_repeating_checkpoint
+from openai import OpenAI
+from process import MAIN, serve
+from test_call_repairs import FORMS, NO_CALLS, TOOLS, X
+
+from tool_formats import GLM_XML, MARKED, QWEN_XML, ToolFormat
+
+LENGTH = 180  # tokens of what it repeats
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+NESTED: Any = [{"type": "function", "function": {"name": name, "parameters": own}} for name, own in TOOLS.items()]
+FLAT: Any = [{"type": "function", "strict": False, **tool["function"]} for tool in NESTED]
+STYLES = (MARKED, QWEN_XML, GLM_XML)
+Calls = list[tuple[str, Any]]
+Answer = tuple[str, Calls, str | None]  # content, calls, finish reason
+
+
+PARTS_CHATML = (  # content is a list of parts here, and nothing else
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@contextmanager
+def repeating(directory: Path, template: str) -> Iterator[OpenAI]:
+    """A client of a server whose model repeats; no mark of a call is a token, so nothing guards calls."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    save_repeating_checkpoint(directory / "Repeater", tokenizer, LENGTH + len(tokenizer.encode(TAIL)))
+    with serve(MAIN, MODEL_PATH=str(directory / "Repeater"), DTYPE="float32") as server:
+        server.wait_until_healthy()
+        with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            yield client
+
+
+@pytest.fixture(scope="module", params=STYLES, ids=lambda style: str(style.name))
+def repeater(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ToolFormat, OpenAI]]:
+    """A style, and a client of a model that was taught it."""
+    style: ToolFormat = request.param
+    system = f"'<|im_start|>system\n' + (tools | tojson) + '{' '.join(style.signs)}<|im_end|>\n'"
+    template = "{% if tools %}{{ " + system + " }}{% endif %}" + CHATML
+    with repeating(tmp_path_factory.mktemp("models"), template) as client:
+        yield style, client
+
+
+def question(text: str) -> Any:
+    """What makes the model write `text`, behind blank lines."""
+    return [{"role": "user", "content": "\n" * (LENGTH - len(text.encode())) + text}]
+
+
+def behind_blanks(content: str | None) -> str:
+    return (content or "").lstrip("\n")
+
+
+def calls_of(message: Any) -> Calls:
+    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or ()]
+
+
+def whole(client: OpenAI, text: str) -> Answer:
+    answer = client.chat.completions.create(model="Repeater", messages=question(text), tools=NESTED, temperature=0)
+    message = answer.choices[0].message
+    return behind_blanks(message.content), calls_of(message), answer.choices[0].finish_reason
+
+
+def streamed(client: OpenAI, text: str) -> Answer:
+    """As the SDK's own helper puts the chunks together."""
+    own: Any = {"messages": question(text), "tools": NESTED}
+    with client.chat.completions.stream(model="Repeater", temperature=0, **own) as stream:
+        choice = stream.get_final_completion().choices[0]
+    return behind_blanks(choice.message.content), calls_of(choice.message), choice.finish_reason
+
+
+def response(client: OpenAI, text: str) -> Answer:
+    answer = client.responses.create(model="Repeater", input=question(text), tools=FLAT, temperature=0)
+    calls = [(item.name, json.loads(item.arguments)) for item in answer.output if item.type == "function_call"]
+    return behind_blanks(answer.output_text), calls, "tool_calls" if calls else "stop"
+
+
+def answers(client: OpenAI, texts: list[str]) -> list[Answer]:
+    """Each in one of the three ways in turn, many at a time."""
+    ways = cycle((whole, streamed, response))
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda way, text: way(client, text), ways, texts))
+
+
+def test_what_is_repaired_reaches_a_client_as_calls(repeater: tuple[ToolFormat, OpenAI]) -> None:
+    style, client = repeater
+    texts = {text: (content, calls, "tool_calls") for own, text, content, calls in FORMS if own is style}
+    assert len(texts) > 8
+    assert dict(zip(texts, answers(client, [*texts]), strict=True)) == texts
+
+
+def test_what_cannot_be_read_reaches_a_client_to_the_letter(repeater: tuple[ToolFormat, OpenAI]) -> None:
+    style, client = repeater
+    texts = [text for own, text in NO_CALLS if own is style]
+    assert len(texts) > 3
+    assert answers(client, texts) == [(text, [], "stop") for text in texts]
+
+
+def test_a_call_that_the_length_cuts_is_not_called_one(repeater: tuple[ToolFormat, OpenAI]) -> None:
+    style, client = repeater
+    text = next(text for own, text, _, calls in FORMS if own is style and calls == [X])
+    answer = client.chat.completions.create(
+        model="Repeater", messages=question(text), tools=NESTED, temperature=0, max_tokens=LENGTH - 20
+    )
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_template_that_takes_parts_alone_shows_the_model_what_the_user_wrote(tmp_path: Path) -> None:
+    with repeating(tmp_path, PARTS_CHATML) as client:
+        text, parts = "What is 6 * 7? 六乘七？", question("What is 6 * 7? 六乘七？")
+        parts[0]["content"] = [{"type": "text", "text": parts[0]["content"]}]
+        for messages in (question(text), parts):
+            answer = client.chat.completions.create(model="Repeater", messages=messages, temperature=0)
+            assert behind_blanks(answer.choices[0].message.content) == text
