@@ -62,7 +62,8 @@ FAMILY_SPLITS = {  # how all models of an architecture split text; `default` is 
     **{"gpt2": "gpt-2", "starcoder2": "starcoder"},
 }
 VOCABULARY_SPLITS = {("llama", 128256): "llama-bpe"}  # architecture and number of tokens: Llama 3
-COMPOSED = {"qwen2"}  # what splits so reads a letter and its accent as one character first, which files do not say
+# What splits so reads a letter and its accent as one character first, which files do not say: transformers' classes do
+COMPOSED = {"qwen2", "qwen35", "command-r", "olmo", "mpt"}
 WHOLE_WORDS = {  # what splits so takes a word of the vocabulary as it is, and begins each text with a token
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     "tekken",

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_genuine_prompts
 import torch
 from openai import OpenAI
 from process import Server
+from test_gguf import TEXTS
+from transformers import AutoTokenizer
 
 import checkpoint
 from config import Settings
@@ -92,6 +95,17 @@ def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
         assert not any(REPLACEMENT in piece for piece in pieces)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert b"".join(map(TokenTexts(tokenizer).bytes_of, ids)) == text.encode()
+
+
+@pytest.mark.parametrize(("demo", "genuine"), [("demo:gemma-3-270m", "gemma3"), ("demo:qwen2.5-coder-0.5b", "qwen2_5")])
+def test_the_tokens_of_a_converted_file_are_those_of_the_familys_own_tokenizer(demo: str, genuine: str) -> None:
+    own = AutoTokenizer.from_pretrained(fetch(demo))
+    theirs = AutoTokenizer.from_pretrained(test_genuine_prompts.fetch(genuine))
+    specials = "a".join(theirs.decode([number]) for number in theirs.added_tokens_decoder if number < 40)
+    for text in (*TEXTS, specials, "  two", "\n\nx\t\t\t\t  y   z", "\u2581x \u2581", "\x00\x01"):
+        token_ids = theirs(text).input_ids
+        assert own(text).input_ids == token_ids
+        assert own.decode(token_ids) == theirs.decode(token_ids)
 
 
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)

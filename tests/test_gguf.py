@@ -641,6 +641,13 @@ def test_text_is_split_as_the_file_says(pre: str, text: str, words: list[str], t
     assert [word for word, _ in split] == words
 
 
+@pytest.mark.parametrize("pre", gguf_tokenizer.COMPOSED)
+def test_letters_and_their_accents_are_composed_where_the_familys_own_tokenizer_does(pre: str, tmp_path: Path) -> None:
+    found = tokenizer(tmp_path / "tiny.gguf", ggml__pre=pre)
+    assert found("cafe\u0301").input_ids == found("caf\u00e9").input_ids
+    assert tokenizer(tmp_path / "tiny.gguf", ggml__pre="llama-bpe")("e\u0301").input_ids != found("\u00e9").input_ids
+
+
 @pytest.mark.parametrize("said", [None, "default"])
 @pytest.mark.parametrize(
     ("name", "words"),
@@ -728,6 +735,8 @@ TEXTS = [
         ("llama3_2", "llama", "llama-bpe"),
         ("llama3_2", "llama", None),
         ("deepseek_v3", "llama", "deepseek-v3"),
+        ("mistral_nemo", "llama", "tekken"),
+        ("qwen3", "qwen3moe", "qwen2"),
     ],
 )
 def test_a_genuine_tokenizer_is_the_same_from_a_gguf_file(
