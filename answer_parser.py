@@ -15,7 +15,8 @@ from contextlib import suppress
 
 from answer_parts import CallDelta, Part, Reading
 from answer_text import End, NoCall, Steps
-from argument_values import fits, fitted, value_of
+from argument_schemas import fits
+from argument_values import fitted, value_of
 from element_calls import ElementCalls
 from json_calls import JsonCalls
 from lenient_json import BLANKS

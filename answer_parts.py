@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from answer_text import AnswerText, End, NoCall, Steps
-from argument_values import fits, fitted, value_of
+from argument_schemas import fits
+from argument_values import fitted, value_of
 from lenient_json import is_json
 from tool_formats import ToolFormat
 

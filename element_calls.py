@@ -8,7 +8,8 @@ from typing import Any
 
 from answer_parts import AnswerParts
 from answer_text import End, NoCall, Steps
-from argument_values import argument_of
+from argument_schemas import fits, is_judged
+from argument_values import argument_of, value_of
 from lenient_json import BLANKS, json_of
 from tool_formats import Elements, ToolFormat
 
@@ -24,6 +25,7 @@ class _ElementCall:
     elements: Elements
     schema: Mapping[str, Any]
     keys: list[str] = field(default_factory=list)  # so far
+    found: dict[str, str] = field(default_factory=dict)  # JSON by name, of those in others' texts, if they do not come
     is_inside: bool = False  # of an element
 
     @property
@@ -76,6 +78,14 @@ class _ElementCall:
         properties = self.schema.get("properties")
         return properties.get(key) if isinstance(properties, dict) else None
 
+    def argument(self, key: str, text: str, is_guarded: bool) -> str:
+        return argument_of(text, self.schema_of(key), self.schema, is_guarded)
+
+    def fits(self, key: str, argument: str, is_strict: bool) -> bool:
+        """is_strict: limits and patterns, which are not looked at, must not be there."""
+        own = self.schema_of(key)
+        return fits(value_of(argument), own, self.schema) and (not is_strict or is_judged(own, self.schema))
+
     def value(self, text: str) -> str:
         return text.removeprefix("\n").removesuffix("\n") if self.elements.has_lines else text
 
@@ -116,12 +126,17 @@ class ElementCalls(AnswerParts):
             yield from self._closed(call)
         except End:
             if self._is_whole and not self._text.strip(BLANKS) and not call.is_inside:
-                self._add_arguments("}" if call.keys else "{}")
-                self._end_call()
+                self._end_elements(call)
             raise
+        self._end_elements(call)
+        yield from self._optional(elements.close)
+
+    def _end_elements(self, call: _ElementCall) -> None:
+        for key, argument in call.found.items():
+            if key not in call.keys:
+                self._add_element(call, key, argument)
         self._add_arguments("}" if call.keys else "{}")
         self._end_call()
-        yield from self._optional(elements.close)
 
     def _element(self, call: _ElementCall) -> Steps[None]:
         call.is_inside = True
@@ -133,21 +148,27 @@ class ElementCalls(AnswerParts):
         try:
             yield from self._element_value(call, value)
         except End:
-            *others, (key, text) = self._split(call, key, "".join(value))
-            self._add_elements(call, others)
+            text = "".join(value)
+            if self._is_held:
+                *others, (key, text) = self._split(call, key, text)
+                self._add_elements(call, others)
             # the beginning of a text, which is all that there is of the call's last argument
             self._add_arguments(f"{call.opening}{json_of(key)}: {json_of(self._shown(text))[:-1]}")
             call.keys.append(key)
             raise
-        self._add_elements(call, self._split(call, key, "".join(value)))
+        elements = self._split(call, key, "".join(value))
+        if self._is_held:
+            self._add_elements(call, elements)
+        else:
+            self._add_guarded(call, key, "".join(value), elements)
         call.is_inside = False
 
     def _split(self, call: _ElementCall, key: str, value: str) -> list[tuple[str, str]]:
         """Names and texts of the elements in a value: where the end of one is forgotten, the next one begins. Those
         that have an end of their own in the value are quoted in it."""
-        if not self._is_held or call.next_element is None:
+        if call.next_element is None:
             return [(key, value)]
-        start, elements, seen = 0, list[tuple[str, str]](), {*call.keys, key}
+        start, elements, seen = 0, list[tuple[str, str]](), {*call.keys, *call.found, key}
         for found in call.next_element.finditer(value, value.rfind(call.ends[0]) + 1):
             if found[1] not in seen:
                 elements.append((key, value[start : found.start()]))
@@ -157,9 +178,22 @@ class ElementCalls(AnswerParts):
 
     def _add_elements(self, call: _ElementCall, elements: list[tuple[str, str]]) -> None:
         for key, value in elements:
-            text = self._shown(call.value(value))
-            self._add_arguments(f"{call.opening}{json_of(key)}: {argument_of(text, call.schema_of(key), call.schema)}")
-            call.keys.append(key)
+            self._add_element(call, key, call.argument(key, self._shown(call.value(value)), is_guarded=False))
+
+    def _add_guarded(self, call: _ElementCall, key: str, value: str, elements: list[tuple[str, str]]) -> None:
+        """A grammar takes what a text has behind a forgotten end for text, and may ask for it again. It is what it is
+        where that is valid, too; what comes again counts."""
+        own, *others = [(name, call.argument(name, self._shown(call.value(text)), True)) for name, text in elements]
+        is_strict = self._reading.is_strict or self._reading.is_forced
+        if others and all(call.fits(*each, is_strict) for each in (own, *others)):
+            call.found |= dict(others)
+        else:
+            own = key, call.argument(key, self._shown(call.value(value)), True)
+        self._add_element(call, *own)
+
+    def _add_element(self, call: _ElementCall, key: str, argument: str) -> None:
+        self._add_arguments(f"{call.opening}{json_of(key)}: {argument}")
+        call.keys.append(key)
 
     def _element_key(self, call: _ElementCall) -> Steps[str]:
         """Its mark may be forgotten at the end of a line."""

@@ -112,6 +112,9 @@ class Keys:
             return value.items[0]
         return value
 
+    def is_list(self, key: str) -> bool:
+        return isinstance(self._values.get(key), Array)
+
     def number(self, key: str, default: float | None = None) -> Any:
         value = self.value(key)
         if value is None and default is not None:
@@ -202,6 +205,14 @@ def _scale(keys: Keys, head_dim: int) -> None:
 
 def _key_value_heads(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     return {"num_key_value_heads": keys.count("attention.head_count_kv", found["num_attention_heads"])}
+
+
+def _one_number_of_heads(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
+    """transformers undoes llama.cpp's order of queries and keys by these numbers, and takes no list of equal ones."""
+    for key in ("attention.head_count", "attention.head_count_kv"):
+        if keys.is_list(key):
+            raise keys.refuse(key, "it can only be one number for all layers")
+    return {}
 
 
 def _biases(**names: str) -> Derive:
@@ -458,7 +469,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
         "llama",
         DECODER | RMS,
-        (*_BASIC, _biases(attention_bias="attn_q.bias", mlp_bias="ffn_gate.bias")),
+        (*_BASIC, _one_number_of_heads, _biases(attention_bias="attn_q.bias", mlp_bias="ffn_gate.bias")),
         _NO_HEADS,
     ),
     "qwen2": Architecture("qwen2", DECODER | RMS, (_key_value_heads, _shape_alone, _rope), _NO_HEADS),

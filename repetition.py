@@ -6,7 +6,7 @@ An automaton is about that large, and takes a few hundred bytes for each of them
 import re
 
 MOST = 50_000  # characters that counts may add
-_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\]){0,256}\]|\{(\d{1,18})(?:,(\d{0,18}))?\}|.", re.DOTALL)
+_PART = re.compile(r"\\.|\[(?:[^\]\\]|\\.){0,64}+\]|\{(\d{1,18})(?:,(\d{0,18}))?\}|.", re.DOTALL)
 
 
 def expanded_size(text: str) -> int:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from argument_schemas import choices_of, takes_any_text
+from json_schemas import ANNOTATIONS
+
 Schema = Mapping[str, Any]
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,20}"  # between JSON's tokens: else it could go on for ever
-ANNOTATIONS = {"title", "description", "default", "examples", "deprecated"}  # say nothing about what is valid
 SIMPLE = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", *ANNOTATIONS}
 
 
@@ -224,7 +226,7 @@ def _element_call(
     rules: list[str] = []
     properties: Mapping[str, Any] = schema.get("properties") or {}
     for number, (key, own) in enumerate(properties.items()):
-        has_lines = _has_lines(own, literals, elements)
+        has_lines = _has_lines(own, schema, literals, elements)
         head = literals.of(f"{elements.begin}{key}{elements.key_end}{'' if has_lines else elements.value_begin}")
         value, lines = _element_value(f"{rule}_{number}", own, schema, literals, elements)
         rules += lines
@@ -234,9 +236,9 @@ def _element_call(
     return [f"{rule}: {' '.join(parts)} {literals.of(close + style.end)}", *rules]
 
 
-def _has_lines(own: Any, literals: Literals, elements: Elements) -> bool:
+def _has_lines(own: Any, schema: Schema, literals: Literals, elements: Elements) -> bool:
     """Whether a text begins and ends with lines of its own, so that the mark of its end may stand inside of a line."""
-    return elements.has_lines and is_plain_text(own) and elements.end.strip() not in literals
+    return elements.has_lines and takes_any_text(own, schema) and elements.end.strip() not in literals
 
 
 def _element_value(
@@ -244,15 +246,15 @@ def _element_value(
 ) -> tuple[str, list[str]]:
     """The rest of an element, and the rules it needs."""
     end = elements.end
-    if are_texts(own):
-        return f"({' | '.join(literals.of(value) for value in own['enum'])}) {literals.of(end)}", []
-    if not is_plain_text(own):
+    if choices := choices_of(own, schema):
+        return f"({' | '.join(map(literals.of, choices))}) {literals.of(end)}", []
+    if not takes_any_text(own, schema):
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         return f"{_json({**definitions, **own} if isinstance(own, dict) else {})} {literals.of(end)}", []
     name, mark = f"{rule}_text", end.strip()
     if mark in literals:
         return f"{name} {literals.of(end.lstrip())}", [f"{name}: /(.|\\n)*/"]
-    if _has_lines(own, literals, elements):
+    if _has_lines(own, schema, literals, elements):
         return name, [f"{name}[lazy]: /{_in_regex(elements.value_begin)}((.|\\n)*\\n)?{_in_regex(end.lstrip())}/"]
     after = end[end.index(mark) + len(mark) :]  # the value ends with the first mark, as for the parser
     tail = f" {literals.of(after)}" if after else ""
@@ -270,20 +272,6 @@ def is_simple(schema: Schema) -> bool:
     is_local = all(path.startswith(("#/$defs/", "#/definitions/")) for path in references)
     can_be_written = all(re.fullmatch(r"[^\s<>]+", key) for key in properties)
     return is_local and can_be_written and all(isinstance(own, dict) or own is True for own in properties.values())
-
-
-def is_plain_text(schema: Any) -> bool:
-    """Whether every text is valid, and nothing else."""
-    return isinstance(schema, dict) and schema.get("type") == "string" and set(schema) - ANNOTATIONS == {"type"}
-
-
-def are_texts(schema: Any) -> bool:
-    """Whether it is a choice of texts, and nothing else."""
-    if not isinstance(schema, dict) or not set(schema) - ANNOTATIONS <= {"enum", "type"}:
-        return False
-    values = schema.get("enum")
-    is_list = isinstance(values, list) and bool(values) and all(isinstance(v, str) and v for v in values)
-    return is_list and schema.get("type", "string") == "string"
 
 
 def _json(schema: Schema) -> str:

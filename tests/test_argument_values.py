@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from answer_parser import AnswerParser, Reading
-from argument_values import argument_of, fits, fitted, kinds_of
+from argument_schemas import fits, kinds_of
+from argument_values import argument_of, fitted
 from tool_formats import LINES, MARKED, QWEN_XML, ToolFormat
 
 ITSELF = {"type": "array", "items": {"$ref": "#/$defs/a"}}

@@ -16,7 +16,7 @@ import pytest
 from models import CHATML, byte_tokenizer, save_repeating_checkpoint
 from openai import OpenAI
 from process import MAIN, serve
-from test_call_repairs import FORMS, NO_CALLS, TOOLS, X
+from test_call_repairs import FORMS, NO_CALLS, TOOLS, X, marked, xml
 
 from tool_formats import GLM_XML, MARKED, QWEN_XML, ToolFormat
 
@@ -37,11 +37,11 @@ PARTS_CHATML = (  # content is a list of parts here, and nothing else
 
 
 @contextmanager
-def repeating(directory: Path, template: str) -> Iterator[OpenAI]:
-    """A client of a server whose model repeats; no mark of a call is a token, so nothing guards calls."""
-    tokenizer = byte_tokenizer()
+def repeating(directory: Path, template: str, lag: int = 0, has_marks: bool = False) -> Iterator[OpenAI]:
+    """A client of a server whose model repeats the question; without marks that are tokens nothing guards calls."""
+    tokenizer = byte_tokenizer(has_marks)
     tokenizer.chat_template = template
-    save_repeating_checkpoint(directory / "Repeater", tokenizer, LENGTH + len(tokenizer.encode(TAIL)))
+    save_repeating_checkpoint(directory / "Repeater", tokenizer, lag or LENGTH + len(tokenizer.encode(TAIL)))
     with serve(MAIN, MODEL_PATH=str(directory / "Repeater"), DTYPE="float32") as server:
         server.wait_until_healthy()
         with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
@@ -54,10 +54,14 @@ def repeater(
 ) -> Iterator[tuple[ToolFormat, OpenAI]]:
     """A style, and a client of a model that was taught it."""
     style: ToolFormat = request.param
-    system = f"'<|im_start|>system\n' + (tools | tojson) + '{' '.join(style.signs)}<|im_end|>\n'"
-    template = "{% if tools %}{{ " + system + " }}{% endif %}" + CHATML
-    with repeating(tmp_path_factory.mktemp("models"), template) as client:
+    with repeating(tmp_path_factory.mktemp("models"), taught(style)) as client:
         yield style, client
+
+
+def taught(style: ToolFormat) -> str:
+    """A template that shows tools, and how to call them."""
+    system = f"'<|im_start|>system\\n' + (tools | tojson) + '{' '.join(style.signs)}<|im_end|>\\n'"
+    return "{% if tools %}{{ " + system + " }}{% endif %}" + CHATML
 
 
 def question(text: str) -> Any:
@@ -73,22 +77,23 @@ def calls_of(message: Any) -> Calls:
     return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or ()]
 
 
-def whole(client: OpenAI, text: str) -> Answer:
-    answer = client.chat.completions.create(model="Repeater", messages=question(text), tools=NESTED, temperature=0)
+def whole(client: OpenAI, text: str, **body: Any) -> Answer:
+    own: Any = {"messages": question(text), "tools": NESTED, **body}
+    answer = client.chat.completions.create(model="Repeater", temperature=0, **own)
     message = answer.choices[0].message
     return behind_blanks(message.content), calls_of(message), answer.choices[0].finish_reason
 
 
-def streamed(client: OpenAI, text: str) -> Answer:
+def streamed(client: OpenAI, text: str, **body: Any) -> Answer:
     """As the SDK's own helper puts the chunks together."""
-    own: Any = {"messages": question(text), "tools": NESTED}
+    own: Any = {"messages": question(text), "tools": NESTED, **body}
     with client.chat.completions.stream(model="Repeater", temperature=0, **own) as stream:
         choice = stream.get_final_completion().choices[0]
     return behind_blanks(choice.message.content), calls_of(choice.message), choice.finish_reason
 
 
-def response(client: OpenAI, text: str) -> Answer:
-    answer = client.responses.create(model="Repeater", input=question(text), tools=FLAT, temperature=0)
+def response(client: OpenAI, text: str, **body: Any) -> Answer:
+    answer = client.responses.create(model="Repeater", input=question(text), tools=FLAT, temperature=0, **body)
     calls = [(item.name, json.loads(item.arguments)) for item in answer.output if item.type == "function_call"]
     return behind_blanks(answer.output_text), calls, "tool_calls" if calls else "stop"
 
@@ -130,3 +135,22 @@ def test_a_template_that_takes_parts_alone_shows_the_model_what_the_user_wrote(t
         for messages in (question(text), parts):
             answer = client.chat.completions.create(model="Repeater", messages=messages, temperature=0)
             assert behind_blanks(answer.choices[0].message.content) == text
+
+
+def test_a_guarded_call_reaches_a_client_as_it_was_meant(tmp_path: Path) -> None:
+    """The mark of a call is a token here, where the assistant has written it: so the model repeats the answer before,
+    and a grammar holds behind the mark."""
+    tokenizer, tail = byte_tokenizer(has_marks=True), "<|im_end|>\n<|im_start|>user\nAgain" + TAIL
+    forms = [
+        (marked(xml(("x", "FILLED"), ("n", "5")).replace("</parameter>\n<", "<", 1)), {"n": 5}),
+        (marked(xml(("x", "FILLED"), ("maybe", "123"))), {"maybe": "123"}),
+        (marked(xml(("x", "FILLED"), ("maybe", "null"))), {"maybe": None}),
+    ]
+    with repeating(tmp_path, taught(QWEN_XML), LENGTH + len(tokenizer.encode(tail)), has_marks=True) as client:
+        for text, arguments in forms:
+            path = "a" * (LENGTH - len(tokenizer.encode(text.replace("FILLED", ""))))
+            before = {"role": "assistant", "content": text.replace("FILLED", path)}
+            again = {"role": "user", "content": "Again"}
+            for way in (whole, streamed):
+                own = {"messages": [{"role": "user", "content": "Hello"}, before, again]}
+                assert way(client, "", **own) == ("", [("f", {"x": path, **arguments})], "tool_calls"), text

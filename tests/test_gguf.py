@@ -403,6 +403,8 @@ def refusal(path: Path) -> str:
         ({"rope.scaling.type": "quadratic", "rope.scaling.factor": 2.0}, "llama.rope.scaling.type is quadratic"),
         ({"rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
         ({"attention.head_count": [4, 2]}, "llama.attention.head_count is not one number for all layers"),
+        ({"attention.head_count": [4, 4]}, "llama.attention.head_count is [4, 4, ...]"),
+        ({"attention.head_count_kv": [2, 2]}, "llama.attention.head_count_kv is [2, 2, ...]"),
         ({"something.new": 1}, "llama.something.new is 1"),
         ({"context_length": math.inf}, "llama.context_length is inf"),
         ({"context_length": math.nan}, "llama.context_length is nan"),
@@ -521,6 +523,13 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
 
 
 # --- converted directories
+
+
+def test_a_list_of_equal_numbers_for_the_layers_is_that_number(tmp_path: Path) -> None:
+    number = LLAMA[1]["feed_forward_length"] if "feed_forward_length" in LLAMA[1] else KEYS["feed_forward_length"]
+    twin(LLAMA_, LLAMA, None, {"feed_forward_length": [number, number]}).write(tmp_path / "tiny.gguf")
+    conversion.convert([tmp_path / "tiny.gguf"], tmp_path / "tiny", lambda fraction: None)
+    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["intermediate_size"] == number
 
 
 def test_what_an_older_converter_made_is_made_again_and_removed_once_nobody_uses_it(tmp_path: Path) -> None:

@@ -1366,10 +1366,11 @@ BAD_FORMATS: dict[str, Any] = {
     "null-in-any-of": schema_of({"anyOf": [None]}), "negative-items": schema_of({"type": "array", "minItems": -1}),
 }  # fmt: skip
 BAD_STRUCTURES: dict[str, Any] = {
-    "guided_regex": ("([", "*", "a{2,1}", "(?P<x", "(?<=a)b", "(a)\\1", "\\", "[z-a]", "a" * 300_000, 5, ["a"],
+    "guided_regex": ("([", "*", "a{2,1}", "(?P<x", "(?<=a)b", "(a)\\1", "\\", "a\\", "[z-a]", "a" * 300_000, 5, ["a"],
         "[^\\s\\S]", "(?=a)b", "\\p{Nonsense}"),
     "guided_choice": ([], "x", [5], [None], [""], {"a": 1}, ["x" * 300_000], [["a"]]),
-    "guided_json": ("{", "x", 5, [], "[]", False, "null", {"type": "nonsense"}, {"$ref": "#/x"}),
+    "guided_json": ("{", "x", 5, [], "[]", False, "null", {"type": "nonsense"}, {"$ref": "#/x"},
+        {"type": "string", "pattern": "a\\"}),
     "guided_grammar": ("", "x", "start: other", "root ::= other", 5, ["x"], "start: start", 'start: "a',
         "root ::= (" * 1000, "start: /([/"),
     "structured_outputs": ("x", 5, [], {"xml": "x"}, {"regex": "(["}, {"json": 5}, {"choice": []},
