@@ -224,9 +224,9 @@ class _Choices:
         schema = resolved(schema, self._root)
         if id(schema) not in self._seen:
             self._seen[id(schema)] = None
-            found = self._found(schema, depth + 1)
-            are_texts = found is not None and all(isinstance(value, str | None) for value in found)
-            self._seen[id(schema)] = [v for v in found or () if fits(v, schema, self._root)] if are_texts else None
+            found, kinds = self._found(schema, depth + 1), _named(schema.get("type"))
+            if found is not None and all(isinstance(value, str | None) for value in found):
+                self._seen[id(schema)] = [v for v in found if not kinds or any(_is(v, kind) for kind in kinds)]
         return self._seen[id(schema)]
 
     def _found(self, schema: Mapping[str, Any], depth: int) -> list[Any] | None:
@@ -240,7 +240,7 @@ class _Choices:
             case ["anyOf"] | ["allOf"]:
                 some = [self.of(own, depth) for own in _list(schema.get("anyOf", schema.get("allOf")))]
                 if all(own is not None for own in some) and ("anyOf" in schema or len(some) == 1):
-                    return [value for own in some for value in own or ()]
+                    return [*dict.fromkeys(value for own in some for value in own or ())]
         return None
 
 

@@ -8,7 +8,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from argument_schemas import NULLS, are_texts, fits, is_plain_text, is_written_as_text, kinds_of, resolved
+from argument_schemas import (
+    NULLS,
+    are_texts,
+    fits,
+    is_plain_text,
+    is_written_as_text,
+    kinds_of,
+    resolved,
+    takes_any_text,
+)
 from lenient_json import is_json, json_of, number, read_json
 
 THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
@@ -32,7 +41,8 @@ def argument_of(text: str, schema: Any, root: Mapping[str, Any], is_guarded: boo
     for candidate in _candidates(text, kinds, schema, root):
         if fits(value_of(candidate), schema, root):
             return candidate
-    return text if "string" not in kinds and is_json(text) else json_of(text)
+    is_text = "string" in kinds or not is_json(text) or takes_any_text(schema, root)
+    return json_of(text) if is_text else text
 
 
 def fitted(arguments: str, schema: Mapping[str, Any]) -> str:

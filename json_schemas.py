@@ -13,7 +13,9 @@ Object = dict[str, Any]
 _NAMES = re.compile(r"\^(?:([\w-]+)|\((?:\?:)?([\w-]+(?:\|[\w-]+)*)\))\$")  # a pattern of some names and no others
 VALUES = frozenset({"const", "default", "enum", "example", "examples"})  # keywords that hold any values
 BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})  # name -> schema
-ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated"})  # what is valid is the same
+ANNOTATIONS = frozenset(  # what is valid is the same with them and without
+    {"title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
+)
 FORMATS = frozenset(  # that llguidance holds an answer to; the others are annotations, as in the standard
     {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
 )

@@ -49,7 +49,8 @@ def structure_of(request: Structured, box: Toolbox | None, style: ToolFormat, li
     asked = _grammar_of(request)
     if box is None:
         return None if asked is None else Structure(asked[0], {asked[1]: asked[0]})
-    parts = {box.fields[name]: _part(schema, box.fields[name]) for name, schema in box.schemas.items()}
+    is_needed = box.is_required or box.is_strict
+    parts = {box.fields[name]: _part(schema, box.fields[name], is_needed) for name, schema in box.schemas.items()}
     if box.is_required:
         text = calls_grammar(style, box.schemas, literals, box.is_parallel)
         return Structure(_of_lark(text), parts)
@@ -87,7 +88,15 @@ def _grammar_of(request: Structured) -> tuple[str, str] | None:
             value = json.loads(value)
         check_size(value, field)
         check_patterns(PATTERNS[kind](value), field)
+        _check_ends(PATTERNS[kind](value))
         return KINDS[kind](value), field
+
+
+def _check_ends(patterns: Iterable[str]) -> None:
+    """Raises ValueError for one that llguidance would read without its last character."""
+    for pattern in patterns:
+        if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+            raise ValueError("a pattern ends in a backslash, which escapes nothing")
 
 
 @contextmanager
@@ -101,8 +110,9 @@ def _refusing(field: str) -> Iterator[None]:
         raise _invalid(f"{field}: {str(error).splitlines()[0]}", field) from error
 
 
-def _part(schema: Any, field: str) -> str:
+def _part(schema: Any, field: str, is_needed: bool) -> str:
     with _refusing(field):
+        _check_ends(patterns_of(schema) if is_needed else ())
         return _of_json(schema)
 
 

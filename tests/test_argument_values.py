@@ -1,12 +1,14 @@
 """What a text stands for is found for any schema that a request may have, and nothing else of a call is touched."""
 
 import json
+import random
 from typing import Any
 
+import jsonschema
 import pytest
 
 from answer_parser import AnswerParser, Reading
-from argument_schemas import fits, kinds_of
+from argument_schemas import choices_of, fits, kinds_of, takes_any_text
 from argument_values import argument_of, fitted
 from tool_formats import LINES, MARKED, QWEN_XML, ToolFormat
 
@@ -30,6 +32,70 @@ def test_values_are_read_by_schemas_of_any_depth_without_an_error() -> None:
     assert kinds_of({"$ref": "#/$defs/d1990"}, ROOT) == ["integer"]
     assert not fits(5, {"$ref": "#/$defs/d0"}, ROOT)
     assert fits([[[]]], ITSELF, ROOT)
+
+
+TEXTS = [
+    "",
+    "a",
+    "b c",
+    "null",
+    "None",
+    "true",
+    "5",
+    "+5",
+    "1,000",
+    '"a"',
+    '["a"]',
+    "['a',]",
+    '{"a": "x"}',
+    "[1",
+    "a\n",
+]
+
+
+def random_schema(rng: random.Random, depth: int = 0) -> Any:
+    """Of texts more often than of others."""
+    kinds = ("string", "string", "null", "integer", "number", "boolean", "array", "object")
+    own = rng.choice([
+        {"type": rng.choice(kinds)}, {"type": rng.sample(kinds[1:], 2)},
+        {"enum": rng.sample(["a", "b c", "5", None, 5], 2)},
+        {"const": rng.choice(["a", "null", 5])}, {}, {"$ref": "#/$defs/text"}, {"$ref": "#/$defs/point"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "object", "properties": {"a": {"type": "integer"}}},
+    ])  # fmt: skip
+    if depth < 2 and rng.random() < 0.5:
+        branches = [random_schema(rng, depth + 1) for _ in range(rng.randrange(1, 3))]
+        own = {rng.choice(["anyOf", "anyOf", "oneOf", "allOf"]): branches}
+    limits: list[dict[str, Any]] = [{"minLength": 2}, {"maxLength": 1}, {"pattern": "^a"}, {"minimum": 6}, {"not": {}}]
+    return own | (rng.choice(limits) if rng.random() < 0.2 else {}) | (rng.choice([{}, {"title": "x"}]))
+
+
+def test_every_text_is_valid_where_a_grammar_takes_any_and_every_choice_where_it_takes_these() -> None:
+    rng, numbers = random.Random(1), [0, 0]
+    root = {"$defs": {"text": {"type": "string"}, "point": {"type": "object", "required": ["x"]}}}
+    for _ in range(4000):
+        schema = random_schema(rng)
+        validator = jsonschema.Draft202012Validator({**schema, **root})
+        if takes_any_text(schema, root):
+            numbers[0] += 1
+            for text in TEXTS:
+                assert validator.is_valid(json.loads(argument_of(text, schema, root, True))), (schema, text)
+        for text in choices_of(schema, root):
+            numbers[1] += 1
+            value = json.loads(argument_of(text, schema, root, True))
+            assert value in (text, None) and validator.is_valid(value), (schema, text)
+    assert min(numbers) > 300, numbers
+
+
+def test_a_schema_is_known_in_time_however_its_references_lead() -> None:
+    ladder = {f"s{n}": {"anyOf": [{"$ref": f"#/$defs/s{n + 1}"}] * 3 + [{"type": "null"}]} for n in range(20)}
+    for last in ({"type": "string"}, {"type": "integer"}, {"enum": ["a"]}, {"$ref": "#/$defs/s0"}):
+        root = {"$defs": {**ladder, "s20": last}}
+        schema = {"$ref": "#/$defs/s0"}
+        assert takes_any_text(schema, root) == (last == {"type": "string"})
+        assert choices_of(schema, root) == (("a", "null") if "enum" in last else ())
+    many = [f"v{number}" for number in range(20_000)]
+    assert len(choices_of({"anyOf": [{"enum": many}, {"type": "null"}]}, {})) == 20_001
 
 
 ODD: list[dict[str, Any]] = [
