@@ -169,7 +169,7 @@ def takes_any_text(schema: Any, root: Mapping[str, Any]) -> bool:
 
 
 def choices_of(schema: Any, root: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts that it is a choice of, as they are written; null may be one. None: it takes something else as well."""
+    """The texts that it is a choice of, as they are written; null may be one. Empty: it takes others as well."""
     values = _Choices(root).of(schema, 0) or []
     has_null = None in values
     texts = [value for value in values if isinstance(value, str)]

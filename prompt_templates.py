@@ -333,7 +333,9 @@ class PromptTemplate:
                 refusal = refusal or error
             else:
                 check_characters(text, "messages")
-                token_ids = [i for part in text.split(seam) for i in self.encode(part)]
+                parts = text.split(seam)
+                known = {part: self.encode(part) for part in set(parts)}  # a text of many marks has few others
+                token_ids = [token_id for part in parts for token_id in known[part]]
                 return token_ids + self._closing(token_ids) if opens and options.thinks is False else token_ids
         raise InvalidRequest(
             f"The model's chat template does not take these messages: {refusal}", param="messages"
