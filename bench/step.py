@@ -170,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load_model(arguments.directory, arguments.dtype, "auto", lambda what, fraction: None)
     bare = BareModel(model)
-    options = EngineOptions(max_num_batched_tokens=max(BATCHES) * PROMPT_TOKENS)
+    options = EngineOptions(max_num_batched_tokens=max(BATCHES) * PROMPT_TOKENS, num_speculative_tokens=0)
     engine = build_engine(model, options, frozenset())
     parts = Parts(engine)
     print(HEAD)

@@ -228,17 +228,21 @@ class ChoiceReader:
 
     def _add(self, new: str) -> None:
         self.num_characters += len(new)
+        if self._is_at_start or self._is_thinking or self._is_behind_thoughts:
+            new = self._content_of(new)
+        self._release(self._stops.put(new, self._may_stop))
+
+    def _content_of(self, new: str) -> str:
+        """Without what may be thoughts, or blanks around them."""
         new, self._blanks = self._blanks + new, ""
         if self._is_at_start and (beginning := new.lstrip(BLANKS)[:1]):
             self._is_at_start, self._is_thinking = False, self._think is not None and beginning == self._think[0]
         if self._is_at_start:
             self._blanks = new
-            return
+            return ""
         if self._is_thinking:
             new = self._without_thoughts(new)
-        if self._is_behind_thoughts:
-            new = self._without_blanks(new)
-        self._release(self._stops.put(new, self._may_stop))
+        return self._without_blanks(new) if self._is_behind_thoughts else new
 
     def _without_thoughts(self, new: str) -> str:
         """What is behind the mark of their end; the parser knows whether something else has ended them."""
@@ -257,9 +261,9 @@ class ChoiceReader:
         return rest
 
     def _release(self, text: str) -> None:
-        self.num_released += len(text)
-        self._text += text
         if text:
+            self.num_released += len(text)
+            self._text += text
             self._parts += self._parser.put(text)
 
 

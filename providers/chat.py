@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.sampling import ThoughtTokens
 
 State = Literal["open", "closed", "unsaid"]
+NOTHING = Part()  # log-probabilities alone
 
 
 def reading_of(
@@ -150,10 +151,10 @@ class ChoiceChunks:
             none_yet = ChoiceLogprobs(content=[]) if self._shows_logprobs else None
             yield ChunkChoice(index=self._index, delta=self._first, logprobs=none_yet)
         logprobs = self._texts.chat(piece.tokens) if self._shows_logprobs and piece.tokens else None
-        parts = piece.parts or ((Part(),) if logprobs else ())
+        parts = piece.parts or ((NOTHING,) if logprobs else ())
         for number, part in enumerate(parts):
             own = logprobs if number == 0 else None
-            delta = self._nothing if part == Part() else _delta(part)
+            delta = self._nothing if part is NOTHING else _delta(part)
             yield ChunkChoice(index=self._index, delta=delta, logprobs=own)
         if piece.finish_reason:
             yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=piece.finish_reason)
