@@ -38,8 +38,10 @@ class AnswerText:
 
     def _wait(self, text: str) -> None:
         """This follows the text, before all that is waiting."""
-        starts = range(0, len(text), MOST_AT_ONCE)
-        self._waiting += [text[start : start + MOST_AT_ONCE] for start in reversed(starts)]
+        for start in reversed(range(MOST_AT_ONCE, len(text), MOST_AT_ONCE)):
+            self._waiting.append(text[start : start + MOST_AT_ONCE])
+        if text:
+            self._waiting.append(text[:MOST_AT_ONCE])
 
     def _place(self, at: int) -> int:
         """Of a character of the text, in the whole answer."""

@@ -174,7 +174,7 @@ class ChoiceReader:
 
     def __init__(self, detokenizer: Detokenizer, byte_ids: Collection[int], question: Question) -> None:
         self._decoder = TextDecoder(detokenizer, question.prefix, byte_ids)
-        self._stops = StopFinder(question.stop)
+        self._stops, self._has_stops = StopFinder(question.stop), bool(question.stop)
         self._parser = AnswerParser(question.reading)
         self._think, self._min_tokens = question.reading.think, question.params.min_tokens
         self._is_at_start = self._think is not None and not question.reading.is_thinking
@@ -230,7 +230,7 @@ class ChoiceReader:
         self.num_characters += len(new)
         if self._is_at_start or self._is_thinking or self._is_behind_thoughts:
             new = self._content_of(new)
-        self._release(self._stops.put(new, self._may_stop))
+        self._release(self._stops.put(new, self._may_stop) if self._has_stops else new)
 
     def _content_of(self, new: str) -> str:
         """Without what may be thoughts, or blanks around them."""
