@@ -272,17 +272,3 @@ class _Known:
         """Whether no value fits two of them."""
         kinds = [{"number" if kind == "integer" else kind for kind in kinds_of(own, self._root)} for own in schemas]
         return len(schemas) < 2 or (all(kinds) and sum(map(len, kinds)) == len(set().union(*kinds)))
-
-
-def is_plain_text(schema: Any) -> bool:
-    """Whether every text is valid, and nothing else."""
-    return isinstance(schema, dict) and schema.get("type") == "string" and set(schema) - ANNOTATIONS == {"type"}
-
-
-def are_texts(schema: Any) -> bool:
-    """Whether it is a choice of texts, and nothing else."""
-    if not isinstance(schema, dict) or not set(schema) - ANNOTATIONS <= {"enum", "type"}:
-        return False
-    values = schema.get("enum")
-    is_list = isinstance(values, list) and bool(values) and all(isinstance(v, str) and v for v in values)
-    return is_list and schema.get("type", "string") == "string"

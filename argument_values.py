@@ -8,16 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from argument_schemas import (
-    NULLS,
-    are_texts,
-    fits,
-    is_plain_text,
-    is_written_as_text,
-    kinds_of,
-    resolved,
-    takes_any_text,
-)
+from argument_schemas import NULLS, fits, is_written_as_text, kinds_of, resolved, takes_any_text
 from lenient_json import is_json, json_of, number, read_json
 
 THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
@@ -35,8 +26,6 @@ def argument_of(text: str, schema: Any, root: Mapping[str, Any], is_guarded: boo
     """
     if is_guarded and not is_written_as_text(schema, root) and is_json(text):
         return text.strip()
-    if is_plain_text(schema) or are_texts(schema):
-        return json_of(text)
     kinds = kinds_of(schema, root)
     for candidate in _candidates(text, kinds, schema, root):
         if fits(value_of(candidate), schema, root):

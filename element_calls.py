@@ -8,7 +8,7 @@ from typing import Any
 
 from answer_parts import AnswerParts
 from answer_text import End, NoCall, Steps
-from argument_schemas import fits, is_judged
+from argument_schemas import fits, is_judged, takes_any_text
 from argument_values import argument_of, value_of
 from lenient_json import BLANKS, json_of
 from tool_formats import Elements, ToolFormat
@@ -156,11 +156,11 @@ class ElementCalls(AnswerParts):
             self._add_arguments(f"{call.opening}{json_of(key)}: {json_of(self._shown(text))[:-1]}")
             call.keys.append(key)
             raise
-        elements = self._split(call, key, "".join(value))
+        text = "".join(value)
         if self._is_held:
-            self._add_elements(call, elements)
+            self._add_elements(call, self._split(call, key, text))
         else:
-            self._add_guarded(call, key, "".join(value), elements)
+            self._add_guarded(call, key, text)
         call.is_inside = False
 
     def _split(self, call: _ElementCall, key: str, value: str) -> list[tuple[str, str]]:
@@ -180,15 +180,19 @@ class ElementCalls(AnswerParts):
         for key, value in elements:
             self._add_element(call, key, call.argument(key, self._shown(call.value(value)), is_guarded=False))
 
-    def _add_guarded(self, call: _ElementCall, key: str, value: str, elements: list[tuple[str, str]]) -> None:
-        """A grammar takes what a text has behind a forgotten end for text, and may ask for it again. It is what it is
-        where that is valid, too; what comes again counts."""
-        own, *others = [(name, call.argument(name, self._shown(call.value(text)), True)) for name, text in elements]
+    def _add_guarded(self, call: _ElementCall, key: str, value: str) -> None:
+        """A grammar that takes any text takes what is behind a forgotten end for it, and may ask for that again. It is
+        what it is where that is valid, too; what comes again counts."""
         is_strict = self._reading.is_strict or self._reading.is_forced
-        if others and all(call.fits(*each, is_strict) for each in (own, *others)):
+        may_forget = takes_any_text(call.schema_of(key), call.schema)
+        own, *others = [
+            (name, call.argument(name, self._shown(call.value(text)), is_guarded=True))
+            for name, text in (self._split(call, key, value) if may_forget else [(key, value)])
+        ]
+        if all(call.fits(*each, is_strict) for each in others):
             call.found |= dict(others)
         else:
-            own = key, call.argument(key, self._shown(call.value(value)), True)
+            own = key, call.argument(key, self._shown(call.value(value)), is_guarded=True)
         self._add_element(call, *own)
 
     def _add_element(self, call: _ElementCall, key: str, argument: str) -> None:

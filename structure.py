@@ -87,8 +87,9 @@ def _grammar_of(request: Structured) -> tuple[str, str] | None:
         if kind == "json" and isinstance(value, str):
             value = json.loads(value)
         check_size(value, field)
-        check_patterns(PATTERNS[kind](value), field)
-        _check_ends(PATTERNS[kind](value))
+        patterns = [*PATTERNS[kind](value)]
+        check_patterns(patterns, field)
+        _check_ends(patterns)
         return KINDS[kind](value), field
 
 

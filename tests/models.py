@@ -118,9 +118,8 @@ CODE = 128  # of a position: random signs, of which no two are alike
 
 
 def save_repeating_checkpoint(directory: Path, tokenizer: PreTrainedTokenizerFast, lag: int) -> Path:
-    """A GPT-2 whose next token is always the one that stands `lag` tokens before it, so that a
-    question decides the answer to the letter: one layer that looks back by its position, and says what it sees there.
-    """
+    """A GPT-2 whose next token is always the one that stands `lag` tokens before it, so that a question decides the
+    answer to the letter: one layer that looks back by its position, and says what it sees there."""
     vocab, length = len(tokenizer), 4096
     config = GPT2Config(
         vocab_size=vocab,

@@ -646,6 +646,17 @@ def test_a_mark_that_a_guarded_call_forgets_ends_the_value_all_the_same() -> Non
                 assert answer == [("f", arguments or {"x": inside})], call
 
 
+def test_what_a_json_string_quotes_of_calls_is_its_text() -> None:
+    """A grammar wants JSON where a string has limits, so nothing can be forgotten in it."""
+    limited = {"type": "string", "maxLength": 99}
+    tools = {"f": {"type": "object", "properties": {"x": limited, "n": {"type": "string"}}, "required": ["x"]}}
+    template, text = template_of("qwen3", GLM_XML), "<arg_key>n</arg_key>\\n<arg_value>5"
+    call = f'<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>"{text}"</arg_value>\n</tool_call>'
+    box, structure, grammar = guard_of(template, tools, "auto")
+    assert is_taken(template, structure, grammar, call)
+    assert called(through_tokens(template, call, box=box, grammar=grammar)) == [("f", {"x": json.loads(f'"{text}"')})]
+
+
 def test_what_a_grammar_asks_for_again_counts() -> None:
     """It has taken what is behind the forgotten mark for text, and wants the argument, which is required."""
     reading = Reading({"f": {**TOOLS["f"], "required": ["x", "n"]}}, QWEN_XML, is_guarded=True)

@@ -93,7 +93,8 @@ def streamed(client: OpenAI, text: str, **body: Any) -> Answer:
 
 
 def response(client: OpenAI, text: str, **body: Any) -> Answer:
-    answer = client.responses.create(model="Repeater", input=question(text), tools=FLAT, temperature=0, **body)
+    own: Any = {"input": body.get("messages") or question(text), "tools": FLAT}
+    answer = client.responses.create(model="Repeater", temperature=0, **own)
     calls = [(item.name, json.loads(item.arguments)) for item in answer.output if item.type == "function_call"]
     return behind_blanks(answer.output_text), calls, "tool_calls" if calls else "stop"
 
@@ -151,6 +152,6 @@ def test_a_guarded_call_reaches_a_client_as_it_was_meant(tmp_path: Path) -> None
             path = "a" * (LENGTH - len(tokenizer.encode(text.replace("FILLED", ""))))
             before = {"role": "assistant", "content": text.replace("FILLED", path)}
             again = {"role": "user", "content": "Again"}
-            for way in (whole, streamed):
+            for way in (whole, streamed, response):
                 own = {"messages": [{"role": "user", "content": "Hello"}, before, again]}
                 assert way(client, "", **own) == ("", [("f", {"x": path, **arguments})], "tool_calls"), text

@@ -526,7 +526,7 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
 
 
 def test_a_list_of_equal_numbers_for_the_layers_is_that_number(tmp_path: Path) -> None:
-    number = LLAMA[1]["feed_forward_length"] if "feed_forward_length" in LLAMA[1] else KEYS["feed_forward_length"]
+    number = KEYS["feed_forward_length"]
     twin(LLAMA_, LLAMA, None, {"feed_forward_length": [number, number]}).write(tmp_path / "tiny.gguf")
     conversion.convert([tmp_path / "tiny.gguf"], tmp_path / "tiny", lambda fraction: None)
     assert json.loads((tmp_path / "tiny" / "config.json").read_text())["intermediate_size"] == number
