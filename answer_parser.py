@@ -45,7 +45,7 @@ class AnswerParser(JsonCalls, ElementCalls):
         self._is_ended, self._is_whole = True, is_whole
         return self._run()
 
-    def finish_reason(self, reason: FinishReason | None) -> FinishReason | None:
+    def finish_reason(self, reason: FinishReason) -> FinishReason:
         """`tool_calls` for calls that are all complete, and only if the model ended by itself."""
         has_calls = 0 < self._num_calls == self.num_complete
         return "tool_calls" if reason == "stop" and has_calls else reason

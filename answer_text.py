@@ -38,10 +38,13 @@ class AnswerText:
 
     def _wait(self, text: str) -> None:
         """This follows the text, before all that is waiting."""
-        for start in reversed(range(MOST_AT_ONCE, len(text), MOST_AT_ONCE)):
-            self._waiting.append(text[start : start + MOST_AT_ONCE])
-        if text:
-            self._waiting.append(text[:MOST_AT_ONCE])
+        length = len(text)
+        if length <= MOST_AT_ONCE and not self._waiting:
+            self._text += text
+            self._num_seen += length
+            return
+        starts = range(0, length, MOST_AT_ONCE)
+        self._waiting += [text[start : start + MOST_AT_ONCE] for start in reversed(starts)]
 
     def _place(self, at: int) -> int:
         """Of a character of the text, in the whole answer."""

@@ -88,11 +88,11 @@ class TextDecoder:
         self._is_in_run = token_id in self._byte_ids or (self._is_in_run and text == before)
         if self._is_in_run and len(self._ids) - self._num_known < MOST_BYTES:
             return ""
-        certain = text if self._byte_ids else self._without_incomplete(text)
+        certain = text if self._byte_ids else text.removesuffix(REPLACEMENT)
         new = certain[self._num_out :]
         self._num_out = len(certain)
         self._move_window(before)
-        return self._without_prefix_end(new)
+        return self._without_prefix_end(new) if self._prefix_end else new
 
     def end(self) -> str:
         """What was held back; no character will be completed any more."""

@@ -219,7 +219,7 @@ class ChoiceReader:
         text, parts, self._text, self._parts = self._text, self._parts, "", []
         return text, parts
 
-    def finish_reason(self, reason: FinishReason | None) -> FinishReason | None:
+    def finish_reason(self, reason: FinishReason) -> FinishReason:
         return self._parser.finish_reason("stop" if self.is_stopped else reason)
 
     @property
@@ -299,7 +299,7 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
                     index,
                     text,
                     reader.num_tokens,
-                    reader.finish_reason(reason),
+                    reason and reader.finish_reason(reason),
                     tuple(pending[:num_shown]),
                     tuple(offsets[:num_shown]),
                     outputs[0].prompt,
