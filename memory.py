@@ -1,24 +1,76 @@
-"""What the C library keeps of freed memory for itself, given back."""
+"""What the C library has given out, and what it keeps of freed memory for itself, given back."""
 
 import ctypes
+import sys
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
 
 LARGE = 2**18  # bytes of a request, or of what was made for it; less is used again soon
 DELAY = 2.0  # seconds: until what uses it has ended
 
-_pending = threading.Lock()
+
+class _MallInfo(ctypes.Structure):
+    """GNU's `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
 
 
-def trim_soon() -> None:
-    """Once, however often it is asked for meanwhile. Does nothing where the C library is not GNU's."""
-    if _pending.acquire(blocking=False):
-        timer = threading.Timer(DELAY, _trim)
-        timer.daemon = True
-        timer.start()
+def _function(name: str) -> Any:
+    """A function of GNU's C library, or None where that is another one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
-def _trim() -> None:
-    _pending.release()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+def allocated() -> int:
+    """Bytes that are in use. Where the C library is not GNU's (2.33 or newer), those that are resident, which do not
+    grow by what is made in memory that was freed."""
+    find = _function("mallinfo2")
+    if find is None:
+        return int(psutil.Process().memory_info().rss)
+    find.restype = _MallInfo
+    found = find()
+    return int(found.uordblks + found.hblkhd)
+
+
+def trim() -> None:
+    """Gives back what was freed, where the C library is GNU's."""
+    give_back = _function("malloc_trim")
+    if give_back is not None:
+        give_back(0)
+
+
+class Trimmer:
+    """Trims once, however often it is asked meanwhile, and always once more after it was asked last."""
+
+    def __init__(self, trim: Callable[[], object], delay: float) -> None:
+        """delay: seconds from the last time that it is asked"""
+        self._trim, self._delay = trim, delay
+        self._lock = threading.Lock()
+        self._due: float | None = None
+
+    def ask(self) -> None:
+        with self._lock:
+            is_running, self._due = self._due is not None, time.monotonic() + self._delay
+        if not is_running:
+            threading.Thread(target=self._run, name="trim", daemon=True).start()
+
+    def _run(self) -> None:
+        while (seconds := self._seconds_left()) > 0:
+            time.sleep(seconds)
+            self._trim()
+
+    def _seconds_left(self) -> float:
+        with self._lock:
+            left = (self._due or 0) - time.monotonic()
+            if left <= 0:
+                self._due = None
+            return left
+
+
+trim_soon = Trimmer(trim, DELAY).ask

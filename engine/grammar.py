@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy
-import psutil
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -159,7 +158,7 @@ class GrammarCompiler:
                 slices = LLTokenizer.json_slices()
                 self._compiler = LLTokenizer(self._tokenizer(), self._num_tokens, self._eos_token_ids, slices)
             compiler = self._compiler
-        before = _resident()
+        before = memory.allocated()
         prototype = LLMatcher(compiler, text, log_level=0, limits=LIMITS)
         if prototype.is_error():
             raise ValueError(_reason(prototype.get_error()))
@@ -167,16 +166,17 @@ class GrammarCompiler:
         first = int.from_bytes(grammar.matcher().mask([]) or b"", "little")
         if not first & ~sum(1 << token_id for token_id in self._eos_token_ids):
             raise ValueError("no answer fits it")
-        self._keep(text, grammar, max(0, _resident() - before))
+        self._keep(text, grammar, max(0, memory.allocated() - before))
         return grammar
 
     def _keep(self, text: str, grammar: Grammar, num_bytes: int) -> None:
-        """num_bytes: by how much the process grew meanwhile, which is at least what the grammar takes."""
+        """num_bytes: that the grammar takes, and what other threads have made meanwhile."""
         freed = 0
-        with self._lock:
-            self._known[text] = grammar, num_bytes
-            while len(self._known) > MOST_KEPT or sum(size for _, size in self._known.values()) > MOST_MEMORY:
-                freed += self._known.popitem(last=False)[1][1]
+        if num_bytes <= MOST_MEMORY:
+            with self._lock:
+                self._known[text] = grammar, num_bytes
+                while len(self._known) > MOST_KEPT or sum(size for _, size in self._known.values()) > MOST_MEMORY:
+                    freed += self._known.popitem(last=False)[1][1]
         if max(freed, num_bytes) > memory.LARGE:  # what compiling took is more than what is kept
             memory.trim_soon()
 
@@ -193,10 +193,6 @@ def _reason(error: str) -> str:
     start, what = mark.index("^"), lines[at].removeprefix("error: ")
     cause = pattern[start : len(mark)][:MOST_QUOTED]
     return f"the regular expression cannot be read: {what}, at character {start - INDENT + 1}: {cause!r}"
-
-
-def _resident() -> int:
-    return int(psutil.Process().memory_info().rss)
 
 
 _pool = ThreadPoolExecutor(2, "masks")

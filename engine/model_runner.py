@@ -1,9 +1,7 @@
 """load_model, and ModelRunner: a Batch in, the next token ids out. It does not decide what runs."""
 
-import ctypes
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
+import memory
 from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers, weight_files
 from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
 from engine.cuda_graphs import DecodeGraphs, Record, record
@@ -102,15 +101,8 @@ def load_model(
             packed_layers.pack_model(model, how, lambda fraction: report("quantizing weights", fraction))
     if how in {*packed_layers.FORMATS, FROM_FILE}:
         fused_attention.fuse(model)
-    _give_back_memory()
+    memory.trim()  # what loading has freed would else stay with the process
     return model
-
-
-def _give_back_memory() -> None:
-    """What loading has freed would else stay with the process, where the C library is GNU's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _load_stock(

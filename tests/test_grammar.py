@@ -1,6 +1,7 @@
 """What follows a grammar fits it, on every model and at every temperature, and is the same as the unconstrained
 answer wherever that fits."""
 
+import ctypes
 import json
 import random
 from collections.abc import Sequence as Rows
@@ -12,6 +13,7 @@ import torch
 from models import FAMILIES, byte_tokenizer
 from transformers import PreTrainedModel
 
+import memory
 import structure
 from engine import attention, grammar, kernels, sampling_kernels
 from engine.engine import Engine, EngineOptions, build_engine
@@ -232,6 +234,27 @@ def test_compiled_grammars_are_kept_within_bounds() -> None:
     for text in texts:
         compiler.compile(text)
     assert compiler.compile(texts[-1]) is compiler.compile(texts[-1]) and compiler.compile(texts[0]) is not first
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs GNU's C library")
+def test_large_grammars_are_kept_within_bounds_also_where_they_take_memory_that_was_freed() -> None:
+    compiler = GrammarCompiler(TOKENIZER.backend_tokenizer.to_str, len(TOKENIZER), {EOS})
+    freed = [bytearray(100_000) for _ in range(2000)]
+    pinned = bytearray(100_000)
+    del freed
+    before = memory.allocated()
+    for number in range(12):  # of 12 MiB each
+        compiler.compile(structure._of_choice([f"choice {number} of {other}" for other in range(10_000)]))
+    assert memory.allocated() - before < 1.5 * grammar.MOST_MEMORY
+    del pinned
+
+
+def test_a_grammar_too_large_to_keep_leaves_the_others() -> None:
+    compiler = GrammarCompiler(TOKENIZER.backend_tokenizer.to_str, len(TOKENIZER), {EOS})
+    first = compiler.compile(structure._of_choice(["a"]))
+    large = structure._of_json({"enum": ["x" * 100_000]})
+    assert compiler.compile(large) is not compiler.compile(large)
+    assert compiler.compile(structure._of_choice(["a"])) is first
 
 
 @pytest.mark.parametrize("vocabulary", [259, 33, 64, 4099])
