@@ -212,6 +212,12 @@ def _of(wire: dict[str, Any]) -> str:
     return f"{wire['streams']} streams{pace}"
 
 
+def options_of(settings: Settings) -> dict[str, Any]:
+    """The engine's, but where this machine keeps its files."""
+    options = {field.name: getattr(settings, field.name) for field in fields(EngineOptions)}
+    return {name: value for name, value in options.items() if not isinstance(value, Path)}
+
+
 def write(results: dict[str, Any]) -> Path:
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{machine.slug(results['machine']['cpu'])}.json"
     RESULTS.mkdir(exist_ok=True)
@@ -237,13 +243,12 @@ def main() -> None:
     wires = measure_apart("bench.wire")
     reached = ratios(server["levels"], steps, wires)
     print("", *reached, sep="\n")
-    options = {field.name: getattr(settings, field.name) for field in fields(EngineOptions)}
     path = write(
         {
             "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             "machine": described,
             "model": name,
-            "settings": {**options, "num_speculative_tokens": 0},
+            "settings": {**options_of(settings), "num_speculative_tokens": 0},
             "server": server,
             "steps": steps,
             "wire": wires,

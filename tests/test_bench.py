@@ -1,8 +1,11 @@
 """The GPU's benchmark, on a tiny model: what it counts and compares, not how fast it is."""
 
+import json
+
 import torch
 
-from bench import gpu, paged_attention
+from bench import gpu, paged_attention, run
+from config import Settings
 from engine.kv_cache import LayerSpec
 
 CPU = torch.device("cpu")
@@ -35,3 +38,9 @@ def test_attentions_work_is_counted_as_its_queries_see_it() -> None:
     for work in (paged_attention.Workload(3, 1, 32), paged_attention.Workload(1, 32, 32)):
         [result] = paged_attention.measure(work, spec, 16, [], [])
         assert result.note == "" and result.microseconds == 0
+
+
+def test_the_settings_of_a_run_are_written_without_this_machines_places() -> None:
+    options = run.options_of(Settings(_cli_parse_args=False))
+    assert json.loads(json.dumps(options)) == options
+    assert "cache_dir" not in options and options["max_queued_requests"] > 0
