@@ -37,7 +37,7 @@ class AnswerText:
         self._taken: list[str] = []  # since then
 
     def _wait(self, text: str) -> None:
-        """This follows the text, before all that is waiting."""
+        """This follows the text, before all that is waiting; it is there at once if it is short and nothing waits."""
         length = len(text)
         if length <= MOST_AT_ONCE and not self._waiting:
             self._text += text

@@ -27,15 +27,19 @@ def _function(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
+_count = _function("mallinfo2")
+IS_COUNTED = _count is not None  # by GNU's C library, 2.33 or newer
+if IS_COUNTED:
+    _count.restype = _MallInfo
+
+
 def allocated() -> int:
-    """Bytes that are in use. Where the C library is not GNU's (2.33 or newer), those that are resident, which do not
-    grow by what is made in memory that was freed."""
-    find = _function("mallinfo2")
-    if find is None:
+    """Bytes that are in use; those that are resident where they are not counted, which do not grow by what is made in
+    memory that was freed."""
+    if not IS_COUNTED:
         return int(psutil.Process().memory_info().rss)
-    find.restype = _MallInfo
-    found = find()
-    return int(found.uordblks + found.hblkhd)
+    counts = _count()
+    return int(counts.uordblks + counts.hblkhd)
 
 
 def trim() -> None:

@@ -170,7 +170,7 @@ class GrammarCompiler:
         return grammar
 
     def _keep(self, text: str, grammar: Grammar, num_bytes: int) -> None:
-        """num_bytes: that the grammar takes, and what other threads have made meanwhile."""
+        """num_bytes: that the grammar takes, give or take what other threads made and freed meanwhile."""
         freed = 0
         if num_bytes <= MOST_MEMORY:
             with self._lock:

@@ -1,4 +1,4 @@
-"""The GPU's benchmark, on a tiny model: what it counts and compares, not how fast it is."""
+"""What the benchmarks count, compare and write, on a tiny model; not how fast it is."""
 
 import json
 

@@ -1,7 +1,6 @@
 """What follows a grammar fits it, on every model and at every temperature, and is the same as the unconstrained
 answer wherever that fits."""
 
-import ctypes
 import json
 import random
 from collections.abc import Sequence as Rows
@@ -236,7 +235,7 @@ def test_compiled_grammars_are_kept_within_bounds() -> None:
     assert compiler.compile(texts[-1]) is compiler.compile(texts[-1]) and compiler.compile(texts[0]) is not first
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs GNU's C library")
+@pytest.mark.skipif(not memory.IS_COUNTED, reason="only GNU's C library counts what is in use")
 def test_large_grammars_are_kept_within_bounds_also_where_they_take_memory_that_was_freed() -> None:
     compiler = GrammarCompiler(TOKENIZER.backend_tokenizer.to_str, len(TOKENIZER), {EOS})
     freed = [bytearray(100_000) for _ in range(2000)]
@@ -249,6 +248,7 @@ def test_large_grammars_are_kept_within_bounds_also_where_they_take_memory_that_
     del pinned
 
 
+@pytest.mark.skipif(not memory.IS_COUNTED, reason="only GNU's C library counts what is in use")
 def test_a_grammar_too_large_to_keep_leaves_the_others() -> None:
     compiler = GrammarCompiler(TOKENIZER.backend_tokenizer.to_str, len(TOKENIZER), {EOS})
     first = compiler.compile(structure._of_choice(["a"]))

@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ LISTENER = "http://listener.invalid"  # stands for a server on this machine, whi
 GROWTH = 150 * 2**20  # bytes that one kind of request may leave behind
 KEPT = 256 * 2**20  # and all of them together: the heaps of many threads stay a little larger than what is in them
 AGAIN = 32 * 2**20  # and all the heavy ones once more: what is kept is kept once
-SIZES = {"DTYPE": "float32", "MAX_MODEL_LEN": "480", "MAX_NUM_SEQS": "16"}
+SETTINGS = {"DTYPE": "float32", "MAX_MODEL_LEN": "480", "MAX_NUM_SEQS": "16"}
 ANYTHING = "*"
 
 
@@ -1260,9 +1260,9 @@ ROW_34 += [
 ]
 ROW_35 = [sees(35, name, data_url(data), code="invalid_image") for name, data in BOMB_IMAGES.items()]
 ROW_35 += [sees(35, f"small-{name}", data_url(data), ANY_OR_REFUSED) for name, data in TEXT_BOMBS.items()]
-ODD_SIZES = ((1, 1), (1, 20_000), (20_000, 1), (2, 1), (1, 3000), (1, 20_001), (7, 5000))
+ODD_SETTINGS = ((1, 1), (1, 20_000), (20_000, 1), (2, 1), (1, 3000), (1, 20_001), (7, 5000))
 ROW_36 = [
-    *(sees(36, f"{w}x{h}", data_url(picture("PNG", (w, h))), ANY_OR_REFUSED, seconds=10) for w, h in ODD_SIZES),
+    *(sees(36, f"{w}x{h}", data_url(picture("PNG", (w, h))), ANY_OR_REFUSED, seconds=10) for w, h in ODD_SETTINGS),
     *(
         sees(36, f"{count}-images", "", param=ANYTHING, messages=image_part(data_url(picture("PNG"))) * count)
         for count in (17, 1000)
@@ -1728,7 +1728,7 @@ def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> Iterator[dict[boo
     with ExitStack() as stack:
         listener = stack.enter_context(upstream(_found_out))
         providers = ("OPENAI_BASE_URL", "GEMINI_BASE_URL", "ANTHROPIC_BASE_URL", "DEEPSEEK_API_URL", "MINMAX_API_URL")
-        settings = {**dict.fromkeys(providers, listener.url), "HF_ENDPOINT": listener.url, **SIZES}
+        settings = {**dict.fromkeys(providers, listener.url), "HF_ENDPOINT": listener.url, **SETTINGS}
         servers = [
             stack.enter_context(serve(command, MODEL_PATH=str(path), **settings))
             for path in (tiny_checkpoint, seeing_checkpoint)
@@ -1955,18 +1955,17 @@ def test_the_heaviest_requests_once_more_take_no_more_memory(
 ) -> None:
     """All threads have one heap here: with several, of 64 MiB each, it is chance which of them end in free memory."""
     heaviest = [case for case in CASES if case.row in (10, 40) and not case.sees]
-    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), MALLOC_ARENA_MAX="1", **SIZES) as server:
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), MALLOC_ARENA_MAX="1", **SETTINGS) as server:
         server.wait_until_healthy()
-        target = Target(server, targets[False].listener)
 
         def ask_all() -> int:
-            for case in heaviest:
-                target.ask(case)
+            with closing(Target(server, targets[False].listener)) as target:
+                for case in heaviest:
+                    target.ask(case)
             time.sleep(3)  # freed memory is given back a little later
             return memory(server)
 
         first, second = ask_all(), ask_all()
-        target.close()
     assert second - first < AGAIN, f"{(second - first) / 2**20:.0f} MiB more than after the first time"
 
 

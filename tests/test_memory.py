@@ -1,6 +1,5 @@
 """What the C library has given out, and when what was freed is given back."""
 
-import ctypes
 import time
 
 import pytest
@@ -11,7 +10,7 @@ from memory import Trimmer
 PIECE, NUM_PIECES = 100_000, 500  # bytes; small enough to come from the heap
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs GNU's C library")
+@pytest.mark.skipif(not memory.IS_COUNTED, reason="only GNU's C library counts what is in use")
 def test_what_is_made_in_memory_that_was_freed_counts_too() -> None:
     def pieces() -> list[bytearray]:
         return [bytearray(PIECE) for _ in range(NUM_PIECES)]
