@@ -1,19 +1,24 @@
-# make serve | test | test-gpu | test-clients | test-ray | check | bench | setup | lock | licenses | clean
+# make serve | test | test-all | test-gpu | test-clients | test-ray | check | bench | setup | lock | licenses | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
+WORKERS ?= 2
 export HOST PORT
 
-.PHONY: serve test test-gpu test-clients test-ray check bench setup setup-dev lock licenses clean
+.PHONY: serve test test-all test-gpu test-clients test-ray check bench setup setup-dev lock licenses clean
 
 serve: setup
 	@$(BIN)/python main.py
 
+# What is marked slow is left to test-all
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: setup-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile thorough
 
 # Skipped without a GPU; scripts/gpu_check.sh runs these and the benchmark, with another Python too
 test-gpu: setup-dev

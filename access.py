@@ -36,7 +36,10 @@ class Client:
     def admit(self) -> None:
         """Counts a request. Raises RateLimited."""
         if self.key.concurrent is not None and self.num_running >= self.key.concurrent:
-            raise RateLimited(f"This key may have {self.key.concurrent} requests at a time.", retry_after=1)
+            raise RateLimited(
+                f"This API key allows {self.key.concurrent} requests at a time; try again when one has finished.",
+                retry_after=1,
+            )
         rate = self.key.requests_per_minute
         if rate is not None:
             now = time.monotonic()
@@ -44,7 +47,7 @@ class Client:
             self.counted_at = now
             if self.allowance < 1:
                 wait = max(1, round((1 - self.allowance) * MINUTE / rate))
-                raise RateLimited(f"This key may send {rate} requests a minute.", retry_after=wait)
+                raise RateLimited(f"This API key allows {rate} requests per minute; try again later.", retry_after=wait)
             self.allowance -= 1
         self.num_running += 1
 

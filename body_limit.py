@@ -48,6 +48,6 @@ class BodyLimit:
 
     def _check(self, size: int, num_to_come: int) -> None:
         if size > self.max_body_size:
-            raise HTTPException(413, f"The body is larger than {self.max_body_size} bytes")
+            raise HTTPException(413, f"The body is larger than the limit of {self.max_body_size} bytes")
         if self._num_held + max(0, num_to_come) > self.max_body_memory:
-            raise Overloaded("Too many large requests are under way; try again later.", retry_after=5)
+            raise Overloaded("Too many large requests are in progress; try again later.", retry_after=5)

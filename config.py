@@ -21,7 +21,7 @@ def parse_bytes(value: Any) -> Any:
     try:
         return int(float(text.rstrip("kmgt")) * unit)
     except (ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not a size such as 4GiB, 512MiB or 1000000") from None
+        raise ValueError(f"{value!r} is not a size: write one such as 4GiB, 512MiB or 1000000") from None
 
 
 def without_comment(value: Any) -> Any:
@@ -38,7 +38,7 @@ def parse_pairs(value: Any) -> Any:
         return value
     pairs = [pair.partition("=") for pair in (without_comment(value) or "").split(",") if pair.strip()]
     if not all(equals and name.strip() and other.strip() for name, equals, other in pairs):
-        raise ValueError(f"{value!r} is no list such as name=other,name=other")
+        raise ValueError(f"{value!r} is not a list such as name=other,name=other")
     return {name.strip(): other.strip() for name, _, other in pairs}
 
 
@@ -48,7 +48,7 @@ def parse_fallbacks(value: Any) -> Any:
         return value
     rows = [row.partition("=") for row in (without_comment(value) or "").split(";") if row.strip()]
     if not all(equals and name.strip() and others.strip() for name, equals, others in rows):
-        raise ValueError(f"{value!r} is no list such as name=other,another;name=other")
+        raise ValueError(f"{value!r} is not a list such as name=other,another;name=other")
     return {name.strip(): [other.strip() for other in others.split(",") if other.strip()] for name, _, others in rows}
 
 
@@ -68,7 +68,7 @@ def parse_api_keys(value: Any) -> Any:
         return value
     rows = [row.strip() for row in (without_comment(value) or "").split(",") if row.strip()]
     if value.strip() and not rows:
-        raise ValueError("there is no key in it; only without API_KEYS everybody may call")
+        raise ValueError("it has no key in it: unset API_KEYS to let everyone call")
     return tuple(_api_key(row, f"key{number}") for number, row in enumerate(rows, 1))
 
 
@@ -83,7 +83,7 @@ def _api_key(row: str, default: str) -> ApiKey:
         if not (rate >= 1 and concurrent >= 1 and (secret if colon else name)):
             raise ValueError
     except ValueError:  # without the value, which is secret
-        raise ValueError(f"{default} is not written as [name:]key[;rpm=N][;concurrent=N]") from None
+        raise ValueError(f"{default} must have the form [name:]key[;rpm=N][;concurrent=N]") from None
     return ApiKey(
         name if colon else default,
         SecretStr(secret if colon else name),
@@ -115,110 +115,169 @@ class Settings(BaseSettings):
     model_path: str | None = Field(
         None,
         validation_alias=AliasChoices("model_path", "model_dir", "nanovllm_model_path"),
-        description="directory, .gguf file, Hub id or demo name",
+        description="the model to serve: a directory, a .gguf file, a Hub id or a demo name",
     )
-    served_model_name: str | None = Field(None, description="the id under /v1/models; default: the model's base name")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    served_model_name: str | None = Field(
+        None, description="the model's id under /v1/models; default: the base name of MODEL_PATH"
+    )
+    host: str = Field("127.0.0.1", description="the address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
     cors_allow_origins: Annotated[list[str] | None, NoDecode] = Field(
-        None, description="comma-separated origins, or *; default: localhost only"
+        None, description="the origins whose web pages may call, comma-separated, or *; default: localhost only"
     )
     cache_dir: Path = Field(
-        Path("~/.cache/gemma3-server"), description="demo models, converted GGUF files, what passed the check at start"
+        Path("~/.cache/gemma3-server"),
+        description="the directory for demo models, converted GGUF files and the results of the check at start",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
-    log_format: Literal["plain", "json"] = Field("plain", description="how it is logged, a line per request")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="the lowest level that is logged"
+    )
+    log_format: Literal["plain", "json"] = Field(
+        "plain", description="the format of the log, with one line per request"
+    )
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(parse_api_keys)] = Field(
-        (), description="who may call: [name:]key[;rpm=N][;concurrent=N], comma-separated; default: everybody"
+        (),
+        description=(
+            "the keys that may call: [name:]key[;rpm=N][;concurrent=N], comma-separated; default: no key is needed"
+        ),
     )
-    max_body_size: Bytes = Field(32 * 2**20, description="bytes of a request such as 32MiB; more is refused with 413")
-    max_body_memory: Bytes = Field(512 * 2**20, description="bytes of all requests under way; more wait with a 503")
-    max_header_size: Bytes = Field(64 * 2**10, description="bytes of a request's headers; more is refused with 431")
-    max_connections: int = Field(1000, gt=0, description="at a time; more are refused with 503")
-    header_timeout: Seconds = Field(60.0, description="seconds that a request's headers may take, or a new connection")
-    body_timeout: Seconds = Field(60.0, description="seconds that a body may take, beside those for its size")
-    write_timeout: Seconds = Field(60.0, description="seconds that a client may read nothing of its answer")
-    request_timeout: float | None = Field(None, gt=0, description="seconds that an answer may take; default: any")
-    max_images: int = Field(16, ge=0, description="in a request")
-    allow_private_image_urls: bool = Field(False, description="whether images may come from private addresses")
+    max_body_size: Bytes = Field(
+        32 * 2**20, description="the largest request body in bytes, such as 32MiB; a larger one gets a 413"
+    )
+    max_body_memory: Bytes = Field(
+        512 * 2**20, description="the bytes that all request bodies in progress may take; more get a 503"
+    )
+    max_header_size: Bytes = Field(
+        64 * 2**10, description="the largest size of a request's headers in bytes; larger ones get a 431"
+    )
+    max_connections: int = Field(1000, gt=0, description="the number of connections at a time; more get a 503")
+    header_timeout: Seconds = Field(
+        60.0, description="the seconds within which a request's headers must arrive, also on a new connection"
+    )
+    body_timeout: Seconds = Field(
+        60.0, description="the seconds within which a request's body must arrive, plus one for every 10 kB of it"
+    )
+    write_timeout: Seconds = Field(60.0, description="the seconds that a client may stop reading its answer")
+    request_timeout: float | None = Field(
+        None, gt=0, description="the seconds that an answer may take; default: no limit"
+    )
+    max_images: int = Field(16, ge=0, description="the number of images in one request")
+    allow_private_image_urls: bool = Field(False, description="whether images may be fetched from private addresses")
     image_url_hosts: Annotated[list[str] | None, NoDecode] = Field(
-        None, description="comma-separated hosts, the only ones that images are fetched from; default: all public ones"
+        None, description="the only hosts that images may be fetched from, comma-separated; default: all public hosts"
     )
-    shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish")
+    shutdown_timeout: float = Field(
+        30.0, ge=0, description="the seconds that running requests have to finish after a signal"
+    )
 
-    hf_token: Key = Field(None, description="of the Hub, for gated and private models")
-    huggingface_memory: Bytes = Field(16 * 2**30, description="bytes of a huggingface/ chat model's weights")
-    huggingface_idle: float = Field(600.0, gt=0, description="seconds without requests after which it is unloaded")
-    openai_api_key: Key = Field(None, description="for openai/ and bare gpt-*, text-embedding-*")
-    openai_base_url: Url = Field("https://api.openai.com/v1", description="of openai/")
-    google_api_key: Key = Field(None, description="for gemini/ and models/")
+    hf_token: Key = Field(None, description="the Hub's token, for gated and private models")
+    huggingface_memory: Bytes = Field(
+        16 * 2**30, description="the bytes that the weights of a huggingface/ chat model may take"
+    )
+    huggingface_idle: float = Field(
+        600.0, gt=0, description="the seconds without requests after which a huggingface/ model is unloaded"
+    )
+    openai_api_key: Key = Field(None, description="the API key for openai/ and for bare gpt-* and text-embedding-*")
+    openai_base_url: Url = Field("https://api.openai.com/v1", description="the base URL of openai/")
+    google_api_key: Key = Field(None, description="the API key for gemini/ and models/")
     gemini_base_url: Url = Field(
         "https://generativelanguage.googleapis.com/v1beta/openai",
-        description="of gemini/, its layer for OpenAI's protocol",
+        description="the base URL of gemini/, which is Google's OpenAI-compatible one",
     )
-    anthropic_api_key: Key = Field(None, description="for claude/")
-    anthropic_base_url: Url = Field("https://api.anthropic.com", description="of claude/")
-    anthropic_default_max_tokens: int = Field(4096, gt=0, description="where a request to claude/ is silent")
-    deepseek_api_key: Key = Field(None, description="for deepseek/")
-    deepseek_api_url: Url = Field("https://api.deepseek.com", description="of deepseek/, for streams")
+    anthropic_api_key: Key = Field(None, description="the API key for claude/")
+    anthropic_base_url: Url = Field("https://api.anthropic.com", description="the base URL of claude/")
+    anthropic_default_max_tokens: int = Field(
+        4096, gt=0, description="the max_tokens of a request to claude/ that has none"
+    )
+    deepseek_api_key: Key = Field(None, description="the API key for deepseek/")
+    deepseek_api_url: Url = Field("https://api.deepseek.com", description="the base URL of deepseek/, for streams")
     deepseek_api_endpoint_nonstream: Url = Field(
-        None, description="the whole URL for answers that are not streamed; default: as for streams"
+        None,
+        description=("the whole URL of deepseek/ for answers that are not streamed; default: the same as for streams"),
     )
     minmax_api_key: Key = Field(
-        None, validation_alias=AliasChoices("minmax_api_key", "minimax_api_key"), description="for minmax/ and minimax/"
+        None,
+        validation_alias=AliasChoices("minmax_api_key", "minimax_api_key"),
+        description="the API key for minmax/ and minimax/",
     )
-    minmax_api_url: Url = Field("https://api.minimax.io/v1", description="the whole URL of minmax/, or its /v1")
-    ollama_baseurl: Url = Field("http://localhost:11434", description="of ollama/")
-    ollama_api_key: Key = Field(None, description="for ollama/, where it wants one")
-    ollama_timeout: Seconds = Field(120.0, description="seconds that ollama/ may be silent, or take in all")
-    gateway_timeout: Seconds = Field(120.0, description="seconds that another provider may be silent")
-    gateway_max_retries: int = Field(2, ge=0, le=10, description="after passing failures of a provider")
+    minmax_api_url: Url = Field(
+        "https://api.minimax.io/v1", description="the base URL of minmax/ that ends in /v1, or its whole URL"
+    )
+    ollama_baseurl: Url = Field("http://localhost:11434", description="the base URL of ollama/")
+    ollama_api_key: Key = Field(None, description="the API key for ollama/, if it needs one")
+    ollama_timeout: Seconds = Field(
+        120.0, description="the seconds that ollama/ may send nothing, and that a whole answer of it may take"
+    )
+    gateway_timeout: Seconds = Field(120.0, description="the seconds that another provider may send nothing")
+    gateway_max_retries: int = Field(
+        2, ge=0, le=10, description="the number of retries after a provider's transient failures"
+    )
     model_aliases: Annotated[dict[str, str], NoDecode, BeforeValidator(parse_pairs)] = Field(
-        {}, description="names that stand for others: name=other,name=other"
+        {}, description="other names for models: name=other,name=other"
     )
     model_fallbacks: Annotated[dict[str, list[str]], NoDecode, BeforeValidator(parse_fallbacks)] = Field(
-        {}, description="who answers where a provider cannot: name=other,another;name=other"
+        {}, description="the models that answer when a provider cannot: name=other,another;name=other"
     )
 
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="the weights' and the cache's")
-    device_map: str = Field("auto", description="as in accelerate: auto, cpu, cuda:0, balanced, sequential")
-    quantization: Literal["auto", "none", "int8", "int4", "nf4", "bnb-8bit", "bnb-4bit"] = Field(
-        "auto", description="the weights' bits; auto on CPU: a GGUF file's own or int8, else none"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="the data type of the weights and the KV cache"
     )
-    max_model_len: int | None = Field(None, gt=0, description="tokens of prompt and answer; default: the model's own")
-    max_num_seqs: int | None = Field(None, gt=0, description="sequences in a batch; default: 32 on CPU, 256 on GPU")
+    device_map: str = Field(
+        "auto", description="the devices, as in accelerate: auto, cpu, cuda:0, balanced, sequential"
+    )
+    quantization: Literal["auto", "none", "int8", "int4", "nf4", "bnb-8bit", "bnb-4bit"] = Field(
+        "auto", description="the format of the weights; auto on CPU: a GGUF file's own or int8, else none"
+    )
+    max_model_len: int | None = Field(
+        None, gt=0, description="the largest number of tokens of prompt and answer together; default: the model's own"
+    )
+    max_num_seqs: int | None = Field(
+        None, gt=0, description="the number of sequences in a batch; default: 32 on CPU, 256 on GPU"
+    )
     max_num_batched_tokens: int | None = Field(
-        None, gt=0, description="tokens in a step while nothing decodes; default: 512 on CPU, 8192 on GPU"
+        None, gt=0, description="the tokens in a step in which nothing decodes; default: 512 on CPU, 8192 on GPU"
     )
     max_num_mixed_tokens: int | None = Field(
-        None, gt=0, description="tokens in a step while sequences decode; default: 64 on CPU, 2048 on GPU"
+        None, gt=0, description="the tokens in a step in which sequences decode; default: 64 on CPU, 2048 on GPU"
     )
-    max_queued_requests: int = Field(1024, gt=0, description="answers that may wait; more are refused with 503")
-    max_queued_tokens: int = Field(2**20, gt=0, description="of prompts that wait; more are refused with 503")
-    kv_cache_memory: Bytes | None = Field(None, description="bytes such as 4GiB; default: from free memory")
+    max_queued_requests: int = Field(1024, gt=0, description="the number of answers in the queue; more get a 503")
+    max_queued_tokens: int = Field(2**20, gt=0, description="the number of prompt tokens in the queue; more get a 503")
+    kv_cache_memory: Bytes | None = Field(
+        None, description="the bytes of the KV cache, such as 4GiB; default: from free memory"
+    )
     kv_block_size: int | None = Field(
-        None, gt=0, description="tokens in a block of the KV cache; default: 16, or 256 where a GPU's kernels want that"
+        None,
+        gt=0,
+        description="the tokens in a block of the KV cache; default: 16, or 256 if a GPU's kernels need that",
     )
     num_speculative_tokens: int = Field(
-        8, ge=0, description="guessed from the text so far, or by a draft model, and checked at once; 0: none"
+        8,
+        ge=0,
+        description=(
+            "the tokens that are guessed from the text so far or by a draft model and checked at once; 0 turns this off"
+        ),
     )
     draft_model_path: str | None = Field(
-        None, description="a smaller model of the same vocabulary that guesses; as MODEL_PATH"
+        None, description="a smaller model with the same vocabulary that guesses tokens; the forms of MODEL_PATH"
     )
 
     embedding_model_path: str | None = Field(
-        None, description="an embedding model that is loaded at the start: directory, Hub id or demo name"
+        None, description="an embedding model to load at the start: a directory, a Hub id or a demo name"
     )
-    embedding_memory: Bytes = Field(4 * 2**30, description="bytes such as 4GiB for the weights of embedding models")
-    embedding_device: str = Field("auto", description="auto, cpu, cuda or cuda:0, for embedding models")
+    embedding_memory: Bytes = Field(
+        4 * 2**30, description="the bytes that the weights of all embedding models may take, such as 4GiB"
+    )
+    embedding_device: str = Field("auto", description="the device of embedding models: auto, cpu, cuda or cuda:0")
     embed_truncate: Literal["end", "error"] = Field("end", description="what happens to a text that is too long")
     embed_default_prompt: str | None = Field(
-        None, description="the name of the prompt where a request names none, for the models that have it"
+        None, description="the name of the prompt for requests that name none, for models that have it"
     )
     embed_token_arrays: Literal["cl100k", "own", "refuse"] = Field(
-        "cl100k", description="whose token ids an input may have: OpenAI's, the model's own, none"
+        "cl100k", description="how token ids in an input are read: as OpenAI's, as the model's own, or not at all"
     )
-    allow_truncated_dims: bool = Field(False, description="dimensions also for models that were not trained for it")
+    allow_truncated_dims: bool = Field(
+        False, description="whether dimensions may shorten the vectors of models that were not trained for it"
+    )
 
     @field_validator("cors_allow_origins", "image_url_hosts", mode="before")
     @classmethod
@@ -234,7 +293,7 @@ class Settings(BaseSettings):
     @classmethod
     def _hold_a_body(cls, value: int, info: ValidationInfo) -> int:
         if value < info.data.get("max_body_size", 0):
-            raise ValueError("it is less than MAX_BODY_SIZE, so that some bodies could never be taken")
+            raise ValueError("it is less than MAX_BODY_SIZE, so a body of that size would never be accepted: raise it")
         return value
 
     @field_validator("cache_dir")

@@ -79,7 +79,9 @@ def check_header(paths: list[Path]) -> None:
 
 
 def _refusal(gguf: Path, reason: str) -> errors.ModelLoadError:
-    return errors.ModelLoadError(f"{gguf.name} could not be converted (is it whole, and a text model?): {reason}")
+    return errors.ModelLoadError(
+        f"{gguf.name} could not be converted; check that it is complete and a text model: {reason}"
+    )
 
 
 def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
@@ -180,7 +182,7 @@ def _check_types(header: gguf_header.Header) -> None:
     for tensor in header.tensors.values():
         if tensor.kind in unreadable:
             kind = names.get(tensor.kind, f"number {tensor.kind}")
-            raise ValueError(f"its tensor {tensor.name} is of type {kind}, which cannot be read")
+            raise ValueError(f"its tensor {tensor.name} has the type {kind}, which is not supported")
 
 
 def _can_read(kind: int) -> bool:
@@ -208,7 +210,7 @@ def _check_tensors(header: gguf_header.Header, config: Any) -> None:
     known = {*get_gguf_hf_weights_map(model, processor), *gguf_metadata.FACTORS}
     unread = [name for name in header.tensors if not {name, name.removesuffix(".weight")} & known]
     if unread:
-        raise errors.ModelLoadError(f"nothing in the model takes its tensors {', '.join(unread[:3])}")
+        raise errors.ModelLoadError(f"the model has no place for its tensors {', '.join(unread[:3])}")
 
 
 def _end_with_parent() -> None:

@@ -38,7 +38,9 @@ class Deadline:
             self.timeout.reschedule(when)
 
     def error(self) -> APIError:
-        return RequestTimeout(f"The answer took longer than {self._seconds:g} seconds.")
+        return RequestTimeout(
+            f"The answer took longer than the limit of {self._seconds:g} seconds: ask for fewer tokens."
+        )
 
 
 class Shutdown:

@@ -67,16 +67,16 @@ class ImageFetcher:
         if scheme == "data":
             return await asyncio.to_thread(_decode_data_url, url, param)
         if scheme not in ("http", "https"):
-            raise _refused("Images are given as data:, http: or https: URLs.", param)
+            raise _refused("The image's URL must be a data:, http: or https: URL.", param)
         try:
             # A client for each image: neither cookies nor connections of one host are another's at the same address
             client = httpx2.AsyncClient(trust_env=False, verify=self._tls, timeout=self._timeout)
             async with asyncio.timeout(self._timeout), client:
                 return await self._follow(client, url, param)
         except TimeoutError as error:
-            raise _failed(f"An image did not arrive within {self._timeout:g} seconds.", param) from error
+            raise _failed(f"The image did not arrive within {self._timeout:g} seconds.", param) from error
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError, ValueError) as error:
-            raise _failed("An image could not be fetched.", param) from error
+            raise _failed("The image could not be fetched.", param) from error
 
     async def _follow(self, client: httpx2.AsyncClient, url: str, param: str) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
@@ -85,7 +85,7 @@ class ImageFetcher:
             if isinstance(answer, bytes):
                 return answer
             url = answer
-        raise _failed("An image's URL redirects too often.", param)
+        raise _failed(f"The image's URL redirects more than {MAX_REDIRECTS} times.", param)
 
     async def _get(self, client: httpx2.AsyncClient, url: str, param: str) -> bytes | str:
         """The body, or where it is said to be."""
@@ -109,13 +109,13 @@ class ImageFetcher:
         is_odd = any(ord(character) <= 32 or character == "\\" for character in url) or parsed.userinfo
         port = parsed.port or (443 if parsed.scheme == "https" else 80)
         if parsed.scheme not in ("http", "https") or not parsed.host or port > 65535 or is_odd:
-            raise _refused("An image's URL is not a plain http: or https: URL.", param)
+            raise _refused("The image's URL must be a plain http: or https: URL.", param)
         names = {parsed.host.casefold(), parsed.raw_host.decode("ascii").casefold()}
         if self._hosts is not None and not names & self._hosts:
-            raise _refused("Images are not fetched from this host.", param)
+            raise _refused("Images from this host are not allowed.", param)
         addresses = await self._resolve(parsed.raw_host.decode("ascii").strip("[]"), port)
         if not addresses or not (self._allows_private or all(is_public(address) for address in addresses)):
-            raise _refused("An image's URL does not lead to a public address.", param)
+            raise _refused("The image's URL does not lead to a public address.", param)
         return addresses[0]
 
 
@@ -137,11 +137,11 @@ def is_public(text: str) -> bool:
 
 async def _body(response: httpx2.Response, param: str) -> bytes:
     if response.status_code != 200:
-        raise _failed(f"An image could not be fetched: HTTP {response.status_code}.", param)
+        raise _failed(f"The image could not be fetched: HTTP {response.status_code}.", param)
     kind = response.headers.get("content-type", "image/").partition(";")[0].strip().casefold()
     is_plain = response.headers.get("content-encoding", "identity").casefold() == "identity"
     if not (kind.startswith("image/") or kind in ("application/octet-stream", "binary/octet-stream")) or not is_plain:
-        raise _failed("What an image's URL leads to is no image.", param)
+        raise _failed("The URL did not return an image.", param)
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk
@@ -154,7 +154,7 @@ def _decode_data_url(url: str, param: str) -> bytes:
     """https://www.rfc-editor.org/rfc/rfc2397; white space and URL-safe base64 are taken too."""
     head, comma, data = url.partition(",")
     if not comma:
-        raise _refused("A data: URL has no comma.", param)
+        raise _refused("A data: URL must have a comma before its data.", param)
     if len(data) > 2 * MAX_BYTES or ("%" in data and len(data) > MAX_ESCAPED):
         raise too_large(param)
     try:
@@ -164,7 +164,7 @@ def _decode_data_url(url: str, param: str) -> bytes:
         raw = raw.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n").rstrip(b"=")
         return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _refused("A data: URL does not hold valid base64.", param) from error
+        raise _refused("The data: URL does not hold valid base64.", param) from error
 
 
 def _refused(message: str, param: str) -> InvalidRequest:

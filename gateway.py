@@ -115,7 +115,9 @@ def _seconds(timeout: Any) -> float | None:
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-        raise InvalidRequest("timeout is a number of seconds.", param="timeout", code="invalid_value")
+        raise InvalidRequest(
+            "timeout must be a number of seconds greater than 0.", param="timeout", code="invalid_value"
+        )
     return float(timeout)
 
 

@@ -60,14 +60,14 @@ class _Reader:
     def read(self) -> Header:
         version, num_tensors, num_values = self._size(4), self._size(8), self._size(8)
         if version not in (2, 3):
-            raise ValueError(f"its version is {version}, and known are 2 and 3")
+            raise ValueError(f"its version is {version}; versions 2 and 3 are supported")
         values: dict[str, Value] = {}
         for _ in range(num_values):
             name = self._text()
             self._most_kept = MOST_ITEMS if name in self._keep else MOST_KEPT
             values[name] = value = self._value(self._size(4))
             if name.endswith(".block_count") and isinstance(value, int) and value > num_tensors:
-                raise ValueError(f"it says that it has {value} layers, and has {num_tensors} tensors")
+                raise ValueError(f"it names {value} layers but holds only {num_tensors} tensors")
         tensors = [self._tensor() for _ in range(num_tensors)]
         return Header(self._order == "big", values, {tensor.name: tensor for tensor in tensors})
 
@@ -86,7 +86,7 @@ class _Reader:
         if kind == ARRAY:
             return self._array(depth)
         if kind not in NUMBERS:
-            raise ValueError(f"a value is of type {kind}, which is not known")
+            raise ValueError(f"a value has the unknown type {kind}")
         number = self._numbers(kind, 1)[0]
         return bool(number) if kind == BOOLEAN else number
 
@@ -94,7 +94,7 @@ class _Reader:
         kind, length = self._size(4), self._size(8)
         self._num_items += length
         if self._num_items > MOST_ITEMS or depth > MOST_NESTED:
-            raise ValueError("its lists are too long, or too deep")
+            raise ValueError("its lists are too long or nested too deeply")
         if kind in NUMBERS and length > self._most_kept:
             self._skip(SIZES[kind] * length)
             return Array(length, ())

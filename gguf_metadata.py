@@ -123,7 +123,7 @@ class Keys:
             said = "is missing" if value is None else f"is not one number for all layers ({_said(value)})"
             raise ValueError(f"its key {self.architecture}.{key} {said}")
         if not 0 <= value < math.inf:  # nor is it one that is not a number
-            raise self.refuse(key, "it can only be a number from 0 on")
+            raise self.refuse(key, "it must be at least 0")
         return value
 
     def positive(self, default: float, *names: str) -> float:
@@ -131,14 +131,14 @@ class Keys:
         said = [name for name in names if name in self]
         values = {float(self.number(name)) for name in said}
         if len(values) > 1 or 0.0 in values:
-            raise self.refuse(said[-1], f"beside {said[0]}" if len(values) > 1 else "it can only be a number above 0")
+            raise self.refuse(said[-1], f"beside {said[0]}" if len(values) > 1 else "it must be greater than 0")
         return values.pop() if values else default
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number of things."""
         value = self.number(key, default)
         if value != int(value) or value < least:
-            raise self.refuse(key, f"it can only be a whole number from {least} on")
+            raise self.refuse(key, f"it must be a whole number of at least {least}")
         return int(value)
 
     def refuse(self, key: str, served: str = "") -> ValueError:
@@ -191,7 +191,7 @@ def _shape_alone(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     hidden = found["hidden_size" if "hidden_size" in found else "n_embd"]
     size = keys.count("attention.key_length", hidden // heads)
     if size != hidden // heads:
-        raise keys.refuse("attention.key_length", f"it can only be {hidden // heads}")
+        raise keys.refuse("attention.key_length", f"it must be {hidden // heads}")
     _scale(keys, size)
     return {}
 
@@ -200,7 +200,7 @@ def _scale(keys: Keys, head_dim: int) -> None:
     """Attention's scores have the usual scale, or the file is refused."""
     scale = keys.number("attention.scale", 0.0)
     if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=TOLERANCE):
-        raise keys.refuse("attention.scale", f"it can only be {head_dim**-0.5:.6g}")
+        raise keys.refuse("attention.scale", f"it must be {head_dim ** (-0.5):.6g}")
 
 
 def _key_value_heads(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
@@ -211,7 +211,7 @@ def _one_number_of_heads(keys: Keys, found: Attributes, factors: Factors) -> Att
     """transformers undoes llama.cpp's order of queries and keys by these numbers, and takes no list of equal ones."""
     for key in ("attention.head_count", "attention.head_count_kv"):
         if keys.is_list(key):
-            raise keys.refuse(key, "it can only be one number for all layers")
+            raise keys.refuse(key, "it must be one number for all layers")
     return {}
 
 
@@ -251,7 +251,7 @@ def _norm_of_experts(default: bool) -> Derive:
     def derive(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
         said = keys.value("expert_weights_norm")
         if not isinstance(said, bool | None):
-            raise keys.refuse("expert_weights_norm", "it can only be true or false")
+            raise keys.refuse("expert_weights_norm", "it must be true or false")
         return {"norm_topk_prob": default if said is None else said}
 
     return derive
@@ -268,7 +268,7 @@ def _rope(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     """All of a head is rotated."""
     size = _rotated(keys, found)
     if size != _size_of_heads(found):
-        raise keys.refuse("rope.dimension_count", f"it can only be {_size_of_heads(found)}")
+        raise keys.refuse("rope.dimension_count", f"it must be {_size_of_heads(found)}")
     return {"rope_parameters": _scaled(keys, found, factors, size, _base(keys))}
 
 
@@ -301,7 +301,7 @@ def _scaled(keys: Keys, found: Attributes, factors: Factors, size: int, base: fl
     betas = {key: keys.number(key, usual) for key, usual in YARN_BETAS.items()}  # asked for: only yarn reads them
     if factors:
         if factor != 1.0 and kind not in ("none", "longrope"):
-            raise keys.refuse("rope.scaling.factor", "beside a tensor that scales the rotary embeddings too")
+            raise keys.refuse("rope.scaling.factor", "together with a tensor that also scales the rotary embeddings")
         return parameters | _by_factors(keys, factors, size, base, original, attention)
     if kind == "yarn":
         return parameters | _yarn(keys, factor, original, attention, *betas.values())
@@ -335,13 +335,13 @@ def _by_factors(keys: Keys, factors: Factors, size: int, base: float, original: 
     """The scaling that tensors say: one for all lengths, or one for short and one for long contexts."""
     for name, values in factors.items():
         if len(values) != size // 2:
-            raise ValueError(f"its tensor {name} has {len(values)} factors, and {size // 2} would be right")
+            raise ValueError(f"its tensor {name} has {len(values)} factors instead of {size // 2}")
     if "rope_freqs.weight" in factors:
         one = list(factors["rope_freqs.weight"])
         llama3 = _llama3(one, base, size) if attention == 1.0 else None
         return llama3 or _long(one, one, original, attention)
     if len(factors) != 2:
-        raise ValueError(f"it has {', '.join(factors)} alone of two tensors for short and long contexts")
+        raise ValueError(f"it has only {', '.join(factors)} of the two tensors for short and long contexts")
     return _long(
         list(factors["rope_factors_short.weight"]), list(factors["rope_factors_long.weight"]), original, attention
     )
@@ -417,7 +417,7 @@ def _gemma(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
 def _gemma2_layers(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
     base = _base(keys)
     if keys.positive(base, "rope.freq_base_swa") != base:
-        raise keys.refuse("rope.freq_base_swa", f"it can only be {base}")
+        raise keys.refuse("rope.freq_base_swa", f"it must be {base}")
     caps = {cap: found.get(cap, most) or None for cap, most in GEMMA2_CAPS.items()}
     return {"sliding_window": found.get("sliding_window", 4096), "layer_types": _layers(keys, found, 2), **caps}
 
@@ -431,7 +431,7 @@ def _gemma3_layers(keys: Keys, found: Attributes, factors: Factors) -> Attribute
     types = _layers(keys, found, 6) if window else ["full_attention"] * found["num_hidden_layers"]
     size = _rotated(keys, found)
     if size != found["head_dim"]:
-        raise keys.refuse("rope.dimension_count", f"it can only be {found['head_dim']}")
+        raise keys.refuse("rope.dimension_count", f"it must be {found['head_dim']}")
     base = keys.positive(DEFAULT_BASE, "rope.freq_base", "rope.global.freq_base")
     local = keys.positive(DEFAULT_BASE, "rope.freq_base_swa", "rope.local.freq_base")
     return {
@@ -451,7 +451,7 @@ def _layers(keys: Keys, found: Attributes, period: int) -> list[str]:
     said = keys.value("attention.sliding_window_pattern")
     if isinstance(said, Array):
         if len(said.items) != found["num_hidden_layers"]:
-            raise keys.refuse("attention.sliding_window_pattern", f"it has {said.length} layers")
+            raise keys.refuse("attention.sliding_window_pattern", f"it has {said.length} entries, not one per layer")
         return [names[bool(item)] for item in said.items]
     if isinstance(said, bool):
         return [names[said]] * found["num_hidden_layers"]
@@ -525,7 +525,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 KINDS = {  # general.type of files that are no models -> what they are, and what to do
     "adapter": "it is a LoRA adapter, which is not served; merge it into its model",
-    "mmproj": "it is the part of a model that sees or hears; name the file of its text model",
+    "mmproj": "it holds the image or audio part of a model; name the file of its text model",
     "imatrix": "it is an importance matrix, which is for quantizing; name the file of its model",
     "vocab": "it is a vocabulary without a model",
 }
@@ -539,7 +539,7 @@ def check_kind(header: Header) -> None:
     signs = (kind for key in header.values for sign, kind in SIGNS.items() if key.startswith(sign))
     kind = next(signs, kind)
     if kind not in (None, "model"):
-        raise ValueError(KINDS.get(str(kind), f"its key general.type is {kind}, and only models are served"))
+        raise ValueError(KINDS.get(str(kind), f"its key general.type is {kind}; only models are served"))
     if header.is_big_endian:
         raise ValueError("it is big-endian; convert it with gguf-convert-endian")
     others = [key for key in header.values if key.startswith(OTHERS)]
@@ -562,7 +562,7 @@ def attributes(header: Header, factors: Factors) -> Attributes:
     architecture = ARCHITECTURES.get(keys.architecture)
     if architecture is None:
         raise ValueError(
-            f"its architecture is {keys.architecture or 'not said'}, and known are {', '.join(ARCHITECTURES)}"
+            f"its architecture is {keys.architecture or 'not given'}; the supported ones are {', '.join(ARCHITECTURES)}"
         )
     found: Attributes = {"model_type": architecture.model_type, **architecture.constants}
     for key, attribute in architecture.attributes.items():
@@ -592,7 +592,7 @@ def _refuse_others(keys: Keys, architecture: Architecture) -> None:
         if key == "embedding_length_out" and keys.number(key) in (0, keys.number("embedding_length")):
             continue  # no other than that of what goes in
         if keys.value(key) not in neutral:
-            raise keys.refuse(key, f"it can only be {' or '.join(map(str, neutral))}" if neutral else "")
+            raise keys.refuse(key, f"it must be {' or '.join(map(str, neutral))}" if neutral else "")
 
 
 SAMPLING = {  # what a model's authors recommend -> transformers' names; other samplers are not offered here

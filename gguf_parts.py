@@ -29,8 +29,8 @@ def parts(path: Path) -> list[Path]:
     missing = [name for name in names if not (path.parent / name).exists()]
     if missing:
         raise errors.ModelLoadError(
-            f"{path.name} is one of {len(names)} parts of a model, of which {len(missing)} are missing beside it: "
-            f"{', '.join(missing[:3])}."
+            f"{path.name} is one of {len(names)} parts of a model, and {len(missing)} of them are "
+            f"missing beside it: {', '.join(missing[:3])}."
         )
     return [path.parent / name for name in names]
 
@@ -42,12 +42,13 @@ def read(paths: list[Path]) -> Header:
     count = first.values.get("split.count", 0)
     if isinstance(count, int) and count > 1 and count != len(paths):
         raise ValueError(
-            f"it is one of {count} parts of a model, and parts are found by names that end in -00001-of-{count:05}.gguf"
+            f"it is one of {count} parts of a model, so its name must end in the part's number, as in "
+            f"-00001-of-{count:05}.gguf"
         )
     tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
     total = first.values.get("split.tensors.count", len(tensors))
     if len(paths) > 1 and total != len(tensors):
-        raise ValueError(f"its parts have {len(tensors)} tensors, and should have {total}")
+        raise ValueError(f"its parts hold {len(tensors)} tensors instead of {total}")
     return Header(first.is_big_endian, first.values, tensors)
 
 

@@ -78,17 +78,17 @@ def check(header: Header, known_splits: "set[str] | None" = None) -> None:
         said = (
             "it has no tokenizer" if kind in (None, "none", "no_vocab") else f"its key tokenizer.ggml.model is {kind}"
         )
-        raise ValueError(f"{said}, and known are {BYTE_LEVEL} and {SENTENCEPIECE}")
+        raise ValueError(f"{said}; {BYTE_LEVEL} and {SENTENCEPIECE} are supported")
     wanted = "scores" if kind == SENTENCEPIECE and "tokenizer.ggml.merges" not in values else "merges"
     for key in ("tokens", "token_type", *((wanted,) if kind == BYTE_LEVEL or wanted == "scores" else ())):
         if not isinstance(values.get(f"tokenizer.ggml.{key}"), Array):
-            raise ValueError(f"its tokenizer is not whole: it lacks the key tokenizer.ggml.{key}")
+            raise ValueError(f"its tokenizer is incomplete: it lacks the key tokenizer.ggml.{key}")
     for key in values:
         name = key.removeprefix(PREFIX)
         if key.startswith(PREFIX) and name not in HONOURED | NO_EFFECT and not key.startswith(f"{TEMPLATE}."):
-            raise ValueError(f"its key {key} is not known")
+            raise ValueError(f"its key {key} is not supported")
     if kind == BYTE_LEVEL and known_splits is not None and (pre := _pre(header)) not in known_splits | SPLITS.keys():
-        raise ValueError(f"its key tokenizer.ggml.pre is {pre}, a way to split text that is not known")
+        raise ValueError(f"its key tokenizer.ggml.pre is {pre}, which is an unknown way to split text")
 
 
 def _pre(header: Header) -> str:
@@ -110,8 +110,8 @@ def warning(header: Header) -> str | None:
     if not is_byte_level or "tokenizer.ggml.pre" in header.values or _family_split(header):
         return None
     return (
-        "it lacks the key tokenizer.ggml.pre, so text is split as llama.cpp does by default, maybe in another way than "
-        "the model was trained with: answers may be worse than those of a file that a newer converter made"
+        "it lacks the key tokenizer.ggml.pre, so text is split by llama.cpp's default, which may not "
+        "be how the model was trained: a file by a newer converter may answer better"
     )
 
 

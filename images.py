@@ -27,20 +27,22 @@ def decode(data: bytes, param: str) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise too_large(param)
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
-        raise _invalid(f"An image has more than {MAX_SCANS} scans.", param)
+        raise _invalid(f"The image has more than {MAX_SCANS} scans.", param)
     try:
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                raise _invalid(f"An image has more than {MAX_PIXELS} pixels, or a side of more than {MAX_SIDE}.", param)
+                raise _invalid(
+                    f"The image has more than {MAX_PIXELS} pixels, or a side of more than {MAX_SIDE} pixels.", param
+                )
             image.draft("RGB", ENOUGH)
             image.load()
             return _opaque(_upright(image))
     except InvalidRequest:
         raise
     except Exception as error:  # decoders raise whatever they meet
-        raise _invalid("An image could not be decoded: PNG, JPEG, WebP and GIF are taken.", param) from error
+        raise _invalid("The image could not be decoded: send PNG, JPEG, WebP or GIF.", param) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -63,7 +65,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def too_large(param: str) -> InvalidRequest:
-    return _invalid(f"An image has more than {MAX_BYTES // 2**20} MiB.", param)
+    return _invalid(f"The image is larger than {MAX_BYTES // 2**20} MiB.", param)
 
 
 def _invalid(message: str, param: str) -> InvalidRequest:

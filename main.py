@@ -131,7 +131,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
 # What /openapi.json says of every endpoint
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong; `param` names the field"},
-    "5XX": {"model": ErrorBody, "description": "The server cannot answer, or not now: then `Retry-After` says when"},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer; if it can later, `Retry-After` says when"},
 }
 _EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
@@ -214,7 +214,7 @@ def _add_endpoints(app: FastAPI) -> None:
         return {"version": app.version}
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", responses={503: {"description": "Loading, or failed"}})
+    @app.get("/health", responses={503: {"description": "The model is loading, or failed"}})
     async def health() -> JSONResponse:
         is_healthy, report = local.health
         others = {"providers": router.health} if router.health else {}
@@ -283,9 +283,11 @@ def _add_error_handlers(app: FastAPI) -> None:
             detail = problem.get("ctx", {}).get("error", problem["msg"])
             return await on_api_error(request, errors.InvalidRequest(f"{message} ({detail})."))
         param = _param_of(where, error.body, kind == "missing")
+        if kind == "missing":
+            missing = errors.InvalidRequest(f"{param} is required.", param=param, code="missing_required_parameter")
+            return await on_api_error(request, missing)
         message = f"{param}: {problem['msg']}" if param else problem["msg"]
-        code = "missing_required_parameter" if kind == "missing" else "invalid_value"
-        return await on_api_error(request, errors.InvalidRequest(message, param=param, code=code))
+        return await on_api_error(request, errors.InvalidRequest(message, param=param, code="invalid_value"))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -336,7 +338,7 @@ def _warn_if_open(settings: Settings) -> None:
     host = _listening_host(settings)
     if is_open_to_network(host) and not settings.api_keys:
         log.warning(
-            "HOST=%s: everybody who reaches this address can use the model, there is no key: set API_KEYS", host
+            "HOST=%s: anyone who reaches this address can use the model, because there is no key: set API_KEYS", host
         )
 
 
@@ -396,7 +398,7 @@ def main(load: Load = load) -> None:
     )
     server = uvicorn.Server(config)
     connections = server.server_state.connections
-    app.state.metrics.gauge("http_connections", "Connections that are open", lambda: len(connections))
+    app.state.metrics.gauge("http_connections", "Open connections", lambda: len(connections))
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended: that is all then
         signal.signal(number, lambda number, frame: None)
     server.run()

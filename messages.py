@@ -90,7 +90,7 @@ def _called(call: dict[str, Any]) -> dict[str, Any]:
 def _text(message: Message, number: int, image_mark: str | None) -> str:
     if message.content is None and not _may_be_silent(message):
         param = f"messages[{number}].content"
-        raise InvalidRequest(f"{param}: Field required", param=param, code="missing_required_parameter")
+        raise InvalidRequest(f"{param} is required.", param=param, code="missing_required_parameter")
     if not isinstance(message.content, list):
         return message.content or message.refusal or ""
     for index, part in enumerate(message.content):
@@ -102,13 +102,13 @@ def _text(message: Message, number: int, image_mark: str | None) -> str:
         if part.type not in ("text", "refusal"):
             known = "'text'" if image_mark is None else "'text' and 'image_url'"
             raise InvalidRequest(
-                f"This model takes content parts of type {known}, and no {part.type!r}.",
+                f"This model accepts content parts of type {known}, not {part.type!r}.",
                 param=param,
                 code="unsupported_value",
             )
         if getattr(part, part.type) is None:
             param = f"{param}.{part.type}"
-            raise InvalidRequest(f"{param}: Field required", param=param, code="missing_required_parameter")
+            raise InvalidRequest(f"{param} is required.", param=param, code="missing_required_parameter")
     return "".join(image_mark or "" if p.type == "image_url" else getattr(p, p.type) for p in message.content)
 
 
@@ -125,7 +125,7 @@ def check_characters(text: str, param: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"The text is no valid Unicode: {error.reason}.", param=param) from error
+        raise InvalidRequest(f"The text is not valid Unicode: {error.reason}.", param=param) from error
 
 
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:

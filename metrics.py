@@ -79,22 +79,30 @@ class Metrics:
         self._models: dict[str, ModelMetrics] = {}
         self._codes: set[str] = set()
         self._requests = self._counter("http_requests", "Requests answered", "method", "path", "code")
-        self._errors = self._counter("errors", "Errors that clients were told of", "code")
-        self._providers = self._counter("provider_requests", "Requests that a provider answered", "provider", "code")
-        self._provider_seconds = self._histogram("provider_request_seconds", "A provider's answers", WHOLE, "provider")
+        self._errors = self._counter("errors", "Errors sent to clients", "code")
+        self._providers = self._counter("provider_requests", "Requests answered by a provider", "provider", "code")
+        self._provider_seconds = self._histogram(
+            "provider_request_seconds", "Duration of a provider's answers", WHOLE, "provider"
+        )
         label = "model_name"
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", label)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens", label)
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated", label)
-        self._prefix_queries = self._counter("prefix_cache_queries", "Tokens of prompts looked for in the cache", label)
-        self._prefix_hits = self._counter("prefix_cache_hits", "Tokens of prompts found there", label)
-        self._aborts = self._counter("request_aborts", "Requests whose client left", label)
-        self._success = self._counter("request_success", "Answers that ended", label, "finished_reason")
-        self._first_token = self._histogram("time_to_first_token_seconds", "Until the first token", FIRST_TOKEN, label)
-        self._between = self._histogram("inter_token_latency_seconds", "Between tokens", BETWEEN_TOKENS, label)
-        self._whole = self._histogram("e2e_request_latency_seconds", "Whole requests", WHOLE, label)
-        self._queue = self._histogram("request_queue_time_seconds", "Waiting to run", FIRST_TOKEN, label)
-        self._prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt", TOKENS, label)
-        self._answer_length = self._histogram("request_generation_tokens", "Tokens of an answer", TOKENS, label)
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache", label
+        )
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache", label)
+        self._aborts = self._counter("request_aborts", "Requests whose client disconnected", label)
+        self._success = self._counter("request_success", "Finished answers", label, "finished_reason")
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Time to the first token", FIRST_TOKEN, label
+        )
+        self._between = self._histogram("inter_token_latency_seconds", "Time between tokens", BETWEEN_TOKENS, label)
+        self._whole = self._histogram("e2e_request_latency_seconds", "Duration of whole requests", WHOLE, label)
+        self._queue = self._histogram("request_queue_time_seconds", "Time in the queue", FIRST_TOKEN, label)
+        self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS, label)
+        self._answer_length = self._histogram(
+            "request_generation_tokens", "Generated tokens of an answer", TOKENS, label
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"llm_{name}", text, labels, registry=self.registry)
@@ -170,13 +178,21 @@ class _Engines:
 
 
 GAUGES: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
-    ("num_requests_running", "Sequences that run", lambda engine: engine.num_running),
-    ("num_requests_waiting", "Sequences that wait", lambda engine: engine.num_waiting),
-    ("kv_cache_blocks_used", "Blocks of the KV cache in use", lambda engine: engine.num_used_blocks),
-    ("kv_cache_blocks_total", "Blocks of the KV cache", lambda engine: engine.num_blocks),
-    ("kv_cache_usage_ratio", "1: all of it", lambda engine: engine.num_used_blocks / max(1, engine.num_blocks)),
+    ("num_requests_running", "Running sequences", lambda engine: engine.num_running),
+    ("num_requests_waiting", "Waiting sequences", lambda engine: engine.num_waiting),
+    ("kv_cache_blocks_used", "KV cache blocks in use", lambda engine: engine.num_used_blocks),
+    ("kv_cache_blocks_total", "KV cache blocks", lambda engine: engine.num_blocks),
+    (
+        "kv_cache_usage_ratio",
+        "Used part of the KV cache, from 0 to 1",
+        lambda engine: engine.num_used_blocks / max(1, engine.num_blocks),
+    ),
 )
 COUNTERS: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
-    ("num_preemptions", "Sequences that gave their blocks back", lambda engine: engine.num_preemptions),
-    ("failed_steps", "Steps that failed", lambda engine: engine.num_failed_steps),
+    (
+        "num_preemptions",
+        "Preemptions, in which a sequence gives its KV cache blocks back",
+        lambda engine: engine.num_preemptions,
+    ),
+    ("failed_steps", "Failed steps", lambda engine: engine.num_failed_steps),
 )

@@ -317,7 +317,7 @@ class PromptTemplate:
         plain, continues, opens = _ending(plain, options.continues, options.opens)
         if continues and plain[-1]["role"] not in ("assistant", "user"):
             raise InvalidRequest(
-                "Only a message of the assistant's or the user's can be continued.", param="continue_final_message"
+                "Only a message of the assistant or the user can be continued.", param="continue_final_message"
             )
         switches = {"continue_final_message": continues, "add_generation_prompt": opens, **_switches(options)}
         refusal: Exception | None = None
@@ -338,7 +338,7 @@ class PromptTemplate:
                 token_ids = [token_id for part in parts for token_id in known[part]]
                 return token_ids + self._closing(token_ids) if opens and options.thinks is False else token_ids
         raise InvalidRequest(
-            f"The model's chat template does not take these messages: {refusal}", param="messages"
+            f"The model's chat template rejects these messages: {refusal}", param="messages"
         ) from refusal
 
     def _rendered(
@@ -353,7 +353,7 @@ class PromptTemplate:
         if self.is_own and (not is_usual(messages, form.ends) or form.hides(messages)):
             lost = hidden_by(lambda twin, shown: self._apply(twin, shown, **switches), form, messages, bool(tools))
             if lost:
-                raise ValueError(f"it leaves out what these say: {', '.join(lost)}")
+                raise ValueError(f"it drops parts of these messages: {', '.join(lost)}")
         return self._apply(form.of(self._with_images(messages, image_mark)), tools, **switches)
 
     def _attempts(
@@ -416,7 +416,7 @@ class PromptTemplate:
         assert self.family.images is not None
         between = text.split(self.family.images.mark)
         if len(between) != len(num_views) + 1:
-            raise ValueError("it shows another number of images")
+            raise ValueError("it shows a different number of images")
         shown = [self.family.images.of(count, self._tokens_per_image) for count in num_views]
         return between[0] + "".join(image + rest for image, rest in zip(shown, between[1:], strict=True))
 
@@ -439,7 +439,9 @@ class PromptTemplate:
             texts = json.dumps([canonical(messages, "" if self.sees else None), *tools], ensure_ascii=False)
             free = [character for character in SEAMS if character not in texts][:2]
             if len(free) < 2:
-                raise InvalidRequest("The messages hold all of Unicode's noncharacters.", param="messages")
+                raise InvalidRequest(
+                    "The messages use all of Unicode's noncharacters: remove at least one.", param="messages"
+                )
             seam, mark = free
             plain = canonical(messages, mark if self.sees else None)
             safe_tools = [cut(tool, self._markup, seam) for tool in tools]
@@ -511,7 +513,7 @@ def chosen(template: Any, has_tools: bool) -> str:
     ]
     names += template if len(template) == 1 else ()
     if not names:
-        raise ValueError(f"its chat templates are named {', '.join(template)}, and none of them is the default")
+        raise ValueError(f"its chat templates are named {', '.join(template)}; none of them is the default")
     return str(template[names[0]])
 
 

@@ -101,7 +101,7 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data[start:end])
         is_over = self._num_raw > OVERHEAD * self._num_received + self.bounds.max_header_size
         if is_over and not self._is_reading_head:
-            self._refuse(InvalidRequest("The body's chunks are mostly what describes them."))
+            self._refuse(InvalidRequest("The body's chunks are too small: send larger ones, or a Content-Length."))
         return end
 
     def _feed_head(self, data: bytes, start: int) -> int:
@@ -139,7 +139,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if self._is_answering:
-            raise self._noted(InvalidRequest("Two requests came as one."))
+            raise self._noted(InvalidRequest("The request is malformed: another one began before it ended."))
         super().on_message_begin()
         self._is_reading_head = True
 
@@ -148,7 +148,7 @@ class Protocol(HttpToolsProtocol):
             return  # behind a body in chunks: nobody has looked at it before the request was let in
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
-            raise self._noted(TooLarge(f"A request has at most {MAX_HEADERS} headers."))
+            raise self._noted(TooLarge(f"The request has more than {MAX_HEADERS} headers."))
 
     def on_headers_complete(self) -> None:
         names = [name for name, _ in self.headers]
@@ -157,7 +157,7 @@ class Protocol(HttpToolsProtocol):
             raise self._noted(self._head_too_large())
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or b"content-length" in names):
-            raise self._noted(InvalidRequest("The body's length is said in two ways."))
+            raise self._noted(InvalidRequest("The request's Content-Length and Transfer-Encoding conflict."))
         lengths = [int(value) for name, value in self.headers if name == b"content-length"]
         self._length = None if codings else max(lengths, default=0)
         self._is_reading_head, self._last = False, b""
@@ -214,7 +214,7 @@ class Protocol(HttpToolsProtocol):
     def _on_slow_head(self) -> None:
         self._timer = None
         if self._head_size:
-            self._refuse(TooSlow("The request's headers did not come in time."))
+            self._refuse(TooSlow("The request's headers did not arrive in time."))
         else:  # it never said anything
             self.transport.close()
 
@@ -228,12 +228,12 @@ class Protocol(HttpToolsProtocol):
         elif self.cycle.response_started:
             self.transport.abort()
         else:
-            self._refuse(TooSlow("The request's body did not come in time."))
+            self._refuse(TooSlow("The request's body did not arrive in time."))
 
     # --- refusals
 
     def _head_too_large(self) -> APIError:
-        return TooLarge(f"A request's headers have at most {self.bounds.max_header_size} bytes.")
+        return TooLarge(f"The request's headers are larger than the limit of {self.bounds.max_header_size} bytes.")
 
     def _noted(self, error: APIError) -> Exception:
         """What ends the parser, which answers by `send_400_response`."""
@@ -242,7 +242,7 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """For uvicorn, which calls it for what is no HTTP."""
-        error, self._error = self._error or InvalidRequest("This is no valid HTTP request."), None
+        error, self._error = self._error or InvalidRequest("The request is not valid HTTP."), None
         self._refuse(error)
 
     def _refuse(self, error: APIError) -> None:

@@ -84,7 +84,7 @@ def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
         return given  # the last of these as chat has it
     if given.get("schema") is None:
         path = "text.format.schema"
-        raise InvalidRequest(f"{path}: Field required", param=path, code="missing_required_parameter")
+        raise InvalidRequest(f"{path} is required.", param=path, code="missing_required_parameter")
     return {"type": "json_schema", "json_schema": {key: value for key, value in given.items() if key != "type"}}
 
 
@@ -100,7 +100,7 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
             raise unsupported(f"input[{number}].type")
         add(messages, item, f"input[{number}]")
     if not messages:
-        raise InvalidRequest("input is empty.", param="input", code="invalid_value")
+        raise InvalidRequest("input must not be empty.", param="input", code="invalid_value")
     return messages
 
 
@@ -147,7 +147,7 @@ _ITEMS = {
 
 def _given(content: Content | None, path: str) -> Content:
     if content is None:
-        raise InvalidRequest(f"{path}: Field required", param=path, code="missing_required_parameter")
+        raise InvalidRequest(f"{path} is required.", param=path, code="missing_required_parameter")
     return content
 
 
@@ -165,7 +165,7 @@ def _content(content: Content, path: str) -> str | list[dict[str, Any]]:
         text = part.refusal if kind == "refusal" else part.text
         if text is None:
             raise InvalidRequest(
-                f"{path}[{number}] has no text.", param=f"{path}[{number}]", code="missing_required_parameter"
+                f"{path}[{number}].text is missing.", param=f"{path}[{number}]", code="missing_required_parameter"
             )
         parts.append({"type": kind, kind: text})
     return parts
@@ -219,7 +219,11 @@ def _response(request: ResponsesRequest) -> ResponseObject:
         try:
             to_json(value)
         except (ValueError, RecursionError) as error:  # half a character, or nested beyond what can be written
-            raise InvalidRequest(f"{name} cannot be sent back.", param=name, code="invalid_value") from error
+            raise InvalidRequest(
+                f"{name} cannot be sent back: it has an unpaired surrogate or is nested too deeply.",
+                param=name,
+                code="invalid_value",
+            ) from error
     return ResponseObject(**asked, status="in_progress")
 
 

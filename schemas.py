@@ -36,14 +36,16 @@ Support = Literal["honoured", "no meaning here", "refused"]  # a field's `x-supp
 
 def _no_meaning(why: str) -> Any:
     """A field that could not change a local model's answer."""
-    return Field(None, description=f"Accepted: {why}", json_schema_extra={"x-support": "no meaning here"})
+    return Field(
+        None, description=f"Accepted, but without effect: {why}", json_schema_extra={"x-support": "no meaning here"}
+    )
 
 
 def _refused(*neutral: Any) -> Any:
     """A field that would change the answer and is not honoured; `neutral` are the values that ask for nothing."""
     return Field(
         None,
-        description=f"The local model refuses all but {', '.join(map(repr, [None, *neutral]))} with a 400.",
+        description=f"The local model answers other values than {', '.join(map(repr, [None, *neutral]))} with a 400.",
         json_schema_extra={"x-support": "refused", "x-neutral": [None, *neutral]},
     )
 
@@ -192,7 +194,7 @@ class _SamplingRequest(_TimedRequest):
     min_tokens: int | None = Field(None, ge=0)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
     stream: bool | None = None
-    user: str | None = _no_meaning("a label of the client's.")
+    user: str | None = _no_meaning("it is a label for the client.")
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -287,11 +289,11 @@ class _ConversationRequest(_RenderedRequest):
     parallel_tool_calls: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
     moderation: Object | None = _refused()
-    metadata: Object | None = _no_meaning("nothing is stored; a response has it again.")
-    prompt_cache_key: str | None = _no_meaning("prompts are told apart by their tokens.")
-    prompt_cache_options: Object | None = _no_meaning("prompts are told apart by their tokens.")
-    prompt_cache_retention: str | None = _no_meaning("prompts are kept while there is room.")
-    safety_identifier: str | None = _no_meaning("a label of the client's.")
+    metadata: Object | None = _no_meaning("it is returned in the response and not stored.")
+    prompt_cache_key: str | None = _no_meaning("cached prompts are found by their tokens.")
+    prompt_cache_options: Object | None = _no_meaning("cached prompts are found by their tokens.")
+    prompt_cache_retention: str | None = _no_meaning("cached prompts are kept while there is room.")
+    safety_identifier: str | None = _no_meaning("it is a label for the client.")
     service_tier: str | None = _no_meaning("there is one tier.")
     store: bool | None = _no_meaning("nothing is stored.")
 
@@ -322,7 +324,7 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     modalities: Items[str] | None = _refused(["text"])
     verbosity: str | None = _refused("medium")
     web_search_options: Object | None = _refused()
-    prediction: Object | None = _no_meaning("it could make the answer faster, not another one.")
+    prediction: Object | None = _no_meaning("it can only make an answer faster.")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -434,7 +436,9 @@ class ResponsesRequest(_SamplingRequest, _ConversationRequest):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: Items[Includable] | None = Field(None, description="Of these, text has the log-probabilities alone.")
+    include: Items[Includable] | None = Field(
+        None, description="Only message.output_text.logprobs has an effect: it adds log-probabilities."
+    )
     text: TextConfig | None = None
     background: bool | None = _refused(False)
     context_management: Items[Object] | None = _refused([])
@@ -442,7 +446,7 @@ class ResponsesRequest(_SamplingRequest, _ConversationRequest):
     previous_response_id: str | None = _refused()
     prompt: Object | None = _refused()
     truncation: str | None = _refused("disabled")
-    access_programs: Object | None = _no_meaning("there are none.")
+    access_programs: Object | None = _no_meaning("there are no access programs.")
     background_options: Object | None = _no_meaning("nothing runs in the background.")
     image: Object | None = _no_meaning("no image is made.")
     max_tool_calls: int | None = _no_meaning("the server calls no tools.")
@@ -506,7 +510,7 @@ class EmbeddingRequest(_TimedRequest):
     dimensions: int | None = Field(None, ge=1)
     prompt_name: str | None = None  # of those that the model has, such as query and document
     truncate: bool | None = None  # whether a text that is too long is cut, or refused
-    user: str | None = _no_meaning("a label of the client's.")
+    user: str | None = _no_meaning("it is a label for the client.")
 
     @property
     def inputs(self) -> list[str | list[int]]:

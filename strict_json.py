@@ -26,7 +26,7 @@ def loads(body: bytes) -> Any:
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise json.JSONDecodeError("It is no UTF-8", "", error.start) from error
+        raise json.JSONDecodeError("The body is not UTF-8", "", error.start) from error
     constants: list[str] = []
 
     def noted(name: str) -> float:
@@ -36,7 +36,7 @@ def loads(body: bytes) -> Any:
     value = json.loads(text, parse_constant=noted)
     if constants:
         path = _path_of_nan(value)
-        raise InvalidRequest(f"{path}: {constants[0]} is no number of JSON.", param=path or None, code="invalid_value")
+        raise InvalidRequest(f"{path}: {constants[0]} is not valid JSON.", param=path or None, code="invalid_value")
     return value
 
 

@@ -81,7 +81,7 @@ def _grammar_of(request: Structured) -> tuple[str, str] | None:
     if not found:
         return None
     if len(found) > 1:
-        raise _invalid(f"{found[0][0]} and {found[1][0]} cannot go together.", found[1][0])
+        raise _invalid(f"{found[0][0]} and {found[1][0]} cannot be used together.", found[1][0])
     field, kind, value = found[0]
     with _refusing(field):
         if kind == "json" and isinstance(value, str):
@@ -97,7 +97,7 @@ def _check_ends(patterns: Iterable[str]) -> None:
     """Raises ValueError for one that llguidance would read without its last character."""
     for pattern in patterns:
         if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
-            raise ValueError("a pattern ends in a backslash, which escapes nothing")
+            raise ValueError("a pattern must not end in a single backslash")
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _asked(request: Structured) -> list[tuple[str, str, Any]]:
     for kind, value in (request.structured_outputs or {}).items():
         field = f"structured_outputs.{kind}"
         if kind not in KINDS and value is not None:
-            raise _invalid(f"{field} is not known; there are {', '.join(KINDS)}.", field)
+            raise _invalid(f"{field} is unknown: use one of {', '.join(KINDS)}.", field)
         asked.append((field, kind, value))
     if isinstance(request, ChatCompletionRequest) and request.response_format is not None:
         asked.append(("response_format", "json", _schema_of(request.response_format)))
@@ -135,7 +135,7 @@ def _schema_of(response_format: dict[str, Any]) -> Any:
     if kind == "text":
         return None
     if kind not in ("json_object", "json_schema"):
-        raise _invalid("response_format.type is text, json_object or json_schema.", "response_format.type")
+        raise _invalid("response_format.type must be text, json_object or json_schema.", "response_format.type")
     given, field = response_format.get("json_schema"), "response_format.json_schema"
     schema = given.get("schema", {}) if isinstance(given, dict) else None
     if response_format.get("schema") is not None and (kind == "json_object" or given is None):  # as llama.cpp takes it
@@ -143,7 +143,7 @@ def _schema_of(response_format: dict[str, Any]) -> Any:
     elif kind == "json_object":
         return {"type": "object"}
     if not isinstance(schema, dict | bool):
-        raise _invalid(f"{field}.schema is no JSON schema.", field)
+        raise _invalid(f"{field}.schema must be a JSON schema.", field)
     return schema
 
 
@@ -153,7 +153,7 @@ def _of_json(schema: Any) -> str:
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
-        raise ValueError("a JSON schema is an object, and allows something")
+        raise ValueError("a JSON schema must be an object or true")
     return LLMatcher.grammar_from_json_schema(json.dumps(enforceable(schema)), overrides=JSON_OPTIONS)
 
 
@@ -161,13 +161,13 @@ def _of_regex(pattern: Any) -> str:
     from llguidance import LLMatcher
 
     if not isinstance(pattern, str):
-        raise ValueError("a regular expression is a string")
+        raise ValueError("a regular expression must be a string")
     return LLMatcher.grammar_from_regex(pattern)
 
 
 def _of_choice(choices: Any) -> str:
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
-        raise ValueError("choices are a list of strings")
+        raise ValueError("choices must be a list of strings")
     return _of_lark("start: " + " | ".join(map(quoted, choices)))
 
 
@@ -177,7 +177,7 @@ def _of_lark(text: Any) -> str:
     from llguidance.gbnf_to_lark import any_to_lark
 
     if not isinstance(text, str):
-        raise ValueError("a grammar is a string")
+        raise ValueError("a grammar must be a string")
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(text))
     except Exception as error:  # of the library's own class, or of none

@@ -44,7 +44,7 @@ def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | No
     check_patterns((own for function in functions for own in patterns_of(function.get("parameters"))), "tools")
     names = [function["name"] for function in functions]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise _invalid(f"There are two tools named {min(twice)!r}.", "tools")
+        raise _invalid(f"Two tools are named {min(twice)!r}.", "tools")
     mode, callable_names = _choice(request.tool_choice, names)
     if mode == "none" or not tools:
         return None
@@ -73,14 +73,19 @@ def check_size(value: Any, field: str) -> None:
     """Raises InvalidRequest for JSON that is too much, or no Unicode."""
     text = json.dumps(value, ensure_ascii=False) if _depth(value) <= MAX_DEPTH else None
     if text is None or len(text) > MAX_LENGTH:
-        raise _invalid(f"{field} is longer than {MAX_LENGTH} characters, or deeper than {MAX_DEPTH} levels.", field)
+        raise _invalid(
+            f"{field} is longer than {MAX_LENGTH} characters, or nested deeper than {MAX_DEPTH} levels.", field
+        )
     check_characters(text, field)
 
 
 def check_patterns(patterns: Iterable[str], field: str) -> None:
     """Raises InvalidRequest for one that would take too much memory; the field is what they are in."""
     if any(is_too_large(pattern) for pattern in patterns):
-        raise _invalid(f"{field} has a pattern whose counts make it too large.", field)
+        raise _invalid(
+            f"{field} has a regular expression whose repetition counts expand beyond the limit: use smaller counts.",
+            field,
+        )
 
 
 def _depth(value: Any) -> int:
@@ -99,13 +104,15 @@ def _items(value: Any) -> list[Any]:
 
 def _function(tool: Object, path: str) -> Object:
     if tool.get("type") != "function":
-        raise _invalid(f"{path}.type must be 'function': the server runs no tools of its own.", f"{path}.type")
+        raise _invalid(f"{path}.type must be 'function': this server runs no tools itself.", f"{path}.type")
     function = tool.get("function")
     if not isinstance(function, dict):
         raise _invalid(f"{path}.function must be an object.", f"{path}.function")
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise _invalid(f"{path}.function.name must be 1 to 128 of A-Z a-z 0-9 _ - . : /", f"{path}.function.name")
+        raise _invalid(
+            f"{path}.function.name must be 1 to 128 characters from A-Z a-z 0-9 _ - . : /", f"{path}.function.name"
+        )
     parameters = function.get("parameters")
     if parameters is not None and (not isinstance(parameters, dict) or parameters.get("type", "object") != "object"):
         raise _invalid(
@@ -119,7 +126,9 @@ def _choice(given: str | Object | None, names: list[str]) -> tuple[str, list[str
     if isinstance(given, str) or given is None:
         mode = "auto" if given is None else given
         if mode not in ("none", "auto", "required"):
-            raise _invalid("tool_choice is none, auto, required or an object that names a function.", "tool_choice")
+            raise _invalid(
+                "tool_choice must be none, auto, required or an object that names a function.", "tool_choice"
+            )
         if mode == "required" and not names:
             raise _invalid("tool_choice needs tools.", "tool_choice")
         return mode, names
@@ -133,7 +142,7 @@ def _allowed(given: Object, names: list[str]) -> tuple[str, list[str]]:
     tools = inner.get("tools") if isinstance(inner, dict) else None
     mode = inner.get("mode", "auto") if isinstance(inner, dict) else None
     if not isinstance(tools, list) or not tools or mode not in ("auto", "required"):
-        raise _invalid("allowed_tools has a mode, auto or required, and a list of tools.", "tool_choice")
+        raise _invalid("allowed_tools must have a mode, auto or required, and a list of tools.", "tool_choice")
     return mode, [_known(tool, names, "tool_choice.allowed_tools") for tool in tools]
 
 

@@ -54,14 +54,18 @@ class Replicas(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="REPLICAS_", extra="forbid")
 
-    min: int = Field(1, ge=1, description="replicas at any time")
-    max: int = Field(2, ge=1, description="replicas at most")
-    target: float = Field(8, gt=0, description="requests in progress per replica that autoscaling aims at")
-    ongoing: int = Field(64, gt=0, description="requests in progress in a replica at most; more wait at the proxy")
-    waiting: int = Field(1024, gt=0, description="requests that may wait there; more get a 503 with Retry-After")
-    cpus: float = Field(1, gt=0, description="of the cluster's cores, what a replica takes; its threads as well")
-    gpus: float = Field(0, ge=0, description="of the cluster's GPUs, what a replica takes")
-    routing: Literal["load", "session"] = Field("load", description="session: a conversation stays with its replica")
+    min: int = Field(1, ge=1, description="minimum number of replicas")
+    max: int = Field(2, ge=1, description="maximum number of replicas")
+    target: float = Field(8, gt=0, description="target number of requests in progress per replica, for autoscaling")
+    ongoing: int = Field(
+        64, gt=0, description="maximum number of requests in progress per replica; more wait at the proxy"
+    )
+    waiting: int = Field(
+        1024, gt=0, description="maximum number of requests that wait at the proxy; more get a 503 with Retry-After"
+    )
+    cpus: float = Field(1, gt=0, description="number of the cluster's CPU cores per replica, and of its threads")
+    gpus: float = Field(0, ge=0, description="number of the cluster's GPUs per replica")
+    routing: Literal["load", "session"] = Field("load", description="session: a conversation stays on one replica")
 
 
 class ServedBy:

@@ -156,12 +156,14 @@ def paged_attention(
 
     `step` travels through the model's forward as a keyword argument, as transformers' own paged cache does.
     """
-    assert step is not None, "the model does not hand keyword arguments on to its attention"
+    assert step is not None, "the model does not pass keyword arguments on to its attention"
     layer = cast(int, module.layer_idx)
     scaling = scaling or query.shape[-1] ** -0.5
     if isinstance(step, Probe):
         _refuse_what_is_not_computed(others)
-        assert layer not in step.calls, "some of their layers attend twice"  # with one place for keys and values
+        assert layer not in step.calls, (
+            "some of their layers call the attention twice"
+        )  # with one place for keys and values
         step.calls[layer] = Call(query, key, value, sliding_window, scaling, softcap)
         return step.calls[layer].stand_in, None
     group = step.of_layer(layer, key.device)
@@ -223,7 +225,7 @@ def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
         for name, value in arguments.items()
         if name not in COMPUTED and (isinstance(value, torch.Tensor) or value not in (None, False, 0))
     ]
-    assert not unknown, f"their attention takes {', '.join(sorted(unknown))}"
+    assert not unknown, f"their attention takes the unknown arguments {', '.join(sorted(unknown))}"
     assert arguments.get("is_causal") is not False, "their attention is not causal"
 
 

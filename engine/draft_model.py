@@ -81,7 +81,7 @@ class DraftModel:
         try:
             self._guess(mirrors)
         except Exception:
-            log.exception("the draft model failed: guesses go on without it")
+            log.exception("the draft model failed: generation goes on without it")
             self._is_broken = True
         if step_time and self._token_time:
             self._worthwhile = min(0.9, max(WORTHWHILE, 1.2 * self._token_time / step_time))

@@ -168,7 +168,7 @@ def _positive_label(model: Any, name: str) -> int:
     """Which of the labels says that a document answers: by its name, else the second one of two, as is usual."""
     count = int(model.num_labels)
     if count > 2:
-        raise ModelLoadError(f"{name} tells {count} classes apart and does not rank.")
+        raise ModelLoadError(f"{name} is a classifier with {count} classes, not a reranker.")
     names = getattr(model.config, "id2label", None) or {}
     found = [number for number in range(count) if POSITIVE.fullmatch(str(names.get(number, "")))]
     return found[0] if len(found) == 1 else count - 1
@@ -232,16 +232,21 @@ class Embedder:
 
     def _check_dimensions(self, dimensions: int | None) -> None:
         if dimensions is not None and dimensions > self.about.dims:
-            raise ValueError(f"The model's vectors have {self.about.dims} dimensions.")
+            raise ValueError(f"dimensions must be at most {self.about.dims}, the size of the model's vectors.")
         if dimensions not in (None, self.about.dims) and not self.about.may_shorten:
-            raise ValueError(f"The model's vectors have {self.about.dims} dimensions and lose their meaning when cut.")
+            raise ValueError(
+                f"dimensions must be {self.about.dims}, because the model was not trained for shorter "
+                "vectors (ALLOW_TRUNCATED_DIMS=true shortens them anyway)."
+            )
 
     def _prompt(self, name: str | None) -> Prompt:
         if name is None:
             return Prompt(self.about.default_prompt)
         if name not in self.about.prompts:
             known = ", ".join(sorted(self.about.prompts)) or "none"
-            raise InvalidRequest(f"The model's prompts are: {known}.", param="prompt_name", code="invalid_value")
+            raise InvalidRequest(
+                f"prompt_name must be one of the model's prompts: {known}.", param="prompt_name", code="invalid_value"
+            )
         task = next((task for task, names in TASKS.items() if name in names), None)
         return Prompt(self.about.prompts[name], task)
 
@@ -252,9 +257,9 @@ class Embedder:
 
     async def _compute(self, texts: Sequence[Any], prompt: Prompt, may_truncate: bool, param: str) -> Job:
         if self._is_closing:
-            raise Unavailable("The model is being unloaded.", retry_after=5)
+            raise Unavailable("The model was unloaded; try again later.", retry_after=5)
         if self.num_waiting + len(texts) > MAX_WAITING:
-            raise Overloaded(f"{self.num_waiting} texts wait already; try again later.", retry_after=5)
+            raise Overloaded(f"{self.num_waiting} texts are queued already; try again later.", retry_after=5)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
@@ -341,7 +346,7 @@ class Embedder:
         if max(token_ids) < len(tokenizer):
             text = str(tokenizer.decode(token_ids, skip_special_tokens=True))
         if not text:
-            raise InvalidRequest("The token ids are no text of the model's.", param="input", code="invalid_value")
+            raise InvalidRequest("The token ids do not decode to text.", param="input", code="invalid_value")
         return text
 
     def _too_long(self, job: Job, lengths: list[int]) -> Exception:
@@ -362,7 +367,7 @@ class Embedder:
         try:
             rows, counts = self.model.compute([item.text for item in batch], batch[0].job.prompt)
             if not np.isfinite(rows).all():
-                raise ValueError("a value that is not a number")
+                raise ValueError("the model computed a value that is not a number")
         except Exception:
             jobs = list(dict.fromkeys(item.job for item in batch))
             if len(jobs) > 1:
@@ -467,10 +472,13 @@ def _open(directory: Path, name: str, device: str, may_shorten: bool) -> tuple[T
     )
     if not isinstance(model.tokenizer, transformers.PreTrainedTokenizerBase):
         raise ModelLoadError(
-            f"{name} begins with {type(model[0]).__name__}; models that begin with a Transformer are served."
+            f"{name} is not supported: its first module is {type(model[0]).__name__}, and it must be a Transformer."
         )
     if not set(model.modalities) <= TEXT_ALONE:  # the library would read texts that are paths and addresses as images
-        raise ModelLoadError(f"{name} takes {', '.join(map(str, model.modalities))}; models of text alone are served.")
+        raise ModelLoadError(
+            f"{name} is not supported: it takes {', '.join(map(str, model.modalities))}, and only text "
+            "models are served."
+        )
     text_model = PairScorer(model, name) if is_pair_scorer else Encoder(model)
     about = About(
         "cross-encoder" if is_pair_scorer else "embeddings",
@@ -495,7 +503,9 @@ def _read(path: Path) -> Any:
 def _check_modules(directory: Path) -> None:
     for module in _read(directory / "modules.json") or ():
         if not str(module.get("type", "")).startswith(OWN_MODULES):
-            raise ModelLoadError(f"{directory.name} needs code of its own ({module.get('type')}), which is never run.")
+            raise ModelLoadError(
+                f"{directory.name} needs its own code ({module.get('type')}), which this server never runs."
+            )
 
 
 def _check_kind(directory: Path) -> None:
@@ -507,15 +517,18 @@ def _check_kind(directory: Path) -> None:
         (str(module["type"]) for module in modules if OTHER_MODULES.match(str(module.get("type")))), None
     )
     if other or LATE.search(architecture):
-        raise ModelLoadError(f"{name} gives {other or 'a vector for each token'}; models of one vector are served.")
+        raise ModelLoadError(
+            f"{name} is not supported: it gives {other or 'a vector for each token'}, and only models that give one "
+            "dense vector for a text are served."
+        )
     if architecture.endswith(CAUSAL) and not modules and kind != "CrossEncoder":
         raise ModelLoadError(
-            f"{name} is a language model without modules.json, which would say how it makes vectors or scores of texts."
+            f"{name} is a language model without modules.json, which says how it makes vectors or scores of texts."
         )
     old = config.get("sbert_ce_default_activation_function")
     activation = (config.get("sentence_transformers") or {}).get("activation_fn") or old or own.get("activation_fn")
     if activation and not str(activation).startswith("torch."):
-        raise ModelLoadError(f"{name} scores by {activation}, which is code of its own: that is never run.")
+        raise ModelLoadError(f"{name} needs its own code ({activation}) for its scores, which this server never runs.")
 
 
 def _is_cross_encoder(directory: Path) -> bool:

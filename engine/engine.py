@@ -225,11 +225,13 @@ class Engine:
     def check_open(self, num_sequences: int, client: str = "") -> None:
         """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
         if self.failure is not None:
-            raise Unavailable("The engine has stopped after an error; the server ends.", retry_after=30)
+            raise Unavailable("The engine stopped after an error; the server is shutting down.", retry_after=30)
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
         if not self.room.has(num_sequences, client):
-            raise Overloaded(f"{len(self._live)} sequences run or wait already; try again later.", retry_after=5)
+            raise Overloaded(
+                f"{len(self._live)} sequences are running or queued already; try again later.", retry_after=5
+            )
 
     def check_room(self, num_sequences: int, num_tokens: int, client: str = "") -> None:
         """As `check_open`; raises Overloaded also where prompts of so many tokens would wait behind too many others,
@@ -239,7 +241,7 @@ class Engine:
         num_waiting = sum(len(sequence.prompt_ids) for sequence in waiting)
         is_first = not any(sequence.client == client for sequence in waiting)
         if num_waiting + num_tokens > self.max_queued_tokens and not is_first:
-            raise Overloaded(f"Prompts of {num_waiting} tokens wait already; try again later.", retry_after=5)
+            raise Overloaded(f"Prompts with {num_waiting} tokens are queued already; try again later.", retry_after=5)
 
     async def close(self, timeout: float = 0.0, patience: float = ENDING) -> None:
         """Lets running sequences finish for `timeout` seconds, ends the thread, and gives the others an error. A step
@@ -264,13 +266,13 @@ class Engine:
                 if not self._is_stopped and self.scheduler.has_work:
                     self.step()
         except BaseException as error:
-            log.exception("the engine stops")
+            log.exception("the engine stopped after an error")
             self.failure = error
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._fail)
 
     def _fail(self) -> None:
-        self._tell_everybody(EngineFailure("The engine has stopped after an error."))
+        self._tell_everybody(EngineFailure("The engine stopped after an error."))
         self.on_failure()
 
     def _tell_everybody(self, error: Exception) -> None:
@@ -313,7 +315,7 @@ class Engine:
             return self._recover(batch, error, is_last_try)
         seconds = time.perf_counter() - start
         self.scheduler.pace.note(batch.num_decodes, batch.num_prompt_tokens, seconds)
-        bad = EngineFailure("The model computed a value that is not a number.")
+        bad = EngineFailure("The model computed a value that is not a number (NaN).")
         self._deliver([(sequence.sink, output or bad) for sequence, output in self.scheduler.update(batch, sampled)])
 
     def _recover(self, batch: Batch, error: Exception, is_last_try: bool) -> None:
@@ -437,7 +439,7 @@ def _eos_of(model: PreTrainedModel) -> list[int]:
     eos: Any = next((value for value in found if value is not None), [])
     ids = [token for token in eos if token is not None] if isinstance(eos, list | tuple) else [eos]
     if not all(isinstance(token, int) for token in ids):
-        raise ModelLoadError(f"The model's eos_token_id is {eos!r}, and not the id of a token or a list of them.")
+        raise ModelLoadError(f"The model's eos_token_id is {eos!r}; it must be a token id or a list of token ids.")
     return [token for token in ids if token >= 0]
 
 
@@ -469,7 +471,9 @@ def warm_up(engine: Engine) -> None:
     while scheduler.has_work:
         batch = scheduler.schedule()
         if any(output is None for _, output in scheduler.update(batch, engine.runner.run(batch))):
-            raise ModelLoadError("The model computes values that are no numbers: try DTYPE=bfloat16 or float32.")
+            raise ModelLoadError(
+                "The model computes values that are not numbers (NaN): set DTYPE=bfloat16 or DTYPE=float32."
+            )
 
 
 def build_engine(
@@ -525,9 +529,9 @@ def _fuse_layers(model: PreTrainedModel, flash: Kernel | None) -> None:
     except ImportError:
         return
     try:
-        log.info("%d layers by fused kernels", triton_layers.fuse(model))
+        log.info("%d layers use fused kernels", triton_layers.fuse(model))
     except RuntimeError as error:  # memory is short, or the compiler fails: the stock layers compute the same
-        log.info("no more layers by fused kernels: %s", first_line(error))
+        log.info("no more layers use fused kernels: %s", first_line(error))
     torch.cuda.empty_cache()
 
 
@@ -566,7 +570,7 @@ def _draft_model(
     _fuse_layers(draft, flash)
     plan, memory = _plan(specs, options, block_size, context, max_num_seqs, CATCH_UP)
     cache = KVCache(plan, specs)
-    log.info("guesses come from a draft model, whose KV cache has %.2f GiB", memory / 2**30)
+    log.info("a draft model guesses tokens; its KV cache takes %.2f GiB", memory / 2**30)
     runner = ModelRunner(draft, cache, eos_token_ids, flash)
     num_embeddings = cast(int, model.get_input_embeddings().num_embeddings)
     return DraftModel(runner, cache, num_embeddings, min(context, plan.max_tokens))
@@ -580,7 +584,9 @@ def _model_context(model: PreTrainedModel, wanted: int | None) -> int:
     if rope.get("rope_type") == "longrope":
         context = min(context, int(rope.get("original_max_position_embeddings") or context))
     if wanted is not None and wanted > context:
-        raise ModelLoadError(f"MAX_MODEL_LEN={wanted} is beyond the model's context of {context} tokens.")
+        raise ModelLoadError(
+            f"MAX_MODEL_LEN={wanted} is larger than the model's context of {context} tokens: lower it."
+        )
     return wanted or context
 
 
@@ -589,10 +595,10 @@ def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: 
         return context
     if options.max_model_len or plan.max_tokens < 2 * plan.block_size:
         raise ModelLoadError(
-            f"A KV cache of {memory / 2**30:.2f} GiB holds {plan.max_tokens} tokens, and {context} are asked for: "
-            "raise KV_CACHE_MEMORY or lower MAX_MODEL_LEN."
+            f"A KV cache of {memory / 2**30:.2f} GiB holds {plan.max_tokens} tokens, but a context "
+            f"of {context} needs more: raise KV_CACHE_MEMORY or lower MAX_MODEL_LEN."
         )
-    log.warning("the KV cache holds %d tokens: the context is cut from %d to that", plan.max_tokens, context)
+    log.warning("the KV cache holds %d tokens, so the context is shortened to that from %d", plan.max_tokens, context)
     return plan.max_tokens
 
 
@@ -610,5 +616,7 @@ def _free_memory(specs: dict[int, LayerSpec]) -> int:
             room = min(CPU_CACHE_MEMORY, CPU_CACHE_SHARE * psutil.virtual_memory().available)
         limits.append(int(room * total / share))
     if min(limits) <= 0:
-        raise ModelLoadError("No memory is left for the KV cache beside the model's weights.")
+        raise ModelLoadError(
+            "The model's weights leave no memory for the KV cache: use a smaller model, or fewer bits by QUANTIZATION."
+        )
     return min(limits)

@@ -165,7 +165,7 @@ class GrammarCompiler:
         grammar = Grammar(prototype)
         first = int.from_bytes(grammar.matcher().mask([]) or b"", "little")
         if not first & ~sum(1 << token_id for token_id in self._eos_token_ids):
-            raise ValueError("no answer fits it")
+            raise ValueError("no output can satisfy it")
         self._keep(text, grammar, max(0, memory.allocated() - before))
         return grammar
 
@@ -192,7 +192,7 @@ def _reason(error: str) -> str:
     pattern, mark = lines[marks[0] - 1], lines[marks[0]]
     start, what = mark.index("^"), lines[at].removeprefix("error: ")
     cause = pattern[start : len(mark)][:MOST_QUOTED]
-    return f"the regular expression cannot be read: {what}, at character {start - INDENT + 1}: {cause!r}"
+    return f"the regular expression is invalid: {what}, at character {start - INDENT + 1}: {cause!r}"
 
 
 _pool = ThreadPoolExecutor(2, "masks")

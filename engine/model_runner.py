@@ -87,14 +87,19 @@ def load_model(
         raise
     except ImportError as error:
         is_quantized = weight_files.scheme_of(config) is not None
-        reason = "what reads its quantized weights is not installed" if is_quantized else "a package is missing"
+        reason = (
+            "the package that reads its quantized weights is not installed" if is_quantized else "a package is missing"
+        )
         raise ModelLoadError(f"The model in {directory} cannot be loaded: {reason} ({first_line(error)}).") from error
     except Exception as error:  # of any kind, where a file says what nobody expects
         raise ModelLoadError(
             f"The model in {directory} cannot be loaded ({type(error).__name__}: {first_line(error).rstrip('.')})."
         ) from error
     if "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}:
-        raise ModelLoadError(f"The model in {directory} does not fit into the memory of this machine's devices.")
+        raise ModelLoadError(
+            f"The model in {directory} does not fit into the memory of this machine's devices: use a "
+            "smaller model, or fewer bits by QUANTIZATION."
+        )
     model.eval()
     if how in packed_layers.FORMATS:
         with torch.inference_mode():
@@ -132,7 +137,7 @@ def _load_stock(
     is_quantized = weight_files.scheme_of(config) is not None
     unread = weight_files.check_unread(directory, loaded["unexpected_keys"], config, is_quantized)
     if unread:
-        log.info("not read: %s", unread)
+        log.info("weights that are not read: %s", unread)
     if is_quantized and all(p.is_floating_point() and p.dtype.itemsize > 1 for p in model.parameters()):
         _make_alike(model, dtype)
     return model
@@ -166,7 +171,7 @@ def choose_quantization(wanted: str, dtype: str, on_cuda: bool, directory: Path)
         return FROM_FILE if packed_checkpoint.exists(directory) else "int8"
     if wanted in packed_layers.FORMATS and not has_kernels:
         raise ModelLoadError(
-            f"QUANTIZATION={wanted} needs a CPU under Linux; on a GPU take one of {', '.join(BITSANDBYTES)}."
+            f"QUANTIZATION={wanted} needs a CPU under Linux: set one of {', '.join(BITSANDBYTES)} on a GPU."
         )
     return wanted
 
@@ -205,13 +210,14 @@ def check_architecture(config: PreTrainedConfig) -> None:
     """Raises ModelLoadError for models that are no causal language models, or attend in a way the cache cannot hold."""
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelLoadError(
-            f"Models of type {config.model_type!r} are not supported: not a causal language model of transformers."
+            f"Models of type {config.model_type!r} are not supported: transformers has no causal "
+            "language model of this type."
         )
     model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     if not model_class._supports_attention_backend:
         raise ModelLoadError(
-            f"Models of type {config.model_type!r} are not supported: "
-            "transformers does not let others compute their attention."
+            f"Models of type {config.model_type!r} are not supported: transformers allows no other "
+            "attention function for them."
         )
     text = config.get_text_config()
     foreign = set(getattr(text, "layer_types", None) or LAYER_TYPES) - LAYER_TYPES
@@ -222,11 +228,14 @@ def check_architecture(config: PreTrainedConfig) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)} - {None}
     if "dynamic" in types:
-        raise ModelLoadError("Models with dynamic rotary embeddings are not supported: they depend on the batch.")
+        raise ModelLoadError(
+            "Models with dynamic rotary embeddings are not supported: their angles depend on the other "
+            "requests of a batch."
+        )
     if unknown := types - {"default", *ROPE_INIT_FUNCTIONS}:
         raise ModelLoadError(
             f"Rotary embeddings of type {', '.join(sorted(map(repr, unknown)))} are not supported; "
-            f"known are {', '.join(sorted(ROPE_INIT_FUNCTIONS))}."
+            f"the supported types are {', '.join(sorted(ROPE_INIT_FUNCTIONS))}."
         )
 
 
@@ -244,7 +253,8 @@ def _check_memory(directory: Path, config: PreTrainedConfig, dtype: torch.dtype,
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelLoadError(
-            f"The model in {directory} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free."
+            f"The model in {directory} needs {needed / 2**30:.1f} GiB of memory, but only "
+            f"{free / 2**30:.1f} GiB are free: use a smaller model, or fewer bits by QUANTIZATION."
         )
 
 
@@ -265,7 +275,8 @@ def _check_layers(directory: Path, num_tensors: int) -> None:
     num_layers = max((number for number in said if isinstance(number, int)), default=0)
     if num_layers > num_tensors:
         raise ModelLoadError(
-            f"The model in {directory} says it has {num_layers} layers, and has {num_tensors} tensors."
+            f"The config.json of the model in {directory} names {num_layers} layers, but its files "
+            f"hold only {num_tensors} tensors."
         )
 
 
@@ -277,7 +288,7 @@ def _check_generation_config(directory: Path) -> None:
     except ValueError:
         is_read = False
     if not is_read:
-        raise ModelLoadError(f"{path} is no JSON object: mend it, or remove it.")
+        raise ModelLoadError(f"{path} is not a JSON object: repair it or remove it.")
 
 
 def first_line(error: Exception) -> str:
@@ -533,7 +544,7 @@ class ModelRunner:
         try:
             self._graphs = DecodeGraphs(self._compute, self.cache, self.flash, most, max_model_len, self.device, record)
         except RuntimeError as error:  # it moves something to the CPU, or memory is short
-            log.info("decodes are not recorded as CUDA graphs: %s", first_line(error))
+            log.info("CUDA graphs are off: %s", first_line(error))
 
     def _score_prompts(self, logits: torch.Tensor, spans: list[Span], positions: dict[int, range]) -> None:
         """logits: (positions of all spans, vocab); SCORED_ROWS of them at a time in float32."""

@@ -147,7 +147,7 @@ def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attentio
     result = model.load_state_dict(plain, strict=False, assign=True)
     lacking = [name for name in result.missing_keys if name.removesuffix(".weight") not in tables["layers"]]
     if lacking or result.unexpected_keys:
-        raise ModelLoadError(f"{directory / FILE} is of another model: remove {directory}, and it is made again.")
+        raise ModelLoadError(f"{directory / FILE} belongs to another model: remove {directory} and start again.")
     for name, source in tables["layers"].items():
         replace_layer(model, name, formats[source])
     fuse(model)

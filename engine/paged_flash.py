@@ -94,7 +94,7 @@ def find(
     if len(able) > 1:
         able.sort(key=lambda candidate: _logged_time(candidate, wanted, block_size, measure or seconds))
     if able:
-        log.info("attention over blocks of %d tokens by %s", block_size, able[0].name)
+        log.info("attention over blocks of %d tokens uses %s", block_size, able[0].name)
     return able[0].kernel if able else None
 
 
@@ -102,7 +102,7 @@ def _logged_time(
     candidate: Candidate, specs: set[LayerSpec], block_size: int, measure: Callable[[Kernel, LayerSpec, int], float]
 ) -> float:
     total = sum(measure(candidate.kernel, spec, block_size) for spec in specs)
-    log.info("a decode and a chunk of a prompt take %.0f us by %s", 1e6 * total, candidate.name)
+    log.info("one decode and one chunk of a prompt take %.0f us with %s", 1e6 * total, candidate.name)
     return total
 
 
@@ -183,7 +183,7 @@ def _agrees(kernel: Kernel, trial: Trial) -> bool:
         actual = trial.run(kernel).float()
     except Exception as error:  # of whatever kind: the compiler's, the driver's, or of an argument that it lacks
         described = (str(error).splitlines() or [type(error).__name__])[0]
-        log.info("no attention by %s: %s", getattr(kernel, "__name__", "a kernel"), described)
+        log.info("%s does not compute the attention: %s", getattr(kernel, "__name__", "a kernel"), described)
         return False
     return bool((actual - expected).norm() <= TOLERANCES[trial.query.element_size()] * expected.norm())
 

@@ -83,7 +83,9 @@ def check(runner: ModelRunner, max_model_len: int, report: Report = lambda phase
     began = time.perf_counter()
     token_ids, kind = _tokens(runner, max_model_len), runner.model.config.model_type
     if len(token_ids) <= COMPARED + NUM_DECODES or not _fits(runner, len(token_ids)):
-        log.warning("there is no room to compare the model with transformers: raise MAX_MODEL_LEN or KV_CACHE_MEMORY")
+        log.warning(
+            "the KV cache is too small to compare the model with transformers: raise MAX_MODEL_LEN or KV_CACHE_MEMORY"
+        )
         return False
     report(PHASE, 0.0)
     try:
@@ -97,11 +99,12 @@ def check(runner: ModelRunner, max_model_len: int, report: Report = lambda phase
     tolerance = tolerance_of(runner)
     if faults := difference.faults(tolerance):
         raise ModelLoadError(
-            f"Models of type {kind!r} are not supported: the engine computes something else than transformers, "
-            f"for {' and '.join(faults)} of the logits' spread, where {tolerance:.0%} may be rounding."
+            f"Models of type {kind!r} are not supported: the engine's logits differ from transformers' for "
+            f"{' and '.join(faults)} of their spread, and rounding explains at most {tolerance:.0%}."
         )
     log.info(
-        "compared with transformers in %.0f ms: a prompt differs by %.2g of the logits' spread, later tokens by %.2g",
+        "the model was compared with transformers in %.0f ms: a prompt differs by %.2g of the "
+        "logits' spread, later tokens by %.2g",
         *((time.perf_counter() - began) * 1000, difference.prompt, difference.decodes),
     )
     return True
@@ -205,7 +208,7 @@ class Memory:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / key).touch()
         except OSError as error:
-            log.info("the check at start is not remembered: %s", error)
+            log.info("the result of the check at start could not be saved: %s", error)
 
 
 def key_of(directory: Path, runner: ModelRunner, options: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def by_its_file(tokenizer: Any, directory: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     log.info(
-        "%s is read by tokenizer.json, not as a %s: they differ in %s",
+        "%s is read from tokenizer.json, not as a %s: the two differ in %s",
         directory.name,
         type(tokenizer).__name__,
         ", ".join(changed),

@@ -31,20 +31,20 @@ BIAS = re.compile(r"(\.|_)bias$")  # added to something
 NAMED = 3  # tensors that an error names
 CODES = re.compile(r"F8_|F4|F6_|I8|U8|I16|U16|I32|U32|I64|U64")  # safetensors' types that are no numbers of a model
 UNREAD = {  # tensors that a text model rightly leaves unread -> what they are
-    r"(^|\.)(inv_freq|cos_cached|sin_cached|freqs_cis)$": "angles, which the model computes itself",
+    r"(^|\.)(inv_freq|cos_cached|sin_cached|freqs_cis)$": "rotary angles, which the model computes itself",
     r"\.(attn|attention)\.(bias|masked_bias)$": "causal masks",
-    r"position_ids$": "numbers of positions",
+    r"position_ids$": "position ids",
     r"(^|\.)(mtp|mtp_layers|nextn|shared_head|multi_token)\w*\.": FURTHER,
-    r"(^|\.)(vision|visual|image|audio|speech|sound|video)\w*\.": "parts for images and sounds",
+    r"(^|\.)(vision|visual|image|audio|speech|sound|video)\w*\.": "image and audio parts",
     r"(^|\.)(mm_|multi_modal_|multimodal_|embed_vision|embed_audio|resampler|connector|aligner|projector)\w*\.": (
-        "parts for images and sounds"
+        "image and audio parts"
     ),
     r"(^|\.)(value_head|v_head|talker|token2wav|code2wav)\.": "heads for another task",
     r"\.((q|k|v|kv|prob)_scale|(q|k|v|kv|qkv)_proj\.output_scale)$": (
-        "scales of a cache in 8 bits, which this one is not"
+        "scales of an 8-bit KV cache, which this server does not use"
     ),
 }
-UNREAD_QUANTIZED = {r"\.(input|activation)_scale$": "scales of inputs, where weights are made plain when loaded"}
+UNREAD_QUANTIZED = {r"\.(input|activation)_scale$": "scales of activations, which are not used after dequantization"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 if name in found:
-                    raise ModelLoadError(f"{path} has the tensor {name}, and so has {found[name].file}.")
+                    raise ModelLoadError(
+                        f"The tensor {name} is in two files, {path} and {found[name].file}: remove one of them."
+                    )
                 part = file.get_slice(name)
                 found[name] = Tensor(path.name, part.get_dtype(), tuple(part.get_shape()))
     return found
@@ -81,12 +83,14 @@ def weight_paths(directory: Path) -> list[Path]:
     if (directory / INDEX).exists():
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         if "metadata" not in index:
-            raise ModelLoadError(f'{directory / INDEX} has no "metadata": transformers wants it, if only as {{}}.')
+            raise ModelLoadError(
+                f'{directory / INDEX} has no "metadata", which transformers requires: add "metadata": {{}}.'
+            )
         return [directory / name for name in sorted(set(index["weight_map"].values()))]
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if others:
         raise ModelLoadError(
-            f"{directory} has {others[0]}, but neither {SINGLE} nor {INDEX}, which says what is in which file."
+            f"{directory} has {others[0]}, but neither {SINGLE} nor {INDEX}, which lists the files' tensors."
         )
     return []
 
@@ -101,16 +105,16 @@ def check_numbers(directory: Path, tensors: dict[str, Tensor], config: PreTraine
         method = _method(scheme)
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise ModelLoadError(
-                f"The model in {directory} is quantized as {method!r}, which transformers does not know."
+                f"The model in {directory} is quantized as {method!r}, which transformers does not support."
             )
         return
     codes = [name for name, tensor in tensors.items() if CODES.match(tensor.dtype) and name.endswith("weight")]
     if codes:
         is_modelopt = (directory / MODELOPT).exists()
-        reason = f"{MODELOPT}, which does, is read by NVIDIA's tools alone" if is_modelopt else "so nothing does"
+        reason = f"; {MODELOPT} does, but only NVIDIA's tools read it" if is_modelopt else ""
         raise ModelLoadError(
             f"The model in {directory} stores {some(codes)} as {tensors[codes[0]].dtype}, and its config.json has no "
-            f"quantization_config that says what they mean ({reason}): take the checkpoint that is not quantized."
+            f"quantization_config that says what they mean{reason}: take the checkpoint that is not quantized."
         )
 
 
@@ -141,8 +145,8 @@ def check_unread(directory: Path, names: set[str], config: PreTrainedConfig, is_
     zeros = _zeros(directory, {name for name in strangers if BIAS.search(name)})
     if others := sorted({*strangers} - zeros):
         raise ModelLoadError(
-            f"The model in {directory} has {some(others)}, which nothing reads: what it computes without them is "
-            "not what was trained."
+            f"The model in {directory} has {some(others)}, which its architecture does not use: "
+            "without them its answers would be wrong."
         )
     told = {**reasons, **({"biases of zero, which change nothing": [*zeros]} if zeros else {})}
     return ", ".join(f"{len(tensors)} tensors ({reason})" for reason, tensors in sorted(told.items()))

@@ -57,7 +57,7 @@ class Claude:
 
     async def answer(self, path: str, body: Object) -> Relayed:
         if path != "chat/completions":
-            raise InvalidRequest(f"claude has no /{path}.", param="model", code="unsupported_value")
+            raise InvalidRequest(f"claude does not support /{path}.", param="model", code="unsupported_value")
         model = str(body["model"])
         refused = self._refused.get(model, frozenset())
         mapped = to_messages(body, self._default_max_tokens, refused)
@@ -115,7 +115,7 @@ class Claude:
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise self.upstream.fault("answered with what is no JSON", 502, "upstream_invalid_response") from error
+            raise self.upstream.fault("sent invalid JSON", 502, "upstream_invalid_response") from error
         if not isinstance(body, dict):
-            raise self.upstream.fault("answered with no JSON object", 502, "upstream_invalid_response")
+            raise self.upstream.fault("sent JSON that is not an object", 502, "upstream_invalid_response")
         return body

@@ -44,7 +44,7 @@ def to_completion(message: Object, model: str, created: int) -> Object:
     """A `chat.completion`; `model` is for an answer that names none. Raises APIError for what is no message."""
     blocks = message.get("content")
     if not isinstance(blocks, list):
-        raise UpstreamError("claude: the answer is no message.", type="api_error", code="upstream_invalid_response")
+        raise UpstreamError("claude: the answer is not a message.", type="api_error", code="upstream_invalid_response")
     blocks = [block for block in blocks if isinstance(block, dict)]
     answer = {
         "role": "assistant",
@@ -88,7 +88,7 @@ def _call(block: Object) -> Object:
     try:
         arguments = json.dumps(_object(block.get("input")), ensure_ascii=False)
     except RecursionError as error:
-        raise UpstreamError("claude: a call is nested too deeply.", code="upstream_invalid_response") from error
+        raise UpstreamError("claude: a tool call is nested too deeply.", code="upstream_invalid_response") from error
     function = {"name": _string(block.get("name")), "arguments": arguments}
     return {"id": _string(block.get("id")), "type": "function", "function": function}
 

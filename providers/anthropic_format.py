@@ -131,7 +131,7 @@ class _Conversation:
                 raise unsupported(f"{param}.role")
             roles[role](message, param)
         if not self._turns:
-            _fail("messages", "needs a message of the user that is not empty")
+            _fail("messages", "needs a user message that is not empty")
         self._end()
 
     @property
@@ -183,7 +183,7 @@ class _Conversation:
         ids = [block["id"] for block in blocks]
         for index, block in enumerate(blocks):
             if block["id"] in ids[:index]:
-                _fail(f"{param}[{index}].id", "is that of another call")
+                _fail(f"{param}[{index}].id", "is also the id of another call")
             block["id"] = self._ids.of_call(block["id"])
         return blocks
 
@@ -266,10 +266,10 @@ def _base64(url: str, param: str, types: Mapping[str, str]) -> Object:
     scheme, _, kind = head.partition(":")
     media_type, *_, encoding = kind.lower().split(";") if ";" in kind else (kind, "")
     if scheme.lower() != "data" or not comma or encoding.strip() != "base64" or media_type.strip() not in types:
-        _fail(param, f"must be a data: URL, in base64, of one of {', '.join(types)}", "unsupported_value")
+        _fail(param, f"must be a base64 data: URL of one of the types {', '.join(types)}", "unsupported_value")
     data = "".join(data.split())
     if not re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", data):
-        _fail(param, "has no valid base64")
+        _fail(param, "does not hold valid base64")
     return {"type": "base64", "media_type": types[media_type.strip()], "data": data}
 
 
@@ -328,7 +328,7 @@ def _tools(body: Object) -> Object:
     is_parallel = _optional(body, "parallel_tool_calls", _boolean, True)
     if not tools:
         if choice.get("type") in ("any", "tool"):
-            _fail("tool_choice", "asks for a call, and there are no tools")
+            _fail("tool_choice", "requires a tool call, but there are no tools")
         return {}
     if not is_parallel and choice.get("type") != "none":
         choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
@@ -487,9 +487,9 @@ def _check(value: Any, param: str) -> None:
             return
         for item in level:
             if isinstance(item, float) and not math.isfinite(item):
-                _fail(param, "has a number that JSON cannot say")
+                _fail(param, "has a number that JSON cannot represent")
             if isinstance(item, str) and not _is_encodable(item):
-                _fail(param, "has half a character")
+                _fail(param, "has an unpaired surrogate")
         level = [inner for item in level for inner in _inside(item)]
     if level:
         _fail(param, f"is nested deeper than {MAX_DEPTH} levels")
@@ -559,7 +559,7 @@ def _boolean(value: Any, param: str) -> bool:
 
 def _number(value: Any, param: str) -> float:
     if not _is_integer(value) and not isinstance(value, float) or value < 0:
-        _fail(param, "must be a number, and not below 0")
+        _fail(param, "must be a number of at least 0")
     number: float = value  # an integer stays one
     return number
 

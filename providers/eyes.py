@@ -65,7 +65,9 @@ class Eyes:
         """The views of each image, in the order of the messages. Raises InvalidRequest, or Overloaded."""
         parts = list(image_parts(messages))
         if len(parts) > most:
-            raise InvalidRequest(f"A request can have {most} images.", param=parts[most][0], code="too_many_images")
+            raise InvalidRequest(
+                f"The request has more than {most} images.", param=parts[most][0], code="too_many_images"
+            )
         tasks = [asyncio.ensure_future(self._views(part, param, fetcher)) for param, part in parts]
         try:
             return await asyncio.gather(*tasks)
@@ -79,11 +81,11 @@ class Eyes:
             raise InvalidRequest(f"{param}.image_url has no url.", param=param, code="missing_required_parameter")
         if detail not in ("low", *ELONGATED):
             raise InvalidRequest(
-                f"detail is low, {', '.join(ELONGATED)}.", param=f"{param}.detail", code="invalid_value"
+                f"detail must be low, {', '.join(ELONGATED)}.", param=f"{param}.detail", code="invalid_value"
             )
         async with self._room:
             if sum(pixels.nbytes for pixels in list(self._waiting)) > MAX_WAITING_BYTES:
-                raise Overloaded("Too many images wait to be seen; try again later.", retry_after=5)
+                raise Overloaded("Too many images are queued; try again later.", retry_after=5)
             data = await fetcher.fetch(url, param)
             work = partial(self._process, data, detail, param)
             views = await asyncio.get_running_loop().run_in_executor(self._decoders, work)

@@ -53,7 +53,7 @@ class HubModels:
         """Raises APIError: for a name that is none, a Hub that has or says nothing, and while it takes long."""
         name = model.removeprefix(PREFIX)
         if not _ID.fullmatch(name) or ".." in name:
-            raise ModelNotFound(f"{model!r} is no model of the Hub: write huggingface/OWNER/NAME.", param="model")
+            raise ModelNotFound(f"{model!r} is not a Hub model id: use huggingface/OWNER/NAME.", param="model")
         if self._name != name:
             await self._replace(name)
         else:
@@ -75,9 +75,13 @@ class HubModels:
     async def _replace(self, name: str) -> None:
         """One at a time: another one that is loading, or answering, is not pushed out."""
         if self._loading is not None and not self._loading.done():
-            raise Unavailable(f"{self._name} is being loaded, and one at a time is.", retry_after=10)
+            raise Unavailable(
+                f"{self._name} is loading, and only one model can load at a time; try again later.", retry_after=10
+            )
         if self._provider is not None and not self._is_idle(SETTLING):
-            raise Unavailable(f"{self._name} is answering, and there is room for one such model.", retry_after=10)
+            raise Unavailable(
+                f"{self._name} is in use, and only one such model fits at a time; try again later.", retry_after=10
+            )
         self._name = name
         self._loading = asyncio.create_task(self._load(name))
         self._loading.add_done_callback(self._forget_failed)
@@ -107,7 +111,7 @@ class HubModels:
             await self._unload()  # not before the new one is there
             loaded = await in_daemon_thread(partial(self._load_model, str(directory), settings, provider.progress))
         except Exception as error:
-            log.warning("%s is not loaded: %s", name, error)
+            log.warning("%s could not be loaded: %s", name, error)
             raise told_of(error, name) from error
         provider.begin(loaded)
         self._provider, self._used_at = provider, time.monotonic()
@@ -122,7 +126,7 @@ class HubModels:
     async def _unload(self) -> None:
         provider, self._provider = self._provider, None
         if provider is not None:
-            log.info("%s is unloaded", provider.name)
+            log.info("%s was unloaded", provider.name)
             await provider.close(0.0)
             provider.loaded = None
             await asyncio.to_thread(gc.collect)

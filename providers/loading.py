@@ -77,10 +77,10 @@ class Loaded:
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # that may have a chat template
 _REFUSED = "conversations that need it are refused"
 HIDDEN = {  # what a chat template may leave out; calls and tools are written as text where it does, as in many models
-    "system": "does not show what the system says: it leads what the user says",
-    "user": f"does not show all that the user says: {_REFUSED}",
-    "assistant": f"does not show what the assistant has said: {_REFUSED}",
-    "messages": "refuses conversations of several turns: they are written in another form, or refused",
+    "system": "has no place for a system message, which is put before the user's text instead",
+    "user": f"drops parts of user messages: {_REFUSED}",
+    "assistant": f"drops messages of the assistant: {_REFUSED}",
+    "messages": "rejects conversations of several turns, which are written in another form or refused",
 }
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ def open_eyes(directory: Path, config: Any) -> Eyes | None:
     try:
         return Eyes.open(directory, config)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        log.warning("images are refused: no image processor in %s: %s", directory, str(error).splitlines()[0])
+        log.warning("images are refused, because %s has no image processor: %s", directory, str(error).splitlines()[0])
         return None
 
 
@@ -227,7 +227,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -237,10 +237,10 @@ def _check_vocabulary_file(directory: Path) -> None:
     if any((directory / name).exists() for name in VOCABULARIES):
         return
     others = [name for name in FOREIGN_VOCABULARIES if (directory / name).exists()]
-    reason = f"has {others[0]} alone" if others else "has no vocabulary"
+    reason = f"has only {others[0]}" if others else "has no vocabulary"
     raise ModelLoadError(
-        f"{directory} {reason}, and what is read here is tokenizer.json: take that file from the model's page, or "
-        "from another model with the same vocabulary."
+        f"{directory} {reason}, but this server reads tokenizer.json: take that file from the model's "
+        "page, or from another model with the same vocabulary."
     )
 
 
@@ -268,13 +268,16 @@ def tell_moved(template: PromptTemplate, directory: Path) -> None:
     ids = {text: template.token_id(text) for text in told}
     moved = [f"{text} has id {ids[text]}, not {number}" for text, number in told.items() if ids[text] != number]
     if moved:
-        log.warning("the tokenizer in %s numbers tokens as its files do not: %s", directory, "; ".join(moved[:5]))
+        log.warning("the tokenizer in %s gives tokens other ids than its files do: %s", directory, "; ".join(moved[:5]))
 
 
 def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:
     """Raises ModelLoadError unless both models mean the same by a token."""
     if template.tokenizer.get_vocab() != draft.tokenizer.get_vocab():
-        raise ModelLoadError("The model at DRAFT_MODEL_PATH has another vocabulary: its guesses would mean nothing.")
+        raise ModelLoadError(
+            "The model at DRAFT_MODEL_PATH has a different vocabulary: use one with the vocabulary of "
+            "the model at MODEL_PATH."
+        )
 
 
 def sampling_defaults(generation_config: Any) -> dict[str, Any]:
@@ -287,10 +290,12 @@ def sampling_defaults(generation_config: Any) -> dict[str, Any]:
     given = {name: value for name, value in own.items() if value is not None}
     bad = {name: value for name, value in given.items() if not _is_in_range(name, value)}
     if bad:
-        log.warning("generation_config.json: out of range and not followed: %s", bad)
+        log.warning("generation_config.json: values out of range are ignored: %s", bad)
     unread = [name for name in NOT_FOLLOWED if getattr(generation_config, name, None) not in (None, False, 0, 1, [])]
     if unread:
-        log.warning("generation_config.json: not followed here: %s", ", ".join(unread))
+        log.warning(
+            "generation_config.json: settings that this server does not support are ignored: %s", ", ".join(unread)
+        )
     return {**SAMPLING_DEFAULTS, **{name: value for name, value in given.items() if name not in bad}}
 
 

@@ -98,7 +98,7 @@ class LocalProvider:
 
     def begin(self, loaded: Loaded) -> None:
         """Answers with that from now on."""
-        loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} has stopped after an error.")
+        loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} stopped after an error.")
         loaded.engine.start()
         self.loaded = loaded
 
@@ -307,7 +307,7 @@ class LocalProvider:
         loaded = self._ready(self.name if request.model is None else request.model)
         if any(token_id >= loaded.engine.num_embeddings for token_id in request.tokens):
             raise InvalidRequest(
-                f"Token ids are below {loaded.engine.num_embeddings}.", param="tokens", code="invalid_value"
+                f"Token ids must be less than {loaded.engine.num_embeddings}.", param="tokens", code="invalid_value"
             )
         text = await asyncio.to_thread(loaded.template.tokenizer.decode, request.tokens)
         return DetokenizeResponse(prompt=str(text))
@@ -335,13 +335,13 @@ class LocalProvider:
             )
         if (request.max_tokens or 0) > limit:
             raise InvalidRequest(
-                f"An answer of {request.max_tokens} tokens is asked for, and this model's maximum context length is "
-                f"{limit} tokens. Please ask for fewer tokens.",
+                f"You requested {request.max_tokens} tokens in the completion, but this model's "
+                f"maximum context length is {limit} tokens. Please ask for fewer tokens.",
                 param=request.limit_field,
                 code="invalid_value",
             )
         if (request.min_tokens or 0) > (limit if request.max_tokens is None else request.max_tokens):
-            raise InvalidRequest("min_tokens is larger than max_tokens.", param="min_tokens", code="invalid_value")
+            raise InvalidRequest("min_tokens must be at most max_tokens.", param="min_tokens", code="invalid_value")
         wanted = default_max_tokens or left if request.max_tokens is None else max(request.max_tokens, 1)  # 0: hidden
         given = {field.name: getattr(request, field.name) for field in fields(SamplingParams)}
         values = {**loaded.defaults, **{name: value for name, value in given.items() if value is not None}}
@@ -353,8 +353,9 @@ def _check_characters(loaded: Loaded, num_characters: int, param: str) -> None:
     limit = loaded.engine.max_model_len
     if num_characters > max(limit * loaded.template.longest_token, FEWEST_CHARACTERS):
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {limit} tokens, and {num_characters} characters are more than "
-            "that. Please reduce the length of the prompt. (context_length_exceeded)",
+            f"This model's maximum context length is {limit} tokens, and a prompt of {num_characters} "
+            "characters is longer than that. Please reduce the length of the prompt. "
+            "(context_length_exceeded)",
             param=param,
         )
 
@@ -372,7 +373,8 @@ def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
     tokens are not known yet."""
     if num_sequences > engine.room.most:
         raise InvalidRequest(
-            f"{num_sequences} answers are asked for, and this server takes {engine.room.most} at a time.", param=param
+            f"You requested {num_sequences} answers, but this server computes at most {engine.room.most} at a time.",
+            param=param,
         )
     engine.check_open(num_sequences, record.current().client)
 
@@ -381,7 +383,7 @@ def _check_token_ids(engine: "Engine", request: ChatCompletionRequest | Completi
     for name in ("logit_bias", "stop_token_ids"):
         if any(not 0 <= token_id < engine.num_embeddings for token_id in getattr(request, name) or ()):
             raise InvalidRequest(
-                f"{name}: the model's token ids are from 0 to {engine.num_embeddings - 1}.",
+                f"{name}: token ids must be from 0 to {engine.num_embeddings - 1}.",
                 param=name,
                 code="invalid_value",
             )
@@ -393,7 +395,8 @@ def _check_prompt(engine: "Engine", token_ids: list[int], param: str) -> None:
         raise InvalidRequest("The prompt is empty.", param=param, code="invalid_value")
     if max(token_ids) >= engine.num_embeddings:
         raise InvalidRequest(
-            f"The prompt holds the token id {max(token_ids)}; the model's are below {engine.num_embeddings}.",
+            f"The prompt has the token id {max(token_ids)}, but the model's token ids must be less "
+            f"than {engine.num_embeddings}.",
             param=param,
             code="invalid_value",
         )

@@ -177,7 +177,7 @@ class OllamaFixes(Fixes):
         if (body.get("n") or 1) != 1:
             raise unsupported("n")
         if path == "embeddings" and any(isinstance(part, int | list) for part in _listed(body.get("input"))):
-            raise InvalidRequest("Ollama takes texts, and no tokens.", param="input", code="unsupported_value")
+            raise InvalidRequest("Ollama accepts text, not token ids.", param="input", code="unsupported_value")
         for number, message in enumerate(_list(body.get("messages"))):
             _check_images(message, f"messages[{number}]")
         if body.get("tool_choice") in ("auto", None):
@@ -209,7 +209,7 @@ def _check_images(message: Any, path: str) -> None:
         url = image.get("url") if isinstance(image, dict) else image
         if isinstance(url, str) and not url.startswith("data:"):
             param = f"{path}.content[{number}]"
-            raise InvalidRequest("Ollama takes images as data: URLs alone.", param=param, code="unsupported_value")
+            raise InvalidRequest("Ollama accepts images only as data: URLs.", param=param, code="unsupported_value")
 
 
 class MiniMaxFixes(Fixes):
@@ -304,7 +304,7 @@ class OpenAICompatible:
         fixes, is_stream = self.fixes(), body.get("stream") is True
         if path not in fixes.paths:
             raise InvalidRequest(
-                f"{self.upstream.access.name} has no /{path}.", param="model", code="unsupported_value"
+                f"{self.upstream.access.name} does not support /{path}.", param="model", code="unsupported_value"
             )
         dropped = fixes.request(path, body)
         url, content = self.urls.of(path, is_stream), json.dumps({**body, **self.extra}).encode()
@@ -327,10 +327,10 @@ class OpenAICompatible:
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise self.upstream.fault("answered with what is no JSON", 502, "upstream_invalid_response") from error
+            raise self.upstream.fault("sent invalid JSON", 502, "upstream_invalid_response") from error
         body = {"error": error_in(body)} if isinstance(body, list) else body
         if not isinstance(body, dict):
-            raise self.upstream.fault("answered with no JSON object", 502, "upstream_invalid_response")
+            raise self.upstream.fault("sent JSON that is not an object", 502, "upstream_invalid_response")
         if failure := failure_in(body):
             raise self.upstream.told(failure["status"], {"error": failure})
         return body
@@ -340,7 +340,7 @@ class OpenAICompatible:
         response = await self.upstream.opened(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
             self._checked((await self.upstream.read(response)).content.strip(), 200)
-            raise self.upstream.fault("did not stream", 502, "upstream_invalid_response")
+            raise self.upstream.fault("did not send a stream", 502, "upstream_invalid_response")
         events = self._events(with_keep_alive(events_of(response, self.upstream)), fixes, path)
         try:
             first = await anext(events)

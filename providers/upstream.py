@@ -89,7 +89,9 @@ class Upstream:
             async for part in response.aiter_raw():
                 size += len(part)
                 if size > LARGEST:
-                    raise self.fault("sent more than can be kept", 502, "upstream_invalid_response")
+                    raise self.fault(
+                        f"sent an answer of more than {LARGEST} bytes", 502, "upstream_invalid_response"
+                    )
                 parts.append(part)
         except httpx2.HTTPError as error:
             raise self.transport_fault(error) from error
@@ -100,7 +102,7 @@ class Upstream:
     async def _send(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
         if not self.access.is_usable:
             variable = self.access.key_variable
-            raise ProviderNotConfigured(f"{variable} is not set: models of {self.access.name} cannot be used.")
+            raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.access.name}.")
         if self.is_resting:
             left = max(1, round(self._rests_until - time.monotonic()))
             raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_passing=True)
@@ -125,7 +127,9 @@ class Upstream:
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise self.fault("cannot be reached", 502, "upstream_unreachable", is_passing=True) from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
-            raise self.fault("cannot be asked: its address or key is wrong", 502, "upstream_unreachable") from error
+            raise self.fault(
+                "cannot be called: its base URL or API key is not valid", 502, "upstream_unreachable"
+            ) from error
         except httpx2.HTTPError as error:
             raise self.transport_fault(error) from error
         self._num_failures, self.last_success = 0, time.time()
@@ -156,7 +160,7 @@ class Upstream:
     def transport_fault(self, error: Exception) -> UpstreamError:
         if isinstance(error, httpx2.TimeoutException):
             return self.fault("did not answer in time", 504, "upstream_timeout")
-        return self.fault("broke the connection", 502, "upstream_disconnected", is_passing=True)
+        return self.fault("closed the connection too early", 502, "upstream_disconnected", is_passing=True)
 
     def _refusal(self, response: httpx2.Response) -> UpstreamError:
         """A status that is none of success, in OpenAI's shape."""
@@ -210,7 +214,9 @@ async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGener
             del text[:start]
             searched = max(0, len(text) - 3)  # an end may be cut in two
             if len(text) > LARGEST:
-                raise upstream.fault("sent an event without end", 502, "upstream_invalid_response")
+                raise upstream.fault(
+                    f"sent an event of more than {LARGEST} bytes", 502, "upstream_invalid_response"
+                )
     except httpx2.HTTPError as error:
         raise upstream.transport_fault(error) from error
     finally:

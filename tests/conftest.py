@@ -1,9 +1,12 @@
 """What all tests share."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import devices
+import hostile
+import profiles  # noqa: F401 - hypothesis is set up by it
 import pytest
 import torch
 from models import save_checkpoint_that_sees, save_tiny_checkpoint
@@ -16,6 +19,25 @@ torch.set_num_threads(1)  # tiny models lose more to a second thread than they g
 
 def pytest_report_header() -> str:
     return f"kernels for GPUs: on {devices.DEVICE}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases that `make test` leaves to `make test-all`, and says which tests share a worker.
+
+    A worker gets whole files, as they share servers; the demo models are loaded by one worker only, and tests that
+    have a clock or measure memory come one after the other.
+    """
+    num_cases: Counter[object] = Counter()
+    for item in items:
+        if thinned := item.get_closest_marker("thinned"):
+            function = (item.path, item.parent, getattr(item, "originalname", item.name))
+            if num_cases[function] % thinned.args[0]:
+                item.add_marker("slow")
+            num_cases[function] += 1
+        if item.get_closest_marker("xdist_group") is None:
+            is_demo = "demo_server" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("demo" if is_demo else item.path.stem))
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +60,7 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
 def thinking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same with a model that may think, and has a token for the mark of a call."""
     directory = save_tiny_checkpoint(tmp_path_factory.mktemp("thinking") / "Tiny-Qwen3", has_marks=True)
-    settings = {"MODEL_PATH": str(directory), "MAX_NUM_SEQS": "16", "DTYPE": "float32"}
-    with serve(MAIN, **settings) as server:
+    with serve(MAIN, MODEL_PATH=str(directory), MAX_NUM_SEQS="16", DTYPE="float32") as server:
         server.wait_until_healthy()
         yield server
 
@@ -58,10 +79,17 @@ def seeing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def seeing_server(seeing_checkpoint: Path) -> Iterator[Server]:
     """With a tiny Gemma 3 that takes images, also from this machine."""
-    settings = {"MODEL_PATH": str(seeing_checkpoint), "DTYPE": "float32", "ALLOW_PRIVATE_IMAGE_URLS": "true"}
-    with serve(MAIN, **settings, MAX_IMAGES="6") as server:
+    own = {"MODEL_PATH": str(seeing_checkpoint), "ALLOW_PRIVATE_IMAGE_URLS": "true", "MAX_IMAGES": "6"}
+    with serve(MAIN, **own, DTYPE="float32") as server:
         server.wait_until_healthy()
         yield server
+
+
+@pytest.fixture(scope="session")
+def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> Iterator[dict[bool, hostile.Target]]:
+    """What hostile requests are sent to, by whether it sees images."""
+    with hostile.started(tiny_checkpoint, seeing_checkpoint) as targets:
+        yield targets
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from forked import ForkedProcess, can_run
 
 ROOT = Path(__file__).resolve().parents[1]
 UVICORN = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", "0"]
@@ -22,7 +23,7 @@ MAIN = [sys.executable, "main.py", "--port", "0"]
 
 @dataclass
 class Server:
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedProcess
     lines: list[str] = field(default_factory=list)
     url: str = ""
 
@@ -51,36 +52,50 @@ class Server:
             time.sleep(0.05)
 
     def read_log(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             self.lines.append(line)
             if found := re.search(r"running on (http://[\d.]+:\d+)", line):
                 self.url = found[1].replace("0.0.0.0", "127.0.0.1")
 
 
+def start(command: list[str], environment: dict[str, str], *, is_cold: bool) -> subprocess.Popen[str] | ForkedProcess:
+    """Starts `command` in the project's folder: as a fork where that comes to the same, else as a user starts it."""
+    if not is_cold and can_run(command, environment):
+        return ForkedProcess(command, environment)
+    pipe, merged = subprocess.PIPE, subprocess.STDOUT
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=merged, text=True)
+
+
 @contextmanager
-def serve(command: list[str], **environment: str) -> Iterator[Server]:
+def serve(command: list[str], *, is_cold: bool = False, **environment: str) -> Iterator[Server]:
     """Starts the server and stops it as a user does; it listens, perhaps its model still loads."""
+    with started(command, is_cold=is_cold, **environment) as server:
+        server.wait_until_listening()
+        yield server
+
+
+def run_to_end(command: list[str], *, is_cold: bool = False, **environment: str) -> tuple[int, str]:
+    """The exit status and the output of a server that is expected to end by itself."""
+    with started(command, is_cold=is_cold, **environment) as server:
+        status = server.process.wait(60)
+    return status, "".join(server.lines)
+
+
+@contextmanager
+def started(command: list[str], *, is_cold: bool, **environment: str) -> Iterator[Server]:
     own = {"HOST", "PORT", "MODEL_PATH", "MODEL_DIR", "NANOVLLM_MODEL_PATH"}
     inherited = {name: value for name, value in os.environ.items() if name not in own}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(command, {**inherited, "OMP_NUM_THREADS": "1", **environment}, is_cold=is_cold)
     server = Server(process)
     reader = threading.Thread(target=server.read_log, daemon=True)
     reader.start()
     try:
-        server.wait_until_listening()
         yield server
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(60)
         reader.join()
-        assert process.stderr is not None
-        process.stderr.close()
+        assert process.stdout is not None
+        process.stdout.close()

@@ -210,6 +210,12 @@ def memory(server: Server) -> int:
     return int(psutil.Process(server.process.pid).memory_info().rss)
 
 
+def processor_seconds(server: Server) -> float:
+    """What all threads of the process have computed so far: it does not grow while other processes compute."""
+    times = psutil.Process(server.process.pid).cpu_times()
+    return float(times.user + times.system)
+
+
 @contextmanager
 def bounded_peak(server: Server, most: int) -> Iterator[None]:
     """The process never has `most` bytes more than now while the block runs."""

@@ -450,6 +450,7 @@ HOSTILE: list[tuple[ToolFormat, str, int]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("style", "text", "count"), HOSTILE)
 @pytest.mark.parametrize("is_thinking", [False, True])
 def test_what_looks_like_calls_again_and_again_is_read_in_linear_time(

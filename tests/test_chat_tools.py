@@ -83,6 +83,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", BODIES)
 def test_a_stream_says_the_same_as_the_whole_answer(thinker: OpenAI, name: str) -> None:
     for seed in range(4):
@@ -232,6 +233,7 @@ def test_a_schema_that_need_not_be_enforced_is_not(thinker: OpenAI) -> None:
 # --- the demo model
 
 
+@pytest.mark.slow
 def test_a_hundred_random_schemas_are_kept_by_the_demo_model(demo_server: Server) -> None:
     rng = random.Random(7)
     schemas = [random_schema(rng) for _ in range(100)]

@@ -147,7 +147,7 @@ def test_names_that_may_be_fetched_pass_the_check(model_path: str) -> None:
         (["config.json"], "has no .*safetensors weights"),
         (["config.json", "pytorch_model.bin"], "can run code .* convert"),
         (["config.json", "model.pt"], "can run code .* convert"),
-        (["config.json", "model.safetensors", "model.safetensors.index.json"], "not an index"),
+        (["config.json", "model.safetensors", "model.safetensors.index.json"], "not a valid index"),
     ],
 )
 def test_unusable_directory_is_refused_in_one_sentence(tmp_path: Path, names: list[str], reason: str) -> None:
@@ -346,7 +346,7 @@ def test_a_hub_model_beyond_its_bound_is_refused_before_it_is_downloaded(tmp_pat
     size = len(HUB_MODEL["model.safetensors"])
     with http_server(hub_model("org/tiny", HUB_MODEL)) as endpoint:
         sources = Sources(endpoint=endpoint, hub_cache=tmp_path)
-        with pytest.raises(ModelLoadError, match="org/tiny has .* GiB, and SETTING is"):
+        with pytest.raises(ModelLoadError, match="org/tiny takes .* GiB, but SETTING is"):
             checkpoint.fetch_hub("org/tiny", ignore, sources, checkpoint.MemoryBound("SETTING", size - 1))
         assert not list(tmp_path.rglob("*.safetensors"))
         found = checkpoint.fetch_hub("org/tiny", ignore, sources, checkpoint.MemoryBound("SETTING", size))
@@ -354,7 +354,7 @@ def test_a_hub_model_beyond_its_bound_is_refused_before_it_is_downloaded(tmp_pat
 
 
 def test_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="org/name .* the Hub is out of reach"):
+    with pytest.raises(ModelLoadError, match="org/name .* the Hub cannot be reached"):
         checkpoint.fetch("org/name", tmp_path, ignore, Sources("http://127.0.0.1:9", hub_cache=tmp_path))
 
 

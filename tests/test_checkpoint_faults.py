@@ -89,7 +89,7 @@ def logprobs(engine: Engine, token_ids: list[int]) -> torch.Tensor:
 )
 def test_tensors_that_nobody_reads_are_refused_by_name(name: str, tmp_path: Path) -> None:
     directory = save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)}))
-    with pytest.raises(ModelLoadError, match=f"the tensor {name}, which nothing reads"):
+    with pytest.raises(ModelLoadError, match=f"the tensor {name}, which its architecture does not use"):
         load_model(directory, "float32", "cpu", ignore)
 
 
@@ -122,7 +122,7 @@ def test_biases_of_zero_that_no_layer_has_change_nothing(dtype: torch.dtype, tmp
     load_model(directory, "float32", "cpu", ignore)
     zeros[name.format(1)][7] = 1e-4
     save(directory, lambda tensors: tensors.update(zeros))
-    with pytest.raises(ModelLoadError, match=f"the tensor {name.format(1)}, which nothing reads"):
+    with pytest.raises(ModelLoadError, match=f"the tensor {name.format(1)}, which its architecture does not use"):
         load_model(directory, "float32", "cpu", ignore)
 
 
@@ -133,7 +133,9 @@ def test_layers_beyond_the_models_are_left_unread_where_the_configuration_counts
 ) -> None:
     further = {f"model.layers.{layer}.mlp.down_proj.weight": torch.ones(4) for layer in (3, 4)}
     directory = save(tmp_path, lambda tensors: tensors.update(further), {setting: count})
-    refused = pytest.raises(ModelLoadError, match="the tensor model.layers.4.mlp.down_proj.weight, which nothing reads")
+    refused = pytest.raises(
+        ModelLoadError, match="the tensor model.layers.4.mlp.down_proj.weight, which its architecture does not use"
+    )
     with nullcontext() if is_accepted else refused:
         load_model(directory, "float32", "cpu", ignore)
 
@@ -160,7 +162,7 @@ def test_numbers_in_8_bits_whose_scheme_nobody_says_are_refused(is_modelopt: boo
     directory = save(tmp_path, to_codes)
     if is_modelopt:
         (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    reason = "hf_quant_config.json, which does, is read by NVIDIA" if is_modelopt else "so nothing does"
+    reason = "; hf_quant_config.json does, but only NVIDIA's tools read it" if is_modelopt else "what they mean: take"
     with pytest.raises(ModelLoadError, match=rf"21 tensors \(model.layers.0.mlp.down_proj.*F8_E4M3.*{reason}"):
         check_model(directory, "auto", "cpu")
 
@@ -256,7 +258,7 @@ def test_a_second_copy_in_another_format_is_not_read(tmp_path: Path) -> None:
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="has the tensor .*, and so has model-00001"):
+    with pytest.raises(ModelLoadError, match="The tensor .* is in two files, .*model-00001"):
         check_model(split(tmp_path, {"metadata": {}}, repeated), "float32", "cpu")
 
 
@@ -312,7 +314,7 @@ def test_a_vocabulary_that_is_not_read_here_is_named(file: str | None, reason: s
     os.remove(tmp_path / "tokenizer.json")
     if file:
         (tmp_path / file).write_bytes(b"\n\x0e\n\x05<unk>")
-    with pytest.raises(ModelLoadError, match=f"{reason}, and what is read here is tokenizer.json"):
+    with pytest.raises(ModelLoadError, match=f"{reason}, but this server reads tokenizer.json"):
         load_template(tmp_path, "llama")
 
 
@@ -417,7 +419,7 @@ def test_the_tokens_that_end_an_answer_are_found_wherever_they_are_said(
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "no JSON object"), ("[]", "no JSON object"), ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'")],
+    [("{", "not a JSON object"), ("[]", "not a JSON object"), ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'")],
 )
 def test_a_generation_config_that_cannot_be_read_is_refused(text: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=reason):

@@ -48,6 +48,7 @@ def real_prompts(template: PromptTemplate) -> list[list[int]]:
     return [template.render_chat(chat), *map(template.render_text, texts)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
 def test_greedy_tokens_are_those_of_generate_in_float32(name: str) -> None:
     directory = fetch(name)
@@ -80,6 +81,7 @@ async def engine_tokens(model: Any, options: EngineOptions, prompts: list[list[i
         await engine.close()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
 def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
     from streaming import TextDecoder
@@ -97,6 +99,7 @@ def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
         assert b"".join(map(TokenTexts(tokenizer).bytes_of, ids)) == text.encode()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("demo", "genuine"), [("demo:gemma-3-270m", "gemma3"), ("demo:qwen2.5-coder-0.5b", "qwen2_5")])
 def test_the_tokens_of_a_converted_file_are_those_of_the_familys_own_tokenizer(demo: str, genuine: str) -> None:
     own = AutoTokenizer.from_pretrained(fetch(demo))
@@ -108,6 +111,7 @@ def test_the_tokens_of_a_converted_file_are_those_of_the_familys_own_tokenizer(d
         assert own.decode(token_ids) == theirs.decode(token_ids)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
 def test_control_tokens_that_a_user_writes_stay_text(name: str) -> None:
     template = load_template(fetch(name), "gemma3_text" if "gemma" in name else "qwen2")
@@ -122,6 +126,7 @@ def test_control_tokens_that_a_user_writes_stay_text(name: str) -> None:
     assert text in tokenizer.decode(token_ids)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
 def test_a_round_with_a_tool_loses_no_text_and_ends_no_turn(name: str) -> None:
     template = load_template(fetch(name), "gemma3_text" if "gemma" in name else "qwen2")

@@ -106,6 +106,7 @@ def answers(client: OpenAI, texts: list[str]) -> list[Answer]:
         return list(pool.map(lambda way, text: way(client, text), ways, texts))
 
 
+@pytest.mark.thinned(3)
 def test_what_is_repaired_reaches_a_client_as_calls(repeater: tuple[ToolFormat, OpenAI]) -> None:
     style, client = repeater
     texts = {text: (content, calls, "tool_calls") for own, text, content, calls in FORMS if own is style}
@@ -113,6 +114,7 @@ def test_what_is_repaired_reaches_a_client_as_calls(repeater: tuple[ToolFormat, 
     assert dict(zip(texts, answers(client, [*texts]), strict=True)) == texts
 
 
+@pytest.mark.thinned(3)
 def test_what_cannot_be_read_reaches_a_client_to_the_letter(repeater: tuple[ToolFormat, OpenAI]) -> None:
     style, client = repeater
     texts = [text for own, text in NO_CALLS if own is style]

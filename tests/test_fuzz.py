@@ -14,9 +14,10 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi.responses import JSONResponse
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from models import CHATML, MARKS, SPECIAL, byte_tokenizer
+from profiles import examples
 from pydantic import ValidationError
 from test_answer_parser import CALLS, TOOLS, read
 from test_checkpoint import write_tiny_gguf
@@ -42,16 +43,6 @@ from responses import as_chat
 from structure import structure_of
 from tool_formats import FORMATS, LINES, Literals, ToolFormat
 from tools import toolbox_of
-
-settings.register_profile(
-    "fixed",
-    derandomize=True,  # the same inputs in every run
-    deadline=None,
-    database=None,
-    max_examples=100,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("fixed")
 
 # --- what is generated
 
@@ -146,7 +137,7 @@ def test_what_an_event_says_is_found_or_it_says_nothing(event: bytes) -> None:
 
 def test_an_event_without_end_is_refused_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("providers.upstream.LARGEST", 1000)
-    with pytest.raises(UpstreamError, match="without end"):
+    with pytest.raises(UpstreamError, match="an event of more than 1000 bytes"):
         events([b"x" * 100] * 20)
 
 
@@ -173,7 +164,7 @@ READINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(splits(mixed(ANSWER_PIECES, 16)), st.sampled_from(STYLES), READINGS)
 def test_an_answer_means_the_same_however_it_comes(
     pieces: list[str], style: ToolFormat | None, reading: dict[str, Any]
@@ -186,7 +177,7 @@ def test_an_answer_means_the_same_however_it_comes(
             assert isinstance(json.loads(arguments), dict)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(splits(mixed(ANSWER_PIECES)), st.sampled_from(STYLES), st.booleans())
 def test_what_is_no_call_is_content_to_the_letter(pieces: list[str], style: ToolFormat | None, is_strict: bool) -> None:
     answer = read(pieces, style, is_strict=is_strict)
@@ -256,7 +247,7 @@ def allows(work: Callable[[], Any], *errors: type[Exception]) -> Any:
         return None
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(st.tuples(st.none() | st.sampled_from(EVENTS), CLAUDE_EVENT), max_size=6), st.booleans())
 def test_claudes_streams_are_chunks_or_an_error(events: list[tuple[str | None, Any]], includes_usage: bool) -> None:
     mapper = StreamMapper("claude", 0, includes_usage)
@@ -298,7 +289,7 @@ CLAUDE_REQUEST = shaped(
 )
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     CLAUDE_REQUEST
     | object_of(
@@ -328,7 +319,7 @@ DATES = st.datetimes().map(lambda when: when.strftime("%a, %d %b %Y %H:%M:%S GMT
 TIMES = mixed(["Mon", "Tue, ", "31 ", "Dec", "9999", "0", "-", ":", "23:59:60", "GMT", "+9999", "1e400", "nan", " "], 8)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.sampled_from(["retry-after", "retry-after-ms"]), NUMBERS.map(str) | DATES | TIMES)
 @example("retry-after", "Fri, 31 Dec 9999 23:59:59 -2359")
 @example("retry-after", "Mon, 01 Jan 0001 00:00:00 +2359")
@@ -380,7 +371,7 @@ FIXES = [fixing.Fixes, fixing.GeminiFixes, fixing.DeepSeekFixes, fixing.OllamaFi
 
 
 @pytest.mark.parametrize("fixes", FIXES)
-@settings(max_examples=60)
+@examples(60)
 @given(BODY, st.lists(BODY, max_size=2), BODY)
 @example({}, [], {"base_resp": {"status_code": [1]}})
 @example({"dimensions": 1, "encoding_format": "base64"}, [], {"data": [{"embedding": [10**400]}]})
@@ -475,7 +466,7 @@ def tried(kind: Any, body: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
-@settings(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_any_value_of_any_field_is_taken_or_refused(kind: Any, data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(list(kind.model_fields)), max_size=3) | TEXT.map(lambda text: [text]))
@@ -493,7 +484,7 @@ def test_odd_values_of_every_field_are_taken_or_refused(kind: Any, value: Any) -
         assert request is None or isinstance(_ignored_fields_header(request), dict)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(object_of(WORDS + " instructions reasoning text tools tool_choice include"), st.data())
 def test_a_response_is_asked_for_as_a_chat_or_refused(fields: dict[str, Any], data: Any) -> None:
     item = object_of("role user assistant content type message function_call function_call_output call_id output name")
@@ -536,7 +527,7 @@ ASKED = shaped(
 )
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(ASKED, st.sampled_from([LINES, *FORMATS]), st.booleans())
 @example({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": [[]]}}}],
           "tool_choice": "required"}, FORMATS[0], True)  # fmt: skip
@@ -602,7 +593,7 @@ ANY_MESSAGE = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-@settings(max_examples=40)
+@examples(40)
 @given(st.lists(ANY_MESSAGE, min_size=1, max_size=2), st.lists(GOOD_TOOL, max_size=1), st.booleans() | st.none())
 def test_messages_are_a_prompt_or_refused(kind: str, given_messages: list[Any], tools: list[Any], thinks: Any) -> None:
     body = {"model": "m", "messages": given_messages, "tools": tools}
@@ -628,7 +619,7 @@ def harmless(message: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-@settings(max_examples=100)
+@examples(100)
 @given(st.lists(MESSAGE, min_size=1, max_size=4))
 def test_no_text_becomes_a_control_token(kind: str, given_messages: list[dict[str, str]]) -> None:
     subject = TEMPLATES[kind]
@@ -641,7 +632,7 @@ def test_no_text_becomes_a_control_token(kind: str, given_messages: list[dict[st
     assert controls(given_messages) == controls([harmless(message) for message in given_messages])
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(st.lists(MESSAGE.filter(lambda message: message["role"] != "assistant"), min_size=1, max_size=4))
 def test_only_the_assistants_text_has_marks_that_are_tokens(given_messages: list[dict[str, str]]) -> None:
     subject = TEMPLATES["tooled"]
@@ -697,7 +688,7 @@ def changed(content: bytes, changes: list[tuple[float, bytes]], length: float, h
     return bytes(mutable[: 4 + int(length * (len(mutable) - 4))])
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(st.lists(CHANGE, max_size=3), st.just(1.0) | st.floats(0, 1), st.sampled_from([64, 700, 9_000, 12_000]))
 def test_a_gguf_file_is_read_or_refused_in_no_time(
     gguf_file: Path, tmp_path: Path, changes: list[Any], length: float, header: int
@@ -800,7 +791,7 @@ def test_a_configuration_that_lies_is_refused_in_a_sentence(tiny_checkpoint: Pat
         loaded(files_of(tiny_checkpoint, tmp_path / str(number), config__json=text))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_weights_that_lie_are_refused_in_a_sentence(tiny_checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
     from engine.model_runner import check_model

@@ -195,7 +195,7 @@ def test_a_pattern_that_cannot_be_read_is_told_with_its_reason_and_place(
     value = {"json": schema, "regex": pattern, "grammar": f"start: /{pattern}/"}[kind]
     with pytest.raises(ValueError) as refusal:
         COMPILER.compile(structure.KINDS[kind](value))
-    assert str(refusal.value) == f"the regular expression cannot be read: {what}, {place}"
+    assert str(refusal.value) == f"the regular expression is invalid: {what}, {place}"
 
 
 HUGE = {

@@ -67,6 +67,7 @@ def answers(engine: Engine, count: int, delay: float) -> list[list[int | None]]:
     return result
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("delay", "graphs"), [(0.0, False), (0.02, False), (0.02, True)])
 def test_answers_are_the_same(family: str, delay: float, graphs: bool) -> None:

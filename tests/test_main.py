@@ -4,8 +4,6 @@ import asyncio
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from models import byte_tokenizer
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from process import MAIN, ROOT, UVICORN, Server, serve
+from process import MAIN, UVICORN, Server, run_to_end, serve
 from transformers import AutoModelForCausalLM
 
 from logprobs import TokenTexts
@@ -474,7 +472,7 @@ def test_fifty_clients_that_leave_stop_their_work(server: Server, stream: bool) 
 
 
 def test_while_loading_models_answer_and_health_tells_the_progress(tiny_checkpoint: Path) -> None:
-    with serve(UVICORN, NANOVLLM_MODEL_PATH=str(tiny_checkpoint)) as server:
+    with serve(UVICORN, is_cold=True, NANOVLLM_MODEL_PATH=str(tiny_checkpoint)) as server:
         health = server.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "loading"
         assert 0 <= health.json()["progress"]["fraction"] <= 1 and health.json()["progress"]["phase"]
@@ -486,27 +484,30 @@ def test_while_loading_models_answer_and_health_tells_the_progress(tiny_checkpoi
         assert server.get("/health").json()["status"] == "ok"
 
 
+HOPELESS = [
+    ("/nowhere/model", "/nowhere/model"),
+    ("demo:nothing", "demo:nothing"),
+    ("{tmp}/pickle", "safetensors"),
+    ("{tmp}/bert", "not supported"),
+    ("{tmp}/huge", "GiB"),
+]
+
+
 @pytest.mark.parametrize(
-    ("path", "sentence"),
-    [
-        ("/nowhere/model", "/nowhere/model"),
-        ("demo:nothing", "demo:nothing"),
-        ("{tmp}/pickle", "safetensors"),
-        ("{tmp}/bert", "not supported"),
-        ("{tmp}/huge", "GiB"),
-    ],
+    ("path", "sentence", "command"),
+    [*((*model, MAIN) for model in HOPELESS), (*HOPELESS[0], UVICORN)],
+    ids=lambda value: value if isinstance(value, str) else value[1],
 )
-@pytest.mark.parametrize("command", [[sys.executable, "main.py", "--port", "0"], UVICORN], ids=["main.py", "uvicorn"])
 def test_a_model_that_cannot_be_served_ends_the_process_with_a_sentence(
-    tmp_path: Path, command: list[str], path: str, sentence: str
+    tmp_path: Path, path: str, sentence: str, command: list[str]
 ) -> None:
     write_hopeless_models(tmp_path)
-    environment = {"MODEL_PATH": path.format(tmp=tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.returncode != 0
-    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and sentence in errors[0]
-    assert "Traceback" not in ended.stderr
+    environment = {"MODEL_PATH": path.format(tmp=tmp_path), "CACHE_DIR": str(tmp_path / "cache")}
+    status, log = run_to_end(command, is_cold=sentence == "/nowhere/model", **environment)
+    assert status != 0
+    said = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and sentence in said[0]
+    assert "Traceback" not in log
 
 
 def test_a_draft_model_changes_no_answer_and_must_have_the_same_vocabulary(
@@ -521,10 +522,8 @@ def test_a_draft_model_changes_no_answer_and_must_have_the_same_vocabulary(
     assert answers[0]["choices"] == answers[1]["choices"]
     tokenizer = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(tokenizer.replace('"A":', '"Alpha":'))
-    command = [sys.executable, "main.py", "--port", "0", "--model-path", str(tiny_checkpoint)]
-    command += ["--draft-model-path", str(other)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode != 0 and "error: The model at DRAFT_MODEL_PATH has another vocabulary" in ended.stderr
+    status, log = run_to_end([*MAIN, "--model-path", str(tiny_checkpoint), "--draft-model-path", str(other)])
+    assert status != 0 and "error: The model at DRAFT_MODEL_PATH has a different vocabulary" in log
 
 
 def write_hopeless_models(directory: Path) -> None:
@@ -597,7 +596,7 @@ def test_what_does_not_finish_in_time_gets_an_error(tiny_checkpoint: Path, numbe
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_loading_ends_the_process_at_once(tiny_checkpoint: Path, number: int) -> None:
-    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint)) as server:
+    with serve(MAIN, is_cold=True, MODEL_PATH=str(tiny_checkpoint)) as server:
         assert server.get("/health").status_code == 503
         server.process.send_signal(number)
         assert server.process.wait(5) == 0

@@ -419,7 +419,7 @@ def test_a_template_that_drops_what_was_said_before_takes_one_turn_and_no_more()
     subject = own("{% if loop.last %}{{ m.content }}{% endif %}")
     assert {"user", "assistant"} <= set(subject.hidden)
     assert text(subject, ("user", "Hello")) == "<user>Hello</user>"
-    with pytest.raises(InvalidRequest, match="leaves out what these say: .*user") as refusal:
+    with pytest.raises(InvalidRequest, match="drops parts of these messages: .*user") as refusal:
         text(subject, ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye"))
     assert refusal.value.status == 400 and refusal.value.param == "messages"
 
@@ -579,8 +579,8 @@ def test_templates_of_which_none_is_the_default_are_refused_at_the_start(tmp_pat
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ("{% if m.role != 'system' %}{{ m.content }}{% endif %}", "does not show what the system says"),
-        ("{% if m.role != 'user' %}{{ m.content }}{% endif %}", "does not show all that the user says"),
+        ("{% if m.role != 'system' %}{{ m.content }}{% endif %}", "has no place for a system message"),
+        ("{% if m.role != 'user' %}{{ m.content }}{% endif %}", "drops parts of user messages"),
         ("{{ m.content }", "chats are refused: .*unexpected '}'"),
         ("{{ m.content }}", None),
     ],

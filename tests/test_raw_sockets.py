@@ -298,6 +298,7 @@ def test_a_body_that_comes_late_behind_another_request_is_read_row25(server: Ser
         assert "tokens" in connection.reply("POST").json
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "behind", [request("POST", "/tokenize", SMALL)[:-5], b"GET /vers", b"\r\n", b"\0garbage\r\n\r\n"]
 )

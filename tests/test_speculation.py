@@ -123,6 +123,7 @@ def test_sampled_answers_with_all_parameters_are_the_same(family: str) -> None:
     assert_same(answers(family, 4, params)[0], answers(family, 0, params)[0])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_an_end_among_the_guesses_ends_the_answer_there(family: str) -> None:
     """Whatever token ends it, and however many blocks there are."""

@@ -103,6 +103,7 @@ def check(calls: list[tuple[str, str]]) -> None:
         jsonschema.validate(json.loads(arguments), SCHEMAS[name])
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("literals", "compiler"), [(MARKS, COMPILER), (NO_MARKS, PLAIN_COMPILER)], ids=["tokens", "text"]
 )
@@ -156,6 +157,7 @@ ODD_SCHEMAS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["XML", "arg_key", "marked JSON"])
 @pytest.mark.parametrize("number", range(len(ODD_SCHEMAS)))
 def test_odd_schemas_are_kept_too(name: str, number: int) -> None:
@@ -206,6 +208,7 @@ def test_masks_ahead_are_those_that_come_one_by_one(is_repeated: bool) -> None:
                 one_by_one.accept(token_ids[start + count])
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_model_calls_the_function_that_is_named_and_once(family: str) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}

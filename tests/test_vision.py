@@ -201,6 +201,7 @@ def test_running_streams_wait_for_one_image_at_a_time() -> None:
     assert diary.notes[0] == "encode 4"
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("num_before", range(20, 48))
 def test_a_chunk_of_one_token_before_an_image_is_not_taken_for_a_decode(num_before: int) -> None:
     """Beside a running stream, and with text that invites guesses."""

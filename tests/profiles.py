@@ -1,0 +1,20 @@
+"""How many examples of a property hypothesis tries: few in `make test`, all in `make test-all`."""
+
+from hypothesis import HealthCheck, settings
+
+THOROUGH = 100  # examples of a property that asks for no other number
+for name, count in {"thorough": THOROUGH, "quick": 20}.items():
+    settings.register_profile(
+        name,
+        derandomize=True,  # the same inputs in every run
+        deadline=None,
+        database=None,
+        max_examples=count,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+settings.load_profile("quick")  # --hypothesis-profile comes later and wins
+
+
+def examples(count: int) -> settings:
+    """So many in the thorough profile, and in proportion fewer in the quick one."""
+    return settings(max_examples=max(10, count * settings.default.max_examples // THOROUGH))
