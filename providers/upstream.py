@@ -89,9 +89,7 @@ class Upstream:
             async for part in response.aiter_raw():
                 size += len(part)
                 if size > LARGEST:
-                    raise self.fault(
-                        f"sent an answer of more than {LARGEST} bytes", 502, "upstream_invalid_response"
-                    )
+                    raise self.fault(f"sent an answer of more than {LARGEST} bytes", 502, "upstream_invalid_response")
                 parts.append(part)
         except httpx2.HTTPError as error:
             raise self.transport_fault(error) from error
@@ -214,9 +212,7 @@ async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGener
             del text[:start]
             searched = max(0, len(text) - 3)  # an end may be cut in two
             if len(text) > LARGEST:
-                raise upstream.fault(
-                    f"sent an event of more than {LARGEST} bytes", 502, "upstream_invalid_response"
-                )
+                raise upstream.fault(f"sent an event of more than {LARGEST} bytes", 502, "upstream_invalid_response")
     except httpx2.HTTPError as error:
         raise upstream.transport_fault(error) from error
     finally:

@@ -1,5 +1,10 @@
 """What all tests share."""
 
+import os
+
+# One thread for each process: two would wait for each other while another worker's process has their core.
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it
+
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +13,11 @@ import devices
 import hostile
 import profiles  # noqa: F401 - hypothesis is set up by it
 import pytest
-import torch
 from models import save_checkpoint_that_sees, save_tiny_checkpoint
 from openai import OpenAI
 from process import MAIN, Server, serve
 
 collect_ignore = ["clients", "ray"]  # `make test-clients` and `make test-ray` run them, in other environments
-torch.set_num_threads(1)  # tiny models lose more to a second thread than they gain
 
 
 def pytest_report_header() -> str:
@@ -95,7 +98,7 @@ def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> Iterator[dict[boo
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Server]:
     """As `make serve` starts it: nothing set but the context, the default demo model."""
-    with serve(MAIN, MAX_MODEL_LEN="2048", OMP_NUM_THREADS="2") as server:
+    with serve(MAIN, MAX_MODEL_LEN="2048") as server:
         server.wait_until_healthy()
         yield server
 

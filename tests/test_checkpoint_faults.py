@@ -148,7 +148,7 @@ def test_a_layer_that_predicts_further_tokens_is_known_by_its_parts(tmp_path: Pa
 
 def test_a_configuration_with_fewer_layers_than_the_files_is_refused(tmp_path: Path) -> None:
     directory = save(tmp_path, lambda tensors: None, {"num_hidden_layers": 2, "layer_types": None})
-    with pytest.raises(ModelLoadError, match=r"11 tensors \(model.layers.2.*which nothing reads"):
+    with pytest.raises(ModelLoadError, match=r"11 tensors \(model.layers.2.*which its architecture does not use"):
         load_model(directory, "float32", "cpu", ignore)
 
 
@@ -169,7 +169,11 @@ def test_numbers_in_8_bits_whose_scheme_nobody_says_are_refused(is_modelopt: boo
 
 @pytest.mark.parametrize(
     ("method", "reason"),
-    [("modelopt", "'modelopt', which transformers does not know"), ("gptq", "not installed"), ("awq", "not installed")],
+    [
+        ("modelopt", "'modelopt', which transformers does not support"),
+        ("gptq", "not installed"),
+        ("awq", "not installed"),
+    ],
 )
 def test_quantizations_that_cannot_be_read_are_named(method: str, reason: str, tmp_path: Path) -> None:
     scheme = {"quant_method": method, "bits": 4, "group_size": 128}
@@ -307,7 +311,7 @@ def test_an_adapter_is_named(has_config: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "reason"), [("tokenizer.model", "has tokenizer.model alone"), (None, "has no vocabulary")]
+    ("file", "reason"), [("tokenizer.model", "has only tokenizer.model"), (None, "has no vocabulary")]
 )
 def test_a_vocabulary_that_is_not_read_here_is_named(file: str | None, reason: str, tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)

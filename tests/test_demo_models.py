@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,6 @@ LONG = "The quick brown fox jumps over the lazy dog, and " * 60  # more than Gem
 
 def fetch(name: str) -> Path:
     return checkpoint.fetch(name, Settings().cache_dir, lambda phase, fraction: None).directory
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Real models gain from them."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def real_prompts(template: PromptTemplate) -> list[list[int]]:

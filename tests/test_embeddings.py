@@ -559,7 +559,7 @@ def save_tiny_clip(directory: Path) -> Path:
 
 
 def test_models_that_would_fetch_what_a_text_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="image.*text alone"):
+    with pytest.raises(ModelLoadError, match="image.*only text"):
         load_embedder(save_tiny_clip(tmp_path / "clip"), "clip", "cpu")
 
 

@@ -132,7 +132,7 @@ def test_layers_that_attend_twice_are_refused() -> None:
     """Their second call would overwrite the first one's values in the cache: https://arxiv.org/abs/2410.05258."""
     model = DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL)).eval()
     model.set_attn_implementation(attention.NAME)
-    with pytest.raises(ModelLoadError, match="diffllama.*attend twice"):
+    with pytest.raises(ModelLoadError, match="diffllama.*call the attention twice"):
         build_engine(model, OPTIONS, frozenset())
 
 
@@ -193,5 +193,5 @@ def test_a_model_whose_numbers_are_none_is_refused_at_start(tmp_path: Path) -> N
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3] = float("nan")
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelLoadError, match="no numbers"):
+    with pytest.raises(ModelLoadError, match="not numbers"):
         load_engine(tmp_path, EngineOptions(kv_cache_memory=2**24), Facts, lambda phase, fraction: None)
