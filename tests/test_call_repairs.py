@@ -450,7 +450,7 @@ HOSTILE: list[tuple[ToolFormat, str, int]] = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("style", "text", "count"), HOSTILE)
 @pytest.mark.parametrize("is_thinking", [False, True])
 def test_what_looks_like_calls_again_and_again_is_read_in_linear_time(
@@ -512,6 +512,7 @@ MODEL_FORMS = [
 ]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("model", "style", "text", "content", "calls"), MODEL_FORMS)
 def test_calls_are_read_from_the_tokens_of_genuine_models(
     model: str, style: ToolFormat, text: str, content: str, calls: list[tuple[str, Any]]

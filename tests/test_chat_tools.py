@@ -83,7 +83,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", BODIES)
 def test_a_stream_says_the_same_as_the_whole_answer(thinker: OpenAI, name: str) -> None:
     for seed in range(4):

@@ -163,7 +163,7 @@ def test_a_server_that_ends_tells_everybody_wherever_they_are_answered(tiny_chec
         assert [reply.status for reply in whole] == [503] * 3
         assert all("shutting down" in error["message"] for error in (*streamed, *map(error_of, whole)))
         assert server.process.wait(10) == 0
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 15
     text = "".join(server.lines)
     assert "Traceback" not in text, text[text.index("Traceback") - 300 :][:3000]
 

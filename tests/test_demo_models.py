@@ -39,7 +39,7 @@ def real_prompts(template: PromptTemplate) -> list[list[int]]:
     return [template.render_chat(chat), *map(template.render_text, texts)]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
 def test_greedy_tokens_are_those_of_generate_in_float32(name: str) -> None:
     directory = fetch(name)

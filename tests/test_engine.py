@@ -87,7 +87,7 @@ def test_a_sequence_alone_gives_the_tokens_of_generate(family: str) -> None:
         assert answers(engine_of(family, EngineOptions()), [prompt], greedy()) == [expected]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("delay", [0, 0.01], ids=["at-once", "staggered"])
 def test_sixteen_sequences_in_chunks_give_the_tokens_of_generate(family: str, delay: float) -> None:
@@ -96,6 +96,7 @@ def test_sixteen_sequences_in_chunks_give_the_tokens_of_generate(family: str, de
     assert answers(engine_of(family), requests, greedy(), delay) == expected
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_preempted_sequences_give_the_tokens_of_generate(family: str) -> None:
     requests = prompts(8, longest=60)
@@ -127,7 +128,7 @@ def test_the_scores_of_prompts_are_those_of_the_model_also_after_a_preemption(fa
     assert engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("room", ["plenty", "scarce"])
 def test_a_beginning_that_was_computed_before_gives_the_tokens_of_generate(family: str, room: str) -> None:

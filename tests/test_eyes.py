@@ -217,6 +217,7 @@ def generated(messages: list[dict[str, Any]], directory: Path, count: int) -> st
     return str(gemma_processor().tokenizer.decode(new, skip_special_tokens=True))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_answers_are_transformers_own(client: OpenAI, seeing_checkpoint: Path, name: str) -> None:
     messages: Any = CONVERSATIONS[name]

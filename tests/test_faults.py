@@ -159,7 +159,7 @@ def test_a_step_that_takes_too_much_memory_is_computed_in_parts(error: Callable[
     assert engine.num_failed_steps > 0
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_fails_every_request_has_one_outcome_and_nothing_is_left(seed: int) -> None:
     rng = random.Random(seed)

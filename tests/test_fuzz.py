@@ -206,6 +206,7 @@ def seconds_to_read(style: ToolFormat | None, begin: str, unit: str, count: int)
     return time.process_time() - start
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name if style else "none")
 def test_reading_takes_linear_time(style: ToolFormat | None) -> None:
     units = ["\n", "<tool_call>", "{", '{"name": "', "```", "```\n", "<think>", '"\\', " ", "[", "now\n", "<arg_key>"]
@@ -723,11 +724,11 @@ def with_value(content: bytes, key: bytes, value: bytes) -> bytes:
 def test_a_gguf_file_that_lies_is_refused_at_once_in_a_sentence(
     gguf_file: Path, tmp_path: Path, key: bytes, value: bytes
 ) -> None:
-    path, start = tmp_path / "lies.gguf", time.monotonic()
+    path, start = tmp_path / "lies.gguf", time.process_time()
     path.write_bytes(with_value(gguf_file.read_bytes(), key, value))
     with pytest.raises(ModelLoadError, match="lies.gguf could not be converted") as refusal:
         checkpoint.fetch(str(path), tmp_path / "cache", lambda what, fraction: None)
-    assert "\n" not in str(refusal.value) and time.monotonic() - start < 2.0
+    assert "\n" not in str(refusal.value) and time.process_time() - start < 2.0
 
 
 BROKEN = [
@@ -765,14 +766,14 @@ def loaded(directory: Path) -> Any:
     from engine.model_runner import load_model
     from providers.loading import load_template
 
-    start = time.monotonic()
+    start = time.process_time()
     try:
         load_template(directory, "qwen3")
         return load_model(directory, "float32", "cpu", lambda what, fraction: None)
     except ModelLoadError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
     finally:
-        assert time.monotonic() - start < 20
+        assert time.process_time() - start < 20
     return None
 
 

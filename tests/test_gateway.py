@@ -17,6 +17,7 @@ import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from process import MAIN, Server, serve
+from raw_http import processor_seconds
 from upstreams import Asked, Reply, Upstream, chunk, completion, event, message, message_events, told, upstream
 
 from providers.openai_compatible import GeminiFixes, MiniMaxFixes, OllamaFixes
@@ -220,9 +221,9 @@ def test_the_list_of_models_has_all_of_them(gateway: Gateway) -> None:
     assert ids[0] == "Tiny-Qwen3" and {"openai/two", "claude/two", "gemini/one", "ollama/two"} <= set(ids)
     assert gateway.server.get("/v1/models/gemini/one").json()["owned_by"] == "gemini"
     assert gateway.server.get("/v1/models/gemini/none").status_code == 404
-    begin = time.monotonic()
+    num_asked = [len(provider.asked) for provider in gateway.providers.values()]
     gateway.server.get("/v1/models")
-    assert time.monotonic() - begin < 0.5
+    assert [len(provider.asked) for provider in gateway.providers.values()] == num_asked, "they are remembered"
 
 
 # --- faults
@@ -255,6 +256,7 @@ FAULTS: dict[str, tuple[Reply, int, str | None]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_failure_has_its_status_before_anything_is_answered(gateway: Gateway, name: str, is_stream: bool) -> None:
@@ -359,28 +361,29 @@ async def leave(gateway: Gateway, body: dict[str, Any], after: float) -> float:
 
 
 SLOW = {
-    "whole": (Reply([3.0, b"{}"]), False),
-    "before the first byte": (Reply([3.0, b"x"]), True),
-    "before the first event": (Reply.stream(b": wait\n\n"[:1], 3.0, b"x"), True),
-    "in the middle": (Reply.stream(*QUIET, 3.0, b"x"), True),
+    "whole": (Reply([30.0, b"{}"]), False),
+    "before the first byte": (Reply([30.0, b"x"]), True),
+    "before the first event": (Reply.stream(b": wait\n\n"[:1], 30.0, b"x"), True),
+    "in the middle": (Reply.stream(*QUIET, 30.0, b"x"), True),
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", ["openai/x", "claude/x"])
 @pytest.mark.parametrize("name", SLOW)
 def test_a_client_that_leaves_ends_the_work_there(gateway: Gateway, name: str, model: str) -> None:
     reply, is_stream = SLOW[name]
     provider = gateway.providers[model.partition("/")[0]]
     if model == "claude/x" and name == "in the middle":
-        reply = Reply.stream(*message_events("a")[:4], 3.0, b"x")
+        reply = Reply.stream(*message_events("a")[:4], 30.0, b"x")
     provider.script = lambda asked: reply
     body = {"model": model, "messages": HELLO, "stream": is_stream}
     left = asyncio.run(leave(gateway, body, 0.5))
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 20
     while provider.asked[0].left_at is None and time.monotonic() < deadline:
         time.sleep(0.005)
     assert provider.asked[0].left_at is not None
-    assert provider.asked[0].left_at - left < 0.25, provider.asked[0].left_at - left  # 5 ms on an idle machine
+    assert provider.asked[0].left_at - left < 5, provider.asked[0].left_at - left  # 5 ms on an idle machine
     gateway.server.wait_until_idle()
 
 
@@ -467,22 +470,22 @@ def test_pages_of_other_origins_cannot_spend_the_keys(gateway: Gateway) -> None:
 
 def test_a_name_without_end_costs_nothing(gateway: Gateway) -> None:
     content = b'{"model": "' + b"a" * 8_000_000 + b'", ' + b'"model":"openai/a",' * 100_000 + b'"x": 1}'
-    begin = time.monotonic()
+    before = processor_seconds(gateway.server)
     got = httpx2.post(
         gateway.server.url + "/v1/completions",
         content=content,
         headers={"content-type": "application/json"},
         timeout=60,
     )
-    assert got.status_code in (200, 400) and time.monotonic() - begin < 5
+    assert got.status_code in (200, 400) and processor_seconds(gateway.server) - before < 5
 
 
 def test_a_stream_ends_with_its_own_end_and_cut_events_are_not_passed_on(gateway: Gateway) -> None:
     provider = gateway.providers["openai"]
-    provider.script = lambda asked: Reply.stream(*told("x"), 5.0, b"more")
+    provider.script = lambda asked: Reply.stream(*told("x"), 30.0, b"more")
     begin = time.monotonic()
     got = gateway.chat("openai/x", stream=True)
-    assert got.text.endswith("data: [DONE]\n\n") and time.monotonic() - begin < 1.5
+    assert got.text.endswith("data: [DONE]\n\n") and time.monotonic() - begin < 15
     provider.script = lambda asked: Reply.stream(*QUIET, b'data: {"choices":[{"finish_reason":"stop","del')
     *_, last, _ = gateway.chat("openai/x", stream=True).text.split("\n\n")
     assert json.loads(last[6:])["error"]["code"] == "upstream_stream_truncated"

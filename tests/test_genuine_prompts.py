@@ -59,6 +59,7 @@ CONVERSATIONS = [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_conversations_are_rendered_as_the_genuine_template_does(
     template: PromptTemplate, messages: list[dict[str, Any]]
@@ -167,7 +168,7 @@ def test_gemmas_prompt_has_the_tools_as_json_and_its_calls_in_the_form_that_it_a
 TEXT = "In 2023, 650841823 I'm don'T 1234567\n\n  def f(x):\n\treturn x**2 世界 caf\u0065\u0301 A.B.C"
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ["llama3_2", "qwen3"])
 @pytest.mark.parametrize("tokenizer_class", ["GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "CohereTokenizer"])
 def test_text_is_cut_by_the_rules_of_tokenizer_json_whatever_class_is_named(

@@ -263,6 +263,7 @@ def converted(path: Path) -> PreTrainedModel:
     return model.eval()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", TWINS)
 def test_a_gguf_file_computes_what_its_model_does(name: str, tmp_path: Path) -> None:
     model = TWINS[name].write(tmp_path / "tiny.gguf")
@@ -737,7 +738,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("name", "architecture", "pre"),
     [

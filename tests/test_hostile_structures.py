@@ -301,6 +301,7 @@ def test_compiled_structures_take_bounded_memory_row40(targets: dict[bool, Targe
     assert grown < GROWTH, f"{grown / 2**20:.0f} MiB are kept of four"
 
 
+@pytest.mark.slow
 def test_the_heaviest_requests_once_more_take_no_more_memory(
     tiny_checkpoint: Path, targets: dict[bool, Target]
 ) -> None:

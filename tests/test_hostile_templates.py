@@ -1,4 +1,4 @@
-"""Templates and control tokens in requests: rows 42 to 46 of rows.md."""
+"""Templates and control tokens in requests: rows 42 to 45 of rows.md."""
 
 from typing import Any
 

@@ -67,7 +67,7 @@ def answers(engine: Engine, count: int, delay: float) -> list[list[int | None]]:
     return result
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("delay", "graphs"), [(0.0, False), (0.02, False), (0.02, True)])
 def test_answers_are_the_same(family: str, delay: float, graphs: bool) -> None:
@@ -76,6 +76,7 @@ def test_answers_are_the_same(family: str, delay: float, graphs: bool) -> None:
     assert isinstance(ahead.runner, Lookahead) and ahead.runner.num_right > 0
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_scarce_blocks_and_guessed_tokens_beside_it_change_nothing(family: str) -> None:
     model = tiny_model(family)

@@ -57,6 +57,7 @@ def test_one_call_for_all_sequences_gives_the_same_tokens(family: str) -> None:
     assert answers(engine_of(family, flash=True)) == answers(engine_of(family, flash=False))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("most", [6, 3])
 def test_recorded_steps_give_the_same_tokens(family: str, most: int) -> None:

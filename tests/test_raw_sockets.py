@@ -298,7 +298,7 @@ def test_a_body_that_comes_late_behind_another_request_is_read_row25(server: Ser
         assert "tokens" in connection.reply("POST").json
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "behind", [request("POST", "/tokenize", SMALL)[:-5], b"GET /vers", b"\r\n", b"\0garbage\r\n\r\n"]
 )
@@ -633,6 +633,7 @@ def test_connections_beyond_the_limit_are_refused_and_the_others_served_row27(se
 BULKY = {"prompt": "hello world " * 80_000, "return_token_strs": True}  # megabytes to answer
 
 
+@pytest.mark.slow
 def test_who_reads_steadily_gets_all_of_it_row27(server: Server) -> None:
     """It takes longer than a client may read nothing."""
     with Connection(server.url, receive_buffer=65536) as connection:
@@ -646,6 +647,7 @@ def test_who_reads_steadily_gets_all_of_it_row27(server: Server) -> None:
         assert time.monotonic() - begin > 2 * READS
 
 
+@pytest.mark.slow
 def test_who_reads_nothing_of_a_whole_answer_is_cut_off_row27(server: Server) -> None:
     """Also where little enough is left to be written that nobody waits for it."""
     before = num_sockets(server)
@@ -692,6 +694,7 @@ MOMENTS = [(name, when) for name in LEAVING for when in ("at once", "while it ru
 MOMENTS += [(name, "in the stream") for name, body in LEAVING.items() if body.get("stream")]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("behind", [b"", request("GET", "/version")], ids=["", "another-behind"])
 @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
 @pytest.mark.parametrize(("name", "when"), MOMENTS)

@@ -31,6 +31,7 @@ def on(server: Server, text: str) -> str:
     return text.replace("http://127.0.0.1:8000", server.url)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("readme", READMES)
 def test_python_examples_run(demo_server: Server, readme: str) -> None:
     assert blocks(readme, "python")
@@ -41,6 +42,7 @@ def test_python_examples_run(demo_server: Server, readme: str) -> None:
         assert ended.returncode == 0 and ended.stdout, ended.stderr
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("readme", READMES)
 def test_curl_examples_run(demo_server: Server, readme: str) -> None:
     examples = [command for command in commands(readme) if command.startswith("curl")]

@@ -66,6 +66,7 @@ def relaying(demo_server: Server, tiny_checkpoint: Path, tmp_path_factory: pytes
                 yield client
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("prefix", ["claude", "openai"])
 def test_text_comes_back_as_it_was_said(relaying: OpenAI, demo_client: OpenAI, prefix: str) -> None:
     options: dict[str, Any] = {"messages": HELLO, "temperature": 0, "max_tokens": 24}
@@ -83,6 +84,7 @@ def test_text_comes_back_as_it_was_said(relaying: OpenAI, demo_client: OpenAI, p
     assert chunks[-1].usage and chunks[-1].usage.completion_tokens == direct.usage.completion_tokens
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("prefix", ["claude", "openai"])
 def test_a_tool_is_called_and_its_result_is_read(relaying: OpenAI, prefix: str) -> None:
     question: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]

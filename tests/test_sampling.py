@@ -52,6 +52,7 @@ def probabilities(logits: torch.Tensor, params: SamplingParams, token_ids: list[
     return processors(torch.tensor([token_ids]), logits[None].clone()).softmax(-1)[0]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("params", PARAMS)
 def test_frequencies_are_those_of_transformers_processors(params: SamplingParams) -> None:
     torch.manual_seed(1)

@@ -485,6 +485,7 @@ def example(annotation: Any) -> Any:
     return next(value for kind, value in VALUES.items() if kind in str(annotation))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("path", "name"), [(path, name) for path, name, kind in BY_SUPPORT if kind == "refused"])
 def test_a_refused_field_is_named_and_its_neutral_values_pass(server: Server, path: str, name: str) -> None:
     field = REQUESTS[path][0].model_fields[name]

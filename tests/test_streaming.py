@@ -139,9 +139,9 @@ def test_an_answer_cut_inside_a_character_ends_as_the_tokenizer_reads_it() -> No
 
 def test_hours_of_garbage_take_no_longer_than_text() -> None:
     """A forced token whose byte is no character's."""
-    begin, number = time.monotonic(), ids("你")[0]
+    begin, number = time.process_time(), ids("你")[0]
     assert "".join(stream([number] * 20_000)) == REPLACEMENT * 20_000
-    assert time.monotonic() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 @pytest.mark.parametrize("seed", range(50))

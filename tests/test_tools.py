@@ -208,7 +208,7 @@ def test_masks_ahead_are_those_that_come_one_by_one(is_repeated: bool) -> None:
                 one_by_one.accept(token_ids[start + count])
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_model_calls_the_function_that_is_named_and_once(family: str) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
@@ -279,6 +279,7 @@ def follows(grammar: Constraint, text: str, tokenizer: Any = TOKENIZER) -> bool:
     return matcher.is_finished or (mask is not None and bool(mask[EOS // 8] >> EOS % 8 & 1))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FORMATS)
 def test_tools_and_a_structure_give_calls_or_the_structure(name: str) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
