@@ -7,21 +7,29 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import devices
-import hostile
-import profiles  # noqa: F401 - hypothesis is set up by it
 import pytest
-from models import save_checkpoint_that_sees, save_tiny_checkpoint
-from openai import OpenAI
 from process import MAIN, Server, serve
+
+if TYPE_CHECKING:  # what imports torch takes seconds, and the process that hands tests to the workers needs none of it
+    from hostile import Target
+    from openai import OpenAI
+
+with suppress(ImportError):  # the tests for GPUs also run in a Python without hypothesis
+    import profiles  # noqa: F401 - hypothesis is set up by it
 
 collect_ignore = ["clients", "ray"]  # `make test-clients` and `make test-ray` run them, in other environments
 
 
-def pytest_report_header() -> str:
-    return f"kernels for GPUs: on {devices.DEVICE}"
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Says where kernels for GPUs run before anything imports Triton; not in the process that only hands out tests."""
+    if not session.config.getoption("numprocesses", None) or hasattr(session.config, "workerinput"):
+        import devices
+
+        print(f"kernels for GPUs: on {devices.DEVICE}")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,6 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that MODEL_PATH takes, its random model a matter of milliseconds."""
+    from models import save_tiny_checkpoint
+
     return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "Tiny-Qwen3")
 
 
@@ -62,6 +72,8 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def thinking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same with a model that may think, and has a token for the mark of a call."""
+    from models import save_tiny_checkpoint
+
     directory = save_tiny_checkpoint(tmp_path_factory.mktemp("thinking") / "Tiny-Qwen3", has_marks=True)
     with serve(MAIN, MODEL_PATH=str(directory), MAX_NUM_SEQS="16", DTYPE="float32") as server:
         server.wait_until_healthy()
@@ -69,13 +81,17 @@ def thinking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
+def client(server: Server) -> "Iterator[OpenAI]":
+    from openai import OpenAI
+
     with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def seeing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from models import save_checkpoint_that_sees
+
     return save_checkpoint_that_sees(tmp_path_factory.mktemp("models") / "Tiny-Gemma3")
 
 
@@ -89,8 +105,10 @@ def seeing_server(seeing_checkpoint: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> Iterator[dict[bool, hostile.Target]]:
+def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> "Iterator[dict[bool, Target]]":
     """What hostile requests are sent to, by whether it sees images."""
+    import hostile
+
     with hostile.started(tiny_checkpoint, seeing_checkpoint) as targets:
         yield targets
 
@@ -104,6 +122,8 @@ def demo_server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def demo_client(demo_server: Server) -> Iterator[OpenAI]:
+def demo_client(demo_server: Server) -> "Iterator[OpenAI]":
+    from openai import OpenAI
+
     with OpenAI(base_url=demo_server.url + "/v1", api_key="none") as client:
         yield client

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+from _pytest.mark import ParameterSet
 from PIL import Image
 from process import MAIN, Server, serve
 from raw_http import JSON, Closed, Connection, Headers, Reply, error_of, memory, processor_seconds, strict_json
@@ -33,6 +35,7 @@ KEPT = 256 * 2**20  # and all of them together: the heaps of many threads stay a
 AGAIN = 32 * 2**20  # and all the heavy ones once more: what is kept is kept once
 SETTINGS = {"DTYPE": "float32", "MAX_MODEL_LEN": "480", "MAX_NUM_SEQS": "16"}
 ANYTHING = "*"
+OPTIONS = ("code", "seconds", "path", "is_same", "sees")  # of a case, the rest are fields of its body
 ADDRESSES = (
     "OPENAI_BASE_URL",
     "GEMINI_BASE_URL",
@@ -57,6 +60,7 @@ class Case:
     seconds: float = 1.0  # of the server's processor time
     is_same: bool = False  # an answer is the one to BASE
     sees: bool = False  # it is for the model that sees
+    is_slow: bool = False  # it takes a second, as another one that says much the same: `make test-all` asks it
 
     def __str__(self) -> str:
         return f"row{self.row:02}-{self.name}"
@@ -90,7 +94,7 @@ GOOD = {
 
 
 def chat(row: int, name: str, statuses: Iterable[int] = REFUSED, param: str | None = ANYTHING, **changes: Any) -> Case:
-    options = {key: changes.pop(key) for key in ("code", "seconds", "path", "is_same", "sees") if key in changes}
+    options = {key: changes.pop(key) for key in OPTIONS if key in changes}
     good = GOOD[options.get("path", CHAT)]
     return Case(row, name, as_bytes({**good, **changes}), frozenset(statuses), param, **options)
 
@@ -218,8 +222,10 @@ def alive(row: int, is_seeing: bool) -> Case:
     return chat(row, "alive", {200}, model=model, sees=is_seeing, is_same=True, seconds=5)
 
 
-def cases(*rows: list[Case]) -> list[Case]:
-    return [case for row in rows for case in (*row, alive(row[0].row, any(case.sees for case in row)))]
+def cases(*rows: list[Case]) -> list[ParameterSet]:
+    """The cases of each row, and after them that the server is alive."""
+    asked = [case for row in rows for case in (*row, alive(row[0].row, any(case.sees for case in row)))]
+    return [pytest.param(case, id=str(case), marks=[pytest.mark.slow] * case.is_slow) for case in asked]
 
 
 def check(targets: dict[bool, Target], case: Case) -> None:

@@ -28,6 +28,7 @@ def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, k
         torch.testing.assert_close(output[row].flatten(0, 1).float(), expected[:, 0], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256), (4, 2, 80)])

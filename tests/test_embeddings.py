@@ -177,6 +177,7 @@ def test_vectors_are_those_of_encode_in_the_order_of_the_texts(embedding_server:
     assert close(vectors(embedding_server, TEXTS), theirs.encode(TEXTS))
 
 
+@pytest.mark.slow
 def test_a_text_has_the_same_vector_alone(embedding_server: Server) -> None:
     together = vectors(embedding_server, TEXTS[:6])
     assert close(together, [vectors(embedding_server, text)[0] for text in TEXTS[:6]])

@@ -122,6 +122,7 @@ def test_what_cannot_be_read_reaches_a_client_to_the_letter(repeater: tuple[Tool
     assert answers(client, texts) == [(text, [], "stop") for text in texts]
 
 
+@pytest.mark.thinned(3)
 def test_a_call_that_the_length_cuts_is_not_called_one(repeater: tuple[ToolFormat, OpenAI]) -> None:
     style, client = repeater
     text = next(text for own, text, _, calls in FORMS if own is style and calls == [X])

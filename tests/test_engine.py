@@ -96,7 +96,7 @@ def test_sixteen_sequences_in_chunks_give_the_tokens_of_generate(family: str, de
     assert answers(engine_of(family), requests, greedy(), delay) == expected
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_preempted_sequences_give_the_tokens_of_generate(family: str) -> None:
     requests = prompts(8, longest=60)

@@ -147,7 +147,7 @@ def test_what_a_failed_sequence_wrote_does_not_reach_the_next_owner_of_its_block
     assert run(engine, use) == reference("qwen2", [5, 6, 7])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [out_of_memory, lambda: MemoryError(), lambda: RuntimeError("can't allocate memory")])
 def test_a_step_that_takes_too_much_memory_is_computed_in_parts(error: Callable[[], Exception]) -> None:
     engine = engine_with(lambda batch: error() if len(batch.spans) > 3 else None)

@@ -533,6 +533,7 @@ def test_a_list_of_equal_numbers_for_the_layers_is_that_number(tmp_path: Path) -
     assert json.loads((tmp_path / "tiny" / "config.json").read_text())["intermediate_size"] == number
 
 
+@pytest.mark.slow
 def test_what_an_older_converter_made_is_made_again_and_removed_once_nobody_uses_it(tmp_path: Path) -> None:
     LLAMA_TWIN.write(tmp_path / "tiny.gguf")
     path, cache = str(tmp_path / "tiny.gguf"), tmp_path / "cache"

@@ -80,6 +80,7 @@ def random_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
     return {"type": kind}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_complete_answer_is_valid(family: str) -> None:
     engine, rng, complete = engine_of(family, num_speculative_tokens=0), random.Random(1), 0
@@ -95,6 +96,7 @@ def test_every_complete_answer_is_valid(family: str) -> None:
     assert complete > 20
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_guesses_change_no_structured_answer(family: str) -> None:
     schema = {"type": "array", "items": {"enum": ["same", "same again"]}, "minItems": 12, "maxItems": 12}

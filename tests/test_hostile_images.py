@@ -199,7 +199,7 @@ ROW_38 += [chat(38, f"seen-link-{number}", {200}, model=SEEING, sees=True, messa
 ROW_38 += [chat(38, "text-link", {200}, path=TEXT, prompt=LINKS[0].format(LISTENER))]
 
 
-@pytest.mark.parametrize("case", cases(ROW_29, ROW_30, ROW_32, ROW_34, ROW_35, ROW_36, ROW_37, ROW_38), ids=str)
+@pytest.mark.parametrize("case", cases(ROW_29, ROW_30, ROW_32, ROW_34, ROW_35, ROW_36, ROW_37, ROW_38))
 def test_a_hostile_request_gets_the_answer_that_it_must(targets: dict[bool, Target], case: Case) -> None:
     check(targets, case)
 

@@ -266,6 +266,6 @@ ROW_17 = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", cases(ROW_15, ROW_16, ROW_17), ids=str)
+@pytest.mark.parametrize("case", cases(ROW_15, ROW_16, ROW_17))
 def test_a_hostile_request_gets_the_answer_that_it_must(targets: dict[bool, Target], case: Case) -> None:
     check(targets, case)

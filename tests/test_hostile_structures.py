@@ -286,7 +286,7 @@ def test_heavy_structures_delay_nobody_row40(targets: dict[bool, Target]) -> Non
     assert slowest < 2, f"one waited for {slowest:.2f} s"
 
 
-@pytest.mark.parametrize("case", cases(ROW_39, ROW_40, ROW_41), ids=str)
+@pytest.mark.parametrize("case", cases(ROW_39, ROW_40, ROW_41))
 def test_a_hostile_request_gets_the_answer_that_it_must(targets: dict[bool, Target], case: Case) -> None:
     check(targets, case)
 

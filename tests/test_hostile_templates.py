@@ -119,7 +119,7 @@ ROW_45 = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", cases(ROW_42, ROW_43, ROW_45), ids=str)
+@pytest.mark.parametrize("case", cases(ROW_42, ROW_43, ROW_45))
 def test_a_hostile_request_gets_the_answer_that_it_must(targets: dict[bool, Target], case: Case) -> None:
     check(targets, case)
 

@@ -597,6 +597,7 @@ def test_what_does_not_finish_in_time_gets_an_error(tiny_checkpoint: Path, numbe
     assert "Traceback" not in "".join(server.lines)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_loading_ends_the_process_at_once(tiny_checkpoint: Path, number: int) -> None:
     with serve(MAIN, is_cold=True, MODEL_PATH=str(tiny_checkpoint)) as server:

@@ -1,6 +1,7 @@
 """What keeps the whole readable: imports point one way, and nothing happens at import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,20 @@ def test_imports_point_one_way(place: str) -> None:
 def test_importing_main_loads_neither_torch_nor_a_model() -> None:
     code = "import main, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def left_to_test_all() -> set[tuple[str, str]]:
+    """(file, test) of each test of which `make test` does not run every case."""
+    return {
+        (path.stem, node.name)
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        for decorator in map(ast.unparse, node.decorator_list)
+        if "pytest.mark.slow" in decorator or "pytest.mark.thinned" in decorator
+    }
+
+
+def test_what_make_test_leaves_out_is_listed() -> None:
+    listed = re.findall(r"^\| (test_\w+) \| (test_\w+) \|", (ROOT / "tests" / "rows.md").read_text(), re.MULTILINE)
+    assert set(listed) == left_to_test_all() and len(listed) == len(set(listed))

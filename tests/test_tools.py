@@ -103,7 +103,7 @@ def check(calls: list[tuple[str, str]]) -> None:
         jsonschema.validate(json.loads(arguments), SCHEMAS[name])
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize(
     ("literals", "compiler"), [(MARKS, COMPILER), (NO_MARKS, PLAIN_COMPILER)], ids=["tokens", "text"]
 )
@@ -157,7 +157,7 @@ ODD_SCHEMAS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("name", ["XML", "arg_key", "marked JSON"])
 @pytest.mark.parametrize("number", range(len(ODD_SCHEMAS)))
 def test_odd_schemas_are_kept_too(name: str, number: int) -> None:

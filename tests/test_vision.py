@@ -87,6 +87,7 @@ def finish(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
     return [sequence.output_ids for sequence in sequences]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("step_tokens", [24, 64, 512])
 def test_the_tokens_are_those_of_transformers(name: str, step_tokens: int) -> None:
