@@ -15,10 +15,10 @@ serve: setup
 
 # What is marked slow is left to test-all
 test: setup-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 test-all: setup-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --hypothesis-profile thorough
+	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile thorough
 
 # Skipped without a GPU; scripts/gpu_check.sh runs these and the benchmark, with another Python too
 test-gpu: setup-dev

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from process import MAIN, Server, serve
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what imports torch takes seconds, and the process that hand
 with suppress(ImportError):  # the tests for GPUs also run in a Python without hypothesis
     import profiles  # noqa: F401 - hypothesis is set up by it
 
+CLOCKS = ("test_hostile", "test_raw_sockets", "test_deadline", "test_memory", "test_gateway")  # and memory's size
 collect_ignore = ["clients", "ray"]  # `make test-clients` and `make test-ray` run them, in other environments
 
 
@@ -32,13 +33,22 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         print(f"kernels for GPUs: on {devices.DEVICE}")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives whole files to the workers, as their tests share servers; all files with clocks go to one worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "clock" if Path(file).stem.startswith(CLOCKS) else file
+
+    return Scheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the cases that `make test` leaves to `make test-all`, and says which tests share a worker.
-
-    A worker gets whole files, as they share servers; the demo models are loaded by one worker only, and tests that
-    have a clock or measure memory come one after the other.
-    """
+    """Marks the cases that `make test` leaves to `make test-all`: all but the first of each `thinned(number)`."""
     num_cases: Counter[object] = Counter()
     for item in items:
         if thinned := item.get_closest_marker("thinned"):
@@ -46,9 +56,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if num_cases[function] % thinned.args[0]:
                 item.add_marker("slow")
             num_cases[function] += 1
-        if item.get_closest_marker("xdist_group") is None:
-            is_demo = "demo_server" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("demo" if is_demo else item.path.stem))
 
 
 @pytest.fixture(scope="session")
