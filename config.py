@@ -83,7 +83,9 @@ def _api_key(row: str, default: str) -> ApiKey:
         if not (rate >= 1 and concurrent >= 1 and (secret if colon else name)):
             raise ValueError
     except ValueError:  # without the value, which is secret
-        raise ValueError(f"{default} must have the form [name:]key[;rpm=N][;concurrent=N]") from None
+        raise ValueError(
+            f"the entry {default} must have the form [name:]key[;rpm=N][;concurrent=N], with N at least 1"
+        ) from None
     return ApiKey(
         name if colon else default,
         SecretStr(secret if colon else name),
@@ -150,24 +152,26 @@ class Settings(BaseSettings):
     max_header_size: Bytes = Field(
         64 * 2**10, description="the largest size of a request's headers in bytes; larger ones get a 431"
     )
-    max_connections: int = Field(1000, gt=0, description="the number of connections at a time; more get a 503")
+    max_connections: int = Field(1000, gt=0, description="the largest number of connections at a time; more get a 503")
     header_timeout: Seconds = Field(
         60.0, description="the seconds within which a request's headers must arrive, also on a new connection"
     )
     body_timeout: Seconds = Field(
         60.0, description="the seconds within which a request's body must arrive, plus one for every 10 kB of it"
     )
-    write_timeout: Seconds = Field(60.0, description="the seconds that a client may stop reading its answer")
+    write_timeout: Seconds = Field(
+        60.0, description="the seconds for which a client may read nothing of its answer; then its connection is closed"
+    )
     request_timeout: float | None = Field(
         None, gt=0, description="the seconds that an answer may take; default: no limit"
     )
-    max_images: int = Field(16, ge=0, description="the number of images in one request")
+    max_images: int = Field(16, ge=0, description="the largest number of images in one request; more get a 400")
     allow_private_image_urls: bool = Field(False, description="whether images may be fetched from private addresses")
     image_url_hosts: Annotated[list[str] | None, NoDecode] = Field(
         None, description="the only hosts that images may be fetched from, comma-separated; default: all public hosts"
     )
     shutdown_timeout: float = Field(
-        30.0, ge=0, description="the seconds that running requests have to finish after a signal"
+        30.0, ge=0, description="the seconds that running requests get to finish after a signal to stop"
     )
 
     hf_token: Key = Field(None, description="the Hub's token, for gated and private models")
@@ -206,9 +210,13 @@ class Settings(BaseSettings):
     ollama_baseurl: Url = Field("http://localhost:11434", description="the base URL of ollama/")
     ollama_api_key: Key = Field(None, description="the API key for ollama/, if it needs one")
     ollama_timeout: Seconds = Field(
-        120.0, description="the seconds that ollama/ may send nothing, and that a whole answer of it may take"
+        120.0,
+        description="the seconds for which ollama/ may send nothing, and which an answer that is not streamed may take",
     )
-    gateway_timeout: Seconds = Field(120.0, description="the seconds that another provider may send nothing")
+    gateway_timeout: Seconds = Field(
+        120.0,
+        description="the seconds for which another provider may send nothing; a whole answer may take 600",
+    )
     gateway_max_retries: int = Field(
         2, ge=0, le=10, description="the number of retries after a provider's transient failures"
     )
@@ -232,13 +240,13 @@ class Settings(BaseSettings):
         None, gt=0, description="the largest number of tokens of prompt and answer together; default: the model's own"
     )
     max_num_seqs: int | None = Field(
-        None, gt=0, description="the number of sequences in a batch; default: 32 on CPU, 256 on GPU"
+        None, gt=0, description="the largest number of sequences in a batch; default: 32 on CPU, 256 on GPU"
     )
     max_num_batched_tokens: int | None = Field(
-        None, gt=0, description="the tokens in a step in which nothing decodes; default: 512 on CPU, 8192 on GPU"
+        None, gt=0, description="the most tokens in a step that only reads prompts; default: 512 on CPU, 8192 on GPU"
     )
     max_num_mixed_tokens: int | None = Field(
-        None, gt=0, description="the tokens in a step in which sequences decode; default: 64 on CPU, 2048 on GPU"
+        None, gt=0, description="the most tokens in a step that also generates answers; default: 64 on CPU, 2048 on GPU"
     )
     max_queued_requests: int = Field(1024, gt=0, description="the number of answers in the queue; more get a 503")
     max_queued_tokens: int = Field(2**20, gt=0, description="the number of prompt tokens in the queue; more get a 503")
@@ -258,7 +266,7 @@ class Settings(BaseSettings):
         ),
     )
     draft_model_path: str | None = Field(
-        None, description="a smaller model with the same vocabulary that guesses tokens; the forms of MODEL_PATH"
+        None, description="a smaller model with the same vocabulary that guesses tokens, in a form of MODEL_PATH"
     )
 
     embedding_model_path: str | None = Field(
@@ -276,7 +284,8 @@ class Settings(BaseSettings):
         "cl100k", description="how token ids in an input are read: as OpenAI's, as the model's own, or not at all"
     )
     allow_truncated_dims: bool = Field(
-        False, description="whether dimensions may shorten the vectors of models that were not trained for it"
+        False,
+        description="whether a request's dimensions may shorten the vectors of models that were not trained for that",
     )
 
     @field_validator("cors_allow_origins", "image_url_hosts", mode="before")

@@ -79,9 +79,7 @@ def check_header(paths: list[Path]) -> None:
 
 
 def _refusal(gguf: Path, reason: str) -> errors.ModelLoadError:
-    return errors.ModelLoadError(
-        f"{gguf.name} could not be converted; check that it is complete and a text model: {reason}"
-    )
+    return errors.ModelLoadError(f"{gguf.name} could not be converted: {reason}")
 
 
 def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
@@ -101,7 +99,10 @@ def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
         output.seek(0)
         reason = last_line(output.read()).removeprefix("errors.ModelLoadError: ").removeprefix("ValueError: ")
     if child.returncode:
-        raise _refusal(paths[0], reason or f"exit status {child.returncode}")
+        raise _refusal(
+            paths[0],
+            reason or f"the conversion ended with exit status {child.returncode}: check that the file is complete",
+        )
     report(what, 1.0)
 
 

@@ -39,7 +39,7 @@ class Deadline:
 
     def error(self) -> APIError:
         return RequestTimeout(
-            f"The answer took longer than the limit of {self._seconds:g} seconds: ask for fewer tokens."
+            f"The answer took longer than the limit of {self._seconds:g} seconds: ask for less, or allow more time."
         )
 
 

@@ -44,7 +44,11 @@ class InvalidRequest(APIError):
 
 def unsupported(param: str) -> InvalidRequest:
     """For a field, or a value of it, that cannot be honoured."""
-    return InvalidRequest(f"{param} is not supported.", param=param, code="unsupported_value")
+    return InvalidRequest(
+        f"{param}, or the value that it has, is not supported: change it or leave it out.",
+        param=param,
+        code="unsupported_value",
+    )
 
 
 class ContextLengthExceeded(InvalidRequest):

@@ -155,8 +155,11 @@ def _decode_data_url(url: str, param: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma:
         raise _refused("A data: URL must have a comma before its data.", param)
-    if len(data) > 2 * MAX_BYTES or ("%" in data and len(data) > MAX_ESCAPED):
+    if len(data) > 2 * MAX_BYTES:
         raise too_large(param)
+    if "%" in data and len(data) > MAX_ESCAPED:
+        limit = f"A data: URL with % escapes must have at most {MAX_ESCAPED} characters"
+        raise _refused(f"{limit}: send base64 without escapes.", param)
     try:
         raw = unquote_to_bytes(data) if "%" in data else data.encode("ascii")
         if not head.casefold().endswith(";base64"):

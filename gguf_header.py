@@ -46,7 +46,7 @@ class Header:
 def read(path: Path, keep: frozenset[str] = frozenset()) -> Header:
     """Raises ValueError with a sentence; takes a second at most. keep: keys of lists of any length that are wanted."""
     if path.stat().st_size < 24:
-        raise ValueError("it ends within its header")
+        raise ValueError("it is incomplete: it ends within its header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return _Reader(content, keep).read()
 
@@ -74,7 +74,7 @@ class _Reader:
     def _tensor(self) -> Tensor:
         name, num_dimensions = self._text(), self._size(4)
         if num_dimensions > MOST_DIMENSIONS:
-            raise ValueError(f"a tensor has {num_dimensions} dimensions")
+            raise ValueError(f"a tensor has {num_dimensions} dimensions, and at most {MOST_DIMENSIONS} are supported")
         shape = [self._size(8) for _ in range(num_dimensions)]
         kind = self._size(4)
         self._skip(8)  # where it is
@@ -94,7 +94,7 @@ class _Reader:
         kind, length = self._size(4), self._size(8)
         self._num_items += length
         if self._num_items > MOST_ITEMS or depth > MOST_NESTED:
-            raise ValueError("its lists are too long or nested too deeply")
+            raise ValueError(f"its lists have more than {MOST_ITEMS} items, or are nested deeper than {MOST_NESTED}")
         if kind in NUMBERS and length > self._most_kept:
             self._skip(SIZES[kind] * length)
             return Array(length, ())
@@ -123,4 +123,4 @@ class _Reader:
     def _skip(self, size: int) -> None:
         self._at += size
         if self._at > len(self._content):
-            raise ValueError("it ends within its header")
+            raise ValueError("it is incomplete: it ends within its header")

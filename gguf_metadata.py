@@ -200,7 +200,7 @@ def _scale(keys: Keys, head_dim: int) -> None:
     """Attention's scores have the usual scale, or the file is refused."""
     scale = keys.number("attention.scale", 0.0)
     if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=TOLERANCE):
-        raise keys.refuse("attention.scale", f"it must be {head_dim ** (-0.5):.6g}")
+        raise keys.refuse("attention.scale", f"it must be {head_dim**-0.5:.6g}")
 
 
 def _key_value_heads(keys: Keys, found: Attributes, factors: Factors) -> Attributes:
@@ -301,12 +301,12 @@ def _scaled(keys: Keys, found: Attributes, factors: Factors, size: int, base: fl
     betas = {key: keys.number(key, usual) for key, usual in YARN_BETAS.items()}  # asked for: only yarn reads them
     if factors:
         if factor != 1.0 and kind not in ("none", "longrope"):
-            raise keys.refuse("rope.scaling.factor", "together with a tensor that also scales the rotary embeddings")
+            raise keys.refuse("rope.scaling.factor", "a tensor of the file scales the rotary embeddings too")
         return parameters | _by_factors(keys, factors, size, base, original, attention)
     if kind == "yarn":
         return parameters | _yarn(keys, factor, original, attention, *betas.values())
     if attention != 1.0:
-        raise keys.refuse("rope.scaling.attn_factor", "without yarn or longrope")
+        raise keys.refuse("rope.scaling.attn_factor", "it needs rope.scaling.type to be yarn or longrope")
     if kind == "none" or (kind in (None, "linear", "longrope") and factor == 1.0):
         return parameters | {"rope_type": "default"}
     if kind not in (None, "linear"):

@@ -29,8 +29,8 @@ def parts(path: Path) -> list[Path]:
     missing = [name for name in names if not (path.parent / name).exists()]
     if missing:
         raise errors.ModelLoadError(
-            f"{path.name} is one of {len(names)} parts of a model, and {len(missing)} of them are "
-            f"missing beside it: {', '.join(missing[:3])}."
+            f"{path.name} is one of {len(names)} parts of a model: put the missing ones ({len(missing)}) into its "
+            f"directory: {', '.join(missing[:3])}."
         )
     return [path.parent / name for name in names]
 

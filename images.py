@@ -65,7 +65,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def too_large(param: str) -> InvalidRequest:
-    return _invalid(f"The image is larger than {MAX_BYTES // 2**20} MiB.", param)
+    return _invalid(f"The image is larger than {MAX_BYTES // 2**20} MiB: send a smaller one.", param)
 
 
 def _invalid(message: str, param: str) -> InvalidRequest:

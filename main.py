@@ -71,6 +71,8 @@ from strict_json import StrictRoute
 log = logging.getLogger("main")
 FORCED = 1.0  # seconds after a second signal
 
+VALUE_ERROR = "Value error, "  # pydantic begins with it what a validator of ours says
+
 
 def create_app(settings: Settings, stop: Callable[[], None] | None = None, load: Load = load) -> FastAPI:
     """The application. `stop` ends the process when the model cannot be loaded; `load` loads it."""
@@ -283,10 +285,11 @@ def _add_error_handlers(app: FastAPI) -> None:
             detail = problem.get("ctx", {}).get("error", problem["msg"])
             return await on_api_error(request, errors.InvalidRequest(f"{message} ({detail})."))
         param = _param_of(where, error.body, kind == "missing")
-        if kind == "missing":
+        if kind == "missing" and param:
             missing = errors.InvalidRequest(f"{param} is required.", param=param, code="missing_required_parameter")
             return await on_api_error(request, missing)
-        message = f"{param}: {problem['msg']}" if param else problem["msg"]
+        said = problem["msg"].removeprefix(VALUE_ERROR)
+        message = f"{param}: {said}" if param else said
         return await on_api_error(request, errors.InvalidRequest(message, param=param, code="invalid_value"))
 
     @app.exception_handler(HTTPException)
@@ -422,7 +425,7 @@ def _settings_or_exit(read: Callable[[], Settings]) -> Settings:
         return read()
     except ValidationError as error:
         problem = error.errors()[0]
-        sys.exit(f"error: {str(problem['loc'][0]).upper()}: {problem['msg']}")
+        sys.exit(f"error: {str(problem['loc'][0]).upper()}: {problem['msg'].removeprefix(VALUE_ERROR)}")
 
 
 def __getattr__(name: str) -> FastAPI:

@@ -64,7 +64,12 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(bounded)
         self._await_head()
         if len(self.connections) > self.bounds.max_connections:
-            self._refuse(Overloaded("There are too many connections; try again later.", retry_after=1))
+            self._refuse(
+                Overloaded(
+                    f"There are too many connections: {self.bounds.max_connections} are allowed; try again later.",
+                    retry_after=1,
+                )
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
@@ -101,7 +106,7 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data[start:end])
         is_over = self._num_raw > OVERHEAD * self._num_received + self.bounds.max_header_size
         if is_over and not self._is_reading_head:
-            self._refuse(InvalidRequest("The body's chunks are too small: send larger ones, or a Content-Length."))
+            self._refuse(InvalidRequest("The body's chunks carry too little data for their framing: send larger ones."))
         return end
 
     def _feed_head(self, data: bytes, start: int) -> int:
@@ -157,7 +162,9 @@ class Protocol(HttpToolsProtocol):
             raise self._noted(self._head_too_large())
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or b"content-length" in names):
-            raise self._noted(InvalidRequest("The request's Content-Length and Transfer-Encoding conflict."))
+            raise self._noted(
+                InvalidRequest("The request's Transfer-Encoding must be chunked alone, without a Content-Length.")
+            )
         lengths = [int(value) for name, value in self.headers if name == b"content-length"]
         self._length = None if codings else max(lengths, default=0)
         self._is_reading_head, self._last = False, b""
@@ -214,7 +221,9 @@ class Protocol(HttpToolsProtocol):
     def _on_slow_head(self) -> None:
         self._timer = None
         if self._head_size:
-            self._refuse(TooSlow("The request's headers did not arrive in time."))
+            self._refuse(
+                TooSlow(f"The request's headers did not arrive within {self.bounds.header_timeout:g} seconds.")
+            )
         else:  # it never said anything
             self.transport.close()
 
@@ -228,7 +237,12 @@ class Protocol(HttpToolsProtocol):
         elif self.cycle.response_started:
             self.transport.abort()
         else:
-            self._refuse(TooSlow("The request's body did not arrive in time."))
+            self._refuse(
+                TooSlow(
+                    f"The request's body did not arrive within {self.bounds.body_timeout:g} seconds, plus one "
+                    f"for every {BYTES_PER_SECOND} bytes of it."
+                )
+            )
 
     # --- refusals
 

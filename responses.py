@@ -165,7 +165,9 @@ def _content(content: Content, path: str) -> str | list[dict[str, Any]]:
         text = part.refusal if kind == "refusal" else part.text
         if text is None:
             raise InvalidRequest(
-                f"{path}[{number}].text is missing.", param=f"{path}[{number}]", code="missing_required_parameter"
+                f"{path}[{number}].{kind if kind == 'refusal' else 'text'} is required.",
+                param=f"{path}[{number}]",
+                code="missing_required_parameter",
             )
         parts.append({"type": kind, kind: text})
     return parts

@@ -5,6 +5,7 @@ top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, contin
 add_generation_prompt, structured_outputs and guided_*; as llama.cpp does: timings.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
@@ -45,7 +46,7 @@ def _refused(*neutral: Any) -> Any:
     """A field that would change the answer and is not honoured; `neutral` are the values that ask for nothing."""
     return Field(
         None,
-        description=f"The local model answers other values than {', '.join(map(repr, [None, *neutral]))} with a 400.",
+        description=f"The local model refuses other values than {', '.join(map(json.dumps, [None, *neutral]))}.",
         json_schema_extra={"x-support": "refused", "x-neutral": [None, *neutral]},
     )
 
@@ -289,7 +290,7 @@ class _ConversationRequest(_RenderedRequest):
     parallel_tool_calls: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
     moderation: Object | None = _refused()
-    metadata: Object | None = _no_meaning("it is returned in the response and not stored.")
+    metadata: Object | None = _no_meaning("it is returned by /v1/responses and not stored.")
     prompt_cache_key: str | None = _no_meaning("cached prompts are found by their tokens.")
     prompt_cache_options: Object | None = _no_meaning("cached prompts are found by their tokens.")
     prompt_cache_retention: str | None = _no_meaning("cached prompts are kept while there is room.")
@@ -338,7 +339,7 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     @classmethod
     def _needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("logprobs"):
-            raise ValueError("needs logprobs to be true")
+            raise ValueError("it needs logprobs to be true")
         return value
 
     @model_validator(mode="after")
@@ -352,7 +353,7 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     @classmethod
     def _continues_or_answers(cls, value: bool | None, info: ValidationInfo) -> bool | None:
         if value and info.data.get("continue_final_message"):
-            raise ValueError("cannot be true together with continue_final_message")
+            raise ValueError("it cannot be true together with continue_final_message")
         return value
 
 

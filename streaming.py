@@ -232,7 +232,7 @@ async def sse(items: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
     except Exception:
         log.exception("a stream failed")
         record.current().error = "server_error"
-        yield wire.failure(APIError("The server failed; it has been logged."))
+        yield wire.failure(APIError("The server failed; the error is in its log."))
 
 
 def _data(text: str) -> bytes:

@@ -167,7 +167,7 @@ def _of_regex(pattern: Any) -> str:
 
 def _of_choice(choices: Any) -> str:
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
-        raise ValueError("choices must be a list of strings")
+        raise ValueError("choices must be a list of one or more strings, none of them empty")
     return _of_lark("start: " + " | ".join(map(quoted, choices)))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from errors import InvalidRequest
 from json_schemas import enforceable, patterns_of
 from messages import check_characters
+from repetition import MOST as MOST_REPEATED
 from repetition import is_too_large
 from schemas import ChatCompletionRequest, TokenizeRequest
 
@@ -83,7 +84,8 @@ def check_patterns(patterns: Iterable[str], field: str) -> None:
     """Raises InvalidRequest for one that would take too much memory; the field is what they are in."""
     if any(is_too_large(pattern) for pattern in patterns):
         raise _invalid(
-            f"{field} has a regular expression whose repetition counts expand beyond the limit: use smaller counts.",
+            f"{field} has a regular expression whose repetition counts add more than "
+            f"{MOST_REPEATED} characters: use smaller counts.",
             field,
         )
 
@@ -111,7 +113,8 @@ def _function(tool: Object, path: str) -> Object:
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise _invalid(
-            f"{path}.function.name must be 1 to 128 characters from A-Z a-z 0-9 _ - . : /", f"{path}.function.name"
+            f"{path}.function.name must have 1 to 128 characters, each of A-Z a-z 0-9 _ - . : or /.",
+            f"{path}.function.name",
         )
     parameters = function.get("parameters")
     if parameters is not None and (not isinstance(parameters, dict) or parameters.get("type", "object") != "object"):

@@ -161,9 +161,8 @@ def paged_attention(
     scaling = scaling or query.shape[-1] ** -0.5
     if isinstance(step, Probe):
         _refuse_what_is_not_computed(others)
-        assert layer not in step.calls, (
-            "some of their layers call the attention twice"
-        )  # with one place for keys and values
+        # with one place for keys and values
+        assert layer not in step.calls, "some of their layers call the attention twice"
         step.calls[layer] = Call(query, key, value, sliding_window, scaling, softcap)
         return step.calls[layer].stand_in, None
     group = step.of_layer(layer, key.device)

@@ -330,7 +330,9 @@ class Embedder:
             return job.deliver(job, error)
         except Exception:
             log.exception("%d texts could not be tokenized", len(job.texts))
-            return job.deliver(job, EngineFailure("The model failed on this request; it has been logged."))
+            return job.deliver(
+                job, EngineFailure("The model failed on this request; the error is in the server's log.")
+            )
         lengths = [
             max(length, limit + 1) if text != cut else length
             for text, cut, length in zip(whole, texts, lengths, strict=True)
@@ -352,7 +354,8 @@ class Embedder:
     def _too_long(self, job: Job, lengths: list[int]) -> Exception:
         number, length = next((i, length) for i, length in enumerate(lengths) if length > self.model.max_length)
         return ContextLengthExceeded(
-            f"This model's maximum context length is {self.model.max_length} tokens, and text {number} has {length}. "
+            f"This model's maximum context length is {self.model.max_length} tokens, and text {number + 1} "
+            f"has {length} tokens. "
             "Please reduce its length. (context_length_exceeded)",
             param=job.param,
         )
@@ -376,7 +379,9 @@ class Embedder:
                 return
             log.exception("a batch of %d texts failed", len(batch))
             self._queue.remove(jobs)
-            jobs[0].deliver(jobs[0], EngineFailure("The model failed on this request; it has been logged."))
+            jobs[0].deliver(
+                jobs[0], EngineFailure("The model failed on this request; the error is in the server's log.")
+            )
             return
         for item, row, count in zip(batch, rows, counts, strict=True):
             job = item.job
@@ -523,7 +528,7 @@ def _check_kind(directory: Path) -> None:
         )
     if architecture.endswith(CAUSAL) and not modules and kind != "CrossEncoder":
         raise ModelLoadError(
-            f"{name} is a language model without modules.json, which says how it makes vectors or scores of texts."
+            f"{name} is a language model without modules.json, which would say how to make vectors or scores of texts."
         )
     old = config.get("sbert_ce_default_activation_function")
     activation = (config.get("sentence_transformers") or {}).get("activation_fn") or old or own.get("activation_fn")

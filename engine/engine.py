@@ -225,7 +225,7 @@ class Engine:
     def check_open(self, num_sequences: int, client: str = "") -> None:
         """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
         if self.failure is not None:
-            raise Unavailable("The engine stopped after an error; the server is shutting down.", retry_after=30)
+            raise Unavailable("The engine stopped after an error; try again later.", retry_after=30)
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
         if not self.room.has(num_sequences, client):
@@ -330,7 +330,7 @@ class Engine:
             less = span.lesser()
             return self._compute(Batch((less,)), is_last_try=less == span)
         log.error("the model failed on a sequence", exc_info=error)
-        failed = EngineFailure("The model failed on this request; it has been logged.")
+        failed = EngineFailure("The model failed on this request; the error is in the server's log.")
         self.scheduler.cache.erase(span.sequence)  # whatever of it was written
         self.scheduler.remove(span.sequence)
         self._deliver([(span.sequence.sink, failed)])
@@ -341,7 +341,7 @@ class Engine:
         if not wanted:
             return True
         bad = self._encode(wanted, 1 if self.scheduler.num_decoding else ENCODED_TOGETHER)
-        failed = EngineFailure("The model failed on an image; it has been logged.")
+        failed = EngineFailure("The model failed on an image; the error is in the server's log.")
         owners = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if bad & {*s.images}]
         for sequence in owners:
             self.scheduler.remove(sequence)
@@ -500,7 +500,7 @@ def build_engine(
     )
     cache = KVCache(plan, specs)
     log.info(
-        "context %d tokens, %d sequences at once, KV cache %.2f GiB in %s blocks of %d tokens",
+        "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens",
         *(limits.max_model_len, max_num_seqs, memory / 2**30, "+".join(str(g.num_blocks) for g in plan.groups)),
         block_size,
     )
@@ -596,7 +596,7 @@ def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: 
     if options.max_model_len or plan.max_tokens < 2 * plan.block_size:
         raise ModelLoadError(
             f"A KV cache of {memory / 2**30:.2f} GiB holds {plan.max_tokens} tokens, but a context "
-            f"of {context} needs more: raise KV_CACHE_MEMORY or lower MAX_MODEL_LEN."
+            f"of {context} tokens needs more: raise KV_CACHE_MEMORY or lower MAX_MODEL_LEN."
         )
     log.warning("the KV cache holds %d tokens, so the context is shortened to that from %d", plan.max_tokens, context)
     return plan.max_tokens
@@ -617,6 +617,7 @@ def _free_memory(specs: dict[int, LayerSpec]) -> int:
         limits.append(int(room * total / share))
     if min(limits) <= 0:
         raise ModelLoadError(
-            "The model's weights leave no memory for the KV cache: use a smaller model, or fewer bits by QUANTIZATION."
+            "The model's weights leave no memory for the KV cache: "
+            "use a smaller model, or set QUANTIZATION to a format with fewer bits."
         )
     return min(limits)

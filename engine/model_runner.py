@@ -98,7 +98,7 @@ def load_model(
     if "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}:
         raise ModelLoadError(
             f"The model in {directory} does not fit into the memory of this machine's devices: use a "
-            "smaller model, or fewer bits by QUANTIZATION."
+            "smaller model, or set QUANTIZATION to a format with fewer bits."
         )
     model.eval()
     if how in packed_layers.FORMATS:
@@ -254,7 +254,7 @@ def _check_memory(directory: Path, config: PreTrainedConfig, dtype: torch.dtype,
     if needed > free:
         raise ModelLoadError(
             f"The model in {directory} needs {needed / 2**30:.1f} GiB of memory, but only "
-            f"{free / 2**30:.1f} GiB are free: use a smaller model, or fewer bits by QUANTIZATION."
+            f"{free / 2**30:.1f} GiB are free: use a smaller model, or set QUANTIZATION to a format with fewer bits."
         )
 
 

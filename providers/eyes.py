@@ -81,7 +81,7 @@ class Eyes:
             raise InvalidRequest(f"{param}.image_url has no url.", param=param, code="missing_required_parameter")
         if detail not in ("low", *ELONGATED):
             raise InvalidRequest(
-                f"detail must be low, {', '.join(ELONGATED)}.", param=f"{param}.detail", code="invalid_value"
+                f"detail must be one of low, {', '.join(ELONGATED)}.", param=f"{param}.detail", code="invalid_value"
             )
         async with self._room:
             if sum(pixels.nbytes for pixels in list(self._waiting)) > MAX_WAITING_BYTES:

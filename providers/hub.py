@@ -62,7 +62,7 @@ class HubModels:
         assert loading is not None
         done, _ = await asyncio.wait({loading}, timeout=PATIENCE)
         if not done:
-            raise ModelLoading(f"The model {name} is loading.", retry_after=5)
+            raise ModelLoading(f"The model {name} is loading; try again later.", retry_after=5)
         if loading.cancelled():
             raise Unavailable("The server is shutting down.", retry_after=10)
         self._used_at = time.monotonic()

@@ -75,12 +75,12 @@ class Loaded:
 
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # that may have a chat template
-_REFUSED = "conversations that need it are refused"
+_REFUSED = "conversations that need them are refused"
 HIDDEN = {  # what a chat template may leave out; calls and tools are written as text where it does, as in many models
     "system": "has no place for a system message, which is put before the user's text instead",
     "user": f"drops parts of user messages: {_REFUSED}",
     "assistant": f"drops messages of the assistant: {_REFUSED}",
-    "messages": "rejects conversations of several turns, which are written in another form or refused",
+    "messages": "rejects conversations of several turns: they are written in another form, or refused",
 }
 
 T = TypeVar("T")
@@ -239,7 +239,7 @@ def _check_vocabulary_file(directory: Path) -> None:
     others = [name for name in FOREIGN_VOCABULARIES if (directory / name).exists()]
     reason = f"has only {others[0]}" if others else "has no vocabulary"
     raise ModelLoadError(
-        f"{directory} {reason}, but this server reads tokenizer.json: take that file from the model's "
+        f"{directory} {reason}, and this server needs tokenizer.json: take that file from the model's "
         "page, or from another model with the same vocabulary."
     )
 

@@ -170,7 +170,9 @@ class LocalProvider:
             raise ModelNotFound(f"The model {model!r} does not exist; this server has {self.name!r}.", param="model")
         if self.loaded is None:
             percent = round(100 * self.progress.fraction)
-            raise ModelLoading(f"The model is loading ({self.progress.phase}: {percent} %).", retry_after=5)
+            raise ModelLoading(
+                f"The model is loading ({self.progress.phase}: {percent} %); try again later.", retry_after=5
+            )
         return self.loaded
 
     # --- answers
@@ -373,7 +375,8 @@ def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
     tokens are not known yet."""
     if num_sequences > engine.room.most:
         raise InvalidRequest(
-            f"You requested {num_sequences} answers, but this server computes at most {engine.room.most} at a time.",
+            f"You requested {num_sequences} answers, but this server accepts at most "
+            f"{engine.room.most} at a time: ask for fewer.",
             param=param,
         )
     engine.check_open(num_sequences, record.current().client)

@@ -76,7 +76,9 @@ class Upstream:
             async with asyncio.timeout(self.access.total_timeout):
                 return await self.read(await self._send(method, url, body))
         except TimeoutError as error:
-            raise self.fault("did not answer in time", 504, "upstream_timeout") from error
+            raise self.fault(
+                f"did not answer within {self.access.total_timeout:g} seconds", 504, "upstream_timeout"
+            ) from error
 
     async def opened(self, url: str, body: bytes) -> httpx2.Response:
         """A successful answer, of which nothing is read but the headers. Raises APIError; the caller closes it."""
@@ -113,7 +115,9 @@ class Upstream:
                 if attempt == num_retries or wait is None:
                     self._note(error)
                     raise
-                log.info("%s: %s; again in %.1f s", self.access.name, error.code, wait)
+                log.info(
+                    "a request to %s failed and is sent again in %.1f s: %s", self.access.name, wait, error.message
+                )
                 await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
@@ -157,7 +161,7 @@ class Upstream:
 
     def transport_fault(self, error: Exception) -> UpstreamError:
         if isinstance(error, httpx2.TimeoutException):
-            return self.fault("did not answer in time", 504, "upstream_timeout")
+            return self.fault(f"sent nothing for {self.access.timeout:g} seconds", 504, "upstream_timeout")
         return self.fault("closed the connection too early", 502, "upstream_disconnected", is_passing=True)
 
     def _refusal(self, response: httpx2.Response) -> UpstreamError:
@@ -290,7 +294,7 @@ async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         yield failure_event(error)
     except Exception:
         log.exception("a relayed stream failed")
-        yield failure_event(APIError("The server failed; it has been logged."))
+        yield failure_event(APIError("The server failed; the error is in its log."))
 
 
 def failure_event(error: APIError) -> bytes:

@@ -44,7 +44,7 @@ def error_of(
     said = redact(told)[:MAX_MESSAGE] if isinstance(told, str) and told else f"it answered with status {status}."
     ours, kind, code, is_passing = FAULTS.get(status) or _other(status)
     if ours in (401, 403):
-        said = f"the key in {key_variable} was refused: {said}"
+        said = f"the request with the key in {key_variable} was refused: {said}"
     if ours == 400 and TOO_LONG.search(said):
         code = "context_length_exceeded"
     if status == 429 and _is_spent(error):

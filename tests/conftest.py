@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # what imports torch takes seconds, and the process that hand
 with suppress(ImportError):  # the tests for GPUs also run in a Python without hypothesis
     import profiles  # noqa: F401 - hypothesis is set up by it
 
-CLOCKS = ("test_hostile", "test_raw_sockets", "test_deadline", "test_memory", "test_gateway")  # and memory's size
+CLOCKS = (  # files whose tests are about seconds, or the size of memory
+    *("test_hostile", "test_raw_sockets", "test_deadline", "test_memory", "test_gateway", "test_wire"),
+    *("test_embeddings", "test_fuzz"),
+)
 collect_ignore = ["clients", "ray"]  # `make test-clients` and `make test-ray` run them, in other environments
 
 
@@ -48,12 +51,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the cases that `make test` leaves to `make test-all`: all but the first of each `thinned(number)`."""
+    """Marks the cases that `make test` leaves to `make test-all`: of each `thinned(number)`, all but one."""
     num_cases: Counter[object] = Counter()
     for item in items:
         if thinned := item.get_closest_marker("thinned"):
             function = (item.path, item.parent, getattr(item, "originalname", item.name))
-            if num_cases[function] % thinned.args[0]:
+            number, every = num_cases[function], thinned.args[0]
+            if (number + number // every) % every:  # another place in each turn, so that no parameter is left out
                 item.add_marker("slow")
             num_cases[function] += 1
 

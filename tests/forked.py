@@ -46,12 +46,12 @@ class ForkedProcess:
 
     def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
         reader, writer = CONTEXT.Pipe(duplex=False)
-        self._reader = reader
         self._process = CONTEXT.Process(target=_run, args=(command[1:], dict(environment), writer))
         with chdir(ROOT):  # the fork server imports the modules of the folder that it is started in
             self._process.start()
         writer.close()
-        self.stdout = open(reader.fileno(), encoding="utf-8", errors="replace", closefd=False)
+        self.stdout = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
+        reader.close()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -78,10 +78,6 @@ class ForkedProcess:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def close(self) -> None:
-        self.stdout.close()
-        self._reader.close()
-
 
 def _run(words: list[str], environment: dict[str, str], log: Connection) -> None:
     """Becomes `python WORDS...`, with the standard output and error in `log`."""
@@ -94,7 +90,8 @@ def _run(words: list[str], environment: dict[str, str], log: Connection) -> None
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it was read when torch was imported
-    sys.path[0] = str(ROOT)
+    own = str(ROOT / "tests")
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT), own))]
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -34,6 +34,7 @@ GROWTH = 150 * 2**20  # bytes that one kind of request may leave behind
 KEPT = 256 * 2**20  # and all of them together: the heaps of many threads stay a little larger than what is in them
 AGAIN = 32 * 2**20  # and all the heavy ones once more: what is kept is kept once
 SETTINGS = {"DTYPE": "float32", "MAX_MODEL_LEN": "480", "MAX_NUM_SEQS": "16"}
+PATIENCE = 5.0  # seconds by the clock that other processes may take
 ANYTHING = "*"
 OPTIONS = ("code", "seconds", "path", "is_same", "sees")  # of a case, the rest are fields of its body
 ADDRESSES = (
@@ -154,7 +155,10 @@ class Target:
     used_at: float = 0.0
 
     def ask(self, case: Case) -> Reply:
-        """Asks over one connection, as long as it lasts; the reply's seconds are the server's processor time."""
+        """Asks over one connection, as long as it lasts; the reply's seconds are the server's processor time.
+
+        They are more where it does nothing for long: then they are those by the clock, less what a busy machine takes.
+        """
         port = self.listener.url.rpartition(":")[2]
         body = case.body.replace(b"{port}", port.encode()).replace(LISTENER.encode(), self.listener.url.encode())
         now, spent = time.monotonic(), processor_seconds(self.server)
@@ -169,7 +173,8 @@ class Target:
             raise
         if (reply.header("connection") or "") == "close":
             self.close()
-        return replace(reply, seconds=processor_seconds(self.server) - spent)
+        waited = time.monotonic() - now - PATIENCE
+        return replace(reply, seconds=max(waited, processor_seconds(self.server) - spent))
 
     def close(self) -> None:
         if self.connection is not None:
@@ -201,7 +206,7 @@ def started(blind: Path, seeing: Path) -> Iterator[dict[bool, Target]]:
 
 
 def check_nothing_remains(target: Target) -> None:
-    target.server.wait_until_idle(10)
+    target.server.wait_until_idle()
     grown = memory(target.server) - target.before
     assert grown < KEPT, f"{grown / 2**20:.0f} MiB more than at the beginning"
     log = "".join(target.server.lines)
@@ -232,6 +237,9 @@ def check(targets: dict[bool, Target], case: Case) -> None:
     """A hostile request gets the answer that it must."""
     target = targets[case.sees]
     reply = target.ask(case)
+    for _ in range(2):  # what an earlier request left to do may have been done meanwhile: the least counts
+        if case.seconds < reply.seconds < 5:
+            reply = min(reply, target.ask(case), key=lambda reply: reply.seconds)
     assert reply.status in case.statuses, (reply, reply.body[:500])
     assert reply.seconds <= case.seconds, reply
     check_headers(reply)

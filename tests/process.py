@@ -95,7 +95,10 @@ def started(command: list[str], *, is_cold: bool, **environment: str) -> Iterato
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        reader.join()
-        assert process.stdout is not None
-        process.stdout.close()
+        try:
+            process.wait(60)
+        finally:
+            process.kill()  # nothing, unless it goes on
+            reader.join()
+            assert process.stdout is not None
+            process.stdout.close()

@@ -216,6 +216,12 @@ def processor_seconds(server: Server) -> float:
     return float(times.user + times.system)
 
 
+def loop_seconds(server: Server) -> float:
+    """What the event loop's thread has computed so far: the main one."""
+    threads = {thread.id: thread for thread in psutil.Process(server.process.pid).threads()}
+    return float(threads[server.process.pid].user_time + threads[server.process.pid].system_time)
+
+
 @contextmanager
 def bounded_peak(server: Server, most: int) -> Iterator[None]:
     """The process never has `most` bytes more than now while the block runs."""

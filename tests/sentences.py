@@ -13,7 +13,7 @@ LIST = ROOT / "tests" / "sentences.txt"
 FOLDERS = (".", "deploy", "engine", "providers")
 CODE = re.compile(
     r"\{%|\n.*[{:<]|\\[dpsw]|[\w\]] ?\||\| ?$|[({]\||blanks|%json"
-    r"|^(\w+: |(start|call|bare|head)|text/|%\(|arena|model mess)"
+    r"|^((start|call|bare|head)[_:]|text/|%\(|arena|model mess)"
 )
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -560,6 +560,7 @@ def is_taken(template: PromptTemplate, structure: Structure, grammar: Grammar, t
     return True
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(("style", "text"), [(QWEN_XML, marked(xml(("x", LONG), ("n", "2")))), (MARKED, marked(
     json.dumps({"name": "f", "arguments": {"x": LONG, "n": 2}})))], ids=["XML", "JSON"])  # fmt: skip

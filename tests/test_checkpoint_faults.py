@@ -318,7 +318,7 @@ def test_a_vocabulary_that_is_not_read_here_is_named(file: str | None, reason: s
     os.remove(tmp_path / "tokenizer.json")
     if file:
         (tmp_path / file).write_bytes(b"\n\x0e\n\x05<unk>")
-    with pytest.raises(ModelLoadError, match=f"{reason}, but this server reads tokenizer.json"):
+    with pytest.raises(ModelLoadError, match=f"{reason}, and this server needs tokenizer.json"):
         load_template(tmp_path, "llama")
 
 

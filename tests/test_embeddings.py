@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 from models import byte_tokenizer, save_tiny_checkpoint
 from openai import BadRequestError, OpenAI
 from process import MAIN, Server, serve
-from raw_http import processor_seconds
+from raw_http import loop_seconds, processor_seconds
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -232,15 +231,16 @@ def test_unknown_fields_are_named(embedding_server: Server) -> None:
 @pytest.mark.slow
 def test_2048_texts_are_taken_and_the_event_loop_stays_free(embedding_server: Server, theirs: Any) -> None:
     texts = [f"text {number} " + "and so on " * 8 for number in range(2048)]
-    waits = []
+    waits, before = [], loop_seconds(embedding_server)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(embed, embedding_server, texts)  # parsed later: that holds this process up
         while not answer.done():
             begin = time.monotonic()
             assert embedding_server.get("/health").status_code == 200
             waits.append(time.monotonic() - begin)
-            time.sleep(0.02)
-    assert len(waits) > 10 and statistics.median(waits) < 0.25 and max(waits) < 3
+            time.sleep(0.2)
+    assert len(waits) > 10 and max(waits) < 3
+    assert loop_seconds(embedding_server) - before < 0.5, "the event loop computed what others should"
     found = vectors_of(answer.result())
     assert len(found) == 2048 and close(found[-1], theirs.encode(texts[-1]))
     refusal = embed(embedding_server, ["a"] * 2049).json()["error"]

@@ -308,6 +308,7 @@ def test_a_process_whose_engine_died_tells_everybody_and_exits_with_a_failure(ti
         assert any("The engine of Tiny-Qwen3 stopped" in line for line in server.lines)
 
 
+@pytest.mark.slow
 def test_a_process_whose_step_hangs_can_be_ended(tiny_checkpoint: Path) -> None:
     with faulty_server(tiny_checkpoint, "time.sleep(1000)") as server:
         with httpx2.stream("POST", server.url + "/v1/chat/completions", json=LONG_CHAT, timeout=60) as response:

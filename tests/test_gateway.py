@@ -383,7 +383,7 @@ def test_a_client_that_leaves_ends_the_work_there(gateway: Gateway, name: str, m
     while provider.asked[0].left_at is None and time.monotonic() < deadline:
         time.sleep(0.005)
     assert provider.asked[0].left_at is not None
-    assert provider.asked[0].left_at - left < 5, provider.asked[0].left_at - left  # 5 ms on an idle machine
+    assert provider.asked[0].left_at - left < 1.2, "it took its own time-out"  # 5 ms on an idle machine
     gateway.server.wait_until_idle()
 
 

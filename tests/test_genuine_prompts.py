@@ -59,7 +59,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_conversations_are_rendered_as_the_genuine_template_does(
     template: PromptTemplate, messages: list[dict[str, Any]]

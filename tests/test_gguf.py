@@ -520,7 +520,7 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
     paths = write_parts(tmp_path / "tiny.gguf")
     paths[1].unlink()
     said = refusal(paths[0])
-    assert "is one of 3 parts of a model, and 1 of them are missing beside it: tiny-00002-of-00003.gguf" in said
+    assert "is one of 3 parts of a model: put the missing ones (1) into its directory: tiny-00002-of-00003.gguf" in said
 
 
 # --- converted directories

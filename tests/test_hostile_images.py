@@ -54,8 +54,8 @@ TRICKS = {
     "many-dots": "http://" + "a." * 10**4 + "b/", "no-host": "http://", "only-port": "http://:{port}/",
     "capitals": "HTTP://LOCALHOST:{port}/a.png",
 }  # fmt: skip
-ROW_29 = [sees(29, name, f"http://{host}:{{port}}/a.png") for name, host in INSIDE.items()]
-ROW_29 += [sees(29, "https", "https://127.0.0.1:{port}/a.png")]
+ROW_29 = [sees(29, name, f"http://{host}:{{port}}/a.png", code="invalid_image_url") for name, host in INSIDE.items()]
+ROW_29 += [sees(29, "https", "https://127.0.0.1:{port}/a.png", code="invalid_image_url")]
 ROW_30 = [sees(30, name, url) for name, url in TRICKS.items()]
 SCHEMES = (
     *(

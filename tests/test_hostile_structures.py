@@ -250,7 +250,6 @@ ROW_41 = [
 ]  # fmt: skip
 
 
-LONG_PROMPTS = ("megabyte-of-words", "megabyte-name", "10000-messages", "response")
 HEAVIEST = [  # by the time that they were measured to take: 0.15 to 1.2 s each
     case
     for case in ROW_40
@@ -260,7 +259,8 @@ HEAVIEST = [  # by the time that they were measured to take: 0.15 to 1.2 s each
 ]
 
 
-def test_heavy_structures_delay_nobody_row40(targets: dict[bool, Target]) -> None:
+@pytest.mark.parametrize("heavy", [HEAVIEST, pytest.param(ROW_40, marks=pytest.mark.slow)], ids=["heaviest", "all"])
+def test_heavy_structures_delay_nobody_row40(targets: dict[bool, Target], heavy: list[Case]) -> None:
     """Others are answered while they are compiled; it comes first, since what was compiled is kept."""
     target, is_over = targets[True], threading.Event()
 
@@ -280,7 +280,7 @@ def test_heavy_structures_delay_nobody_row40(targets: dict[bool, Target]) -> Non
 
     with ThreadPoolExecutor(5) as pool:
         served = pool.submit(be_served)
-        list(pool.map(be_heavy, HEAVIEST))
+        list(pool.map(be_heavy, heavy))
         is_over.set()
         slowest = served.result()
     assert slowest < 2, f"one waited for {slowest:.2f} s"
@@ -306,13 +306,12 @@ def test_the_heaviest_requests_once_more_take_no_more_memory(
     tiny_checkpoint: Path, targets: dict[bool, Target]
 ) -> None:
     """All threads have one heap here: with several, of 64 MiB each, it is chance which of them end in free memory."""
-    heaviest = [*HEAVIEST, *(case for case in ROW_10 if case.name in LONG_PROMPTS)]
     with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), MALLOC_ARENA_MAX="1", **SETTINGS) as server:
         server.wait_until_healthy()
 
         def ask_all() -> int:
             with closing(Target(server, targets[False].listener)) as target:
-                for case in heaviest:
+                for case in (*ROW_10, *ROW_40):
                     target.ask(case)
             time.sleep(3)  # freed memory is given back a little later
             return memory(server)

@@ -224,6 +224,7 @@ def check_answers(answer: bytes, case: Case) -> None:
     assert len(found) <= 1 and set(found) <= case.statuses, answer[:500]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", [*ROW_24, *ROW_25], ids=str)
 def test_what_is_no_request_ends_the_connection(server: Server, case: Case) -> None:
     answer, is_closed = converse(server, case.data + SMUGGLED, within=WAITS + 3)

@@ -49,7 +49,7 @@ def test_a_bug_is_a_500_without_its_secrets(caplog: pytest.LogCaptureFixture) ->
     assert start["status"] == 500 and b"x-request-id" in dict(start["headers"])
     error = json.loads(body["body"])["error"]
     assert error == {
-        "message": "The server failed; it has been logged.",
+        "message": "The server failed; the error is in its log.",
         "type": "server_error",
         "param": None,
         "code": None,

@@ -464,7 +464,7 @@ BY_SUPPORT = [
 ]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("path", "name"), [(path, name) for path, name, kind in BY_SUPPORT if kind == "honoured"])
 def test_an_honoured_field_has_its_effect(request: pytest.FixtureRequest, path: str, name: str) -> None:
     place, _ = inspect.signature(EFFECTS[name]).parameters

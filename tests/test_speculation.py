@@ -113,6 +113,7 @@ def test_greedy_answers_are_the_same_in_fewer_steps(family: str, count: int) -> 
     assert fewer < steps
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_answers_with_all_parameters_are_the_same(family: str) -> None:
     params = [
@@ -169,6 +170,7 @@ def test_a_model_that_guesses_right_saves_steps(family: str) -> None:
         assert fewer < 0.5 * steps
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_is_often_wrong_changes_no_answer(family: str) -> None:
     with_guesses, fewer = answers(family, 4, VARIED, draft=other_model(family))

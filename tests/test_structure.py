@@ -111,7 +111,7 @@ def left_to_test_all() -> set[tuple[str, str]]:
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
         for decorator in map(ast.unparse, node.decorator_list)
-        if "pytest.mark.slow" in decorator or "pytest.mark.thinned" in decorator
+        if re.search(r"mark\.(slow|thinned)", decorator) or ("cases(" in decorator and "is_slow=" in path.read_text())
     }
 
 

@@ -186,6 +186,7 @@ def test_8_models_are_listed_at_once_while_answers_are_computed(server: Server) 
         begin = time.monotonic()
         assert server.get("/v1/models").json()["data"][0]["id"] == MODEL
         assert time.monotonic() - begin < 5
+    assert running.is_alive(), "the list waited for the answers"
     running.join()
 
 
@@ -338,6 +339,7 @@ def test_an_empty_answer_has_empty_log_probabilities_if_they_were_asked_for(serv
     assert text["text"] == "" and text["logprobs"]["tokens"] == []
 
 
+@pytest.mark.slow
 def test_a_preempted_task_and_what_preempts_it_are_answered(tiny_checkpoint: Path) -> None:
     options = {"max_tokens": 380, "ignore_eos": True}
     with serve(

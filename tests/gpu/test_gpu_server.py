@@ -14,7 +14,7 @@ def test_chats_and_streams(tiny_checkpoint: Path, device: torch.device, tmp_path
     settings = {"MODEL_PATH": str(tiny_checkpoint), "MODEL_DIR": str(tmp_path), "DEVICE_MAP": "auto"}
     if device.type == "cpu":
         settings["DEVICE_MAP"] = "cpu"
-    with serve(MAIN, **settings) as server:
+    with serve(MAIN, is_cold=True, **settings) as server:
         server.wait_until_healthy()
         whole = server.post("/v1/chat/completions", **BODY).json()
         assert "choices" in whole, whole
