@@ -85,9 +85,9 @@ def test_data_urls_hold_their_bytes(url: str) -> None:
 
 
 def test_data_urls_that_would_take_much_memory_are_refused() -> None:
-    for data in ("%41" * 10**6, "A" * (2 * MAX_BYTES + 1)):
+    for data, limit in (("%41" * 10**6, "1048576 characters"), ("A" * (2 * MAX_BYTES + 1), "20 MiB")):
         error = refusal(fetch("data:image/png;base64," + data))
-        assert "MiB" in error.message
+        assert limit in error.message
     assert len(asyncio.run(fetch("data:;base64," + "QUFB \n" * 10**5))) == 3 * 10**5
 
 

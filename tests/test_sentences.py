@@ -19,7 +19,7 @@ CLASSES = {
     name
     for name, item in vars(errors).items()
     if isinstance(item, type) and issubclass(item, errors.APIError | errors.ModelLoadError)
-} | {"_invalid", "_failed"}  # and what makes them
+} | {"_invalid"}  # and what makes them
 
 
 def test_every_sentence_that_a_user_can_read_is_listed() -> None:
