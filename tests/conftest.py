@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # what imports torch takes seconds, and the process that hand
     from openai import OpenAI
 
 with suppress(ImportError):  # the tests for GPUs also run in a Python without hypothesis
-    import profiles  # noqa: F401 - hypothesis is set up by it
+    import profiles
+
+    profiles.register()
 
 CLOCKS = (  # files whose tests are about seconds, or the size of memory
     *("test_hostile", "test_raw_sockets", "test_deadline", "test_memory", "test_gateway", "test_wire"),
@@ -41,7 +43,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Gives whole files to the workers, as their tests share servers; all files with clocks go to one worker."""
     from xdist.scheduler import LoadFileScheduling
 
-    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+    class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
             return "clock" if Path(file).stem.startswith(CLOCKS) else file

@@ -55,18 +55,15 @@ class ForkedProcess:
         assert self._process.pid is not None
         self.pid = self._process.pid
 
-    @property
-    def returncode(self) -> int | None:
+    def poll(self) -> int | None:
         return self._process.exitcode
 
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float) -> int:
         self._process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired("a fork", timeout or 0)
-        return self.returncode
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired("a fork", timeout)
+        return status
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _pytest.mark import ParameterSet
 from PIL import Image
 from process import MAIN, Server, serve
 from raw_http import JSON, Closed, Connection, Headers, Reply, error_of, memory, processor_seconds, strict_json
@@ -227,7 +226,7 @@ def alive(row: int, is_seeing: bool) -> Case:
     return chat(row, "alive", {200}, model=model, sees=is_seeing, is_same=True, seconds=5)
 
 
-def cases(*rows: list[Case]) -> list[ParameterSet]:
+def cases(*rows: list[Case]) -> list[pytest.ParameterSet]:
     """The cases of each row, and after them that the server is alive."""
     asked = [case for row in rows for case in (*row, alive(row[0].row, any(case.sees for case in row)))]
     return [pytest.param(case, id=str(case), marks=[pytest.mark.slow] * case.is_slow) for case in asked]

@@ -10,13 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx2
-from forked import ForkedProcess, can_run
+from forked import ROOT, ForkedProcess, can_run
 
-ROOT = Path(__file__).resolve().parents[1]
 UVICORN = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", "0"]
 MAIN = [sys.executable, "main.py", "--port", "0"]
 

@@ -3,16 +3,20 @@
 from hypothesis import HealthCheck, settings
 
 THOROUGH = 100  # examples of a property that asks for no other number
-for name, count in {"thorough": THOROUGH, "quick": 20}.items():
-    settings.register_profile(
-        name,
-        derandomize=True,  # the same inputs in every run
-        deadline=None,
-        database=None,
-        max_examples=count,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    )
-settings.load_profile("quick")  # --hypothesis-profile comes later and wins
+
+
+def register() -> None:
+    """Makes the profiles known and takes the quick one; --hypothesis-profile is read later, and wins."""
+    for name, count in {"thorough": THOROUGH, "quick": 20}.items():
+        settings.register_profile(
+            name,
+            derandomize=True,  # the same inputs in every run
+            deadline=None,
+            database=None,
+            max_examples=count,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+        )
+    settings.load_profile("quick")
 
 
 def examples(count: int) -> settings:
