@@ -295,9 +295,19 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         kind = {404: errors.NotFound, 405: errors.MethodNotAllowed}.get(error.status_code, errors.InvalidRequest)
-        known = kind(f"{error.detail}: {request.method} {request.url.path[:200]}")
+        known = kind(_sentence_of(error, request))
         record.current().error = str(error.status_code)
         return JSONResponse(known.body(), error.status_code, {**headers_of(known), **(error.headers or {})})
+
+
+def _sentence_of(error: HTTPException, request: Request) -> str:
+    """What the framework says in two words is said in a sentence."""
+    path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
+    if error.status_code == 404:
+        return f"The endpoint {path} does not exist: /docs shows those that do."
+    if error.status_code == 405 and allowed:
+        return f"The endpoint {path} does not take {request.method}: use {allowed}."
+    return error.detail
 
 
 def _most_precise(problems: Sequence[Any]) -> Any:
@@ -404,9 +414,20 @@ def main(load: Load = load) -> None:
     app.state.metrics.gauge("http_connections", "Open connections", lambda: len(connections))
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended: that is all then
         signal.signal(number, lambda number, frame: None)
-    server.run()
+    _run(server)
     if app.state.failure is not None or not server.started:
         sys.exit(1)
+
+
+def _run(server: uvicorn.Server) -> None:
+    """uvicorn logs why it cannot listen; the last line then says what to do."""
+    try:
+        server.run()
+    except SystemExit:
+        if server.started or server.lifespan.should_exit:  # then it is not for the address
+            raise
+        host, port = server.config.host, server.config.port
+        sys.exit(f"error: The server cannot listen on {host}:{port}: set another HOST or PORT, or stop what uses it.")
 
 
 def _allow_many_files() -> None:

@@ -401,9 +401,12 @@ def test_missing_fields_broken_json_and_unknown_routes_have_the_same_shape(serve
         server.url + "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
     )
     assert broken.status_code == 400 and broken.json()["error"]["type"] == "invalid_request_error"
-    assert server.get("/v2/nothing").json()["error"]["type"] == "invalid_request_error"
+    unknown = server.get("/v2/nothing").json()["error"]
+    assert unknown["type"] == "invalid_request_error"
+    assert unknown["message"] == "The endpoint /v2/nothing does not exist: /docs shows those that do."
     wrong = server.get("/v1/chat/completions")
-    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and wrong.json()["error"]["message"]
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert wrong.json()["error"]["message"] == "The endpoint /v1/chat/completions does not take GET: use POST."
 
 
 def test_every_response_has_an_id_and_says_whether_to_try_again(server: Server) -> None:
@@ -515,6 +518,16 @@ def test_a_model_that_cannot_be_served_ends_the_process_with_a_sentence(
     assert status != 0
     said = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and sentence in said[0]
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_an_address_in_use_ends_the_process_with_a_sentence(server: Server, host: str) -> None:
+    port = server.url.rpartition(":")[2]
+    status, log = run_to_end([*MAIN[:-1], port], HOST=host, MODEL_PATH="/nowhere/model")
+    assert status == 1
+    sentence = f"error: The server cannot listen on {host}:{port}: set another HOST or PORT, or stop what uses it."
+    assert log.splitlines()[-1] == sentence
     assert "Traceback" not in log
 
 
