@@ -39,7 +39,8 @@ class Deadline:
 
     def error(self) -> APIError:
         return RequestTimeout(
-            f"The answer took longer than the limit of {self._seconds:g} seconds: ask for less, or allow more time."
+            f"The answer took longer than the limit of {self._seconds:g} seconds: "
+            "ask for fewer tokens, or raise the request's timeout or the server's REQUEST_TIMEOUT."
         )
 
 

@@ -64,6 +64,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             num_cases[function] += 1
 
 
+@pytest.fixture(params=[1, 3], ids=["one-thread", "three-threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test runs with one thread, and with several that share the work."""
+    import torch
+
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that MODEL_PATH takes, its random model a matter of milliseconds."""
@@ -128,7 +138,7 @@ def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> "Iterator[dict[bo
 
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Server]:
-    """As `make serve` starts it: nothing set but the context, the default demo model."""
+    """As `make serve` starts it, the default demo model, but for the context and one thread."""
     with serve(MAIN, MAX_MODEL_LEN="2048") as server:
         server.wait_until_healthy()
         yield server

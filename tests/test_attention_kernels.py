@@ -4,7 +4,10 @@ import torch
 from engine import attention_kernels, kernels
 from engine.attention import visible_of
 
-pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+pytestmark = [
+    pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP"),
+    pytest.mark.usefixtures("threads"),
+]
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES)

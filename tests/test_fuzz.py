@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import time
 import warnings
@@ -705,6 +706,11 @@ def test_a_gguf_file_is_read_or_refused_in_no_time(
     assert time.process_time() - start < 2.0
 
 
+def spent() -> float:
+    """Processor seconds of this process and of those that it waited for, such as a conversion."""
+    return sum(os.times()[:4])
+
+
 def with_value(content: bytes, key: bytes, value: bytes) -> bytes:
     """A number in the metadata; key: its end."""
     at = content.index(key) + len(key) + 4  # behind the type
@@ -724,11 +730,11 @@ def with_value(content: bytes, key: bytes, value: bytes) -> bytes:
 def test_a_gguf_file_that_lies_is_refused_at_once_in_a_sentence(
     gguf_file: Path, tmp_path: Path, key: bytes, value: bytes
 ) -> None:
-    path, start = tmp_path / "lies.gguf", time.process_time()
+    path, start = tmp_path / "lies.gguf", spent()
     path.write_bytes(with_value(gguf_file.read_bytes(), key, value))
     with pytest.raises(ModelLoadError, match="lies.gguf could not be converted") as refusal:
         checkpoint.fetch(str(path), tmp_path / "cache", lambda what, fraction: None)
-    assert "\n" not in str(refusal.value) and time.process_time() - start < 2.0
+    assert "\n" not in str(refusal.value) and spent() - start < 2.0
 
 
 BROKEN = [

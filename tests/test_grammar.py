@@ -260,6 +260,7 @@ def test_a_grammar_too_large_to_keep_leaves_the_others() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [259, 33, 64, 4099])
+@pytest.mark.usefixtures("threads")
 def test_a_mask_forbids_exactly_the_others(vocabulary: int) -> None:
     rng = random.Random(vocabulary)
     logits = torch.randn(5, vocabulary)

@@ -8,7 +8,10 @@ from engine import jit, kernels, sampling_kernels
 from engine.packing import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
 
 FORMATS = (INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16))
-pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+pytestmark = [
+    pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP"),
+    pytest.mark.usefixtures("threads"),
+]
 
 
 def random_codes(fmt: Format, rows: int, columns: int) -> Codes:

@@ -95,6 +95,7 @@ def engine_answers(model: PreTrainedModel, prompts: list[list[int]], count: int)
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.usefixtures("threads")
 def test_tokens_are_those_of_the_dequantized_weights(family: str, quantization: str, tied: bool) -> None:
     model = model_of(family, tie_word_embeddings=tied)
     pack(model, quantization)

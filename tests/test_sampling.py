@@ -177,6 +177,7 @@ def test_log_probabilities_are_the_models_own_whatever_is_drawn() -> None:
 
 @pytest.mark.parametrize("vocab", [40, 9000, 50_000])
 @pytest.mark.parametrize("spread", [1.0, 4.0])
+@pytest.mark.usefixtures("threads")
 def test_kernels_draw_what_torch_draws(vocab: int, spread: float) -> None:
     """Which draws on GPUs, and where kernels cannot run."""
     kinds: list[dict[str, Any]] = [
