@@ -64,6 +64,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             num_cases[function] += 1
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Each test draws the same random numbers in every run, whatever ran before it in the same worker."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[1, 3], ids=["one-thread", "three-threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test runs with one thread, and with several that share the work."""
