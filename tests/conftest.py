@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import random
 
 # One thread for each process: two would wait for each other while another worker's process has their core.
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it
@@ -69,6 +70,7 @@ def seed() -> None:
     """Each test draws the same random numbers in every run, whatever ran before it in the same worker."""
     import torch
 
+    random.seed(0)
     torch.manual_seed(0)
 
 
