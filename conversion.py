@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = (  # of all that decides what is in a converted directory
     *("conversion.py", "gguf_header.py", "gguf_metadata.py", "gguf_parts.py", "gguf_tokenizer.py"),
-    *("engine/gguf_blocks.py", "engine/packed_checkpoint.py", "engine/packing.py"),
+    *("engine/cpu/gguf_blocks.py", "engine/cpu/packed_checkpoint.py", "engine/cpu/packed_weight.py"),
 )
 LIBRARIES = ("transformers", "gguf", "tokenizers")
 
@@ -122,7 +122,7 @@ def _convert(gguf: Path, directory: Path, report: Callable[[float], None]) -> No
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from engine import packed_checkpoint
+    from engine.cpu import packed_checkpoint
 
     report(0.1)
     header = gguf_header.read(gguf)

@@ -36,11 +36,11 @@ from transformers import (
 
 from bench import machine
 from bench.run import RESULTS
-from engine import attention
+from engine.attention import paged
 from engine.engine import Engine, EngineOptions, build_engine, warm_up
 from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner, probe_layers
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 STREAMS = (1, 64)
@@ -120,7 +120,7 @@ def build(name: str, device: torch.device) -> Any:
     torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(
-            SHAPES[name](), dtype=torch.bfloat16, attn_implementation=attention.NAME
+            SHAPES[name](), dtype=torch.bfloat16, attn_implementation=paged.NAME
         ).eval()
 
 

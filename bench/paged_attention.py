@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine import paged_flash
+from engine.attention import flash
+from engine.attention.flash import Trial
 from engine.kv_cache import LayerSpec
-from engine.paged_flash import Trial
 
 DECODES, CONTEXTS, CHUNKS = (1, 64), (1024, 8192, 32768), (2048, 8192)
 MOST_CACHE = 24 * 2**30  # bytes, of all sets
@@ -72,12 +72,12 @@ def workloads(is_tiny: bool) -> list[Workload]:
 
 
 def calls(spec: LayerSpec, tiles: list[str], parts: list[int]) -> Iterator[tuple[str, Call]]:
-    for candidate in paged_flash.known_kernels({spec}):
+    for candidate in flash.known_kernels({spec}):
         yield candidate.name, partial(_run, candidate.kernel)
     yield "SDPA, without gathering", _sdpa
     if not tiles and not parts:
         return
-    from engine.paged_triton import Tiles, paged_attention
+    from engine.attention.paged_triton import Tiles, paged_attention
 
     for chosen, count in itertools.product(tiles or [""], parts or [0]):
         own = Tiles(*map(int, chosen.split(","))) if chosen else None
@@ -85,7 +85,7 @@ def calls(spec: LayerSpec, tiles: list[str], parts: list[int]) -> Iterator[tuple
         yield f"Triton {chosen or 'own tiles'} in {count or 'own'} parts", partial(_run, kernel)
 
 
-def _run(kernel: paged_flash.Kernel, trial: Trial) -> torch.Tensor:
+def _run(kernel: flash.Kernel, trial: Trial) -> torch.Tensor:
     return trial.run(kernel)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from engine.engine import Engine, EngineOptions, Facts, load_engine
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 PACKAGES = ("transformers", "fastapi", "httpx2", "pydantic", "accelerate")  # their descriptions: English, some code

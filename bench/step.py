@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.model_runner import ModelRunner, load_model
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 BATCHES = (1, 4, 16)

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from engine.engine import Engine, EngineOptions, Facts, load_engine
-from engine.grammar import Constraint, GrammarCompiler, Triggered
-from engine.sampling import SamplingParams
+from engine.sample.grammar import Constraint, GrammarCompiler, Triggered
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 from providers.loading import load_template
 from structure import KINDS

@@ -29,7 +29,7 @@ from config import Settings
 from engine.engine import Engine
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.pace import Pace
-from engine.sampling import SampledToken
+from engine.sample.sampler import SampledToken
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.vision import Image
 from logprobs import TokenTexts

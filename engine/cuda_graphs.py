@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from engine.attention import GroupAttention, StepAttention
+from engine.attention.flash import FlashBatch, Kernel
+from engine.attention.paged import GroupAttention, StepAttention
 from engine.kv_cache import KVCache, LayerGroup, first_visible
-from engine.paged_flash import FlashBatch, Kernel
 from engine.scheduler import Span
 
 Compute = Callable[[torch.Tensor, torch.Tensor, StepAttention], torch.Tensor]  # ids, positions (1, rows), step: logits

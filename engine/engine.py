@@ -18,16 +18,17 @@ import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from engine import paged_flash, start_check
-from engine.draft_model import CATCH_UP, DraftModel
+from engine import start_check
+from engine.attention import flash
+from engine.attention.flash import Kernel
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.lookahead import Lookahead
 from engine.model_runner import STOCK, ModelRunner, Report, first_line, input_device, load_model, probe_layers
-from engine.paged_flash import Kernel
 from engine.room import Room
-from engine.sampling import SampledToken, SamplingParams
+from engine.sample.sampler import SampledToken, SamplingParams
 from engine.scheduler import Batch, Limits, Scheduler
 from engine.sequence import Sequence, Sink, Status, TokenOutput
+from engine.spec_decode.draft_model import CATCH_UP, DraftModel
 from engine.threads import set_threads
 from engine.vision import Image
 from errors import EngineFailure, ModelLoadError, Overloaded, Unavailable
@@ -516,7 +517,7 @@ def build_engine(
 def _attention_of(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
     """Tokens in a block, and the kernel that attends to such blocks on a GPU; some take only large ones."""
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
-    found = ((size, paged_flash.find(specs.values(), size)) for size in sizes)
+    found = ((size, flash.find(specs.values(), size)) for size in sizes)
     return next(((size, kernel) for size, kernel in found if kernel is not None), (sizes[0], None))
 
 
@@ -525,7 +526,7 @@ def _fuse_layers(model: PreTrainedModel, flash: Kernel | None) -> None:
     if flash is None or input_device(model).type != "cuda":
         return
     try:
-        from engine import triton_layers
+        from engine.gpu import triton_layers
     except ImportError:
         return
     try:

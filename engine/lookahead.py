@@ -7,7 +7,7 @@ the GPU; if the scheduler then decides otherwise, the guess is dropped, and the 
 from collections.abc import Callable
 
 from engine.model_runner import ModelRunner, Started
-from engine.sampling import SampledToken
+from engine.sample.sampler import SampledToken
 from engine.scheduler import Batch, Span
 from engine.vision import Image
 

@@ -16,14 +16,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
-import memory
-from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers, weight_files
-from engine.attention import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
+from engine import memory, weight_files
+from engine.attention import fused, paged
+from engine.attention.flash import FlashBatch, Kernel
+from engine.attention.paged import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
+from engine.cpu import kernels, packed_checkpoint, packed_layers
 from engine.cuda_graphs import DecodeGraphs, Record, record
-from engine.grammar import Masks
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec, first_visible
-from engine.paged_flash import FlashBatch, Kernel
-from engine.sampling import Chosen, SampledToken, Sampler, score
+from engine.sample.grammar import Masks
+from engine.sample.sampler import Chosen, SampledToken, Sampler, score
 from engine.scheduler import Batch, Span
 from engine.vision import Image, VisionEncoder
 from errors import ModelLoadError
@@ -105,7 +106,7 @@ def load_model(
         with torch.inference_mode():
             packed_layers.pack_model(model, how, lambda fraction: report("quantizing weights", fraction))
     if how in {*packed_layers.FORMATS, FROM_FILE}:
-        fused_attention.fuse(model)
+        fused.fuse(model)
     memory.trim()  # what loading has freed would else stay with the process
     return model
 
@@ -242,9 +243,7 @@ def check_architecture(config: PreTrainedConfig) -> None:
 def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
     """The engine's attention for the text layers; a vision tower keeps the stock one."""
     parts = {name: "sdpa" for name in config.sub_configs if name != "text_config"}
-    return (
-        {**parts, "text_config": attention.NAME, "": "sdpa"} if "text_config" in config.sub_configs else attention.NAME
-    )
+    return {**parts, "text_config": paged.NAME, "": "sdpa"} if "text_config" in config.sub_configs else paged.NAME
 
 
 def _check_memory(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, in_files: int) -> None:

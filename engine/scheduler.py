@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from engine.kv_cache import KVCache
 from engine.pace import Pace
-from engine.sampling import SampledToken
+from engine.sample.sampler import SampledToken
 from engine.sequence import FinishReason, Sequence, Status, TokenOutput
-from engine.speculation import Guesser, PromptLookup
+from engine.spec_decode.prompt_lookup import Guesser, PromptLookup
 from engine.vision import Image
 
 PATIENCE = 300  # steps

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
-from engine.grammar import Matcher
-from engine.sampling import SampledToken, SamplingParams, fresh_seed
-from engine.speculation import Drafter
+from engine.sample.grammar import Matcher
+from engine.sample.sampler import SampledToken, SamplingParams, fresh_seed
+from engine.spec_decode.prompt_lookup import Drafter
 from engine.vision import Image
 
 FinishReason = Literal["stop", "length"]

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from engine import kernels
+from engine.cpu import kernels
+from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
 from engine.model_runner import ModelRunner, Report
-from engine.packed_layers import FusedMLP, PackedLinear, SharedLinear
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.scheduler import Batch, Span
 from engine.sequence import Sequence
 from errors import ModelLoadError
@@ -242,6 +242,6 @@ def _versions() -> dict[str, str | None]:
 def _code() -> str:
     """This version of the engine."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

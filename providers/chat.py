@@ -17,8 +17,8 @@ from structure import Structure
 from tools import Toolbox
 
 if TYPE_CHECKING:
-    from engine.grammar import Constraint, GrammarCompiler
-    from engine.sampling import ThoughtTokens
+    from engine.sample.grammar import Constraint, GrammarCompiler
+    from engine.sample.sampler import ThoughtTokens
 
 State = Literal["open", "closed", "unsaid"]
 NOTHING = Part()  # log-probabilities alone
@@ -50,7 +50,7 @@ def reading_of(
 
 def _guards_marks(constraint: "Constraint | None", template: PromptTemplate) -> bool:
     """Whether a grammar holds behind the mark of a call, which only a token can set off."""
-    from engine.thinking import Thinking
+    from engine.sample.thinking import Thinking
 
     answer = constraint.answer if isinstance(constraint, Thinking) else constraint
     return answer is not None and template.tool_format.begin in template.literals
@@ -68,7 +68,7 @@ def with_marks(stops: list[str], marks: Mapping[str, str]) -> list[str]:
 
 async def compiled(loaded: Loaded, structure: Structure, is_parallel: bool) -> "Constraint | None":
     """Raises InvalidRequest, which names the field."""
-    from engine.grammar import Triggered
+    from engine.sample.grammar import Triggered
 
     if loaded.grammars is None:
         if structure.is_needed:
@@ -104,7 +104,7 @@ class Thoughts:
 
     def tokens(self, template: PromptTemplate) -> "ThoughtTokens | None":
         """Those around them; None if there are none."""
-        from engine.sampling import ThoughtTokens
+        from engine.sample.sampler import ThoughtTokens
 
         if self.state == "closed" or template.think is None:
             return None
@@ -114,8 +114,8 @@ class Thoughts:
 
     def before(self, answer: "Constraint | None", loaded: Loaded) -> "Constraint | None":
         """What an answer must look like holds from the end of the thoughts on."""
-        from engine.grammar import Triggered
-        from engine.thinking import Thinking
+        from engine.sample.grammar import Triggered
+        from engine.sample.thinking import Thinking
 
         template = loaded.template
         tokens = self.tokens(template)

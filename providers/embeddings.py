@@ -41,7 +41,7 @@ from schemas import (
 )
 
 if TYPE_CHECKING:
-    from engine.embedder import Embedder, Vectors
+    from engine.embedding.embedder import Embedder, Vectors
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -224,14 +224,14 @@ class EmbeddingModels:
         """Bytes that the model will take."""
         with IMPORTING:
             importlib.import_module("sentence_transformers")
-            from engine.embedder import loaded_size
+            from engine.embedding.embedder import loaded_size
 
         size = loaded_size(directory, self._settings.embedding_device)
         self._bound.check(name, size)
         return size
 
     def _open(self, name: str, directory: Path) -> "Embedder":
-        from engine.embedder import load_embedder
+        from engine.embedding.embedder import load_embedder
 
         settings = self._settings
         return load_embedder(directory, name, settings.embedding_device, settings.allow_truncated_dims)

@@ -31,7 +31,7 @@ from schemas import Message
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Facts
-    from engine.grammar import GrammarCompiler
+    from engine.sample.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     draft_directory = draft and checkpoint.fetch(draft, settings.cache_dir, progress.report).directory
     progress.report("loading libraries", 0.0)
     with IMPORTING:
-        from engine import kernels
+        from engine.cpu import kernels
 
         threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
         from engine.engine import EngineOptions, load_engine
@@ -143,7 +143,7 @@ def facts_of(template: PromptTemplate) -> "Facts":
 
 
 def open_grammars(template: PromptTemplate, engine: "Engine") -> "GrammarCompiler | None":
-    from engine.grammar import GrammarCompiler
+    from engine.sample.grammar import GrammarCompiler
 
     backend = getattr(template.tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -196,7 +196,7 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, name: str = "") -> PromptTemplate:
     from transformers import AutoTokenizer
 
-    from engine.tokenizer_file import by_its_file
+    from text.tokenizer_file import by_its_file
 
     _check_vocabulary_file(directory)
     try:

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from engine import attention
+from engine.attention import paged
 
 VOCAB = 199
 _COMMON = {
@@ -61,7 +61,7 @@ FAMILIES = {
 SEEDS = {"gemma3": 53, "qwen3": 0, "qwen2": 0, "llama": 0}  # whose two best tokens are never nearly tied in the tests
 
 
-def tiny_model(family: str, implementation: str = attention.NAME, **changes: object) -> PreTrainedModel:
+def tiny_model(family: str, implementation: str = paged.NAME, **changes: object) -> PreTrainedModel:
     """The same weights for every `implementation` of attention; float32."""
     model_class, config = FAMILIES[family]
     config = copy.deepcopy(config)
@@ -170,7 +170,7 @@ GEMMA_CHAT = (
 
 
 def tiny_gemma_that_sees(
-    image_token: int, implementation: str = attention.NAME, vocab_size: int = VOCAB, eos_token_id: int | None = None
+    image_token: int, implementation: str = paged.NAME, vocab_size: int = VOCAB, eos_token_id: int | None = None
 ) -> Gemma3ForConditionalGeneration:
     """With a vision tower of two layers and random weights; image_token: the placeholder's id."""
     text = Gemma3TextConfig(

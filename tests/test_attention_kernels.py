@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from engine import attention_kernels, kernels
-from engine.attention import visible_of
+from engine.attention.paged import visible_of
+from engine.cpu import attention_kernels, kernels
 
 pytestmark = [
     pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP"),

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from answer_parser import AnswerParser, Reading
 from argument_schemas import fits
 from argument_values import argument_of
-from engine.grammar import Constraint, Grammar, GrammarCompiler
+from engine.sample.grammar import Constraint, Grammar, GrammarCompiler
 from lenient_json import JsonReader, is_json, read_json
 from prompt_templates import PromptTemplate
 from providers.chat import reading_of

@@ -27,10 +27,10 @@ from transformers import (
 
 import checkpoint
 from config import Settings
-from engine import kernels, packed_layers
+from engine.cpu import kernels, packed_layers
 from engine.engine import Engine, EngineOptions, Facts, load_engine
 from engine.model_runner import ModelRunner, check_model, load_model
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.scheduler import Batch, Span
 from engine.sequence import Sequence
 from errors import ModelLoadError

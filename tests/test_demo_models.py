@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 import checkpoint
 from config import Settings
-from engine import attention
+from engine.attention import paged
 from engine.engine import EngineOptions, build_engine
 from engine.model_runner import load_model
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from logprobs import TokenTexts
 from prompt_templates import PromptTemplate
 from providers.loading import load_template
@@ -52,7 +52,7 @@ def test_greedy_tokens_are_those_of_generate_in_float32(name: str) -> None:
         )[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(paged.NAME)
     options = EngineOptions(max_model_len=1024, max_num_batched_tokens=256, max_num_mixed_tokens=96)
     assert asyncio.run(engine_tokens(model, options, prompts)) == expected
 

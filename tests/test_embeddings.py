@@ -31,7 +31,7 @@ from transformers import (
 import checkpoint
 from checkpoint import EMBEDDING_DEMOS, PackagedFiles, Sources
 from config import Settings
-from engine.embedder import (
+from engine.embedding.embedder import (
     CHARACTERS,
     CHARACTERS_PER_TOKEN,
     About,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from models import FAMILIES, VOCAB, tiny_model
 
-from engine.attention import PrefillChunk
+from engine.attention.paged import PrefillChunk
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.model_runner import ModelRunner, probe_layers
-from engine.sampling import SampledToken, SamplingParams
+from engine.sample.sampler import SampledToken, SamplingParams
 from engine.scheduler import Batch
 from engine.sequence import TokenOutput
 from errors import EngineFailure, Overloaded, Unavailable

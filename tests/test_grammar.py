@@ -12,12 +12,14 @@ import torch
 from models import FAMILIES, byte_tokenizer
 from transformers import PreTrainedModel
 
-import memory
 import structure
-from engine import attention, grammar, kernels, sampling_kernels
+from engine import memory
+from engine.attention import paged
+from engine.cpu import kernels, sampling_kernels
 from engine.engine import Engine, EngineOptions, build_engine
-from engine.grammar import GrammarCompiler, Matcher
-from engine.sampling import SamplingParams
+from engine.sample import grammar
+from engine.sample.grammar import GrammarCompiler, Matcher
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 TOKENIZER = byte_tokenizer()
@@ -29,7 +31,7 @@ def model_of(family: str) -> PreTrainedModel:
     model_class, config = FAMILIES[family]
     torch.manual_seed(0)
     own = type(config)(**{**config.to_dict(), "vocab_size": len(TOKENIZER)})
-    return model_class._from_config(own, attn_implementation=attention.NAME).eval()
+    return model_class._from_config(own, attn_implementation=paged.NAME).eval()
 
 
 def engine_of(family: str, **options: Any) -> Engine:

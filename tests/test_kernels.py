@@ -4,8 +4,8 @@ import platform
 import pytest
 import torch
 
-from engine import jit, kernels, sampling_kernels
-from engine.packing import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
+from engine.cpu import jit, kernels, sampling_kernels
+from engine.cpu.packed_weight import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
 
 FORMATS = (INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16))
 pytestmark = [

@@ -3,7 +3,7 @@
 import pytest
 from models import byte_tokenizer
 
-from engine.sampling import SampledToken
+from engine.sample.sampler import SampledToken
 from logprobs import UNLIKELY, TokenTexts
 from providers.completion import Prompt
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from models import FAMILIES, VOCAB, tiny_model
 
-from engine import paged_flash
+from engine.attention import flash
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 
 OPTIONS = EngineOptions(
     max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=8, kv_block_size=4, num_speculative_tokens=0
@@ -22,7 +22,7 @@ def engine_of(family: str, options: EngineOptions, ahead: bool, graphs: bool = F
     engine = build_engine(tiny_model(family), options, frozenset({5}))
     assert isinstance(engine.runner, ModelRunner)
     if graphs:
-        engine.runner = ModelRunner(engine.runner.model, engine.scheduler.cache, {5}, paged_flash.reference)
+        engine.runner = ModelRunner(engine.runner.model, engine.scheduler.cache, {5}, flash.reference)
         engine.runner.record_graphs(8, engine.max_model_len, record=lambda run: run)
     if ahead:
         engine.runner = Lookahead(engine.runner, engine.is_quiet)

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-import memory
-from memory import Trimmer
+from engine import memory
+from engine.memory import Trimmer
 
 PIECE, NUM_PIECES = 100_000, 500  # bytes; small enough to come from the heap
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from engine.engine import EngineOptions, build_engine
 from engine.model_runner import check_architecture, check_model, choose_dtype, load_model
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from errors import ModelLoadError
 
 SMALL: dict[str, Any] = {

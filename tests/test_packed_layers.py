@@ -13,20 +13,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from engine import attention, fused_attention, kernels, packed_checkpoint, packed_layers, packing
+from engine.attention import fused, paged
+from engine.attention.fused import FusedAttention
+from engine.cpu import kernels, packed_checkpoint, packed_layers, packed_weight
+from engine.cpu.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedInput, SharedLinear
+from engine.cpu.packed_weight import INT8, quantize_weight
 from engine.engine import EngineOptions, build_engine
-from engine.fused_attention import FusedAttention
 from engine.model_runner import choose_quantization, load_model
-from engine.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedInput, SharedLinear
-from engine.packing import INT8, quantize_weight
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 
 
-def model_of(family: str, implementation: str = attention.NAME, **changes: object) -> PreTrainedModel:
+def model_of(family: str, implementation: str = paged.NAME, **changes: object) -> PreTrainedModel:
     return tiny_model(family, implementation, **{**SIZES, **changes})
 
 
@@ -34,7 +35,7 @@ def pack(model: PreTrainedModel, quantization: str) -> None:
     """As load_model does."""
     with torch.inference_mode():
         packed_layers.pack_model(model, quantization, lambda fraction: None)
-    fused_attention.fuse(model)
+    fused.fuse(model)
 
 
 class Reference(nn.Module):
@@ -119,7 +120,7 @@ def test_bfloat16_layers_give_the_logits_of_the_stock_model(family: str) -> None
     with torch.inference_mode():
         packed_layers.pack_model(packed, "bfloat16", lambda fraction: None)
         probe = {"input_ids": torch.tensor([[5]]), "use_cache": False}
-        expected, actual = stock(**probe).logits.float(), packed(**probe, step=attention.Probe()).logits.float()
+        expected, actual = stock(**probe).logits.float(), packed(**probe, step=paged.Probe()).logits.float()
     assert nn.Linear not in [type(module) for module in packed.modules()]
     assert (actual - expected).norm() < 0.02 * expected.norm()
 
@@ -161,7 +162,7 @@ class Gated(nn.Module):
         query, key, value = changed.get(self.change, (query, key, value))
         softcap = 30.0 if self.change == "softcap" else None
         options = {"scaling": self.scaling, "softcap": softcap, "step": step}
-        output, _ = attention.paged_attention(self, query, key, value, None, **options)
+        output, _ = paged.paged_attention(self, query, key, value, None, **options)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
         return output * (0.5 if self.change == "output" else 1.0), None
 
@@ -174,8 +175,8 @@ def test_attention_that_differs_in_any_way_stays_as_it_is(change: str) -> None:
     model = model_of("llama")
     with torch.inference_mode():
         packed_layers.pack_model(model, "int8", lambda fraction: None)
-        fused = fused_attention.fused_attention(Gated(model.model.layers[0].self_attn, change))
-    assert (fused is None) == bool(change)
+        made = fused.fused_attention(Gated(model.model.layers[0].self_attn, change))
+    assert (made is None) == bool(change)
 
 
 def test_a_norm_with_large_weights_is_told_from_one_that_adds_one() -> None:
@@ -243,7 +244,7 @@ def test_a_gguf_files_blocks_are_kept_bit_by_bit(family: str, tied: bool, tmp_pa
     ids = torch.tensor([[5, 6, 7, 8]])
     logits = stock(input_ids=ids).logits
     with torch.inference_mode():
-        packed = loaded(input_ids=ids, use_cache=False, step=attention.Probe()).logits
+        packed = loaded(input_ids=ids, use_cache=False, step=paged.Probe()).logits
     assert packed.shape == logits.shape and packed.isfinite().all()
 
 
@@ -276,7 +277,7 @@ def test_layers_of_any_number_of_rows_share_their_input() -> None:
     """Also where the last of those that are computed as one does not end with a tile."""
     torch.manual_seed(0)
     layers = [
-        PackedLinear(packing.pack(quantize_weight(torch.randn(rows, 64), INT8)), torch.randn(rows), torch.float32)
+        PackedLinear(packed_weight.pack(quantize_weight(torch.randn(rows, 64), INT8)), torch.randn(rows), torch.float32)
         for rows in (48, 24, 24)
     ]
     x = torch.randn(3, 64)

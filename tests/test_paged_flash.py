@@ -11,19 +11,19 @@ import torch
 from models import _COMMON, FAMILIES, VOCAB, tiny_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from engine import attention, paged_flash
+from engine.attention import flash, paged
+from engine.attention.flash import Candidate, Kernel
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.kv_cache import LayerSpec
 from engine.model_runner import ModelRunner
-from engine.paged_flash import Candidate, Kernel
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 OPTIONS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=6, kv_block_size=8)
 
 
 def engine_of(family: str, flash: bool, graphs: bool = False, most: int = 6) -> Engine:
-    return engine_with(tiny_model(family), paged_flash.reference if flash else None, graphs, most)
+    return engine_with(tiny_model(family), flash.reference if flash else None, graphs, most)
 
 
 def engine_with(model: PreTrainedModel, kernel: Kernel | None, graphs: bool = False, most: int = 6) -> Engine:
@@ -73,8 +73,8 @@ def test_soft_caps_give_the_same_tokens(graphs: bool) -> None:
         attn_logit_softcapping=0.5,
     )
     model = Gemma2ForCausalLM(config).eval()
-    model.set_attn_implementation(attention.NAME)
-    assert answers(engine_with(model, paged_flash.reference, graphs), 3) == answers(engine_with(model, None), 3)
+    model.set_attn_implementation(paged.NAME)
+    assert answers(engine_with(model, flash.reference, graphs), 3) == answers(engine_with(model, None), 3)
 
 
 @torch.inference_mode()
@@ -111,37 +111,37 @@ def test_a_kernel_is_compared_before_it_is_used(window: int | None) -> None:
     spec = LayerSpec(2, 32, 32, window, torch.bfloat16, torch.device("cpu"))
 
     def causal_to_the_left(*arguments: Any, **options: Any) -> torch.Tensor:
-        return paged_flash.reference(*arguments, **{**options, "window_size": (3, 0)})
+        return flash.reference(*arguments, **{**options, "window_size": (3, 0)})
 
     def broken(*arguments: object, **options: object) -> torch.Tensor:
         raise RuntimeError("page_block_size must be divisible by 256")
 
-    assert paged_flash.agrees(paged_flash.reference, spec, 16)
-    assert not paged_flash.agrees(causal_to_the_left, spec, 16)
-    assert not paged_flash.agrees(broken, spec, 16)
+    assert flash.agrees(flash.reference, spec, 16)
+    assert not flash.agrees(causal_to_the_left, spec, 16)
+    assert not flash.agrees(broken, spec, 16)
 
 
 def test_without_a_gpu_there_is_no_flash_attention() -> None:
-    assert paged_flash.find([SPEC], 16) is None
+    assert flash.find([SPEC], 16) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_torchs_kernel_agrees_or_is_refused(block_size: int) -> None:
     spec = LayerSpec(8, 128, 128, None, torch.bfloat16, torch.device("cuda"))
-    kernel = paged_flash.find([spec], block_size)
-    assert kernel is None or paged_flash.agrees(kernel, spec, block_size)
+    kernel = flash.find([spec], block_size)
+    assert kernel is None or flash.agrees(kernel, spec, block_size)
 
 
 def test_the_faster_one_of_the_kernels_that_agree_is_used() -> None:
     def slow(*arguments: Any, **options: Any) -> torch.Tensor:
-        return paged_flash.reference(*arguments, **options)
+        return flash.reference(*arguments, **options)
 
     def quick(*arguments: Any, **options: Any) -> torch.Tensor:
-        return paged_flash.reference(*arguments, **options)
+        return flash.reference(*arguments, **options)
 
     def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
-        return 2 * paged_flash.reference(*arguments, **options)
+        return 2 * flash.reference(*arguments, **options)
 
     def measure(kernel: Kernel, spec: LayerSpec, block_size: int) -> float:
         return {slow: 2.0, quick: 1.0, wrong: 0.1}[kernel]
@@ -149,16 +149,16 @@ def test_the_faster_one_of_the_kernels_that_agree_is_used() -> None:
     def known(*kernels: Kernel, can_attend: bool = True) -> list[Candidate]:
         return [Candidate(kernel.__name__, kernel, lambda spec: can_attend) for kernel in kernels]
 
-    assert paged_flash.find([SPEC], 16, known(slow, wrong, quick), measure) is quick
-    assert paged_flash.find([SPEC], 16, [*known(quick, can_attend=False), *known(slow)], measure) is slow
-    assert paged_flash.find([SPEC], 16, known(wrong), measure) is None
+    assert flash.find([SPEC], 16, known(slow, wrong, quick), measure) is quick
+    assert flash.find([SPEC], 16, [*known(quick, can_attend=False), *known(slow)], measure) is slow
+    assert flash.find([SPEC], 16, known(wrong), measure) is None
 
 
 def test_a_kernel_without_soft_caps_is_not_used_for_them() -> None:
     def plain(*arguments: Any, scale: float, softcap: None = None, **options: Any) -> torch.Tensor:
-        return paged_flash.reference(*arguments, scale=scale, **options)
+        return flash.reference(*arguments, scale=scale, **options)
 
     capped = replace(SPEC, softcap=1.0)
-    assert paged_flash.agrees(plain, SPEC, 16)
-    assert not paged_flash.agrees(plain, capped, 16)
-    assert paged_flash.agrees(paged_flash.reference, capped, 16)
+    assert flash.agrees(plain, SPEC, 16)
+    assert not flash.agrees(plain, capped, 16)
+    assert flash.agrees(flash.reference, capped, 16)

@@ -9,9 +9,9 @@ from devices import DEVICE
 from models import tiny_model
 from test_paged_flash import answers, engine_with
 
-from engine import paged_flash
+from engine.attention import flash
+from engine.attention.flash import Trial
 from engine.kv_cache import LayerSpec
-from engine.paged_flash import Trial
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
 
@@ -28,12 +28,12 @@ def error(
 
 
 def difference(trial: Trial, num_parts: int | None = None) -> float:
-    from engine import paged_triton
+    from engine.attention import paged_triton
 
     def kernel(*arguments: Any, **options: Any) -> torch.Tensor:
         return paged_triton.paged_attention(*arguments, **options, num_parts=num_parts)
 
-    expected, actual = trial.run(paged_flash.reference).float(), trial.run(kernel).float()
+    expected, actual = trial.run(flash.reference).float(), trial.run(kernel).float()
     assert actual.shape == expected.shape
     return float((actual - expected).norm() / expected.norm())
 
@@ -86,7 +86,7 @@ def test_soft_caps_and_values_of_another_size(num_parts: int) -> None:
 
 
 def _distance(spec: LayerSpec, other: LayerSpec) -> float:
-    first, second = (Trial.of(s, 16, *MIXED).run(paged_flash.reference) for s in (spec, other))
+    first, second = (Trial.of(s, 16, *MIXED).run(flash.reference) for s in (spec, other))
     return float((first - second).norm() / second.norm())
 
 
@@ -111,7 +111,7 @@ def test_a_query_may_lie_with_its_heads_first(counts: list[int], lengths: list[i
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_model_gives_the_same_tokens(graphs: bool) -> None:
     """Prefixes in common, chunks beside decodes, windows that blocks have left; recorded with idle rows."""
-    from engine.paged_triton import paged_attention
+    from engine.attention.paged_triton import paged_attention
 
     model = tiny_model("gemma3", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
     expected = answers(engine_with(model, None), 3, 12)
@@ -119,7 +119,7 @@ def test_a_model_gives_the_same_tokens(graphs: bool) -> None:
 
 
 def test_parts_fill_the_device_and_are_not_too_short() -> None:
-    from engine.paged_triton import parts_of
+    from engine.attention.paged_triton import parts_of
 
     assert parts_of(8, 32768, 132) * 8 >= 2 * 132
     assert parts_of(4096, 32768, 132) == 1
@@ -128,7 +128,7 @@ def test_parts_fill_the_device_and_are_not_too_short() -> None:
 
 
 def test_the_start_accepts_it() -> None:
-    from engine.paged_triton import paged_attention
+    from engine.attention.paged_triton import paged_attention
 
     for spec in (PLAIN, replace(PLAIN, window=20, dtype=torch.bfloat16), replace(PLAIN, softcap=5.0, group=1)):
-        assert paged_flash.agrees(paged_attention, spec, 16)
+        assert flash.agrees(paged_attention, spec, 16)

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.sampling import CANDIDATES, Sampler, SamplingParams, uniform
+from engine.sample.sampler import CANDIDATES, Sampler, SamplingParams, uniform
 from engine.sequence import Sequence
 
 PARAMS = [

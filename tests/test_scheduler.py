@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
-from engine.sampling import SampledToken, SamplingParams
+from engine.sample.sampler import SampledToken, SamplingParams
 from engine.scheduler import PATIENCE, Batch, Limits, Scheduler, Span
 from engine.sequence import Sequence, Status
 

@@ -7,11 +7,11 @@ import torch
 from models import FAMILIES, VOCAB, tiny_model
 from transformers import PreTrainedModel
 
-from engine.draft_model import CATCH_UP, DraftModel
 from engine.engine import EngineOptions, build_engine
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence, TokenOutput
-from engine.speculation import LONGEST_PAUSE, NGRAM, Drafter
+from engine.spec_decode.draft_model import CATCH_UP, DraftModel
+from engine.spec_decode.prompt_lookup import LONGEST_PAUSE, NGRAM, Drafter
 
 
 def test_what_followed_before_is_proposed_again() -> None:

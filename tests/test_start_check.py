@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engine import attention, fused_attention, kernels, packed_layers, start_check
+from engine import start_check
+from engine.attention import fused, paged
+from engine.cpu import kernels, packed_layers
 from engine.engine import EngineOptions, Facts, build_engine, load_engine
 from engine.model_runner import ModelRunner
 from errors import ModelLoadError
@@ -51,7 +53,7 @@ TINY = {
 def test_what_is_computed_rightly_passes_in_milliseconds(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = TINY[name]().to(dtype).eval()
-    model.set_attn_implementation({"text_config": attention.NAME, "": attention.NAME})
+    model.set_attn_implementation({"text_config": paged.NAME, "": paged.NAME})
     assert start_check.check(runner_of(model), 256)
 
 
@@ -62,7 +64,7 @@ def test_packed_layers_compute_on_both_sides(family: str, quantization: str) -> 
     model = tiny_model(family, hidden_size=64, intermediate_size=96, head_dim=32)
     with torch.inference_mode():
         packed_layers.pack_model(model, quantization, lambda fraction: None)
-        fused_attention.fuse(model)
+        fused.fuse(model)
     assert start_check.check(runner_of(model), 256)
 
 
@@ -123,7 +125,7 @@ def test_a_model_that_computes_something_else_is_refused_with_the_place(
 ) -> None:
     torch.manual_seed(0)
     model = model_class(config_class(**SMALL)).eval()
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(paged.NAME)
     with pytest.raises(ModelLoadError, match=f"{config_class.model_type}.*{place}"):
         start_check.check(runner_of(model), 256)
 
@@ -131,7 +133,7 @@ def test_a_model_that_computes_something_else_is_refused_with_the_place(
 def test_layers_that_attend_twice_are_refused() -> None:
     """Their second call would overwrite the first one's values in the cache: https://arxiv.org/abs/2410.05258."""
     model = DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL)).eval()
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(paged.NAME)
     with pytest.raises(ModelLoadError, match="diffllama.*call the attention twice"):
         build_engine(model, OPTIONS, frozenset())
 

@@ -3,7 +3,7 @@
 import random
 import weakref
 
-from engine.text_queue import TextQueue
+from engine.embedding.text_queue import TextQueue
 
 
 def drained(queue: TextQueue[str]) -> list[list[tuple[str, int, int]]]:

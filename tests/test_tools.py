@@ -11,12 +11,12 @@ from models import FAMILIES, byte_tokenizer
 from tokenizers import AddedToken
 
 from answer_parser import AnswerParser, Reading
-from engine import attention
+from engine.attention import paged
 from engine.engine import Engine, EngineOptions, build_engine
-from engine.grammar import Constraint, GrammarCompiler, Triggered
-from engine.sampling import SamplingParams
+from engine.sample.grammar import Constraint, GrammarCompiler, Triggered
+from engine.sample.sampler import SamplingParams
+from engine.sample.thinking import Thinking
 from engine.sequence import Sequence
-from engine.thinking import Thinking
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest
 from structure import structure_of
@@ -65,7 +65,7 @@ def engine_of(family: str, **options: Any) -> Engine:
     model_class, config = FAMILIES[family]
     torch.manual_seed(0)
     own = type(config)(**{**config.to_dict(), "vocab_size": len(TOKENIZER)})
-    model = model_class._from_config(own, attn_implementation=attention.NAME).eval()
+    model = model_class._from_config(own, attn_implementation=paged.NAME).eval()
     return build_engine(model, EngineOptions(**{"max_model_len": 480, **options}), frozenset({EOS}))
 
 

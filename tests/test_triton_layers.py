@@ -6,11 +6,11 @@ from devices import DEVICE
 from models import FAMILIES, tiny_model
 from test_paged_flash import OPTIONS
 
-from engine import paged_flash
+from engine.attention import flash
 from engine.engine import Engine, build_engine
 from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed; torch's builds fo
 
 def engine_of(family: str, is_fused: bool) -> Engine:
     """With one call of attention for all sequences, as a GPU has it."""
-    from engine import triton_layers
+    from engine.gpu import triton_layers
 
     model = tiny_model(family).to(DEVICE)
     if is_fused:
@@ -28,7 +28,7 @@ def engine_of(family: str, is_fused: bool) -> Engine:
     inner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
     if DEVICE.type == "cpu":
         assert isinstance(inner, ModelRunner)
-        engine.runner = ModelRunner(model, inner.cache, flash=paged_flash.reference)
+        engine.runner = ModelRunner(model, inner.cache, flash=flash.reference)
     return engine
 
 
@@ -49,7 +49,7 @@ def test_fused_layers_give_the_same_tokens(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [16, 48, 5376])
 def test_a_norm_is_that_of_torch(columns: int, dtype: torch.dtype) -> None:
-    from engine import triton_layers
+    from engine.gpu import triton_layers
 
     x = torch.randn(2, 5, columns, device=DEVICE).to(dtype)
     factor = torch.randn(columns, device=DEVICE)
@@ -61,7 +61,7 @@ def test_a_norm_is_that_of_torch(columns: int, dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # to infinity, on a GPU in silence
 @pytest.mark.parametrize("is_gelu", [False, True])
 def test_activations_are_those_of_torch(is_gelu: bool) -> None:
-    from engine import triton_layers
+    from engine.gpu import triton_layers
 
     joined = 4 * torch.randn(1, 3, 2 * 1100, device=DEVICE)
     joined[..., :4] = torch.tensor([-1000.0, -100.0, 100.0, 1000.0])

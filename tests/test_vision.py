@@ -10,12 +10,13 @@ import pytest
 import torch
 from models import SIDE, TOKENS, VOCAB, tiny_gemma_that_sees
 
-from engine import fused_attention, packed_layers, paged_flash
-from engine.attention import PrefillChunk, visible_of
+from engine.attention import flash, fused
+from engine.attention.paged import PrefillChunk, visible_of
+from engine.cpu import packed_layers
+from engine.cpu.kernels import are_available
 from engine.engine import Engine, EngineOptions, build_engine
-from engine.kernels import are_available
 from engine.model_runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 from engine.vision import Image, VisionEncoder
 
@@ -138,7 +139,7 @@ def test_preempted_requests_are_computed_again() -> None:
 
 def test_the_gpus_path_gives_the_same_tokens() -> None:
     engine = engine_of()
-    runner = ModelRunner(tiny_gemma_that_sees(IMAGE), engine.scheduler.cache, flash=paged_flash.reference)
+    runner = ModelRunner(tiny_gemma_that_sees(IMAGE), engine.scheduler.cache, flash=flash.reference)
     runner.record_graphs(8, engine.max_model_len, record=lambda run: run)
     engine.runner = runner
     assert finish(engine, [sequence_of(name) for name in LAYOUTS]) == [expected(name) for name in LAYOUTS]
@@ -271,7 +272,7 @@ def test_a_quantized_model_sees_too() -> None:
     model = tiny_gemma_that_sees(IMAGE)
     with torch.inference_mode():
         packed_layers.pack_model(model, "int8", lambda fraction: None)
-    fused_attention.fuse(model)
+    fused.fuse(model)
     encoder, stock = VisionEncoder(model), VisionEncoder(tiny_gemma_that_sees(IMAGE))
     one, other = (Image(b"0", pixels(0), 0, TOKENS) for _ in range(2))
     encoder.encode([one])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from engine.engine import Engine, EngineOptions, build_engine
 from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner, probe_layers
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 NUM_NEW = 40

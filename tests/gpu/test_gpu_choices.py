@@ -9,8 +9,8 @@ from models import FAMILIES, byte_tokenizer, tiny_model
 from test_sampling import sequence
 
 from engine.engine import EngineOptions, build_engine
-from engine.grammar import GrammarCompiler
-from engine.sampling import Sampler, SamplingParams
+from engine.sample.grammar import GrammarCompiler
+from engine.sample.sampler import Sampler, SamplingParams
 from engine.sequence import Sequence
 
 OPTIONS = EngineOptions(max_num_seqs=16, kv_cache_memory=2**26, max_model_len=480)

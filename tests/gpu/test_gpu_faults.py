@@ -10,7 +10,7 @@ from models import tiny_model
 from process import ROOT
 
 from engine.engine import EngineOptions, build_engine, release_memory
-from engine.sampling import SamplingParams
+from engine.sample.sampler import SamplingParams
 from engine.sequence import Sequence
 
 OPTIONS = EngineOptions(max_num_seqs=8, kv_cache_memory=2**26, num_speculative_tokens=0)

@@ -20,7 +20,8 @@ from gpu_engines import (
 from models import FAMILIES, VOCAB
 from test_start_check import TINY
 
-from engine import attention, paged_flash, start_check
+from engine import start_check
+from engine.attention import flash, paged
 from engine.engine import EngineOptions, build_engine
 from engine.lookahead import Lookahead
 
@@ -102,7 +103,7 @@ def test_the_check_at_start_passes(name: str, dtype: torch.dtype, device: torch.
     """Also with soft caps, with windows and for mixtures."""
     torch.manual_seed(0)
     model = TINY[name]().to(device=device, dtype=dtype).eval()
-    model.set_attn_implementation({"text_config": attention.NAME, "": attention.NAME})
+    model.set_attn_implementation({"text_config": paged.NAME, "": paged.NAME})
     runner = runner_of(build_engine(model, EngineOptions(kv_cache_memory=2**24, max_model_len=256), frozenset()))
     assert start_check.check(runner, 256)
 
@@ -114,8 +115,8 @@ def test_the_kernel_that_is_found_agrees_with_the_reference(
     heads: tuple[int, int], window: int | None, block_size: int, device: torch.device, on_gpu: None
 ) -> None:
     num_kv_heads, dim = heads
-    spec = paged_flash.LayerSpec(num_kv_heads, dim, dim, window, torch.bfloat16, device)
-    kernel = paged_flash.find([spec], block_size)
+    spec = flash.LayerSpec(num_kv_heads, dim, dim, window, torch.bfloat16, device)
+    kernel = flash.find([spec], block_size)
     if kernel is None:
         pytest.skip("this device has no kernel for such blocks")
-    assert paged_flash.agrees(kernel, spec, block_size)
+    assert flash.agrees(kernel, spec, block_size)

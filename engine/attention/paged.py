@@ -14,9 +14,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from engine import attention_kernels, paged_flash
+from engine.attention import flash
+from engine.attention.flash import FlashBatch, Kernel
+from engine.cpu import attention_kernels
 from engine.kv_cache import KVCache, LayerSpec
-from engine.paged_flash import FlashBatch, Kernel
 
 NAME = "paged_blocks"
 COMPUTED = ("position_ids", "is_causal")  # arguments that ask for nothing beside what is computed here
@@ -171,13 +172,13 @@ def paged_attention(
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
     flat = query[0].transpose(0, 1)  # (tokens, heads, dim)
     if step.flash is not None and group.flash is not None and not group.prefills:
-        return paged_flash.attend(step.flash, flat, keys, values, group.flash, scaling, softcap)[None], None
+        return flash.attend(step.flash, flat, keys, values, group.flash, scaling, softcap)[None], None
     num_kv_heads, value_dim = values.shape[2:]
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     if step.flash is not None and group.flash is not None:
         own = slice(0, group.flash.num_tokens)
-        result = paged_flash.attend(step.flash, flat[own], keys, values, group.flash, scaling, softcap)
+        result = flash.attend(step.flash, flat[own], keys, values, group.flash, scaling, softcap)
         output[own] = result.view_as(output[own])
     if softcap is None and attention_kernels.can_attend(keys, values):
         attend_with_kernels(query, keys, values, group, scaling, output)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from llvmlite import ir
 
-from engine import jit
-from engine.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.packing import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight
+from engine.cpu import jit
+from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
+from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight
 
 ROWS = 64  # of activations that pass a tile of weights while their sums stay in the first-level cache
 PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page

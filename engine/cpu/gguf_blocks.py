@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from engine.packing import Codes, Format
+from engine.cpu.packed_weight import Codes, Format
 
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
 

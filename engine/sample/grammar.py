@@ -15,8 +15,8 @@ import numpy
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-import memory
-from engine import sampling_kernels
+from engine import memory
+from engine.cpu import sampling_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Rows

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from engine import gguf_blocks
-from engine.packed_layers import fuse, replace_layer
-from engine.packing import Codes, Format, PackedWeight, can_pack, pack
+from engine.cpu import gguf_blocks
+from engine.cpu.packed_layers import fuse, replace_layer
+from engine.cpu.packed_weight import Codes, Format, PackedWeight, can_pack, pack
 from errors import ModelLoadError
 
 FILE = "weights.packed"

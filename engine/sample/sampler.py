@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine import sampling_kernels
-from engine.grammar import Masks
+from engine.cpu import sampling_kernels
+from engine.sample.grammar import Masks
 
 if TYPE_CHECKING:
-    from engine.grammar import Constraint
+    from engine.sample.grammar import Constraint
     from engine.sequence import Sequence
 
 CANDIDATES = 1024  # sorted first; a row whose top_p needs more of them is sorted whole

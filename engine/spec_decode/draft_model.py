@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from engine.kv_cache import KVCache
-from engine.sampling import SampledToken
+from engine.sample.sampler import SampledToken
 from engine.scheduler import Batch, Span
 from engine.sequence import Sequence
-from engine.speculation import MEMORY, WORTHWHILE, Confidence, PromptLookup
+from engine.spec_decode.prompt_lookup import MEMORY, WORTHWHILE, Confidence, PromptLookup
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine import kernels
-from engine.kernels import Activations
-from engine.packing import (
+from engine.cpu import kernels
+from engine.cpu.kernels import Activations
+from engine.cpu.packed_weight import (
     BFLOAT16,
     INT4,
     INT8,

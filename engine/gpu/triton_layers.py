@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import nn
 from torch.nn.functional import linear
 
-from engine import paged_flash
-from engine.attention import Probe, StepAttention
+from engine.attention import flash
+from engine.attention.paged import Probe, StepAttention
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
 TOLERANCES = {2: 0.02, 4: 1e-4}  # of a result's norm, by the bytes of a number
@@ -85,7 +85,7 @@ class Attention(nn.Module):
             return self._as_stock(hidden_states, position_embeddings, others)
         keys, values = step.cache.keys[self._layer], step.cache.values[self._layer]
         query = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
-        output = paged_flash.attend(step.flash, query, keys, values, group.flash, self._scaling)
+        output = flash.attend(step.flash, query, keys, values, group.flash, self._scaling)
         return self.project(output), None
 
     def _as_stock(

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from engine import attention_kernels
-from engine.attention import Probe, StepAttention, attend_with_kernels
-from engine.attention_kernels import Norms
-from engine.packed_layers import ATTENTION_INPUTS, FusedNorm, PackedLinear, SharedInput, SharedLinear, is_same
+from engine.attention.paged import Probe, StepAttention, attend_with_kernels
+from engine.cpu import attention_kernels
+from engine.cpu.attention_kernels import Norms
+from engine.cpu.packed_layers import ATTENTION_INPUTS, FusedNorm, PackedLinear, SharedInput, SharedLinear, is_same
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
 

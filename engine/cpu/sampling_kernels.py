@@ -9,9 +9,9 @@ import functools
 import torch
 from llvmlite import ir
 
-from engine import jit
-from engine.jit import F32, F64, FLOATS, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.kernels import are_available, compiled
+from engine.cpu import jit
+from engine.cpu.jit import F32, F64, FLOATS, I32, I64, INTS, LANES, Builder, Program, constant, vector
+from engine.cpu.kernels import are_available, compiled
 
 DRAWN_BLOCK = 512  # columns whose weights are summed up in float32
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from llvmlite import ir
 
-from engine import jit
-from engine.jit import F32, FLOATS, I64, LANES, Builder, Program, constant, vector
-from engine.kernels import DTYPES, FEW_ROWS, are_available, compiled
+from engine.cpu import jit
+from engine.cpu.jit import F32, FLOATS, I64, LANES, Builder, Program, constant, vector
+from engine.cpu.kernels import DTYPES, FEW_ROWS, are_available, compiled
 
 TILE = 4  # queries that share what is read
 MOST_ROTATED = 256  # elements of a head, which has to stay in registers

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
-from engine.text_queue import Item, TextQueue
+from engine.embedding.text_queue import Item, TextQueue
 from engine.threads import set_threads
 from errors import ContextLengthExceeded, EngineFailure, InvalidRequest, ModelLoadError, Overloaded, Unavailable
 

@@ -117,7 +117,7 @@ def known_kernels(specs: set[LayerSpec]) -> Iterator[Candidate]:
     except ImportError:
         pass
     try:
-        from engine import paged_triton
+        from engine.attention import paged_triton
 
         yield Candidate("Triton", paged_triton.paged_attention, paged_triton.can_attend)
     except ImportError:

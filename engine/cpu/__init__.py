@@ -1,0 +1,1 @@
+"""Kernels that are compiled for this CPU, and the packed weights that they multiply."""

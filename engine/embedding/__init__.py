@@ -1,0 +1,1 @@
+"""Texts in, vectors or scores out: the engine of embedding models and rerankers."""

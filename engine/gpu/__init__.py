@@ -1,0 +1,1 @@
+"""Layers whose steps one Triton kernel computes on a GPU."""

@@ -1,0 +1,1 @@
+"""The choice of the next token: sampling, grammars and thinking budgets."""

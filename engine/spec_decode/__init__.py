@@ -1,0 +1,1 @@
+"""Guesses at the next tokens, which one step of the model then checks."""
