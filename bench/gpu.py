@@ -37,10 +37,11 @@ from transformers import (
 from bench import machine
 from bench.run import RESULTS
 from engine.attention import paged
-from engine.engine import Engine, EngineOptions, build_engine, warm_up
+from engine.build import build_engine, warm_up
+from engine.engine import Engine, EngineOptions
 from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner, probe_layers
-from engine.sample.sampler import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 STREAMS = (1, 64)

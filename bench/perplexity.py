@@ -16,8 +16,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from engine.engine import Engine, EngineOptions, Facts, load_engine
-from engine.sample.sampler import SamplingParams
+from engine.build import Facts, load_engine
+from engine.engine import Engine, EngineOptions
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 PACKAGES = ("transformers", "fastapi", "httpx2", "pydantic", "accelerate")  # their descriptions: English, some code

@@ -22,9 +22,11 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from engine.engine import Engine, EngineOptions, build_engine
-from engine.model_runner import ModelRunner, load_model
-from engine.sample.sampler import SamplingParams
+from engine.build import build_engine
+from engine.engine import Engine, EngineOptions
+from engine.model_loader import load_model
+from engine.model_runner import ModelRunner
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 BATCHES = (1, 4, 16)

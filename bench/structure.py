@@ -13,9 +13,11 @@ import statistics
 import time
 from pathlib import Path
 
-from engine.engine import Engine, EngineOptions, Facts, load_engine
-from engine.sample.grammar import Constraint, GrammarCompiler, Triggered
-from engine.sample.sampler import SamplingParams
+from engine.build import Facts, load_engine
+from engine.constraint import Constraint
+from engine.engine import Engine, EngineOptions
+from engine.sample.grammar import GrammarCompiler, Triggered
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from providers.loading import load_template
 from structure import KINDS

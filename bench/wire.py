@@ -26,11 +26,12 @@ import uvicorn
 
 import checkpoint
 from config import Settings
+from engine.batch import Batch
 from engine.engine import Engine
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.pace import Pace
-from engine.sample.sampler import SampledToken
-from engine.scheduler import Batch, Limits, Scheduler
+from engine.sampling_params import SampledToken
+from engine.scheduler import Limits, Scheduler
 from engine.vision import Image
 from logprobs import TokenTexts
 from main import create_app

@@ -12,8 +12,8 @@ import torch
 
 from engine.attention.flash import FlashBatch, Kernel
 from engine.attention.paged import GroupAttention, StepAttention
+from engine.batch import Span
 from engine.kv_cache import KVCache, LayerGroup, first_visible
-from engine.scheduler import Span
 
 Compute = Callable[[torch.Tensor, torch.Tensor, StepAttention], torch.Tensor]  # ids, positions (1, rows), step: logits
 Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]

@@ -9,39 +9,27 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-import psutil
 import torch
-from transformers import GenerationConfig, PreTrainedModel
 
-from engine import start_check
-from engine.attention import flash
-from engine.attention.flash import Kernel
-from engine.kv_cache import CachePlan, KVCache, LayerSpec
-from engine.lookahead import Lookahead
-from engine.model_runner import STOCK, ModelRunner, Report, first_line, input_device, load_model, probe_layers
+from engine.batch import Batch
+from engine.model_loader import STOCK
 from engine.room import Room
-from engine.sample.sampler import SampledToken, SamplingParams
-from engine.scheduler import Batch, Limits, Scheduler
+from engine.sampling_params import SampledToken, SamplingParams
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence, Sink, Status, TokenOutput
-from engine.spec_decode.draft_model import CATCH_UP, DraftModel
-from engine.threads import set_threads
 from engine.vision import Image
-from errors import EngineFailure, ModelLoadError, Overloaded, Unavailable
+from errors import EngineFailure, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
-CPU_CACHE_MEMORY = 4 * 2**30  # bytes at most, unless set
-CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
-BLOCK_SIZES = (16, 256)  # tokens, the first one that the device's attention takes
 ENCODED_TOGETHER = 4  # images
 STALLED = 300.0  # seconds of a step
 ENDING = 5.0  # seconds of the step under way, once the engine closes
-GPU_RESERVE = 0.1  # of a GPU's memory, for activations
 
 
 @dataclass(frozen=True)
@@ -62,12 +50,6 @@ class EngineOptions:
     kv_block_size: int | None = None
     num_speculative_tokens: int = 8
     cache_dir: Path | None = None  # None: what the check at start found is not remembered
-
-
-_DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
-    "cpu": (32, 512, 64),
-    "cuda": (256, 8192, 2048),
-}
 
 
 class Runner(Protocol):
@@ -385,240 +367,3 @@ def release_memory(error: BaseException) -> None:
 def _call_sinks(outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
     for sink, output in outputs:
         sink(output)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a model beside its own files."""
-
-    stop_token_ids: tuple[int, ...] = ()  # end an answer beside those that its generation config names
-    context_length: int = 2048  # tokens, where its config has none
-    num_tokens: int | None = None  # of its vocabulary: ids beyond are no text, and never chosen
-
-
-def load_engine(
-    directory: Path,
-    options: EngineOptions,
-    facts: Callable[[], Facts],
-    report: Report,
-    draft: Path | None = None,
-) -> tuple[Engine, GenerationConfig | None]:
-    """The engine for the model in `directory`, not started, and what the model's authors recommend.
-
-    Raises ModelLoadError. Blocks for seconds or minutes.
-
-    `facts` are asked for once the weights are there. `draft`: a directory with a smaller model of the same vocabulary,
-    which guesses.
-    """
-    set_threads()
-    model = load_model(directory, options.dtype, options.device_map, report, options.quantization)
-    small = None
-    if draft is not None:
-        small = load_model(draft, options.dtype, options.device_map, report, options.quantization)
-    known, text = facts(), model.config.get_text_config()
-    if not getattr(text, "max_position_embeddings", None):
-        text.max_position_embeddings = known.context_length
-    eos_ids = frozenset([*known.stop_token_ids, *_eos_of(model)])
-    try:
-        engine = build_engine(model, options, eos_ids, small)
-        _model_runner(engine).num_known = known.num_tokens
-        check_start(engine, directory, options, report)
-    except ModelLoadError:
-        raise
-    except Exception as error:  # of any kind: whatever a model does in a way that nobody expects
-        raise ModelLoadError(
-            f"The model in {directory} was loaded, but computing with it fails: try another DTYPE or QUANTIZATION "
-            f"({type(error).__name__}: {first_line(error).rstrip('.')})."
-        ) from error
-    return engine, model.generation_config
-
-
-def _eos_of(model: PreTrainedModel) -> list[int]:
-    """As the generation config says, else the model's, else its text part's. Raises ModelLoadError."""
-    sources = (model.generation_config, model.config, model.config.get_text_config())
-    found = (getattr(source, "eos_token_id", None) for source in sources)
-    eos: Any = next((value for value in found if value is not None), [])
-    ids = [token for token in eos if token is not None] if isinstance(eos, list | tuple) else [eos]
-    if not all(isinstance(token, int) for token in ids):
-        raise ModelLoadError(f"The model's eos_token_id is {eos!r}; it must be a token id or a list of token ids.")
-    return [token for token in ids if token >= 0]
-
-
-def check_start(engine: Engine, directory: Path, options: EngineOptions, report: Report) -> None:
-    """A model that cannot compute, or computes something else than in transformers, is found out before anybody asks
-    it something. Raises ModelLoadError. What was compared is remembered in `options.cache_dir`."""
-    warm_up(engine)
-    runner = _model_runner(engine)
-    how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
-    memory = start_check.Memory(options.cache_dir)
-    key = start_check.key_of(directory, runner, how)
-    if not memory.knows(key) and start_check.check(runner, engine.max_model_len, report):
-        memory.keep(key)
-
-
-def _model_runner(engine: Engine) -> ModelRunner:
-    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
-    assert isinstance(runner, ModelRunner)
-    return runner
-
-
-def warm_up(engine: Engine) -> None:
-    """A prompt and decodes, so that what is compiled when first used does not wait for somebody's stream. Raises what
-    the model raises."""
-    scheduler = engine.scheduler
-    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    for params in (greedy, replace(greedy, temperature=1.0), replace(greedy, temperature=1.0, top_k=2)):
-        scheduler.add(Sequence([0, 0, 0], params, sink=lambda output: None))
-    while scheduler.has_work:
-        batch = scheduler.schedule()
-        if any(output is None for _, output in scheduler.update(batch, engine.runner.run(batch))):
-            raise ModelLoadError(
-                "The model computes values that are not numbers (NaN): set DTYPE=bfloat16 or DTYPE=float32."
-            )
-
-
-def build_engine(
-    model: PreTrainedModel,
-    options: EngineOptions,
-    eos_token_ids: frozenset[int],
-    draft: PreTrainedModel | None = None,
-) -> Engine:
-    """The engine for a loaded model, its cache sized from free memory."""
-    specs = probe_layers(model)
-    max_num_seqs, batched, mixed = _DEVICE_DEFAULTS[
-        "cuda" if next(iter(specs.values())).device.type == "cuda" else "cpu"
-    ]
-    max_num_seqs = options.max_num_seqs or max_num_seqs
-    batched = max(options.max_num_batched_tokens or batched, max_num_seqs, _tokens_per_image(model))
-    mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)
-    context = _model_context(model, options.max_model_len)
-    guesser = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
-    block_size, flash = _attention_of(specs, options)
-    _fuse_layers(model, flash)
-    plan, memory = _plan(specs, options, block_size, context, max_num_seqs, max(batched, mixed))
-    limits = Limits(
-        max_num_seqs, batched, mixed, _fit_context(context, plan, options, memory), options.num_speculative_tokens
-    )
-    cache = KVCache(plan, specs)
-    log.info(
-        "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens",
-        *(limits.max_model_len, max_num_seqs, memory / 2**30, "+".join(str(g.num_blocks) for g in plan.groups)),
-        block_size,
-    )
-    runner = ModelRunner(model, cache, eos_token_ids, flash)
-    if flash is not None and len({spec.device for spec in specs.values()}) == 1:
-        runner.record_graphs(max_num_seqs, limits.max_model_len)
-    engine = Engine(runner, Scheduler(cache, limits, eos_token_ids, guesser), options)
-    if runner.device.type == "cuda":
-        engine.runner = Lookahead(runner, engine.is_quiet)
-    return engine
-
-
-def _attention_of(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
-    """Tokens in a block, and the kernel that attends to such blocks on a GPU; some take only large ones."""
-    sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
-    found = ((size, flash.find(specs.values(), size)) for size in sizes)
-    return next(((size, kernel) for size, kernel in found if kernel is not None), (sizes[0], None))
-
-
-def _fuse_layers(model: PreTrainedModel, flash: Kernel | None) -> None:
-    """On a GPU that runs Triton's kernels."""
-    if flash is None or input_device(model).type != "cuda":
-        return
-    try:
-        from engine.gpu import triton_layers
-    except ImportError:
-        return
-    try:
-        log.info("%d layers use fused kernels", triton_layers.fuse(model))
-    except RuntimeError as error:  # memory is short, or the compiler fails: the stock layers compute the same
-        log.info("no more layers use fused kernels: %s", first_line(error))
-    torch.cuda.empty_cache()
-
-
-def _tokens_per_image(model: PreTrainedModel) -> int:
-    """An image is never split between steps; 0 for models of text."""
-    return getattr(model.config, "mm_tokens_per_image", 0) if hasattr(model.config, "vision_config") else 0
-
-
-def _plan(
-    specs: dict[int, LayerSpec],
-    options: EngineOptions,
-    block_size: int,
-    context: int,
-    max_num_seqs: int,
-    step_tokens: int,
-) -> tuple[CachePlan, int]:
-    """The cache's blocks, and the bytes that they were fitted to."""
-    bytes_per_token = sum(spec.bytes_per_token for spec in specs.values())
-    memory = options.kv_cache_memory or min(
-        _free_memory(specs), max_num_seqs * (context + block_size) * bytes_per_token
-    )
-    return CachePlan.fit(specs, memory, block_size, max_num_seqs, step_tokens), memory
-
-
-def _draft_model(
-    draft: PreTrainedModel,
-    model: PreTrainedModel,
-    options: EngineOptions,
-    max_num_seqs: int,
-    context: int,
-    eos_token_ids: frozenset[int],
-) -> DraftModel:
-    specs = probe_layers(draft)
-    context = min(context, _model_context(draft, None))
-    block_size, flash = _attention_of(specs, options)
-    _fuse_layers(draft, flash)
-    plan, memory = _plan(specs, options, block_size, context, max_num_seqs, CATCH_UP)
-    cache = KVCache(plan, specs)
-    log.info("a draft model guesses tokens; its KV cache takes %.2f GiB", memory / 2**30)
-    runner = ModelRunner(draft, cache, eos_token_ids, flash)
-    num_embeddings = cast(int, model.get_input_embeddings().num_embeddings)
-    return DraftModel(runner, cache, num_embeddings, min(context, plan.max_tokens))
-
-
-def _model_context(model: PreTrainedModel, wanted: int | None) -> int:
-    """Tokens; long-rope models stay within their original context, where one set of frequencies holds for all."""
-    text = model.config.get_text_config()
-    context = int(getattr(text, "max_position_embeddings", None) or Facts.context_length)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        context = min(context, int(rope.get("original_max_position_embeddings") or context))
-    if wanted is not None and wanted > context:
-        raise ModelLoadError(
-            f"MAX_MODEL_LEN={wanted} is larger than the model's context of {context} tokens: lower it."
-        )
-    return wanted or context
-
-
-def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: int) -> int:
-    if plan.max_tokens >= context:
-        return context
-    if options.max_model_len or plan.max_tokens < 2 * plan.block_size:
-        raise ModelLoadError(
-            f"A KV cache of {memory / 2**30:.2f} GiB holds {plan.max_tokens} tokens, but a context "
-            f"of {context} tokens needs more: raise KV_CACHE_MEMORY or lower MAX_MODEL_LEN."
-        )
-    log.warning("the KV cache holds %d tokens, so the context is shortened to that from %d", plan.max_tokens, context)
-    return plan.max_tokens
-
-
-def _free_memory(specs: dict[int, LayerSpec]) -> int:
-    """Bytes for the cache: on GPUs what each has left for its own layers, on the CPU a share of what is free."""
-    devices = {spec.device for spec in specs.values()}
-    total = sum(spec.bytes_per_token for spec in specs.values())
-    limits = []
-    for device in devices:
-        share = sum(spec.bytes_per_token for spec in specs.values() if spec.device == device)
-        if device.type == "cuda":
-            free, capacity = torch.cuda.mem_get_info(device)
-            room = free - GPU_RESERVE * capacity
-        else:
-            room = min(CPU_CACHE_MEMORY, CPU_CACHE_SHARE * psutil.virtual_memory().available)
-        limits.append(int(room * total / share))
-    if min(limits) <= 0:
-        raise ModelLoadError(
-            "The model's weights leave no memory for the KV cache: "
-            "use a smaller model, or set QUANTIZATION to a format with fewer bits."
-        )
-    return min(limits)

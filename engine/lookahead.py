@@ -6,9 +6,9 @@ the GPU; if the scheduler then decides otherwise, the guess is dropped, and the 
 
 from collections.abc import Callable
 
+from engine.batch import Batch, Span
 from engine.model_runner import ModelRunner, Started
-from engine.sample.sampler import SampledToken
-from engine.scheduler import Batch, Span
+from engine.sampling_params import SampledToken
 from engine.vision import Image
 
 

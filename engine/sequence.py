@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
-from engine.sample.grammar import Matcher
-from engine.sample.sampler import SampledToken, SamplingParams, fresh_seed
-from engine.spec_decode.prompt_lookup import Drafter
+from engine.constraint import Matcher
+from engine.sampling_params import SampledToken, SamplingParams, fresh_seed
 from engine.vision import Image
 
 FinishReason = Literal["stop", "length"]
@@ -61,7 +60,6 @@ class Sequence:
     num_published: int = 0  # leading blocks that others can find
     seed: int = field(init=False)
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # so far, if they are asked for
-    drafter: Drafter = field(default_factory=Drafter)
     matcher: Matcher | None = field(init=False)  # of its grammar
 
     _block_keys: list[bytes] = field(default_factory=list)

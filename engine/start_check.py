@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from engine.batch import Batch, Span
 from engine.cpu import kernels
 from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
-from engine.model_runner import ModelRunner, Report
-from engine.sample.sampler import SamplingParams
-from engine.scheduler import Batch, Span
+from engine.model_loader import Report
+from engine.model_runner import ModelRunner
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import ModelLoadError
 

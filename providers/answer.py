@@ -18,7 +18,7 @@ from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, 
 from streaming import Detokenizer, StopFinder, TextDecoder
 
 if TYPE_CHECKING:
-    from engine.sample.sampler import SampledToken, SamplingParams
+    from engine.sampling_params import SampledToken, SamplingParams
     from engine.vision import Image
 
 

@@ -17,8 +17,9 @@ from structure import Structure
 from tools import Toolbox
 
 if TYPE_CHECKING:
-    from engine.sample.grammar import Constraint, GrammarCompiler
-    from engine.sample.sampler import ThoughtTokens
+    from engine.constraint import Constraint
+    from engine.sample.grammar import GrammarCompiler
+    from engine.sampling_params import ThoughtTokens
 
 State = Literal["open", "closed", "unsaid"]
 NOTHING = Part()  # log-probabilities alone
@@ -104,7 +105,7 @@ class Thoughts:
 
     def tokens(self, template: PromptTemplate) -> "ThoughtTokens | None":
         """Those around them; None if there are none."""
-        from engine.sample.sampler import ThoughtTokens
+        from engine.sampling_params import ThoughtTokens
 
         if self.state == "closed" or template.think is None:
             return None

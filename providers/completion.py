@@ -11,7 +11,7 @@ from providers.loading import Loaded
 from schemas import CompletionChoice, CompletionRequest
 
 if TYPE_CHECKING:
-    from engine.sample.sampler import SampledToken, SamplingParams
+    from engine.sampling_params import SampledToken, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Prompt:
 
     def tokens(self, piece: Piece) -> "tuple[SampledToken, ...]":
         """Its own, scored; the first one cannot be."""
-        from engine.sample.sampler import SampledToken  # not at the top: it takes seconds, and the server answers first
+        from engine.sampling_params import (
+            SampledToken,  # not at the top: it takes seconds, and the server answers first
+        )
 
         return (SampledToken(self.token_ids[0]), *piece.prompt)
 

@@ -30,7 +30,8 @@ from providers.eyes import Eyes
 from schemas import Message
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Facts
+    from engine.build import Facts
+    from engine.engine import Engine
     from engine.sample.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
@@ -110,8 +111,9 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
         from engine.cpu import kernels
 
         threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
-        from engine.engine import EngineOptions, load_engine
-        from engine.model_runner import check_model
+        from engine.build import load_engine
+        from engine.engine import EngineOptions
+        from engine.model_loader import check_model
 
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
     config, _ = check_model(directory, options.dtype, options.device_map)
@@ -136,7 +138,7 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
 
 
 def facts_of(template: PromptTemplate) -> "Facts":
-    from engine.engine import Facts
+    from engine.build import Facts
 
     num_tokens = 1 + max(template.tokenizer.get_vocab().values())
     return Facts(tuple(template.stop_token_ids), template.family.context_length, num_tokens)

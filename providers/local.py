@@ -39,7 +39,7 @@ from tools import Toolbox, toolbox_of
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.sample.sampler import SamplingParams
+    from engine.sampling_params import SamplingParams
     from engine.vision import Image
 
 log = logging.getLogger(__name__)
@@ -323,7 +323,7 @@ class LocalProvider:
     ) -> "SamplingParams":
         """The request's values, else the model's, else the specification's; an answer is no longer than the context
         leaves. Raises ContextLengthExceeded for a prompt that fills it, InvalidRequest for a limit beyond it."""
-        from engine.sample.sampler import SamplingParams
+        from engine.sampling_params import SamplingParams
 
         _check_token_ids(loaded.engine, request)
         limit = loaded.engine.max_model_len

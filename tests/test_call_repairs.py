@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 from answer_parser import AnswerParser, Reading
 from argument_schemas import fits
 from argument_values import argument_of
-from engine.sample.grammar import Constraint, Grammar, GrammarCompiler
+from engine.constraint import Constraint
+from engine.sample.grammar import Grammar, GrammarCompiler
 from lenient_json import JsonReader, is_json, read_json
 from prompt_templates import PromptTemplate
 from providers.chat import reading_of

@@ -27,11 +27,13 @@ from transformers import (
 
 import checkpoint
 from config import Settings
+from engine.batch import Batch, Span
+from engine.build import Facts, load_engine
 from engine.cpu import kernels, packed_layers
-from engine.engine import Engine, EngineOptions, Facts, load_engine
-from engine.model_runner import ModelRunner, check_model, load_model
-from engine.sample.sampler import SamplingParams
-from engine.scheduler import Batch, Span
+from engine.engine import Engine, EngineOptions
+from engine.model_loader import check_model, load_model
+from engine.model_runner import ModelRunner
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import ModelLoadError
 from progress import Progress

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 import checkpoint
 from config import Settings
 from engine.attention import paged
-from engine.engine import EngineOptions, build_engine
-from engine.model_runner import load_model
-from engine.sample.sampler import SamplingParams
+from engine.build import build_engine
+from engine.engine import EngineOptions
+from engine.model_loader import load_model
+from engine.sampling_params import SamplingParams
 from logprobs import TokenTexts
 from prompt_templates import PromptTemplate
 from providers.loading import load_template

@@ -12,10 +12,11 @@ import torch
 from models import FAMILIES, VOCAB, tiny_model
 
 from engine.attention.paged import PrefillChunk
-from engine.engine import Engine, EngineOptions, build_engine
+from engine.batch import Batch
+from engine.build import build_engine
+from engine.engine import Engine, EngineOptions
 from engine.model_runner import ModelRunner, probe_layers
-from engine.sample.sampler import SampledToken, SamplingParams
-from engine.scheduler import Batch
+from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
 from errors import EngineFailure, Overloaded, Unavailable
 

@@ -22,10 +22,10 @@ import torch
 from process import ROOT, Server, serve
 from test_engine import SMALL_STEPS, answer, engine_of, greedy, prompts, reference, run
 
+from engine.batch import Batch
 from engine.engine import Engine
 from engine.model_runner import ModelRunner
-from engine.sample.sampler import SampledToken
-from engine.scheduler import Batch
+from engine.sampling_params import SampledToken
 from errors import EngineFailure, Unavailable
 from metrics import Metrics
 

@@ -26,7 +26,8 @@ import gguf_header
 import gguf_metadata
 import gguf_parts
 import gguf_tokenizer
-from engine.model_runner import load_model, probe_layers
+from engine.model_loader import load_model
+from engine.model_runner import probe_layers
 from errors import ModelLoadError
 
 COMMON = {

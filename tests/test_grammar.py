@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 import structure
 from engine import memory
 from engine.attention import paged
+from engine.build import build_engine
+from engine.constraint import Matcher
 from engine.cpu import kernels, sampling_kernels
-from engine.engine import Engine, EngineOptions, build_engine
-from engine.sample import grammar
-from engine.sample.grammar import GrammarCompiler, Matcher
-from engine.sample.sampler import SamplingParams
+from engine.engine import Engine, EngineOptions
+from engine.sample import grammar, masks
+from engine.sample.grammar import GrammarCompiler
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 TOKENIZER = byte_tokenizer()
@@ -275,7 +277,7 @@ def test_a_mask_forbids_exactly_the_others(vocabulary: int) -> None:
             if not bits[place, token // 32] >> (token % 32) & 1:
                 expected[row, token] = -torch.inf
     wide = logits.double()
-    grammar.forbid(wide, rows, bits)  # not the kernel's type
+    masks.forbid(wide, rows, bits)  # not the kernel's type
     assert torch.equal(wide.float(), expected)
     if kernels.are_available():
         sampling_kernels.forbid(logits, rows, bits)

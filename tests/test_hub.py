@@ -11,7 +11,7 @@ import torch
 
 from checkpoint import Sources
 from config import Settings
-from engine.scheduler import Batch
+from engine.batch import Batch
 from errors import APIError, EngineFailure, InvalidRequest, ModelNotFound, Unavailable, UpstreamUnreachable
 from providers.hub import SETTLING, HubModels
 from providers.loading import load

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.kv_cache import FREED, CachePlan, KVCache, LayerSpec
-from engine.sample.sampler import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 

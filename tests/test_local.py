@@ -14,7 +14,7 @@ from models import byte_tokenizer
 
 from answer_parser import Reading
 from config import Settings
-from engine.sample.sampler import SampledToken, SamplingParams
+from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
 from errors import ModelLoading, ModelNotFound, Overloaded
 from logprobs import TokenTexts

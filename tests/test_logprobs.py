@@ -3,7 +3,7 @@
 import pytest
 from models import byte_tokenizer
 
-from engine.sample.sampler import SampledToken
+from engine.sampling_params import SampledToken
 from logprobs import UNLIKELY, TokenTexts
 from providers.completion import Prompt
 

@@ -8,10 +8,11 @@ import pytest
 from models import FAMILIES, VOCAB, tiny_model
 
 from engine.attention import flash
-from engine.engine import Engine, EngineOptions, build_engine
+from engine.build import build_engine
+from engine.engine import Engine, EngineOptions
 from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner
-from engine.sample.sampler import SamplingParams
+from engine.sampling_params import SamplingParams
 
 OPTIONS = EngineOptions(
     max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=8, kv_block_size=4, num_speculative_tokens=0

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 import record
-from engine.sample.sampler import SampledToken
+from engine.sampling_params import SampledToken
 from metrics import Metrics
 from providers.answer import Meter, Piece, best
 from record import Record

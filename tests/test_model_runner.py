@@ -26,9 +26,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from engine.engine import EngineOptions, build_engine
-from engine.model_runner import check_architecture, check_model, choose_dtype, load_model
-from engine.sample.sampler import SamplingParams
+from engine.build import build_engine
+from engine.engine import EngineOptions
+from engine.model_loader import check_architecture, check_model, choose_dtype, load_model
+from engine.sampling_params import SamplingParams
 from errors import ModelLoadError
 
 SMALL: dict[str, Any] = {

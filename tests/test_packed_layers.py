@@ -15,12 +15,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from engine.attention import fused, paged
 from engine.attention.fused import FusedAttention
+from engine.build import build_engine
 from engine.cpu import kernels, packed_checkpoint, packed_layers, packed_weight
 from engine.cpu.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedInput, SharedLinear
 from engine.cpu.packed_weight import INT8, quantize_weight
-from engine.engine import EngineOptions, build_engine
-from engine.model_runner import choose_quantization, load_model
-from engine.sample.sampler import SamplingParams
+from engine.engine import EngineOptions
+from engine.model_loader import choose_quantization, load_model
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")

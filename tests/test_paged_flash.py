@@ -13,10 +13,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from engine.attention import flash, paged
 from engine.attention.flash import Candidate, Kernel
-from engine.engine import Engine, EngineOptions, build_engine
+from engine.build import build_engine
+from engine.engine import Engine, EngineOptions
 from engine.kv_cache import LayerSpec
 from engine.model_runner import ModelRunner
-from engine.sample.sampler import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 OPTIONS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=6, kv_block_size=8)

@@ -15,7 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.sample.sampler import CANDIDATES, Sampler, SamplingParams, uniform
+from engine.sample.sampler import CANDIDATES, Sampler
+from engine.sampling_params import SamplingParams, uniform
 from engine.sequence import Sequence
 
 PARAMS = [

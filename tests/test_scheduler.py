@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
+from engine.batch import Batch, Span
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
-from engine.sample.sampler import SampledToken, SamplingParams
-from engine.scheduler import PATIENCE, Batch, Limits, Scheduler, Span
+from engine.sampling_params import SampledToken, SamplingParams
+from engine.scheduler import PATIENCE, Limits, Scheduler
 from engine.sequence import Sequence, Status
 
 SPECS = {0: LayerSpec(1, 4, 4, None, torch.float32, torch.device("cpu"))}

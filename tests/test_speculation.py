@@ -7,8 +7,9 @@ import torch
 from models import FAMILIES, VOCAB, tiny_model
 from transformers import PreTrainedModel
 
-from engine.engine import EngineOptions, build_engine
-from engine.sample.sampler import SamplingParams
+from engine.build import build_engine
+from engine.engine import EngineOptions
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, TokenOutput
 from engine.spec_decode.draft_model import CATCH_UP, DraftModel
 from engine.spec_decode.prompt_lookup import LONGEST_PAUSE, NGRAM, Drafter

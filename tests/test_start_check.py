@@ -22,8 +22,9 @@ from transformers import (
 
 from engine import start_check
 from engine.attention import fused, paged
+from engine.build import Facts, build_engine, load_engine
 from engine.cpu import kernels, packed_layers
-from engine.engine import EngineOptions, Facts, build_engine, load_engine
+from engine.engine import EngineOptions
 from engine.model_runner import ModelRunner
 from errors import ModelLoadError
 

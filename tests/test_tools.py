@@ -12,10 +12,12 @@ from tokenizers import AddedToken
 
 from answer_parser import AnswerParser, Reading
 from engine.attention import paged
-from engine.engine import Engine, EngineOptions, build_engine
-from engine.sample.grammar import Constraint, GrammarCompiler, Triggered
-from engine.sample.sampler import SamplingParams
+from engine.build import build_engine
+from engine.constraint import Constraint
+from engine.engine import Engine, EngineOptions
+from engine.sample.grammar import GrammarCompiler, Triggered
 from engine.sample.thinking import Thinking
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest

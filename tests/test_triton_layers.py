@@ -7,10 +7,11 @@ from models import FAMILIES, tiny_model
 from test_paged_flash import OPTIONS
 
 from engine.attention import flash
-from engine.engine import Engine, build_engine
+from engine.build import build_engine
+from engine.engine import Engine
 from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner
-from engine.sample.sampler import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")

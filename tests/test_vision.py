@@ -12,11 +12,12 @@ from models import SIDE, TOKENS, VOCAB, tiny_gemma_that_sees
 
 from engine.attention import flash, fused
 from engine.attention.paged import PrefillChunk, visible_of
+from engine.build import build_engine
 from engine.cpu import packed_layers
 from engine.cpu.kernels import are_available
-from engine.engine import Engine, EngineOptions, build_engine
+from engine.engine import Engine, EngineOptions
 from engine.model_runner import ModelRunner
-from engine.sample.sampler import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.vision import Image, VisionEncoder
 

@@ -1,56 +1,18 @@
-"""Grammars: what an answer may look like, compiled once and then followed token by token. llguidance does the work.
-
-Masks are computed by threads of their own: while a GPU computes the step's logits, or on a CPU, where the two would
-only be in each other's way, right after.
-"""
+"""Grammars: what an answer may look like, compiled once and then followed token by token. llguidance does the work."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
-import numpy
-import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine import memory
-from engine.cpu import sampling_kernels
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence as Rows
-
-    from engine.sequence import Sequence
+from engine.constraint import Matcher
 
 MOST_KEPT, MOST_MEMORY = 128, 32 * 2**20  # compiled grammars, and bytes that they take
 LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
 INDENT, MOST_QUOTED = 4, 40  # characters before a pattern in an error's text, and of the pattern in ours
-WORD = 32  # tokens in a word of a mask
-
-
-class Matcher(Protocol):
-    """One answer on its way through what it must look like."""
-
-    num_accepted: int
-    decides_end: bool  # else the answer may end as others do
-
-    def accept(self, token_id: int) -> None: ...
-
-    @property
-    def is_finished(self) -> bool:
-        """The answer is complete, and nothing can follow; or it left the grammar, which masks do not let happen."""
-        ...
-
-    def mask(self, ahead: list[int]) -> bytes | None:
-        """A bit for each token that may come after those; None if all may, or if they may not come themselves."""
-        ...
-
-
-class Constraint(Protocol):
-    """What an answer must look like; any number of answers can follow it at a time."""
-
-    def matcher(self) -> Matcher: ...
 
 
 class GrammarMatcher:
@@ -193,56 +155,3 @@ def _reason(error: str) -> str:
     start, what = mark.index("^"), lines[at].removeprefix("error: ")
     cause = pattern[start : len(mark)][:MOST_QUOTED]
     return f"the regular expression is invalid: {what}, at character {start - INDENT + 1}: {cause!r}"
-
-
-_pool = ThreadPoolExecutor(2, "masks")
-
-
-class Masks:
-    """Those of a step's rows."""
-
-    def __init__(self, sequences: "Rows[Sequence]") -> None:
-        self._rows: dict[Matcher, list[tuple[int, list[int]]]] = {}
-        for row, sequence in enumerate(sequences):
-            if sequence.matcher is not None:
-                ahead = sequence.output_ids[sequence.matcher.num_accepted :]
-                self._rows.setdefault(sequence.matcher, []).append((row, ahead))
-        self._futures: list[Future[list[tuple[int, bytes | None]]]] = []
-
-    def start(self) -> None:
-        """Begins to compute them; where a GPU computes the model, beside it."""
-        self._futures = [_pool.submit(_masks_of, matcher, rows) for matcher, rows in self._rows.items()]
-
-    def wait(self) -> None:
-        """Until nothing computes them any more; a matcher is for one thread at a time."""
-        wait(self._futures)
-
-    def apply(self, logits: torch.Tensor) -> None:
-        """Sets what may not come to -inf, in place; waits for the masks. logits: (rows, tokens), float32."""
-        if self._rows and not self._futures:
-            self.start()
-        found = [(row, mask) for future in self._futures for row, mask in future.result() if mask is not None]
-        if not found:
-            return
-        rows = torch.tensor([row for row, _ in found])
-        words = -(-logits.shape[-1] // WORD) + 1  # one more, so that whole vectors can be read at the end
-        bits = numpy.zeros((len(found), words), dtype=numpy.int32)
-        for place, (_, mask) in enumerate(found):
-            own = numpy.frombuffer(mask, dtype=numpy.int32)
-            bits[place, : len(own)] = own[:words]
-        forbid(logits, rows, torch.from_numpy(bits))
-
-
-def _masks_of(matcher: Matcher, rows: list[tuple[int, list[int]]]) -> list[tuple[int, bytes | None]]:
-    return [(row, matcher.mask(ahead)) for row, ahead in rows]
-
-
-def forbid(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
-    """bits: (len(rows), words) int32, the first token's in the lowest bit; sets the others' logits to -inf."""
-    if sampling_kernels.can_argmax(logits):
-        sampling_kernels.forbid(logits, rows, bits)
-        return
-    rows, bits = rows.to(logits.device), bits.to(logits.device)
-    shifts = torch.arange(WORD, device=logits.device, dtype=torch.int32)
-    allowed = ((bits[..., None] >> shifts) & 1).flatten(1)[:, : logits.shape[-1]].bool()
-    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)

@@ -1,110 +1,19 @@
-"""SamplingParams, and the Sampler that reads them: logits in, one token id per row out."""
+"""Sampler: logits in, one token id per row out, as each row's SamplingParams say."""
 
-import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from engine.cpu import sampling_kernels
-from engine.sample.grammar import Masks
-
-if TYPE_CHECKING:
-    from engine.sample.grammar import Constraint
-    from engine.sequence import Sequence
+from engine.sample.masks import Masks
+from engine.sampling_params import MIN_TEMPERATURE, SampledToken, uniform
+from engine.sequence import Sequence
 
 CANDIDATES = 1024  # sorted first; a row whose top_p needs more of them is sorted whole
 KEPT = 8192  # logits of a row that a kernel collects at most
 SAMPLE, SAMPLED_BEST = 2048, 32  # of so many logits of a row those that tell where about the best 2,000 begin
-MIN_TEMPERATURE = 1e-5  # below it the division overflows, and the answer is the greedy one anyway
-_MASK64 = 2**64 - 1
-
-
-@dataclass(frozen=True)
-class ThoughtTokens:
-    """The tokens around what a model writes for itself before its answer."""
-
-    begin: int
-    end: int
-    is_open: bool  # the prompt has begun it
-
-    def are_open(self, output_ids: Rows[int]) -> bool:
-        """Whether the answer so far is still in it; blanks of a token may come before."""
-        return self.end not in output_ids and (self.is_open or self.begin in output_ids[:2])
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen, and when to stop. Field names are those of the request.
-
-    Source: https://platform.openai.com/docs/api-reference/chat/create; top_k, min_p and repetition_penalty as in
-    transformers' logits processors, in their order.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop_token_ids: Rows[int] = ()  # these end the answer as the model's own end-of-sequence tokens do
-    ignore_eos: bool = False
-    min_tokens: int = 0  # end-of-sequence tokens cannot be chosen before
-    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
-    num_logprobs: int | None = None  # best tokens to report beside the chosen one; None: report nothing
-    num_prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
-    grammar: "Constraint | None" = None  # what the answer must look like
-    thoughts: ThoughtTokens | None = None  # stop_token_ids do not end the answer inside
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature < MIN_TEMPERATURE
-
-    @property
-    def is_independent(self) -> bool:
-        """Whether how a token is chosen depends on how many came before, but not on which."""
-        return (
-            self.grammar is None
-            and not self.presence_penalty
-            and not self.frequency_penalty
-            and self.repetition_penalty == 1.0
-        )
-
-    @property
-    def needs_sorting(self) -> bool:
-        return self.top_p < 1.0 or self.top_k > 0
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    """Log-probabilities are the model's own, in float32, before penalties, bias and temperature."""
-
-    token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, log-probability), best first
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on the seed and the position alone, so that a row's neighbours do not matter.
-
-    Source: SplitMix64 (Steele, Lea, Flood 2014), its output used as the next round's input.
-    """
-    state = seed & _MASK64
-    for word in (position, 0x5851F42D4C957F2D):
-        state = (state + word * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & _MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-        state ^= state >> 31
-    return (state >> 11) / 2**53
-
-
-def fresh_seed() -> int:
-    return random.SystemRandom().getrandbits(64)
 
 
 @dataclass(frozen=True)
@@ -114,7 +23,7 @@ class Chosen:
     token_ids: torch.Tensor  # (rows,)
     best: torch.Tensor  # (rows,), each one's largest logit
     raw: torch.Tensor  # (rows, vocab)
-    sequences: Rows["Sequence"]
+    sequences: Rows[Sequence]
 
     def read(self) -> list[SampledToken | None]:
         """Waits for it. None stands for a row without a finite maximum."""
@@ -133,11 +42,11 @@ class Sampler:
     def __init__(self, eos_token_ids: Iterable[int] = ()) -> None:
         self._eos_token_ids = sorted(eos_token_ids)
 
-    def sample(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> list[SampledToken | None]:
+    def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[SampledToken | None]:
         """logits: (rows, vocab), one row per sequence. None stands for a row without a finite maximum."""
         return self.choose(logits, sequences).read()
 
-    def choose(self, logits: torch.Tensor, sequences: Rows["Sequence"], masks: "Masks | None" = None) -> Chosen:
+    def choose(self, logits: torch.Tensor, sequences: Rows[Sequence], masks: Masks | None = None) -> Chosen:
         """As `sample`, without waiting for the device. masks: the rows', if they are under way already."""
         raw = logits.float()
         reports_raw = any(sequence.params.num_logprobs is not None for sequence in sequences)
@@ -162,7 +71,7 @@ class Sampler:
             token_ids[rows] = self._sample(logits if len(sampled) == len(sequences) else logits[rows], chosen)
         return Chosen(token_ids, best, raw, sequences)
 
-    def _penalize(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> None:
+    def _penalize(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
         """In place. Repetition over prompt and answer (transformers), then presence and frequency over the answer."""
         vocab = logits.shape[-1]
         flat = logits.view(-1)
@@ -179,7 +88,7 @@ class Sampler:
             frequency = _column(sequences, "frequency_penalty", logits)[keys // vocab]
             flat[keys] -= presence + frequency * counts
 
-    def _bias(self, logits: torch.Tensor, sequences: Rows["Sequence"]) -> None:
+    def _bias(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
         """In place: logit_bias, and no end of the sequence before min_tokens."""
         for row, sequence in enumerate(sequences):
             if bias := sequence.params.logit_bias:
@@ -189,7 +98,7 @@ class Sampler:
             if sequence.num_output_tokens < sequence.params.min_tokens and not can_end:
                 logits[row, [*self._eos_token_ids, *sequence.params.stop_token_ids]] = -torch.inf
 
-    def _sample(self, logits: torch.Tensor, sequences: list["Sequence"]) -> torch.Tensor:
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         """(rows, vocab) -> (rows,), by the inverse of the cumulative distribution at each row's own random number."""
         logits = logits / _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)[:, None]
         numbers = [uniform(s.seed, s.num_output_tokens) for s in sequences]
@@ -209,14 +118,14 @@ class Sampler:
                 pending = [row for row, ok in zip(pending, done, strict=True) if not ok]
         return token_ids
 
-    def _draw_from_all(self, logits: torch.Tensor, sequences: list["Sequence"], at: torch.Tensor) -> torch.Tensor:
+    def _draw_from_all(self, logits: torch.Tensor, sequences: list[Sequence], at: torch.Tensor) -> torch.Tensor:
         weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # 1 for the best token
         if any(s.params.min_p for s in sequences):
             weights[weights < _column(sequences, "min_p", logits)[:, None]] = 0
         return _invert(weights, at)
 
     def _draw_from_sorted(
-        self, logits: torch.Tensor, sequences: list["Sequence"], at: torch.Tensor, width: int
+        self, logits: torch.Tensor, sequences: list[Sequence], at: torch.Tensor, width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws from the `width` best candidates; False where a row's top_k or top_p may reach beyond them."""
         vocab = logits.shape[-1]
@@ -228,7 +137,7 @@ class Sampler:
 
 
 def _draw_few(
-    logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: list["Sequence"]
+    logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: list[Sequence]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Sampler._draw_from_sorted`, from what a kernel collects in one pass: (rows,), and where that is enough."""
     temperatures = _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)
@@ -253,7 +162,7 @@ def _about_the_best(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def _draw_from_best(
-    values: torch.Tensor, total: torch.Tensor, sequences: list["Sequence"], at: torch.Tensor, reach: torch.Tensor
+    values: torch.Tensor, total: torch.Tensor, sequences: list[Sequence], at: torch.Tensor, reach: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws columns of `values` (rows, width), the largest logits over temperature, in descending order; False where
     a row's top_k or top_p may reach beyond them. total: (rows,), the sum of all weights, float64; reach: (rows,), how
@@ -275,7 +184,7 @@ def _draw_from_best(
     return _invert(weights, at), complete
 
 
-def _draw(logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: list["Sequence"]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     """What `Sampler._draw_from_all` does, in a kernel: (rows,)."""
     numbers = torch.tensor([uniform(s.seed, s.num_output_tokens) for s in sequences], dtype=torch.float64)
     temperatures = _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)
@@ -291,7 +200,7 @@ def _invert(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _logprobs(raw: torch.Tensor, token_ids: list[int], sequences: Rows["Sequence"]) -> dict[int, SampledToken]:
+def _logprobs(raw: torch.Tensor, token_ids: list[int], sequences: Rows[Sequence]) -> dict[int, SampledToken]:
     """The rows that want them, all in one pass: raw (rows, vocab) -> row: what it reports."""
     rows = [row for row, sequence in enumerate(sequences) if sequence.params.num_logprobs is not None]
     if not rows:
@@ -313,7 +222,7 @@ def score(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list
     ]
 
 
-def _column(sequences: Rows["Sequence"], name: str, like: torch.Tensor) -> torch.Tensor:
+def _column(sequences: Rows[Sequence], name: str, like: torch.Tensor) -> torch.Tensor:
     """One sampling parameter of all rows: (rows,)."""
     values = [getattr(s.params, name) for s in sequences]
     return torch.tensor(values, dtype=torch.float32, device=like.device)

@@ -5,7 +5,7 @@ holds only from its end on.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.sample.grammar import WORD, Constraint, Matcher
+from engine.constraint import WORD, Constraint, Matcher
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from engine.batch import Batch, Span
 from engine.kv_cache import KVCache
-from engine.sample.sampler import SampledToken
-from engine.scheduler import Batch, Span
+from engine.sampling_params import SampledToken
 from engine.sequence import Sequence
 from engine.spec_decode.prompt_lookup import MEMORY, WORTHWHILE, Confidence, PromptLookup
 
@@ -97,6 +97,7 @@ class DraftModel:
             confidence.note(num_proposed, num_right, sequence.num_tokens, self._worthwhile)
 
     def forget(self, sequence: Sequence) -> None:
+        self._lookup.forget(sequence)
         mirror = self._mirrors.pop(sequence, None)
         self._guessing.discard(sequence)
         if mirror is not None:

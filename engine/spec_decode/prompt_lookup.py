@@ -5,10 +5,9 @@ they occurred before may follow again, as in edited code or quoted text.
 """
 
 from collections.abc import Sequence as Tokens
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from engine.sequence import Sequence
+from engine.sequence import Sequence
 
 NGRAM = 3  # tokens that must have occurred before
 FIRST_LENGTH = 4  # tokens of the first guess
@@ -21,17 +20,15 @@ LONGEST_PAUSE = 128
 class Guesser(Protocol):
     """Where guesses come from."""
 
-    def propose(
-        self, requests: Tokens[tuple["Sequence", int]], step_time: float | None = None
-    ) -> list[tuple[int, ...]]:
+    def propose(self, requests: Tokens[tuple[Sequence, int]], step_time: float | None = None) -> list[tuple[int, ...]]:
         """What may follow in each sequence, up to so many tokens; often nothing. step_time: seconds without guesses."""
         ...
 
-    def note(self, sequence: "Sequence", num_proposed: int, num_right: int) -> None:
+    def note(self, sequence: Sequence, num_proposed: int, num_right: int) -> None:
         """How many tokens of the sequence's last guess were right."""
         ...
 
-    def forget(self, sequence: "Sequence") -> None:
+    def forget(self, sequence: Sequence) -> None:
         """It has ended."""
         ...
 
@@ -82,13 +79,17 @@ class Drafter:
 class PromptLookup:
     """A Guesser without a model."""
 
-    def propose(
-        self, requests: Tokens[tuple["Sequence", int]], step_time: float | None = None
-    ) -> list[tuple[int, ...]]:
-        return [sequence.drafter.propose(sequence.token_ids, most) for sequence, most in requests]
+    def __init__(self) -> None:
+        self._drafters: dict[Sequence, Drafter] = {}
 
-    def note(self, sequence: "Sequence", num_proposed: int, num_right: int) -> None:
-        sequence.drafter.confidence.note(num_proposed, num_right, sequence.num_tokens)
+    def propose(self, requests: Tokens[tuple[Sequence, int]], step_time: float | None = None) -> list[tuple[int, ...]]:
+        return [self._drafter(sequence).propose(sequence.token_ids, most) for sequence, most in requests]
 
-    def forget(self, sequence: "Sequence") -> None:
-        pass
+    def note(self, sequence: Sequence, num_proposed: int, num_right: int) -> None:
+        self._drafter(sequence).confidence.note(num_proposed, num_right, sequence.num_tokens)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._drafters.pop(sequence, None)
+
+    def _drafter(self, sequence: Sequence) -> Drafter:
+        return self._drafters.setdefault(sequence, Drafter())

@@ -9,10 +9,11 @@ import torch
 from models import VOCAB, tiny_model
 from transformers import PreTrainedModel
 
-from engine.engine import Engine, EngineOptions, build_engine
+from engine.build import build_engine
+from engine.engine import Engine, EngineOptions
 from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner, probe_layers
-from engine.sample.sampler import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 NUM_NEW = 40

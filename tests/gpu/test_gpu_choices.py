@@ -8,9 +8,11 @@ from gpu_engines import answers, engine_of, finish, prompts
 from models import FAMILIES, byte_tokenizer, tiny_model
 from test_sampling import sequence
 
-from engine.engine import EngineOptions, build_engine
+from engine.build import build_engine
+from engine.engine import EngineOptions
 from engine.sample.grammar import GrammarCompiler
-from engine.sample.sampler import Sampler, SamplingParams
+from engine.sample.sampler import Sampler
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 OPTIONS = EngineOptions(max_num_seqs=16, kv_cache_memory=2**26, max_model_len=480)

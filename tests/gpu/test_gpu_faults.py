@@ -9,8 +9,9 @@ from gpu_engines import answers, finish
 from models import tiny_model
 from process import ROOT
 
-from engine.engine import EngineOptions, build_engine, release_memory
-from engine.sample.sampler import SamplingParams
+from engine.build import build_engine
+from engine.engine import EngineOptions, release_memory
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 OPTIONS = EngineOptions(max_num_seqs=8, kv_cache_memory=2**26, num_speculative_tokens=0)

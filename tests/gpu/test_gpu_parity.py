@@ -22,7 +22,8 @@ from test_start_check import TINY
 
 from engine import start_check
 from engine.attention import flash, paged
-from engine.engine import EngineOptions, build_engine
+from engine.build import build_engine
+from engine.engine import EngineOptions
 from engine.lookahead import Lookahead
 
 DTYPES = [torch.float32, torch.bfloat16]
