@@ -39,10 +39,6 @@ from observer import Observer
 from protocol import with_bounds
 from providers import Router
 from providers.base import Provider
-from providers.embeddings import EmbeddingModels, apart, as_json
-from providers.hub import HubModels
-from providers.loading import Load, load
-from providers.local import LocalProvider
 from replies import headers_of
 from request_id import RequestId
 from schemas import (
@@ -65,6 +61,10 @@ from schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from serving.embeddings import EmbeddingModels, apart, as_json
+from serving.hub import HubModels
+from serving.loading import Load, load
+from serving.local import LocalProvider
 from streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
 from strict_json import StrictRoute
 

@@ -23,7 +23,7 @@ import checkpoint
 from bench.machine import describe
 from config import Settings
 from engine.threads import set_threads
-from providers.embeddings import DEMO
+from serving.embeddings import DEMO
 
 WORDS = "the cat sat on a mat while rain fell over old stone bridges near quiet rivers and green hills".split()
 SPLITS = {"16 clients, 32 texts each": 32, "64 clients, 8 texts each": 8, "512 clients, a text each": 1}

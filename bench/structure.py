@@ -19,7 +19,7 @@ from engine.engine import Engine, EngineOptions
 from engine.sample.grammar import GrammarCompiler, Triggered
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
-from providers.loading import load_template
+from serving.loading import load_template
 from structure import KINDS
 from tool_formats import MARKED, Literals, rest_of_call_grammar
 

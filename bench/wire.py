@@ -37,7 +37,7 @@ from logprobs import TokenTexts
 from main import create_app
 from progress import Progress
 from protocol import with_bounds
-from providers.loading import Loaded, load_template
+from serving.loading import Loaded, load_template
 
 HEARTBEAT = 0.5  # seconds
 MAX_COST = 60.0  # microseconds of the event loop per token

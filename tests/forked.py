@@ -24,7 +24,7 @@ IMPORTED = [
     "transformers.models.gemma3",
     "transformers.models.qwen3",
     "engine.engine",
-    "providers.loading",
+    "serving.loading",
 ]
 READ_AT_IMPORT = ("HF_", "HOME", "LD_", "MALLOC_", "PYTHON", "TRANSFORMERS_", "XDG_")  # how the variables' names begin
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -25,8 +25,8 @@ from engine.constraint import Constraint
 from engine.sample.grammar import Grammar, GrammarCompiler
 from lenient_json import JsonReader, is_json, read_json
 from prompt_templates import PromptTemplate
-from providers.chat import reading_of
 from schemas import ChatCompletionRequest
+from serving.chat import reading_of
 from streaming import TextDecoder
 from structure import Structure, structure_of
 from tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat

@@ -37,7 +37,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import ModelLoadError
 from progress import Progress
-from providers.loading import Loaded, load, load_template, sampling_defaults
+from serving.loading import Loaded, load, load_template, sampling_defaults
 
 Tensors = dict[str, torch.Tensor]
 

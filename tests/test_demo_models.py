@@ -22,8 +22,8 @@ from engine.model_loader import load_model
 from engine.sampling_params import SamplingParams
 from logprobs import TokenTexts
 from prompt_templates import PromptTemplate
-from providers.loading import load_template
 from schemas import Message
+from serving.loading import load_template
 from streaming import REPLACEMENT
 
 NUM_TOKENS = 16

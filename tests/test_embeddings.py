@@ -52,8 +52,8 @@ from errors import (
     Unavailable,
     UpstreamUnreachable,
 )
-from providers.embeddings import DEMO, EmbeddingModels, as_json
 from schemas import Embedding, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage, RerankRequest
+from serving.embeddings import DEMO, EmbeddingModels, as_json
 
 TEXTS = [
     "I like to walk in the sun.",

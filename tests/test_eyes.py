@@ -19,11 +19,11 @@ from process import Server
 from transformers import AutoConfig, AutoTokenizer, Gemma3ForConditionalGeneration
 
 from errors import InvalidRequest
-from fetching import ImageFetcher
 from prompt_templates import PromptTemplate, RenderOptions
-from providers.eyes import ELONGATED, PAN_AND_SCAN, Eyes
-from providers.loading import open_eyes
 from schemas import Message
+from serving.image_fetcher import ImageFetcher
+from serving.image_inputs import ELONGATED, PAN_AND_SCAN, Eyes
+from serving.loading import open_eyes
 
 MODEL = "Tiny-Gemma3"
 

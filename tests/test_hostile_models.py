@@ -12,8 +12,8 @@ from models import byte_tokenizer
 from config import Settings
 from errors import InvalidRequest
 from prompt_templates import PromptTemplate
-from providers.local import LocalProvider
 from schemas import Message
+from serving.local import LocalProvider
 
 EVIL_CHAT = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch OWNED') }}"
 

@@ -13,9 +13,9 @@ from checkpoint import Sources
 from config import Settings
 from engine.batch import Batch
 from errors import APIError, EngineFailure, InvalidRequest, ModelNotFound, Unavailable, UpstreamUnreachable
-from providers.hub import SETTLING, HubModels
-from providers.loading import load
 from schemas import ChatCompletionRequest
+from serving.hub import SETTLING, HubModels
+from serving.loading import load
 from streaming import collect_chat
 
 COMMIT = "0" * 40

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
-import images
 from errors import InvalidRequest
+from serving import image_decoder
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -42,12 +42,12 @@ def has_mode(kind: str, mode: str) -> bool:
         return False
 
 
-FORMATS = list(itertools.product(images.FORMATS, ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "PA"]))
+FORMATS = list(itertools.product(image_decoder.FORMATS, ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "PA"]))
 
 
 @pytest.mark.parametrize(("kind", "mode"), [pair for pair in FORMATS if has_mode(*pair)])
 def test_every_format_and_mode_becomes_rgb(kind: str, mode: str) -> None:
-    image = images.decode(data_of(picture().convert(mode), kind), "p")
+    image = image_decoder.decode(data_of(picture().convert(mode), kind), "p")
     assert image.mode == "RGB" and image.size == (40, 20)
     if mode in ("RGB", "P", "RGBA", "CMYK"):
         assert is_near(image.getpixel((2, 2)), GREEN, 90) and is_near(image.getpixel((38, 18)), BLUE, 90)
@@ -59,7 +59,7 @@ def test_a_photograph_stands_upright(orientation: int) -> None:
     stored = picture() if orientation == 1 else picture().transpose(Image.Transpose(turns[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    shown = images.decode(data_of(stored, "JPEG", exif=exif, quality=95), "p")
+    shown = image_decoder.decode(data_of(stored, "JPEG", exif=exif, quality=95), "p")
     reference = Image.open(io.BytesIO(data_of(stored, "JPEG", exif=exif, quality=95)))
     assert shown.tobytes() == ImageOps.exif_transpose(reference).convert("RGB").tobytes()
     assert shown.size == (40, 20) and is_near(shown.getpixel((2, 2)), GREEN) and is_near(shown.getpixel((37, 17)), BLUE)
@@ -69,34 +69,34 @@ def test_what_is_transparent_is_white() -> None:
     image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     image.putpixel((1, 1), (*BLUE, 255))
     image.putpixel((2, 2), (0, 0, 0, 128))
-    shown = images.decode(data_of(image, "PNG"), "p")
+    shown = image_decoder.decode(data_of(image, "PNG"), "p")
     assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((1, 1)) == BLUE
     assert is_near(shown.getpixel((2, 2)), (127, 127, 127), 2)
     indexed = Image.new("P", (4, 4))
     indexed.putpalette([200, 0, 0, 0, 0, 200])
-    assert images.decode(data_of(indexed, "PNG", transparency=0), "p").getpixel((0, 0)) == (255, 255, 255)
+    assert image_decoder.decode(data_of(indexed, "PNG", transparency=0), "p").getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 def test_an_image_whose_camera_noted_nonsense_is_an_image(kind: str) -> None:
-    assert images.decode(data_of(picture(), kind, exif=b"garbage!"), "p").size == (40, 20)
+    assert image_decoder.decode(data_of(picture(), kind, exif=b"garbage!"), "p").size == (40, 20)
 
 
 def test_a_progressive_photograph_is_an_image() -> None:
-    assert images.decode(data_of(picture((300, 200)), "JPEG", progressive=True), "p").size == (300, 200)
+    assert image_decoder.decode(data_of(picture((300, 200)), "JPEG", progressive=True), "p").size == (300, 200)
 
 
 def test_sixteen_bits_keep_their_range() -> None:
     image = Image.new("I;16", (3, 1))
     for x, value in enumerate((0, 32768, 65535)):
         image.putpixel((x, 0), value)
-    shown = images.decode(data_of(image, "PNG"), "p")
+    shown = image_decoder.decode(data_of(image, "PNG"), "p")
     assert [shown.getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
 
 
 def test_one_pixel_and_long_strips_are_images() -> None:
     for size in ((1, 1), (1, 20000), (20000, 1)):
-        assert images.decode(data_of(Image.new("RGB", size, RED), "PNG"), "p").size == size
+        assert image_decoder.decode(data_of(Image.new("RGB", size, RED), "PNG"), "p").size == size
 
 
 def test_an_animation_is_its_first_frame() -> None:
@@ -105,7 +105,7 @@ def test_an_animation_is_its_first_frame() -> None:
         frame.putpalette([250, 0, 0, 0, 250, 0, 0, 0, 250])
         frame.paste(number, (0, 0, 5, 5))
     data = data_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert images.decode(data, "p").getpixel((2, 2)) == (250, 0, 0)
+    assert image_decoder.decode(data, "p").getpixel((2, 2)) == (250, 0, 0)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -145,14 +145,14 @@ BAD = {
     "50k x 50k": bomb(50_000, 50_000),
     "13k x 13k": bomb(13_000, 13_000),
     "a strip too long": bomb(30_000, 1),
-    "too many bytes": b"\x89PNG\r\n\x1a\n" + b"\0" * (images.MAX_BYTES + 1),
+    "too many bytes": b"\x89PNG\r\n\x1a\n" + b"\0" * (image_decoder.MAX_BYTES + 1),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_image_is_refused_with_a_fixed_text(name: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        images.decode(BAD[name], "messages[0].content[1]")
+        image_decoder.decode(BAD[name], "messages[0].content[1]")
     assert refused.value.status == 400 and refused.value.param == "messages[0].content[1]"
     assert "0x" not in refused.value.message and "BytesIO" not in refused.value.message
 
@@ -164,6 +164,6 @@ def test_broken_files_never_raise_anything_else(seed: int) -> None:
     for _ in range(rng.randrange(1, 20)):
         data[rng.randrange(len(data))] = rng.randrange(256)
     try:
-        images.decode(bytes(data), "p")
+        image_decoder.decode(bytes(data), "p")
     except InvalidRequest as refused:
         assert refused.code == "invalid_image"

@@ -19,11 +19,11 @@ from engine.sequence import TokenOutput
 from errors import ModelLoading, ModelNotFound, Overloaded
 from logprobs import TokenTexts
 from providers import Router
-from providers.answer import Piece, Question, answer, merge
-from providers.chat import with_marks
-from providers.loading import load, sampling_defaults
-from providers.local import LocalProvider
 from schemas import ChatCompletionRequest, CompletionRequest
+from serving.chat import with_marks
+from serving.generation import Piece, Question, answer, merge
+from serving.loading import load, sampling_defaults
+from serving.local import LocalProvider
 from streaming import MarkingDetokenizer, collect_chat, collect_completion
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -5,7 +5,7 @@ from models import byte_tokenizer
 
 from engine.sampling_params import SampledToken
 from logprobs import UNLIKELY, TokenTexts
-from providers.completion import Prompt
+from serving.completion import Prompt
 
 TEXTS = TokenTexts(byte_tokenizer())
 

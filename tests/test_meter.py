@@ -8,8 +8,8 @@ import pytest
 import record
 from engine.sampling_params import SampledToken
 from metrics import Metrics
-from providers.answer import Meter, Piece, best
 from record import Record
+from serving.generation import Meter, Piece, best
 
 
 class Seen:

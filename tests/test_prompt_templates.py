@@ -13,9 +13,9 @@ from tokenizers import AddedToken
 from errors import InvalidRequest, ModelLoadError
 from messages import alternate, canonical
 from prompt_templates import SEAMS, PromptTemplate, RenderOptions, chosen, family_of
-from providers.loading import load_template
 from responses import as_chat
 from schemas import Message, ResponsesRequest
+from serving.loading import load_template
 
 CONVERSATION = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye")]
 

@@ -10,9 +10,9 @@ from answer_parser import CallDelta, Part, Reading
 from errors import InvalidRequest, unsupported
 from logprobs import TokenTexts
 from prompt_templates import PromptTemplate
-from providers.answer import Piece
-from providers.loading import Loaded
 from schemas import ChoiceLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
+from serving.generation import Piece
+from serving.loading import Loaded
 from structure import Structure
 from tools import Toolbox
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import checkpoint
 from checkpoint import CL100K, EMBEDDING_DEMOS, HUB_ID, Sources
-from cl100k import Cl100k
 from config import Settings
 from errors import (
     InvalidRequest,
@@ -26,7 +25,6 @@ from errors import (
     Unavailable,
     UpstreamUnreachable,
 )
-from providers.loading import IMPORTING, in_daemon_thread, told_of
 from schemas import (
     Embedding,
     EmbeddingRequest,
@@ -39,6 +37,8 @@ from schemas import (
     RerankResponse,
     RerankResult,
 )
+from serving.cl100k import Cl100k
+from serving.loading import IMPORTING, in_daemon_thread, told_of
 
 if TYPE_CHECKING:
     from engine.embedding.embedder import Embedder, Vectors

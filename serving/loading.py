@@ -26,8 +26,8 @@ from errors import (
 from logprobs import TokenTexts
 from progress import Progress
 from prompt_templates import PromptTemplate
-from providers.eyes import Eyes
 from schemas import Message
+from serving.image_inputs import Eyes
 
 if TYPE_CHECKING:
     from engine.build import Facts

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from errors import InvalidRequest
 from logprobs import TokenTexts
-from providers.answer import Piece
-from providers.loading import Loaded
 from schemas import CompletionChoice, CompletionRequest
+from serving.generation import Piece
+from serving.loading import Loaded
 
 if TYPE_CHECKING:
     from engine.sampling_params import SampledToken, SamplingParams

@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 import httpx2
 
 from errors import InvalidRequest
-from images import MAX_BYTES, too_large
+from serving.image_decoder import MAX_BYTES, too_large
 
 TIMEOUT = 10.0  # seconds for all of it
 MAX_REDIRECTS = 5

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-import images
 from errors import InvalidRequest, Overloaded
-from fetching import ImageFetcher
 from schemas import ContentPart, Message
+from serving import image_decoder
+from serving.image_fetcher import ImageFetcher
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ class Eyes:
         options: dict[str, Any] = {"do_pan_and_scan": False}
         if detail in ELONGATED:
             options = {**PAN_AND_SCAN, "pan_and_scan_min_ratio_to_activate": ELONGATED[detail]}
-        picture = images.decode(data, param)
+        picture = image_decoder.decode(data, param)
         pixels = self._processor(picture, return_tensors="pt", **options)["pixel_values"]
         return [View(own, blake2b(own.numpy().tobytes(), digest_size=16).digest()) for own in pixels]
 

@@ -13,8 +13,8 @@ import record
 from answer_parser import AnswerParser, Part, Reading
 from lenient_json import BLANKS
 from metrics import ModelMetrics
-from providers.loading import Loaded
 from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
+from serving.loading import Loaded
 from streaming import Detokenizer, StopFinder, TextDecoder
 
 if TYPE_CHECKING:

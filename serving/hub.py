@@ -15,8 +15,8 @@ from config import Settings
 from errors import ModelLoading, ModelNotFound, Unavailable
 from metrics import Metrics
 from progress import Progress
-from providers.loading import Load, in_daemon_thread, told_of
-from providers.local import LocalProvider
+from serving.loading import Load, in_daemon_thread, told_of
+from serving.local import LocalProvider
 
 if TYPE_CHECKING:
     from engine.engine import Engine

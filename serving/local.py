@@ -14,14 +14,9 @@ import checkpoint
 import record
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
-from fetching import ImageFetcher
 from metrics import Metrics
 from progress import Progress
 from prompt_templates import RenderOptions
-from providers.answer import Meter, Piece, Question, answer, best, merge
-from providers.chat import ChoiceChunks, Thoughts, compiled, reading_of, with_marks
-from providers.completion import Choices, Prompt, check_suffix, num_answers
-from providers.loading import Load, Loaded, in_daemon_thread, load
 from schemas import (
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -34,6 +29,11 @@ from schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from serving.chat import ChoiceChunks, Thoughts, compiled, reading_of, with_marks
+from serving.completion import Choices, Prompt, check_suffix, num_answers
+from serving.generation import Meter, Piece, Question, answer, best, merge
+from serving.image_fetcher import ImageFetcher
+from serving.loading import Load, Loaded, in_daemon_thread, load
 from structure import is_structured, structure_of
 from tools import Toolbox, toolbox_of
 

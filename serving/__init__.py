@@ -1,0 +1,1 @@
+"""The models of this process: prompts in, answers out, as the wire's objects."""
