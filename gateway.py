@@ -12,13 +12,13 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
-import record
-from connection import CLIENT_GONE, EventStream, unless_client_leaves
 from errors import APIError, InvalidRequest, UpstreamError
 from providers import Router
 from providers.base import Gateway
 from providers.upstream import failure_event
+from server.connection import CLIENT_GONE, EventStream, unless_client_leaves
 from strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
+from telemetry import request_record
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')  # names are short
@@ -98,7 +98,7 @@ async def _relayed(
     request: Request, path: str, body: dict[str, Any], found: tuple[str, Gateway, str], headers: dict[str, str]
 ) -> Response:
     name, gateway, model = found
-    seen = record.current()
+    seen = request_record.current()
     seen.provider, seen.model = name, model
     request.state.deadline.shorten(_seconds(body.pop("timeout", None)))
     relayed = await unless_client_leaves(request, gateway.answer(path, body))

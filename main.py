@@ -24,23 +24,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 import errors
-import logs
-import record
 import responses
-import tracing
-from access import Access
-from body_limit import BodyLimit
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
-from connection import CLIENT_GONE, EventStream, begun, unless_client_leaves
-from deadline import Shutdown, TimeLimit
 from gateway import GatewayRoute
-from metrics import CONTENT_TYPE, Metrics
-from observer import Observer
-from protocol import with_bounds
 from providers import Router
 from providers.base import Provider
-from replies import headers_of
-from request_id import RequestId
 from schemas import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -61,12 +49,22 @@ from schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from server.api_keys import Access
+from server.asgi_errors import headers_of
+from server.body_limit import BodyLimit
+from server.connection import CLIENT_GONE, EventStream, begun, unless_client_leaves
+from server.deadline import Shutdown, TimeLimit
+from server.http_protocol import with_bounds
+from server.observer import Observer
+from server.request_id import RequestId
 from serving.embeddings import EmbeddingModels, apart, as_json
 from serving.hub import HubModels
 from serving.loading import Load, load
 from serving.local import LocalProvider
 from streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
 from strict_json import StrictRoute
+from telemetry import logs, request_record, tracing
+from telemetry.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger("main")
 FORCED = 1.0  # seconds after a second signal
@@ -273,7 +271,7 @@ def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(errors.APIError)
     async def on_api_error(request: Request, error: errors.APIError) -> JSONResponse:
-        record.current().error = error.code or error.type
+        request_record.current().error = error.code or error.type
         return JSONResponse(error.body(), error.status, headers_of(error))
 
     @app.exception_handler(RequestValidationError)
@@ -296,7 +294,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         kind = {404: errors.NotFound, 405: errors.MethodNotAllowed}.get(error.status_code, errors.InvalidRequest)
         known = kind(_sentence_of(error, request))
-        record.current().error = str(error.status_code)
+        request_record.current().error = str(error.status_code)
         return JSONResponse(known.body(), error.status_code, {**headers_of(known), **(error.headers or {})})
 
 

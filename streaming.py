@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import aclosing
 from typing import Any, Protocol
 
-import record
 from errors import APIError
 from schemas import (
     AssistantMessage,
@@ -29,6 +28,7 @@ from schemas import (
     ToolCall,
     Usage,
 )
+from telemetry import request_record
 
 log = logging.getLogger(__name__)
 REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character
@@ -227,11 +227,11 @@ async def sse(items: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
         if end := wire.end():
             yield end
     except APIError as error:
-        record.current().error = error.code or error.type
+        request_record.current().error = error.code or error.type
         yield wire.failure(error)
     except Exception:
         log.exception("a stream failed")
-        record.current().error = "server_error"
+        request_record.current().error = "server_error"
         yield wire.failure(APIError("The server failed; the error is in its log."))
 
 

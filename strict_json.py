@@ -11,8 +11,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from connection import CLIENT_GONE
 from errors import InvalidRequest
+from server.connection import CLIENT_GONE
 
 MOST_VALUES = 250_000  # strings, lists and objects: each takes many times its bytes. Numbers may be token ids
 _VALUE = re.compile(rb'[\[{]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)

@@ -36,7 +36,7 @@ from engine.vision import Image
 from logprobs import TokenTexts
 from main import create_app
 from progress import Progress
-from protocol import with_bounds
+from server.http_protocol import with_bounds
 from serving.loading import Loaded, load_template
 
 HEARTBEAT = 0.5  # seconds

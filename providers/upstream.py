@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx2
 
-import record
 from errors import APIError, ProviderNotConfigured, UpstreamError
 from providers.upstream_errors import error_of
+from telemetry import request_record
 
 log = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
             async for event in events:
                 yield event
     except APIError as error:
-        record.current().error = error.code or error.type
+        request_record.current().error = error.code or error.type
         yield failure_event(error)
     except Exception:
         log.exception("a relayed stream failed")

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-import record
 from answer_parser import AnswerParser, Part, Reading
 from lenient_json import BLANKS
-from metrics import ModelMetrics
 from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
 from serving.loading import Loaded
 from streaming import Detokenizer, StopFinder, TextDecoder
+from telemetry import request_record
+from telemetry.metrics import ModelMetrics
 
 if TYPE_CHECKING:
     from engine.sampling_params import SampledToken, SamplingParams
@@ -68,7 +68,7 @@ class Meter:
     """What a request costs: tokens and time. It tells the request's record, and the metrics through it."""
 
     def __init__(self, model: str = "", metrics: ModelMetrics | None = None) -> None:
-        self._record = record.current()
+        self._record = request_record.current()
         self._record.model, self._record.metrics = model, metrics
         self._begin = time.perf_counter()
         self._last: dict[int, float] = {}  # when each choice's last token came
@@ -276,7 +276,7 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
     offsets: list[int] = []
     async with aclosing(
         loaded.engine.stream(
-            question.prompt_ids, question.params, question.priority, question.images, record.current().client
+            question.prompt_ids, question.params, question.priority, question.images, request_record.current().client
         )
     ) as lists:
         async for outputs in lists:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import checkpoint
 from config import Settings
 from errors import ModelLoading, ModelNotFound, Unavailable
-from metrics import Metrics
 from progress import Progress
 from serving.loading import Load, in_daemon_thread, told_of
 from serving.local import LocalProvider
+from telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from engine.engine import Engine

@@ -11,10 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
-import record
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
-from metrics import Metrics
 from progress import Progress
 from prompt_templates import RenderOptions
 from schemas import (
@@ -35,6 +33,8 @@ from serving.generation import Meter, Piece, Question, answer, best, merge
 from serving.image_fetcher import ImageFetcher
 from serving.loading import Load, Loaded, in_daemon_thread, load
 from structure import is_structured, structure_of
+from telemetry import request_record
+from telemetry.metrics import Metrics
 from tools import Toolbox, toolbox_of
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class LocalProvider:
             images=images,
             reading=reading_of(loaded.template, box, state, is_structured(request), params.grammar),
         )
-        loaded.engine.check_room(num_choices, num_choices * len(prompt_ids), record.current().client)
+        loaded.engine.check_room(num_choices, num_choices * len(prompt_ids), request_record.current().client)
         meter.start([len(prompt_ids)], num_choices)
         head = ChatCompletionChunk(model=self.name, choices=[])
         shows, is_call = request.num_logprobs is not None, box is not None and box.is_required
@@ -253,7 +253,7 @@ class LocalProvider:
             answers = [answer(loaded, first + i, question.of_choice(earlier + i)) for i in range(best_of)]
             sources += [best(answers, n, number * n)] if best_of > n else answers
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        loaded.engine.check_room(len(prompts) * best_of, sum(lengths) * best_of, record.current().client)
+        loaded.engine.check_room(len(prompts) * best_of, sum(lengths) * best_of, request_record.current().client)
         meter.start(lengths, n)
         choices = Choices(request, prompts, loaded.texts)
         head = Completion(model=self.name, choices=[])
@@ -379,7 +379,7 @@ def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
             f"{engine.room.most} at a time: ask for fewer.",
             param=param,
         )
-    engine.check_open(num_sequences, record.current().client)
+    engine.check_open(num_sequences, request_record.current().client)
 
 
 def _check_token_ids(engine: "Engine", request: ChatCompletionRequest | CompletionRequest) -> None:

@@ -8,8 +8,8 @@ from process import MAIN, serve
 from raw_http import Connection, Reply, error_of, request, wait_for
 from starlette.types import Message, Receive, Scope, Send
 
-from body_limit import BodyLimit
 from errors import Overloaded
+from server.body_limit import BodyLimit
 
 ROOM = 64 * 2**10  # bytes
 HELD = b'{"prompt": "' + b"x" * 30_000 + b'"}'  # two fit

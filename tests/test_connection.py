@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from connection import EventStream, begun
-from deadline import Deadline
 from errors import Overloaded
 from providers.upstream import failure_event
+from server.connection import EventStream, begun
+from server.deadline import Deadline
 
 
 def test_a_silent_stream_gets_comments_and_a_busy_one_none() -> None:

@@ -17,7 +17,7 @@ from upstreams import Asked, chunk, event, upstream
 from upstreams import Reply as Told
 from upstreams import Upstream as Theirs
 
-from deadline import Shutdown, TimeLimit
+from server.deadline import Shutdown, TimeLimit
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -27,7 +27,7 @@ from engine.engine import Engine
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SampledToken
 from errors import EngineFailure, Unavailable
-from metrics import Metrics
+from telemetry.metrics import Metrics
 
 Tokens = list[list[SampledToken | None]]
 Fault = Callable[[Batch], BaseException | None]

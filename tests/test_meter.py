@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-import record
 from engine.sampling_params import SampledToken
-from metrics import Metrics
-from record import Record
 from serving.generation import Meter, Piece, best
+from telemetry import request_record
+from telemetry.metrics import Metrics
+from telemetry.request_record import Record
 
 
 class Seen:
@@ -17,7 +17,7 @@ class Seen:
 
     def __init__(self, prompts: list[int], answers_per_prompt: int = 1) -> None:
         self.record, self.metrics = Record(), Metrics()
-        record.begin(self.record)
+        request_record.begin(self.record)
         self.meter = Meter("m", self.metrics.of("m"))
         self.meter.start(prompts, answers_per_prompt)
 

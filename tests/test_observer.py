@@ -18,10 +18,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from process import MAIN, ROOT, Server, serve
 from raw_http import JSON, Connection, request
 
-import logs
-import tracing
-from metrics import MAX_CODES, Metrics
-from record import Record
+from telemetry import logs, tracing
+from telemetry.metrics import MAX_CODES, Metrics
+from telemetry.request_record import Record
 
 KEY = "sk-very-secret-0123456789"
 MODEL = "Tiny-Qwen3"

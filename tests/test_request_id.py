@@ -7,7 +7,7 @@ import logging
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from request_id import RequestId
+from server.request_id import RequestId
 
 
 async def fine(scope: Scope, receive: Receive, send: Send) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from transport import Transport
+from server.transport import Transport
 
 TIMEOUT = 0.2  # seconds
 

@@ -4,7 +4,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from metrics import ModelMetrics
+from telemetry.metrics import ModelMetrics
 
 
 @dataclass

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from config import Settings
 from errors import APIError, InvalidRequest, Overloaded
-from transport import Transport
+from server.transport import Transport
 
 MAX_HEADERS = 1000
 OVERHEAD = 16  # bytes of chunks' heads for one of a body, at most

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import record
 from config import ApiKey
 from errors import InvalidKey, RateLimited
-from replies import send_error
+from server.asgi_errors import send_error
+from telemetry import request_record
 
 OPEN = {("GET", "/health"), ("HEAD", "/health")}
 MINUTE = 60.0
@@ -64,13 +64,13 @@ class Access:
             return await self.app(scope, receive, send)
         client = self._client(scope)
         if client is None:
-            record.current().error = InvalidKey.code
+            request_record.current().error = InvalidKey.code
             return await send_error(send, _refusal(scope))
-        record.current().client = client.key.name
+        request_record.current().client = client.key.name
         try:
             client.admit()
         except RateLimited as error:
-            record.current().error = error.code
+            request_record.current().error = error.code
             return await send_error(send, error)
         try:
             await self.app(scope, receive, send)

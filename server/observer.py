@@ -5,12 +5,10 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import logs
-import record
-import tracing
-from connection import CLIENT_GONE
-from metrics import Metrics, ModelMetrics
-from record import Record
+from server.connection import CLIENT_GONE
+from telemetry import logs, request_record, tracing
+from telemetry.metrics import Metrics, ModelMetrics
+from telemetry.request_record import Record
 
 UNKNOWN = "other"  # a path that is no route
 QUIET = ("/health", "/metrics")  # asked every few seconds
@@ -27,7 +25,7 @@ class Observer:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         seen = Record(request_id=scope["state"]["request_id"])
-        record.begin(seen)
+        request_record.begin(seen)
         status = 500  # of what ends without an answer
         span = None if self._span is None else self._span()
         tracing.hide_query(span)

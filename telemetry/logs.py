@@ -5,7 +5,7 @@ import logging
 import re
 from typing import Any
 
-from record import Record
+from telemetry.request_record import Record
 
 access = logging.getLogger("access")
 _BARE = re.compile(r"[A-Za-z0-9_.,:/@+-]+")  # what ends neither a value nor a line

@@ -11,7 +11,7 @@ from uuid import uuid4
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import APIError
-from replies import send_error
+from server.asgi_errors import send_error
 
 log = logging.getLogger(__name__)
 VALID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # what a client may choose: nothing that forges logs or headers

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import record
 from errors import APIError, RequestTimeout, Unavailable
-from replies import send_error
+from server.asgi_errors import send_error
+from telemetry import request_record
 
 
 class Deadline:
@@ -97,8 +97,8 @@ class TimeLimit:
         is_over = self._shutdown.has_come
         error = Unavailable("The server is shutting down.", retry_after=10) if is_over else deadline.error()
         if last is None:
-            record.current().error = error.code
+            request_record.current().error = error.code
             await send_error(send, error)
         elif deadline.failure is not None and (last["type"] == "http.response.start" or last.get("more_body")):
-            record.current().error = error.code
+            request_record.current().error = error.code
             await send({"type": "http.response.body", "body": deadline.failure(error), "more_body": False})

@@ -1,0 +1,1 @@
+"""What is noted of requests: log lines, metrics and traces."""
