@@ -24,9 +24,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 import errors
-import responses
+from api import responses
+from api.gateway import GatewayRoute
+from api.streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
+from api.strict_json import StrictRoute
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
-from gateway import GatewayRoute
 from providers import Router
 from providers.base import Provider
 from schemas import (
@@ -61,8 +63,6 @@ from serving.embeddings import EmbeddingModels, apart, as_json
 from serving.hub import HubModels
 from serving.loading import Load, load
 from serving.local import LocalProvider
-from streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
-from strict_json import StrictRoute
 from telemetry import logs, request_record, tracing
 from telemetry.metrics import CONTENT_TYPE, Metrics
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import tool_formats
+from api.streaming import MarkingDetokenizer
 from errors import InvalidRequest
-from messages import (
+from schemas import Message
+from text import tool_formats
+from text.messages import (
     CanonicalMessage,
     alternate,
     apart,
@@ -25,10 +27,8 @@ from messages import (
     led,
     with_names,
 )
-from schemas import Message
-from streaming import MarkingDetokenizer
-from template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
-from tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat, taught_by
+from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
+from text.tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat, taught_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

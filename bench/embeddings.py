@@ -19,8 +19,8 @@ from typing import Any
 
 import httpx2
 
-import checkpoint
 from bench.machine import describe
+from checkpoints import checkpoint
 from config import Settings
 from engine.threads import set_threads
 from serving.embeddings import DEMO

@@ -27,8 +27,8 @@ from typing import Any
 import httpx2
 import psutil
 
-import checkpoint
 from bench import load, machine, wire
+from checkpoints import checkpoint
 from config import Settings
 from engine.engine import EngineOptions
 from errors import ModelLoadError

@@ -31,9 +31,9 @@ from typing import Any
 
 import psutil
 
-import checkpoint
 from bench import load, machine
 from bench.run import RESULTS, Server, serving
+from checkpoints import checkpoint
 from config import Settings
 
 SAMPLE_INTERVAL, PROBE_INTERVAL = 5.0, 0.25  # seconds between looks at the process, and at /health

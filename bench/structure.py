@@ -20,8 +20,8 @@ from engine.sample.grammar import GrammarCompiler, Triggered
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from serving.loading import load_template
-from structure import KINDS
-from tool_formats import MARKED, Literals, rest_of_call_grammar
+from text.structured_output import KINDS
+from text.tool_formats import MARKED, Literals, rest_of_call_grammar
 
 BATCH, NUM_STEPS, ROUNDS = 16, 50, 3
 TEXT = {"type": "string"}

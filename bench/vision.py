@@ -70,7 +70,7 @@ def build(directory: Path) -> None:
     )
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-    import checkpoint
+    from checkpoints import checkpoint
     from config import Settings
 
     source = checkpoint.fetch("demo:gemma-3-270m", Settings().cache_dir, lambda phase, fraction: None).directory

@@ -24,7 +24,8 @@ import httpx2
 import torch
 import uvicorn
 
-import checkpoint
+from checkpoints import checkpoint
+from checkpoints.progress import Progress
 from config import Settings
 from engine.batch import Batch
 from engine.engine import Engine
@@ -33,11 +34,10 @@ from engine.pace import Pace
 from engine.sampling_params import SampledToken
 from engine.scheduler import Limits, Scheduler
 from engine.vision import Image
-from logprobs import TokenTexts
 from main import create_app
-from progress import Progress
 from server.http_protocol import with_bounds
 from serving.loading import Loaded, load_template
+from text.logprobs import TokenTexts
 
 HEARTBEAT = 0.5  # seconds
 MAX_COST = 60.0  # microseconds of the event loop per token

@@ -12,8 +12,8 @@ import httpx2
 
 from config import Settings
 from errors import InvalidRequest, UpstreamError
-from providers.anthropic_answers import STATUSES, StreamMapper, to_completion
-from providers.anthropic_format import SAMPLING, Mapped, to_messages
+from providers.anthropic_request import SAMPLING, Mapped, to_messages
+from providers.anthropic_response import STATUSES, StreamMapper, to_completion
 from providers.base import Relayed
 from providers.upstream import (
     Access,

@@ -13,11 +13,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from answer_parser import AnswerParser, Part, Reading
 from errors import InvalidRequest, unsupported
 from providers.base import Relayed
 from providers.upstream import Upstream, after, data_of, events_of, header_of, until_error, with_keep_alive
 from providers.upstream_errors import error_in
+from text.answer_parser import AnswerParser, Part, Reading
 
 Object = dict[str, Any]
 Dropped = list[str]

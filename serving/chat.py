@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
-from answer_parser import CallDelta, Part, Reading
 from errors import InvalidRequest, unsupported
-from logprobs import TokenTexts
 from prompt_templates import PromptTemplate
 from schemas import ChoiceLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
 from serving.generation import Piece
 from serving.loading import Loaded
-from structure import Structure
-from tools import Toolbox
+from text.answer_parser import CallDelta, Part, Reading
+from text.logprobs import TokenTexts
+from text.structured_output import Structure
+from text.tools import Toolbox
 
 if TYPE_CHECKING:
     from engine.constraint import Constraint

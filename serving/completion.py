@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from errors import InvalidRequest
-from logprobs import TokenTexts
 from schemas import CompletionChoice, CompletionRequest
 from serving.generation import Piece
 from serving.loading import Loaded
+from text.logprobs import TokenTexts
 
 if TYPE_CHECKING:
     from engine.sampling_params import SampledToken, SamplingParams

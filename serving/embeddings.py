@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import checkpoint
-from checkpoint import CL100K, EMBEDDING_DEMOS, HUB_ID, Sources
+from checkpoints import checkpoint
+from checkpoints.checkpoint import CL100K, EMBEDDING_DEMOS, HUB_ID, Sources
 from config import Settings
 from errors import (
     InvalidRequest,

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from answer_parser import AnswerParser, Part, Reading
-from lenient_json import BLANKS
+from api.streaming import Detokenizer, StopFinder, TextDecoder
 from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
 from serving.loading import Loaded
-from streaming import Detokenizer, StopFinder, TextDecoder
 from telemetry import request_record
 from telemetry.metrics import ModelMetrics
+from text.answer_parser import AnswerParser, Part, Reading
+from text.lenient_json import BLANKS
 
 if TYPE_CHECKING:
     from engine.sampling_params import SampledToken, SamplingParams

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import checkpoint
+from checkpoints import checkpoint
+from checkpoints.progress import Progress
 from config import Settings
 from errors import ModelLoading, ModelNotFound, Unavailable
-from progress import Progress
 from serving.loading import Load, in_daemon_thread, told_of
 from serving.local import LocalProvider
 from telemetry.metrics import Metrics

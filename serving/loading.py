@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import checkpoint
+from checkpoints import checkpoint
+from checkpoints.progress import Progress
 from config import Settings
 from errors import (
     APIError,
@@ -23,11 +24,10 @@ from errors import (
     SourceUnreachable,
     UpstreamUnreachable,
 )
-from logprobs import TokenTexts
-from progress import Progress
 from prompt_templates import PromptTemplate
 from schemas import Message
 from serving.image_inputs import Eyes
+from text.logprobs import TokenTexts
 
 if TYPE_CHECKING:
     from engine.build import Facts

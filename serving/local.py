@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import checkpoint
+from checkpoints import checkpoint
+from checkpoints.progress import Progress
 from config import Settings
 from errors import ContextLengthExceeded, InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
-from progress import Progress
 from prompt_templates import RenderOptions
 from schemas import (
     ChatCompletionChunk,
@@ -32,10 +32,10 @@ from serving.completion import Choices, Prompt, check_suffix, num_answers
 from serving.generation import Meter, Piece, Question, answer, best, merge
 from serving.image_fetcher import ImageFetcher
 from serving.loading import Load, Loaded, in_daemon_thread, load
-from structure import is_structured, structure_of
 from telemetry import request_record
 from telemetry.metrics import Metrics
-from tools import Toolbox, toolbox_of
+from text.structured_output import is_structured, structure_of
+from text.tools import Toolbox, toolbox_of
 
 if TYPE_CHECKING:
     from engine.engine import Engine

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from answer_parser import AnswerParser, Part, Reading
-from tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
+from text.answer_parser import AnswerParser, Part, Reading
+from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
 
 TOOLS: dict[str, dict[str, Any]] = {
     "weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},

@@ -11,8 +11,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, TypeAdapter
 
 from errors import APIError, InvalidRequest
-from providers.anthropic_answers import StreamMapper, to_completion
-from providers.anthropic_format import Mapped, samples, to_messages, version_of
+from providers.anthropic_request import Mapped, samples, to_messages, version_of
+from providers.anthropic_response import StreamMapper, to_completion
 from providers.upstream_errors import error_of, redact
 
 Object = dict[str, Any]

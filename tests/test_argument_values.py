@@ -7,10 +7,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from answer_parser import AnswerParser, Reading
-from argument_schemas import choices_of, fits, kinds_of, takes_any_text
-from argument_values import argument_of, fitted
-from tool_formats import LINES, MARKED, QWEN_XML, ToolFormat
+from text.answer_parser import AnswerParser, Reading
+from text.argument_schemas import choices_of, fits, kinds_of, takes_any_text
+from text.argument_values import argument_of, fitted
+from text.tool_formats import LINES, MARKED, QWEN_XML, ToolFormat
 
 ITSELF = {"type": "array", "items": {"$ref": "#/$defs/a"}}
 CHAIN = {f"d{step}": {"allOf": [{"$ref": f"#/$defs/d{step + 1}"}]} for step in range(2000)}

@@ -18,19 +18,19 @@ from test_answer_parser import Answer, fold
 from test_genuine_prompts import MODELS, fetch
 from transformers import AutoTokenizer
 
-from answer_parser import AnswerParser, Reading
-from argument_schemas import fits
-from argument_values import argument_of
+from api.streaming import TextDecoder
 from engine.constraint import Constraint
 from engine.sample.grammar import Grammar, GrammarCompiler
-from lenient_json import JsonReader, is_json, read_json
 from prompt_templates import PromptTemplate
 from schemas import ChatCompletionRequest
 from serving.chat import reading_of
-from streaming import TextDecoder
-from structure import Structure, structure_of
-from tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
-from tools import Toolbox, toolbox_of
+from text.answer_parser import AnswerParser, Reading
+from text.argument_schemas import fits
+from text.argument_values import argument_of
+from text.lenient_json import JsonReader, is_json, read_json
+from text.structured_output import Structure, structure_of
+from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
+from text.tools import Toolbox, toolbox_of
 
 TOOLS: dict[str, dict[str, Any]] = {
     "f": {

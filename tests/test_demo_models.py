@@ -13,18 +13,18 @@ from process import Server
 from test_gguf import TEXTS
 from transformers import AutoTokenizer
 
-import checkpoint
+from api.streaming import REPLACEMENT
+from checkpoints import checkpoint
 from config import Settings
 from engine.attention import paged
 from engine.build import build_engine
 from engine.engine import EngineOptions
 from engine.model_loader import load_model
 from engine.sampling_params import SamplingParams
-from logprobs import TokenTexts
 from prompt_templates import PromptTemplate
 from schemas import Message
 from serving.loading import load_template
-from streaming import REPLACEMENT
+from text.logprobs import TokenTexts
 
 NUM_TOKENS = 16
 LONG = "The quick brown fox jumps over the lazy dog, and " * 60  # more than Gemma's window of 512 tokens
@@ -76,7 +76,7 @@ async def engine_tokens(model: Any, options: EngineOptions, prompts: list[list[i
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
 def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
-    from streaming import TextDecoder
+    from api.streaming import TextDecoder
 
     directory = fetch(name)
     template = load_template(directory, "")

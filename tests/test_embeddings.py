@@ -28,8 +28,8 @@ from transformers import (
     CLIPProcessor,
 )
 
-import checkpoint
-from checkpoint import EMBEDDING_DEMOS, PackagedFiles, Sources
+from checkpoints import checkpoint
+from checkpoints.checkpoint import EMBEDDING_DEMOS, PackagedFiles, Sources
 from config import Settings
 from engine.embedding.embedder import (
     CHARACTERS,

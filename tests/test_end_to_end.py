@@ -18,7 +18,7 @@ from openai import OpenAI
 from process import MAIN, serve
 from test_call_repairs import FORMS, NO_CALLS, TOOLS, X, marked, xml
 
-from tool_formats import GLM_XML, MARKED, QWEN_XML, ToolFormat
+from text.tool_formats import GLM_XML, MARKED, QWEN_XML, ToolFormat
 
 LENGTH = 180  # tokens of what it repeats
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"

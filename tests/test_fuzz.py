@@ -24,26 +24,25 @@ from test_answer_parser import CALLS, TOOLS, read
 from test_checkpoint import write_tiny_gguf
 from upstreams import Parts
 
-import checkpoint
-import gguf_header
 import schemas
-from answer_parser import AnswerParser, Reading
+from api.responses import as_chat
+from checkpoints import checkpoint, gguf_header
 from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
 from main import _ignored_fields_header, _most_precise, _param_of
-from messages import canonical
 from prompt_templates import PromptTemplate, RenderOptions
 from providers import gateways_of
 from providers import openai_compatible as fixing
-from providers.anthropic_answers import StreamMapper, to_completion
-from providers.anthropic_format import to_messages
+from providers.anthropic_request import to_messages
+from providers.anthropic_response import StreamMapper, to_completion
 from providers.upstream import Access, Upstream, data_of, events_of, name_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
-from responses import as_chat
 from serving.cl100k import Cl100k
-from structure import structure_of
-from tool_formats import FORMATS, LINES, Literals, ToolFormat
-from tools import toolbox_of
+from text.answer_parser import AnswerParser, Reading
+from text.messages import canonical
+from text.structured_output import structure_of
+from text.tool_formats import FORMATS, LINES, Literals, ToolFormat
+from text.tools import toolbox_of
 
 # --- what is generated
 

@@ -12,7 +12,6 @@ import torch
 from models import FAMILIES, byte_tokenizer
 from transformers import PreTrainedModel
 
-import structure
 from engine import memory
 from engine.attention import paged
 from engine.build import build_engine
@@ -23,6 +22,7 @@ from engine.sample import grammar, masks
 from engine.sample.grammar import GrammarCompiler
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from text import structured_output
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -90,7 +90,7 @@ def test_every_complete_answer_is_valid(family: str) -> None:
     engine, rng, complete = engine_of(family, num_speculative_tokens=0), random.Random(1), 0
     schemas = [random_schema(rng) for _ in range(30)]
     sequences = [
-        asking(structure._of_json(schema), temperature=rng.choice([0.0, 1.0, 2.0]), seed=number)
+        asking(structured_output._of_json(schema), temperature=rng.choice([0.0, 1.0, 2.0]), seed=number)
         for number, schema in enumerate(schemas)
     ]
     for schema, (text, is_complete) in zip(schemas, finish(engine, sequences), strict=True):
@@ -104,7 +104,7 @@ def test_every_complete_answer_is_valid(family: str) -> None:
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_guesses_change_no_structured_answer(family: str) -> None:
     schema = {"type": "array", "items": {"enum": ["same", "same again"]}, "minItems": 12, "maxItems": 12}
-    text = structure._of_json(schema)
+    text = structured_output._of_json(schema)
     results, steps = [], []
     for count in (0, 6):
         engine = engine_of(family, num_speculative_tokens=count)
@@ -123,7 +123,7 @@ def test_streams_with_and_without_a_grammar_share_a_batch() -> None:
     plain = [SamplingParams(max_tokens=30, temperature=1.0, seed=seed) for seed in range(4)]
     alone = finish(engine_of("llama"), [Sequence([5, 6], own, lambda output: None) for own in plain])
     mixed = [Sequence([5, 6], own, lambda output: None) for own in plain]
-    choice = asking(structure._of_choice(["yes", "no"]), temperature=2.0, seed=1)
+    choice = asking(structured_output._of_choice(["yes", "no"]), temperature=2.0, seed=1)
     together = finish(engine_of("llama"), [choice, *mixed])
     assert together[1:] == alone and together[0][0] in ("yes", "no")
 
@@ -140,7 +140,7 @@ def test_streams_with_and_without_a_grammar_share_a_batch() -> None:
 def test_other_structures_hold_too(kind: str, value: Any, pattern: str) -> None:
     import re
 
-    text = structure.KINDS[kind](value)
+    text = structured_output.KINDS[kind](value)
     for number, (answer, is_complete) in enumerate(
         finish(engine_of("qwen2"), [asking(text, temperature=1.5, seed=seed) for seed in range(6)])
     ):
@@ -149,7 +149,7 @@ def test_other_structures_hold_too(kind: str, value: Any, pattern: str) -> None:
 
 def test_an_answer_ends_where_nothing_can_follow() -> None:
     engine = engine_of("llama")
-    sequence = asking(structure._of_choice(["done"]), ignore_eos=True, min_tokens=50)
+    sequence = asking(structured_output._of_choice(["done"]), ignore_eos=True, min_tokens=50)
     engine.scheduler.add(sequence)
     while engine.scheduler.has_work:
         engine.step()
@@ -157,7 +157,7 @@ def test_an_answer_ends_where_nothing_can_follow() -> None:
 
 
 def test_preempted_answers_go_on_where_they_were() -> None:
-    text = structure._of_json({"type": "string", "minLength": 60, "maxLength": 60})
+    text = structured_output._of_json({"type": "string", "minLength": 60, "maxLength": 60})
     alone = finish(engine_of("llama"), [asking(text, temperature=0.9, seed=seed) for seed in range(3)])
     small = engine_of("llama", kv_cache_memory=10 * 16 * 2 * 3 * 2 * 12 * 4, kv_block_size=16, max_model_len=100)
     together = finish(small, [asking(text, temperature=0.9, seed=seed) for seed in range(3)])
@@ -181,7 +181,7 @@ BAD = {
 @pytest.mark.timeout(5)
 def test_hostile_schemas_are_refused_at_once(name: str) -> None:
     with pytest.raises(ValueError):
-        COMPILER.compile(structure._of_json(BAD[name]))
+        COMPILER.compile(structured_output._of_json(BAD[name]))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_pattern_that_cannot_be_read_is_told_with_its_reason_and_place(
     schema = {"properties": {"x": {"pattern": pattern}}}
     value = {"json": schema, "regex": pattern, "grammar": f"start: /{pattern}/"}[kind]
     with pytest.raises(ValueError) as refusal:
-        COMPILER.compile(structure.KINDS[kind](value))
+        COMPILER.compile(structured_output.KINDS[kind](value))
     assert str(refusal.value) == f"the regular expression is invalid: {what}, {place}"
 
 
@@ -219,7 +219,7 @@ HUGE = {
 @pytest.mark.timeout(5)
 def test_huge_schemas_are_refused_or_followed_at_once(name: str) -> None:
     try:
-        matcher = COMPILER.compile(structure._of_json(HUGE[name])).matcher()
+        matcher = COMPILER.compile(structured_output._of_json(HUGE[name])).matcher()
     except ValueError:
         return
     for _ in range(20):
@@ -233,7 +233,7 @@ def test_huge_schemas_are_refused_or_followed_at_once(name: str) -> None:
 
 def test_compiled_grammars_are_kept_within_bounds() -> None:
     compiler = GrammarCompiler(TOKENIZER.backend_tokenizer.to_str, len(TOKENIZER), {EOS})
-    texts = [structure._of_choice([str(number)]) for number in range(grammar.MOST_KEPT + 9)]
+    texts = [structured_output._of_choice([str(number)]) for number in range(grammar.MOST_KEPT + 9)]
     first = compiler.compile(texts[0])
     assert compiler.compile(texts[0]) is first
     for text in texts:
@@ -249,7 +249,7 @@ def test_large_grammars_are_kept_within_bounds_also_where_they_take_memory_that_
     del freed
     before = memory.allocated()
     for number in range(12):  # of 12 MiB each
-        compiler.compile(structure._of_choice([f"choice {number} of {other}" for other in range(10_000)]))
+        compiler.compile(structured_output._of_choice([f"choice {number} of {other}" for other in range(10_000)]))
     assert memory.allocated() - before < 1.5 * grammar.MOST_MEMORY
     del pinned
 
@@ -257,10 +257,10 @@ def test_large_grammars_are_kept_within_bounds_also_where_they_take_memory_that_
 @pytest.mark.skipif(not memory.IS_COUNTED, reason="only GNU's C library counts what is in use")
 def test_a_grammar_too_large_to_keep_leaves_the_others() -> None:
     compiler = GrammarCompiler(TOKENIZER.backend_tokenizer.to_str, len(TOKENIZER), {EOS})
-    first = compiler.compile(structure._of_choice(["a"]))
-    large = structure._of_json({"enum": ["x" * 100_000]})
+    first = compiler.compile(structured_output._of_choice(["a"]))
+    large = structured_output._of_json({"enum": ["x" * 100_000]})
     assert compiler.compile(large) is not compiler.compile(large)
-    assert compiler.compile(structure._of_choice(["a"])) is first
+    assert compiler.compile(structured_output._of_choice(["a"])) is first
 
 
 @pytest.mark.parametrize("vocabulary", [259, 33, 64, 4099])
@@ -285,7 +285,7 @@ def test_a_mask_forbids_exactly_the_others(vocabulary: int) -> None:
 
 
 def test_masks_ahead_do_not_change_where_an_answer_is() -> None:
-    matcher: Matcher = COMPILER.compile(structure._of_choice(["abc", "abd"])).matcher()
+    matcher: Matcher = COMPILER.compile(structured_output._of_choice(["abc", "abd"])).matcher()
     ids = TOKENIZER("abcd", add_special_tokens=False).input_ids
     before = matcher.mask([])
     assert matcher.mask(ids[:2]) not in (None, before) and matcher.mask(ids[1:2]) is None

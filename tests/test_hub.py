@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint import Sources
+from api.streaming import collect_chat
+from checkpoints.checkpoint import Sources
 from config import Settings
 from engine.batch import Batch
 from errors import APIError, EngineFailure, InvalidRequest, ModelNotFound, Unavailable, UpstreamUnreachable
 from schemas import ChatCompletionRequest
 from serving.hub import SETTLING, HubModels
 from serving.loading import load
-from streaming import collect_chat
 
 COMMIT = "0" * 40
 

@@ -8,13 +8,13 @@ import jsonschema
 import pytest
 from test_grammar import COMPILER, TOKENIZER
 
-import structure
 from errors import InvalidRequest
-from json_schemas import FORMATS, enforceable, patterns_of
 from schemas import ChatCompletionRequest
-from structure import structure_of
-from tool_formats import MARKED, Literals
-from tools import toolbox_of
+from text import structured_output
+from text.json_schemas import FORMATS, enforceable, patterns_of
+from text.structured_output import structure_of
+from text.tool_formats import MARKED, Literals
+from text.tools import toolbox_of
 
 UNKNOWN = ["path", "password", "binary", "byte", "uuid4", "uri-reference", "regex", "int64", "idn-email", "own-kind"]
 BOMB, TEXT = "(a{1000}){1000}", r"Returns at most {100000} rows, \\frac{1000000}{3}"
@@ -75,10 +75,10 @@ def test_a_known_format_stays(name: str) -> None:
     for place in PLACES.values():
         schema = place({"type": "string", "format": name})
         assert enforceable(schema) == schema
-    matcher = COMPILER.compile(structure.KINDS["json"]({"type": "string", "format": name}))
-    assert matcher.matcher().mask([]) != COMPILER.compile(structure.KINDS["json"]({"enum": [1, "x"]})).matcher().mask(
-        []
-    )
+    matcher = COMPILER.compile(structured_output.KINDS["json"]({"type": "string", "format": name}))
+    assert matcher.matcher().mask([]) != COMPILER.compile(
+        structured_output.KINDS["json"]({"enum": [1, "x"]})
+    ).matcher().mask([])
 
 
 def test_values_that_look_like_schemas_stay_as_they_are() -> None:
@@ -96,7 +96,7 @@ def test_a_pattern_that_fits_listed_properties_alone_leaves_no_comma_without_a_k
     schema |= {"type": "object", "patternProperties": {pattern: {"type": "integer"}}}
     rng, found = random.Random(1), set()
     for _ in range(60):
-        matcher, token_ids = COMPILER.compile(structure.KINDS["json"](schema)).matcher(), list[int]()
+        matcher, token_ids = COMPILER.compile(structured_output.KINDS["json"](schema)).matcher(), list[int]()
         while not matcher.is_finished and len(token_ids) < 600:
             bits = int.from_bytes(matcher.mask([]) or b"", "little")
             token_ids.append(rng.choice([i for i in range(len(TOKENIZER)) if bits >> i & 1]))

@@ -12,19 +12,19 @@ from typing import Any, cast
 import pytest
 from models import byte_tokenizer
 
-from answer_parser import Reading
+from api.streaming import MarkingDetokenizer, collect_chat, collect_completion
 from config import Settings
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
 from errors import ModelLoading, ModelNotFound, Overloaded
-from logprobs import TokenTexts
 from providers import Router
 from schemas import ChatCompletionRequest, CompletionRequest
 from serving.chat import with_marks
 from serving.generation import Piece, Question, answer, merge
 from serving.loading import load, sampling_defaults
 from serving.local import LocalProvider
-from streaming import MarkingDetokenizer, collect_chat, collect_completion
+from text.answer_parser import Reading
+from text.logprobs import TokenTexts
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

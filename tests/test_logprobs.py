@@ -4,8 +4,8 @@ import pytest
 from models import byte_tokenizer
 
 from engine.sampling_params import SampledToken
-from logprobs import UNLIKELY, TokenTexts
 from serving.completion import Prompt
+from text.logprobs import UNLIKELY, TokenTexts
 
 TEXTS = TokenTexts(byte_tokenizer())
 

@@ -21,7 +21,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from process import MAIN, UVICORN, Server, run_to_end, serve
 from transformers import AutoModelForCausalLM
 
-from logprobs import TokenTexts
+from text.logprobs import TokenTexts
 
 MODEL = "Tiny-Qwen3"
 MISSING = "missing_required_parameter"

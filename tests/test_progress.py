@@ -2,7 +2,7 @@
 
 import io
 
-from progress import Progress
+from checkpoints.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -10,12 +10,12 @@ import pytest
 from models import byte_tokenizer
 from tokenizers import AddedToken
 
+from api.responses import as_chat
 from errors import InvalidRequest, ModelLoadError
-from messages import alternate, canonical
 from prompt_templates import SEAMS, PromptTemplate, RenderOptions, chosen, family_of
-from responses import as_chat
 from schemas import Message, ResponsesRequest
 from serving.loading import load_template
+from text.messages import alternate, canonical
 
 CONVERSATION = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye")]
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from repetition import expanded_size, is_too_large
+from text.regex_size import expanded_size, is_too_large
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from openai import OpenAI
 from openai.types.responses import Response
 from process import Server
 
+from api.responses import as_chat, collect, stream
+from api.streaming import EventWire, sse
 from errors import ContextLengthExceeded, Overloaded
-from responses import as_chat, collect, stream
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, ResponsesRequest, Usage
-from streaming import EventWire, sse
 
 MODEL = "Tiny-Qwen3"
 ORDER = [

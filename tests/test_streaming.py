@@ -12,10 +12,10 @@ from models import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from api.streaming import REPLACEMENT, ChunkWire, StopFinder, TextDecoder, collect_chat, sse
 from errors import Overloaded
-from logprobs import _BYTES, TokenTexts
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, Usage
-from streaming import REPLACEMENT, ChunkWire, StopFinder, TextDecoder, collect_chat, sse
+from text.logprobs import _BYTES, TokenTexts
 
 TOKENIZER = byte_tokenizer()
 TEXTS = ["plain text", "日本語のテキスト", "😀👩‍👩‍👧‍👦🇫🇷", "naïve Ωμέγα\n\n한국어 text", "a" * 50]

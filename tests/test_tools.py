@@ -10,7 +10,6 @@ import torch
 from models import FAMILIES, byte_tokenizer
 from tokenizers import AddedToken
 
-from answer_parser import AnswerParser, Reading
 from engine.attention import paged
 from engine.build import build_engine
 from engine.constraint import Constraint
@@ -21,9 +20,10 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest
-from structure import structure_of
-from tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat
-from tools import toolbox_of
+from text.answer_parser import AnswerParser, Reading
+from text.structured_output import structure_of
+from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat
+from text.tools import toolbox_of
 
 FORMATS = {style.name: style for style in (MARKED, PARAMETERS, LINES, NAMED, QWEN_XML, GLM_XML)}
 TOKENIZER = byte_tokenizer(has_marks=True)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from answer_text import AnswerText, End, NoCall, Steps
-from argument_schemas import fits
-from argument_values import fitted, value_of
-from lenient_json import is_json
-from tool_formats import ToolFormat
+from text.answer_text import AnswerText, End, NoCall, Steps
+from text.argument_schemas import fits
+from text.argument_values import fitted, value_of
+from text.lenient_json import is_json
+from text.tool_formats import ToolFormat
 
 
 @dataclass(frozen=True)

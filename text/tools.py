@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import InvalidRequest
-from json_schemas import enforceable, patterns_of
-from messages import check_characters
-from repetition import MOST as MOST_REPEATED
-from repetition import is_too_large
 from schemas import ChatCompletionRequest, TokenizeRequest
+from text.json_schemas import enforceable, patterns_of
+from text.messages import check_characters
+from text.regex_size import MOST as MOST_REPEATED
+from text.regex_size import is_too_large
 
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 MOST = 512  # tools

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from argument_schemas import choices_of, takes_any_text
-from json_schemas import ANNOTATIONS
+from text.argument_schemas import choices_of, takes_any_text
+from text.json_schemas import ANNOTATIONS
 
 Schema = Mapping[str, Any]
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,20}"  # between JSON's tokens: else it could go on for ever

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from json_schemas import ANNOTATIONS
+from text.json_schemas import ANNOTATIONS
 
 MOST_REFERENCES = 60  # one behind the other
 MOST_DEPTH = 60  # schemas inside of each other; those of a request have less than 100 levels of JSON, two for each

@@ -14,7 +14,7 @@ from hashlib import sha256
 from itertools import product
 from typing import Any
 
-from messages import CanonicalMessage
+from text.messages import CanonicalMessage
 
 Render = Callable[[list[CanonicalMessage], list[dict[str, Any]] | None], str]
 ROLES = ("user", "assistant", "system", "tool")

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gguf_header
-from gguf_header import Array, Header
+from checkpoints import gguf_header
+from checkpoints.gguf_header import Array, Header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gguf_header import Array, Header, Value
+from checkpoints.gguf_header import Array, Header, Value
 
 Attributes = dict[str, Any]
 Factors = Mapping[str, Sequence[float]]  # of the rotary embeddings: a tensor's name -> what it divides frequencies by

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import errors
-import gguf_header
-import gguf_metadata
-import gguf_parts
-import gguf_tokenizer
-from atomic_files import Report, locked, require_room, temporary
+from checkpoints import gguf_header, gguf_metadata, gguf_parts, gguf_tokenizer
+from checkpoints.atomic_files import Report, locked, require_room, temporary
 
 log = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (  # of all that decides what is in a converted directory
-    *("conversion.py", "gguf_header.py", "gguf_metadata.py", "gguf_parts.py", "gguf_tokenizer.py"),
+    *("checkpoints/conversion.py", "checkpoints/gguf_header.py", "checkpoints/gguf_metadata.py"),
+    *("checkpoints/gguf_parts.py", "checkpoints/gguf_tokenizer.py"),
     *("engine/cpu/gguf_blocks.py", "engine/cpu/packed_checkpoint.py", "engine/cpu/packed_weight.py"),
 )
 LIBRARIES = ("transformers", "gguf", "tokenizers")
@@ -35,7 +34,7 @@ def converter_version() -> str:
     """Another one where anything that converts has changed, so that nothing made by an older converter is used."""
     digest = hashlib.sha256()
     for name in SOURCES:
-        digest.update((Path(__file__).parent / name).read_bytes().replace(b"\r\n", b"\n"))
+        digest.update((ROOT / name).read_bytes().replace(b"\r\n", b"\n"))
     for name in LIBRARIES:
         digest.update(f"{name} {importlib.metadata.version(name)}".encode())
     return f"v{digest.hexdigest()[:8]}"
@@ -88,10 +87,12 @@ def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
     report(what, 0.0)
     # The child needs neither GPU nor network, and transformers' look-ups for a local file would only wait.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, __file__, str(directory), *(str(path.absolute()) for path in paths)]
+    command = [sys.executable, "-m", "checkpoints.conversion", *(str(path.absolute()) for path in (directory, *paths))]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, env=environment, text=True) as child:
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=output, env=environment, text=True, cwd=ROOT
+        ) as child:
             for line in child.stdout or ():
                 with contextlib.suppress(ValueError):
                     report(what, float(line))

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from answer_parts import AnswerParts
-from answer_text import End, NoCall, Steps
-from argument_schemas import fits, is_judged, takes_any_text
-from argument_values import argument_of, value_of
-from lenient_json import BLANKS, json_of
-from tool_formats import Elements, ToolFormat
+from text.answer_parts import AnswerParts
+from text.answer_text import End, NoCall, Steps
+from text.argument_schemas import fits, is_judged, takes_any_text
+from text.argument_values import argument_of, value_of
+from text.lenient_json import BLANKS, json_of
+from text.tool_formats import Elements, ToolFormat
 
 MOST_OF_NAME = 200  # characters
 _NAME_END = re.compile(r"[^\w.:/-]", re.ASCII)

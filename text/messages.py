@@ -7,7 +7,7 @@ from typing import Any
 
 from errors import InvalidRequest
 from schemas import Message
-from tool_formats import ToolFormat
+from text.tool_formats import ToolFormat
 
 CanonicalMessage = dict[str, Any]  # role: system, user, assistant or tool; content: text
 

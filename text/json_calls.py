@@ -4,9 +4,9 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 
-from answer_parts import AnswerParts
-from answer_text import End, NoCall, Steps
-from lenient_json import BLANKS, JsonReader, json_of, read_json
+from text.answer_parts import AnswerParts
+from text.answer_text import End, NoCall, Steps
+from text.lenient_json import BLANKS, JsonReader, json_of, read_json
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 CALL_KEYS = (*ARGUMENT_KEYS, "name", "id", "type")

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import errors
-import gguf_header
-from gguf_header import Header
+from checkpoints import gguf_header
+from checkpoints.gguf_header import Header
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 OWN_KEYS = ("split.", "GGUF.", "general.architecture", "general.alignment")  # of one part, or written anew

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lenient_json import json_of
+from text.lenient_json import json_of
 
 
 def python_calls(code: str, tools: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]] | None:

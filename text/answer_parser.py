@@ -13,16 +13,16 @@ gives the beginning of that call.
 
 from contextlib import suppress
 
-from answer_parts import CallDelta, Part, Reading
-from answer_text import End, NoCall, Steps
-from argument_schemas import fits
-from argument_values import fitted, value_of
-from element_calls import ElementCalls
-from json_calls import JsonCalls
-from lenient_json import BLANKS
-from python_calls import python_calls
 from schemas import FinishReason
-from tool_formats import ToolFormat
+from text.answer_parts import CallDelta, Part, Reading
+from text.answer_text import End, NoCall, Steps
+from text.argument_schemas import fits
+from text.argument_values import fitted, value_of
+from text.element_calls import ElementCalls
+from text.json_calls import JsonCalls
+from text.lenient_json import BLANKS
+from text.python_calls import python_calls
+from text.tool_formats import ToolFormat
 
 __all__ = ["AnswerParser", "CallDelta", "Part", "Reading"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from api.response_output import Output, Status
 from errors import APIError, InvalidRequest, unsupported
-from response_output import Output, Status
 from schemas import (
     SAMPLING_FIELDS,
     ChatCompletionChunk,

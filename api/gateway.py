@@ -12,12 +12,12 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
+from api.strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
 from providers import Router
 from providers.base import Gateway
 from providers.upstream import failure_event
 from server.connection import CLIENT_GONE, EventStream, unless_client_leaves
-from strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
 from telemetry import request_record
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import errors
-import gguf_parts
-from atomic_files import Report, locked, remove, require_room, temporary
-from conversion import convert_gguf, converter_version, last_line
+from checkpoints import gguf_parts
+from checkpoints.atomic_files import Report, locked, remove, require_room, temporary
+from checkpoints.conversion import convert_gguf, converter_version, last_line
 
 DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
 DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from errors import InvalidRequest
-from json_schemas import enforceable, patterns_of
 from schemas import ChatCompletionRequest, CompletionRequest
-from tool_formats import (
+from text.json_schemas import enforceable, patterns_of
+from text.tool_formats import (
     WHITESPACE,
     Literals,
     ToolFormat,
@@ -23,7 +23,7 @@ from tool_formats import (
     quoted,
     rest_of_call_grammar,
 )
-from tools import Toolbox, check_patterns, check_size
+from text.tools import Toolbox, check_patterns, check_size
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from argument_schemas import NULLS, fits, is_written_as_text, kinds_of, resolved, takes_any_text
-from lenient_json import is_json, json_of, number, read_json
+from text.argument_schemas import NULLS, fits, is_written_as_text, kinds_of, resolved, takes_any_text
+from text.lenient_json import is_json, json_of, number, read_json
 
 THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 BOOLEANS = {"true": "true", "false": "false", "True": "true", "False": "false"}

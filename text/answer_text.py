@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
-from lenient_json import BLANKS
-from streaming import overlap
+from api.streaming import overlap
+from text.lenient_json import BLANKS
 
 MOST_AT_ONCE = 4096  # characters
 _NO_BLANK = re.compile(rf"[^{BLANKS}]")
