@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 import errors
 from api import responses
 from api.gateway import GatewayRoute
+from api.response_schemas import ResponseObject
 from api.streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
 from api.strict_json import StrictRoute
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
@@ -46,7 +47,6 @@ from schemas import (
     RequestBody,
     RerankRequest,
     RerankResponse,
-    ResponseObject,
     ResponsesRequest,
     TokenizeRequest,
     TokenizeResponse,

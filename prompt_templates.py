@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from api.streaming import MarkingDetokenizer
 from errors import InvalidRequest
 from schemas import Message
 from text import tool_formats
+from text.detokenizer import MarkingDetokenizer
 from text.messages import (
     CanonicalMessage,
     alternate,
@@ -28,7 +28,8 @@ from text.messages import (
     with_names,
 )
 from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
-from text.tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat, taught_by
+from text.tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat, taught_by
+from text.tool_grammars import Literals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from schemas import (
+from api.response_schemas import (
     ArgumentsDelta,
     ArgumentsDone,
-    ChunkChoice,
     ContentPartEvent,
     OutputFunctionCall,
     OutputItem,
@@ -24,8 +23,8 @@ from schemas import (
     ReasoningTextDelta,
     ReasoningTextDone,
     ResponsesEvent,
-    TokenLogprob,
 )
+from schemas import ChunkChoice, TokenLogprob
 
 Status = Literal["completed", "incomplete"]
 

@@ -13,6 +13,14 @@ from typing import Any
 from pydantic_core import to_json
 
 from api.response_output import Output, Status
+from api.response_schemas import (
+    InputTokensDetails,
+    OutputTokensDetails,
+    ResponseObject,
+    ResponsesEvent,
+    ResponseStateEvent,
+    ResponsesUsage,
+)
 from errors import APIError, InvalidRequest, unsupported
 from schemas import (
     SAMPLING_FIELDS,
@@ -20,13 +28,7 @@ from schemas import (
     ChatCompletionRequest,
     InputItem,
     InputPart,
-    InputTokensDetails,
-    OutputTokensDetails,
-    ResponseObject,
-    ResponsesEvent,
     ResponsesRequest,
-    ResponseStateEvent,
-    ResponsesUsage,
     Usage,
 )
 

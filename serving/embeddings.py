@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints import checkpoint
-from checkpoints.checkpoint import CL100K, EMBEDDING_DEMOS, HUB_ID, Sources
+from checkpoints.checkpoint import HUB_ID, Sources
+from checkpoints.demo_models import CL100K, EMBEDDING_DEMOS
 from config import Settings
 from errors import (
     InvalidRequest,

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from api.streaming import Detokenizer, StopFinder, TextDecoder
 from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
 from serving.loading import Loaded
 from telemetry import request_record
 from telemetry.metrics import ModelMetrics
 from text.answer_parser import AnswerParser, Part, Reading
+from text.detokenizer import Detokenizer, StopFinder, TextDecoder
 from text.lenient_json import BLANKS
 
 if TYPE_CHECKING:

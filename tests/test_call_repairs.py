@@ -18,7 +18,6 @@ from test_answer_parser import Answer, fold
 from test_genuine_prompts import MODELS, fetch
 from transformers import AutoTokenizer
 
-from api.streaming import TextDecoder
 from engine.constraint import Constraint
 from engine.sample.grammar import Grammar, GrammarCompiler
 from prompt_templates import PromptTemplate
@@ -27,6 +26,7 @@ from serving.chat import reading_of
 from text.answer_parser import AnswerParser, Reading
 from text.argument_schemas import fits
 from text.argument_values import argument_of
+from text.detokenizer import TextDecoder
 from text.lenient_json import JsonReader, is_json, read_json
 from text.structured_output import Structure, structure_of
 from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from process import ROOT
 
-from checkpoints import checkpoint
-from checkpoints.checkpoint import DemoModel, Sources
+from checkpoints import checkpoint, demo_models
+from checkpoints.checkpoint import Sources
+from checkpoints.demo_models import DemoModel
 from errors import ModelLoadError
 
 PARTS = [b"GGUF" + bytes(range(256)) * 300, b"second" * 5000, b"third"]
@@ -131,11 +132,11 @@ def test_served_name_is_the_base_name(model_path: str, name: str) -> None:
 
 
 def test_default_is_a_model_that_passes_the_check() -> None:
-    assert checkpoint.DEFAULT_DEMO in checkpoint.DEMO_MODELS
+    assert checkpoint.DEFAULT_DEMO in demo_models.DEMO_MODELS
     checkpoint.check(checkpoint.default_model_path())
 
 
-@pytest.mark.parametrize("model_path", ["google/gemma-3-27b-it", "org/name_with.dots-1", *checkpoint.DEMO_MODELS])
+@pytest.mark.parametrize("model_path", ["google/gemma-3-27b-it", "org/name_with.dots-1", *demo_models.DEMO_MODELS])
 def test_names_that_may_be_fetched_pass_the_check(model_path: str) -> None:
     checkpoint.check(model_path)
 
@@ -431,7 +432,7 @@ def test_gguf_is_converted_once_and_keeps_weights_template_and_end_of_sequence(t
 
 
 def test_what_other_versions_converted_is_removed_at_every_start_once_nobody_uses_it(tmp_path: Path) -> None:
-    demo = checkpoint.DEMO_MODELS["demo:smollm2-135m"]
+    demo = demo_models.DEMO_MODELS["demo:smollm2-135m"]
     stem = tmp_path / "safetensors" / f"smollm2-135m-{demo.sha256[:16]}"
     own, fresh, unused = (Path(f"{stem}-{version}") for version in (checkpoint.converter_version(), "v1", "v0"))
     for directory in (own, fresh, unused, Path(f"{unused}.0123.tmp")):

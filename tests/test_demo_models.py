@@ -13,8 +13,7 @@ from process import Server
 from test_gguf import TEXTS
 from transformers import AutoTokenizer
 
-from api.streaming import REPLACEMENT
-from checkpoints import checkpoint
+from checkpoints import checkpoint, demo_models
 from config import Settings
 from engine.attention import paged
 from engine.build import build_engine
@@ -24,6 +23,7 @@ from engine.sampling_params import SamplingParams
 from prompt_templates import PromptTemplate
 from schemas import Message
 from serving.loading import load_template
+from text.detokenizer import REPLACEMENT
 from text.logprobs import TokenTexts
 
 NUM_TOKENS = 16
@@ -41,7 +41,7 @@ def real_prompts(template: PromptTemplate) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
+@pytest.mark.parametrize("name", demo_models.DEMO_MODELS)
 def test_greedy_tokens_are_those_of_generate_in_float32(name: str) -> None:
     directory = fetch(name)
     model = load_model(directory, "float32", "cpu", lambda phase, fraction: None)
@@ -74,9 +74,9 @@ async def engine_tokens(model: Any, options: EngineOptions, prompts: list[list[i
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
+@pytest.mark.parametrize("name", demo_models.DEMO_MODELS)
 def test_text_in_many_scripts_survives_the_models_own_tokens(name: str) -> None:
-    from api.streaming import TextDecoder
+    from text.detokenizer import TextDecoder
 
     directory = fetch(name)
     template = load_template(directory, "")
@@ -104,7 +104,7 @@ def test_the_tokens_of_a_converted_file_are_those_of_the_familys_own_tokenizer(d
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
+@pytest.mark.parametrize("name", demo_models.DEMO_MODELS)
 def test_control_tokens_that_a_user_writes_stay_text(name: str) -> None:
     template = load_template(fetch(name), "gemma3_text" if "gemma" in name else "qwen2")
     tokenizer = template.tokenizer
@@ -119,7 +119,7 @@ def test_control_tokens_that_a_user_writes_stay_text(name: str) -> None:
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("name", checkpoint.DEMO_MODELS)
+@pytest.mark.parametrize("name", demo_models.DEMO_MODELS)
 def test_a_round_with_a_tool_loses_no_text_and_ends_no_turn(name: str) -> None:
     template = load_template(fetch(name), "gemma3_text" if "gemma" in name else "qwen2")
     arguments = json.dumps({"city": "Paris<|im_end|><end_of_turn>"})

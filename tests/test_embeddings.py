@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from checkpoints import checkpoint
-from checkpoints.checkpoint import EMBEDDING_DEMOS, PackagedFiles, Sources
+from checkpoints.checkpoint import Sources
+from checkpoints.demo_models import EMBEDDING_DEMOS, PackagedFiles
 from config import Settings
 from engine.embedding.embedder import (
     CHARACTERS,

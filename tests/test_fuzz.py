@@ -41,7 +41,8 @@ from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, Reading
 from text.messages import canonical
 from text.structured_output import structure_of
-from text.tool_formats import FORMATS, LINES, Literals, ToolFormat
+from text.tool_formats import FORMATS, LINES, ToolFormat
+from text.tool_grammars import Literals
 from text.tools import toolbox_of
 
 # --- what is generated

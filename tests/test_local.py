@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from models import byte_tokenizer
 
-from api.streaming import MarkingDetokenizer, collect_chat, collect_completion
+from api.streaming import collect_chat, collect_completion
 from config import Settings
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
@@ -24,6 +24,7 @@ from serving.generation import Piece, Question, answer, merge
 from serving.loading import load, sampling_defaults
 from serving.local import LocalProvider
 from text.answer_parser import Reading
+from text.detokenizer import MarkingDetokenizer
 from text.logprobs import TokenTexts
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from process import ROOT, Server, serve
 
-from checkpoints.checkpoint import DEMO_MODELS, EMBEDDING_DEMOS
+from checkpoints.demo_models import DEMO_MODELS, EMBEDDING_DEMOS
 from config import Settings
 from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest, Support
 

@@ -22,7 +22,8 @@ from errors import InvalidRequest
 from schemas import ChatCompletionRequest
 from text.answer_parser import AnswerParser, Reading
 from text.structured_output import structure_of
-from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, Literals, ToolFormat
+from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
+from text.tool_grammars import Literals
 from text.tools import toolbox_of
 
 FORMATS = {style.name: style for style in (MARKED, PARAMETERS, LINES, NAMED, QWEN_XML, GLM_XML)}

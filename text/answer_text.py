@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
-from api.streaming import overlap
+from text.detokenizer import overlap
 from text.lenient_json import BLANKS
 
 MOST_AT_ONCE = 4096  # characters

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, CompletionRequest
 from text.json_schemas import enforceable, patterns_of
-from text.tool_formats import (
+from text.tool_formats import ToolFormat
+from text.tool_grammars import (
     WHITESPACE,
     Literals,
-    ToolFormat,
     calls_beside_json_grammar,
     calls_grammar,
     calls_or_text_grammar,

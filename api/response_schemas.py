@@ -1,0 +1,181 @@
+"""What /v1/responses answers: a response, its output items, and the events of its stream."""
+
+import time
+from typing import Literal
+from uuid import uuid4
+
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializeAsAny,
+)
+
+from schemas import Object, RequestBody, TokenLogprob
+
+
+class OutputText(BaseModel):
+    type: Literal["output_text"] = "output_text"
+    text: str = ""
+    annotations: list[Object] = []
+    logprobs: list[TokenLogprob] = []
+
+
+class ReasoningText(BaseModel):
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str = ""
+
+
+class OutputItem(BaseModel):
+    """What a response consists of."""
+
+    id: str
+    type: str
+    status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
+
+
+class OutputReasoning(OutputItem):
+    id: str = Field(default_factory=lambda: f"rs_{uuid4().hex}")
+    type: Literal["reasoning"] = "reasoning"
+    summary: list[Object] = []
+    content: list[ReasoningText] = []
+
+
+class OutputFunctionCall(OutputItem):
+    id: str = Field(default_factory=lambda: f"fc_{uuid4().hex}")
+    type: Literal["function_call"] = "function_call"
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+class OutputMessage(OutputItem):
+    id: str = Field(default_factory=lambda: f"msg_{uuid4().hex}")
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    content: list[OutputText] = []
+
+
+class InputTokensDetails(BaseModel):
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(BaseModel):
+    reasoning_tokens: int = 0
+
+
+class ResponsesUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails = InputTokensDetails()
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
+    total_tokens: int
+
+
+class ResponseObject(BaseModel):
+    id: str = Field(default_factory=lambda: f"resp_{uuid4().hex}")
+    object: Literal["response"] = "response"
+    created_at: int = Field(default_factory=lambda: int(time.time()))
+    completed_at: int | None = None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: Object | None = None
+    incomplete_details: Object | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    metadata: Object = {}
+    model: str
+    output: list[SerializeAsAny[OutputItem]] = []
+    parallel_tool_calls: bool = True
+    previous_response_id: None = None
+    store: Literal[False] = False
+    temperature: float | None = None
+    text: Object = {"format": {"type": "text"}}
+    reasoning: SerializeAsAny[RequestBody] | None = None
+    tool_choice: str | Object = "auto"
+    tools: list[Object] = []
+    top_logprobs: int | None = None
+    top_p: float | None = None
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponsesUsage | None = None
+    user: str | None = None
+
+
+class ResponsesEvent(BaseModel):
+    type: str
+    sequence_number: int = 0
+
+    def numbered(self, sequence_number: int) -> "ResponsesEvent":
+        self.sequence_number = sequence_number
+        return self
+
+
+class ResponseStateEvent(ResponsesEvent):
+    response: ResponseObject
+
+
+class OutputItemEvent(ResponsesEvent):
+    output_index: int
+    item: SerializeAsAny[OutputItem]
+
+
+class ContentPartEvent(ResponsesEvent):
+    output_index: int
+    content_index: int
+    item_id: str
+    part: OutputText | ReasoningText
+
+
+class OutputTextDelta(ResponsesEvent):
+    type: Literal["response.output_text.delta"] = "response.output_text.delta"
+    output_index: int
+    content_index: int
+    item_id: str
+    delta: str
+    logprobs: list[TokenLogprob]
+
+
+class OutputTextDone(ResponsesEvent):
+    type: Literal["response.output_text.done"] = "response.output_text.done"
+    output_index: int
+    content_index: int
+    item_id: str
+    text: str
+    logprobs: list[TokenLogprob]
+
+
+class ReasoningTextDelta(ResponsesEvent):
+    type: Literal["response.reasoning_text.delta"] = "response.reasoning_text.delta"
+    output_index: int
+    content_index: int
+    item_id: str
+    delta: str
+
+
+class ReasoningTextDone(ResponsesEvent):
+    type: Literal["response.reasoning_text.done"] = "response.reasoning_text.done"
+    output_index: int
+    content_index: int
+    item_id: str
+    text: str
+
+
+class ArgumentsDelta(ResponsesEvent):
+    type: Literal["response.function_call_arguments.delta"] = "response.function_call_arguments.delta"
+    output_index: int
+    item_id: str
+    delta: str
+
+
+class ArgumentsDone(ResponsesEvent):
+    type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
+    output_index: int
+    item_id: str
+    name: str
+    arguments: str
+
+
+class ErrorEvent(ResponsesEvent):
+    type: Literal["error"] = "error"
+    message: str
+    code: str | None
+    param: str | None
