@@ -30,8 +30,9 @@ from api.response_schemas import ResponseObject
 from api.streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
 from api.strict_json import StrictRoute
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
-from providers import Router
+from engine import memory
 from providers.base import Provider
+from providers.router import Router
 from schemas import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -117,7 +118,12 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
     app.state.router = Router(settings, lambda name: local.serves(name) or embeddings.is_own(name))
     metrics.watch(lambda: (*local.engines, *hub.engines))
     app.router.route_class = StrictRoute
-    app.add_middleware(BodyLimit, max_body_size=settings.max_body_size, max_body_memory=settings.max_body_memory)
+    app.add_middleware(
+        BodyLimit,
+        max_body_size=settings.max_body_size,
+        max_body_memory=settings.max_body_memory,
+        on_release=memory.trim_after,
+    )
     app.add_middleware(TimeLimit, seconds=settings.request_timeout, shutdown=shutdown)
     app.add_middleware(Access, keys=settings.api_keys)
     _add_cors(app, settings)  # before keys are asked for: a browser asks without one whether it may call

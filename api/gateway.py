@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect
 
 from api.strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
-from providers import Router
 from providers.base import Gateway
+from providers.router import Router
 from providers.upstream import failure_event
 from server.connection import CLIENT_GONE, EventStream, unless_client_leaves
 from telemetry import request_record

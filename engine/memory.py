@@ -78,3 +78,9 @@ class Trimmer:
 
 
 trim_soon = Trimmer(trim, DELAY).ask
+
+
+def trim_after(num_bytes: int) -> None:
+    """Gives memory back soon, if so many bytes that were freed are worth it."""
+    if num_bytes > LARGE:
+        trim_soon()

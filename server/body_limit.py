@@ -4,19 +4,28 @@ Pure ASGI, as Starlette's own, which answers in plain text instead of this serve
 have a bound too: many that are each small enough could fill the memory.
 """
 
+from collections.abc import Callable
+
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine import memory
 from errors import Overloaded
 
 
 class BodyLimit:
-    def __init__(self, app: ASGIApp, max_body_size: int, max_body_memory: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_size: int,
+        max_body_memory: int,
+        on_release: Callable[[int], object] = lambda num_bytes: None,
+    ) -> None:
+        """on_release: called with the number of bytes of each body that is not needed any more."""
         self.app = app
         self.max_body_size = max_body_size  # bytes
         self.max_body_memory = max_body_memory
+        self._on_release = on_release
         self._num_held = 0  # bytes of the requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,8 +52,7 @@ class BodyLimit:
             await self.app(scope, receive_up_to_limit, send)
         finally:
             self._num_held -= num_read
-            if num_read > memory.LARGE:
-                memory.trim_soon()
+            self._on_release(num_read)
 
     def _check(self, size: int, num_to_come: int) -> None:
         if size > self.max_body_size:

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from process import PACKAGES, ROOT
+
 LIST = ROOT / "tests" / "sentences.txt"
-FOLDERS = (".", "deploy", "engine", "providers")
+PLACES = ("*.py", "deploy/*.py", *(f"{package}/**/*.py" for package in PACKAGES))
 CODE = re.compile(
     r"\{%|\n.*[{:<]|\\[dpsw]|[\w\]] ?\||\| ?$|[({]\||blanks|%json"
     r"|^((start|call|bare|head)[_:]|text/|%\(|arena|model mess)"
@@ -19,7 +20,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def files() -> list[Path]:
-    return sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+    return sorted(path for place in PLACES for path in ROOT.glob(place))
 
 
 def literals(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from process import ROOT
+from process import PACKAGES, ROOT
 
 from config import Settings
 from main import create_app
@@ -50,8 +50,7 @@ def environment(steps: list[tuple[str, str]]) -> dict[str, str]:
 def test_the_image_has_every_module_and_nothing_that_is_not_there() -> None:
     files = {path for source in from_context() for path in ROOT.glob(source.rstrip("/"))}
     assert all(any(ROOT.glob(source.rstrip("/"))) for source in from_context())
-    packages = {path.parent for path in ROOT.glob("*/*.py") if path.parent.name in {"engine", "providers"}}
-    assert {*ROOT.glob("*.py"), *packages} <= files
+    assert {*ROOT.glob("*.py"), *(ROOT / package for package in PACKAGES)} <= files
 
 
 def test_what_the_image_takes_is_not_ignored_and_secrets_are() -> None:
@@ -64,7 +63,7 @@ def test_main_imports_nothing_that_the_image_lacks(tmp_path: Path) -> None:
     for source in from_context():
         for path in ROOT.glob(source.rstrip("/")):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    code = "import main; main.create_app(main.Settings()); import providers.loading"
+    code = "import main; main.create_app(main.Settings()); import serving.loading"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=120).returncode == 0
 
 

@@ -31,10 +31,10 @@ from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
 from main import _ignored_fields_header, _most_precise, _param_of
 from prompt_templates import PromptTemplate, RenderOptions
-from providers import gateways_of
 from providers import openai_compatible as fixing
 from providers.anthropic_request import to_messages
 from providers.anthropic_response import StreamMapper, to_completion
+from providers.router import gateways_of
 from providers.upstream import Access, Upstream, data_of, events_of, name_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
 from serving.cl100k import Cl100k

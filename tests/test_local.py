@@ -17,7 +17,7 @@ from config import Settings
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
 from errors import ModelLoading, ModelNotFound, Overloaded
-from providers import Router
+from providers.router import Router
 from schemas import ChatCompletionRequest, CompletionRequest
 from serving.chat import with_marks
 from serving.generation import Piece, Question, answer, merge

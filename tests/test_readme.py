@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 from process import ROOT, Server, serve
+from sentences import PLACES
 
 from checkpoints.demo_models import DEMO_MODELS, EMBEDDING_DEMOS
 from config import Settings
@@ -86,7 +87,7 @@ def test_every_setting_is_documented_and_nothing_else(document: str) -> None:
 def test_every_demo_model_and_file_is_listed(readme: str) -> None:
     text = (ROOT / readme).read_text()
     assert all(f"`{name}`" in text for name in [*DEMO_MODELS, *EMBEDDING_DEMOS])
-    files = [path for folder in (".", "engine", "providers") for path in (ROOT / folder).glob("*.py")]
+    files = [path for place in PLACES for path in ROOT.glob(place) if path.parent.name != "deploy"]
     assert all(path.name in text for path in files if path.name != "__init__.py")
 
 

@@ -7,95 +7,90 @@ import sys
 from pathlib import Path
 
 import pytest
-from process import ROOT
+from process import PACKAGES, ROOT
 
-OURS = {path.stem for path in ROOT.glob("*.py")}
-ALLOWED = {  # file or folder -> which of our modules it may import
-    "errors.py": set(),
-    "config.py": set(),
-    "schemas.py": set(),
-    "progress.py": set(),
-    "metrics.py": set(),
-    "record.py": {"metrics"},
-    "logs.py": {"record"},
-    "tracing.py": set(),
-    "observer.py": {"connection", "logs", "metrics", "record", "tracing"},
-    "replies.py": {"errors"},
-    "deadline.py": {"errors", "record", "replies"},
-    "access.py": {"config", "errors", "record", "replies"},
-    "protocol.py": {"config", "errors", "transport"},
-    "transport.py": set(),
-    "memory.py": set(),
-    "body_limit.py": {"errors", "memory"},
-    "request_id.py": {"errors", "replies"},
-    "logprobs.py": {"schemas"},
-    "atomic_files.py": {"errors"},
-    "gguf_header.py": set(),
-    "gguf_metadata.py": {"gguf_header"},
-    "gguf_tokenizer.py": {"gguf_header"},
-    "gguf_parts.py": {"errors", "gguf_header"},
-    "conversion.py": {
-        *("errors", "atomic_files", "gguf_header", "gguf_metadata", "gguf_parts", "gguf_tokenizer"),
-        "engine",  # in the child alone
-    },
-    "checkpoint.py": {"errors", "atomic_files", "conversion", "gguf_parts"},
-    "streaming.py": {"errors", "record", "schemas"},
-    "images.py": {"errors"},
-    "tool_formats.py": {"argument_schemas", "json_schemas"},
-    "repetition.py": set(),
-    "json_schemas.py": set(),
-    "tools.py": {"errors", "json_schemas", "messages", "repetition", "schemas"},
-    "structure.py": {"errors", "json_schemas", "schemas", "tool_formats", "tools"},
-    "lenient_json.py": set(),
-    "argument_schemas.py": {"json_schemas"},
-    "argument_values.py": {"argument_schemas", "lenient_json"},
-    "python_calls.py": {"lenient_json"},
-    "answer_text.py": {"lenient_json", "streaming"},
-    "answer_parts.py": {"answer_text", "argument_schemas", "argument_values", "lenient_json", "tool_formats"},
-    "json_calls.py": {"answer_parts", "answer_text", "lenient_json"},
-    "element_calls.py": {
-        *("answer_parts", "answer_text", "argument_schemas", "argument_values", "lenient_json", "tool_formats"),
-    },
-    "answer_parser.py": {
-        *("answer_parts", "answer_text", "argument_schemas", "argument_values", "element_calls", "json_calls"),
-        *("lenient_json", "python_calls", "schemas", "tool_formats"),
-    },
-    "messages.py": {"errors", "schemas", "tool_formats"},
-    "fetching.py": {"errors", "images"},
-    "response_output.py": {"schemas"},
-    "responses.py": {"errors", "response_output", "schemas"},
-    "prompt_templates.py": {"errors", "messages", "schemas", "streaming", "template_probe", "tool_formats"},
-    "template_probe.py": {"messages"},
-    "cl100k.py": set(),
-    "connection.py": {"errors"},
-    "strict_json.py": {"connection", "errors"},
-    "gateway.py": {"connection", "errors", "providers", "record", "strict_json"},
-    "providers/upstream.py": {"errors", "providers", "record"},
-    "providers/openai_compatible.py": {"answer_parser", "errors", "providers"},
-    "providers/anthropic.py": {"config", "errors", "providers"},
-    "providers/anthropic_format.py": {"errors"},
-    "engine": {"errors", "engine", "memory"},
+TOP = ("main", "config", "schemas", "prompt_templates", "errors")
+ALLOWED = {  # package or file at the top -> which of the others it may import; those further up are not among them
+    "errors": set(),
+    "config": set(),
+    "schemas": set(),
+    "telemetry": set(),
+    "engine": {"errors"},
+    "checkpoints": {"engine", "errors"},
+    "text": {"errors", "schemas"},
+    "prompt_templates": {"errors", "schemas", "text"},
+    "server": {"config", "errors", "telemetry"},
+    "providers": {"config", "errors", "schemas", "server", "telemetry", "text"},
+    "serving": {"checkpoints", "config", "engine", "errors", "prompt_templates", "schemas", "telemetry", "text"},
+    "api": {"config", "errors", "providers", "schemas", "server", "serving", "telemetry"},
+    "main": {"api", "config", "engine", "errors", "providers", "schemas", "server", "serving", "telemetry"},
 }
-FORBIDDEN = {"engine": {"fastapi", "starlette", "pydantic"}, "schemas.py": {"torch"}, "streaming.py": {"torch"}}
+FORBIDDEN = {  # package -> libraries that are none of its business
+    "engine": {"fastapi", "starlette", "pydantic", "tokenizers"},
+    "text": {"fastapi", "starlette", "torch"},
+    "checkpoints": {"fastapi", "starlette", "pydantic"},
+    "schemas": {"torch"},
+    "api": {"torch"},
+}
+
+
+def files_of(place: str) -> list[Path]:
+    return sorted((ROOT / place).rglob("*.py")) or [ROOT / f"{place}.py"]
 
 
 def imports(path: Path) -> set[str]:
-    names = set()
+    """The modules that a file imports, with their packages, in functions too."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_every_package_has_a_rule_and_a_sentence() -> None:
+    assert set(ALLOWED) == {*TOP, *PACKAGES}
+    assert {path.stem for path in ROOT.glob("*.py")} == set(TOP), "the top level stays flat and small"
+    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    for folder in folders:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+        assert len(ast.parse((folder / "__init__.py").read_text()).body) == 1, "a package has no code of its own"
+
+
+def test_the_rules_have_no_circle() -> None:
+    """Each may import only what is above it in the table, so none points up."""
+    order = list(ALLOWED)
+    for place, allowed in ALLOWED.items():
+        assert allowed <= set(order[: order.index(place)]), place
 
 
 @pytest.mark.parametrize("place", ALLOWED)
 def test_imports_point_one_way(place: str) -> None:
-    files = sorted((ROOT / place).glob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]
-    for path in files:
-        found = imports(path)
-        assert found & (OURS | {"engine", "providers"}) <= ALLOWED[place], path
+    ours = set(ALLOWED) - {place}
+    for path in files_of(place):
+        found = {name.split(".")[0] for name in imports(path)}
+        assert found & ours <= ALLOWED[place], path
         assert not found & FORBIDDEN.get(place, set()), path
+
+
+def test_no_files_import_each_other() -> None:
+    """No circle, however long, in the order in which files are imported."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for place in ALLOWED for path in files_of(place)
+    }
+    left = {name: imports(path) & modules.keys() for name, path in modules.items()}
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+def test_every_package_is_type_checked_and_listed() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.findall(r'"([\w.]+)"', re.search(r"^files = (.*)$", text, re.MULTILINE)[1])  # type: ignore[index]
+    assert {"main.py", *PACKAGES} <= set(listed)
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"bench"} == set(PACKAGES)
 
 
 def test_importing_main_loads_neither_torch_nor_a_model() -> None:

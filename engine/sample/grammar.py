@@ -139,8 +139,7 @@ class GrammarCompiler:
                 self._known[text] = grammar, num_bytes
                 while len(self._known) > MOST_KEPT or sum(size for _, size in self._known.values()) > MOST_MEMORY:
                     freed += self._known.popitem(last=False)[1][1]
-        if max(freed, num_bytes) > memory.LARGE:  # what compiling took is more than what is kept
-            memory.trim_soon()
+        memory.trim_after(max(freed, num_bytes))  # what compiling took is more than what is kept
 
 
 def _reason(error: str) -> str:
