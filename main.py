@@ -52,18 +52,18 @@ from schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from server.api_keys import Access
+from server.api_keys import ApiKeyAuth
 from server.asgi_errors import headers_of
 from server.body_limit import BodyLimit
-from server.connection import CLIENT_GONE, EventStream, begun, unless_client_leaves
+from server.connection import CLIENT_GONE, EventStream, await_first, unless_client_leaves
 from server.deadline import Shutdown, TimeLimit
 from server.http_protocol import with_bounds
 from server.observer import Observer
 from server.request_id import RequestId
-from serving.embeddings import EmbeddingModels, apart, as_json
+from serving.embeddings import EmbeddingModels, as_json, off_loop
 from serving.hub import HubModels
-from serving.loading import Load, load
-from serving.local import LocalProvider
+from serving.loading import LoadModel, load
+from serving.local import LocalModel
 from telemetry import logs, request_record, tracing
 from telemetry.metrics import CONTENT_TYPE, Metrics
 
@@ -73,7 +73,7 @@ FORCED = 1.0  # seconds after a second signal
 VALUE_ERROR = "Value error, "  # pydantic begins with it what a validator of ours says
 
 
-def create_app(settings: Settings, stop: Callable[[], None] | None = None, load: Load = load) -> FastAPI:
+def create_app(settings: Settings, stop: Callable[[], None] | None = None, load: LoadModel = load) -> FastAPI:
     """The application. `stop` ends the process when the model cannot be loaded; `load` loads it."""
 
     @asynccontextmanager
@@ -100,7 +100,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         (stop or _terminate)()
 
     metrics, shutdown = Metrics(), Shutdown()
-    local = LocalProvider(settings, on_failure, load, metrics)
+    local = LocalModel(settings, on_failure, load, metrics)
     embeddings = EmbeddingModels(settings)
     app = FastAPI(
         title="Gemma 3 / Qwen server",
@@ -125,7 +125,7 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         on_release=memory.trim_after,
     )
     app.add_middleware(TimeLimit, seconds=settings.request_timeout, shutdown=shutdown)
-    app.add_middleware(Access, keys=settings.api_keys)
+    app.add_middleware(ApiKeyAuth, keys=settings.api_keys)
     _add_cors(app, settings)  # before keys are asked for: a browser asks without one whether it may call
     app.add_middleware(Observer, metrics=metrics, span=tracing.span())
     app.add_middleware(RequestId, secrets=[key.secret.get_secret_value() for key in settings.api_keys])
@@ -145,7 +145,7 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 
 def _add_endpoints(app: FastAPI) -> None:
     router: Router = app.state.router
-    local: LocalProvider = app.state.local
+    local: LocalModel = app.state.local
     embeddings: EmbeddingModels = app.state.embeddings
     hub: HubModels = app.state.hub
 
@@ -238,7 +238,7 @@ async def _respond(
     request.state.deadline.shorten(body.timeout)
     headers = _ignored_fields_header(body)
     if body.stream:
-        items = await unless_client_leaves(request, begun(chunks))
+        items = await unless_client_leaves(request, await_first(chunks))
         if items is None:
             return Response(status_code=CLIENT_GONE)
         return EventStream(sse(items, wire), wire.failure, headers)
@@ -262,7 +262,7 @@ async def _answer(
     headers = _ignored_fields_header(body)
     if answer.num_truncated:
         headers["X-Gateway-Truncated"] = str(answer.num_truncated)
-    content = await apart(partial(as_json, answer), num_texts)  # of thousands of vectors, it takes a while
+    content = await off_loop(partial(as_json, answer), num_texts)  # of thousands of vectors, it takes a while
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -397,7 +397,7 @@ def _terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(load: Load = load) -> None:
+def main(load: LoadModel = load) -> None:
     """Serves until a signal; exits with 1 and a sentence if the model cannot be served any more."""
     settings = _settings_or_exit(from_command_line)
     logs.configure(settings.log_level, settings.log_format)

@@ -36,10 +36,10 @@ from transformers import (
 
 from bench import machine
 from bench.run import RESULTS
+from engine.async_runner import AsyncRunner
 from engine.attention import paged
 from engine.build import build_engine, warm_up
 from engine.engine import Engine, EngineOptions
-from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner, probe_layers
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -158,7 +158,7 @@ def engine_rate(engine: Engine, model: Any, device: torch.device, count: int) ->
 def _decoding(engine: Engine, prompts: list[list[int]]) -> list[Sequence]:
     """The prompts computed, and a few tokens of each answer."""
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-    sequences = [Sequence(prompt, params, sink=lambda output: None) for prompt in prompts]
+    sequences = [Sequence(prompt, params, on_output=lambda output: None) for prompt in prompts]
     for sequence in sequences:
         engine.scheduler.add(sequence)
     while any(sequence.num_output_tokens < 4 for sequence in sequences):
@@ -176,7 +176,7 @@ def _prefill(engine: Engine, model: Any, seed: int) -> None:
     rng, vocabulary = random.Random(seed), model.config.get_text_config().vocab_size
     prompt = [rng.randrange(vocabulary) for _ in range(LONG_PROMPT)]
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-    engine.scheduler.add(Sequence(prompt, params, sink=lambda output: None))
+    engine.scheduler.add(Sequence(prompt, params, on_output=lambda output: None))
     _finish(engine)
 
 
@@ -322,7 +322,7 @@ def measure(name: str, device: torch.device, report: Report) -> None:
             for _ in range(PROFILED):
                 engine.step()
 
-        runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+        runner = engine.runner.runner if isinstance(engine.runner, AsyncRunner) else engine.runner
         assert isinstance(runner, ModelRunner)
         kernel = getattr(runner.flash, "__name__", "none: SDPA over gathered blocks")
         report.note(start_s=time.perf_counter() - started, kernel=kernel, graphs=runner._graphs is not None)

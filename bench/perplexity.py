@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from engine.build import Facts, load_engine
+from engine.build import ModelDefaults, load_engine
 from engine.engine import Engine, EngineOptions
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -50,7 +50,7 @@ def windows(directory: Path, length: int, count: int) -> list[list[int]]:
 def score(engine: Engine, window: list[int]) -> list[float]:
     """The log-probability of each token but the first."""
     params = SamplingParams(max_tokens=1, temperature=0.0, num_prompt_logprobs=0)
-    sequence = Sequence(window, params, sink=lambda output: None)
+    sequence = Sequence(window, params, on_output=lambda output: None)
     engine.scheduler.add(sequence)
     while engine.scheduler.has_work:
         engine.step()
@@ -59,7 +59,7 @@ def score(engine: Engine, window: list[int]) -> list[float]:
 
 def measure(directory: Path, choice: str, texts: list[list[int]], first: float | None) -> Perplexity:
     options = EngineOptions(quantization=choice, device_map="cpu")
-    engine, _ = load_engine(directory, options, Facts, lambda what, fraction: None)
+    engine, _ = load_engine(directory, options, ModelDefaults, lambda what, fraction: None)
     start = time.perf_counter()
     logprobs = [logprob for window in texts for logprob in score(engine, window)]
     perplexity = math.exp(-sum(logprobs) / len(logprobs))

@@ -130,7 +130,7 @@ def _prefill(engine: Engine, bare: BareModel, batch: int) -> list[Sequence]:
     vocabulary = engine.runner.num_embeddings
     prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(batch)]
     params = SamplingParams(max_tokens=NUM_WARM_UP + NUM_STEPS + 2, temperature=0.0, ignore_eos=True)
-    sequences = [Sequence(prompt, params, sink=lambda output: None) for prompt in prompts]
+    sequences = [Sequence(prompt, params, on_output=lambda output: None) for prompt in prompts]
     for sequence in sequences:
         engine.scheduler.add(sequence)
     engine.step()

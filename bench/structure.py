@@ -13,10 +13,10 @@ import statistics
 import time
 from pathlib import Path
 
-from engine.build import Facts, load_engine
+from engine.build import ModelDefaults, load_engine
 from engine.constraint import Constraint
 from engine.engine import Engine, EngineOptions
-from engine.sample.grammar import GrammarCompiler, Triggered
+from engine.sample.grammar import GrammarCompiler, TriggeredGrammar
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from serving.loading import load_template
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     options = EngineOptions(quantization="auto", num_speculative_tokens=0)
-    engine, _ = load_engine(directory, options, Facts, lambda what, fraction: None)
+    engine, _ = load_engine(directory, options, ModelDefaults, lambda what, fraction: None)
     tokenizer = load_template(directory, json.loads((directory / "config.json").read_text())["model_type"]).tokenizer
     ends = {tokenizer.eos_token_id}
     compiler = GrammarCompiler(tokenizer.backend_tokenizer.to_str, engine.num_embeddings, ends)
@@ -65,7 +65,7 @@ def main() -> None:
     mark = tokenizer.get_vocab().get(MARKED.begin, 0)
     constraints: dict[str, Constraint] = {
         "schema": compiler.compile(KINDS["json"](SCHEMA)),
-        "tools": Triggered(compiler.compile(KINDS["grammar"](call)), mark, is_repeated=True),
+        "tools": TriggeredGrammar(compiler.compile(KINDS["grammar"](call)), mark, is_repeated=True),
     }
     prompt = tokenizer("List people as JSON:\n").input_ids
     for _ in range(ROUNDS):

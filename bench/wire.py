@@ -30,13 +30,13 @@ from config import Settings
 from engine.batch import Batch
 from engine.engine import Engine
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
-from engine.pace import Pace
+from engine.prefill_budget import PrefillBudget
 from engine.sampling_params import SampledToken
 from engine.scheduler import Limits, Scheduler
 from engine.vision import Image
 from main import create_app
 from server.http_protocol import with_bounds
-from serving.loading import Loaded, load_template
+from serving.loading import LoadedModel, load_template
 from text.logprobs import TokenTexts
 
 HEARTBEAT = 0.5  # seconds
@@ -74,7 +74,7 @@ class NullRunner:
         return [[SampledToken(self._token_ids[s.num_output_tokens % len(self._token_ids)])] for s in complete]
 
 
-def load_null(path: str, settings: Settings, progress: Progress) -> Loaded:
+def load_null(path: str, settings: Settings, progress: Progress) -> LoadedModel:
     """The tokenizer and template of a real model, without its weights."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
     template = load_template(directory, json.loads((directory / "config.json").read_text())["model_type"])
@@ -83,7 +83,7 @@ def load_null(path: str, settings: Settings, progress: Progress) -> Loaded:
     specs = {0: LayerSpec(1, 1, 1, None, torch.float32, torch.device("cpu"))}
     plan = CachePlan.fit(specs, 512 * CONTEXT * specs[0].bytes_per_token, 16, 512, CONTEXT)
     scheduler = Scheduler(KVCache(plan, specs), Limits(512, 1 << 16, 1 << 16, CONTEXT), frozenset())
-    return Loaded(Engine(runner, scheduler), template, TokenTexts(template.tokenizer), {"temperature": 0.0})
+    return LoadedModel(Engine(runner, scheduler), template, TokenTexts(template.tokenizer), {"temperature": 0.0})
 
 
 class Gauge:
@@ -123,7 +123,7 @@ def serve(port: int) -> None:
         if interval != runner.interval:  # another model, as it were
             runner.interval = interval
             scheduler = app.state.local.loaded.engine.scheduler
-            scheduler.pace = Pace(scheduler.limits.max_num_mixed_tokens)
+            scheduler.prefill_budget = PrefillBudget(scheduler.limits.max_num_mixed_tokens)
         return {**gauge.read(), "num_tokens": runner.num_tokens}
 
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", http=with_bounds(settings))

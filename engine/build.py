@@ -11,11 +11,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from engine import start_check
+from engine.async_runner import AsyncRunner
 from engine.attention import flash
 from engine.attention.flash import Kernel
 from engine.engine import Engine, EngineOptions
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
-from engine.lookahead import Lookahead
 from engine.model_loader import Report, first_line, load_model
 from engine.model_runner import ModelRunner, input_device, probe_layers
 from engine.sampling_params import SamplingParams
@@ -37,7 +37,7 @@ _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelDefaults:
     """What is known of a model beside its own files."""
 
     stop_token_ids: tuple[int, ...] = ()  # end an answer beside those that its generation config names
@@ -48,7 +48,7 @@ class Facts:
 def load_engine(
     directory: Path,
     options: EngineOptions,
-    facts: Callable[[], Facts],
+    facts: Callable[[], ModelDefaults],
     report: Report,
     draft: Path | None = None,
 ) -> tuple[Engine, GenerationConfig | None]:
@@ -106,7 +106,7 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions, report:
 
 
 def _model_runner(engine: Engine) -> ModelRunner:
-    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+    runner = engine.runner.runner if isinstance(engine.runner, AsyncRunner) else engine.runner
     assert isinstance(runner, ModelRunner)
     return runner
 
@@ -117,7 +117,7 @@ def warm_up(engine: Engine) -> None:
     scheduler = engine.scheduler
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     for params in (greedy, replace(greedy, temperature=1.0), replace(greedy, temperature=1.0, top_k=2)):
-        scheduler.add(Sequence([0, 0, 0], params, sink=lambda output: None))
+        scheduler.add(Sequence([0, 0, 0], params, on_output=lambda output: None))
     while scheduler.has_work:
         batch = scheduler.schedule()
         if any(output is None for _, output in scheduler.update(batch, engine.runner.run(batch))):
@@ -141,8 +141,8 @@ def build_engine(
     batched = max(options.max_num_batched_tokens or batched, max_num_seqs, _tokens_per_image(model))
     mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)
     context = _model_context(model, options.max_model_len)
-    guesser = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
-    block_size, flash = _attention_of(specs, options)
+    proposer = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
+    block_size, flash = _choose_attention(specs, options)
     _fuse_layers(model, flash)
     plan, memory = _plan(specs, options, block_size, context, max_num_seqs, max(batched, mixed))
     limits = Limits(
@@ -157,13 +157,13 @@ def build_engine(
     runner = ModelRunner(model, cache, eos_token_ids, flash)
     if flash is not None and len({spec.device for spec in specs.values()}) == 1:
         runner.record_graphs(max_num_seqs, limits.max_model_len)
-    engine = Engine(runner, Scheduler(cache, limits, eos_token_ids, guesser), options)
+    engine = Engine(runner, Scheduler(cache, limits, eos_token_ids, proposer), options)
     if runner.device.type == "cuda":
-        engine.runner = Lookahead(runner, engine.is_quiet)
+        engine.runner = AsyncRunner(runner, engine.is_quiet)
     return engine
 
 
-def _attention_of(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
+def _choose_attention(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
     """Tokens in a block, and the kernel that attends to such blocks on a GPU; some take only large ones."""
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
     found = ((size, flash.find(specs.values(), size)) for size in sizes)
@@ -216,7 +216,7 @@ def _draft_model(
 ) -> DraftModel:
     specs = probe_layers(draft)
     context = min(context, _model_context(draft, None))
-    block_size, flash = _attention_of(specs, options)
+    block_size, flash = _choose_attention(specs, options)
     _fuse_layers(draft, flash)
     plan, memory = _plan(specs, options, block_size, context, max_num_seqs, CATCH_UP)
     cache = KVCache(plan, specs)
@@ -229,7 +229,7 @@ def _draft_model(
 def _model_context(model: PreTrainedModel, wanted: int | None) -> int:
     """Tokens; long-rope models stay within their original context, where one set of frequencies holds for all."""
     text = model.config.get_text_config()
-    context = int(getattr(text, "max_position_embeddings", None) or Facts.context_length)
+    context = int(getattr(text, "max_position_embeddings", None) or ModelDefaults.context_length)
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         context = min(context, int(rope.get("original_max_position_embeddings") or context))

@@ -16,10 +16,10 @@ from engine.batch import Span
 from engine.kv_cache import KVCache, LayerGroup, first_visible
 
 Compute = Callable[[torch.Tensor, torch.Tensor, StepAttention], torch.Tensor]  # ids, positions (1, rows), step: logits
-Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
+GraphRecorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
-def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """What `run` does on the GPU, to be repeated: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -46,7 +46,7 @@ class DecodeGraphs:
         most: int,
         max_model_len: int,
         device: torch.device,
-        record: Record = record,
+        record_graph: GraphRecorder = record_graph,
     ) -> None:
         """most: sequences; record: how a step is kept, for tests without a GPU."""
         self._cache, self._kernel = cache, kernel
@@ -60,7 +60,7 @@ class DecodeGraphs:
             self._sizes[-1], 2 + sum(2 + w for w in self._widths), dtype=torch.int32, device=device
         )
         self._fill([], self._sizes[-1])
-        self._replays = {size: record(partial(self._run, compute, size)) for size in reversed(self._sizes)}
+        self._replays = {size: record_graph(partial(self._run, compute, size)) for size in reversed(self._sizes)}
 
     def run(self, spans: list[Span], known: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits of decodes, (rows, vocab), to be used before the next step; None where there are too many.

@@ -16,12 +16,12 @@ from typing import Protocol
 
 import torch
 
+from engine.admission_control import AdmissionControl
 from engine.batch import Batch
 from engine.model_loader import STOCK
-from engine.room import Room
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence, Sink, Status, TokenOutput
+from engine.sequence import OutputCallback, Sequence, Status, TokenOutput
 from engine.vision import Image
 from errors import EngineFailure, Overloaded, Unavailable
 
@@ -63,7 +63,7 @@ class Runner(Protocol):
     def encode(self, images: list[Image], most: int) -> None: ...
 
 
-class Mailbox:
+class OutputCollector:
     """A sequence's outputs on their way to the caller; it belongs to the event loop's thread."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, options: EngineOptions = EngineOptions()) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.room = Room(options.max_queued_requests + scheduler.limits.max_num_seqs, options.num_clients)
+        self.admission = AdmissionControl(options.max_queued_requests + scheduler.limits.max_num_seqs, options.num_clients)
         self.max_queued_tokens = options.max_queued_tokens
         self.on_failure: Callable[[], object] = lambda: None  # called on the event loop when the thread has ended so
         self.failure: BaseException | None = None  # set once, when the worker thread has ended by an error
@@ -185,10 +185,10 @@ class Engine:
         assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
         self.check_open(1, client)
-        mailbox = Mailbox()
+        mailbox = OutputCollector()
         sequence = Sequence(prompt_ids, params, mailbox.put, priority, images, client)
         self._live.add(sequence)
-        self.room.take(client)
+        self.admission.take(client)
         self.post(partial(self.scheduler.add, sequence))
         try:
             while True:
@@ -198,7 +198,7 @@ class Engine:
                     return
         finally:
             self._live.discard(sequence)
-            self.room.leave(client)
+            self.admission.leave(client)
             self.post(partial(self.scheduler.remove, sequence))
 
     def post(self, command: Callable[[], object]) -> None:
@@ -211,7 +211,7 @@ class Engine:
             raise Unavailable("The engine stopped after an error; try again later.", retry_after=30)
         if self._is_closing:
             raise Unavailable("The server is shutting down.", retry_after=10)
-        if not self.room.has(num_sequences, client):
+        if not self.admission.has(num_sequences, client):
             raise Overloaded(
                 f"{len(self._live)} sequences are running or queued already; try again later.", retry_after=5
             )
@@ -260,7 +260,7 @@ class Engine:
 
     def _tell_everybody(self, error: Exception) -> None:
         for sequence in self._live:
-            sequence.sink(error)
+            sequence.on_output(error)
 
     def _read_inbox(self) -> None:
         """Carries out what the event loop asked for; waits for it where there is nothing to compute."""
@@ -297,9 +297,11 @@ class Engine:
             self.num_failed_steps += 1
             return self._recover(batch, error, is_last_try)
         seconds = time.perf_counter() - start
-        self.scheduler.pace.note(batch.num_decodes, batch.num_prompt_tokens, seconds)
+        self.scheduler.prefill_budget.note(batch.num_decodes, batch.num_prompt_tokens, seconds)
         bad = EngineFailure("The model computed a value that is not a number (NaN).")
-        self._deliver([(sequence.sink, output or bad) for sequence, output in self.scheduler.update(batch, sampled)])
+        self._deliver(
+            [(sequence.on_output, output or bad) for sequence, output in self.scheduler.update(batch, sampled)]
+        )
 
     def _recover(self, batch: Batch, error: Exception, is_last_try: bool) -> None:
         release_memory(error)
@@ -316,7 +318,7 @@ class Engine:
         failed = EngineFailure("The model failed on this request; the error is in the server's log.")
         self.scheduler.cache.erase(span.sequence)  # whatever of it was written
         self.scheduler.remove(span.sequence)
-        self._deliver([(span.sequence.sink, failed)])
+        self._deliver([(span.sequence.on_output, failed)])
 
     def _encode_images(self) -> bool:
         """Of those that prompts wait for some at a time, and one while sequences decode. False if one failed."""
@@ -328,7 +330,7 @@ class Engine:
         owners = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if bad & {*s.images}]
         for sequence in owners:
             self.scheduler.remove(sequence)
-        self._deliver([(sequence.sink, failed) for sequence in owners])
+        self._deliver([(sequence.on_output, failed) for sequence in owners])
         return not bad
 
     def _encode(self, images: list[Image], most: int) -> set[Image]:
@@ -346,7 +348,7 @@ class Engine:
             return set(missing)
         return set()
 
-    def _deliver(self, outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
+    def _deliver(self, outputs: list[tuple[OutputCallback, TokenOutput | Exception]]) -> None:
         if outputs and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_call_sinks, outputs)
 
@@ -364,6 +366,6 @@ def release_memory(error: BaseException) -> None:
         torch.cuda.empty_cache()
 
 
-def _call_sinks(outputs: list[tuple[Sink, TokenOutput | Exception]]) -> None:
-    for sink, output in outputs:
-        sink(output)
+def _call_sinks(outputs: list[tuple[OutputCallback, TokenOutput | Exception]]) -> None:
+    for on_output, output in outputs:
+        on_output(output)

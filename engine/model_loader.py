@@ -69,7 +69,7 @@ def load_model(
     report("loading weights", 0.0)
     try:
         if how == FROM_FILE:
-            model = packed_checkpoint.load(directory, config, chosen, _attention_of(config))
+            model = packed_checkpoint.load(directory, config, chosen, _attention_names(config))
         else:
             model = _load_stock(directory, config, chosen, device_map, how, report)
     except ModelLoadError:
@@ -114,7 +114,7 @@ def _load_stock(
             config=config,
             dtype=dtype,
             device_map=device_map,
-            attn_implementation=_attention_of(config),
+            attn_implementation=_attention_names(config),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -228,7 +228,7 @@ def check_architecture(config: PreTrainedConfig) -> None:
         )
 
 
-def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
+def _attention_names(config: PreTrainedConfig) -> str | dict[str, str]:
     """The engine's attention for the text layers; a vision tower keeps the stock one."""
     parts = {name: "sdpa" for name in config.sub_configs if name != "text_config"}
     return {**parts, "text_config": paged.NAME, "": "sdpa"} if "text_config" in config.sub_configs else paged.NAME

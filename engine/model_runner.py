@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from engine.attention.flash import FlashBatch, Kernel
 from engine.attention.paged import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
 from engine.batch import Batch, Span
-from engine.cuda_graphs import DecodeGraphs, Record, record
+from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec, first_visible
 from engine.model_loader import first_line
-from engine.sample.masks import Masks
-from engine.sample.sampler import Chosen, Sampler, score
+from engine.sample.masks import GrammarBitmasks
+from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken
 from engine.vision import Image, VisionEncoder
 from errors import ModelLoadError
@@ -79,12 +79,12 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class Started:
+class RunnerOutput:
     """A step under way."""
 
     batch: Batch
     complete: list[Span]
-    chosen: Chosen | None  # None: no span is complete
+    chosen: SamplerOutput | None  # None: no span is complete
 
     @torch.inference_mode()
     def tokens(self) -> list[list[SampledToken | None]]:
@@ -101,7 +101,7 @@ def picked(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
 
 
-def _tokens_after(started: Started, rows: list[int], batch: Batch, layout: _Layout) -> torch.Tensor:
+def _tokens_after(started: RunnerOutput, rows: list[int], batch: Batch, layout: _Layout) -> torch.Tensor:
     """The tokens of a batch of decodes, in the forward's order: those that `rows` of the step before choose."""
     assert started.chosen is not None
     row_of = {span.sequence.number: row for span, row in zip(batch.spans, rows, strict=True)}
@@ -150,7 +150,7 @@ class ModelRunner:
         return self.start(batch).tokens()
 
     @torch.inference_mode()
-    def start(self, batch: Batch, after: "tuple[Started, list[int]] | None" = None) -> "Started":
+    def start(self, batch: Batch, after: "tuple[RunnerOutput, list[int]] | None" = None) -> "RunnerOutput":
         """As `run`, without waiting for the tokens. `after`: a step that is not read yet, and which of its rows
         choose the token of each of the batch's sequences."""
         layout = _Layout.of(batch)
@@ -167,7 +167,7 @@ class ModelRunner:
             for span in complete
             for length in range(len(span.draft) + 1)
         ]
-        masks = Masks(heirs)
+        masks = GrammarBitmasks(heirs)
         if self.device.type != "cpu":
             masks.start()
         try:
@@ -178,10 +178,10 @@ class ModelRunner:
         if scored:
             self._score_prompts(logits[len(places) :], layout.spans, prompts)
         if not complete:
-            return Started(batch, [], None)
+            return RunnerOutput(batch, [], None)
         if self.num_known is not None:
             logits[: len(places), self.num_known :] = -torch.inf
-        return Started(batch, complete, self.sampler.choose(logits[: len(places)], heirs, masks))
+        return RunnerOutput(batch, complete, self.sampler.choose(logits[: len(places)], heirs, masks))
 
     @torch.inference_mode()
     def logits(self, batch: Batch, num_kept: int | None = None) -> torch.Tensor:
@@ -235,11 +235,11 @@ class ModelRunner:
         return embeddings
 
     @torch.inference_mode()
-    def record_graphs(self, most: int, max_model_len: int, record: Record = record) -> None:
+    def record_graphs(self, most: int, max_model_len: int, record_graph: GraphRecorder = record_graph) -> None:
         """Steps of up to `most` decodes, where the model can be recorded; it needs `flash`."""
         assert self.flash is not None
         try:
-            self._graphs = DecodeGraphs(self._compute, self.cache, self.flash, most, max_model_len, self.device, record)
+            self._graphs = DecodeGraphs(self._compute, self.cache, self.flash, most, max_model_len, self.device, record_graph)
         except RuntimeError as error:  # it moves something to the CPU, or memory is short
             log.info("CUDA graphs are off: %s", first_line(error))
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from engine.batch import Batch, Span
 from engine.kv_cache import KVCache
-from engine.pace import Pace
+from engine.prefill_budget import PrefillBudget
 from engine.sampling_params import SampledToken
 from engine.sequence import FinishReason, Sequence, Status, TokenOutput
-from engine.spec_decode.prompt_lookup import Guesser, PromptLookup
+from engine.spec_decode.prompt_lookup import PromptLookup, Proposer
 from engine.vision import Image
 
-PATIENCE = 300  # steps
+MAX_DEFERRALS = 300  # steps
 SEEN_AHEAD = 4  # waiting prompts whose images are encoded already; features take memory
 MOST_DRAFTED_ROWS = 16  # tokens in a step with guesses: beyond, a row costs about as much as a token is worth
 
@@ -34,10 +34,10 @@ class Limits:
 
 class Scheduler:
     def __init__(
-        self, cache: KVCache, limits: Limits, eos_token_ids: frozenset[int], guesser: Guesser | None = None
+        self, cache: KVCache, limits: Limits, eos_token_ids: frozenset[int], proposer: Proposer | None = None
     ) -> None:
         self.cache = cache
-        self.guesser = guesser or PromptLookup()
+        self.proposer = proposer or PromptLookup()
         self.limits = limits
         self.eos_token_ids = eos_token_ids
         self.waiting: deque[Sequence] = deque()  # in the order of priority
@@ -45,7 +45,7 @@ class Scheduler:
         self.num_preemptions = 0  # since the start
         self._turn = 0  # of the sequence that was admitted last
         self._next_turns: dict[str, int] = {}  # by client
-        self.pace = Pace(limits.max_num_mixed_tokens)
+        self.prefill_budget = PrefillBudget(limits.max_num_mixed_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -70,7 +70,7 @@ class Scheduler:
         if not self.waiting:
             self._next_turns.clear()
             return
-        taken = -len(sequence.prompt_ids) if sequence.waited is None else sequence.num_output_tokens
+        taken = -len(sequence.prompt_ids) if sequence.queue_time is None else sequence.num_output_tokens
         self._next_turns[sequence.client] = self._next_turn(sequence.client) + taken
 
     def _insert(self, sequence: Sequence) -> None:
@@ -88,7 +88,7 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens
         if spans:
             num_prompts = len(self._prefilling()) + len(self.waiting)
-            budget = min(self.pace.budget(len(spans), num_prompts), self.limits.max_num_mixed_tokens - len(spans))
+            budget = min(self.prefill_budget.budget(len(spans), num_prompts), self.limits.max_num_mixed_tokens - len(spans))
         prefilling, is_full = self._prefilling(), False
         for priority in sorted({s.priority for s in [*prefilling, *self.waiting]}):
             for sequence in [s for s in prefilling if s.priority == priority]:
@@ -114,7 +114,7 @@ class Scheduler:
         if most <= 0 or not decodes:
             return decodes
         requests = [(span.sequence, min(most, self._num_left(span.sequence) - 1)) for span in decodes]
-        drafts = self.guesser.propose(requests, self.pace.decode_time(len(decodes)))
+        drafts = self.proposer.propose(requests, self.prefill_budget.decode_time(len(decodes)))
         return [self._with_draft(span, draft) for span, draft in zip(decodes, drafts, strict=True)]
 
     def _num_left(self, sequence: Sequence) -> int:
@@ -132,7 +132,7 @@ class Scheduler:
         """What has let others go first for PATIENCE steps is as urgent as they are."""
         for sequence in [s for s in [*self._prefilling(), *self.waiting] if s.priority > 0]:
             sequence.num_deferrals += 1
-            if sequence.num_deferrals > PATIENCE:
+            if sequence.num_deferrals > MAX_DEFERRALS:
                 sequence.priority = 0
                 if sequence.status is Status.WAITING:
                     self.waiting.remove(sequence)
@@ -146,9 +146,9 @@ class Scheduler:
             self._reset(sequence)
             return False
         sequence.status = Status.RUNNING
-        if sequence.waited is None:
-            sequence.waited = time.perf_counter() - sequence.added
-            sequence.num_reused = sequence.num_computed  # later, after a preemption, it may find its own blocks
+        if sequence.queue_time is None:
+            sequence.queue_time = time.perf_counter() - sequence.added
+            sequence.num_cached_tokens = sequence.num_computed  # later, after a preemption, it may find its own blocks
         self._turn = max(self._turn, sequence.turn)
         self.waiting.remove(sequence)
         if not self.waiting:
@@ -249,7 +249,7 @@ class Scheduler:
                 break
         sequence.num_computed = num_before + len(outputs) - 1
         if span.draft:
-            self.guesser.note(sequence, len(span.draft), len(tokens) - 1)
+            self.proposer.note(sequence, len(span.draft), len(tokens) - 1)
         return outputs
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
@@ -258,7 +258,7 @@ class Scheduler:
         is_first = sequence.num_output_tokens == 1
         about_prompt: tuple[int, tuple[SampledToken, ...], float] = (0, (), 0.0)
         if is_first:
-            about_prompt = (sequence.num_reused, tuple(sequence.prompt_logprobs), sequence.waited or 0.0)
+            about_prompt = (sequence.num_cached_tokens, tuple(sequence.prompt_logprobs), sequence.queue_time or 0.0)
         is_end = token_id in self.eos_token_ids and not sequence.params.ignore_eos
         if is_end or sequence.is_stopped:
             return TokenOutput(None, "stop", None, *about_prompt)
@@ -282,7 +282,7 @@ class Scheduler:
             self.running.remove(sequence)
         self._erase_unseen(sequence)
         self.cache.free(sequence)
-        self.guesser.forget(sequence)
+        self.proposer.forget(sequence)
         self._settle(sequence)
         sequence.status = Status.FINISHED
 

@@ -31,32 +31,32 @@ class TokenOutput:
     token_id: int | None
     finish_reason: FinishReason | None = None
     sampled: SampledToken | None = None  # with the log-probabilities that were asked for
-    num_reused: int = 0  # tokens of the prompt that were not computed; with the first output
+    num_cached_tokens: int = 0  # tokens of the prompt that were not computed; with the first output
     prompt: tuple[SampledToken, ...] = ()  # the prompt's own, from its second token on; with the first output
-    waited: float = 0.0  # seconds until it ran; with the first output
+    queue_time: float = 0.0  # seconds until it ran; with the first output
 
 
-Sink = Callable[[TokenOutput | Exception], None]
+OutputCallback = Callable[[TokenOutput | Exception], None]
 
 
 @dataclass(eq=False)
 class Sequence:
     prompt_ids: list[int]
     params: SamplingParams
-    sink: Sink  # called on the event loop's thread
+    on_output: OutputCallback  # called on the event loop's thread
     priority: int = 0  # a smaller one goes first
     images: tuple[Image, ...] = ()  # in the prompt, in their order
     client: str = ""  # whose it is; clients take turns
     turn: int = 0  # among those of its priority, a smaller one goes first
     added: float = field(default_factory=time.perf_counter)
-    waited: float | None = None  # seconds until it was first admitted
+    queue_time: float | None = None  # seconds until it was first admitted
     num_deferrals: int = 0  # steps in which its prompt could have waited for others
     number: int = field(default_factory=lambda: next(_numbers))
     status: Status = Status.WAITING
     token_ids: list[int] = field(init=False)  # prompt and answer
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_tables: list[list[int]] = field(default_factory=list)  # per layer group; FREED where the window has passed
-    num_reused: int = 0  # of the computed ones, those that another sequence had computed
+    num_cached_tokens: int = 0  # of the computed ones, those that another sequence had computed
     num_published: int = 0  # leading blocks that others can find
     seed: int = field(init=False)
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # so far, if they are asked for

@@ -153,7 +153,7 @@ def _fits(runner: ModelRunner, num_tokens: int) -> bool:
 def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
     """(COMPARED + NUM_DECODES, vocab) in float32: a step for the prompt, and one for the tokens after it."""
     length = len(token_ids) - NUM_DECODES
-    sequence = Sequence(token_ids[:length], SamplingParams(max_tokens=NUM_DECODES), sink=lambda output: None)
+    sequence = Sequence(token_ids[:length], SamplingParams(max_tokens=NUM_DECODES), on_output=lambda output: None)
     sequence.token_ids = list(token_ids)
     decodes = tuple(Span(sequence, position, 1) for position in range(length, len(token_ids)))
     try:

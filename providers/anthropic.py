@@ -14,10 +14,10 @@ from config import Settings
 from errors import InvalidRequest, UpstreamError
 from providers.anthropic_request import SAMPLING, Mapped, to_messages
 from providers.anthropic_response import STATUSES, StreamMapper, to_completion
-from providers.base import Relayed
+from providers.base import ProviderResponse
 from providers.upstream import (
-    Access,
     Upstream,
+    UpstreamConfig,
     after,
     data_of,
     events_of,
@@ -42,7 +42,7 @@ class Claude:
         self._refused: dict[str, frozenset[str]] = {}  # parameters that a model turned out not to take
 
     @classmethod
-    def of(cls, settings: Settings, access: Access, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
+    def of(cls, settings: Settings, access: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
         key = access.headers.get("authorization", "").removeprefix("Bearer ")
         headers = {"x-api-key": key, "anthropic-version": VERSION} if key else {}
         base = settings.url("anthropic_base_url").removesuffix("/v1")
@@ -55,7 +55,7 @@ class Claude:
         ids = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
         return [name for name in ids if isinstance(name, str)]
 
-    async def answer(self, path: str, body: Object) -> Relayed:
+    async def answer(self, path: str, body: Object) -> ProviderResponse:
         if path != "chat/completions":
             raise InvalidRequest(f"claude does not support /{path}.", param="model", code="unsupported_value")
         model = str(body["model"])
@@ -72,14 +72,14 @@ class Claude:
             self._refused[model] = refused | named
         return answer
 
-    async def _ask(self, mapped: Mapped, body: Object) -> Relayed:
+    async def _ask(self, mapped: Mapped, body: Object) -> ProviderResponse:
         url, content = f"{self._base}/messages", json.dumps(mapped.body).encode()
         headers = header_of(mapped.dropped)
         model, created = str(body["model"]), int(time.time())
         if mapped.body.get("stream") is not True:
             response = await self.upstream.whole("POST", url, content)
             completion = to_completion(self._object(response.content), model, created)
-            return Relayed(json.dumps(completion).encode(), headers)
+            return ProviderResponse(json.dumps(completion).encode(), headers)
         options = body.get("stream_options")
         includes_usage = isinstance(options, dict) and options.get("include_usage") is True
         mapper = StreamMapper(model, created, includes_usage)
@@ -93,7 +93,7 @@ class Claude:
         except BaseException:
             await events.aclose()
             raise
-        return Relayed(until_error(after(first, events)), headers)
+        return ProviderResponse(until_error(after(first, events)), headers)
 
     async def _events(self, response: httpx2.Response, mapper: StreamMapper) -> AsyncGenerator[bytes]:
         async with aclosing(with_keep_alive(events_of(response, self.upstream))) as events:

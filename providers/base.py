@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Relayed:
+class ProviderResponse:
     """An answer of another server's, as bytes: whole JSON, or the events of a stream."""
 
     content: bytes | AsyncGenerator[bytes]
@@ -24,7 +24,7 @@ class Gateway(Protocol):
     @property
     def upstream(self) -> "Upstream": ...
 
-    async def answer(self, path: str, body: dict[str, Any]) -> Relayed:
+    async def answer(self, path: str, body: dict[str, Any]) -> ProviderResponse:
         """path: of the endpoint, below /v1; body: the client's, with the model's name there. Raises errors.APIError."""
         ...
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from errors import InvalidRequest, unsupported
-from providers.base import Relayed
+from providers.base import ProviderResponse
 from providers.upstream import Upstream, after, data_of, events_of, header_of, until_error, with_keep_alive
 from providers.upstream_errors import error_in
-from text.answer_parser import AnswerParser, Part, Reading
+from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
 
 Object = dict[str, Any]
 Dropped = list[str]
@@ -41,7 +41,7 @@ class Urls:
         return f"{self.base}/{path}"
 
 
-class Fixes:
+class Adapter:
     """What is put right; this one changes nothing. One for each request."""
 
     paths: tuple[str, ...] = ("chat/completions", "completions", "embeddings", "responses")
@@ -82,7 +82,7 @@ def _rename(body: Object, old: str, new: str) -> None:
         body.setdefault(new, value)
 
 
-class GeminiFixes(Fixes):
+class GeminiAdapter(Adapter):
     """Calls in streams lack their index, and a stream that ends in them says `stop`.
 
     Its vectors come as floats, with fewer dimensions not of length 1, and mostly without usage."""
@@ -146,7 +146,7 @@ def _is_vector(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(x, int | float) and abs(x) <= LARGEST_FLOAT for x in value)
 
 
-class DeepSeekFixes(Fixes):
+class DeepSeekAdapter(Adapter):
     """Other names for the limit, the user and the tokens that were cached."""
 
     paths = ("chat/completions",)
@@ -170,7 +170,7 @@ class DeepSeekFixes(Fixes):
         return True
 
 
-class OllamaFixes(Fixes):
+class OllamaAdapter(Adapter):
     """`reasoning` under the name that other clients read too; what it would ignore is refused or named."""
 
     def request(self, path: str, body: Object) -> Dropped:
@@ -212,7 +212,7 @@ def _check_images(message: Any, path: str) -> None:
             raise InvalidRequest("Ollama accepts images only as data: URLs.", param=param, code="unsupported_value")
 
 
-class MiniMaxFixes(Fixes):
+class MiniMaxAdapter(Adapter):
     """Thoughts inside of the content, empty roles, choices without a delta, and errors that call themselves success."""
 
     paths = ("chat/completions",)
@@ -257,10 +257,10 @@ class MiniMaxFixes(Fixes):
         return is_changed
 
     def _parser(self) -> AnswerParser:
-        return AnswerParser(Reading(think=("<think>", "</think>")))
+        return AnswerParser(ParserOptions(think=("<think>", "</think>")))
 
 
-def _put(item: Object, parts: list[Part]) -> bool:
+def _put(item: Object, parts: list[ContentDelta]) -> bool:
     """Content and reasoning apart; whether that is another thing than it was."""
     content, reasoning = "".join(part.content for part in parts), "".join(part.reasoning for part in parts)
     if content == (item.get("content") or "") and not reasoning:
@@ -296,31 +296,31 @@ class OpenAICompatible:
 
     upstream: Upstream
     urls: Urls
-    fixes: Callable[[], Fixes] = Fixes
+    adapter: Callable[[], Adapter] = Adapter
     extra: Mapping[str, Any] = field(default_factory=dict)  # of every request
 
-    async def answer(self, path: str, body: Object) -> Relayed:
+    async def answer(self, path: str, body: Object) -> ProviderResponse:
         """body: the client's, with the provider's own name of the model; it is changed. Raises APIError."""
-        fixes, is_stream = self.fixes(), body.get("stream") is True
-        if path not in fixes.paths:
+        adapter, is_stream = self.adapter(), body.get("stream") is True
+        if path not in adapter.paths:
             raise InvalidRequest(
                 f"{self.upstream.access.name} does not support /{path}.", param="model", code="unsupported_value"
             )
-        dropped = fixes.request(path, body)
+        dropped = adapter.request(path, body)
         url, content = self.urls.of(path, is_stream), json.dumps({**body, **self.extra}).encode()
         headers = header_of(dropped)
         if not is_stream:
-            return Relayed(await self._whole(url, content, fixes), headers)
-        return Relayed(await self._stream(url, content, fixes, path), headers)
+            return ProviderResponse(await self._whole(url, content, adapter), headers)
+        return ProviderResponse(await self._stream(url, content, adapter, path), headers)
 
     async def models(self) -> list[str]:
         response = await self.upstream.whole("GET", f"{self.urls.base}/models", None)
         return model_ids(self._checked(response.content, 200))
 
-    async def _whole(self, url: str, content: bytes, fixes: Fixes) -> bytes:
+    async def _whole(self, url: str, content: bytes, adapter: Adapter) -> bytes:
         response = await self.upstream.whole("POST", url, content)
         body = self._checked(response.content.strip(), 200)
-        return json.dumps(body).encode() if fixes.answer(body) else response.content.strip()
+        return json.dumps(body).encode() if adapter.answer(body) else response.content.strip()
 
     def _checked(self, text: bytes, status: int) -> Object:
         """An answer's JSON; raises APIError for what is none, or tells of an error."""
@@ -335,13 +335,13 @@ class OpenAICompatible:
             raise self.upstream.told(failure["status"], {"error": failure})
         return body
 
-    async def _stream(self, url: str, content: bytes, fixes: Fixes, path: str) -> AsyncGenerator[bytes]:
+    async def _stream(self, url: str, content: bytes, adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
         """Its first event is here already: until then an error has a status of its own."""
         response = await self.upstream.opened(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
             self._checked((await self.upstream.read(response)).content.strip(), 200)
             raise self.upstream.fault("did not send a stream", 502, "upstream_invalid_response")
-        events = self._events(with_keep_alive(events_of(response, self.upstream)), fixes, path)
+        events = self._events(with_keep_alive(events_of(response, self.upstream)), adapter, path)
         try:
             first = await anext(events)
         except BaseException:
@@ -349,9 +349,9 @@ class OpenAICompatible:
             raise
         return until_error(after(first, events))
 
-    async def _events(self, events: AsyncGenerator[bytes], fixes: Fixes, path: str) -> AsyncGenerator[bytes]:
+    async def _events(self, events: AsyncGenerator[bytes], adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
         is_finished = False
-        is_plain = type(fixes) is Fixes
+        is_plain = type(adapter) is Adapter
         async with aclosing(events):
             async for event in events:
                 data = data_of(event)
@@ -363,15 +363,15 @@ class OpenAICompatible:
                     return  # some never end what they have ended
                 else:
                     is_finished = is_finished or bool(_FINISHED.search(data))
-                    yield event if is_plain and b'"error"' not in data else self._fixed(event, data, fixes)
+                    yield event if is_plain and b'"error"' not in data else self._fixed(event, data, adapter)
         if not is_finished:
             raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
         if path != "responses":
             yield b"data: [DONE]\n\n"
 
-    def _fixed(self, event: bytes, data: bytes, fixes: Fixes) -> bytes:
+    def _fixed(self, event: bytes, data: bytes, adapter: Adapter) -> bytes:
         body = self._checked(data, 200)
-        return b"data: " + json.dumps(body).encode() + b"\n\n" if fixes.chunk(body) else event
+        return b"data: " + json.dumps(body).encode() + b"\n\n" if adapter.chunk(body) else event
 
 
 def model_ids(answer: Object) -> list[str]:

@@ -15,15 +15,15 @@ from errors import APIError
 from providers.anthropic import Claude
 from providers.base import Gateway
 from providers.openai_compatible import (
-    DeepSeekFixes,
-    Fixes,
-    GeminiFixes,
-    MiniMaxFixes,
-    OllamaFixes,
+    Adapter,
+    DeepSeekAdapter,
+    GeminiAdapter,
+    MiniMaxAdapter,
+    OllamaAdapter,
     OpenAICompatible,
     Urls,
 )
-from providers.upstream import Access, Upstream
+from providers.upstream import Upstream, UpstreamConfig
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ BARE = (  # names without a prefix -> whose they are
 
 
 @dataclass(frozen=True)
-class Row:
+class ProviderConfig:
     """A provider that speaks OpenAI's protocol."""
 
     name: str
     key: str | None  # the setting with its key, which it needs
     urls: Callable[[Settings], Urls]
-    fixes: Callable[[], Fixes] = Fixes
+    adapter: Callable[[], Adapter] = Adapter
 
 
 def _plain_urls(setting: str) -> Callable[[Settings], Urls]:
@@ -65,41 +65,41 @@ def _ollama_urls(settings: Settings) -> Urls:
 
 
 # To add a provider: a row here, its key in config.py and .env.example
-ROWS = (
-    Row("openai", "openai_api_key", _plain_urls("openai_base_url")),
-    Row("gemini", "google_api_key", _plain_urls("gemini_base_url"), GeminiFixes),
-    Row("deepseek", "deepseek_api_key", _deepseek_urls, DeepSeekFixes),
-    Row("minmax", "minmax_api_key", _minmax_urls, MiniMaxFixes),
-    Row("ollama", None, _ollama_urls, OllamaFixes),
+PROVIDERS = (
+    ProviderConfig("openai", "openai_api_key", _plain_urls("openai_base_url")),
+    ProviderConfig("gemini", "google_api_key", _plain_urls("gemini_base_url"), GeminiAdapter),
+    ProviderConfig("deepseek", "deepseek_api_key", _deepseek_urls, DeepSeekAdapter),
+    ProviderConfig("minmax", "minmax_api_key", _minmax_urls, MiniMaxAdapter),
+    ProviderConfig("ollama", None, _ollama_urls, OllamaAdapter),
 )
 SYNONYMS = {"minimax": "minmax"}
 
 
-def _access(settings: Settings, name: str, key: str | None) -> Access:
+def _upstream_config(settings: Settings, name: str, key: str | None) -> UpstreamConfig:
     secret = getattr(settings, key or f"{name}_api_key")
     headers = {} if secret is None else {"authorization": f"Bearer {secret.get_secret_value()}"}
     is_ollama = name == "ollama"
     timeout = settings.ollama_timeout if is_ollama else settings.gateway_timeout
     total = settings.ollama_timeout if is_ollama else max(600.0, timeout)
     variable = (key or f"{name}_api_key").upper()
-    return Access(name, variable, headers, key is not None, timeout, total, settings.gateway_max_retries)
+    return UpstreamConfig(name, variable, headers, key is not None, timeout, total, settings.gateway_max_retries)
 
 
 def gateways_of(settings: Settings, transport: httpx2.AsyncBaseTransport | None = None) -> dict[str, Gateway]:
     """By prefix, without its slash."""
     found: dict[str, Gateway] = {
         row.name: OpenAICompatible(
-            Upstream(_access(settings, row.name, row.key), transport), row.urls(settings), row.fixes
+            Upstream(_upstream_config(settings, row.name, row.key), transport), row.urls(settings), row.adapter
         )
-        for row in ROWS
+        for row in PROVIDERS
     }
-    access = _access(settings, "claude", "anthropic_api_key")
+    access = _upstream_config(settings, "claude", "anthropic_api_key")
     found["claude"] = Claude.of(settings, access, transport)
     return found | {synonym: found[name] for synonym, name in SYNONYMS.items()}
 
 
 @dataclass
-class Listed:
+class CachedModelList:
     """The models of a provider, as it said last."""
 
     names: list[str] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Router:
         self._is_local = is_local
         self._aliases, self._fallbacks = settings.model_aliases, settings.model_fallbacks
         self.gateways = gateways_of(settings)
-        self._lists: dict[str, Listed] = {}
+        self._lists: dict[str, CachedModelList] = {}
         self._refreshing: asyncio.Future[list[None]] | None = None
 
     def alias(self, model: str) -> str:
@@ -148,8 +148,8 @@ class Router:
                 await asyncio.wait({self._refreshing})
         return [(name, model) for name in usable for model in self._list(name).names]
 
-    def _list(self, name: str) -> Listed:
-        return self._lists.setdefault(name, Listed())
+    def _list(self, name: str) -> CachedModelList:
+        return self._lists.setdefault(name, CachedModelList())
 
     async def _refresh(self, name: str, gateway: Gateway) -> None:
         """What cannot be had now is asked for again in a minute."""

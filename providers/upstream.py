@@ -34,7 +34,7 @@ _END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\r\n|\r\n\n|\n\n|\r\r")
 
 
 @dataclass(frozen=True)
-class Access:
+class UpstreamConfig:
     """How a provider is reached."""
 
     name: str
@@ -51,7 +51,7 @@ class Access:
 
 
 class Upstream:
-    def __init__(self, access: Access, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, access: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         self.access = access
         self._transport = transport
         self._client: httpx2.AsyncClient | None = None

@@ -54,7 +54,7 @@ class Client:
         self.num_running += 1
 
 
-class Access:
+class ApiKeyAuth:
     def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self.app = app
         self._clients = [Client(key, _digest(key.secret.get_secret_value().encode())) for key in keys]

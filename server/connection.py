@@ -56,7 +56,7 @@ class EventStream(StreamingResponse):
             await self._events.aclose()
 
 
-async def begun(items: AsyncGenerator[T], silence: float = SILENCE) -> AsyncGenerator[T]:
+async def await_first(items: AsyncGenerator[T], silence: float = SILENCE) -> AsyncGenerator[T]:
     """The same when its first item has come, or failed to, or when that takes so long that the client has to hear
     something: its errors are events then."""
     first = asyncio.ensure_future(anext(items))

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.connection import CLIENT_GONE
 from telemetry import logs, request_record, tracing
 from telemetry.metrics import Metrics, ModelMetrics
-from telemetry.request_record import Record
+from telemetry.request_record import RequestRecord
 
 UNKNOWN = "other"  # a path that is no route
 QUIET = ("/health", "/metrics")  # asked every few seconds
@@ -24,7 +24,7 @@ class Observer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        seen = Record(request_id=scope["state"]["request_id"])
+        seen = RequestRecord(request_id=scope["state"]["request_id"])
         request_record.begin(seen)
         status = 500  # of what ends without an answer
         span = None if self._span is None else self._span()
@@ -43,7 +43,7 @@ class Observer:
         finally:
             self._tell(seen, scope, status)
 
-    def _tell(self, seen: Record, scope: Scope, status: int) -> None:
+    def _tell(self, seen: RequestRecord, scope: Scope, status: int) -> None:
         path = _path(scope)
         error = _error(seen, status)
         self._metrics.answered(scope["method"], path, status)
@@ -57,7 +57,7 @@ class Observer:
             logs.write(seen, scope["method"], scope["path"], status)
 
 
-def _error(seen: Record, status: int) -> str | None:
+def _error(seen: RequestRecord, status: int) -> str | None:
     """The code of the one that the client was told of; who left was told of none."""
     if status == CLIENT_GONE:
         return None
@@ -71,7 +71,7 @@ def _path(scope: Scope) -> str:
     return f"/v1{path}" if is_bare else path
 
 
-def _tell_model(seen: Record, own: ModelMetrics, error: str | None) -> None:
+def _tell_model(seen: RequestRecord, own: ModelMetrics, error: str | None) -> None:
     """What was refused, or failed, says nothing of how long answers and their prompts are."""
     for reason in seen.finish_reasons:
         own.success(reason).inc()
@@ -85,7 +85,7 @@ def _tell_model(seen: Record, own: ModelMetrics, error: str | None) -> None:
         own.answer_length.observe(seen.completion_tokens)
 
 
-def _tell_span(span: Any, seen: Record) -> None:
+def _tell_span(span: Any, seen: RequestRecord) -> None:
     """By the names of OpenTelemetry's conventions for generative models."""
     fields = {
         "gen_ai.request.model": seen.model,

@@ -9,12 +9,12 @@ from uuid import uuid4
 from errors import InvalidRequest, unsupported
 from prompt_templates import PromptTemplate
 from schemas import ChoiceLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
-from serving.generation import Piece
-from serving.loading import Loaded
-from text.answer_parser import CallDelta, Part, Reading
+from serving.generation import OutputDelta
+from serving.loading import LoadedModel
+from text.answer_parser import CallDelta, ContentDelta, ParserOptions
 from text.logprobs import TokenTexts
 from text.structured_output import Structure
-from text.tools import Toolbox
+from text.tools import ToolSet
 
 if TYPE_CHECKING:
     from engine.constraint import Constraint
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from engine.sampling_params import ThoughtTokens
 
 State = Literal["open", "closed", "unsaid"]
-NOTHING = Part()  # log-probabilities alone
+NOTHING = ContentDelta()  # log-probabilities alone
 
 
 def reading_of(
-    template: PromptTemplate, box: Toolbox | None, state: State, is_structured: bool, constraint: "Constraint | None"
-) -> Reading:
+    template: PromptTemplate, box: ToolSet | None, state: State, is_structured: bool, constraint: "Constraint | None"
+) -> ParserOptions:
     """state: of the thinking, at the prompt's end; is_structured: the answer may be JSON of another kind; constraint:
     what the answer must look like."""
     marks = template.marks
     think = None if template.think is None else (marks[template.think[0]], marks[template.think[1]])
-    reading = Reading(
+    reading = ParserOptions(
         think=think, is_thinking=state == "open", marks={character: mark for mark, character in marks.items()}
     )
     if box is None:
@@ -67,9 +67,9 @@ def with_marks(stops: list[str], marks: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys([*stops, *others]))
 
 
-async def compiled(loaded: Loaded, structure: Structure, is_parallel: bool) -> "Constraint | None":
+async def compiled(loaded: LoadedModel, structure: Structure, is_parallel: bool) -> "Constraint | None":
     """Raises InvalidRequest, which names the field."""
-    from engine.sample.grammar import Triggered
+    from engine.sample.grammar import TriggeredGrammar
 
     if loaded.grammars is None:
         if structure.is_needed:
@@ -83,7 +83,7 @@ async def compiled(loaded: Loaded, structure: Structure, is_parallel: bool) -> "
             return None
         field = await asyncio.to_thread(_wrong_field, loaded.grammars, structure)
         raise InvalidRequest(f"{field}: {error}", param=field, code="invalid_value") from error
-    return grammar if trigger is None else Triggered(grammar, trigger, is_parallel)
+    return grammar if trigger is None else TriggeredGrammar(grammar, trigger, is_parallel)
 
 
 def _wrong_field(grammars: "GrammarCompiler", structure: Structure) -> str:
@@ -97,7 +97,7 @@ def _wrong_field(grammars: "GrammarCompiler", structure: Structure) -> str:
 
 
 @dataclass(frozen=True)
-class Thoughts:
+class ReasoningState:
     """Of a chat's answer."""
 
     state: State  # at the prompt's end
@@ -113,9 +113,9 @@ class Thoughts:
         assert begin is not None and end is not None
         return ThoughtTokens(begin, end, self.state == "open")
 
-    def before(self, answer: "Constraint | None", loaded: Loaded) -> "Constraint | None":
+    def before(self, answer: "Constraint | None", loaded: LoadedModel) -> "Constraint | None":
         """What an answer must look like holds from the end of the thoughts on."""
-        from engine.sample.grammar import Triggered
+        from engine.sample.grammar import TriggeredGrammar
         from engine.sample.thinking import Thinking
 
         template = loaded.template
@@ -131,7 +131,7 @@ class Thoughts:
             self.budget,
             answer,
         )
-        if answer is None or isinstance(answer, Triggered):
+        if answer is None or isinstance(answer, TriggeredGrammar):
             return thinking
         stops = frozenset(loaded.engine.scheduler.eos_token_ids)
         return replace(thinking, after=tuple(template.encode("\n\n")), forbidden=stops)
@@ -146,7 +146,7 @@ class ChoiceChunks:
         self._nothing = Delta(content=None if is_call else "")
         self._first = self._nothing.model_copy(update={"role": "assistant"})
 
-    def of(self, piece: Piece, is_first: bool) -> Iterator[ChunkChoice]:
+    def of(self, piece: OutputDelta, is_first: bool) -> Iterator[ChunkChoice]:
         """The role once, what was said, and the finish reason with an empty delta."""
         if is_first:
             none_yet = ChoiceLogprobs(content=[]) if self._shows_logprobs else None
@@ -161,7 +161,7 @@ class ChoiceChunks:
             yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=piece.finish_reason)
 
 
-def _delta(part: Part) -> Delta:
+def _delta(part: ContentDelta) -> Delta:
     if part.call is not None:
         return Delta(tool_calls=[_call_delta(part.call)])
     if part.reasoning:

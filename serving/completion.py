@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from errors import InvalidRequest
 from schemas import CompletionChoice, CompletionRequest
-from serving.generation import Piece
-from serving.loading import Loaded
+from serving.generation import OutputDelta
+from serving.loading import LoadedModel
 from text.logprobs import TokenTexts
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Prompt:
     stop_token_ids: tuple[int, ...] = ()  # beside the model's and the request's
 
     @classmethod
-    def of(cls, loaded: Loaded, suffix: str | None, prompt: str | list[int]) -> "Prompt":
+    def of(cls, loaded: LoadedModel, suffix: str | None, prompt: str | list[int]) -> "Prompt":
         """Takes milliseconds, more for long prompts; raises InvalidRequest."""
         tokenizer = loaded.template.tokenizer
         if isinstance(prompt, list):
@@ -36,7 +36,7 @@ class Prompt:
         is_hidden = token_ids[:1] == [tokenizer.bos_token_id] and not prompt.startswith(bos)
         return cls(prompt, token_ids, len(bos) if is_hidden else 0)
 
-    def tokens(self, piece: Piece) -> "tuple[SampledToken, ...]":
+    def tokens(self, piece: OutputDelta) -> "tuple[SampledToken, ...]":
         """Its own, scored; the first one cannot be."""
         from engine.sampling_params import (
             SampledToken,  # not at the top: it takes seconds, and the server answers first
@@ -91,7 +91,7 @@ class Choices:
         self._answers_per_prompt = request.n or 1
         self._texts = texts
 
-    def of(self, piece: Piece, is_first: bool) -> CompletionChoice:
+    def of(self, piece: OutputDelta, is_first: bool) -> CompletionChoice:
         echoed = self._prompts[piece.index // self._answers_per_prompt] if self._echoes else None
         start = len(echoed.text) if echoed else 0
         text, tokens, offsets = piece.text, piece.tokens, [start + offset for offset in piece.offsets]

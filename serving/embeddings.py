@@ -39,7 +39,7 @@ from schemas import (
     RerankResult,
 )
 from serving.cl100k import Cl100k
-from serving.loading import IMPORTING, in_daemon_thread, told_of
+from serving.loading import IMPORTING, in_daemon_thread, to_api_error
 
 if TYPE_CHECKING:
     from engine.embedding.embedder import Embedder, Vectors
@@ -192,7 +192,7 @@ class EmbeddingModels:
                 await self._make_room(await in_daemon_thread(partial(self._size, place.name, directory)))
                 embedder = await in_daemon_thread(partial(self._open, place.name, directory))
         except ModelLoadError as error:
-            raise told_of(error, place.name) from error
+            raise to_api_error(error, place.name) from error
         log.info("%s is ready after %.1f s", place.name, time.monotonic() - begin)
         return embedder
 
@@ -265,7 +265,7 @@ class EmbeddingModels:
                 raise InvalidRequest(str(error), param="dimensions", code="invalid_value") from error
         return EmbeddingResponse(
             model=request.model,
-            data=await apart(partial(_wire, found.vectors, request.encoding_format or "float"), len(texts)),
+            data=await off_loop(partial(_wire, found.vectors, request.encoding_format or "float"), len(texts)),
             usage=EmbeddingUsage(prompt_tokens=found.num_tokens, total_tokens=found.num_tokens),
             num_truncated=found.num_truncated,
         )
@@ -336,7 +336,7 @@ class EmbeddingModels:
         return Cl100k.read(directory / "cl100k_base.tiktoken")
 
 
-async def apart(work: Callable[[], T], num_texts: int) -> T:
+async def off_loop(work: Callable[[], T], num_texts: int) -> T:
     """Off the event loop where it takes longer than to get there and back."""
     return await asyncio.to_thread(work) if num_texts > FEW else work()
 

@@ -10,10 +10,10 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from schemas import CompletionTokensDetails, FinishReason, PromptTokensDetails, Timings, Usage
-from serving.loading import Loaded
+from serving.loading import LoadedModel
 from telemetry import request_record
 from telemetry.metrics import ModelMetrics
-from text.answer_parser import AnswerParser, Part, Reading
+from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
 from text.detokenizer import Detokenizer, StopFinder, TextDecoder
 from text.lenient_json import BLANKS
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from engine.vision import Image
 
 
-TEXT = Reading({})  # all of it is content
+TEXT = ParserOptions({})  # all of it is content
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerationRequest:
     """What the engine is asked."""
 
     prompt_ids: list[int]
@@ -35,9 +35,9 @@ class Question:
     prefix: Sequence[int] = ()  # the prompt's end, if the answer continues its text
     priority: int = 0  # a smaller one goes first
     images: "tuple[Image, ...]" = ()
-    reading: Reading = TEXT
+    reading: ParserOptions = TEXT
 
-    def of_choice(self, number: int) -> "Question":
+    def of_choice(self, number: int) -> "GenerationRequest":
         """The choices of a seeded request are independent, also of those of other seeds, and each is repeatable; the
         first one has the request's own seed."""
         if self.params.seed is None or number == 0:
@@ -47,7 +47,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputDelta:
     """What one output of the engine means for one choice."""
 
     index: int
@@ -57,14 +57,14 @@ class Piece:
     tokens: tuple["SampledToken", ...] = ()  # those that the text came from
     offsets: tuple[int, ...] = ()  # characters of the answer before each of them
     prompt: tuple["SampledToken", ...] = ()  # the prompt's, from its second token on, if they are scored
-    num_reused: int = 0  # tokens of the prompt that were not computed; with the first piece
-    parts: tuple[Part, ...] = ()  # what the text is
+    num_cached_tokens: int = 0  # tokens of the prompt that were not computed; with the first piece
+    parts: tuple[ContentDelta, ...] = ()  # what the text is
     num_reasoning: int = 0  # of the tokens
-    waited: float = 0.0  # seconds until its prompt began to be computed; with the first piece
+    queue_time: float = 0.0  # seconds until its prompt began to be computed; with the first piece
     is_ranked: bool = False  # it was chosen when it was whole: when its tokens came means nothing
 
 
-class Meter:
+class RequestUsage:
     """What a request costs: tokens and time. It tells the request's record, and the metrics through it."""
 
     def __init__(self, model: str = "", metrics: ModelMetrics | None = None) -> None:
@@ -85,7 +85,7 @@ class Meter:
         self._num_unfinished = len(prompt_tokens) * answers_per_prompt
         self._record.prompt_tokens = self._prompt_tokens
 
-    def add(self, piece: Piece) -> bool:
+    def add(self, piece: OutputDelta) -> bool:
         """Whether the piece is its choice's first."""
         now = time.perf_counter()
         is_first = piece.index not in self._counts
@@ -99,25 +99,25 @@ class Meter:
         self._record.is_complete = self.is_complete
         return is_first
 
-    def _begin_choice(self, piece: Piece) -> None:
+    def _begin_choice(self, piece: OutputDelta) -> None:
         """Each answer looks for its prompt in the cache, also where several have the same one."""
         prompt, own = piece.index // self._answers_per_prompt, self._record.metrics
         if own is not None:
-            own.queue.observe(piece.waited)
+            own.queue.observe(piece.queue_time)
             own.prefix_queries.inc(self._prompts[prompt])
-            own.prefix_hits.inc(piece.num_reused)
+            own.prefix_hits.inc(piece.num_cached_tokens)
             own.prompt_tokens.inc(0 if prompt in self._reused else self._prompts[prompt])
-        self._reused[prompt] = min(piece.num_reused, self._reused.get(prompt, piece.num_reused))
+        self._reused[prompt] = min(piece.num_cached_tokens, self._reused.get(prompt, piece.num_cached_tokens))
         self._record.cached_tokens = sum(self._reused.values())
 
-    def _tell(self, piece: Piece, now: float, is_first: bool) -> None:
+    def _tell(self, piece: OutputDelta, now: float, is_first: bool) -> None:
         seen, own = self._record, self._record.metrics
         num_new = piece.num_tokens - self._counts.get(piece.index, 0)
         seen.completion_tokens += num_new
         if piece.finish_reason is not None:
             seen.finish_reasons.append(piece.finish_reason)
         if self._first is None:
-            seen.waited = piece.waited
+            seen.queue_time = piece.queue_time
         if own is not None:
             own.generation_tokens.inc(num_new)
         if not piece.is_ranked:
@@ -157,12 +157,12 @@ class Meter:
     def timings(self) -> Timings:
         now = time.perf_counter()
         first = self._first or now
-        waited, generated = max(first - self._begin, 1e-6), max(now - first, 1e-6)
+        queue_time, generated = max(first - self._begin, 1e-6), max(now - first, 1e-6)
         num_tokens = sum(self._counts.values())
         return Timings(
             prompt_n=self._prompt_tokens,
-            prompt_ms=waited * 1000,
-            prompt_per_second=self._prompt_tokens / waited,
+            prompt_ms=queue_time * 1000,
+            prompt_per_second=self._prompt_tokens / queue_time,
             predicted_n=num_tokens,
             predicted_ms=generated * 1000,
             predicted_per_second=max(num_tokens - len(self._counts), 0) / generated,
@@ -172,7 +172,7 @@ class Meter:
 class ChoiceReader:
     """Reads one choice's tokens: their text, and what it is. Stop strings end the content, and not the thoughts."""
 
-    def __init__(self, detokenizer: Detokenizer, byte_ids: Collection[int], question: Question) -> None:
+    def __init__(self, detokenizer: Detokenizer, byte_ids: Collection[int], question: GenerationRequest) -> None:
         self._decoder = TextDecoder(detokenizer, question.prefix, byte_ids)
         self._stops, self._has_stops = StopFinder(question.stop), bool(question.stop)
         self._parser = AnswerParser(question.reading)
@@ -184,7 +184,7 @@ class ChoiceReader:
         self.num_tokens = self.num_reasoning = 0  # tokens so far, and of them those of the thoughts
         self.num_characters = self.num_released = 0  # decoded so far, and of them those that are out
         self._text = ""  # not taken yet
-        self._parts: list[Part] = []
+        self._parts: list[ContentDelta] = []
 
     @property
     def is_done(self) -> bool:
@@ -214,7 +214,7 @@ class ChoiceReader:
             self._release(self._stops.end())
         self._parts += self._parser.end(is_whole and not self.is_done)
 
-    def take(self) -> tuple[str, list[Part]]:
+    def take(self) -> tuple[str, list[ContentDelta]]:
         """What came since it was asked last."""
         text, parts, self._text, self._parts = self._text, self._parts, "", []
         return text, parts
@@ -267,7 +267,7 @@ class ChoiceReader:
             self._parts += self._parser.put(text)
 
 
-async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerator[Piece]:
+async def answer(loaded: LoadedModel, index: int, question: GenerationRequest) -> AsyncGenerator[OutputDelta]:
     """One choice, until it ends or a stop string comes."""
     template = loaded.template
     detokenizer = template.marking_detokenizer if question.reading.marks else template.detokenizer
@@ -295,7 +295,7 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
             if reason and not reader.is_stopped:
                 num_shown = len(pending)
             if text or reason or is_first:
-                yield Piece(
+                yield OutputDelta(
                     index,
                     text,
                     reader.num_tokens,
@@ -303,56 +303,58 @@ async def answer(loaded: Loaded, index: int, question: Question) -> AsyncGenerat
                     tuple(pending[:num_shown]),
                     tuple(offsets[:num_shown]),
                     outputs[0].prompt,
-                    outputs[0].num_reused,
+                    outputs[0].num_cached_tokens,
                     tuple(parts),
                     reader.num_reasoning,
-                    outputs[0].waited,
+                    outputs[0].queue_time,
                 )
                 pending, offsets = pending[num_shown:], offsets[num_shown:]
             if reason:
                 return
 
 
-async def best(sources: Sequence[AsyncGenerator[Piece]], n: int, first_index: int) -> AsyncGenerator[Piece]:
+async def best(sources: Sequence[AsyncGenerator[OutputDelta]], n: int, first_index: int) -> AsyncGenerator[OutputDelta]:
     """The `n` answers whose tokens have the highest mean log-probability, best first, each as one piece.
 
     The first one's `num_tokens` counts the discarded answers too: they were computed; and what one of them computed
     of the prompt was not reused, whichever is kept.
     """
-    wholes: dict[int, Piece] = {}
+    wholes: dict[int, OutputDelta] = {}
     async with aclosing(merge(sources)) as pieces:
         async for piece in pieces:
             whole = wholes.get(piece.index, piece)
             wholes[piece.index] = piece if whole is piece else _joined(whole, piece)
     ranked = sorted(wholes.values(), key=_mean_logprob, reverse=True)
     discarded = sum(piece.num_tokens for piece in ranked[n:])
-    num_reused = min(piece.num_reused for piece in ranked)
+    num_cached_tokens = min(piece.num_cached_tokens for piece in ranked)
     for rank, piece in enumerate(ranked[:n]):
         extra = 0 if rank else discarded
         num_tokens = piece.num_tokens + extra
-        yield replace(piece, index=first_index + rank, num_tokens=num_tokens, num_reused=num_reused, is_ranked=True)
+        yield replace(
+            piece, index=first_index + rank, num_tokens=num_tokens, num_cached_tokens=num_cached_tokens, is_ranked=True
+        )
 
 
-def _joined(whole: Piece, piece: Piece) -> Piece:
+def _joined(whole: OutputDelta, piece: OutputDelta) -> OutputDelta:
     tokens, offsets = whole.tokens + piece.tokens, whole.offsets + piece.offsets
     joined = replace(piece, text=whole.text + piece.text, tokens=tokens, offsets=offsets)
-    return replace(joined, prompt=whole.prompt, num_reused=whole.num_reused, waited=whole.waited)
+    return replace(joined, prompt=whole.prompt, num_cached_tokens=whole.num_cached_tokens, queue_time=whole.queue_time)
 
 
-def _mean_logprob(piece: Piece) -> float:
+def _mean_logprob(piece: OutputDelta) -> float:
     values = [token.logprob for token in piece.tokens if token.logprob is not None]
     return sum(values) / len(values) if values else 0.0
 
 
-def merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
+def merge(sources: Sequence[AsyncGenerator[OutputDelta]]) -> AsyncGenerator[OutputDelta]:
     """The items of all sources as they come; leaving it leaves them all. The first error ends it."""
     return sources[0] if len(sources) == 1 else _merge(sources)
 
 
-async def _merge(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
-    items: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+async def _merge(sources: Sequence[AsyncGenerator[OutputDelta]]) -> AsyncGenerator[OutputDelta]:
+    items: asyncio.Queue[OutputDelta | BaseException | None] = asyncio.Queue()
 
-    async def pump(source: AsyncGenerator[Piece]) -> None:
+    async def pump(source: AsyncGenerator[OutputDelta]) -> None:
         try:
             async with aclosing(source):
                 async for piece in source:

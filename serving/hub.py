@@ -14,8 +14,8 @@ from checkpoints import checkpoint
 from checkpoints.progress import Progress
 from config import Settings
 from errors import ModelLoading, ModelNotFound, Unavailable
-from serving.loading import Load, in_daemon_thread, told_of
-from serving.local import LocalProvider
+from serving.loading import LoadModel, in_daemon_thread, to_api_error
+from serving.local import LocalModel
 from telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ class HubModels:
     def __init__(
         self,
         settings: Settings,
-        load: Load,
+        load: LoadModel,
         sources: checkpoint.Sources | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self._settings, self._load_model, self._sources = settings, load, sources
         self._metrics = metrics or Metrics()
-        self._provider: LocalProvider | None = None
+        self._provider: LocalModel | None = None
         self._name: str | None = None  # of the provider's model, or of the one that is being loaded
-        self._loading: asyncio.Task[LocalProvider] | None = None
+        self._loading: asyncio.Task[LocalModel] | None = None
         self._used_at = 0.0
         self._watch: asyncio.Task[None] | None = None
         self._unloading: asyncio.Task[None] | None = None  # of a model whose engine has ended
@@ -49,7 +49,7 @@ class HubModels:
     def serves(self, model: str) -> bool:
         return model.startswith(PREFIX)
 
-    async def provider(self, model: str) -> LocalProvider:
+    async def provider(self, model: str) -> LocalModel:
         """Raises APIError: for a name that is none, a Hub that has or says nothing, and while it takes long."""
         name = model.removeprefix(PREFIX)
         if not _ID.fullmatch(name) or ".." in name:
@@ -87,7 +87,7 @@ class HubModels:
         self._loading.add_done_callback(self._forget_failed)
         self._watch = self._watch or asyncio.create_task(self._unload_when_idle())
 
-    def _on_failure(self, provider: LocalProvider, sentence: str) -> None:
+    def _on_failure(self, provider: LocalModel, sentence: str) -> None:
         """Its engine has ended: the next request loads it anew."""
         log.error("%s", sentence)
         if provider is not self._provider:  # it was being replaced
@@ -96,23 +96,23 @@ class HubModels:
             self._name = self._loading = None
         self._unloading = asyncio.create_task(self._unload())
 
-    def _forget_failed(self, task: "asyncio.Task[LocalProvider]") -> None:
+    def _forget_failed(self, task: "asyncio.Task[LocalModel]") -> None:
         is_lost = task.cancelled() or task.exception() is not None
         if is_lost and task is self._loading:
             self._name = None if self._provider is None else self._provider.name.removeprefix(PREFIX)
             self._loading = None if self._provider is None else _done(self._provider)
 
-    async def _load(self, name: str) -> LocalProvider:
+    async def _load(self, name: str) -> LocalModel:
         begin, served = time.monotonic(), PREFIX + name
         settings = self._settings.model_copy(update={"model_path": name, "served_model_name": served})
-        provider = LocalProvider(settings, lambda why: self._on_failure(provider, why), metrics=self._metrics)
+        provider = LocalModel(settings, lambda why: self._on_failure(provider, why), metrics=self._metrics)
         try:
             directory = await in_daemon_thread(partial(self._fetch, name, provider.progress))
             await self._unload()  # not before the new one is there
             loaded = await in_daemon_thread(partial(self._load_model, str(directory), settings, provider.progress))
         except Exception as error:
             log.warning("%s could not be loaded: %s", name, error)
-            raise told_of(error, name) from error
+            raise to_api_error(error, name) from error
         provider.begin(loaded)
         self._provider, self._used_at = provider, time.monotonic()
         log.info("%s is ready after %.1f s", served, time.monotonic() - begin)
@@ -158,8 +158,8 @@ class HubModels:
             await self._provider.close(timeout)
 
 
-def _done(provider: LocalProvider) -> "asyncio.Task[LocalProvider]":
-    async def known() -> LocalProvider:
+def _done(provider: LocalModel) -> "asyncio.Task[LocalModel]":
+    async def known() -> LocalModel:
         return provider
 
     return asyncio.ensure_future(known())

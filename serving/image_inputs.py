@@ -1,4 +1,4 @@
-"""Eyes: from the images of a request's messages to views in pixels, and from the prompt's tokens to their places."""
+"""ImageInputs: from the images of a request's messages to views in pixels, and from the prompt's tokens to their places."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -35,14 +35,14 @@ MAX_WAITING_BYTES = 2**30  # of pixels that wait to be encoded; more requests ar
 
 
 @dataclass(frozen=True)
-class View:
+class ImageCrop:
     """An image, or a part of it, as the model sees it."""
 
     pixels: "torch.Tensor"  # (channels, height, width)
     digest: bytes
 
 
-class Eyes:
+class ImageInputs:
     """What a model that sees needs beside its engine."""
 
     def __init__(self, processor: Any, image_token_id: int, tokens_per_view: int) -> None:
@@ -54,14 +54,14 @@ class Eyes:
         self._waiting: WeakSet[torch.Tensor] = WeakSet()
 
     @classmethod
-    def open(cls, directory: Path, config: Any) -> "Eyes":
+    def open(cls, directory: Path, config: Any) -> "ImageInputs":
         """With Pillow's image processor, which needs no torchvision. Raises OSError or ValueError."""
         from transformers import AutoImageProcessor
 
         processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
         return cls(processor, config.image_token_id, config.mm_tokens_per_image)
 
-    async def see(self, messages: Sequence[Message], fetcher: ImageFetcher, most: int) -> list[list[View]]:
+    async def see(self, messages: Sequence[Message], fetcher: ImageFetcher, most: int) -> list[list[ImageCrop]]:
         """The views of each image, in the order of the messages. Raises InvalidRequest, or Overloaded."""
         parts = list(image_parts(messages))
         if len(parts) > most:
@@ -75,7 +75,7 @@ class Eyes:
             for task in tasks:
                 task.cancel()
 
-    async def _views(self, part: ContentPart, param: str, fetcher: ImageFetcher) -> list[View]:
+    async def _views(self, part: ContentPart, param: str, fetcher: ImageFetcher) -> list[ImageCrop]:
         url, detail = part.image
         if url is None:
             raise InvalidRequest(f"{param}.image_url has no url.", param=param, code="missing_required_parameter")
@@ -92,15 +92,15 @@ class Eyes:
             self._waiting.update(view.pixels for view in views)
         return views
 
-    def _process(self, data: bytes, detail: str, param: str) -> list[View]:
+    def _process(self, data: bytes, detail: str, param: str) -> list[ImageCrop]:
         options: dict[str, Any] = {"do_pan_and_scan": False}
         if detail in ELONGATED:
             options = {**PAN_AND_SCAN, "pan_and_scan_min_ratio_to_activate": ELONGATED[detail]}
         picture = image_decoder.decode(data, param)
         pixels = self._processor(picture, return_tensors="pt", **options)["pixel_values"]
-        return [View(own, blake2b(own.numpy().tobytes(), digest_size=16).digest()) for own in pixels]
+        return [ImageCrop(own, blake2b(own.numpy().tobytes(), digest_size=16).digest()) for own in pixels]
 
-    def place(self, token_ids: Sequence[int], views: Sequence[View]) -> "tuple[Image, ...]":
+    def place(self, token_ids: Sequence[int], views: Sequence[ImageCrop]) -> "tuple[Image, ...]":
         """The views where the prompt has their tokens."""
         from engine.vision import Image
 

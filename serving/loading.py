@@ -26,11 +26,11 @@ from errors import (
 )
 from prompt_templates import PromptTemplate
 from schemas import Message
-from serving.image_inputs import Eyes
+from serving.image_inputs import ImageInputs
 from text.logprobs import TokenTexts
 
 if TYPE_CHECKING:
-    from engine.build import Facts
+    from engine.build import ModelDefaults
     from engine.engine import Engine
     from engine.sample.grammar import GrammarCompiler
 
@@ -64,14 +64,14 @@ FOREIGN_VOCABULARIES = ("tokenizer.model", "tekken.json", "spiece.model", "tikto
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """What exists once the model is ready."""
 
     engine: "Engine"
     template: PromptTemplate
     texts: TokenTexts
     defaults: dict[str, Any]  # sampling parameters of the model's generation config
-    eyes: Eyes | None = None  # of a model that sees
+    image_inputs: ImageInputs | None = None  # of a model that sees
     grammars: "GrammarCompiler | None" = None  # None: its tokenizer is none that grammars can be compiled for
 
 
@@ -85,7 +85,7 @@ HIDDEN = {  # what a chat template may leave out; calls and tools are written as
 }
 
 T = TypeVar("T")
-Load = Callable[[str, Settings, Progress], Loaded]
+LoadModel = Callable[[str, Settings, Progress], LoadedModel]
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def uncollected() -> Iterator[None]:
 
 
 @uncollected()
-def load(path: str, settings: Settings, progress: Progress) -> Loaded:
+def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
     """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
     draft = settings.draft_model_path if settings.num_speculative_tokens else None
@@ -118,8 +118,8 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
     config, _ = check_model(directory, options.dtype, options.device_map)
     with ThreadPoolExecutor(1, "tokenizer") as pool:
-        eyes = open_eyes(directory, config)
-        tokens_per_image = config.mm_tokens_per_image if eyes else 0
+        image_inputs = open_image_inputs(directory, config)
+        tokens_per_image = config.mm_tokens_per_image if image_inputs else 0
         name = checkpoint.served_name(path)
         template = pool.submit(load_template, directory, config.model_type, tokens_per_image, name)
         if draft_directory:
@@ -127,21 +127,21 @@ def load(path: str, settings: Settings, progress: Progress) -> Loaded:
         engine, generation_config = load_engine(
             directory,
             options,
-            lambda: facts_of(template.result()),
+            lambda: defaults_of(template.result()),
             progress.report,
             draft_directory or None,
         )
     progress.report("ready", 1.0)
     texts = TokenTexts(template.result().tokenizer)
     grammars = open_grammars(template.result(), engine)
-    return Loaded(engine, template.result(), texts, sampling_defaults(generation_config), eyes, grammars)
+    return LoadedModel(engine, template.result(), texts, sampling_defaults(generation_config), image_inputs, grammars)
 
 
-def facts_of(template: PromptTemplate) -> "Facts":
-    from engine.build import Facts
+def defaults_of(template: PromptTemplate) -> "ModelDefaults":
+    from engine.build import ModelDefaults
 
     num_tokens = 1 + max(template.tokenizer.get_vocab().values())
-    return Facts(tuple(template.stop_token_ids), template.family.context_length, num_tokens)
+    return ModelDefaults(tuple(template.stop_token_ids), template.family.context_length, num_tokens)
 
 
 def open_grammars(template: PromptTemplate, engine: "Engine") -> "GrammarCompiler | None":
@@ -153,18 +153,18 @@ def open_grammars(template: PromptTemplate, engine: "Engine") -> "GrammarCompile
     return GrammarCompiler(backend.to_str, engine.num_embeddings, engine.scheduler.eos_token_ids)
 
 
-def open_eyes(directory: Path, config: Any) -> Eyes | None:
+def open_image_inputs(directory: Path, config: Any) -> ImageInputs | None:
     """For a model that sees as Gemma 3 does; others, and those without an image processor, take text alone."""
     if not hasattr(config, "vision_config") or not hasattr(config, "mm_tokens_per_image"):
         return None
     try:
-        return Eyes.open(directory, config)
+        return ImageInputs.open(directory, config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         log.warning("images are refused, because %s has no image processor: %s", directory, str(error).splitlines()[0])
         return None
 
 
-def told_of(error: Exception, name: str, param: str = "model") -> APIError:
+def to_api_error(error: Exception, name: str, param: str = "model") -> APIError:
     """What a client hears when a model, or a vocabulary, that its request needs cannot be loaded."""
     if isinstance(error, SourceUnreachable):
         return UpstreamUnreachable(str(error), param=param)

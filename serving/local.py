@@ -1,4 +1,4 @@
-"""LocalProvider: the model of this process. Prompt, engine and streamer, put together as chunks."""
+"""LocalModel: the model of this process. Prompt, engine and streamer, put together as chunks."""
 
 import asyncio
 import logging
@@ -27,15 +27,15 @@ from schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from serving.chat import ChoiceChunks, Thoughts, compiled, reading_of, with_marks
+from serving.chat import ChoiceChunks, ReasoningState, compiled, reading_of, with_marks
 from serving.completion import Choices, Prompt, check_suffix, num_answers
-from serving.generation import Meter, Piece, Question, answer, best, merge
+from serving.generation import GenerationRequest, OutputDelta, RequestUsage, answer, best, merge
 from serving.image_fetcher import ImageFetcher
-from serving.loading import Load, Loaded, in_daemon_thread, load
+from serving.loading import LoadedModel, LoadModel, in_daemon_thread, load
 from telemetry import request_record
 from telemetry.metrics import Metrics
 from text.structured_output import is_structured, structure_of
-from text.tools import Toolbox, toolbox_of
+from text.tools import ToolSet, tool_set_of
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -49,12 +49,12 @@ FEWEST_CHARACTERS = 2**20  # that are tokenized, however short the context is
 BACKGROUND = 1  # priority of what nobody is looking at
 
 
-class LocalProvider:
+class LocalModel:
     def __init__(
         self,
         settings: Settings,
         on_failure: Callable[[str], None],
-        load: Load = load,
+        load: LoadModel = load,
         metrics: Metrics | None = None,
     ) -> None:
         """`on_failure` gets one sentence if the model cannot be loaded, or its engine has ended."""
@@ -67,7 +67,7 @@ class LocalProvider:
         self._created = int(time.time())
         self._on_failure = on_failure
         self._load_model = load
-        self.loaded: Loaded | None = None
+        self.loaded: LoadedModel | None = None
         self._loading: asyncio.Task[None] | None = None
         self._failure: str | None = None
         self._fetcher = ImageFetcher(settings.allow_private_image_urls, settings.image_url_hosts)
@@ -96,7 +96,7 @@ class LocalProvider:
             self.begin(loaded)
             log.info("%s is ready after %.1f s", self.name, time.monotonic() - begin)
 
-    def begin(self, loaded: Loaded) -> None:
+    def begin(self, loaded: LoadedModel) -> None:
         """Answers with that from now on."""
         loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} stopped after an error.")
         loaded.engine.start()
@@ -158,14 +158,14 @@ class LocalProvider:
             "recommended_quantization": template.family.quantization,
         }
 
-    def _ready_for(self, request: ChatCompletionRequest | CompletionRequest) -> Loaded:
+    def _ready_for(self, request: ChatCompletionRequest | CompletionRequest) -> LoadedModel:
         """The loaded model; raises InvalidRequest for a field that asks for what it does not do."""
         loaded = self._ready(request.model)
         for name in request.refused_fields:
             raise unsupported(name)
         return loaded
 
-    def _ready(self, model: str) -> Loaded:
+    def _ready(self, model: str) -> LoadedModel:
         if not self.serves(model):
             raise ModelNotFound(f"The model {model!r} does not exist; this server has {self.name!r}.", param="model")
         if self.loaded is None:
@@ -179,16 +179,18 @@ class LocalProvider:
 
     async def stream_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
         loaded = self._ready_for(request)
-        meter = Meter(self.name, self._metrics.of(self.name))
+        meter = RequestUsage(self.name, self._metrics.of(self.name))
         num_choices = request.n or 1
         _check_room(loaded.engine, num_choices, "n")
-        box = toolbox_of(request)
+        box = tool_set_of(request)
         prompt_ids, images = await self._render(loaded, request, box)
         _check_prompt(loaded.engine, prompt_ids, "messages")
         state = loaded.template.thinking(prompt_ids)
         params = self._sampling_params(loaded, request, len(prompt_ids), None)
-        params = await self._constrained(loaded, request, params, box, Thoughts(state, request.thinking_token_budget))
-        question = Question(
+        params = await self._constrained(
+            loaded, request, params, box, ReasoningState(state, request.thinking_token_budget)
+        )
+        question = GenerationRequest(
             prompt_ids,
             params,
             with_marks(request.stop_strings, loaded.template.marks),
@@ -212,11 +214,11 @@ class LocalProvider:
         yield head.model_copy(update={"usage": meter.usage, "timings": timings})
 
     async def _render(
-        self, loaded: Loaded, request: ChatCompletionRequest | TokenizeRequest, box: Toolbox | None
+        self, loaded: LoadedModel, request: ChatCompletionRequest | TokenizeRequest, box: ToolSet | None
     ) -> "tuple[list[int], tuple[Image, ...]]":
         """The prompt of messages, and where its images are. A model that does not see fetches nothing."""
         messages = request.messages or []
-        views = [] if loaded.eyes is None else await loaded.eyes.see(messages, self._fetcher, self.settings.max_images)
+        views = [] if loaded.image_inputs is None else await loaded.image_inputs.see(messages, self._fetcher, self.settings.max_images)
         _check_characters(loaded, sum(len(text) for message in messages for text in message.texts), "messages")
         thinks = False if request.thinks is None and _is_task(request) else request.thinks
         options = RenderOptions(
@@ -228,20 +230,20 @@ class LocalProvider:
             request.effort,
         )
         prompt_ids = await asyncio.to_thread(loaded.template.render_chat, messages, options)
-        if loaded.eyes is None or not views:
+        if loaded.image_inputs is None or not views:
             return prompt_ids, ()
-        return prompt_ids, loaded.eyes.place(prompt_ids, [view for own in views for view in own])
+        return prompt_ids, loaded.image_inputs.place(prompt_ids, [view for own in views for view in own])
 
     async def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]:
         loaded = self._ready_for(request)
-        meter = Meter(self.name, self._metrics.of(self.name))
+        meter = RequestUsage(self.name, self._metrics.of(self.name))
         n, best_of = num_answers(request)
         check_suffix(request)
         _check_room(loaded.engine, len(request.prompts) * best_of, "prompt")
         for text in [prompt for prompt in request.prompts if isinstance(prompt, str)]:
             _check_characters(loaded, len(text), "prompt")
         prompts = [await asyncio.to_thread(Prompt.of, loaded, request.suffix, prompt) for prompt in request.prompts]
-        sources: list[AsyncGenerator[Piece]] = []
+        sources: list[AsyncGenerator[OutputDelta]] = []
         num_same: Counter[tuple[int, ...]] = Counter()  # answers so far of each prompt
         for number, prompt in enumerate(prompts):
             earlier = num_same[tuple(prompt.token_ids)]
@@ -266,19 +268,21 @@ class LocalProvider:
                 yield head.model_copy(update={"choices": [choice], "timings": timings})
         yield head.model_copy(update={"usage": meter.usage, "timings": timings})
 
-    def _question(self, loaded: Loaded, request: CompletionRequest, prompt: Prompt, is_ranked: bool) -> Question:
+    def _question(
+        self, loaded: LoadedModel, request: CompletionRequest, prompt: Prompt, is_ranked: bool
+    ) -> GenerationRequest:
         _check_prompt(loaded.engine, prompt.token_ids, "prompt")
         params = self._sampling_params(loaded, request, len(prompt.token_ids), COMPLETION_MAX_TOKENS)
         prefix = prompt.token_ids[-4:]  # how the answer's first token reads depends on these
-        return Question(prompt.token_ids, prompt.adapt(params, is_ranked), request.stop_strings, prefix)
+        return GenerationRequest(prompt.token_ids, prompt.adapt(params, is_ranked), request.stop_strings, prefix)
 
     async def _constrained(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         request: ChatCompletionRequest | CompletionRequest,
         params: "SamplingParams",
-        box: Toolbox | None,
-        thoughts: Thoughts | None,
+        box: ToolSet | None,
+        thoughts: ReasoningState | None,
     ) -> "SamplingParams":
         """With what the answer must look like. Raises InvalidRequest."""
         template = loaded.template
@@ -296,7 +300,7 @@ class LocalProvider:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either prompt or messages.", param="prompt", code="invalid_value")
         if request.messages is not None:
-            token_ids, _ = await self._render(loaded, request, toolbox_of(request))
+            token_ids, _ = await self._render(loaded, request, tool_set_of(request))
         else:
             _check_characters(loaded, len(request.prompt or ""), "prompt")
             has_bos = request.add_special_tokens is not False
@@ -316,7 +320,7 @@ class LocalProvider:
 
     def _sampling_params(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         request: ChatCompletionRequest | CompletionRequest,
         prompt_tokens: int,
         default_max_tokens: int | None,
@@ -350,7 +354,7 @@ class LocalProvider:
         return SamplingParams(**{**values, "max_tokens": min(left, wanted)})
 
 
-def _check_characters(loaded: Loaded, num_characters: int, param: str) -> None:
+def _check_characters(loaded: LoadedModel, num_characters: int, param: str) -> None:
     """What must be too long, whatever its tokens are, is not tokenized: that takes a second for each megabyte."""
     limit = loaded.engine.max_model_len
     if num_characters > max(limit * loaded.template.longest_token, FEWEST_CHARACTERS):
@@ -373,10 +377,10 @@ def _is_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:
 def _check_room(engine: "Engine", num_sequences: int, param: str) -> None:
     """Raises InvalidRequest for more sequences than could ever wait, Overloaded for more than can now; their
     tokens are not known yet."""
-    if num_sequences > engine.room.most:
+    if num_sequences > engine.admission.max_sequences:
         raise InvalidRequest(
             f"You requested {num_sequences} answers, but this server accepts at most "
-            f"{engine.room.most} at a time: ask for fewer.",
+            f"{engine.admission.max_sequences} at a time: ask for fewer.",
             param=param,
         )
     engine.check_open(num_sequences, request_record.current().client)

@@ -5,7 +5,7 @@ import logging
 import re
 from typing import Any
 
-from telemetry.request_record import Record
+from telemetry.request_record import RequestRecord
 
 access = logging.getLogger("access")
 _BARE = re.compile(r"[A-Za-z0-9_.,:/@+-]+")  # what ends neither a value nor a line
@@ -65,7 +65,7 @@ def configure(level: str, kind: str) -> None:
         logging.getLogger(name).propagate = name != "uvicorn.access"  # that one logs query strings
 
 
-def write(record: Record, method: str, path: str, status: int) -> None:
+def write(record: RequestRecord, method: str, path: str, status: int) -> None:
     """The line of a request that is over."""
     fields: dict[str, Any] = {
         "request_id": record.request_id,
@@ -79,7 +79,7 @@ def write(record: Record, method: str, path: str, status: int) -> None:
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens,
         "completion_tokens": record.completion_tokens,
-        "queue_seconds": None if record.waited is None else round(record.waited, 4),
+        "queue_seconds": None if record.queue_time is None else round(record.queue_time, 4),
         "first_token_seconds": None if record.first_token is None else round(record.first_token, 4),
         "finish_reason": ",".join(sorted(set(record.finish_reasons))),
         "error": record.error,

@@ -8,7 +8,7 @@ from telemetry.metrics import ModelMetrics
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """Texts and keys are never in it."""
 
     request_id: str = ""
@@ -18,7 +18,7 @@ class Record:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of these, not computed
     completion_tokens: int = 0
-    waited: float | None = None  # seconds in the queue
+    queue_time: float | None = None  # seconds in the queue
     first_token: float | None = None  # seconds until it came
     finish_reasons: list[str] = field(default_factory=list)
     is_complete: bool = False  # every answer has ended
@@ -31,14 +31,14 @@ class Record:
         return time.perf_counter() - self.begin
 
 
-_current: ContextVar[Record] = ContextVar("record")
+_current: ContextVar[RequestRecord] = ContextVar("record")
 
 
-def begin(record: Record) -> None:
+def begin(record: RequestRecord) -> None:
     """What runs in this task, and in those that it starts, belongs to the record."""
     _current.set(record)
 
 
-def current() -> Record:
+def current() -> RequestRecord:
     """Outside of a request, one that nobody reads."""
-    return _current.get(None) or Record()
+    return _current.get(None) or RequestRecord()

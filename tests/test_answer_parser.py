@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from text.answer_parser import AnswerParser, Part, Reading
+from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
 from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
 
 TOOLS: dict[str, dict[str, Any]] = {
@@ -27,12 +27,12 @@ class Answer:
 
 
 def read(pieces: list[str], style: ToolFormat | None, **reading: Any) -> Answer:
-    return fold(AnswerParser(Reading(TOOLS, style, **reading)), pieces)
+    return fold(AnswerParser(ParserOptions(TOOLS, style, **reading)), pieces)
 
 
 def fold(parser: AnswerParser, pieces: list[str], is_whole: bool = False) -> Answer:
     """is_whole: the model itself ended the answer."""
-    answer, parts = Answer(), list[Part]()
+    answer, parts = Answer(), list[ContentDelta]()
     for piece in pieces:
         if not parser.is_done:
             parts += parser.put(piece)

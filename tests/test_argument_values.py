@@ -7,7 +7,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from text.answer_parser import AnswerParser, Reading
+from text.answer_parser import AnswerParser, ParserOptions
 from text.argument_schemas import choices_of, fits, kinds_of, takes_any_text
 from text.argument_values import argument_of, fitted
 from text.tool_formats import LINES, MARKED, QWEN_XML, ToolFormat
@@ -115,7 +115,7 @@ CALLS = [
 @pytest.mark.parametrize("schema", ODD)
 @pytest.mark.parametrize(("style", "text"), CALLS)
 def test_calls_are_read_by_odd_schemas_without_an_error(schema: dict[str, Any], style: ToolFormat, text: str) -> None:
-    parser = AnswerParser(Reading({"f": schema}, style))
+    parser = AnswerParser(ParserOptions({"f": schema}, style))
     assert [*parser.put(text), *parser.end(True)]
 
 

@@ -23,14 +23,14 @@ from engine.sample.grammar import Grammar, GrammarCompiler
 from prompt_templates import PromptTemplate
 from schemas import ChatCompletionRequest
 from serving.chat import reading_of
-from text.answer_parser import AnswerParser, Reading
+from text.answer_parser import AnswerParser, ParserOptions
 from text.argument_schemas import fits
 from text.argument_values import argument_of
 from text.detokenizer import TextDecoder
 from text.lenient_json import JsonReader, is_json, read_json
 from text.structured_output import Structure, structure_of
 from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
-from text.tools import Toolbox, toolbox_of
+from text.tools import ToolSet, tool_set_of
 
 TOOLS: dict[str, dict[str, Any]] = {
     "f": {
@@ -51,7 +51,7 @@ THINK = ("<think>", "</think>")
 
 
 def read(pieces: list[str], style: ToolFormat, is_whole: bool = True, **reading: Any) -> Answer:
-    return fold(AnswerParser(Reading(TOOLS, style, **reading)), pieces, is_whole)
+    return fold(AnswerParser(ParserOptions(TOOLS, style, **reading)), pieces, is_whole)
 
 
 def xml(*parameters: tuple[str, str], name: str = "f") -> str:
@@ -477,7 +477,7 @@ XML_TEMPLATE = (
     "{% for m in messages %}{{ m.content }}{% endfor %}<think></think>"
 )
 GLM_TEMPLATE = XML_TEMPLATE.replace("<function=name>\n<parameter=key>", "<arg_key>k</arg_key> <arg_value>v</arg_value>")
-BOX = Toolbox(shown=(), schemas=TOOLS, fields={}, is_required=False, is_parallel=True, is_strict=False)
+BOX = ToolSet(shown=(), schemas=TOOLS, fields={}, is_required=False, is_parallel=True, is_strict=False)
 
 
 @cache
@@ -495,7 +495,7 @@ def compiler_of(template: PromptTemplate) -> GrammarCompiler:
 
 
 def through_tokens(
-    template: PromptTemplate, text: str, state: Any = "closed", box: Toolbox = BOX, grammar: Constraint | None = None
+    template: PromptTemplate, text: str, state: Any = "closed", box: ToolSet = BOX, grammar: Constraint | None = None
 ) -> Answer:
     """As the server reads an answer."""
     reading = reading_of(template, box, state, False, grammar)
@@ -535,14 +535,14 @@ LONG = "a > b\nin a line </parameter> and </function> are text"
 CHOICES = ["auto", "required", {"type": "function", "function": {"name": "f"}}]
 
 
-def guard_of(template: PromptTemplate, schemas: dict[str, Any], choice: Any) -> tuple[Toolbox, Structure, Grammar]:
+def guard_of(template: PromptTemplate, schemas: dict[str, Any], choice: Any) -> tuple[ToolSet, Structure, Grammar]:
     """What the server makes of a request with these tools."""
     tools = [{"type": "function", "function": {"name": name, "parameters": own}} for name, own in schemas.items()]
     message = {"role": "user", "content": "x"}
     body = ChatCompletionRequest.model_validate(
         {"model": "m", "messages": [message], "tools": tools, "tool_choice": choice}
     )
-    box = toolbox_of(body)
+    box = tool_set_of(body)
     structure = structure_of(body, box, template.tool_format, template.literals)
     assert structure is not None and box is not None
     return box, structure, compiler_of(template).compile(structure.text)
@@ -663,7 +663,7 @@ def test_what_a_json_string_quotes_of_calls_is_its_text() -> None:
 
 def test_what_a_grammar_asks_for_again_counts() -> None:
     """It has taken what is behind the forgotten mark for text, and wants the argument, which is required."""
-    reading = Reading({"f": {**TOOLS["f"], "required": ["x", "n"]}}, QWEN_XML, is_guarded=True)
+    reading = ParserOptions({"f": {**TOOLS["f"], "required": ["x", "n"]}}, QWEN_XML, is_guarded=True)
     text = marked(xml(("x", "a"), ("n", "5"), ("n", "6")).replace("</parameter>\n<", "<", 1))
     for pieces in (list(text), [text]):
         assert called(fold(AnswerParser(reading), pieces, True)) == [("f", {"x": "a", "n": 6})]

@@ -29,7 +29,7 @@ from checkpoints import checkpoint
 from checkpoints.progress import Progress
 from config import Settings
 from engine.batch import Batch, Span
-from engine.build import Facts, load_engine
+from engine.build import ModelDefaults, load_engine
 from engine.cpu import kernels, packed_layers
 from engine.engine import Engine, EngineOptions
 from engine.model_loader import check_model, load_model
@@ -37,7 +37,7 @@ from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import ModelLoadError
-from serving.loading import Loaded, load, load_template, sampling_defaults
+from serving.loading import LoadedModel, load, load_template, sampling_defaults
 
 Tensors = dict[str, torch.Tensor]
 
@@ -62,14 +62,14 @@ def edit(directory: Path, **changes: Any) -> None:
 
 
 def start(directory: Path, **options: Any) -> Engine:
-    return load_engine(directory, EngineOptions(kv_cache_memory=2**24, **options), Facts, ignore)[0]
+    return load_engine(directory, EngineOptions(kv_cache_memory=2**24, **options), ModelDefaults, ignore)[0]
 
 
 def logprobs(engine: Engine, token_ids: list[int]) -> torch.Tensor:
     """(tokens, vocab)"""
     runner = engine.runner
     assert isinstance(runner, ModelRunner)
-    sequence = Sequence(token_ids, SamplingParams(max_tokens=1), sink=lambda output: None)
+    sequence = Sequence(token_ids, SamplingParams(max_tokens=1), on_output=lambda output: None)
     assert runner.cache.allocate(sequence, len(token_ids))
     return runner.logits(Batch((Span(sequence, 0, len(token_ids)),))).float().log_softmax(-1)
 
@@ -344,7 +344,7 @@ def test_ids_beyond_the_vocabulary_are_never_chosen(tmp_path: Path) -> None:
     num_tokens = len(byte_tokenizer())
     save(tmp_path, pad_output, {"vocab_size": num_tokens + 13})
     loaded = load(str(tmp_path), Settings(cache_dir=tmp_path, dtype="float32"), Progress())
-    sequence = Sequence([5, 6, 7], SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True), sink=print)
+    sequence = Sequence([5, 6, 7], SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True), on_output=print)
     loaded.engine.scheduler.add(sequence)
     while loaded.engine.scheduler.has_work:
         loaded.engine.step()
@@ -398,7 +398,7 @@ def test_scaled_positions_that_are_not_known_are_refused_by_name(rope_type: str,
 # --- generation_config.json
 
 
-def started(directory: Path, text: str | None, config: dict[str, Any]) -> Loaded:
+def started(directory: Path, text: str | None, config: dict[str, Any]) -> LoadedModel:
     save(directory, lambda tensors: None, config)
     os.remove(directory / "generation_config.json")
     if text is not None:

@@ -145,7 +145,7 @@ def test_a_beginning_that_was_computed_before_gives_the_tokens_of_generate(famil
     async def use(engine: Engine) -> list[list[int]]:
         async def one(prompt: list[int]) -> list[int]:
             outputs = [output async for output in engine.generate(prompt, greedy(16))]
-            reused.append(outputs[0].num_reused)
+            reused.append(outputs[0].num_cached_tokens)
             return [output.token_id for output in outputs if output.token_id is not None]
 
         return [await one(prompt) for prompt in requests] + await asyncio.gather(*map(one, requests))

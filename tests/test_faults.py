@@ -230,7 +230,7 @@ def test_a_step_that_never_ends_is_seen_and_does_not_keep_the_engine_from_closin
     hang = Hang()
     hung: dict[str, Callable[[], object]] = {
         "the model": lambda: setattr(engine.runner, "run", hang),
-        "the guesses": lambda: setattr(engine.scheduler.guesser, "propose", hang),
+        "the guesses": lambda: setattr(engine.scheduler.proposer, "propose", hang),
         "an image": lambda: setattr(engine.scheduler, "wanted_images", hang),
     }
     hung[place]()

@@ -35,15 +35,15 @@ from providers import openai_compatible as fixing
 from providers.anthropic_request import to_messages
 from providers.anthropic_response import StreamMapper, to_completion
 from providers.router import gateways_of
-from providers.upstream import Access, Upstream, data_of, events_of, name_of
+from providers.upstream import Upstream, UpstreamConfig, data_of, events_of, name_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
 from serving.cl100k import Cl100k
-from text.answer_parser import AnswerParser, Reading
+from text.answer_parser import AnswerParser, ParserOptions
 from text.messages import canonical
 from text.structured_output import structure_of
 from text.tool_formats import FORMATS, LINES, ToolFormat
 from text.tool_grammars import Literals
-from text.tools import toolbox_of
+from text.tools import tool_set_of
 
 # --- what is generated
 
@@ -99,7 +99,7 @@ def mixed(pieces: Sequence[str], most: int = 12) -> st.SearchStrategy[str]:
 
 
 def upstream() -> Upstream:
-    return Upstream(Access("theirs", "THEIR_KEY", {}, needs_key=False, timeout=5, total_timeout=5))
+    return Upstream(UpstreamConfig("theirs", "THEIR_KEY", {}, needs_key=False, timeout=5, total_timeout=5))
 
 
 def events(parts: list[bytes]) -> list[bytes]:
@@ -200,7 +200,7 @@ def test_text_around_calls_is_kept(before: str, behind: str, known: tuple[Any, .
 
 def seconds_to_read(style: ToolFormat | None, begin: str, unit: str, count: int) -> float:
     """Of the processor."""
-    parser, start = AnswerParser(Reading(TOOLS, style, think=("<think>", "</think>"))), time.process_time()
+    parser, start = AnswerParser(ParserOptions(TOOLS, style, think=("<think>", "</think>"))), time.process_time()
     for piece in [begin, *[unit] * count]:
         parser.put(piece)
     parser.end()
@@ -369,7 +369,7 @@ BODY = object_of(ANSWER) | shaped(
     encoding_format=st.just("base64"),
     temperature=NUMBERS,
 )
-FIXES = [fixing.Fixes, fixing.GeminiFixes, fixing.DeepSeekFixes, fixing.OllamaFixes, fixing.MiniMaxFixes]
+FIXES = [fixing.Adapter, fixing.GeminiAdapter, fixing.DeepSeekAdapter, fixing.OllamaAdapter, fixing.MiniMaxAdapter]
 
 
 @pytest.mark.parametrize("fixes", FIXES)
@@ -379,9 +379,9 @@ FIXES = [fixing.Fixes, fixing.GeminiFixes, fixing.DeepSeekFixes, fixing.OllamaFi
 @example({"dimensions": 1, "encoding_format": "base64"}, [], {"data": [{"embedding": [10**400]}]})
 @example({"encoding_format": "base64"}, [], {"data": [{"embedding": [1e300]}]})
 def test_what_is_put_right_is_json_or_an_error(
-    fixes: Callable[[], fixing.Fixes], request_body: Any, chunks: list[Any], answer: Any
+    adapter: Callable[[], fixing.Adapter], request_body: Any, chunks: list[Any], answer: Any
 ) -> None:
-    one = fixes()
+    one = adapter()
     for path in ("embeddings", "chat/completions"):
         allows(partial(one.request, path, request_body), APIError)
     for chunk in chunks:
@@ -543,7 +543,7 @@ def test_what_an_answer_must_look_like_is_a_grammar_or_refused(
     assume(request is not None)
     literals = Literals({"<tool_call>", "</tool_call>"} if has_tokens else ())
     try:
-        assert structure_of(request, toolbox_of(request), style, literals) is not False
+        assert structure_of(request, tool_set_of(request), style, literals) is not False
     except APIError as error:
         assert error.status == 400 and JSONResponse(error.body()).body
 
@@ -600,7 +600,7 @@ ANY_MESSAGE = st.fixed_dictionaries(
 def test_messages_are_a_prompt_or_refused(kind: str, given_messages: list[Any], tools: list[Any], thinks: Any) -> None:
     body = {"model": "m", "messages": given_messages, "tools": tools}
     request = tried(schemas.ChatCompletionRequest, body)
-    assume(request is not None and allows(lambda: toolbox_of(request) or True, APIError))
+    assume(request is not None and allows(lambda: tool_set_of(request) or True, APIError))
     options = RenderOptions(tools=tools, thinks=thinks)
     token_ids = allows(lambda: TEMPLATES[kind].render_chat(request.messages, options), APIError)
     assert token_ids is None or len(token_ids) > 0

@@ -20,7 +20,7 @@ from process import MAIN, Server, serve
 from raw_http import processor_seconds
 from upstreams import Asked, Reply, Upstream, chunk, completion, event, message, message_events, told, upstream
 
-from providers.openai_compatible import GeminiFixes, MiniMaxFixes, OllamaFixes
+from providers.openai_compatible import GeminiAdapter, MiniMaxAdapter, OllamaAdapter
 from providers.upstream_errors import redact
 
 KEYS = {name: f"sk-secret-{name.lower()}" for name in ("OPENAI", "GOOGLE", "ANTHROPIC", "DEEPSEEK", "MINMAX")}
@@ -399,7 +399,7 @@ def test_keys_are_in_no_log(gateway: Gateway) -> None:
 
 
 def test_geminis_calls_are_numbered_and_end_as_calls() -> None:
-    fixes = GeminiFixes()
+    fixes = GeminiAdapter()
     first = chunk(
         {"tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}, "extra_content": {"g": 1}}]}
     )
@@ -409,7 +409,7 @@ def test_geminis_calls_are_numbered_and_end_as_calls() -> None:
     calls = [c["choices"][0]["delta"]["tool_calls"][0] for c in (first, second)]
     assert [call["index"] for call in calls] == [0, 1] and calls[0]["extra_content"] == {"g": 1}
     assert last["choices"][0]["finish_reason"] == "tool_calls"
-    assert not GeminiFixes().chunk(chunk({"content": "x"}, "stop"))
+    assert not GeminiAdapter().chunk(chunk({"content": "x"}, "stop"))
     for fixed in (first, second, last):
         ChatCompletionChunk.model_validate(fixed)
 
@@ -428,7 +428,7 @@ def test_minimax_errors_thoughts_and_odd_chunks_are_put_right(gateway: Gateway) 
     deltas = [ChatCompletionChunk.model_validate(part).choices[0].delta for part in parts if part["choices"]]
     assert "".join(delta.content or "" for delta in deltas) == "Yes."
     assert "".join((delta.model_extra or {}).get("reasoning_content", "") for delta in deltas) == "Hm"
-    assert MiniMaxFixes().request("chat/completions", body := {"temperature": 0, "max_tokens": 3}) == ["temperature"]
+    assert MiniMaxAdapter().request("chat/completions", body := {"temperature": 0, "max_tokens": 3}) == ["temperature"]
     assert body == {"temperature": 0.01, "max_completion_tokens": 3}
 
 
@@ -441,7 +441,7 @@ def test_ollama_is_not_sent_what_it_would_ignore(gateway: Gateway) -> None:
     assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "messages[0].content[0]"
     assert gateway.post("embeddings", model="ollama/x", input=[[1, 2]]).status_code == 400
     thought = chunk({"reasoning": "Hm"})
-    assert OllamaFixes().chunk(thought) and thought["choices"][0]["delta"]["reasoning_content"] == "Hm"
+    assert OllamaAdapter().chunk(thought) and thought["choices"][0]["delta"]["reasoning_content"] == "Hm"
 
 
 # --- the SDK

@@ -58,7 +58,7 @@ def finish(engine: Engine, sequences: Rows[Sequence]) -> list[tuple[str, bool]]:
 
 def asking(text: str, **params: Any) -> Sequence:
     own = SamplingParams(**{"max_tokens": 300, "grammar": COMPILER.compile(text), **params})
-    return Sequence([72, 105], own, sink=lambda output: None)
+    return Sequence([72, 105], own, on_output=lambda output: None)
 
 
 def random_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:

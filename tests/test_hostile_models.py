@@ -13,7 +13,7 @@ from config import Settings
 from errors import InvalidRequest
 from prompt_templates import PromptTemplate
 from schemas import Message
-from serving.local import LocalProvider
+from serving.local import LocalModel
 
 EVIL_CHAT = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch OWNED') }}"
 
@@ -75,7 +75,7 @@ def test_a_model_that_lies_is_not_served_rows46_47(tiny_checkpoint: Path, tmp_pa
     sentences: list[str] = []
 
     async def run() -> None:
-        provider = LocalProvider(Settings(model_path=str(directory), dtype="float32"), sentences.append)
+        provider = LocalModel(Settings(model_path=str(directory), dtype="float32"), sentences.append)
         provider.start()
         while not sentences and provider.loaded is None:
             await asyncio.sleep(0.01)

@@ -15,7 +15,7 @@ from text.json_schemas import FORMATS, enforceable, patterns_of
 from text.structured_output import structure_of
 from text.tool_formats import MARKED
 from text.tool_grammars import Literals
-from text.tools import toolbox_of
+from text.tools import tool_set_of
 
 UNKNOWN = ["path", "password", "binary", "byte", "uuid4", "uri-reference", "regex", "int64", "idn-email", "own-kind"]
 BOMB, TEXT = "(a{1000}){1000}", r"Returns at most {100000} rows, \\frac{1000000}{3}"
@@ -58,7 +58,7 @@ def ways(schema: Any) -> list[ChatCompletionRequest]:
 
 def compile_all(schema: Any) -> None:
     for request in ways(schema):
-        asked = structure_of(request, toolbox_of(request), MARKED, Literals([]))
+        asked = structure_of(request, tool_set_of(request), MARKED, Literals([]))
         assert asked is not None
         COMPILER.compile(asked.text)
 
@@ -120,7 +120,7 @@ def test_bombs_are_found_at_every_level(place: str) -> None:
     for schema in ({"type": "string", "pattern": BOMB}, {"type": "object", "patternProperties": {BOMB: {}}}):
         for request in ways(PLACES[place](schema)):
             with pytest.raises(InvalidRequest, match="repetition counts add more than 50000 characters"):
-                structure_of(request, toolbox_of(request), MARKED, Literals([]))
+                structure_of(request, tool_set_of(request), MARKED, Literals([]))
 
 
 @pytest.mark.parametrize("reference", ["#/default", "#/examples/0", "#/d%65fault", "#/properties/a/default"])
@@ -157,7 +157,7 @@ NO_ARGUMENTS: dict[str, Any] = {
 @pytest.mark.parametrize("name", NO_ARGUMENTS)
 def test_a_tool_without_parameters_takes_no_arguments(name: str) -> None:
     tools = [{"type": "function", "function": {"name": "now", **NO_ARGUMENTS[name]}}]
-    box = toolbox_of(body(tools=tools))
+    box = tool_set_of(body(tools=tools))
     assert box is not None and list(box.shown) == tools
     jsonschema.validate({}, box.schemas["now"])
     with pytest.raises(jsonschema.ValidationError):
@@ -176,6 +176,6 @@ def test_a_tool_without_parameters_takes_no_arguments(name: str) -> None:
     ],
 )
 def test_what_says_something_of_other_properties_stays_open(own: dict[str, Any]) -> None:
-    box = toolbox_of(body(tools=[{"type": "function", "function": {"name": "f", "parameters": own}}]))
+    box = tool_set_of(body(tools=[{"type": "function", "function": {"name": "f", "parameters": own}}]))
     assert box is not None
     jsonschema.validate({"message": "x"}, box.schemas["f"])

@@ -184,13 +184,13 @@ def test_blocks_of_random_traffic_hold_what_their_sequences_have() -> None:
     cache = KVCache(CachePlan.fit(layers, 40_000, 4, 8, 16), layers)
     rng = random.Random(3)
     alive: list[Sequence] = []
-    num_reused = 0
+    num_cached_tokens = 0
     for _ in range(3000):
         if rng.random() < 0.3 and len(alive) < 6:
             tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 60))]
             one = Sequence(tokens, SamplingParams(max_tokens=1), lambda output: None)
             cache.reuse(one)
-            num_reused += one.num_computed
+            num_cached_tokens += one.num_computed
             check(cache, one)
             alive.append(one)
         if alive:
@@ -211,7 +211,7 @@ def test_blocks_of_random_traffic_hold_what_their_sequences_have() -> None:
     for one in alive:
         check(cache, one)
         cache.free(one)
-    assert cache.num_used_blocks == 0 and num_reused > 1000
+    assert cache.num_used_blocks == 0 and num_cached_tokens > 1000
 
 
 def mark(one: Sequence, position: int) -> float:

@@ -20,7 +20,7 @@ from raw_http import JSON, Connection, request
 
 from telemetry import logs, tracing
 from telemetry.metrics import MAX_CODES, Metrics
-from telemetry.request_record import Record
+from telemetry.request_record import RequestRecord
 
 KEY = "sk-very-secret-0123456789"
 MODEL = "Tiny-Qwen3"
@@ -217,7 +217,7 @@ def logged(kind: str) -> Iterator[io.StringIO]:
 @pytest.mark.parametrize("kind", ["plain", "json"])
 def test_a_line_is_one_line_whatever_is_in_it(kind: str) -> None:
     with logged(kind) as stream:
-        seen = Record(request_id="r\n1", client="\x1b[31m", model="a\r\nb\u2028c\x00", error="e\x9b")
+        seen = RequestRecord(request_id="r\n1", client="\x1b[31m", model="a\r\nb\u2028c\x00", error="e\x9b")
         logs.write(seen, "GET", "/x\n\x7f\u202e\u200b\ud800\U000e0001", 200)
         logs.access.info("%s", "\u202e")
     text = stream.getvalue()
@@ -229,7 +229,7 @@ def test_a_line_is_one_line_whatever_is_in_it(kind: str) -> None:
 )
 def test_no_value_of_a_plain_line_looks_like_a_field_of_it(forged: str) -> None:
     with logged("plain") as stream:
-        logs.write(Record(request_id="mine", model=forged, finish_reasons=["a b=c"]), "GET", forged, 404)
+        logs.write(RequestRecord(request_id="mine", model=forged, finish_reasons=["a b=c"]), "GET", forged, 404)
     line = stream.getvalue().partition(" access: ")[2]
     value = r'("(?:[^"\\]|\\.)*"|[^\s"=]+)'
     found = re.fullmatch(rf"GET {value} 404 request_id=mine (?:seconds={value} )?model={value} \S+={value}\n", line)
@@ -238,7 +238,7 @@ def test_no_value_of_a_plain_line_looks_like_a_field_of_it(forged: str) -> None:
 
 def test_a_line_with_plain_values_has_no_quotes() -> None:
     with logged("plain") as stream:
-        logs.write(Record(request_id="r-1.x", model="org/Name-1.5:4b"), "POST", "/v1/chat/completions", 200)
+        logs.write(RequestRecord(request_id="r-1.x", model="org/Name-1.5:4b"), "POST", "/v1/chat/completions", 200)
     assert "POST /v1/chat/completions 200 request_id=r-1.x " in stream.getvalue()
     assert "model=org/Name-1.5:4b" in stream.getvalue() and '"' not in stream.getvalue()
 

@@ -86,7 +86,7 @@ def dequantized(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def engine_answers(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
     engine = build_engine(model, EngineOptions(max_num_seqs=8), frozenset())
     params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-    sequences = [Sequence(prompt, params, sink=lambda output: None) for prompt in prompts]
+    sequences = [Sequence(prompt, params, on_output=lambda output: None) for prompt in prompts]
     for sequence in sequences:
         engine.scheduler.add(sequence)
     while engine.scheduler.has_work:

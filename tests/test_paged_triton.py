@@ -7,7 +7,7 @@ import pytest
 import torch
 from devices import DEVICE
 from models import tiny_model
-from test_paged_flash import answers, engine_with
+from test_flash_attention import answers, engine_with
 
 from engine.attention import flash
 from engine.attention.flash import Trial

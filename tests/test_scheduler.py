@@ -241,7 +241,7 @@ def test_sequences_that_begin_alike_compute_that_once() -> None:
     while not all(one.num_output_tokens for one in (first, second, third)):
         batch = step(subject)
         total += batch.num_tokens
-    assert (second.num_reused, third.num_reused) == (88, 68)
+    assert (second.num_cached_tokens, third.num_cached_tokens) == (88, 68)
     assert total < 90 + 2 + 2 + 20
 
 
@@ -256,7 +256,7 @@ def test_a_prompt_that_was_begun_twice_has_not_reused_what_it_computed_itself() 
     while prompt in subject.waiting:
         step(subject)
     assert prompt.num_computed > 16, "it found its own blocks"
-    assert prompt.num_reused == 0
+    assert prompt.num_cached_tokens == 0
 
 
 def test_random_traffic_of_sequences_that_begin_alike_ends_with_everything_free() -> None:
@@ -273,7 +273,7 @@ def test_random_traffic_of_sequences_that_begin_alike_ends_with_everything_free(
             subject.remove(alive.pop(rng.randrange(len(alive))))
         batch = subject.schedule()
         check(batch)
-        assert not any(one.scores_prompt and one.num_reused for one in batch.sequences)
+        assert not any(one.scores_prompt and one.num_cached_tokens for one in batch.sequences)
         subject.update(batch, [[SampledToken(7)]] * sum(span.is_complete for span in batch.spans))
     for _ in range(3000):
         step(subject)

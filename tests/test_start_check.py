@@ -22,7 +22,7 @@ from transformers import (
 
 from engine import start_check
 from engine.attention import fused, paged
-from engine.build import Facts, build_engine, load_engine
+from engine.build import ModelDefaults, build_engine, load_engine
 from engine.cpu import kernels, packed_layers
 from engine.engine import EngineOptions
 from engine.model_runner import ModelRunner
@@ -73,7 +73,7 @@ def test_a_context_of_a_few_tokens_is_no_reason_to_refuse(tmp_path: Path) -> Non
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     options = EngineOptions(kv_cache_memory=2**20, kv_block_size=4, max_model_len=10)
-    assert load_engine(tmp_path, options, Facts, lambda phase, fraction: None)[0].max_model_len == 10
+    assert load_engine(tmp_path, options, ModelDefaults, lambda phase, fraction: None)[0].max_model_len == 10
 
 
 class WrongDecodesConfig(LlamaConfig):
@@ -143,7 +143,7 @@ def compared(caplog: pytest.LogCaptureFixture, directory: Path, cache: Path, **c
     caplog.clear()
     with caplog.at_level(logging.INFO):
         options = EngineOptions(cache_dir=cache, kv_cache_memory=2**24, **changes)
-        load_engine(directory, options, Facts, lambda phase, fraction: None)
+        load_engine(directory, options, ModelDefaults, lambda phase, fraction: None)
     return "compared with transformers" in caplog.text
 
 
@@ -186,7 +186,7 @@ def test_a_start_reports_the_comparison(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     phases: list[str] = []
     options = EngineOptions(kv_cache_memory=2**24)
-    load_engine(tmp_path, options, Facts, lambda phase, fraction: phases.append(phase))
+    load_engine(tmp_path, options, ModelDefaults, lambda phase, fraction: phases.append(phase))
     assert "comparing with transformers" in phases
 
 
@@ -197,4 +197,4 @@ def test_a_model_whose_numbers_are_none_is_refused_at_start(tmp_path: Path) -> N
         model.model.layers[1].mlp.down_proj.weight[3] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match="not numbers"):
-        load_engine(tmp_path, EngineOptions(kv_cache_memory=2**24), Facts, lambda phase, fraction: None)
+        load_engine(tmp_path, EngineOptions(kv_cache_memory=2**24), ModelDefaults, lambda phase, fraction: None)

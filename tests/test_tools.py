@@ -14,17 +14,17 @@ from engine.attention import paged
 from engine.build import build_engine
 from engine.constraint import Constraint
 from engine.engine import Engine, EngineOptions
-from engine.sample.grammar import GrammarCompiler, Triggered
+from engine.sample.grammar import GrammarCompiler, TriggeredGrammar
 from engine.sample.thinking import Thinking
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest
-from text.answer_parser import AnswerParser, Reading
+from text.answer_parser import AnswerParser, ParserOptions
 from text.structured_output import structure_of
 from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
 from text.tool_grammars import Literals
-from text.tools import toolbox_of
+from text.tools import tool_set_of
 
 FORMATS = {style.name: style for style in (MARKED, PARAMETERS, LINES, NAMED, QWEN_XML, GLM_XML)}
 TOKENIZER = byte_tokenizer(has_marks=True)
@@ -89,7 +89,7 @@ def read(text: str, style: ToolFormat, is_forced: bool = True) -> tuple[str | No
     """The finish reason, the content and the calls, read in one piece and by characters."""
     found = []
     for pieces in ([text], list(text)):
-        parser = AnswerParser(Reading(SCHEMAS, style, is_forced=is_forced))
+        parser = AnswerParser(ParserOptions(SCHEMAS, style, is_forced=is_forced))
         parts = [part for piece in pieces for part in parser.put(piece)] + parser.end()
         calls: list[list[str]] = []
         for call in [part.call for part in parts if part.call]:
@@ -116,7 +116,7 @@ def test_forced_calls_are_valid(name: str, literals: Literals, compiler: Grammar
     families = random.Random(name).sample(sorted(FAMILIES), 2)
     for family, temperature in zip(families, (2.0, 1.0), strict=True):
         body = request(tool_choice="required")
-        structure = structure_of(body, toolbox_of(body), style, literals)
+        structure = structure_of(body, tool_set_of(body), style, literals)
         assert structure is not None and structure.trigger is None
         constraint = compiler.compile(structure.text)
         for text, is_complete in answers(engine_of(family), constraint, temperature=temperature):
@@ -140,7 +140,7 @@ def test_calls_as_models_write_them_follow_the_grammar(name: str) -> None:
     style, arguments = FORMATS[name], {"city": "New\nYork", "days": 3, "at": "10:30", "near": [{"x": 1}]}
     call = written.get(name) or style.written("weather", arguments)
     body = request(tool_choice="required")
-    structure = structure_of(body, toolbox_of(body), style, MARKS)
+    structure = structure_of(body, tool_set_of(body), style, MARKS)
     assert structure is not None
     grammar = COMPILER.compile(structure.text)
     assert follows(grammar, call) and read(call, style)[0] == "tool_calls"
@@ -166,11 +166,11 @@ ODD_SCHEMAS: list[dict[str, Any]] = [
 def test_odd_schemas_are_kept_too(name: str, number: int) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": ODD_SCHEMAS[number]}}
     body = request(tools=[tool], tool_choice="required", parallel_tool_calls=False)
-    box = toolbox_of(body)
+    box = tool_set_of(body)
     structure = structure_of(body, box, FORMATS[name], MARKS)
     assert structure is not None and box is not None
     for text, is_complete in answers(engine_of("llama"), COMPILER.compile(structure.text), 4, temperature=1.0):
-        parser = AnswerParser(Reading(box.schemas, FORMATS[name], is_forced=True))
+        parser = AnswerParser(ParserOptions(box.schemas, FORMATS[name], is_forced=True))
         parts = parser.put(text) + parser.end()
         if is_complete:
             assert parser.finish_reason("stop") == "tool_calls"
@@ -183,7 +183,7 @@ def test_odd_schemas_are_kept_too(name: str, number: int) -> None:
 def test_a_malformed_schema_is_refused_in_every_format(name: str, parameters: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     body = request(tools=[tool], tool_choice="required")
-    structure = structure_of(body, toolbox_of(body), FORMATS[name], MARKS)
+    structure = structure_of(body, tool_set_of(body), FORMATS[name], MARKS)
     assert structure is not None
     for text in (structure.text, structure.fields["tools[0].function.parameters"]):
         with pytest.raises(ValueError):
@@ -193,9 +193,9 @@ def test_a_malformed_schema_is_refused_in_every_format(name: str, parameters: di
 @pytest.mark.parametrize("is_repeated", [True, False])
 def test_masks_ahead_are_those_that_come_one_by_one(is_repeated: bool) -> None:
     body = request()
-    structure = structure_of(body, toolbox_of(body), MARKED, MARKS)
+    structure = structure_of(body, tool_set_of(body), MARKED, MARKS)
     assert structure is not None
-    triggered = Triggered(COMPILER.compile(structure.text), CALL, is_repeated)
+    triggered = TriggeredGrammar(COMPILER.compile(structure.text), CALL, is_repeated)
     call = '<tool_call>\n{"name": "get.now", "arguments": {}}\n</tool_call>'
     token_ids = TOKENIZER(f"Hi {call}\n{call} there", add_special_tokens=False).input_ids
     for constraint in (triggered, thinking(is_open=False, answer=triggered)):
@@ -217,7 +217,7 @@ def test_every_model_calls_the_function_that_is_named_and_once(family: str) -> N
     choice = {"type": "function", "function": {"name": "weather"}}
     body = request(tool_choice=choice)
     for style in FORMATS.values():
-        structure = structure_of(body, toolbox_of(body), style, MARKS)
+        structure = structure_of(body, tool_set_of(body), style, MARKS)
         assert structure is not None
         for text, is_complete in answers(engine_of(family), COMPILER.compile(structure.text), 3, temperature=2.0):
             _, _, calls = read(text, style)
@@ -227,11 +227,11 @@ def test_every_model_calls_the_function_that_is_named_and_once(family: str) -> N
 
 def test_where_a_call_has_a_mark_it_is_valid_from_there_on_and_text_is_free() -> None:
     body = request(parallel_tool_calls=False)
-    box = toolbox_of(body)
+    box = tool_set_of(body)
     structure = structure_of(body, box, MARKED, MARKS)
     assert structure is not None and structure.trigger == "<tool_call>" and not structure.is_needed
     free = answers(engine_of("qwen3"), None, temperature=1.0)
-    triggered = Triggered(COMPILER.compile(structure.text), CALL, is_repeated=False)
+    triggered = TriggeredGrammar(COMPILER.compile(structure.text), CALL, is_repeated=False)
     for (text, _), (same, _) in zip(free, answers(engine_of("qwen3"), triggered, temperature=1.0), strict=True):
         before = text.partition("<tool_call>")[0]
         assert same.startswith(before)
@@ -248,10 +248,10 @@ def test_where_a_call_has_a_mark_it_is_valid_from_there_on_and_text_is_free() ->
 @pytest.mark.parametrize("literals", [MARKS, NO_MARKS], ids=["tokens", "text"])
 def test_strict_tools_are_called_validly_wherever_the_parser_sees_a_call(style: ToolFormat, literals: Literals) -> None:
     body = request()
-    loose = structure_of(body, toolbox_of(body), style, literals)
+    loose = structure_of(body, tool_set_of(body), style, literals)
     assert loose is None or (loose.trigger and not loose.is_needed)
     body.tools[0]["function"]["strict"] = True
-    structure = structure_of(body, toolbox_of(body), style, literals)
+    structure = structure_of(body, tool_set_of(body), style, literals)
     assert structure is not None and structure.is_needed and structure.trigger is None
     own = TOKENIZER if literals is MARKS else PLAIN
     grammar = (COMPILER if literals is MARKS else PLAIN_COMPILER).compile(structure.text)
@@ -287,7 +287,7 @@ def follows(grammar: Constraint, text: str, tokenizer: Any = TOKENIZER) -> bool:
 def test_tools_and_a_structure_give_calls_or_the_structure(name: str) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
     body = request(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
-    structure = structure_of(body, toolbox_of(body), FORMATS[name], MARKS)
+    structure = structure_of(body, tool_set_of(body), FORMATS[name], MARKS)
     assert structure is not None and set(structure.fields) > {"response_format"}
     grammar = COMPILER.compile(structure.text)
     assert follows(grammar, '{"n": 1}') and not follows(grammar, '{"n": 3}') and not follows(grammar, "text")
@@ -360,7 +360,7 @@ def test_a_budget_that_is_not_spent_changes_nothing() -> None:
 )  # fmt: skip
 def test_what_is_wrong_with_tools_is_named(body: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        toolbox_of(request(**body))
+        tool_set_of(request(**body))
     assert refusal.value.param == field
 
 
@@ -372,7 +372,7 @@ def test_no_more_properties_are_called_with_than_are_listed() -> None:
         "function": {"name": "h", "parameters": {"properties": {}, "additionalProperties": True}},
     }
     body = request(tools=[listed, bare, free], tool_choice="required")
-    structure = structure_of(body, toolbox_of(body), MARKED, MARKS)
+    structure = structure_of(body, tool_set_of(body), MARKED, MARKS)
     assert structure is not None
     grammar = COMPILER.compile(structure.text)
     for name, arguments, fits in (
@@ -387,5 +387,5 @@ def test_no_more_properties_are_called_with_than_are_listed() -> None:
 
 def test_the_tools_that_are_allowed_are_those_that_may_be_called() -> None:
     choice = {"mode": "required", "tools": [{"type": "function", "function": {"name": "get.now"}}]}
-    box = toolbox_of(request(tool_choice={"type": "allowed_tools", "allowed_tools": choice}))
+    box = tool_set_of(request(tool_choice={"type": "allowed_tools", "allowed_tools": choice}))
     assert box is not None and box.is_required and list(box.schemas) == ["get.now"] and len(box.shown) == 3

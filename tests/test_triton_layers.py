@@ -4,12 +4,12 @@ import pytest
 import torch
 from devices import DEVICE
 from models import FAMILIES, tiny_model
-from test_paged_flash import OPTIONS
+from test_flash_attention import OPTIONS
 
+from engine.async_runner import AsyncRunner
 from engine.attention import flash
 from engine.build import build_engine
 from engine.engine import Engine
-from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -26,7 +26,7 @@ def engine_of(family: str, is_fused: bool) -> Engine:
         num_layers = model.config.num_hidden_layers
         assert triton_layers.fuse(model) >= 4 * num_layers + 1 - 2 * (family in ("qwen2", "llama")) * (num_layers)
     engine = build_engine(model, OPTIONS, frozenset())
-    inner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+    inner = engine.runner.runner if isinstance(engine.runner, AsyncRunner) else engine.runner
     if DEVICE.type == "cpu":
         assert isinstance(inner, ModelRunner)
         engine.runner = ModelRunner(model, inner.cache, flash=flash.reference)

@@ -7,13 +7,15 @@ import pytest
 from upstreams import Parts
 
 from errors import UpstreamError
-from providers.upstream import NUM_FAILURES, Access, Upstream, events_of
+from providers.upstream import NUM_FAILURES, Upstream, UpstreamConfig, events_of
 
 URL = "http://provider.example/v1/chat/completions"
 
 
-def access(num_retries: int) -> Access:
-    return Access("theirs", "THEIR_API_KEY", {}, needs_key=False, timeout=5, total_timeout=5, num_retries=num_retries)
+def access(num_retries: int) -> UpstreamConfig:
+    return UpstreamConfig(
+        "theirs", "THEIR_API_KEY", {}, needs_key=False, timeout=5, total_timeout=5, num_retries=num_retries
+    )
 
 
 def test_a_provider_rests_after_requests_that_found_no_connection_not_after_attempts() -> None:

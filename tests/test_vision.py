@@ -77,7 +77,7 @@ def engine_of(options: EngineOptions = SMALL_STEPS) -> Engine:
 
 def sequence_of(name: str) -> Sequence:
     token_ids, images = prompt_of(LAYOUTS[name])
-    return Sequence(token_ids, GREEDY, sink=lambda output: None, images=images)
+    return Sequence(token_ids, GREEDY, on_output=lambda output: None, images=images)
 
 
 def finish(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
@@ -101,7 +101,7 @@ def test_requests_with_and_without_images_share_the_batch() -> None:
     texts = [[random.Random(i).randrange(VOCAB - 1) for _ in range(5 + 20 * i)] for i in range(4)]
     alone = [finish(engine_of(), [Sequence(t, GREEDY, lambda output: None)])[0] for t in texts]
     sequences = [sequence_of(name) for name in LAYOUTS]
-    mates = [Sequence(text, GREEDY, sink=lambda output: None) for text in texts]
+    mates = [Sequence(text, GREEDY, on_output=lambda output: None) for text in texts]
     together = finish(engine_of(), [*sequences[:4], *mates, *sequences[4:]])
     assert together == [*map(expected, list(LAYOUTS)[:4]), *alone, *map(expected, list(LAYOUTS)[4:])]
 
@@ -112,7 +112,9 @@ def test_an_image_is_encoded_once_and_its_blocks_are_found_again() -> None:
     first, again = sequence_of("text between"), sequence_of("text between")
     assert finish(engine, [first]) == finish(engine, [again]) == [expected("text between")]
     assert engine.runner.vision is not None and engine.runner.vision.num_encoded == 2
-    assert first.num_reused == 0 and again.num_reused == 72  # a prompt of 93 that ends with an image from 76 on
+    assert (
+        first.num_cached_tokens == 0 and again.num_cached_tokens == 72
+    )  # a prompt of 93 that ends with an image from 76 on
 
 
 @pytest.mark.parametrize("block_size", [3, 8, 16])
@@ -125,7 +127,7 @@ def test_another_image_in_the_same_place_shares_only_what_comes_before(block_siz
         expected.cache_clear()
         other = sequence_of("other")
         assert finish(engine, [other]) == [expected("other")]
-        assert other.num_reused <= other.images[0].start
+        assert other.num_cached_tokens <= other.images[0].start
     del LAYOUTS["other"]
 
 

@@ -14,7 +14,7 @@ gives the beginning of that call.
 from contextlib import suppress
 
 from schemas import FinishReason
-from text.answer_parts import CallDelta, Part, Reading
+from text.answer_parts import CallDelta, ContentDelta, ParserOptions
 from text.answer_text import End, NoCall, Steps
 from text.argument_schemas import fits
 from text.argument_values import fitted, value_of
@@ -24,23 +24,23 @@ from text.lenient_json import BLANKS
 from text.python_calls import python_calls
 from text.tool_formats import ToolFormat
 
-__all__ = ["AnswerParser", "CallDelta", "Part", "Reading"]
+__all__ = ["AnswerParser", "CallDelta", "ContentDelta", "ParserOptions"]
 
 FENCE = "```"
 FENCED = ("json", "tool_code", "tool_call", "tool_calls", "python", "")  # languages of fences that may hold calls
 
 
 class AnswerParser(JsonCalls, ElementCalls):
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: ParserOptions) -> None:
         super().__init__(reading)
         self.is_reasoning = reading.is_thinking
         self._steps = self._answer()
 
-    def put(self, text: str) -> list[Part]:
+    def put(self, text: str) -> list[ContentDelta]:
         self._wait(text)
         return self._run()
 
-    def end(self, is_whole: bool = False) -> list[Part]:
+    def end(self, is_whole: bool = False) -> list[ContentDelta]:
         """is_whole: the model itself ended the answer, so that what it left open is closed."""
         self._is_ended, self._is_whole = True, is_whole
         return self._run()
@@ -50,7 +50,7 @@ class AnswerParser(JsonCalls, ElementCalls):
         has_calls = 0 < self._num_calls == self.num_complete
         return "tool_calls" if reason == "stop" and has_calls else reason
 
-    def _run(self) -> list[Part]:
+    def _run(self) -> list[ContentDelta]:
         next(self._steps, None)
         parts, self._parts = self._parts, []
         return parts
@@ -64,7 +64,7 @@ class AnswerParser(JsonCalls, ElementCalls):
             yield from self._after_thinking()
         except End:
             if self._blanks and not self._num_calls and not self.is_reasoning:
-                self._add(Part(content=self._blanks))
+                self._add(ContentDelta(content=self._blanks))
 
     def _after_thinking(self) -> Steps[None]:
         style = self._reading.format

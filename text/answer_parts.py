@@ -24,7 +24,7 @@ class CallDelta:
 
 
 @dataclass(frozen=True)
-class Part:
+class ContentDelta:
     """What a piece of the text is; one of the three."""
 
     content: str = ""
@@ -33,7 +33,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ParserOptions:
     """How an answer is to be read."""
 
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the schema of each one's arguments
@@ -49,10 +49,10 @@ class Reading:
 
 
 class AnswerParts(AnswerText):
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: ParserOptions) -> None:
         super().__init__()
         self._reading = reading
-        self._parts: list[Part] = []
+        self._parts: list[ContentDelta] = []
         self._blanks = ""  # of the content; shown before its next character
         self._ends_with_call = False  # the line so far
         self._is_at_start = False  # of what follows reasoning or a call: its leading blanks are not shown
@@ -74,15 +74,15 @@ class AnswerParts(AnswerText):
     def _shown(self, text: str) -> str:
         return text if text.isascii() else text.translate(self._restored)
 
-    def _add(self, part: Part) -> None:
+    def _add(self, part: ContentDelta) -> None:
         """Neighbours of one kind become one part."""
         last = self._parts[-1] if self._parts else None
         if last and part.content and last.content:
-            self._parts[-1] = Part(content=last.content + part.content)
+            self._parts[-1] = ContentDelta(content=last.content + part.content)
         elif last and part.reasoning and last.reasoning:
-            self._parts[-1] = Part(reasoning=last.reasoning + part.reasoning)
+            self._parts[-1] = ContentDelta(reasoning=last.reasoning + part.reasoning)
         elif last and last.call and part.call and part.call.name is None:
-            self._parts[-1] = Part(call=replace(last.call, arguments=last.call.arguments + part.call.arguments))
+            self._parts[-1] = ContentDelta(call=replace(last.call, arguments=last.call.arguments + part.call.arguments))
         else:
             self._parts.append(part)
 
@@ -92,11 +92,11 @@ class AnswerParts(AnswerText):
             return
         if shown := self._without_blanks(text, holds=self._reading.format is not None):
             self._has_content = True
-            self._add(Part(content=self._shown(shown)))
+            self._add(ContentDelta(content=self._shown(shown)))
 
     def _add_reasoning(self, text: str) -> None:
         if shown := self._without_blanks(text, holds=True):
-            self._add(Part(reasoning=self._shown(shown)))
+            self._add(ContentDelta(reasoning=self._shown(shown)))
 
     def _without_blanks(self, text: str, holds: bool) -> str:
         """Those at its end are kept for what follows; nothing follows those that are the beginning."""
@@ -112,7 +112,7 @@ class AnswerParts(AnswerText):
         self._blanks, self._is_at_start = "", not self._has_content
         self._name, self._arguments = name, []
         if not self._is_held:
-            self._add(Part(call=CallDelta(self._num_calls, name)))
+            self._add(ContentDelta(call=CallDelta(self._num_calls, name)))
         self._num_calls += 1
         self._ends_with_call = True
 
@@ -120,7 +120,7 @@ class AnswerParts(AnswerText):
         text = self._shown(text)
         self._arguments.append(text)
         if text and not self._is_held:
-            self._add(Part(call=CallDelta(self._num_calls - 1, arguments=text)))
+            self._add(ContentDelta(call=CallDelta(self._num_calls - 1, arguments=text)))
 
     def _end_call(self) -> None:
         """Raises NoCall if the arguments are no JSON."""
@@ -148,7 +148,7 @@ class AnswerParts(AnswerText):
         finally:
             self._is_held = False
             if self._num_calls > before[3]:
-                self._add(Part(call=CallDelta(before[3], self._name, "".join(self._arguments))))
+                self._add(ContentDelta(call=CallDelta(before[3], self._name, "".join(self._arguments))))
 
     def _checked(self, call: Steps[None], must_fit: bool) -> Steps[None]:
         """Raises NoCall for a call that is complete and does not fit, where the answer's end has closed it, too."""

@@ -23,7 +23,7 @@ from text.tool_grammars import (
     quoted,
     rest_of_call_grammar,
 )
-from text.tools import Toolbox, check_patterns, check_size
+from text.tools import ToolSet, check_patterns, check_size
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -44,7 +44,7 @@ class Structure:
     is_needed: bool = True  # else an answer can do without, if the grammar cannot be compiled
 
 
-def structure_of(request: Structured, box: Toolbox | None, style: ToolFormat, literals: Literals) -> Structure | None:
+def structure_of(request: Structured, box: ToolSet | None, style: ToolFormat, literals: Literals) -> Structure | None:
     """Raises InvalidRequest, also for two structures at once. style, literals: the model's."""
     asked = _grammar_of(request)
     if box is None:

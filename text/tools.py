@@ -26,7 +26,7 @@ Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Toolbox:
+class ToolSet:
     shown: tuple[Object, ...]  # as they were sent
     schemas: Mapping[str, Mapping[str, Any]]  # of the arguments of those that may be called, by name
     fields: Mapping[str, str]  # where each schema is in the request
@@ -35,7 +35,7 @@ class Toolbox:
     is_strict: bool  # a call that is not valid must not be made
 
 
-def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | None:
+def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | None:
     """None if no tool may be called. Raises InvalidRequest, whose param names the field."""
     tools = request.tools or []
     if len(tools) > MOST:
@@ -50,7 +50,7 @@ def toolbox_of(request: ChatCompletionRequest | TokenizeRequest) -> Toolbox | No
     if mode == "none" or not tools:
         return None
     is_parallel = isinstance(request, TokenizeRequest) or request.parallel_tool_calls is not False
-    return Toolbox(
+    return ToolSet(
         tuple(tools),
         {f["name"]: _closed(f.get("parameters")) for f in functions if f["name"] in callable_names},
         {name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},

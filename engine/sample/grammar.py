@@ -57,7 +57,7 @@ class Grammar:
 
 
 @dataclass(frozen=True)
-class Triggered:
+class TriggeredGrammar:
     """A grammar that holds from each trigger to its own end; everything else is free."""
 
     grammar: Grammar
@@ -65,13 +65,13 @@ class Triggered:
     is_repeated: bool  # else the answer ends with the grammar
 
     def matcher(self) -> Matcher:
-        return TriggeredMatcher(self)
+        return TriggeredGrammarMatcher(self)
 
 
-class TriggeredMatcher:
+class TriggeredGrammarMatcher:
     decides_end = False
 
-    def __init__(self, triggered: Triggered) -> None:
+    def __init__(self, triggered: TriggeredGrammar) -> None:
         self._triggered = triggered
         self._inner: GrammarMatcher | None = None
         self.num_accepted = 0
@@ -90,7 +90,7 @@ class TriggeredMatcher:
     def mask(self, ahead: list[int]) -> bytes | None:
         if not ahead:
             return None if self._inner is None else self._inner.mask([])
-        other = TriggeredMatcher(self._triggered)
+        other = TriggeredGrammarMatcher(self._triggered)
         other._inner = None if self._inner is None else self._inner.copy()
         for token_id in ahead:
             if other.is_finished or (other._inner is not None and not other._inner.can_accept(token_id)):

@@ -17,7 +17,7 @@ from engine.sequence import Sequence
 _pool = ThreadPoolExecutor(2, "masks")
 
 
-class Masks:
+class GrammarBitmasks:
     """Those of a step's rows."""
 
     def __init__(self, sequences: Rows[Sequence]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.cpu import sampling_kernels
-from engine.sample.masks import Masks
+from engine.sample.masks import GrammarBitmasks
 from engine.sampling_params import MIN_TEMPERATURE, SampledToken, uniform
 from engine.sequence import Sequence
 
@@ -17,7 +17,7 @@ SAMPLE, SAMPLED_BEST = 2048, 32  # of so many logits of a row those that tell wh
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SamplerOutput:
     """A step's choice, perhaps still on its way from the device."""
 
     token_ids: torch.Tensor  # (rows,)
@@ -46,14 +46,16 @@ class Sampler:
         """logits: (rows, vocab), one row per sequence. None stands for a row without a finite maximum."""
         return self.choose(logits, sequences).read()
 
-    def choose(self, logits: torch.Tensor, sequences: Rows[Sequence], masks: Masks | None = None) -> Chosen:
+    def choose(
+        self, logits: torch.Tensor, sequences: Rows[Sequence], masks: GrammarBitmasks | None = None
+    ) -> SamplerOutput:
         """As `sample`, without waiting for the device. masks: the rows', if they are under way already."""
         raw = logits.float()
         reports_raw = any(sequence.params.num_logprobs is not None for sequence in sequences)
         logits = raw.clone() if reports_raw else raw
         self._penalize(logits, sequences)
         self._bias(logits, sequences)
-        (masks or Masks(sequences)).apply(logits)
+        (masks or GrammarBitmasks(sequences)).apply(logits)
         best, token_ids = sampling_kernels.argmax(logits) if sampling_kernels.can_argmax(logits) else logits.max(dim=-1)
         sampled = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
         if sampling_kernels.can_argmax(logits):
@@ -69,7 +71,7 @@ class Sampler:
             rows = torch.tensor(sampled, device=logits.device)
             chosen = [sequences[row] for row in sampled]
             token_ids[rows] = self._sample(logits if len(sampled) == len(sequences) else logits[rows], chosen)
-        return Chosen(token_ids, best, raw, sequences)
+        return SamplerOutput(token_ids, best, raw, sequences)
 
     def _penalize(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
         """In place. Repetition over prompt and answer (transformers), then presence and frequency over the answer."""

@@ -14,30 +14,30 @@ from engine.batch import Batch, Span
 from engine.kv_cache import KVCache
 from engine.sampling_params import SampledToken
 from engine.sequence import Sequence
-from engine.spec_decode.prompt_lookup import MEMORY, WORTHWHILE, Confidence, PromptLookup
+from engine.spec_decode.prompt_lookup import DECAY, WORTHWHILE, DraftLength, PromptLookup
 
 log = logging.getLogger(__name__)
 
 CATCH_UP = 256  # tokens of a prompt that it reads beside a step
 
 
-class Runner(Protocol):
+class BatchRunner(Protocol):
     def run(self, batch: Batch) -> list[list[SampledToken | None]]: ...
 
 
 @dataclass
-class Mirror:
+class DraftSequence:
     """A sequence as the small model has it: its tokens, and guesses that the large one has not seen yet."""
 
     sequence: Sequence
-    confidence: Confidence = field(default_factory=Confidence)
+    confidence: DraftLength = field(default_factory=DraftLength)
     num_known: int = 0  # tokens that were the original's at the last guess
     wanted: int = 0  # tokens of the next guess
 
     @classmethod
-    def of(cls, original: Sequence) -> "Mirror":
+    def of(cls, original: Sequence) -> "DraftSequence":
         params = replace(original.params, num_logprobs=None, num_prompt_logprobs=None, grammar=None, seed=original.seed)
-        return cls(Sequence(original.prompt_ids, params, sink=lambda output: None))
+        return cls(Sequence(original.prompt_ids, params, on_output=lambda output: None))
 
     def follow(self, original: Sequence) -> None:
         """Takes back the guesses that were wrong."""
@@ -56,12 +56,12 @@ class Mirror:
 class DraftModel:
     """A Guesser: prompt lookup where that finds something, since it costs nothing, else the model."""
 
-    def __init__(self, runner: Runner, cache: KVCache, num_embeddings: int, max_model_len: int) -> None:
+    def __init__(self, runner: BatchRunner, cache: KVCache, num_embeddings: int, max_model_len: int) -> None:
         """num_embeddings: of the large model; max_model_len: of the small one, in tokens."""
         self._runner, self._cache = runner, cache
         self._num_embeddings, self._max_model_len = num_embeddings, max_model_len
         self._lookup = PromptLookup()
-        self._mirrors: dict[Sequence, Mirror] = {}
+        self._mirrors: dict[Sequence, DraftSequence] = {}
         self._guessing: set[Sequence] = set()  # those whose last guess was the model's
         self._token_time: float | None = None  # seconds of a guessed token
         self._worthwhile = WORTHWHILE
@@ -103,9 +103,9 @@ class DraftModel:
         if mirror is not None:
             self._cache.free(mirror.sequence)
 
-    def _prepare(self, original: Sequence, most: int) -> Mirror | None:
+    def _prepare(self, original: Sequence, most: int) -> DraftSequence | None:
         """Its mirror with room for a guess, None where there is to be none."""
-        mirror = self._mirrors.get(original) or self._mirrors.setdefault(original, Mirror.of(original))
+        mirror = self._mirrors.get(original) or self._mirrors.setdefault(original, DraftSequence.of(original))
         mirror.follow(original)
         num_tokens = original.num_tokens
         mirror.wanted = mirror.confidence.length(num_tokens, min(most, self._max_model_len - num_tokens))
@@ -117,7 +117,7 @@ class DraftModel:
         end = mirror.sequence.num_computed + CATCH_UP if is_behind else num_tokens + mirror.wanted
         return mirror if self._cache.allocate(mirror.sequence, end) else None
 
-    def _guess(self, mirrors: list[Mirror]) -> None:
+    def _guess(self, mirrors: list[DraftSequence]) -> None:
         """One token after the other, for all of them at once; who has much to catch up with gets none yet."""
         while active := [mirror for mirror in mirrors if len(mirror.guess) < mirror.wanted]:
             spans = [_next_span(mirror.sequence) for mirror in active]
@@ -125,7 +125,7 @@ class DraftModel:
             tokens = iter(self._runner.run(Batch(tuple(spans))))
             if all(span.is_decode for span in spans):
                 seconds = time.perf_counter() - start
-                self._token_time = MEMORY * (self._token_time or seconds) + (1 - MEMORY) * seconds
+                self._token_time = DECAY * (self._token_time or seconds) + (1 - DECAY) * seconds
             for mirror, span in zip(active, spans, strict=True):
                 mirror.sequence.num_computed = span.end
                 (token,) = next(tokens) if span.is_complete else (None,)

@@ -12,12 +12,12 @@ from engine.sequence import Sequence
 NGRAM = 3  # tokens that must have occurred before
 FIRST_LENGTH = 4  # tokens of the first guess
 WORTHWHILE = 0.2  # share of tokens that must be right if guessing costs nothing; below it the guessing pauses
-MEMORY = 0.7  # how much the share so far counts beside the latest guess
+DECAY = 0.7  # how much the share so far counts beside the latest guess
 PAUSE = 8  # tokens; doubled with each pause, up to LONGEST_PAUSE
 LONGEST_PAUSE = 128
 
 
-class Guesser(Protocol):
+class Proposer(Protocol):
     """Where guesses come from."""
 
     def propose(self, requests: Tokens[tuple[Sequence, int]], step_time: float | None = None) -> list[tuple[int, ...]]:
@@ -33,7 +33,7 @@ class Guesser(Protocol):
         ...
 
 
-class Confidence:
+class DraftLength:
     """How long the next guess should be, learnt from how good the last ones were."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Confidence:
 
     def note(self, num_proposed: int, num_right: int, num_tokens: int, worthwhile: float = WORTHWHILE) -> None:
         """num_tokens: the sequence's length now."""
-        self._share = MEMORY * self._share + (1 - MEMORY) * num_right / num_proposed
+        self._share = DECAY * self._share + (1 - DECAY) * num_right / num_proposed
         self._length = 2 * self._length if num_right == num_proposed else max(1, num_right + 1)
         if self._share < worthwhile:
             self._waits_until = num_tokens + self._pause
@@ -62,7 +62,7 @@ class Drafter:
     """One sequence's guesses by prompt lookup."""
 
     def __init__(self) -> None:
-        self.confidence = Confidence()
+        self.confidence = DraftLength()
         self._followers: dict[tuple[int, ...], int] = {}  # n-gram -> the place after its latest occurrence
         self._num_indexed = NGRAM
 

@@ -9,9 +9,9 @@ import torch
 from models import VOCAB, tiny_model
 from transformers import PreTrainedModel
 
+from engine.async_runner import AsyncRunner
 from engine.build import build_engine
 from engine.engine import Engine, EngineOptions
-from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner, probe_layers
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -47,7 +47,7 @@ def without_graphs(engine: Engine) -> Engine:
 
 
 def runner_of(engine: Engine) -> ModelRunner:
-    runner = engine.runner.runner if isinstance(engine.runner, Lookahead) else engine.runner
+    runner = engine.runner.runner if isinstance(engine.runner, AsyncRunner) else engine.runner
     assert isinstance(runner, ModelRunner)
     return runner
 
@@ -69,7 +69,7 @@ def finish(engine: Engine, sequences: Rows[Sequence]) -> None:
 def answers(engine: Engine, requests: Rows[list[int]], **params: object) -> list[list[int]]:
     """All at once; greedy ones unless `params` say otherwise."""
     asked = SamplingParams(**{"max_tokens": NUM_NEW, "temperature": 0.0, "ignore_eos": True, **params})
-    sequences = [Sequence(prompt, copy.copy(asked), sink=lambda output: None) for prompt in requests]
+    sequences = [Sequence(prompt, copy.copy(asked), on_output=lambda output: None) for prompt in requests]
     finish(engine, sequences)
     return [sequence.output_ids for sequence in sequences]
 

@@ -21,10 +21,10 @@ from models import FAMILIES, VOCAB
 from test_start_check import TINY
 
 from engine import start_check
+from engine.async_runner import AsyncRunner
 from engine.attention import flash, paged
 from engine.build import build_engine
 from engine.engine import EngineOptions
-from engine.lookahead import Lookahead
 
 DTYPES = [torch.float32, torch.bfloat16]
 WHOLE = EngineOptions(max_num_seqs=16, num_speculative_tokens=0, kv_cache_memory=2**26)
@@ -88,7 +88,7 @@ def test_beginnings_that_were_computed_before_too(family: str, dtype: torch.dtyp
 def test_steps_begin_before_the_last_one_is_read(family: str, device: torch.device, on_gpu: None) -> None:
     engine = engine_of(family, torch.bfloat16, device, WHOLE)
     answers(engine, prompts(3))
-    assert isinstance(engine.runner, Lookahead) and engine.runner.num_right > 30
+    assert isinstance(engine.runner, AsyncRunner) and engine.runner.num_right > 30
 
 
 def hold(family: str, dtype: torch.dtype, device: torch.device, requests: Requests, found: Requests) -> None:

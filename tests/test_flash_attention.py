@@ -45,7 +45,7 @@ def answers(engine: Engine, count: int = 9, max_tokens: int = 40) -> list[list[i
     sequences = []
     for number in range(count):
         own = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 7, 60, 130)))]
-        sequences.append(Sequence([*common, *own] if number % 2 else own, params, sink=lambda output: None))
+        sequences.append(Sequence([*common, *own] if number % 2 else own, params, on_output=lambda output: None))
     for sequence in sequences:
         engine.scheduler.add(sequence)
     while engine.scheduler.has_work:

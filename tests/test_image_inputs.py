@@ -22,8 +22,8 @@ from errors import InvalidRequest
 from prompt_templates import PromptTemplate, RenderOptions
 from schemas import Message
 from serving.image_fetcher import ImageFetcher
-from serving.image_inputs import ELONGATED, PAN_AND_SCAN, Eyes
-from serving.loading import open_eyes
+from serving.image_inputs import ELONGATED, PAN_AND_SCAN, ImageInputs
+from serving.loading import open_image_inputs
 
 MODEL = "Tiny-Gemma3"
 
@@ -82,17 +82,17 @@ def processed(messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def rendered(messages: list[dict[str, Any]], directory: Path, most: int = 9) -> tuple[list[int], Any]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     processor = gemma_processor()
-    eyes = Eyes(processor.image_processor, processor.tokenizer.image_token_id, TOKENS)
+    image_inputs = ImageInputs(processor.image_processor, processor.tokenizer.image_token_id, TOKENS)
     asked = [Message.model_validate(message) for message in messages]
 
     async def see() -> Any:
-        return await eyes.see(asked, ImageFetcher(), most)
+        return await image_inputs.see(asked, ImageFetcher(), most)
 
     views = asyncio.run(see())
     token_ids = PromptTemplate(tokenizer, "gemma3", TOKENS).render_chat(
         asked, RenderOptions(num_views=[len(v) for v in views])
     )
-    return token_ids, eyes.place(token_ids, [view for own in views for view in own])
+    return token_ids, image_inputs.place(token_ids, [view for own in views for view in own])
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -176,10 +176,10 @@ def test_after_a_bad_image_the_others_are_given_up(seeing_checkpoint: Path) -> N
         slow = [{"type": "image_url", "image_url": {"url": url}}] * 3
         bad = {"type": "image_url", "image_url": {"url": f"{url.replace('127.0.0.1', '127.0.0.2')}"}}
         processor = gemma_processor()
-        eyes = Eyes(processor.image_processor, processor.tokenizer.image_token_id, TOKENS)
+        image_inputs = ImageInputs(processor.image_processor, processor.tokenizer.image_token_id, TOKENS)
         message = Message.model_validate({"role": "user", "content": [*slow, bad]})
         with pytest.raises(InvalidRequest):
-            await eyes.see([message], ImageFetcher(allows_private=True), 9)
+            await image_inputs.see([message], ImageFetcher(allows_private=True), 9)
         for _ in range(100):
             if ended == begun:
                 break
@@ -194,10 +194,10 @@ def test_models_that_see_in_another_way_or_lack_a_processor_take_text_alone(
     tmp_path: Path, seeing_checkpoint: Path
 ) -> None:
     gemma3 = AutoConfig.from_pretrained(seeing_checkpoint)
-    assert open_eyes(seeing_checkpoint, gemma3) is not None
-    assert open_eyes(tmp_path, gemma3) is None
-    assert open_eyes(seeing_checkpoint, SimpleNamespace(vision_config=object())) is None
-    assert open_eyes(seeing_checkpoint, SimpleNamespace()) is None
+    assert open_image_inputs(seeing_checkpoint, gemma3) is not None
+    assert open_image_inputs(tmp_path, gemma3) is None
+    assert open_image_inputs(seeing_checkpoint, SimpleNamespace(vision_config=object())) is None
+    assert open_image_inputs(seeing_checkpoint, SimpleNamespace()) is None
 
 
 # --- through the server

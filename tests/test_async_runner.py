@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from models import FAMILIES, VOCAB, tiny_model
 
+from engine.async_runner import AsyncRunner
 from engine.attention import flash
 from engine.build import build_engine
 from engine.engine import Engine, EngineOptions
-from engine.lookahead import Lookahead
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 
@@ -26,7 +26,7 @@ def engine_of(family: str, options: EngineOptions, ahead: bool, graphs: bool = F
         engine.runner = ModelRunner(engine.runner.model, engine.scheduler.cache, {5}, flash.reference)
         engine.runner.record_graphs(8, engine.max_model_len, record=lambda run: run)
     if ahead:
-        engine.runner = Lookahead(engine.runner, engine.is_quiet)
+        engine.runner = AsyncRunner(engine.runner, engine.is_quiet)
     return engine
 
 
@@ -74,7 +74,7 @@ def answers(engine: Engine, count: int, delay: float) -> list[list[int | None]]:
 def test_answers_are_the_same(family: str, delay: float, graphs: bool) -> None:
     ahead = engine_of(family, OPTIONS, True, graphs)
     assert answers(ahead, 12, delay) == answers(engine_of(family, OPTIONS, False), 12, delay)
-    assert isinstance(ahead.runner, Lookahead) and ahead.runner.num_right > 0
+    assert isinstance(ahead.runner, AsyncRunner) and ahead.runner.num_right > 0
 
 
 @pytest.mark.thinned(2)
@@ -92,7 +92,7 @@ def test_scarce_blocks_and_guessed_tokens_beside_it_change_nothing(family: str) 
 
 def test_one_stream_alone_is_guessed_to_its_end() -> None:
     engine = engine_of("qwen3", OPTIONS, True)
-    assert isinstance(engine.runner, Lookahead)
+    assert isinstance(engine.runner, AsyncRunner)
     params = SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True)
 
     async def main() -> int:

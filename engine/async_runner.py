@@ -1,4 +1,4 @@
-"""Lookahead: on a GPU the next step begins before this one's tokens are known to the CPU.
+"""AsyncRunner: on a GPU the next step begins before this one's tokens are known to the CPU.
 
 Mostly the next step has the same sequences, each one token on. That is started as a guess, its tokens taken over on
 the GPU; if the scheduler then decides otherwise, the guess is dropped, and the step computed as usual.
@@ -7,19 +7,19 @@ the GPU; if the scheduler then decides otherwise, the guess is dropped, and the 
 from collections.abc import Callable
 
 from engine.batch import Batch, Span
-from engine.model_runner import ModelRunner, Started
+from engine.model_runner import ModelRunner, RunnerOutput
 from engine.sampling_params import SampledToken
 from engine.vision import Image
 
 
-class Lookahead:
+class AsyncRunner:
     """A Runner around a ModelRunner."""
 
     def __init__(self, runner: ModelRunner, is_quiet: Callable[[], bool]) -> None:
         """is_quiet: whether nothing waits that would change the next step."""
         self.runner = runner
         self._is_quiet = is_quiet
-        self._guess: Started | None = None
+        self._guess: RunnerOutput | None = None
         self.num_right = 0  # guesses since the start
 
     @property
@@ -43,7 +43,7 @@ class Lookahead:
         tokens = started.tokens()
         return [tokens[row] for row in rows] if started is guess else tokens
 
-    def _start_next(self, batch: Batch, started: Started, rows: list[int]) -> Started | None:
+    def _start_next(self, batch: Batch, started: RunnerOutput, rows: list[int]) -> RunnerOutput | None:
         spans = []
         for span in batch.spans:
             sequence, params = span.sequence, span.sequence.params

@@ -1,11 +1,11 @@
-"""Pace: how much of the waiting prompts a step may compute beside running decodes, learnt from how long steps take."""
+"""PrefillBudget: how much of the waiting prompts a step may compute beside running decodes, learnt from how long steps take."""
 
 STRETCH = 1.3  # times as long as a step of decodes alone is what a step with prompts may take, and more the more wait
 FEWEST_TOKENS = 8  # of prompts in a step, however slow: they must come on
-MEMORY = 0.7  # how much earlier measurements count beside a new one
+DECAY = 0.7  # how much earlier measurements count beside a new one
 
 
-class Pace:
+class PrefillBudget:
     def __init__(self, most: int) -> None:
         self.most = most  # tokens
         self._decode_times: dict[int, float] = {}  # seconds of a step of about so many decodes alone
@@ -44,4 +44,4 @@ def _size(count: int) -> int:
 
 
 def _mean(before: float | None, value: float) -> float:
-    return value if before is None else MEMORY * before + (1 - MEMORY) * value
+    return value if before is None else DECAY * before + (1 - DECAY) * value

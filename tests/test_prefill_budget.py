@@ -1,11 +1,11 @@
 import pytest
 
-from engine.pace import FEWEST_TOKENS, STRETCH, Pace
+from engine.prefill_budget import FEWEST_TOKENS, STRETCH, PrefillBudget
 
 DECODE = 0.03  # seconds of a step of decodes
 
 
-def settle(pace: Pace, seconds_per_token: float, num_decodes: int = 4, num_prompts: int = 1) -> float:
+def settle(pace: PrefillBudget, seconds_per_token: float, num_decodes: int = 4, num_prompts: int = 1) -> float:
     """Steps with prompts on a machine that takes so long; what the last one took, in steps of decodes alone."""
     for _ in range(3):
         pace.note(num_decodes, 0, DECODE)
@@ -19,25 +19,25 @@ def settle(pace: Pace, seconds_per_token: float, num_decodes: int = 4, num_promp
 
 @pytest.mark.parametrize("seconds_per_token", [0.0006, 0.001, 0.002])
 def test_steps_with_prompts_take_as_long_as_allowed(seconds_per_token: float) -> None:
-    assert settle(Pace(64), seconds_per_token) == pytest.approx(STRETCH * 1.25, rel=0.1)
+    assert settle(PrefillBudget(64), seconds_per_token) == pytest.approx(STRETCH * 1.25, rel=0.1)
 
 
 def test_many_that_wait_for_one_stream_may_delay_it_more() -> None:
-    assert settle(Pace(512), 0.001, num_decodes=1, num_prompts=1) < settle(
-        Pace(512), 0.001, num_decodes=1, num_prompts=9
+    assert settle(PrefillBudget(512), 0.001, num_decodes=1, num_prompts=1) < settle(
+        PrefillBudget(512), 0.001, num_decodes=1, num_prompts=9
     )
-    assert settle(Pace(512), 0.001, num_decodes=9, num_prompts=1) < STRETCH * 1.2
+    assert settle(PrefillBudget(512), 0.001, num_decodes=9, num_prompts=1) < STRETCH * 1.2
 
 
 def test_prompts_come_on_however_slow_the_machine_and_never_beyond_the_limit() -> None:
-    slow, fast = Pace(64), Pace(64)
+    slow, fast = PrefillBudget(64), PrefillBudget(64)
     settle(slow, 1.0)
     settle(fast, 1e-6)
-    assert slow.budget(4, 1) == FEWEST_TOKENS and fast.budget(4, 1) == 64 and Pace(3).budget(1, 1) == 3
+    assert slow.budget(4, 1) == FEWEST_TOKENS and fast.budget(4, 1) == 64 and PrefillBudget(3).budget(1, 1) == 3
 
 
 def test_the_budget_recovers_when_steps_become_faster() -> None:
-    pace = Pace(64)
+    pace = PrefillBudget(64)
     settle(pace, 0.01)
     assert pace.budget(4, 1) < 10
     settle(pace, 0.0001)
@@ -45,7 +45,7 @@ def test_the_budget_recovers_when_steps_become_faster() -> None:
 
 
 def test_batches_of_other_sizes_are_compared_with_their_own_like() -> None:
-    pace = Pace(64)
+    pace = PrefillBudget(64)
     settle(pace, 0.001, num_decodes=2)
     before = pace.budget(2, 1)
     for _ in range(20):
@@ -55,7 +55,7 @@ def test_batches_of_other_sizes_are_compared_with_their_own_like() -> None:
 
 
 def test_steps_without_decodes_teach_nothing() -> None:
-    pace = Pace(64)
+    pace = PrefillBudget(64)
     pace.note(0, 512, 9.0)
     pace.note(4, 64, 9.0)  # nothing to compare with yet
     assert pace.budget(4, 1) == 64

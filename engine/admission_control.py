@@ -1,9 +1,9 @@
-"""Room: places for sequences that run or wait, and how many of them a client may have."""
+"""AdmissionControl: places for sequences that run or wait, and how many of them a client may have."""
 
 from collections import Counter
 
 
-class Room:
+class AdmissionControl:
     """Half of the places are for whoever comes. Of the others each client has its part, which nobody else can take:
     however much one of them asks for, the others find room."""
 
@@ -14,7 +14,7 @@ class Room:
         self._taken: Counter[str] = Counter()  # by client
 
     @property
-    def most(self) -> int:
+    def max_sequences(self) -> int:
         """Places that one client can have."""
         return self._own + self._num_shared
 

@@ -20,18 +20,18 @@ from errors import ModelLoading, ModelNotFound, Overloaded
 from providers.router import Router
 from schemas import ChatCompletionRequest, CompletionRequest
 from serving.chat import with_marks
-from serving.generation import Piece, Question, answer, merge
+from serving.generation import GenerationRequest, OutputDelta, answer, merge
 from serving.loading import load, sampling_defaults
-from serving.local import LocalProvider
-from text.answer_parser import Reading
+from serving.local import LocalModel
+from text.answer_parser import ParserOptions
 from text.detokenizer import MarkingDetokenizer
 from text.logprobs import TokenTexts
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def provider(**settings: Any) -> LocalProvider:
-    return LocalProvider(Settings.model_validate(settings), on_failure=lambda sentence: None)
+def provider(**settings: Any) -> LocalModel:
+    return LocalModel(Settings.model_validate(settings), on_failure=lambda sentence: None)
 
 
 def test_the_served_name_is_the_base_name_or_what_is_set_and_all_names_work_in_any_case() -> None:
@@ -97,15 +97,15 @@ class Groups:
 
 MARKED = byte_tokenizer(has_marks=True)
 MARKS = {mark: chr(0x10FF00 + number) for number, mark in enumerate(("<think>", "</think>", "<tool_call>"))}
-THINKING = Reading(think=(MARKS["<think>"], MARKS["</think>"]), marks={own: mark for mark, own in MARKS.items()})
+THINKING = ParserOptions(think=(MARKS["<think>"], MARKS["</think>"]), marks={own: mark for mark, own in MARKS.items()})
 
 
-def pieces_of(groups: list[list[TokenOutput]], question: Question) -> list[Piece]:
+def pieces_of(groups: list[list[TokenOutput]], question: GenerationRequest) -> list[OutputDelta]:
     marking = MarkingDetokenizer(MARKED, {MARKED.convert_tokens_to_ids(mark): own for mark, own in MARKS.items()})
     template = SimpleNamespace(detokenizer=MARKED, marking_detokenizer=marking)
     loaded = cast(Any, SimpleNamespace(engine=Groups(groups), template=template, texts=TokenTexts(MARKED)))
 
-    async def gather() -> list[Piece]:
+    async def gather() -> list[OutputDelta]:
         return [piece async for piece in answer(loaded, 0, question)]
 
     return asyncio.run(gather())
@@ -113,7 +113,7 @@ def pieces_of(groups: list[list[TokenOutput]], question: Question) -> list[Piece
 
 def answered(groups: list[list[TokenOutput]], stop: str) -> tuple[str, list[int], list[int], int]:
     """Text, tokens, their offsets, and how many were counted."""
-    pieces = pieces_of(groups, Question([1], SamplingParams(99), [stop]))
+    pieces = pieces_of(groups, GenerationRequest([1], SamplingParams(99), [stop]))
     tokens = [token.token_id for piece in pieces for token in piece.tokens]
     text = "".join(piece.text for piece in pieces)
     return text, tokens, [offset for piece in pieces for offset in piece.offsets], pieces[-1].num_tokens
@@ -130,7 +130,7 @@ def said(text: str, *stops: str, is_open: bool = False, min_tokens: int = 0) -> 
     outputs, found = outputs_of(text), set()
     for size in (1, 2, 5, len(outputs)):
         groups = [outputs[at : at + size] for at in range(0, len(outputs), size)]
-        pieces = pieces_of(groups, Question([1], params, with_marks(list(stops), MARKS), reading=reading))
+        pieces = pieces_of(groups, GenerationRequest([1], params, with_marks(list(stops), MARKS), reading=reading))
         parts = [part for piece in pieces for part in piece.parts]
         thoughts, content = "".join(part.reasoning for part in parts), "".join(part.content for part in parts)
         found.add((thoughts, content, pieces[-1].finish_reason))
@@ -191,13 +191,13 @@ def test_how_tokens_are_grouped_does_not_matter_to_an_answer(seed: int) -> None:
 
 def test_seeded_choices_share_no_seed_with_those_of_another_seed_and_the_first_has_the_requests_own() -> None:
     choices = {
-        (seed, number): Question([1], SamplingParams(9, seed=seed), []).of_choice(number).params.seed
+        (seed, number): GenerationRequest([1], SamplingParams(9, seed=seed), []).of_choice(number).params.seed
         for seed in range(-40, 40)
         for number in range(40)
     }
     assert len(set(choices.values())) == len(choices)
     assert all(choices[seed, 0] == seed for seed in range(-40, 40))
-    assert Question([1], SamplingParams(9), []).of_choice(3).params.seed is None
+    assert GenerationRequest([1], SamplingParams(9), []).of_choice(3).params.seed is None
 
 
 def test_seeded_answers_are_independent_and_repeatable_over_choices_and_prompts(tiny_checkpoint: Path) -> None:
@@ -229,11 +229,11 @@ class Source:
     def __init__(self, index: int, count: int, fails: bool = False) -> None:
         self.index, self.count, self.fails, self.is_closed = index, count, fails, False
 
-    async def pieces(self) -> AsyncGenerator[Piece]:
+    async def pieces(self) -> AsyncGenerator[OutputDelta]:
         try:
             for number in range(self.count):
                 await asyncio.sleep(0)
-                yield Piece(self.index, "x", number)
+                yield OutputDelta(self.index, "x", number)
             if self.fails:
                 raise ValueError("broken")
         finally:
@@ -242,7 +242,7 @@ class Source:
 
 @pytest.mark.parametrize("num_sources", [1, 5])
 def test_merged_choices_come_whole_and_in_their_own_order(num_sources: int) -> None:
-    async def main() -> list[Piece]:
+    async def main() -> list[OutputDelta]:
         return [piece async for piece in merge([Source(index, 20).pieces() for index in range(num_sources)])]
 
     pieces = asyncio.run(main())
@@ -272,7 +272,7 @@ def test_each_key_has_places_of_its_own(tiny_checkpoint: Path, keys: str, most: 
     settings = {"max_queued_requests": 10, "max_num_seqs": 2, "dtype": "float32", "api_keys": keys}
     subject = provider(model_path=str(tiny_checkpoint), **settings)
     engine = load(subject.path, subject.settings, subject.progress).engine
-    assert engine.room.most == most
+    assert engine.admission.max_sequences == most
 
 
 def test_choices_whose_prompts_are_more_than_may_wait_begin_together_or_not_at_all(tiny_checkpoint: Path) -> None:

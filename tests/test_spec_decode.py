@@ -86,8 +86,8 @@ def answers(
             outputs[sequence].append(output)
         steps += 1
     assert engine.num_used_blocks == 0
-    if isinstance(engine.scheduler.guesser, DraftModel):
-        assert engine.scheduler.guesser.num_used_blocks == 0
+    if isinstance(engine.scheduler.proposer, DraftModel):
+        assert engine.scheduler.proposer.num_used_blocks == 0
     return list(outputs.values()), steps
 
 
