@@ -94,7 +94,9 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, options: EngineOptions = EngineOptions()) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.admission = AdmissionControl(options.max_queued_requests + scheduler.limits.max_num_seqs, options.num_clients)
+        self.admission = AdmissionControl(
+            options.max_queued_requests + scheduler.limits.max_num_seqs, options.num_clients
+        )
         self.max_queued_tokens = options.max_queued_tokens
         self.on_failure: Callable[[], object] = lambda: None  # called on the event loop when the thread has ended so
         self.failure: BaseException | None = None  # set once, when the worker thread has ended by an error

@@ -239,7 +239,9 @@ class ModelRunner:
         """Steps of up to `most` decodes, where the model can be recorded; it needs `flash`."""
         assert self.flash is not None
         try:
-            self._graphs = DecodeGraphs(self._compute, self.cache, self.flash, most, max_model_len, self.device, record_graph)
+            self._graphs = DecodeGraphs(
+                self._compute, self.cache, self.flash, most, max_model_len, self.device, record_graph
+            )
         except RuntimeError as error:  # it moves something to the CPU, or memory is short
             log.info("CUDA graphs are off: %s", first_line(error))
 

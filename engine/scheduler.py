@@ -88,7 +88,9 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens
         if spans:
             num_prompts = len(self._prefilling()) + len(self.waiting)
-            budget = min(self.prefill_budget.budget(len(spans), num_prompts), self.limits.max_num_mixed_tokens - len(spans))
+            budget = min(
+                self.prefill_budget.budget(len(spans), num_prompts), self.limits.max_num_mixed_tokens - len(spans)
+            )
         prefilling, is_full = self._prefilling(), False
         for priority in sorted({s.priority for s in [*prefilling, *self.waiting]}):
             for sequence in [s for s in prefilling if s.priority == priority]:

@@ -218,7 +218,11 @@ class LocalModel:
     ) -> "tuple[list[int], tuple[Image, ...]]":
         """The prompt of messages, and where its images are. A model that does not see fetches nothing."""
         messages = request.messages or []
-        views = [] if loaded.image_inputs is None else await loaded.image_inputs.see(messages, self._fetcher, self.settings.max_images)
+        views = (
+            []
+            if loaded.image_inputs is None
+            else await loaded.image_inputs.see(messages, self._fetcher, self.settings.max_images)
+        )
         _check_characters(loaded, sum(len(text) for message in messages for text in message.texts), "messages")
         thinks = False if request.thinks is None and _is_task(request) else request.thinks
         options = RenderOptions(

@@ -8,7 +8,7 @@ import pytest
 
 from errors import Overloaded
 from providers.upstream import failure_event
-from server.connection import EventStream, begun
+from server.connection import EventStream, await_first
 from server.deadline import Deadline
 
 
@@ -56,17 +56,17 @@ def test_a_stream_that_takes_long_to_begin_is_heard_of_and_one_that_fails_at_onc
 
     async def scenario() -> None:
         for silence in (0.01, 100.0):
-            assert [number async for number in await begun(numbers(0.1, False), silence)] == [1, 2]
+            assert [number async for number in await await_first(numbers(0.1, False), silence)] == [1, 2]
         with pytest.raises(Overloaded):
-            await begun(numbers(0, True), 100.0)
-        late = await begun(numbers(0.1, True), 0.01)
+            await await_first(numbers(0, True), 100.0)
+        late = await await_first(numbers(0.1, True), 0.01)
         with pytest.raises(Overloaded):
             await anext(late)
-        waiting = asyncio.ensure_future(begun(numbers(100, False), 100.0))
+        waiting = asyncio.ensure_future(await_first(numbers(100, False), 100.0))
         await asyncio.sleep(0.01)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        left_early = await begun(numbers(100, False), 0.01)
+        left_early = await await_first(numbers(100, False), 0.01)
         asking = asyncio.ensure_future(anext(left_early))
         await asyncio.sleep(0.01)
         asking.cancel()

@@ -31,7 +31,7 @@ from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
 from main import _ignored_fields_header, _most_precise, _param_of
 from prompt_templates import PromptTemplate, RenderOptions
-from providers import openai_compatible as fixing
+from providers import openai_compatible
 from providers.anthropic_request import to_messages
 from providers.anthropic_response import StreamMapper, to_completion
 from providers.router import gateways_of
@@ -369,17 +369,23 @@ BODY = object_of(ANSWER) | shaped(
     encoding_format=st.just("base64"),
     temperature=NUMBERS,
 )
-FIXES = [fixing.Adapter, fixing.GeminiAdapter, fixing.DeepSeekAdapter, fixing.OllamaAdapter, fixing.MiniMaxAdapter]
+FIXES = [
+    openai_compatible.Adapter,
+    openai_compatible.GeminiAdapter,
+    openai_compatible.DeepSeekAdapter,
+    openai_compatible.OllamaAdapter,
+    openai_compatible.MiniMaxAdapter,
+]
 
 
-@pytest.mark.parametrize("fixes", FIXES)
+@pytest.mark.parametrize("adapter", FIXES)
 @examples(60)
 @given(BODY, st.lists(BODY, max_size=2), BODY)
 @example({}, [], {"base_resp": {"status_code": [1]}})
 @example({"dimensions": 1, "encoding_format": "base64"}, [], {"data": [{"embedding": [10**400]}]})
 @example({"encoding_format": "base64"}, [], {"data": [{"embedding": [1e300]}]})
 def test_what_is_put_right_is_json_or_an_error(
-    adapter: Callable[[], fixing.Adapter], request_body: Any, chunks: list[Any], answer: Any
+    adapter: Callable[[], openai_compatible.Adapter], request_body: Any, chunks: list[Any], answer: Any
 ) -> None:
     one = adapter()
     for path in ("embeddings", "chat/completions"):
@@ -387,16 +393,16 @@ def test_what_is_put_right_is_json_or_an_error(
     for chunk in chunks:
         allows(partial(one.chunk, chunk), APIError)
     allows(lambda: one.answer(answer), APIError)
-    failure = fixing.failure_in(answer)
+    failure = openai_compatible.failure_in(answer)
     assert failure is None or upstream().told(failure["status"], {"error": failure}).status >= 400
     assert json.dumps([request_body, chunks, answer])
 
 
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_a_providers_bytes_are_an_object_or_an_error(text: bytes) -> None:
-    theirs = fixing.OpenAICompatible(upstream(), fixing.Urls("http://x"))
+    theirs = openai_compatible.OpenAICompatible(upstream(), openai_compatible.Urls("http://x"))
     answer = allows(lambda: theirs._checked(text, 200), APIError)
-    assert answer is None or isinstance(fixing.model_ids(answer), list)
+    assert answer is None or isinstance(openai_compatible.model_ids(answer), list)
 
 
 class Answers(httpx2.AsyncBaseTransport):

@@ -9,7 +9,7 @@ import torch
 from engine.batch import Batch, Span
 from engine.kv_cache import CachePlan, KVCache, LayerSpec
 from engine.sampling_params import SampledToken, SamplingParams
-from engine.scheduler import PATIENCE, Limits, Scheduler
+from engine.scheduler import MAX_DEFERRALS, Limits, Scheduler
 from engine.sequence import Sequence, Status
 
 SPECS = {0: LayerSpec(1, 4, 4, None, torch.float32, torch.device("cpu"))}
@@ -219,7 +219,7 @@ def test_what_is_not_urgent_gets_its_turn_in_the_end() -> None:
     subject = scheduler()
     task = urgent(40, 1)
     subject.add(task)
-    for _ in range(3 * PATIENCE):
+    for _ in range(3 * MAX_DEFERRALS):
         if len(subject.waiting) + len(subject.running) < 4:
             subject.add(sequence(60, max_tokens=1))
         step(subject)

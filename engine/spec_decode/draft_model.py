@@ -54,7 +54,7 @@ class DraftSequence:
 
 
 class DraftModel:
-    """A Guesser: prompt lookup where that finds something, since it costs nothing, else the model."""
+    """A Proposer: prompt lookup where that finds something, since it costs nothing, else the model."""
 
     def __init__(self, runner: BatchRunner, cache: KVCache, num_embeddings: int, max_model_len: int) -> None:
         """num_embeddings: of the large model; max_model_len: of the small one, in tokens."""

@@ -77,7 +77,7 @@ class Drafter:
 
 
 class PromptLookup:
-    """A Guesser without a model."""
+    """A Proposer without a model."""
 
     def __init__(self) -> None:
         self._drafters: dict[Sequence, Drafter] = {}
