@@ -1,4 +1,4 @@
-"""PrefillBudget: how much of the waiting prompts a step may compute beside running decodes, learnt from how long steps take."""
+"""PrefillBudget: the number of prompt tokens that a step may compute beside running decodes, learnt from past steps."""
 
 STRETCH = 1.3  # times as long as a step of decodes alone is what a step with prompts may take, and more the more wait
 FEWEST_TOKENS = 8  # of prompts in a step, however slow: they must come on

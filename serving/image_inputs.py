@@ -1,4 +1,4 @@
-"""ImageInputs: from the images of a request's messages to views in pixels, and from the prompt's tokens to their places."""
+"""ImageInputs: a request's images become crops in pixels, and each crop gets its place among the prompt's tokens."""
 
 import asyncio
 from collections.abc import Iterator, Sequence

@@ -24,7 +24,7 @@ def engine_of(family: str, options: EngineOptions, ahead: bool, graphs: bool = F
     assert isinstance(engine.runner, ModelRunner)
     if graphs:
         engine.runner = ModelRunner(engine.runner.model, engine.scheduler.cache, {5}, flash.reference)
-        engine.runner.record_graphs(8, engine.max_model_len, record=lambda run: run)
+        engine.runner.record_graphs(8, engine.max_model_len, record_graph=lambda run: run)
     if ahead:
         engine.runner = AsyncRunner(engine.runner, engine.is_quiet)
     return engine

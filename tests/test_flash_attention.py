@@ -32,7 +32,7 @@ def engine_with(model: PreTrainedModel, kernel: Kernel | None, graphs: bool = Fa
     if kernel is not None:
         runner = ModelRunner(model, engine.scheduler.cache, flash=kernel)
         if graphs:
-            runner.record_graphs(most, engine.max_model_len, record=lambda run: run)
+            runner.record_graphs(most, engine.max_model_len, record_graph=lambda run: run)
         engine.runner = runner
     return engine
 
@@ -100,7 +100,7 @@ def test_a_model_that_cannot_be_recorded_runs_without() -> None:
     def refuse(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    engine.runner.record_graphs(4, 100, record=refuse)
+    engine.runner.record_graphs(4, 100, record_graph=refuse)
     assert answers(engine) == answers(engine_of("llama", flash=False))
 
 

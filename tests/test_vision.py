@@ -143,7 +143,7 @@ def test_preempted_requests_are_computed_again() -> None:
 def test_the_gpus_path_gives_the_same_tokens() -> None:
     engine = engine_of()
     runner = ModelRunner(tiny_gemma_that_sees(IMAGE), engine.scheduler.cache, flash=flash.reference)
-    runner.record_graphs(8, engine.max_model_len, record=lambda run: run)
+    runner.record_graphs(8, engine.max_model_len, record_graph=lambda run: run)
     engine.runner = runner
     assert finish(engine, [sequence_of(name) for name in LAYOUTS]) == [expected(name) for name in LAYOUTS]
 
