@@ -23,8 +23,8 @@ from engine.sequence import Sequence
 OPTIONS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=6, kv_block_size=8)
 
 
-def engine_of(family: str, flash: bool, graphs: bool = False, most: int = 6) -> Engine:
-    return engine_with(tiny_model(family), flash.reference if flash else None, graphs, most)
+def engine_of(family: str, is_flash: bool, graphs: bool = False, most: int = 6) -> Engine:
+    return engine_with(tiny_model(family), flash.reference if is_flash else None, graphs, most)
 
 
 def engine_with(model: PreTrainedModel, kernel: Kernel | None, graphs: bool = False, most: int = 6) -> Engine:
@@ -55,7 +55,7 @@ def answers(engine: Engine, count: int = 9, max_tokens: int = 40) -> list[list[i
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_call_for_all_sequences_gives_the_same_tokens(family: str) -> None:
-    assert answers(engine_of(family, flash=True)) == answers(engine_of(family, flash=False))
+    assert answers(engine_of(family, is_flash=True)) == answers(engine_of(family, is_flash=False))
 
 
 @pytest.mark.thinned(2)
@@ -63,7 +63,7 @@ def test_one_call_for_all_sequences_gives_the_same_tokens(family: str) -> None:
 @pytest.mark.parametrize("most", [6, 3])
 def test_recorded_steps_give_the_same_tokens(family: str, most: int) -> None:
     """Also where some steps have more decodes than were recorded."""
-    assert answers(engine_of(family, True, True, most)) == answers(engine_of(family, flash=False))
+    assert answers(engine_of(family, True, True, most)) == answers(engine_of(family, is_flash=False))
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -101,7 +101,7 @@ def test_a_model_that_cannot_be_recorded_runs_without() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     engine.runner.record_graphs(4, 100, record_graph=refuse)
-    assert answers(engine) == answers(engine_of("llama", flash=False))
+    assert answers(engine) == answers(engine_of("llama", is_flash=False))
 
 
 SPEC = LayerSpec(2, 32, 32, None, torch.bfloat16, torch.device("cpu"))
