@@ -15,10 +15,11 @@ from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest, 
 from scripts import docs
 
 RAY_SERVE = (ROOT / "deploy" / "ray_serve.py").read_text()
-OF_OTHERS = {  # names in capitals that are no settings of this server: another program's, or what is no variable
-    *("VARIANT", "PEERS", "HEAD", "GET", "FAMILIES", "SERVER_KEY"),
+OF_OTHERS = {  # variables that other programs read
     *("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SDK_DISABLED", "RAY_ADDRESS", "RAY_SERVE_SESSION_ID_HEADER_KEY"),
+    "CUDA_VISIBLE_DEVICES",
 }
+WANTED = docs.wanted()
 REPLICAS = {f"REPLICAS_{name.upper()}" for name in re.findall(r"^    (\w+): .* = Field\(", RAY_SERVE, re.MULTILINE)}
 NAMES = {field.upper() for field in Settings.model_fields}
 ALIASES = {
@@ -32,9 +33,9 @@ ALIASES = {
 # --- what is made from the code
 
 
-@pytest.mark.parametrize("path", docs.wanted(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", WANTED, ids=lambda path: path.name)
 def test_make_docs_would_change_nothing(path: Path) -> None:
-    assert path.read_text(encoding="utf-8") == docs.wanted()[path], "run `make docs`"
+    assert path.read_text(encoding="utf-8") == WANTED[path], "run `make docs`"
 
 
 @pytest.mark.parametrize("name", docs.GENERATED)
