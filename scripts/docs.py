@@ -272,7 +272,7 @@ def demo_models() -> str:
 
 def files() -> str:
     """The list of packages and files in docs/architecture.md."""
-    folders = {"The top level": ROOT} | {f"`{home(name)}/`": folder for name, folder in packages().items()}
+    folders = {"The top level": ROOT} | {f"`{folder_of(name)}/`": folder for name, folder in packages().items()}
     lines = []
     for title, folder in folders.items():
         lines += [f"### {title}", ""]
@@ -287,8 +287,15 @@ def files() -> str:
 
 
 def imports() -> str:
-    """Which packages import which, those that nobody imports first; a file of the top level counts as one."""
-    graph = import_graph()
+    """Which packages import which, also within packages that have packages."""
+    parts = [picture(import_graph())]
+    for package in sorted({name.partition(".")[0] for name in packages() if "." in name}):
+        parts += [f"Inside `{package}/`:", picture(inner_graph(package))]
+    return "\n\n".join(parts)
+
+
+def picture(graph: dict[str, set[str]]) -> str:
+    """A line each, those that reach most first: if there is no circle, a line names only lines below it."""
     width = max(map(len, graph))
     lines = []
     for name in sorted(graph, key=lambda name: (-len(reached(graph, name)), name)):
@@ -298,21 +305,34 @@ def imports() -> str:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Each package, or file of the top level, and what it imports of the others."""
+    """Each package with all that is in it, or file of the top level, and what it imports of the others."""
+    return graph_of(modules(), unit)
+
+
+def inner_graph(package: str) -> dict[str, set[str]]:
+    """The same for the packages in one; its own files count as one."""
+    return graph_of((name for name in modules() if name.partition(".")[0] == package), folder_of)
+
+
+def graph_of(names: Iterable[str], home: Callable[[str], str]) -> dict[str, set[str]]:
+    inside = set(names)
     graph: dict[str, set[str]] = {}
-    for module, path in modules().items():
-        here = home(module)
-        found = {home(name) for name in imported(module, path) if name in modules()}
-        graph[here] = graph.get(here, set()) | found - {here}
+    for module in inside:
+        found = {home(name) for name in imported(module, modules()[module]) if name in inside}
+        graph[home(module)] = graph.get(home(module), set()) | found - {home(module)}
     return graph
 
 
-def home(module: str) -> str:
-    """The package of a module, or its file if it is on the top level."""
-    if module in packages():
-        return module.replace(".", "/")
-    package, _, name = module.rpartition(".")
-    return package.replace(".", "/") or f"{name}.py"
+def unit(module: str) -> str:
+    """The outermost package of a module, or its file if it is on the top level."""
+    name = module.partition(".")[0]
+    return name if name in packages() else f"{name}.py"
+
+
+def folder_of(module: str) -> str:
+    """The package that a module is in."""
+    package = module if module in packages() else module.rpartition(".")[0]
+    return package.replace(".", "/")
 
 
 def imported(module: str, path: Path) -> Iterator[str]:

