@@ -1,4 +1,4 @@
-# make serve | test | test-all | test-gpu | test-clients | test-ray | check | bench | setup | lock | licenses | clean
+# make serve | test | test-all | test-gpu | test-clients | test-ray | check | bench | setup | lock | licenses | docs | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +8,7 @@ PORT   ?= 8000
 WORKERS ?= 2
 export HOST PORT
 
-.PHONY: serve test test-all test-gpu test-clients test-ray check bench setup setup-dev lock licenses clean
+.PHONY: serve test test-all test-gpu test-clients test-ray check bench setup setup-dev lock licenses docs clean
 
 serve: setup
 	@$(BIN)/python main.py
@@ -63,6 +63,10 @@ lock: $(VENV)-uv/.installed
 
 licenses: setup
 	$(BIN)/python scripts/licenses.py
+
+# After a change of settings, requests, demo models or files: the parts of the documents that are made from the code
+docs: setup
+	$(BIN)/python scripts/docs.py
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(PIP) install -r requirements-dev.txt

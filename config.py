@@ -101,7 +101,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
 class Settings(BaseSettings):
-    """All settings; frozen. `.env.example` and the README list them with their meaning."""
+    """All settings; frozen. `make docs` lists them in docs/settings.md and `.env.example`."""
 
     model_config = SettingsConfigDict(
         env_file=".env",
@@ -117,7 +117,10 @@ class Settings(BaseSettings):
     model_path: str | None = Field(
         None,
         validation_alias=AliasChoices("model_path", "model_dir", "nanovllm_model_path"),
-        description="the model to serve: a directory, a .gguf file, a Hub id or a demo name",
+        description=(
+            "the model to serve: a directory, a .gguf file, a Hub id or a demo name; "
+            "default: ~/llms/Qwen3-0.6B/ if that exists, else demo:qwen2.5-coder-0.5b"
+        ),
     )
     served_model_name: str | None = Field(
         None, description="the model's id under /v1/models; default: the base name of MODEL_PATH"

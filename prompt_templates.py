@@ -113,7 +113,7 @@ class Family:
     ends: tuple[str, ...]  # tokens that end an answer
     tools: ToolFormat
     context_length: int  # tokens, where the model's config has none
-    quantization: str = "int8"  # the fewest bits that cost it little, see the README
+    quantization: str = "int8"  # the fewest bits that cost it little, see docs/models.md
     think: tuple[str, str] | None = None  # marks around reasoning
     alternates: bool = False  # its templates want user and assistant in turn, and know no system role
     lead: str = "{}\n\n"  # the system's text before the user's, if they alternate

@@ -82,7 +82,11 @@ def test_the_image_installs_what_is_locked_and_both_kinds_of_torch() -> None:
     stages = dict(reversed(rest.split(" AS ")) for rest in of("FROM") if " AS " in rest)
     assert {"cpu", "cuda"} <= set(stages) and "VARIANT=cpu" in of("ARG")
     indexes = re.findall(r"whl/(\w+)", LINES)
-    assert indexes == ["cpu", "cu130"] and "cu130" in (ROOT / "README.md").read_text()
+    torch = re.search(r"^torch==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert indexes == ["cpu", "cu130"] and torch
+    for document in ("README.md", "readme_zh.md", "docs/deployment.md"):
+        command = f"pip install {torch[0]} --index-url https://download.pytorch.org/whl/{indexes[1]}"
+        assert command in (ROOT / document).read_text(), document
     assert all(":" in image or image in {*stages, "${VARIANT}"} for image in (rest.split()[0] for rest in of("FROM")))
 
 
