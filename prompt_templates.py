@@ -30,6 +30,7 @@ from text.messages import (
 from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
 from text.tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat, taught_by
 from text.tool_grammars import Literals
+from vision.family import VisionFamily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,27 +82,6 @@ _PLAIN = (
 
 
 @dataclass(frozen=True)
-class ImageFormat:
-    """How a family's prompts show images. Source: the family's processor in transformers."""
-
-    mark: str  # what the template writes for an image
-    token: str  # stands for a piece of it
-    before: str
-    after: str
-
-    def of(self, num_views: int, tokens_per_view: int) -> str:
-        """An image, and then parts of it."""
-        view = f"{self.before}{self.mark}{self.token * tokens_per_view}{self.after}"
-        if num_views == 1:
-            return view
-        parts = " ".join([view] * (num_views - 1))
-        return f"Here is the original image {view} and here are some crops to help you see better {parts}"
-
-
-_GEMMA_IMAGES = ImageFormat("<start_of_image>", "<image_soft_token>", "\n\n", "<end_of_image>\n\n")
-
-
-@dataclass(frozen=True)
 class Family:
     """How a family of models is recognised and spoken to. What a model's own files say goes before all of it."""
 
@@ -117,7 +97,6 @@ class Family:
     think: tuple[str, str] | None = None  # marks around reasoning
     alternates: bool = False  # its templates want user and assistant in turn, and know no system role
     lead: str = "{}\n\n"  # the system's text before the user's, if they alternate
-    images: ImageFormat | None = None  # of its models that see
 
 
 # Tokens that mark (what is before the gap, what is after it, where to fill in); models that have them know the task.
@@ -138,7 +117,7 @@ _SYS = "<<SYS>>\n{}\n<</SYS>>\n\n"
 # Name, types, names, marker, template, ends, tools, context length, and what only some have; the first that fits
 FAMILIES = (
     Family("Gemma 3", ("gemma3",), "gemma-?3", _GEMMA_TURN, _GEMMA, _GEMMA_ENDS, LINES, 32768, "int4",
-           alternates=True, images=_GEMMA_IMAGES),
+           alternates=True),
     Family("Gemma 2", ("gemma",), "gemma", _GEMMA_TURN, _GEMMA, _GEMMA_ENDS, LINES, 8192, alternates=True),
     Family("Qwen 3.5", ("qwen3_5",), r"qwen-?3\.5", _IM, _CHATML, _IM_ENDS, QWEN_XML, 32768, think=THINK),
     Family("Qwen 3", ("qwen3",), "qwen-?3", _IM, _CHATML, _IM_ENDS, MARKED, 32768, think=THINK),
@@ -175,7 +154,7 @@ class RenderOptions:
 
     continues: bool | None = None  # the answer goes on where the last message ends: if that is the assistant's
     opens: bool | None = None  # the prompt ends with the beginning of the assistant's turn: unless it continues
-    num_views: Sequence[int] = ()  # how often each image is shown, whole and in parts
+    image_tokens: Sequence[Sequence[int]] = ()  # for each image, the number of tokens of each of its crops
     tools: Sequence[dict[str, Any]] = ()  # in OpenAI's form
     thinks: bool | None = None
     effort: str | None = None  # of the thinking, for templates that know of it
@@ -185,14 +164,18 @@ class PromptTemplate:
     """One model's: messages or text in, token ids out. Its methods take milliseconds, more for long prompts."""
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", model_type: str, tokens_per_image: int = 0, name: str = ""
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        model_type: str,
+        vision: VisionFamily | None = None,
+        name: str = "",
     ) -> None:
-        """tokens_per_image: 0 for a model that does not see; name: the model's.
+        """vision: None for a model that does not see; name: the model's.
 
         The tokenizer's chat template is tried here, in milliseconds. Raises ValueError for one that cannot be chosen.
         """
         self.tokenizer = tokenizer
-        self._tokens_per_image = tokens_per_image
+        self._vision = vision
         self._vocabulary = tokenizer.get_vocab()
         self._added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         self.family = family_of(model_type, self._vocabulary.keys(), name)
@@ -215,7 +198,7 @@ class PromptTemplate:
         # nor these, but for the assistant: its earlier thoughts and calls come back in its own words
         self._markup = _any_of([*control, *(t.content for t in added if self._is_markup(t.content))])
         self._end_of_turn = self._tried_end()
-        self._shows_images = not tokens_per_image or self._tried_images()
+        self._shows_images = vision is not None and self._tried_images(vision.mark)
 
     def _tried(self, has_tools: bool) -> TemplateForm:
         """The form that the tokenizer's own template wants; a family's takes text and knows no calls.
@@ -233,10 +216,9 @@ class PromptTemplate:
         match = self._markup.match(behind.lstrip())
         return match[0] if match else None
 
-    def _tried_images(self) -> bool:
-        if self._template is not None or self.family.images is None:
+    def _tried_images(self, mark: str) -> bool:
+        if self._template is not None:
             return True
-        mark = self.family.images.mark
         return shows_images(lambda messages, _: self._apply(messages, None, add_generation_prompt=True), mark)
 
     @property
@@ -323,13 +305,13 @@ class PromptTemplate:
         switches = {"continue_final_message": continues, "add_generation_prompt": opens, **_switches(options)}
         refusal: Exception | None = None
         tried: list[Attempt] = []
-        for attempt, shown in self._attempts(plain, tools, bool(options.num_views)):
+        for attempt, shown in self._attempts(plain, tools, bool(options.image_tokens)):
             if (attempt, shown) in tried:
                 continue
             tried.append((attempt, shown))
             try:
                 text = self._rendered(attempt, shown, mark, switches)
-                text = self._show(text, options.num_views)
+                text = self._show(text, options.image_tokens)
             except (TemplateError, *RENDERING_ERRORS) as error:
                 refusal = refusal or error
             else:
@@ -405,30 +387,30 @@ class PromptTemplate:
             for text in others:
                 parts += [{"type": "image"}, {"type": "text", "text": text}]
             content: Any = [part for part in parts if part.get("text") != ""]
-            if self._template is not None and self.family.images is not None:
-                content = self.family.images.mark.join([first, *others])
+            if self._template is not None and self._vision is not None:
+                content = self._vision.mark.join([first, *others])
             result.append({**message, "content": content if others else message["content"]})
         return result
 
-    def _show(self, text: str, num_views: Sequence[int]) -> str:
-        """The prompt with each image's tokens in the place of its mark; only the template writes that."""
-        if not num_views:
+    def _show(self, text: str, image_tokens: Sequence[Sequence[int]]) -> str:
+        """Puts each image's tokens in the place of its mark, which only the template writes."""
+        if not image_tokens:
             return text
-        assert self.family.images is not None
-        between = text.split(self.family.images.mark)
-        if len(between) != len(num_views) + 1:
+        assert self._vision is not None
+        between = text.split(self._vision.mark)
+        if len(between) != len(image_tokens) + 1:
             raise ValueError("it shows a different number of images")
-        shown = [self.family.images.of(count, self._tokens_per_image) for count in num_views]
+        shown = [self._vision.prompt_text(crop_tokens) for crop_tokens in image_tokens]
         return between[0] + "".join(image + rest for image, rest in zip(shown, between[1:], strict=True))
 
     @property
     def sees(self) -> bool:
-        return bool(self._tokens_per_image) and self.family.images is not None and self._shows_images
+        return self._shows_images
 
     @property
     def hides_images(self) -> bool:
         """Whether the model could see, were it not for its template."""
-        return bool(self._tokens_per_image) and not self._shows_images
+        return self._vision is not None and not self._shows_images
 
     def _disarm(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]

@@ -33,7 +33,7 @@ class Span:
         """Fewer of its tokens, if that is possible: without the guess, else half of them."""
         if self.draft:
             return Span(self.sequence, self.start, self.num_tokens - len(self.draft))
-        if self.num_tokens > 1 and not self.sequence.images_in(self.start, self.end):
+        if self.num_tokens > 1 and not self.sequence.whole_images_in(self.start, self.end):
             return Span(self.sequence, self.start, self.num_tokens // 2)
         return self
 

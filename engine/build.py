@@ -24,6 +24,7 @@ from engine.sequence import Sequence
 from engine.spec_decode.draft_model import CATCH_UP, DraftModel
 from engine.threads import set_threads
 from errors import ModelLoadError
+from vision.families import vision_family_of
 
 log = logging.getLogger(__name__)
 CPU_CACHE_MEMORY = 4 * 2**30  # bytes at most, unless set
@@ -186,8 +187,9 @@ def _fuse_layers(model: PreTrainedModel, flash: Kernel | None) -> None:
 
 
 def _tokens_per_image(model: PreTrainedModel) -> int:
-    """An image is never split between steps; 0 for models of text."""
-    return getattr(model.config, "mm_tokens_per_image", 0) if hasattr(model.config, "vision_config") else 0
+    """The tokens that a step must hold for an image that it may not cut; 0 for a model without such images."""
+    family = vision_family_of(model.config)
+    return 0 if family is None or family.is_causal else family.max_crop_tokens
 
 
 def _plan(

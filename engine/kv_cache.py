@@ -162,7 +162,7 @@ class KVCache:
         for n in range(len(keys), 0, -1):
             needed = (n - self._first_visible(group, n) for group in self.groups)
             place = n * self.block_size
-            is_inside = any(image.start < place for image in sequence.images_in(place, place + 1))
+            is_inside = any(image.start < place for image in sequence.whole_images_in(place, place + 1))
             if not is_inside and all(run[n] >= count for run, count in zip(runs, needed, strict=True)):
                 return n
         return 0

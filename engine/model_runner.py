@@ -19,6 +19,7 @@ from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken
 from engine.vision import Image, VisionEncoder
 from errors import ModelLoadError
+from vision.families import vision_family_of
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class _Layout:
     """A step's tokens in the order of the forward."""
 
     decodes: list[Span]  # of one token each, by number of blocks; a guessed token is one more decode
-    prefills: list[Span]  # those with images last
+    prefills: list[Span]  # those with images whose tokens see each other last
 
     @classmethod
     def of(cls, batch: Batch) -> "_Layout":
@@ -65,7 +66,7 @@ class _Layout:
             if span.is_decode
             for position in range(span.start, span.end)
         ]
-        prefills = sorted((s for s in batch.spans if not s.is_decode), key=lambda s: bool(_images_in(s)))
+        prefills = sorted((s for s in batch.spans if not s.is_decode), key=lambda s: bool(_whole_images_in(s)))
         return cls(sorted(parts, key=lambda s: s.start), prefills)
 
     @property
@@ -120,6 +121,7 @@ class ModelRunner:
         self.flash = flash
         self.num_known: int | None = None  # tokens of the vocabulary, where the output layer is padded beyond it
         self._graphs: DecodeGraphs | None = None
+        self._vision_family = vision_family_of(model.config)
         self.vision: VisionEncoder | None = None
         self.cache = cache
         self.sampler = Sampler(eos_token_ids)
@@ -198,14 +200,12 @@ class ModelRunner:
             if recorded is not None:
                 return picked(recorded, rows)
         token_ids: list[int] = []
-        positions: list[int] = []
         for span in layout.spans:
             token_ids += [span.token_at(position) for position in range(span.start, span.end)]
-            positions += range(span.start, span.end)
         groups = [self._group_attention(index, group, layout) for index, group in enumerate(self.cache.groups)]
         return self._compute(
             torch.tensor([token_ids], device=self.device) if known is None else known[None],
-            torch.tensor([positions], device=self.device),
+            self._positions(layout),
             StepAttention(self.cache, groups, self.flash),
             torch.tensor(rows, dtype=torch.long, device=self.device),
             _features(layout),
@@ -219,20 +219,28 @@ class ModelRunner:
         rows: torch.Tensor | int = 0,
         features: Iterable[tuple[int, torch.Tensor]] = (),
     ) -> torch.Tensor:
-        """token_ids, positions: (1, tokens); rows: whose logits are wanted, 0 for all of them; features: of images,
-        and the first token of each."""
+        """token_ids: (1, tokens); positions: (1, tokens), or (axes, 1, tokens); rows: whose logits are wanted, 0 for
+        all of them; features: of images, and the row of the first token of each."""
         inputs: dict[str, torch.Tensor] = {"input_ids": token_ids}
         if features:
-            inputs = {"inputs_embeds": self._embed(token_ids, features)}
+            assert self._vision_family is not None
+            embeddings = cast(torch.Tensor, self.model.get_input_embeddings()(token_ids))
+            inputs = self._vision_family.inputs(embeddings, features)
         output = self.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=rows, step=step)
         return cast(torch.Tensor, output.logits[0])
 
-    def _embed(self, token_ids: torch.Tensor, features: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """(1, tokens, hidden size)"""
-        embeddings = cast(torch.Tensor, self.model.get_input_embeddings()(token_ids))
-        for first, own in features:
-            embeddings[0, first : first + len(own)] = own.to(embeddings)
-        return embeddings
+    def _positions(self, layout: _Layout) -> torch.Tensor:
+        """(1, tokens), or (axes, 1, tokens) for a model whose images have positions of more coordinates than one."""
+        family = self._vision_family
+        axes: list[list[int]] = [[] for _ in range(1 if family is None else family.position_axes)]
+        for span in layout.spans:
+            rows: Iterable[Iterable[int]] = [range(span.start, span.end)] * len(axes)
+            if family is not None and span.sequence.images:
+                rows = family.positions(span.start, span.end, span.sequence.images)
+            for axis, positions in zip(axes, rows, strict=True):
+                axis += positions
+        tensor = torch.tensor(axes, device=self.device)
+        return tensor if len(axes) == 1 else tensor[:, None]
 
     @torch.inference_mode()
     def record_graphs(self, most: int, max_model_len: int, record_graph: GraphRecorder = record_graph) -> None:
@@ -265,10 +273,10 @@ class ModelRunner:
         decodes, prefills, start, flash = [], [], 0, None
         apart = layout
         if self.flash is not None:  # whose kernel knows no tokens that see later ones
-            plain = [span for span in layout.spans if not _images_in(span)]
+            plain = [span for span in layout.spans if not _whole_images_in(span)]
             flash = self._flash_batch(index, group.window, plain) if plain else None
             start = sum(span.num_tokens for span in plain)
-            apart = _Layout([], [span for span in layout.prefills if _images_in(span)])
+            apart = _Layout([], [span for span in layout.prefills if _whole_images_in(span)])
         for spans in _similar_lengths(apart.decodes, group.window, block_size):
             decodes.append(self._decode_group(index, group.window, spans, start))
             start += len(spans)
@@ -312,24 +320,25 @@ class ModelRunner:
         first = first_visible(span.start, window) // block_size
         table = span.sequence.block_tables[index][first : -(-span.end // block_size)]
         assert FREED not in table
-        images = [(image.start, image.end) for image in _images_in(span)]
+        images = [(image.start, image.end) for image in _whole_images_in(span)]
         visible = visible_of(span.start, span.num_tokens, window, images) - first * block_size
         is_alone = span.start == 0 and not images and (window is None or span.num_tokens <= window)
         place = (start, start + span.num_tokens)
         return PrefillChunk(*place, torch.tensor(table), visible, is_alone, block_size, self.dtype)
 
 
-def _images_in(span: Span) -> tuple[Image, ...]:
-    return span.sequence.images_in(span.start, span.end)
+def _whole_images_in(span: Span) -> tuple[Image, ...]:
+    return span.sequence.whole_images_in(span.start, span.end)
 
 
 def _features(layout: _Layout) -> list[tuple[int, torch.Tensor]]:
     """Those of the step's images, and the row of each one's first token."""
     found, row = [], 0
     for span in layout.spans:
-        for image in _images_in(span):
-            assert image.features is not None and span.start <= image.start and image.end <= span.end
-            found.append((row + image.start - span.start, image.features))
+        for image in span.sequence.images_in(span.start, span.end):
+            assert image.features is not None, "the scheduler waits for the features"
+            start, end = max(span.start, image.start), min(span.end, image.end)
+            found.append((row + start - span.start, image.features[start - image.start : end - image.start]))
         row += span.num_tokens
     return found
 

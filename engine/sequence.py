@@ -97,13 +97,17 @@ class Sequence:
         """Those of which some tokens are among start .. end."""
         return tuple(image for image in self.images if image.start < end and image.end > start)
 
+    def whole_images_in(self, start: int, end: int) -> tuple[Image, ...]:
+        """Those that no step may cut, since their tokens see each other."""
+        return tuple(image for image in self.images_in(start, end) if not image.is_causal)
+
     def whole_chunk(self, end: int) -> int:
         """Where a chunk of the prompt that could reach to `end` has to end: behind an image or before it, never inside
         of it, and before one without features."""
         for image in self.images_in(self.num_computed, end):
             if image.features is None:
                 return image.start
-            if image.end > end:
+            if image.end > end and not image.is_causal:
                 return image.start if image.start > self.num_computed else image.end
         return end
 

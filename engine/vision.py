@@ -8,18 +8,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from vision.families import vision_family_of
+
 MEMORY = 256 * 2**20  # bytes of features that are kept for later requests
 
 
 @dataclass(eq=False)
 class Image:
-    """One view of an image, and its place in a prompt."""
+    """One crop of an image, and its place in a prompt."""
 
     digest: bytes  # of the pixels
-    pixels: torch.Tensor | None  # (channels, height, width), as the vision tower takes them; not kept any longer
+    pixels: torch.Tensor | None  # as the model's vision family takes them; None once the features are there
     start: int  # position of its first token
-    num_tokens: int
-    features: torch.Tensor | None = None  # (num_tokens, hidden size), once they are computed
+    grid: tuple[int, int]  # rows and columns of its tokens
+    is_causal: bool = False  # if not, its tokens see each other, so that no step may cut it
+    features: torch.Tensor | None = None  # (num_tokens, features), once they are computed
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
 
     @property
     def end(self) -> int:
@@ -30,6 +37,9 @@ class VisionEncoder:
     """The vision tower with its projector, run once for each distinct image."""
 
     def __init__(self, model: PreTrainedModel, memory: int = MEMORY) -> None:
+        family = vision_family_of(model.config)
+        assert family is not None, "only models that see get images"
+        self.family = family
         self._model: Any = model if hasattr(model, "get_image_features") else model.model
         self._memory = memory
         self._known: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # the least recently used first
@@ -47,9 +57,10 @@ class VisionEncoder:
         distinct = {image.digest: image for image in images if image.features is None}
         tower: torch.nn.Module = self._model
         weight = next(p for name, p in tower.named_parameters() if "vision" in name)
-        stacked = torch.stack([image.pixels for image in distinct.values() if image.pixels is not None])
-        pixels = stacked.to(weight.device, weight.dtype)
-        features = self._model.get_image_features(pixels, return_dict=True).pooler_output
+        pixels = [
+            image.pixels.to(weight.device, weight.dtype) for image in distinct.values() if image.pixels is not None
+        ]
+        features = self.family.encode(self._model, pixels)
         self.num_encoded += len(distinct)
         for digest, own in zip(distinct, features, strict=True):
             self._known[digest] = own.clone()  # not a view, which would keep all of them

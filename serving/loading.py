@@ -28,6 +28,8 @@ from prompt_templates import PromptTemplate
 from schemas import Message
 from serving.image_inputs import ImageInputs
 from text.logprobs import TokenTexts
+from vision.families import vision_family_of
+from vision.family import VisionFamily
 
 if TYPE_CHECKING:
     from engine.build import ModelDefaults
@@ -119,9 +121,9 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
     config, _ = check_model(directory, options.dtype, options.device_map)
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         image_inputs = open_image_inputs(directory, config)
-        tokens_per_image = config.mm_tokens_per_image if image_inputs else 0
+        vision = None if image_inputs is None else image_inputs.family
         name = checkpoint.served_name(path)
-        template = pool.submit(load_template, directory, config.model_type, tokens_per_image, name)
+        template = pool.submit(load_template, directory, config.model_type, vision, name)
         if draft_directory:
             check_vocabulary(template.result(), load_template(draft_directory, config.model_type))
         engine, generation_config = load_engine(
@@ -154,11 +156,12 @@ def open_grammars(template: PromptTemplate, engine: "Engine") -> "GrammarCompile
 
 
 def open_image_inputs(directory: Path, config: Any) -> ImageInputs | None:
-    """For a model that sees as Gemma 3 does; others, and those without an image processor, take text alone."""
-    if not hasattr(config, "vision_config") or not hasattr(config, "mm_tokens_per_image"):
+    """The image inputs of a model of a vision family; None for others, and where the image processor is missing."""
+    family = vision_family_of(config)
+    if family is None:
         return None
     try:
-        return ImageInputs.open(directory, config)
+        return ImageInputs.open(directory, family)
     except (OSError, ValueError, KeyError, ImportError) as error:
         log.warning("images are refused, because %s has no image processor: %s", directory, str(error).splitlines()[0])
         return None
@@ -195,7 +198,9 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
     return await future
 
 
-def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, name: str = "") -> PromptTemplate:
+def load_template(
+    directory: Path, model_type: str, vision: VisionFamily | None = None, name: str = ""
+) -> PromptTemplate:
     from transformers import AutoTokenizer
 
     from text.tokenizer_file import by_its_file
@@ -204,7 +209,7 @@ def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, n
     try:
         tokenizer = by_its_file(AutoTokenizer.from_pretrained(directory, trust_remote_code=False), directory)
         tokenizer.chat_template = with_templates_beside(tokenizer.chat_template, directory)
-        template = PromptTemplate(tokenizer, model_type, tokens_per_image, name)
+        template = PromptTemplate(tokenizer, model_type, vision, name)
         tell_hidden(template, directory)
         tell_moved(template, directory)
     except Exception as error:  # of any kind, where a file says what nobody expects

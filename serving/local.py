@@ -218,25 +218,25 @@ class LocalModel:
     ) -> "tuple[list[int], tuple[Image, ...]]":
         """The prompt of messages, and where its images are. A model that does not see fetches nothing."""
         messages = request.messages or []
-        views = (
+        crops = (
             []
             if loaded.image_inputs is None
-            else await loaded.image_inputs.see(messages, self._fetcher, self.settings.max_images)
+            else await loaded.image_inputs.crops_of(messages, self._fetcher, self.settings.max_images)
         )
         _check_characters(loaded, sum(len(text) for message in messages for text in message.texts), "messages")
         thinks = False if request.thinks is None and _is_task(request) else request.thinks
         options = RenderOptions(
             request.continue_final_message,
             request.add_generation_prompt,
-            [len(own) for own in views],
+            [[crop.num_tokens for crop in image] for image in crops],
             box.shown if box else (),
             thinks,
             request.effort,
         )
         prompt_ids = await asyncio.to_thread(loaded.template.render_chat, messages, options)
-        if loaded.image_inputs is None or not views:
+        if loaded.image_inputs is None or not crops:
             return prompt_ids, ()
-        return prompt_ids, loaded.image_inputs.place(prompt_ids, [view for own in views for view in own])
+        return prompt_ids, loaded.image_inputs.place(prompt_ids, [crop for image in crops for crop in image])
 
     async def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]:
         loaded = self._ready_for(request)

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 from forked import ROOT, ForkedProcess, can_run
 
-PACKAGES = ("api", "checkpoints", "engine", "providers", "server", "serving", "telemetry", "text")
+PACKAGES = ("api", "checkpoints", "engine", "providers", "server", "serving", "telemetry", "text", "vision")
 UVICORN = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", "0"]
 MAIN = [sys.executable, "main.py", "--port", "0"]
 

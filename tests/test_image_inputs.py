@@ -22,8 +22,9 @@ from errors import InvalidRequest
 from prompt_templates import PromptTemplate, RenderOptions
 from schemas import Message
 from serving.image_fetcher import ImageFetcher
-from serving.image_inputs import ELONGATED, PAN_AND_SCAN, ImageInputs
+from serving.image_inputs import ImageInputs
 from serving.loading import open_image_inputs
+from vision.gemma3 import ELONGATED, PAN_AND_SCAN, Gemma3Vision
 
 MODEL = "Tiny-Gemma3"
 
@@ -79,20 +80,25 @@ def processed(messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return dict(processor(text=prompt, images=pictures, return_tensors="pt", add_special_tokens=False))
 
 
+def gemma_inputs() -> ImageInputs:
+    processor = gemma_processor()
+    config = SimpleNamespace(image_token_id=processor.tokenizer.image_token_id, mm_tokens_per_image=TOKENS)
+    return ImageInputs(Gemma3Vision(config), processor.image_processor)
+
+
 def rendered(messages: list[dict[str, Any]], directory: Path, most: int = 9) -> tuple[list[int], Any]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    processor = gemma_processor()
-    image_inputs = ImageInputs(processor.image_processor, processor.tokenizer.image_token_id, TOKENS)
+    image_inputs = gemma_inputs()
     asked = [Message.model_validate(message) for message in messages]
 
     async def see() -> Any:
-        return await image_inputs.see(asked, ImageFetcher(), most)
+        return await image_inputs.crops_of(asked, ImageFetcher(), most)
 
-    views = asyncio.run(see())
-    token_ids = PromptTemplate(tokenizer, "gemma3", TOKENS).render_chat(
-        asked, RenderOptions(num_views=[len(v) for v in views])
+    crops = asyncio.run(see())
+    token_ids = PromptTemplate(tokenizer, "gemma3", image_inputs.family).render_chat(
+        asked, RenderOptions(image_tokens=[[crop.num_tokens for crop in image] for image in crops])
     )
-    return token_ids, image_inputs.place(token_ids, [view for own in views for view in own])
+    return token_ids, image_inputs.place(token_ids, [crop for image in crops for crop in image])
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -175,11 +181,9 @@ def test_after_a_bad_image_the_others_are_given_up(seeing_checkpoint: Path) -> N
         url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
         slow = [{"type": "image_url", "image_url": {"url": url}}] * 3
         bad = {"type": "image_url", "image_url": {"url": f"{url.replace('127.0.0.1', '127.0.0.2')}"}}
-        processor = gemma_processor()
-        image_inputs = ImageInputs(processor.image_processor, processor.tokenizer.image_token_id, TOKENS)
         message = Message.model_validate({"role": "user", "content": [*slow, bad]})
         with pytest.raises(InvalidRequest):
-            await image_inputs.see([message], ImageFetcher(allows_private=True), 9)
+            await gemma_inputs().crops_of([message], ImageFetcher(allows_private=True), 9)
         for _ in range(100):
             if ended == begun:
                 break

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from prompt_templates import SEAMS, PromptTemplate, RenderOptions, chosen, famil
 from schemas import Message, ResponsesRequest
 from serving.loading import load_template
 from text.messages import alternate, canonical
+from vision.gemma3 import Gemma3Vision
 
 CONVERSATION = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye")]
 
@@ -498,13 +500,16 @@ def test_tools_that_a_template_does_not_describe_are_told_of_in_text() -> None:
     assert "tools" not in subject.hidden
 
 
+GEMMA_VISION = Gemma3Vision(SimpleNamespace(image_token_id=1, mm_tokens_per_image=4))
+
+
 def test_images_are_refused_where_the_template_drops_the_text_beside_them() -> None:
     picture = "{% for p in m.content %}{% if p.type == 'image' %}<start_of_image>{% endif %}{% endfor %}"
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [*GEMMA.values(), "<start_of_image>"]})
     for body, sees in ((picture, False), (picture + PARTS, True), (GEMMA_PARTS, True)):
         tokenizer.chat_template = f"{{% for m in messages %}}{OPEN}{body}{CLOSE}{{% endfor %}}"
-        subject = PromptTemplate(tokenizer, "gemma3", tokens_per_image=4)
+        subject = PromptTemplate(tokenizer, "gemma3", GEMMA_VISION)
         assert subject.sees == sees and subject.hides_images != sees
 
 

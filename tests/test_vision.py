@@ -21,6 +21,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.vision import Image, VisionEncoder
 
+GRID = (4, 4)  # rows and columns of an image's tokens
 IMAGE = VOCAB - 1  # the placeholder's id
 NUM_NEW = 12
 SMALL_STEPS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=8, kv_block_size=8)
@@ -49,7 +50,7 @@ def prompt_of(layout: list[Any]) -> tuple[list[int], tuple[Image, ...]]:
     images: list[Image] = []
     for part in layout:
         if isinstance(part, int):
-            images.append(Image(bytes([part]), pixels(part), len(token_ids), TOKENS))
+            images.append(Image(bytes([part]), pixels(part), len(token_ids), GRID))
             token_ids += [IMAGE] * TOKENS
         else:
             token_ids += part
@@ -146,6 +147,20 @@ def test_the_gpus_path_gives_the_same_tokens() -> None:
     runner.record_graphs(8, engine.max_model_len, record_graph=lambda run: run)
     engine.runner = runner
     assert finish(engine, [sequence_of(name) for name in LAYOUTS]) == [expected(name) for name in LAYOUTS]
+
+
+def test_an_image_whose_tokens_see_only_what_is_before_them_may_be_cut() -> None:
+    """Steps of 9 tokens cut images of 16, and blocks end inside of them; the tokens are those of whole images."""
+
+    def answered(step_tokens: int) -> list[list[int]]:
+        sequences = [sequence_of(name) for name in LAYOUTS]
+        for image in [image for sequence in sequences for image in sequence.images]:
+            image.is_causal = True
+        engine = engine_of(replace(SMALL_STEPS, max_num_batched_tokens=512))
+        engine.scheduler.limits = replace(engine.scheduler.limits, max_num_batched_tokens=step_tokens)
+        return finish(engine, sequences)
+
+    assert answered(9) == answered(512) != [expected(name) for name in LAYOUTS]
 
 
 class SeesNoLaterTokens(ModelRunner):
@@ -260,10 +275,10 @@ def test_an_image_after_which_nothing_can_be_computed_is_no_failure_of_its_reque
 
 def test_features_are_kept_within_bounds() -> None:
     encoder = VisionEncoder(tiny_gemma_that_sees(IMAGE), memory=3 * TOKENS * 64 * 4)
-    images = [Image(bytes([number]), pixels(number), 0, TOKENS) for number in range(5)]
+    images = [Image(bytes([number]), pixels(number), 0, GRID) for number in range(5)]
     encoder.encode(images)
     assert all(image.features is not None for image in images)
-    later = [Image(bytes([number]), pixels(number), 0, TOKENS) for number in range(5)]
+    later = [Image(bytes([number]), pixels(number), 0, GRID) for number in range(5)]
     for image in later:
         encoder.recall(image)
     assert [image.features is not None for image in later] == [False, False, True, True, True]
@@ -277,7 +292,7 @@ def test_a_quantized_model_sees_too() -> None:
         packed_layers.pack_model(model, "int8", lambda fraction: None)
     fused.fuse(model)
     encoder, stock = VisionEncoder(model), VisionEncoder(tiny_gemma_that_sees(IMAGE))
-    one, other = (Image(b"0", pixels(0), 0, TOKENS) for _ in range(2))
+    one, other = (Image(b"0", pixels(0), 0, GRID) for _ in range(2))
     encoder.encode([one])
     stock.encode([other])
     assert one.features is not None and other.features is not None

@@ -1,0 +1,84 @@
+"""VisionFamily: all that is particular to one kind of model that sees. Each kind is a class in a file of its own.
+
+The server asks it for an image's crops, the prompt for their text, and the engine for their features, for what their
+tokens see and for where they stand. To add a kind, write its class and name it in `families.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image as Picture
+
+
+@dataclass(frozen=True)
+class ImageCrop:
+    """An image, or a part of it, as the model sees it."""
+
+    pixels: "torch.Tensor"  # in the shape that the family's `encode` takes
+    grid: tuple[int, int]  # rows and columns of its tokens
+    digest: bytes  # of the pixels
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class PlacedImage(Protocol):
+    """A crop in a prompt."""
+
+    @property
+    def start(self) -> int:
+        """The position of its first token."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+
+class VisionFamily(ABC):
+    """One model's. Methods that take pixels may run in any thread."""
+
+    mark: str  # what a chat template writes for an image
+    details: tuple[str, ...] = ("low", "high", "auto", "original")  # the values of OpenAI's `detail` that it takes
+    is_causal: bool  # a token of an image sees what comes before it; if not, all tokens of an image see each other
+    position_axes = 1  # coordinates of a token's position
+
+    def __init__(self, config: Any) -> None:
+        """config: the model's, as transformers reads it."""
+        self.image_token_id: int = config.image_token_id  # stands for each token of a crop
+
+    @property
+    @abstractmethod
+    def max_crop_tokens(self) -> int:
+        """The largest number of tokens of one crop; a step must hold as many if the family is not causal."""
+
+    @abstractmethod
+    def crops(self, processor: Any, picture: "Picture", detail: str) -> list[ImageCrop]:
+        """The image as the model sees it. processor: transformers' image processor of the model."""
+
+    @abstractmethod
+    def prompt_text(self, crop_tokens: Sequence[int]) -> str:
+        """The text that stands for one image in a prompt. crop_tokens: the number of tokens of each of its crops."""
+
+    @abstractmethod
+    def encode(self, model: Any, pixels: "Sequence[torch.Tensor]") -> "Sequence[torch.Tensor]":
+        """The features of crops, each (num_tokens, features). Raises what the model, which is transformers', raises."""
+
+    def inputs(
+        self, embeddings: "torch.Tensor", features: "Iterable[tuple[int, torch.Tensor]]"
+    ) -> "dict[str, torch.Tensor]":
+        """What the text model is called with in place of token ids: here the features in place of the embeddings.
+
+        embeddings: (1, tokens, hidden size), may be written to; features: with the row of the first token of each.
+        """
+        for first, rows in features:
+            embeddings[0, first : first + len(rows)] = rows.to(embeddings)
+        return {"inputs_embeds": embeddings}
+
+    def positions(self, start: int, end: int, images: Sequence[PlacedImage]) -> list[list[int]]:
+        """The positions of a sequence's tokens start .. end for each axis: here the places of the tokens."""
+        return [list(range(start, end)) for _ in range(self.position_axes)]
