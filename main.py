@@ -27,7 +27,7 @@ import errors
 from api import responses
 from api.gateway import GatewayRoute
 from api.response_schemas import ResponseObject
-from api.streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
+from api.streaming import ChunkWire, EventWire, collect_chat, collect_completion
 from api.strict_json import StrictRoute
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from engine import memory
@@ -55,8 +55,9 @@ from schemas import (
 from server.api_keys import ApiKeyAuth
 from server.asgi_errors import headers_of
 from server.body_limit import BodyLimit
-from server.connection import CLIENT_GONE, EventStream, await_first, unless_client_leaves
+from server.connection import CLIENT_GONE, unless_client_leaves
 from server.deadline import Shutdown, TimeLimit
+from server.events import EventStream, Wire, await_first, sse
 from server.http_protocol import with_bounds
 from server.observer import Observer
 from server.request_id import RequestId

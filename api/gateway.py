@@ -12,12 +12,13 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
+from api.streaming import failure_event
 from api.strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
 from providers.base import Gateway
 from providers.router import Router
-from providers.upstream import failure_event
-from server.connection import CLIENT_GONE, EventStream, unless_client_leaves
+from server.connection import CLIENT_GONE, unless_client_leaves
+from server.events import EventStream, RelayWire, sse
 from telemetry import request_record
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
@@ -107,7 +108,7 @@ async def _relayed(
     headers = {"x-gateway-provider": name, **headers, **relayed.headers}
     if isinstance(relayed.content, bytes):
         return Response(relayed.content, media_type="application/json", headers=headers)
-    return EventStream(relayed.content, failure_event, headers)
+    return EventStream(sse(relayed.content, RelayWire(failure_event)), failure_event, headers)
 
 
 def _seconds(timeout: Any) -> float | None:

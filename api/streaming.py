@@ -4,10 +4,7 @@ Decoder and finder work as transformers' `TextIteratorStreamer` does: `put` for 
 """
 
 import json
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
 
 from api.response_schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from errors import APIError
@@ -25,19 +22,12 @@ from schemas import (
     ToolCall,
     Usage,
 )
-from telemetry import request_record
-
-log = logging.getLogger(__name__)
+from server.events import DONE, encode_event
 
 
-class Wire(Protocol):
-    """How the objects of a stream become server-sent events."""
-
-    def event(self, item: Any) -> bytes: ...
-
-    def failure(self, error: APIError) -> bytes: ...
-
-    def end(self) -> bytes: ...
+def failure_event(error: APIError) -> bytes:
+    """The event that tells a client of OpenAI's protocol of an error."""
+    return encode_event(json.dumps(error.body()))
 
 
 class ChunkWire:
@@ -51,14 +41,14 @@ class ChunkWire:
 
     def event(self, item: ChatCompletionChunk | Completion) -> bytes:
         if self._include_usage:
-            return _data(item.model_dump_json())
-        return _data(item.model_dump_json(exclude={"usage"})) if item.choices else b""
+            return encode_event(item.model_dump_json())
+        return encode_event(item.model_dump_json(exclude={"usage"})) if item.choices else b""
 
     def failure(self, error: APIError) -> bytes:
-        return _data(json.dumps(error.body()))
+        return failure_event(error)
 
     def end(self) -> bytes:
-        return _data("[DONE]")
+        return DONE
 
 
 class EventWire:
@@ -72,7 +62,7 @@ class EventWire:
         self._number = item.sequence_number
         if isinstance(item, ResponseStateEvent):
             self._response = item.response
-        return f"event: {item.type}\n".encode() + _data(item.model_dump_json())
+        return encode_event(item.model_dump_json(), item.type)
 
     def failure(self, error: APIError) -> bytes:
         number = self._number + 1
@@ -86,28 +76,6 @@ class EventWire:
 
     def end(self) -> bytes:
         return b""
-
-
-async def sse(items: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
-    """Server-sent events of a stream, its errors among them."""
-    try:
-        async with aclosing(items):
-            async for item in items:
-                if event := wire.event(item):
-                    yield event
-        if end := wire.end():
-            yield end
-    except APIError as error:
-        request_record.current().error = error.code or error.type
-        yield wire.failure(error)
-    except Exception:
-        log.exception("a stream failed")
-        request_record.current().error = "server_error"
-        yield wire.failure(APIError("The server failed; the error is in its log."))
-
-
-def _data(text: str) -> bytes:
-    return b"data: " + text.encode() + b"\n\n"
 
 
 async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:

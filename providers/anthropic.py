@@ -15,18 +15,9 @@ from errors import InvalidRequest, UpstreamError
 from providers.anthropic_request import SAMPLING, Mapped, to_messages
 from providers.anthropic_response import STATUSES, StreamMapper, to_completion
 from providers.base import ProviderResponse
-from providers.upstream import (
-    Upstream,
-    UpstreamConfig,
-    after,
-    data_of,
-    events_of,
-    header_of,
-    name_of,
-    until_error,
-    with_keep_alive,
-)
+from providers.upstream import Upstream, UpstreamConfig, events_of, header_of
 from providers.upstream_errors import error_in
+from server.events import DONE, await_first, data_of, encode_event, name_of
 
 VERSION = "2023-06-01"  # later ones refuse what this API's clients send
 MOST_REMEMBERED = 1000  # models
@@ -87,16 +78,10 @@ class Claude:
         if "text/event-stream" not in response.headers.get("content-type", ""):
             told = self._object((await self.upstream.read(response)).content)
             raise self.upstream.told(STATUSES.get(str((error_in(told) or {}).get("type")), 502), told)
-        events = self._events(response, mapper)
-        try:
-            first = await anext(events)
-        except BaseException:
-            await events.aclose()
-            raise
-        return ProviderResponse(until_error(after(first, events)), headers)
+        return ProviderResponse(await await_first(self._events(response, mapper)), headers)
 
     async def _events(self, response: httpx2.Response, mapper: StreamMapper) -> AsyncGenerator[bytes]:
-        async with aclosing(with_keep_alive(events_of(response, self.upstream))) as events:
+        async with aclosing(events_of(response, self.upstream)) as events:
             async for event in events:
                 data, name = data_of(event), name_of(event)
                 if data is None or name == "ping":
@@ -104,12 +89,12 @@ class Claude:
                         yield event if data is None else b": ping\n\n"
                     continue
                 for chunk in mapper.events(name, self._object(data)):
-                    yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
+                    yield encode_event(json.dumps(chunk))
                 if mapper.is_complete:
                     break
         if not mapper.is_complete:
             raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
-        yield b"data: [DONE]\n\n"
+        yield DONE
 
     def _object(self, text: bytes) -> Object:
         try:

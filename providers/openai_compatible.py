@@ -15,8 +15,9 @@ from typing import Any
 
 from errors import InvalidRequest, unsupported
 from providers.base import ProviderResponse
-from providers.upstream import Upstream, after, data_of, events_of, header_of, until_error, with_keep_alive
+from providers.upstream import Upstream, events_of, header_of
 from providers.upstream_errors import error_in
+from server.events import DONE, await_first, data_of, encode_event
 from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
 
 Object = dict[str, Any]
@@ -341,13 +342,7 @@ class OpenAICompatible:
         if "text/event-stream" not in response.headers.get("content-type", ""):
             self._checked((await self.upstream.read(response)).content.strip(), 200)
             raise self.upstream.fault("did not send a stream", 502, "upstream_invalid_response")
-        events = self._events(with_keep_alive(events_of(response, self.upstream)), adapter, path)
-        try:
-            first = await anext(events)
-        except BaseException:
-            await events.aclose()
-            raise
-        return until_error(after(first, events))
+        return await await_first(self._events(events_of(response, self.upstream), adapter, path))
 
     async def _events(self, events: AsyncGenerator[bytes], adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
         is_finished = False
@@ -367,11 +362,11 @@ class OpenAICompatible:
         if not is_finished:
             raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
         if path != "responses":
-            yield b"data: [DONE]\n\n"
+            yield DONE
 
     def _fixed(self, event: bytes, data: bytes, adapter: Adapter) -> bytes:
         body = self._checked(data, 200)
-        return b"data: " + json.dumps(body).encode() + b"\n\n" if adapter.chunk(body) else event
+        return encode_event(json.dumps(body)) if adapter.chunk(body) else event
 
 
 def model_ids(answer: Object) -> list[str]:

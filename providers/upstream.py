@@ -8,29 +8,24 @@ import asyncio
 import json
 import logging
 import random
-import re
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 
-from errors import APIError, ProviderNotConfigured, UpstreamError
+from errors import ProviderNotConfigured, UpstreamError
 from providers.upstream_errors import error_of
-from telemetry import request_record
+from server.events import EventSplitter
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 5.0  # seconds
-KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent
 LONGEST_WAIT = 20.0  # seconds; a provider that asks for more is not waited for
 LARGEST = 64 * 2**20  # bytes of an answer, or of one event
 NUM_FAILURES, COOLDOWN = 3, 30.0  # requests in a row that found no connection; seconds in which no more are tried
 MIN_SECRET = 8  # characters of what is taken for a key
-_BOM = b"\xef\xbb\xbf"
-_END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\r\n|\r\n\n|\n\n|\r\r")
 
 
 @dataclass(frozen=True)
@@ -202,100 +197,26 @@ def _plain(headers: httpx2.Headers) -> httpx2.Headers:
 
 
 async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGenerator[bytes]:
-    """Each event as it came, with the blank line behind it. Raises APIError; closes the response."""
-    text, searched, is_first = bytearray(), 0, True
+    """The events of a streamed answer, each as it came, with the blank line behind it.
+
+    Raises APIError; closes the response.
+    """
+    splitter = EventSplitter()
     try:
         async for part in response.aiter_raw():
-            text += part
-            if is_first and (len(text) >= len(_BOM) or not _BOM.startswith(bytes(text))):
-                text, is_first = text.removeprefix(_BOM), False
-            start = 0
-            while found := _END_OF_EVENT.search(text, max(start, searched)):
-                yield bytes(text[start : found.end()])
-                start = searched = found.end()
-            del text[:start]
-            searched = max(0, len(text) - 3)  # an end may be cut in two
-            if len(text) > LARGEST:
+            for event in splitter.put(part):
+                yield event
+            if splitter.num_pending > LARGEST:
                 raise upstream.fault(f"sent an event of more than {LARGEST} bytes", 502, "upstream_invalid_response")
     except httpx2.HTTPError as error:
         raise upstream.transport_fault(error) from error
     finally:
         await response.aclose()
-    if text.strip() and _is_whole(bytes(text)):
-        yield bytes(text) + b"\n\n"
-
-
-def _is_whole(event: bytes) -> bool:
-    """Whether the last event, behind which no blank line came, was not cut."""
-    data = data_of(event)
-    if data is None or data == b"[DONE]":
-        return data is not None
-    try:
-        json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    if (last := splitter.end()) is not None:
+        yield last
 
 
 def header_of(names: Iterable[str]) -> dict[str, str]:
     """What tells a client of parameters that were left out; headers are ASCII."""
     listed = ", ".join(json.dumps(name)[1:-1] for name in names)[:1000]
     return {"x-gateway-dropped-params": listed} if listed else {}
-
-
-def data_of(event: bytes) -> bytes | None:
-    """What the lines of an event that begin with `data:` say; None for a comment."""
-    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
-    return b"\n".join(lines) if lines else None
-
-
-def name_of(event: bytes) -> str | None:
-    names = [line[6:].strip() for line in event.splitlines() if line.startswith(b"event:")]
-    return names[-1].decode("utf-8", "replace") if names else None
-
-
-async def with_keep_alive(events: AsyncGenerator[bytes], silence: float = KEEP_ALIVE) -> AsyncGenerator[bytes]:
-    """The same, with a comment whenever nothing came for a while."""
-    async with aclosing(events):
-        pending: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                pending = pending or asyncio.ensure_future(anext(events))
-                done, _ = await asyncio.wait({pending}, timeout=silence)
-                if not done:
-                    yield b": keep-alive\n\n"
-                    continue
-                event, pending = pending.result(), None
-                yield event
-        except StopAsyncIteration:
-            pending = None
-        finally:
-            if pending is not None:
-                pending.cancel()
-                await asyncio.gather(pending, return_exceptions=True)
-
-
-async def after(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """A stream whose first event was awaited already."""
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event
-
-
-async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """A failure becomes the last event."""
-    try:
-        async with aclosing(events):
-            async for event in events:
-                yield event
-    except APIError as error:
-        request_record.current().error = error.code or error.type
-        yield failure_event(error)
-    except Exception:
-        log.exception("a relayed stream failed")
-        yield failure_event(APIError("The server failed; the error is in its log."))
-
-
-def failure_event(error: APIError) -> bytes:
-    return b"data: " + json.dumps(error.body()).encode() + b"\n\n"

@@ -35,8 +35,9 @@ from providers import openai_compatible
 from providers.anthropic_request import to_messages
 from providers.anthropic_response import StreamMapper, to_completion
 from providers.router import gateways_of
-from providers.upstream import Upstream, UpstreamConfig, data_of, events_of, name_of
+from providers.upstream import Upstream, UpstreamConfig, events_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
+from server.events import data_of, name_of
 from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
 from text.messages import canonical
