@@ -5,12 +5,11 @@ import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import httpx2
 
-from config import Settings
+from config import ProviderValues
 from errors import InvalidRequest, UpstreamError
 from providers.anthropic_request import SAMPLING, Mapped, to_messages
 from providers.anthropic_response import STATUSES, StreamMapper, to_completion
@@ -33,12 +32,10 @@ class Claude:
         self._refused: dict[str, frozenset[str]] = {}  # parameters that a model turned out not to take
 
     @classmethod
-    def of(cls, settings: Settings, access: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
-        key = access.headers.get("authorization", "").removeprefix("Bearer ")
-        headers = {"x-api-key": key, "anthropic-version": VERSION} if key else {}
-        base = settings.url("anthropic_base_url").removesuffix("/v1")
-        upstream = Upstream(replace(access, headers=headers), transport)
-        return cls(upstream, f"{base}/v1", settings.anthropic_default_max_tokens)
+    def of(cls, values: ProviderValues, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
+        config = UpstreamConfig.of(values, lambda key: {"x-api-key": key, "anthropic-version": VERSION})
+        base = values.url.removesuffix("/v1")
+        return cls(Upstream(config, transport), f"{base}/v1", values.max_tokens)
 
     async def models(self) -> list[str]:
         response = await self.upstream.whole("GET", f"{self._base}/models?limit=1000", None)

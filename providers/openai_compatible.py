@@ -8,14 +8,19 @@ import json
 import math
 import re
 import struct
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx2
+
+from config import ProviderValues
 from errors import InvalidRequest, unsupported
+from provider_table import AdapterName
 from providers.base import ProviderResponse
-from providers.upstream import Upstream, events_of, header_of
+from providers.upstream import Upstream, UpstreamConfig, events_of, header_of
 from providers.upstream_errors import error_in
 from server.events import DONE, await_first, data_of, encode_event
 from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
@@ -46,6 +51,11 @@ class Adapter:
     """What is put right; this one changes nothing. One for each request."""
 
     paths: tuple[str, ...] = ("chat/completions", "completions", "embeddings", "responses")
+
+    @classmethod
+    def urls(cls, base: str, whole: str | None) -> Urls:
+        """base: the URL that is set; whole: that of chats that are not streamed, if one is set."""
+        return Urls(base, chat_whole=whole)
 
     def request(self, path: str, body: Object) -> Dropped:
         """Changes the body in place; the names of parameters that it had to leave out. Raises InvalidRequest."""
@@ -152,6 +162,11 @@ class DeepSeekAdapter(Adapter):
 
     paths = ("chat/completions",)
 
+    @classmethod
+    def urls(cls, base: str, whole: str | None) -> Urls:
+        chat = base if urlsplit(base).path.endswith("/chat/completions") else None
+        return Urls(base.removesuffix("/chat/completions"), chat, whole)
+
     def request(self, path: str, body: Object) -> Dropped:
         _rename(body, "max_completion_tokens", "max_tokens")
         _rename(body, "user", "user_id")
@@ -173,6 +188,10 @@ class DeepSeekAdapter(Adapter):
 
 class OllamaAdapter(Adapter):
     """`reasoning` under the name that other clients read too; what it would ignore is refused or named."""
+
+    @classmethod
+    def urls(cls, base: str, whole: str | None) -> Urls:
+        return Urls(base if base.endswith("/v1") else f"{base}/v1")
 
     def request(self, path: str, body: Object) -> Dropped:
         if (body.get("n") or 1) != 1:
@@ -217,6 +236,10 @@ class MiniMaxAdapter(Adapter):
     """Thoughts inside of the content, empty roles, choices without a delta, and errors that call themselves success."""
 
     paths = ("chat/completions",)
+
+    @classmethod
+    def urls(cls, base: str, whole: str | None) -> Urls:
+        return Urls(base) if urlsplit(base).path in ("", "/v1") else Urls(base.rpartition("/")[0], base)
 
     def __init__(self) -> None:
         self._parsers: dict[int, AnswerParser] = {}
@@ -273,6 +296,15 @@ def _put(item: Object, parts: list[ContentDelta]) -> bool:
     return True
 
 
+ADAPTERS: dict[AdapterName, type[Adapter]] = {
+    "none": Adapter,
+    "gemini": GeminiAdapter,
+    "deepseek": DeepSeekAdapter,
+    "minimax": MiniMaxAdapter,
+    "ollama": OllamaAdapter,
+}
+
+
 def failure_in(body: Object) -> Object | None:
     """An error inside of what came with the status of success."""
     status = body.get("base_resp")
@@ -297,18 +329,23 @@ class OpenAICompatible:
 
     upstream: Upstream
     urls: Urls
-    adapter: Callable[[], Adapter] = Adapter
-    extra: Mapping[str, Any] = field(default_factory=dict)  # of every request
+    adapter: type[Adapter] = Adapter
+
+    @classmethod
+    def of(cls, values: ProviderValues, transport: httpx2.AsyncBaseTransport | None) -> "OpenAICompatible":
+        config = UpstreamConfig.of(values, lambda key: {"authorization": f"Bearer {key}"})
+        adapter = ADAPTERS[values.row.adapter]
+        return cls(Upstream(config, transport), adapter.urls(values.url, values.whole_url), adapter)
 
     async def answer(self, path: str, body: Object) -> ProviderResponse:
         """body: the client's, with the provider's own name of the model; it is changed. Raises APIError."""
         adapter, is_stream = self.adapter(), body.get("stream") is True
         if path not in adapter.paths:
             raise InvalidRequest(
-                f"{self.upstream.access.name} does not support /{path}.", param="model", code="unsupported_value"
+                f"{self.upstream.config.name} does not support /{path}.", param="model", code="unsupported_value"
             )
         dropped = adapter.request(path, body)
-        url, content = self.urls.of(path, is_stream), json.dumps({**body, **self.extra}).encode()
+        url, content = self.urls.of(path, is_stream), json.dumps(body).encode()
         headers = header_of(dropped)
         if not is_stream:
             return ProviderResponse(await self._whole(url, content, adapter), headers)

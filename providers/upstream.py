@@ -9,12 +9,13 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 
+from config import ProviderValues
 from errors import ProviderNotConfigured, UpstreamError
 from providers.upstream_errors import error_of
 from server.events import EventSplitter
@@ -28,7 +29,7 @@ NUM_FAILURES, COOLDOWN = 3, 30.0  # requests in a row that found no connection; 
 MIN_SECRET = 8  # characters of what is taken for a key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UpstreamConfig:
     """How a provider is reached."""
 
@@ -40,14 +41,27 @@ class UpstreamConfig:
     total_timeout: float  # seconds for an answer that is not streamed
     num_retries: int = 2
 
+    @classmethod
+    def of(cls, values: ProviderValues, headers: Callable[[str], Mapping[str, str]]) -> "UpstreamConfig":
+        """What the settings say of a provider; `headers` has those with its key."""
+        return cls(
+            name=values.row.name,
+            key_variable=values.row.key.name.upper(),
+            headers=headers(values.key.get_secret_value()) if values.key is not None else {},
+            needs_key=values.row.needs_key,
+            timeout=values.timeout,
+            total_timeout=values.total_timeout,
+            num_retries=values.num_retries,
+        )
+
     @property
     def is_usable(self) -> bool:
         return bool(self.headers) or not self.needs_key
 
 
 class Upstream:
-    def __init__(self, access: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None = None) -> None:
-        self.access = access
+    def __init__(self, config: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+        self.config = config
         self._transport = transport
         self._client: httpx2.AsyncClient | None = None
         self._num_failures, self._rests_until = 0, 0.0
@@ -68,11 +82,11 @@ class Upstream:
     async def whole(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
         """A successful answer, read. Raises APIError."""
         try:
-            async with asyncio.timeout(self.access.total_timeout):
+            async with asyncio.timeout(self.config.total_timeout):
                 return await self.read(await self._send(method, url, body))
         except TimeoutError as error:
             raise self.fault(
-                f"did not answer within {self.access.total_timeout:g} seconds", 504, "upstream_timeout"
+                f"did not answer within {self.config.total_timeout:g} seconds", 504, "upstream_timeout"
             ) from error
 
     async def opened(self, url: str, body: bytes) -> httpx2.Response:
@@ -95,13 +109,13 @@ class Upstream:
         return httpx2.Response(response.status_code, headers=_plain(response.headers), content=b"".join(parts))
 
     async def _send(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
-        if not self.access.is_usable:
-            variable = self.access.key_variable
-            raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.access.name}.")
+        if not self.config.is_usable:
+            variable = self.config.key_variable
+            raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.config.name}.")
         if self.is_resting:
             left = max(1, round(self._rests_until - time.monotonic()))
             raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_passing=True)
-        num_retries = 0 if method == "GET" else self.access.num_retries  # lists can wait
+        num_retries = 0 if method == "GET" else self.config.num_retries  # lists can wait
         for attempt in range(num_retries + 1):
             try:
                 return await self._try(method, url, body)
@@ -111,14 +125,14 @@ class Upstream:
                     self._note(error)
                     raise
                 log.info(
-                    "a request to %s failed and is sent again in %.1f s: %s", self.access.name, wait, error.message
+                    "a request to %s failed and is sent again in %.1f s: %s", self.config.name, wait, error.message
                 )
                 await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
     async def _try(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
         client = self._connected()
-        headers = {**self.access.headers, "accept-encoding": "identity", "content-type": "application/json"}
+        headers = {**self.config.headers, "accept-encoding": "identity", "content-type": "application/json"}
         try:
             response = await client.send(client.build_request(method, url, content=body, headers=headers), stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
@@ -136,7 +150,7 @@ class Upstream:
 
     def _connected(self) -> httpx2.AsyncClient:
         if self._client is None:
-            timeout = httpx2.Timeout(self.access.timeout, connect=CONNECT_TIMEOUT, pool=None)
+            timeout = httpx2.Timeout(self.config.timeout, connect=CONNECT_TIMEOUT, pool=None)
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100)
             self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, transport=self._transport)
         return self._client
@@ -152,11 +166,11 @@ class Upstream:
     # --- errors
 
     def fault(self, what: str, status: int, code: str, **more: Any) -> UpstreamError:
-        return UpstreamError(f"{self.access.name} {what}.", status=status, code=code, **more)
+        return UpstreamError(f"{self.config.name} {what}.", status=status, code=code, **more)
 
     def transport_fault(self, error: Exception) -> UpstreamError:
         if isinstance(error, httpx2.TimeoutException):
-            return self.fault(f"sent nothing for {self.access.timeout:g} seconds", 504, "upstream_timeout")
+            return self.fault(f"sent nothing for {self.config.timeout:g} seconds", 504, "upstream_timeout")
         return self.fault("closed the connection too early", 502, "upstream_disconnected", is_passing=True)
 
     def _refusal(self, response: httpx2.Response) -> UpstreamError:
@@ -169,8 +183,8 @@ class Upstream:
 
     def told(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
         """The error that a provider told of; some repeat the key."""
-        error = error_of(status, body, self.access.name, self.access.key_variable, headers)
-        for secret in [value.removeprefix("Bearer ") for value in self.access.headers.values()]:
+        error = error_of(status, body, self.config.name, self.config.key_variable, headers)
+        for secret in [value.removeprefix("Bearer ") for value in self.config.headers.values()]:
             if len(secret) >= MIN_SECRET:
                 error.message = error.message.replace(secret, "[redacted]")
         return error

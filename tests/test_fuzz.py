@@ -100,7 +100,10 @@ def mixed(pieces: Sequence[str], most: int = 12) -> st.SearchStrategy[str]:
 
 
 def upstream() -> Upstream:
-    return Upstream(UpstreamConfig("theirs", "THEIR_KEY", {}, needs_key=False, timeout=5, total_timeout=5))
+    config = UpstreamConfig(
+        name="theirs", key_variable="THEIR_KEY", headers={}, needs_key=False, timeout=5, total_timeout=5
+    )
+    return Upstream(config)
 
 
 def events(parts: list[bytes]) -> list[bytes]:

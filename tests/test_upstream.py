@@ -14,7 +14,13 @@ URL = "http://provider.example/v1/chat/completions"
 
 def access(num_retries: int) -> UpstreamConfig:
     return UpstreamConfig(
-        "theirs", "THEIR_API_KEY", {}, needs_key=False, timeout=5, total_timeout=5, num_retries=num_retries
+        name="theirs",
+        key_variable="THEIR_API_KEY",
+        headers={},
+        needs_key=False,
+        timeout=5,
+        total_timeout=5,
+        num_retries=num_retries,
     )
 
 
