@@ -31,7 +31,6 @@ from api.streaming import ChunkWire, EventWire, collect_chat, collect_completion
 from api.strict_json import StrictRoute
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from engine import memory
-from providers.base import Provider
 from providers.router import Router
 from schemas import (
     ChatCompletion,
@@ -150,7 +149,7 @@ def _add_endpoints(app: FastAPI) -> None:
     embeddings: EmbeddingModels = app.state.embeddings
     hub: HubModels = app.state.hub
 
-    async def answering(model: str) -> Provider:
+    async def answering(model: str) -> LocalModel:
         """The main model, or the one beside it."""
         return await hub.provider(model) if hub.serves(model) and not local.serves(model) else local
 

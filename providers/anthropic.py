@@ -38,7 +38,7 @@ class Claude:
         return cls(Upstream(config, transport), f"{base}/v1", values.max_tokens)
 
     async def models(self) -> list[str]:
-        response = await self.upstream.whole("GET", f"{self._base}/models?limit=1000", None)
+        response = await self.upstream.request("GET", f"{self._base}/models?limit=1000", None)
         models = self._object(response.content).get("data")
         ids = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
         return [name for name in ids if isinstance(name, str)]
@@ -65,13 +65,13 @@ class Claude:
         headers = header_of(mapped.dropped)
         model, created = str(body["model"]), int(time.time())
         if mapped.body.get("stream") is not True:
-            response = await self.upstream.whole("POST", url, content)
+            response = await self.upstream.request("POST", url, content)
             completion = to_completion(self._object(response.content), model, created)
             return ProviderResponse(json.dumps(completion).encode(), headers)
         options = body.get("stream_options")
         includes_usage = isinstance(options, dict) and options.get("include_usage") is True
         mapper = StreamMapper(model, created, includes_usage)
-        response = await self.upstream.opened(url, content)
+        response = await self.upstream.stream(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
             told = self._object((await self.upstream.read(response)).content)
             raise self.upstream.told(STATUSES.get(str((error_in(told) or {}).get("type")), 502), told)

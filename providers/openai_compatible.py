@@ -352,11 +352,11 @@ class OpenAICompatible:
         return ProviderResponse(await self._stream(url, content, adapter, path), headers)
 
     async def models(self) -> list[str]:
-        response = await self.upstream.whole("GET", f"{self.urls.base}/models", None)
+        response = await self.upstream.request("GET", f"{self.urls.base}/models", None)
         return model_ids(self._checked(response.content, 200))
 
     async def _whole(self, url: str, content: bytes, adapter: Adapter) -> bytes:
-        response = await self.upstream.whole("POST", url, content)
+        response = await self.upstream.request("POST", url, content)
         body = self._checked(response.content.strip(), 200)
         return json.dumps(body).encode() if adapter.answer(body) else response.content.strip()
 
@@ -375,7 +375,7 @@ class OpenAICompatible:
 
     async def _stream(self, url: str, content: bytes, adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
         """Its first event is here already: until then an error has a status of its own."""
-        response = await self.upstream.opened(url, content)
+        response = await self.upstream.stream(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
             self._checked((await self.upstream.read(response)).content.strip(), 200)
             raise self.upstream.fault("did not send a stream", 502, "upstream_invalid_response")

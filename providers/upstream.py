@@ -79,7 +79,7 @@ class Upstream:
     def is_resting(self) -> bool:
         return time.monotonic() < self._rests_until
 
-    async def whole(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
+    async def request(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
         """A successful answer, read. Raises APIError."""
         try:
             async with asyncio.timeout(self.config.total_timeout):
@@ -89,7 +89,7 @@ class Upstream:
                 f"did not answer within {self.config.total_timeout:g} seconds", 504, "upstream_timeout"
             ) from error
 
-    async def opened(self, url: str, body: bytes) -> httpx2.Response:
+    async def stream(self, url: str, body: bytes) -> httpx2.Response:
         """A successful answer, of which nothing is read but the headers. Raises APIError; the caller closes it."""
         return await self._send("POST", url, body)
 
