@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import logging
 import math
 import os
@@ -57,6 +56,7 @@ from server.body_limit import BodyLimit
 from server.connection import CLIENT_GONE, unless_client_leaves
 from server.deadline import Shutdown, TimeLimit
 from server.events import EventStream, Wire, await_first, sse
+from server.headers import header_value
 from server.http_protocol import with_bounds
 from server.observer import Observer
 from server.request_id import RequestId
@@ -267,8 +267,8 @@ async def _answer(
 
 
 def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
-    names = [json.dumps(name)[1:-1] for name in body.ignored_fields]  # headers are ASCII
-    return {"X-Ignored-Fields": ", ".join(names)[:1000]} if names else {}
+    names = body.ignored_fields
+    return {"X-Ignored-Fields": header_value(*names)} if names else {}
 
 
 # --- errors

@@ -19,6 +19,7 @@ from providers.base import Gateway
 from providers.router import Router
 from server.connection import CLIENT_GONE, unless_client_leaves
 from server.events import EventStream, RelayWire, sse
+from server.headers import header_value
 from telemetry import request_record
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
@@ -73,8 +74,8 @@ async def _answer(request: Request, router: Router, path: str, body: dict[str, A
     first, *others = router.tries(router.alias(asked))
     failure: UpstreamError | None = None
     for model in (first, *others):
-        headers = {"x-gateway-model": _in_ascii(model)} if model != asked else {}
-        headers |= {"x-gateway-fallback-from": _in_ascii(first)} if failure else {}
+        headers = {"x-gateway-model": header_value(model)} if model != asked else {}
+        headers |= {"x-gateway-fallback-from": header_value(first)} if failure else {}
         found = router.gateway(model)
         try:
             if found is not None:
@@ -88,11 +89,6 @@ async def _answer(request: Request, router: Router, path: str, body: dict[str, A
             failure = failure or cast(UpstreamError, error)
     assert failure is not None
     raise failure
-
-
-def _in_ascii(text: str) -> str:
-    """For a header."""
-    return json.dumps(text)[1:-1]
 
 
 async def _relayed(

@@ -5,7 +5,6 @@ import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 import httpx2
 
@@ -14,15 +13,14 @@ from errors import InvalidRequest, UpstreamError
 from providers.anthropic_request import SAMPLING, Mapped, to_messages
 from providers.anthropic_response import STATUSES, StreamMapper, to_completion
 from providers.base import ProviderResponse
-from providers.upstream import Upstream, UpstreamConfig, events_of, header_of
+from providers.json_values import Object, list_or_empty
+from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, events_of
 from providers.upstream_errors import error_in
 from server.events import DONE, await_first, data_of, encode_event, name_of
 
 VERSION = "2023-06-01"  # later ones refuse what this API's clients send
 MOST_REMEMBERED = 1000  # models
 _REFUSES = re.compile(r"deprecated|not (supported|permitted|allowed)|unsupported", re.IGNORECASE)
-
-Object = dict[str, Any]
 
 
 class Claude:
@@ -39,8 +37,8 @@ class Claude:
 
     async def models(self) -> list[str]:
         response = await self.upstream.request("GET", f"{self._base}/models?limit=1000", None)
-        models = self._object(response.content).get("data")
-        ids = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+        models = list_or_empty(self._object(response.content).get("data"))
+        ids = [model.get("id") for model in models if isinstance(model, dict)]
         return [name for name in ids if isinstance(name, str)]
 
     async def answer(self, path: str, body: Object) -> ProviderResponse:
@@ -62,7 +60,7 @@ class Claude:
 
     async def _ask(self, mapped: Mapped, body: Object) -> ProviderResponse:
         url, content = f"{self._base}/messages", json.dumps(mapped.body).encode()
-        headers = header_of(mapped.dropped)
+        headers = dropped_params_header(mapped.dropped)
         model, created = str(body["model"]), int(time.time())
         if mapped.body.get("stream") is not True:
             response = await self.upstream.request("POST", url, content)

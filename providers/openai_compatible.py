@@ -20,12 +20,12 @@ from config import ProviderValues
 from errors import InvalidRequest, unsupported
 from provider_table import AdapterName
 from providers.base import ProviderResponse
-from providers.upstream import Upstream, UpstreamConfig, events_of, header_of
+from providers.json_values import Object, list_or_empty
+from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, events_of
 from providers.upstream_errors import error_in
 from server.events import DONE, await_first, data_of, encode_event
 from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
 
-Object = dict[str, Any]
 Dropped = list[str]
 LARGEST_FLOAT = 3.4e38  # of 32 bits, about
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"|"type"\s*:\s*"response\.(completed|incomplete|failed)"')
@@ -71,12 +71,7 @@ class Adapter:
 
 
 def _choices(body: Object) -> list[Object]:
-    choices = body.get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+    return [choice for choice in list_or_empty(body.get("choices")) if isinstance(choice, dict)]
 
 
 def _index(choice: Object) -> int:
@@ -116,7 +111,7 @@ class GeminiAdapter(Adapter):
         is_changed = False
         for choice in _choices(chunk):
             index, delta = _index(choice), choice.get("delta")
-            for call in _list(delta.get("tool_calls")) if isinstance(delta, dict) else []:
+            for call in list_or_empty(delta.get("tool_calls")) if isinstance(delta, dict) else []:
                 is_changed |= self._number(index, call)
             if choice.get("finish_reason") == "stop" and self._num_calls.get(index):
                 choice["finish_reason"], is_changed = "tool_calls", True
@@ -139,7 +134,7 @@ class GeminiAdapter(Adapter):
             message = choice.get("message")
             if isinstance(message, dict) and message.get("tool_calls") and choice.get("finish_reason") == "stop":
                 choice["finish_reason"], is_changed = "tool_calls", True
-        for number, item in enumerate(_list(body.get("data"))):
+        for number, item in enumerate(list_or_empty(body.get("data"))):
             if isinstance(item, dict) and _is_vector(item.get("embedding")):
                 item["embedding"], is_changed = self._vector(item["embedding"]), True
                 item.setdefault("index", number)
@@ -170,7 +165,7 @@ class DeepSeekAdapter(Adapter):
     def request(self, path: str, body: Object) -> Dropped:
         _rename(body, "max_completion_tokens", "max_tokens")
         _rename(body, "user", "user_id")
-        for message in _list(body.get("messages")):
+        for message in list_or_empty(body.get("messages")):
             if isinstance(message, dict) and message.get("role") == "developer":
                 message["role"] = "system"
         return []
@@ -198,7 +193,7 @@ class OllamaAdapter(Adapter):
             raise unsupported("n")
         if path == "embeddings" and any(isinstance(part, int | list) for part in _listed(body.get("input"))):
             raise InvalidRequest("Ollama accepts text, not token ids.", param="input", code="unsupported_value")
-        for number, message in enumerate(_list(body.get("messages"))):
+        for number, message in enumerate(list_or_empty(body.get("messages"))):
             _check_images(message, f"messages[{number}]")
         if body.get("tool_choice") in ("auto", None):
             body.pop("tool_choice", None)
@@ -311,12 +306,10 @@ def failure_in(body: Object) -> Object | None:
     if isinstance(status, dict) and status.get("status_code"):
         known, code = {1002: 429, 1004: 401, 1008: 402, 2049: 401}, status["status_code"]
         return {"message": status.get("status_msg"), "status": known.get(code, 502) if isinstance(code, int) else 502}
+    if "choices" in body or body.get("object") == "response":
+        return None
     error = error_in(body)
-    return (
-        None
-        if error is None or "choices" in body or body.get("object") == "response"
-        else {**error, "status": _status(error.get("code"))}
-    )
+    return error and {**error, "status": _status(error.get("code"))}
 
 
 def _status(code: Any) -> int:
@@ -346,7 +339,7 @@ class OpenAICompatible:
             )
         dropped = adapter.request(path, body)
         url, content = self.urls.of(path, is_stream), json.dumps(body).encode()
-        headers = header_of(dropped)
+        headers = dropped_params_header(dropped)
         if not is_stream:
             return ProviderResponse(await self._whole(url, content, adapter), headers)
         return ProviderResponse(await self._stream(url, content, adapter, path), headers)
@@ -407,7 +400,6 @@ class OpenAICompatible:
 
 
 def model_ids(answer: Object) -> list[str]:
-    """Of a list of models; Gemini's begin with `models/`, which its chat does not need."""
-    models = answer.get("data")
-    ids = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    """The names in a list of models; Gemini's begin with `models/`, which its chat does not need."""
+    ids = [model.get("id") for model in list_or_empty(answer.get("data")) if isinstance(model, dict)]
     return [name.removeprefix("models/") for name in ids if isinstance(name, str)]

@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from config import ProviderValues
 from errors import ProviderNotConfigured, UpstreamError
 from providers.upstream_errors import error_of
 from server.events import EventSplitter
+from server.headers import header_value
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGener
         yield last
 
 
-def header_of(names: Iterable[str]) -> dict[str, str]:
-    """What tells a client of parameters that were left out; headers are ASCII."""
-    listed = ", ".join(json.dumps(name)[1:-1] for name in names)[:1000]
+def dropped_params_header(names: Collection[str]) -> dict[str, str]:
+    """The header that tells a client which parameters were left out."""
+    listed = header_value(*names)
     return {"x-gateway-dropped-params": listed} if listed else {}
