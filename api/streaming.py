@@ -1,7 +1,4 @@
-"""From token ids to text, and from chunks to bytes on the wire. It knows neither the engine nor the model.
-
-Decoder and finder work as transformers' `TextIteratorStreamer` does: `put` for each piece, then `end()`.
-"""
+"""Chunks become server-sent events, or the one answer that a client which joins them would hold."""
 
 import json
 from collections.abc import AsyncIterator
@@ -26,14 +23,14 @@ from server.events import DONE, encode_event
 
 
 def failure_event(error: APIError) -> bytes:
-    """The event that tells a client of OpenAI's protocol of an error."""
+    """The event for an error in a stream of OpenAI's protocol."""
     return encode_event(json.dumps(error.body()))
 
 
 class ChunkWire:
-    """Chat completions and completions: `data: {json}`, at the end `data: [DONE]`; an error as the last event instead.
+    """Writes chunks of chat completions and completions: `data: {json}`, then `data: [DONE]` or an error.
 
-    `usage` is on every chunk, null but for the last one, if it was asked for; else there is no such key.
+    If the client asked for the usage, every chunk has it, null in all but the last; else no chunk has the key.
     """
 
     def __init__(self, include_usage: bool) -> None:
@@ -52,7 +49,7 @@ class ChunkWire:
 
 
 class EventWire:
-    """Responses: events with names. An error is one of them, and ends in a response that failed."""
+    """Writes the named events of Responses. An error is one of them, and a failed response follows it."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -66,20 +63,20 @@ class EventWire:
 
     def failure(self, error: APIError) -> bytes:
         number = self._number + 1
-        told = ErrorEvent(sequence_number=number, message=error.message, code=error.code, param=error.param)
+        event = ErrorEvent(sequence_number=number, message=error.message, code=error.code, param=error.param)
         if self._response is None:
-            return self.event(told)
+            return self.event(event)
         problem = {"code": "server_error", "message": error.message}
         failed = self._response.model_copy(update={"status": "failed", "error": problem})
         last = ResponseStateEvent(type="response.failed", sequence_number=number + 1, response=failed)
-        return self.event(told) + self.event(last)
+        return self.event(event) + self.event(last)
 
     def end(self) -> bytes:
         return b""
 
 
 async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
-    """The fold of a stream: what a client that concatenates its chunks would hold."""
+    """The whole answer of a stream: what a client that joins its chunks would hold."""
     last: ChatCompletionChunk | None = None
     usage: Usage | None = None
     answers: dict[int, _Answer] = {}
@@ -95,7 +92,7 @@ async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatComple
 
 
 class _Answer:
-    """One choice of a chat completion."""
+    """One choice of a chat completion, which grows with its chunks."""
 
     def __init__(self) -> None:
         self._content = self._reasoning = ""
@@ -127,7 +124,7 @@ class _Answer:
 
 
 async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:
-    """The same for text completions."""
+    """The whole answer of a stream of text completions."""
     choices: dict[int, CompletionChoice] = {}
     last: Completion | None = None
     async for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Claude by Anthropic's Messages API: a chat completion there and back. What the formats are is not its matter."""
+"""Claude by Anthropic's Messages API. The formats are mapped in anthropic_request.py and anthropic_response.py."""
 
 import json
 import re
@@ -18,16 +18,20 @@ from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, 
 from providers.upstream_errors import error_in
 from server.events import DONE, await_first, data_of, encode_event, name_of
 
-VERSION = "2023-06-01"  # later ones refuse what this API's clients send
-MOST_REMEMBERED = 1000  # models
+VERSION = "2023-06-01"  # later versions refuse what clients of chat completions send
+MAX_REMEMBERED = 1000  # models
+PING = b": ping\n\n"  # a comment: chat completions have no such event
 _REFUSES = re.compile(r"deprecated|not (supported|permitted|allowed)|unsupported", re.IGNORECASE)
 
 
 class Claude:
+    """Anthropic as a provider: chat completions become requests of its Messages API, and its answers completions."""
+
     def __init__(self, upstream: Upstream, base: str, default_max_tokens: int) -> None:
+        """base: the URL above /messages; default_max_tokens: for requests without a limit, which the API refuses."""
         self.upstream = upstream
         self._base, self._default_max_tokens = base, default_max_tokens
-        self._refused: dict[str, frozenset[str]] = {}  # parameters that a model turned out not to take
+        self._refused: dict[str, frozenset[str]] = {}  # model -> the parameters that it refused
 
     @classmethod
     def of(cls, values: ProviderValues, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
@@ -42,6 +46,10 @@ class Claude:
         return [name for name in ids if isinstance(name, str)]
 
     async def answer(self, path: str, body: Object) -> ProviderResponse:
+        """Sends a chat completion request on and returns the answer. Raises APIError.
+
+        A model that refuses sampling parameters is asked again without them, and from then on never sent them.
+        """
         if path != "chat/completions":
             raise InvalidRequest(f"claude does not support /{path}.", param="model", code="unsupported_value")
         model = str(body["model"])
@@ -54,7 +62,7 @@ class Claude:
             if error.status != 400 or not named or not _REFUSES.search(error.message):
                 raise
         answer = await self._ask(to_messages(body, self._default_max_tokens, refused | named), body)
-        if len(self._refused) < MOST_REMEMBERED:
+        if len(self._refused) < MAX_REMEMBERED:
             self._refused[model] = refused | named
         return answer
 
@@ -71,17 +79,22 @@ class Claude:
         mapper = StreamMapper(model, created, includes_usage)
         response = await self.upstream.stream(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
-            told = self._object((await self.upstream.read(response)).content)
-            raise self.upstream.told(STATUSES.get(str((error_in(told) or {}).get("type")), 502), told)
+            refusal = self._object((await self.upstream.read(response)).content)
+            kind = str((error_in(refusal) or {}).get("type"))
+            raise self.upstream.error_from(STATUSES.get(kind, 502), refusal)
         return ProviderResponse(await await_first(self._events(response, mapper)), headers)
 
     async def _events(self, response: httpx2.Response, mapper: StreamMapper) -> AsyncGenerator[bytes]:
+        """The answer as the events of a chat completion; one that ends too early raises APIError."""
         async with aclosing(events_of(response, self.upstream)) as events:
             async for event in events:
                 data, name = data_of(event), name_of(event)
-                if data is None or name == "ping":
-                    if data is not None or event.startswith(b":"):
-                        yield event if data is None else b": ping\n\n"
+                if data is None:
+                    if event.startswith(b":"):
+                        yield event
+                    continue
+                if name == "ping":
+                    yield PING
                     continue
                 for chunk in mapper.events(name, self._object(data)):
                     yield encode_event(json.dumps(chunk))
@@ -92,6 +105,7 @@ class Claude:
         yield DONE
 
     def _object(self, text: bytes) -> Object:
+        """The JSON object that the provider sent. Raises APIError for any other text."""
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""A chat completion request as a request of Anthropic's Messages API. It knows JSON objects, and no connections.
+"""A chat completion request becomes a request of Anthropic's Messages API: JSON objects in, JSON objects out.
 
 Sources: https://platform.claude.com/docs/en/api/messages of version 2023-06-01, and the type definitions of Anthropic's
-Python SDK 0.125. What it answers is in `providers/anthropic_answers.py`.
+Python SDK 0.125. `anthropic_response.py` maps the answers.
 """
 
 import json
@@ -45,10 +45,10 @@ CHOICES = {"none": {"type": "none"}, "auto": {"type": "auto"}, "required": {"typ
 JSON_ONLY = {"type": "text", "text": "Reply with one JSON object only."}
 
 HAS_THINKING = (3, 7)
-HAS_EFFORT = (4, 6)  # and adaptive thinking, which later models have alone
+HAS_EFFORT = (4, 6)  # and adaptive thinking; later models have no other kind
 ENDS_SAMPLING = (4, 7)
 
-# Fields with no counterpart that would change what the client gets, and their values that ask for nothing.
+# Fields without a counterpart that would change the answer, each with the values that ask for nothing
 REFUSED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "logprobs": (False,),
@@ -69,14 +69,17 @@ KNOWN = FORWARDED | {"stream_options", "n", "logprobs", "functions"}
 
 @dataclass(frozen=True)
 class Mapped:
+    """A request as Anthropic takes it."""
+
     body: Object  # of POST /v1/messages
-    dropped: tuple[str, ...]  # the parameters that are not in it, or only in part
+    dropped: tuple[str, ...]  # the client's parameters that are left out of it, or are in it only in part
 
 
 def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str] = ()) -> Mapped:
-    """`body` names the model as Anthropic does; `stripped` are sampling parameters that it is known to refuse.
+    """The request for a chat completion with this body, which names the model as Anthropic does.
 
-    Raises InvalidRequest, which names the field.
+    `stripped` has the sampling parameters that the model is known to refuse. Raises InvalidRequest, which names the
+    field.
     """
     for name in FORWARDED & body.keys():
         check_json(body[name], name)
@@ -107,13 +110,13 @@ def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str]
 
 
 def version_of(model: str) -> tuple[int, int] | None:
-    """Of `claude-opus-4-8-20260301` (4, 8); None where the name has none."""
-    found = re.search(r"claude-(?:[a-z]+-)*(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)", model.lower())
-    return (int(found[1]), int(found[2] or 0)) if found else None
+    """The version in a model's name: (4, 8) for `claude-opus-4-8-20260301`; None for a name without one."""
+    numbers = re.search(r"claude-(?:[a-z]+-)*(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)", model.lower())
+    return (int(numbers[1]), int(numbers[2] or 0)) if numbers else None
 
 
 def samples(model: str) -> bool:
-    """Whether it takes `temperature`, `top_p` and `top_k`; a name that says nothing may."""
+    """Whether a model takes `temperature`, `top_p` and `top_k`; one whose name has no version is sent them."""
     version = version_of(model)
     return version is None or version < ENDS_SAMPLING
 
@@ -122,7 +125,10 @@ def samples(model: str) -> bool:
 
 
 class _Conversation:
-    """System blocks, and messages whose user turns are one message each, with the results of calls first."""
+    """A chat's messages as Anthropic wants them: system blocks apart, and user and assistant turns.
+
+    Messages of the user and of tools that follow each other are one turn, with the results of calls first.
+    """
 
     def __init__(self, messages: Any) -> None:
         self.system: list[Object] = []
@@ -151,7 +157,7 @@ class _Conversation:
 
     @property
     def has_thoughtless_calls(self) -> bool:
-        """Whether results are about to go to an answer that came without its thinking blocks."""
+        """Whether the last turn has results of calls that came without their thinking blocks."""
         if len(self._turns) < 2 or self._turns[-1][1][0]["type"] != "tool_result":
             return False
         return "thinking" not in self._turns[-2][1][0]["type"]
@@ -199,14 +205,14 @@ class _Conversation:
         return blocks
 
     def _end(self) -> None:
-        """An answer to be continued must not end in blanks."""
+        """Strips blanks from the end of an answer that is to be continued: Anthropic refuses them."""
         role, blocks = self._turns[-1]
         if role == "assistant" and blocks[-1]["type"] == "text":
             blocks[-1]["text"] = blocks[-1]["text"].rstrip()
 
 
 class _ToolIds:
-    """Ids that other providers gave, as Anthropic wants them: of letters, digits, _ and -, each for one call only."""
+    """Turns ids that other providers gave into Anthropic's: letters, digits, _ and -, each for one call only."""
 
     def __init__(self) -> None:
         self._latest: dict[str, str] = {}
@@ -227,7 +233,7 @@ class _ToolIds:
 
 
 def _plain(blocks: list[Object]) -> str | list[Object]:
-    """A single text as itself."""
+    """A single text block becomes its text; other blocks stay as they are."""
     return str(blocks[0]["text"]) if len(blocks) == 1 and blocks[0].keys() == {"type", "text"} else blocks
 
 
@@ -236,18 +242,21 @@ def _text_blocks(text: str) -> list[Object]:
 
 
 def _blocks(content: Any, param: str, kinds: Collection[str]) -> list[Object]:
-    """Content, a string or parts, of these kinds; texts of blanks alone, which Anthropic refuses, are dropped."""
+    """The blocks of a content, which is a string or parts of these kinds.
+
+    Texts of blanks alone are dropped: Anthropic refuses them.
+    """
     if content is None or isinstance(content, str):
         return _text_blocks(content or "")
     blocks: list[Object] = []
     for index, part in enumerate(require_list(content, param)):
-        place = f"{param}[{index}]"
-        kind = require_text(require_object(part, place).get("type"), f"{place}.type")
+        path = f"{param}[{index}]"
+        kind = require_text(require_object(part, path).get("type"), f"{path}.type")
         if kind not in kinds:
-            raise unsupported(f"{place}.type")
-        made = PARTS[kind](part.get(kind), f"{place}.{kind}")
+            raise unsupported(f"{path}.type")
+        inner = PARTS[kind](part.get(kind), f"{path}.{kind}")
         kept = {"cache_control": part["cache_control"]} if part.get("cache_control") is not None else {}
-        blocks += [block | kept for block in made]
+        blocks += [block | kept for block in inner]
     return blocks
 
 
@@ -274,8 +283,8 @@ def _file_part(file: Any, param: str) -> list[Object]:
 
 def _base64(url: str, param: str, types: Mapping[str, str]) -> Object:
     head, comma, data = url.partition(",")
-    scheme, _, kind = head.partition(":")
-    media_type, *_, encoding = kind.lower().split(";") if ";" in kind else (kind, "")
+    scheme, _, description = head.partition(":")
+    media_type, *_, encoding = description.lower().split(";") if ";" in description else (description, "")
     if scheme.lower() != "data" or not comma or encoding.strip() != "base64" or media_type.strip() not in types:
         refuse(param, f"must be a base64 data: URL of one of the types {', '.join(types)}", "unsupported_value")
     data = "".join(data.split())
@@ -294,14 +303,14 @@ THINKING = {"thinking": ("thinking", "signature"), "redacted_thinking": ("data",
 
 
 def _thinking_blocks(blocks: Any, param: str) -> list[Object]:
-    """As an earlier answer had them; one without a signature was not signed by Anthropic and is dropped."""
+    """The thinking blocks of an earlier answer; one without Anthropic's signature would be refused and is dropped."""
     kept = []
     for index, block in enumerate(require_list(blocks, param) if blocks else ()):
-        place = f"{param}[{index}]"
-        kind = require_text(require_object(block, place).get("type"), f"{place}.type")
+        path = f"{param}[{index}]"
+        kind = require_text(require_object(block, path).get("type"), f"{path}.type")
         if kind not in THINKING:
-            raise unsupported(f"{place}.type")
-        values = {name: optional(block, name, require_string, "", place) for name in THINKING[kind]}
+            raise unsupported(f"{path}.type")
+        values = {name: optional(block, name, require_string, "", path) for name in THINKING[kind]}
         if values[THINKING[kind][-1]]:
             kept.append({"type": kind, **values})
     return kept
@@ -333,7 +342,7 @@ def _arguments(text: str, param: str) -> Object:
 
 
 def _tools(body: Object) -> Object:
-    """`tools` and `tool_choice`."""
+    """The fields `tools` and `tool_choice`; empty if there are no tools."""
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(optional(body, "tools", require_list, []))]
     choice = _choice(body.get("tool_choice"))
     is_parallel = optional(body, "parallel_tool_calls", require_boolean, True)
@@ -380,28 +389,34 @@ class _Reasoning:
 
 
 def _reasoning(body: Object, version: tuple[int, int] | None, tools: Object, is_thoughtless: bool) -> _Reasoning:
-    """Thinking is left out where Anthropic refuses it: beside a call that is forced, after calls without its blocks."""
+    """The fields for a `reasoning_effort`: an effort for newer models, a budget of tokens for older ones.
+
+    Thinking is left out where Anthropic refuses it: with a forced call, and after calls without thinking blocks.
+    """
     asked = body.get("reasoning_effort")
     effort = None if asked is None else EFFORTS[require_one_of(asked, EFFORTS, "reasoning_effort")]
-    own = optional(body, "thinking", require_object, {})
+    thinking = optional(body, "thinking", require_object, {})
     is_forced = tools.get("tool_choice", {}).get("type") in ("any", "tool")
     if effort is None:
-        return _Reasoning(own, {})
+        return _Reasoning(thinking, {})
     if version is not None and version < HAS_THINKING:
-        return _Reasoning(own, {}, is_honoured=effort == "none")
+        return _Reasoning(thinking, {}, is_honoured=effort == "none")
     if effort == "none":
-        return _Reasoning(own or {"type": "disabled"}, {})
+        return _Reasoning(thinking or {"type": "disabled"}, {})
     if version is None or version >= HAS_EFFORT:
-        thinking = own or ({} if is_forced else {"type": "adaptive"})
+        thinking = thinking or ({} if is_forced else {"type": "adaptive"})
         return _Reasoning(thinking, {"effort": effort}, is_honoured=bool(thinking))
     budget = _budget(effort, _asked_tokens(body))
-    if own or is_forced or is_thoughtless or budget is None:
-        return _Reasoning(own, {}, is_honoured=False)
+    if thinking or is_forced or is_thoughtless or budget is None:
+        return _Reasoning(thinking, {}, is_honoured=False)
     return _Reasoning({"type": "enabled", "budget_tokens": budget}, {})
 
 
 def _budget(effort: str, max_tokens: int | None) -> int | None:
-    """Of a limit that the client set, at least half is left for the answer where the least budget allows it."""
+    """The tokens of thinking for an effort; None if the client's limit leaves no room for any.
+
+    At least half of the client's limit is kept for the answer, unless that is less than the smallest budget.
+    """
     if max_tokens is None:
         return BUDGETS[effort]
     return min(BUDGETS[effort], max(MIN_BUDGET, max_tokens // 2)) if max_tokens > MIN_BUDGET else None
@@ -414,14 +429,17 @@ def _asked_tokens(body: Object) -> int | None:
 
 
 def _max_tokens(body: Object, default: int, thinking: Object) -> int:
-    """Thoughts count too, so they come on top of a limit that is ours."""
+    """The limit of tokens: the client's, or the default plus the budget of thinking, which counts towards it."""
     asked = _asked_tokens(body)
     budget = thinking.get("budget_tokens")
     return asked or default + (budget if isinstance(budget, int) else 0)
 
 
 def _sampling(body: Object, stripped: Collection[str]) -> Object:
-    """Newer models refuse `temperature` and `top_p` together, and none takes a temperature over 1."""
+    """The sampling parameters without `stripped`, in the range that Anthropic takes.
+
+    A temperature is at most 1, and `top_p` is left out beside it, because newer models refuse the two together.
+    """
     values = {
         "temperature": optional(body, "temperature", require_number, None),
         "top_p": optional(body, "top_p", require_number, None),
@@ -431,26 +449,26 @@ def _sampling(body: Object, stripped: Collection[str]) -> Object:
     if "temperature" in kept:
         kept["temperature"] = min(kept["temperature"], 1)
         kept.pop("top_p", None)
-    if kept.get("top_k", 1) <= 0:  # how other servers write "all"
+    if kept.get("top_k", 1) <= 0:  # other servers take that as "no limit"
         del kept["top_k"]
     return kept
 
 
 def _format(body: Object) -> Object:
-    given = optional(body, "response_format", require_object, {"type": "text"})
-    kind = require_text(given.get("type"), "response_format.type")
+    response_format = optional(body, "response_format", require_object, {"type": "text"})
+    kind = require_text(response_format.get("type"), "response_format.type")
     if kind not in ("text", "json_object", "json_schema"):
         raise unsupported("response_format.type")
     if kind != "json_schema":
         return {}
-    described = require_object(given.get("json_schema"), "response_format.json_schema")
-    schema = require_object(described.get("schema"), "response_format.json_schema.schema")
+    json_schema = require_object(response_format.get("json_schema"), "response_format.json_schema")
+    schema = require_object(json_schema.get("schema"), "response_format.json_schema.schema")
     return {"format": {"type": "json_schema", "schema": schema}}
 
 
 def _format_line(body: Object) -> list[Object]:
-    given = body.get("response_format")
-    return [JSON_ONLY] if isinstance(given, dict) and given.get("type") == "json_object" else []
+    response_format = body.get("response_format")
+    return [JSON_ONLY] if isinstance(response_format, dict) and response_format.get("type") == "json_object" else []
 
 
 def _rest(body: Object) -> Object:
@@ -474,10 +492,10 @@ def _stops(body: Object) -> list[str]:
 
 
 def _dropped_in_part(body: Object, request: Object, reasoning: _Reasoning) -> list[str]:
-    found = {
+    conditions = {
         "stop": any(stop and not stop.strip() for stop in _stops(body)),
         "service_tier": body.get("service_tier") is not None and "service_tier" not in request,
         "response_format": bool(_format_line(body)),
         "reasoning_effort": not reasoning.is_honoured,
     }
-    return [name for name, is_dropped in found.items() if is_dropped]
+    return [name for name, is_dropped in conditions.items() if is_dropped]

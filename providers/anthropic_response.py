@@ -1,6 +1,6 @@
-"""What Anthropic's Messages API answers, whole, as a stream or as an error, in OpenAI's chat format.
+"""Answers of Anthropic's Messages API become chat completions: whole answers, streams and errors.
 
-It knows JSON objects and status codes, and no connections. Sources: as in `providers/anthropic_format.py`.
+It maps JSON objects and status codes. The sources are those of `anthropic_request.py`.
 """
 
 import json
@@ -18,10 +18,9 @@ REASONS = {
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
     "refusal": "content_filter",
-}  # all others, and none: stop
+}  # any other reason, or none, is `stop`
 
-
-# Errors in streams have no status of their own
+# type of an error -> status: an error in a stream has no status
 STATUSES = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -40,7 +39,7 @@ STATUSES = {
 
 
 def to_completion(message: Object, model: str, created: int) -> Object:
-    """A `chat.completion`; `model` is for an answer that names none. Raises APIError for what is no message."""
+    """A message as a `chat.completion`; `model` is for one that does not name it. Raises APIError."""
     blocks = message.get("content")
     if not isinstance(blocks, list):
         raise UpstreamError("claude: the answer is not a message.", type="api_error", code="upstream_invalid_response")
@@ -75,7 +74,7 @@ def _joined(blocks: list[Object], kind: str) -> str:
 
 
 def _thinking_block(block: Object) -> Object | None:
-    """What the next request must send back; without a signature it would be refused there."""
+    """A block of thinking as the next request must send it back; None without a signature: it would be refused."""
     if block.get("type") == "redacted_thinking" and (data := string_or_empty(block.get("data"))):
         return {"type": "redacted_thinking", "data": data}
     if block.get("type") == "thinking" and (signature := string_or_empty(block.get("signature"))):
@@ -93,7 +92,7 @@ def _call(block: Object) -> Object:
 
 
 def _ending(message: Object) -> Object:
-    """`stop_reason`, an extension, is the stop string that was found, as vLLM has it."""
+    """The finish reason, and the stop string that was found as `stop_reason`, which is vLLM's extension."""
     stop = string_or_empty(message.get("stop_sequence"))
     reason = REASONS.get(string_or_empty(message.get("stop_reason")), "stop")
     return {"finish_reason": reason, **({"stop_reason": stop} if stop else {})}
@@ -106,7 +105,7 @@ def _refusal(message: Object) -> str | None:
 
 
 def _usage(usage: Object) -> Object:
-    """Anthropic's `input_tokens` are without those read from and written to its cache."""
+    """The usage in OpenAI's terms: Anthropic's `input_tokens` leave out those read from or written to its cache."""
     cached = count_or_zero(usage.get("cache_read_input_tokens"))
     written = count_or_zero(usage.get("cache_creation_input_tokens"))
     prompt_tokens = count_or_zero(usage.get("input_tokens")) + cached + written
@@ -129,14 +128,16 @@ def _usage(usage: Object) -> Object:
 
 @dataclass
 class _Block:
-    content: Object  # what `content_block_start` had, and for thoughts what came since
-    call: int | None = None  # which of the calls it is: other blocks do not count
+    """A block of the answer that is under way."""
+
+    content: Object  # that of `content_block_start`, and for thinking also what came since
+    call: int | None = None  # the number of a call among the calls
     has_arguments: bool = False
-    is_whole: bool = False  # its arguments came at once
+    is_whole: bool = False  # all of its arguments came with its start
 
 
 class StreamMapper:
-    """The events of one answer into `chat.completion.chunk`s, each under the same id and time.
+    """Turns the events of one answer into `chat.completion.chunk`s with one id and time.
 
     `includes_usage`: a last chunk without choices has the usage, and the others have null.
     """
@@ -160,7 +161,7 @@ class StreamMapper:
         }
 
     def events(self, name: str | None, data: Object) -> list[Object]:
-        """The chunks of one event, none for what is not known. Raises APIError for an error."""
+        """The chunks of one event; none for an unknown one. Raises APIError for an error."""
         step = self._steps.get(string_or_empty(data.get("type")) or name or "")
         return step(data) if step and not self.is_complete else []
 
@@ -187,9 +188,9 @@ class StreamMapper:
 
     def _start_call(self, block: _Block) -> list[Object]:
         block.call, self._num_calls = self._num_calls, self._num_calls + 1
-        begun = _call(block.content)
-        begun["function"]["arguments"] = ""
-        chunks = [self._chunk({"tool_calls": [{"index": block.call, **begun}]})]
+        call = _call(block.content)
+        call["function"]["arguments"] = ""
+        chunks = [self._chunk({"tool_calls": [{"index": block.call, **call}]})]
         if block.content.get("input"):
             block.is_whole = True
             chunks += self._add_arguments(block, _call(block.content)["function"]["arguments"])
@@ -204,15 +205,15 @@ class StreamMapper:
         block, delta = self._blocks.get(_key(data)), object_or_empty(data.get("delta"))
         if block is None:
             return []
-        kind, of = delta.get("type"), block.content.get("type")
-        if (kind, of) == ("text_delta", "text") and (text := string_or_empty(delta.get("text"))):
+        kinds = delta.get("type"), block.content.get("type")
+        if kinds == ("text_delta", "text") and (text := string_or_empty(delta.get("text"))):
             return [self._chunk({"content": text})]
-        if (kind, of) == ("input_json_delta", "tool_use") and not block.is_whole:
+        if kinds == ("input_json_delta", "tool_use") and not block.is_whole:
             return self._add_arguments(block, string_or_empty(delta.get("partial_json")))
-        if (kind, of) == ("thinking_delta", "thinking") and (text := string_or_empty(delta.get("thinking"))):
+        if kinds == ("thinking_delta", "thinking") and (text := string_or_empty(delta.get("thinking"))):
             block.content["thinking"] = string_or_empty(block.content.get("thinking")) + text
             return [self._chunk({"reasoning_content": text})]
-        if (kind, of) == ("signature_delta", "thinking"):
+        if kinds == ("signature_delta", "thinking"):
             signature = string_or_empty(block.content.get("signature")) + string_or_empty(delta.get("signature"))
             block.content["signature"] = signature
         return []
@@ -252,7 +253,7 @@ class StreamMapper:
         raise error_of(STATUSES.get(kind, 500), data, "claude", "ANTHROPIC_API_KEY")
 
     def _note_usage(self, source: Object) -> None:
-        """Counts are cumulative, and those that are absent or null stand."""
+        """Keeps the latest counts, which are cumulative; one that is absent or null stays as it was."""
         usage = object_or_empty(source.get("usage"))
         self._usage |= {name: value for name, value in usage.items() if value is not None}
 

@@ -22,7 +22,8 @@ PROTOCOLS: Mapping[ProtocolName, Callable[[ProviderValues, httpx2.AsyncBaseTrans
     "openai": OpenAICompatible.of,
     "anthropic": Claude.of,
 }
-LIST_TIMEOUT, LIST_AGE = 2.0, 600.0  # seconds: for a provider's list of models, and as long as it is good
+LIST_TIMEOUT = 2.0  # seconds that a provider's list of models may take
+LIST_AGE, LIST_RETRY = 600.0, 60.0  # seconds before a list is asked for again: one that came, one that did not
 BARE_NAMES = tuple((re.compile(row.bare_names), row.name) for row in PROVIDERS if row.bare_names)
 
 
@@ -37,17 +38,17 @@ def gateways_of(settings: Settings, transport: httpx2.AsyncBaseTransport | None 
 
 @dataclass
 class CachedModelList:
-    """The models of a provider, as it said last."""
+    """A provider's models when they were last listed."""
 
     names: list[str] = field(default_factory=list)
-    at: float = -LIST_AGE
+    at: float = -LIST_AGE  # by time.monotonic()
 
 
 class Router:
-    """Names of models -> who answers for them."""
+    """Decides by a model's name which provider serves it."""
 
     def __init__(self, settings: Settings, is_local: Callable[[str], bool]) -> None:
-        """is_local: whether a name is exactly that of a model here."""
+        """is_local: whether a name is exactly that of a model of this server."""
         self._is_local = is_local
         self._aliases, self._fallbacks = settings.model_aliases, settings.model_fallbacks
         self.gateways = gateways_of(settings)
@@ -56,25 +57,25 @@ class Router:
         self._refreshing: asyncio.Future[list[None]] | None = None
 
     def alias(self, model: str) -> str:
-        """What the operator wants a name to mean."""
+        """The model that MODEL_ALIASES gives for a name, or the name itself."""
         return self._aliases.get(model, model)
 
     def gateway(self, model: str) -> tuple[str, Gateway, str] | None:
-        """The provider's name, the provider and the model's name there; None: the model is this server's matter."""
+        """The provider's prefix, the provider and the model's name there; None if this server must answer."""
         if self._is_local(model):
             return None
         prefix, slash, name = model.partition("/")
         if slash and prefix in self.gateways:
             return prefix, self.gateways[prefix], name
-        bare = next((owner for pattern, owner in BARE_NAMES if pattern.match(model)), None)
-        return None if bare is None else (bare, self.gateways[bare], model)
+        provider = next((provider for pattern, provider in BARE_NAMES if pattern.match(model)), None)
+        return None if provider is None else (provider, self.gateways[provider], model)
 
     def tries(self, model: str) -> list[str]:
-        """The model, and who may answer where its provider cannot."""
+        """The model, then those that MODEL_FALLBACKS gives for a failure of its provider."""
         return [model, *self._fallbacks.get(model, ())]
 
     async def listed(self) -> list[tuple[str, str]]:
-        """(provider, model) of all that can be used elsewhere. Only the first call waits, two seconds at most."""
+        """(provider, model) of every model at the providers; only the first call waits, for LIST_TIMEOUT at most."""
         usable = {name: gateway for name, gateway in self._providers.items() if gateway.upstream.config.is_usable}
         stale = [name for name in usable if self._list(name).at + LIST_AGE < time.monotonic()]
         if stale:
@@ -90,9 +91,9 @@ class Router:
         return self._lists.setdefault(name, CachedModelList())
 
     async def _refresh(self, name: str, gateway: Gateway) -> None:
-        """What cannot be had now is asked for again in a minute."""
+        """Asks a provider for its models; a list that does not come is asked for again after LIST_RETRY seconds."""
         listed = self._list(name)
-        listed.at = time.monotonic() - LIST_AGE + 60
+        listed.at = time.monotonic() - LIST_AGE + LIST_RETRY
         try:
             async with asyncio.timeout(LIST_TIMEOUT):
                 listed.names, listed.at = await gateway.models(), time.monotonic()
@@ -103,7 +104,7 @@ class Router:
 
     @property
     def health(self) -> dict[str, dict[str, object]]:
-        """Of the providers that were asked something."""
+        """How the providers fare that were sent a request."""
         return {
             name: {"last_success": gateway.upstream.last_success, "resting": gateway.upstream.is_resting}
             for name, gateway in self._providers.items()
@@ -111,6 +112,7 @@ class Router:
         }
 
     async def close(self) -> None:
+        """Closes the connections to all providers."""
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)

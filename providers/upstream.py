@@ -1,7 +1,7 @@
-"""Upstream: HTTP to one provider, with its timeouts, retries and errors. Of formats it knows server-sent events.
+"""Upstream: HTTP to one provider, with its time-outs, retries and errors. It knows no format but server-sent events.
 
-A retry happens only before anything was read of an answer, and never beside a client that has left: leaving an await
-here closes the connection.
+A request is sent again only before anything of its answer was read. When the client leaves, the await here is
+cancelled, which closes the connection and ends the retries.
 """
 
 import asyncio
@@ -24,19 +24,19 @@ from server.headers import header_value
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 5.0  # seconds
-LONGEST_WAIT = 20.0  # seconds; a provider that asks for more is not waited for
+LONGEST_WAIT = 20.0  # seconds; a provider that asks to wait longer gets no retry
 LARGEST = 64 * 2**20  # bytes of an answer, or of one event
-NUM_FAILURES, COOLDOWN = 3, 30.0  # requests in a row that found no connection; seconds in which no more are tried
-MIN_SECRET = 8  # characters of what is taken for a key
+NUM_FAILURES, COOLDOWN = 3, 30.0  # requests in a row without a connection; seconds without requests after them
+MIN_SECRET = 8  # characters; a shorter header value is not a key to be redacted
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpstreamConfig:
-    """How a provider is reached."""
+    """How requests reach a provider, and how long they may take."""
 
     name: str
-    key_variable: str  # what a person sets
-    headers: Mapping[str, str] = field(repr=False)  # with the key
+    key_variable: str  # the environment variable with its key
+    headers: Mapping[str, str] = field(repr=False)  # those with the key; empty without one
     needs_key: bool
     timeout: float  # seconds between bytes
     total_timeout: float  # seconds for an answer that is not streamed
@@ -44,7 +44,7 @@ class UpstreamConfig:
 
     @classmethod
     def of(cls, values: ProviderValues, headers: Callable[[str], Mapping[str, str]]) -> "UpstreamConfig":
-        """What the settings say of a provider; `headers` has those with its key."""
+        """The configuration from a provider's settings; `headers` makes the headers that carry its key."""
         return cls(
             name=values.row.name,
             key_variable=values.row.key.name.upper(),
@@ -57,16 +57,19 @@ class UpstreamConfig:
 
     @property
     def is_usable(self) -> bool:
+        """Whether a request can be sent: there is a key, or none is needed."""
         return bool(self.headers) or not self.needs_key
 
 
 class Upstream:
+    """The connections to one provider."""
+
     def __init__(self, config: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         self.config = config
         self._transport = transport
         self._client: httpx2.AsyncClient | None = None
         self._num_failures, self._rests_until = 0, 0.0
-        self.last_success: float | None = None
+        self.last_success: float | None = None  # seconds since 1970
 
     async def close(self) -> None:
         if self._client is not None:
@@ -74,14 +77,16 @@ class Upstream:
 
     @property
     def was_asked(self) -> bool:
+        """Whether any request was sent."""
         return self._client is not None
 
     @property
     def is_resting(self) -> bool:
+        """Whether requests are refused at once, because the last ones found no connection."""
         return time.monotonic() < self._rests_until
 
     async def request(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
-        """A successful answer, read. Raises APIError."""
+        """Sends a request and returns its successful answer, read as a whole. Raises APIError."""
         try:
             async with asyncio.timeout(self.config.total_timeout):
                 return await self.read(await self._send(method, url, body))
@@ -91,10 +96,14 @@ class Upstream:
             ) from error
 
     async def stream(self, url: str, body: bytes) -> httpx2.Response:
-        """A successful answer, of which nothing is read but the headers. Raises APIError; the caller closes it."""
+        """Sends a POST and returns its successful answer, of which the caller reads and closes the body.
+
+        Raises APIError.
+        """
         return await self._send("POST", url, body)
 
     async def read(self, response: httpx2.Response) -> httpx2.Response:
+        """Reads an answer as a whole, up to LARGEST bytes, and closes it. Raises APIError."""
         try:
             size = 0
             parts: list[bytes] = []
@@ -116,7 +125,7 @@ class Upstream:
         if self.is_resting:
             left = max(1, round(self._rests_until - time.monotonic()))
             raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_passing=True)
-        num_retries = 0 if method == "GET" else self.config.num_retries  # lists can wait
+        num_retries = 0 if method == "GET" else self.config.num_retries  # a list of models is asked for again later
         for attempt in range(num_retries + 1):
             try:
                 return await self._try(method, url, body)
@@ -157,7 +166,7 @@ class Upstream:
         return self._client
 
     def _note(self, error: UpstreamError) -> None:
-        """After the last attempt of a request."""
+        """Counts a request that failed for good; after NUM_FAILURES without a connection the provider rests."""
         if error.code != "upstream_unreachable" or not error.is_passing:
             return
         self._num_failures += 1
@@ -167,23 +176,25 @@ class Upstream:
     # --- errors
 
     def fault(self, what: str, status: int, code: str, **more: Any) -> UpstreamError:
+        """The error for what the provider did, such as `cannot be reached`."""
         return UpstreamError(f"{self.config.name} {what}.", status=status, code=code, **more)
 
     def transport_fault(self, error: Exception) -> UpstreamError:
+        """The error for a connection that failed after it was made."""
         if isinstance(error, httpx2.TimeoutException):
             return self.fault(f"sent nothing for {self.config.timeout:g} seconds", 504, "upstream_timeout")
         return self.fault("closed the connection too early", 502, "upstream_disconnected", is_passing=True)
 
     def _refusal(self, response: httpx2.Response) -> UpstreamError:
-        """A status that is none of success, in OpenAI's shape."""
+        """The error for an answer whose status is not one of success."""
         try:
             body = json.loads(response.content)
         except (ValueError, RecursionError):
             body = None
-        return self.told(response.status_code, body, response.headers)
+        return self.error_from(response.status_code, body, response.headers)
 
-    def told(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
-        """The error that a provider told of; some repeat the key."""
+    def error_from(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
+        """The error that a provider sent, without the key, which some providers repeat."""
         error = error_of(status, body, self.config.name, self.config.key_variable, headers)
         for secret in [value.removeprefix("Bearer ") for value in self.config.headers.values()]:
             if len(secret) >= MIN_SECRET:
@@ -192,20 +203,20 @@ class Upstream:
 
 
 def _wait(error: UpstreamError, attempt: int) -> float | None:
-    """Seconds before the next attempt; None: there is none."""
+    """The seconds to wait before the next attempt; None if there must be none."""
     if not error.is_passing:
         return None
     if error.retry_after is not None:
         milliseconds = error.headers.get("retry-after-ms")
-        asked = error.retry_after if milliseconds is None else float(milliseconds) / 1000
-        return float(asked) if asked <= LONGEST_WAIT else None
+        wait = error.retry_after if milliseconds is None else float(milliseconds) / 1000
+        return float(wait) if wait <= LONGEST_WAIT else None
     return float(min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25))
 
 
 def _plain(headers: httpx2.Headers) -> httpx2.Headers:
-    """What the content that was read is not described by any more."""
-    gone = ("content-encoding", "content-length", "transfer-encoding")
-    return httpx2.Headers([(name, value) for name, value in headers.items() if name.lower() not in gone])
+    """The headers without those that described the content before it was read."""
+    outdated = ("content-encoding", "content-length", "transfer-encoding")
+    return httpx2.Headers([(name, value) for name, value in headers.items() if name.lower() not in outdated])
 
 
 # --- server-sent events
