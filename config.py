@@ -1,12 +1,32 @@
 """Settings: what can be set, by command line, environment or `.env`, in this order. It knows nothing of their use."""
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    EnvSettingsSource,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from provider_table import DEFAULT_MAX_TOKENS, PROVIDERS, RESERVED, ProviderRow, ProviderSetting, Role, key_variable
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -94,14 +114,75 @@ def _api_key(row: str, default: str) -> ApiKey:
     )
 
 
+@dataclass(frozen=True)
+class AddedProvider:
+    """A provider that PROVIDERS names."""
+
+    name: str
+    url: str
+    key: SecretStr | None = None
+
+    @property
+    def row(self) -> ProviderRow:
+        return ProviderRow(name=self.name, default_url=self.url, needs_key=False)
+
+
+@dataclass(frozen=True)
+class UnreadProviders:
+    """The text of PROVIDERS, and the keys in the environment by the names of their variables, in lower case."""
+
+    text: str
+    keys: Mapping[str, SecretStr]
+
+
+def parse_providers(value: Any) -> Any:
+    """`groq=https://api.groq.com/openai/v1,other=URL` -> AddedProviders with their keys."""
+    if not isinstance(value, UnreadProviders):
+        return value
+    rows = [row.strip() for row in (without_comment(value.text) or "").split(",") if row.strip()]
+    providers = [_added_provider(row, value.keys) for row in rows]
+    names = [provider.name for provider in providers]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"it has the provider {twice[0]} twice: remove or rename one of them")
+    return tuple(providers)
+
+
+def _added_provider(row: str, keys: Mapping[str, SecretStr]) -> AddedProvider:
+    name, equals, url = (part.strip() for part in row.partition("="))
+    if not equals:
+        raise ValueError(f"{row!r} has no URL: write name=https://host/v1,name=https://host/v1")
+    if not re.fullmatch(r"[A-Za-z0-9-]+", name):
+        raise ValueError(f"{name!r} cannot be the name of a provider: use letters, digits and dashes")
+    if name in {*RESERVED, *(prefix for row in PROVIDERS for prefix in row.prefixes)}:
+        raise ValueError(f"the name {name} is taken: give the provider another one")
+    if not re.match(r"https?://[^/]", url):
+        raise ValueError(f"{url!r}, the URL of {name}, is not valid: write one such as https://host/v1")
+    key = keys.get(key_variable(name).lower())
+    return AddedProvider(name, url, key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderValues:
+    """What is set for one provider."""
+
+    row: ProviderRow
+    url: str  # without a slash at its end
+    whole_url: str | None  # of chats that are not streamed, if it is another one
+    key: SecretStr | None
+    timeout: float  # seconds between bytes
+    total_timeout: float  # seconds for an answer that is not streamed
+    num_retries: int
+    max_tokens: int  # of a request that has no limit, where one must have it
+
+
 Key = Annotated[SecretStr | None, BeforeValidator(without_comment)]
 Url = Annotated[Annotated[str, Field(pattern=r"^https?://")] | None, BeforeValidator(without_comment)]
 Seconds = Annotated[float, BeforeValidator(without_comment), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
-class Settings(BaseSettings):
-    """All settings; frozen. `make docs` lists them in docs/settings.md and `.env.example`."""
+class ServerSettings(BaseSettings):
+    """The settings of the server itself, which those of the providers and of the models follow."""
 
     model_config = SettingsConfigDict(
         env_file=".env",
@@ -184,37 +265,39 @@ class Settings(BaseSettings):
     huggingface_idle: float = Field(
         600.0, gt=0, description="the seconds without requests after which a huggingface/ model is unloaded"
     )
-    openai_api_key: Key = Field(None, description="the API key for openai/ and for bare gpt-* and text-embedding-*")
-    openai_base_url: Url = Field("https://api.openai.com/v1", description="the base URL of openai/")
-    google_api_key: Key = Field(None, description="the API key for gemini/ and models/")
-    gemini_base_url: Url = Field(
-        "https://generativelanguage.googleapis.com/v1beta/openai",
-        description="the base URL of gemini/, which is Google's OpenAI-compatible one",
-    )
-    anthropic_api_key: Key = Field(None, description="the API key for claude/")
-    anthropic_base_url: Url = Field("https://api.anthropic.com", description="the base URL of claude/")
-    anthropic_default_max_tokens: int = Field(
-        4096, gt=0, description="the max_tokens of a request to claude/ that has none"
-    )
-    deepseek_api_key: Key = Field(None, description="the API key for deepseek/")
-    deepseek_api_url: Url = Field("https://api.deepseek.com", description="the base URL of deepseek/, for streams")
-    deepseek_api_endpoint_nonstream: Url = Field(
-        None,
-        description=("the whole URL of deepseek/ for answers that are not streamed; default: the same as for streams"),
-    )
-    minmax_api_key: Key = Field(
-        None,
-        validation_alias=AliasChoices("minmax_api_key", "minimax_api_key"),
-        description="the API key for minmax/ and minimax/",
-    )
-    minmax_api_url: Url = Field(
-        "https://api.minimax.io/v1", description="the base URL of minmax/ that ends in /v1, or its whole URL"
-    )
-    ollama_baseurl: Url = Field("http://localhost:11434", description="the base URL of ollama/")
-    ollama_api_key: Key = Field(None, description="the API key for ollama/, if it needs one")
-    ollama_timeout: Seconds = Field(
-        120.0,
-        description="the seconds for which ollama/ may send nothing, and which an answer that is not streamed may take",
+
+
+def provider_fields(rows: Iterable[ProviderRow]) -> dict[str, Any]:
+    """The fields of these providers' settings, as pydantic's `create_model` takes them."""
+    annotations: dict[Role, Any] = {
+        "key": Key,
+        "url": Url,
+        "whole_url": Url,
+        "timeout": Seconds,
+        "max_tokens": Annotated[int, Field(gt=0)],
+    }
+    fields: dict[str, Any] = {}
+    for setting in (setting for row in rows for setting in row.settings):
+        alias = AliasChoices(setting.name, setting.alias) if setting.alias else None
+        info = Field(setting.default, validation_alias=alias, description=setting.description)
+        fields[setting.name] = (annotations[setting.role], info)
+    return fields
+
+
+if TYPE_CHECKING:
+    ProviderSettings = ServerSettings
+else:
+    ProviderSettings = create_model("ProviderSettings", __base__=ServerSettings, **provider_fields(PROVIDERS))
+
+
+class Settings(ProviderSettings):
+    """All settings; frozen. `make docs` lists them in docs/settings.md and `.env.example`."""
+
+    providers: Annotated[tuple[AddedProvider, ...], NoDecode, BeforeValidator(parse_providers)] = Field(
+        (),
+        description=(
+            "more providers of OpenAI's protocol: name=URL,name=URL; NAME_API_KEY has the key of each, if it needs one"
+        ),
     )
     gateway_timeout: Seconds = Field(
         120.0,
@@ -313,9 +396,57 @@ class Settings(BaseSettings):
     def _expand(cls, value: Path) -> Path:
         return value.expanduser()
 
-    def url(self, name: str) -> str:
-        """Of a provider, without a slash at its end; the default for one that is empty."""
-        return str(getattr(self, name) or type(self).model_fields[name].default).rstrip("/")
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The keys of the providers in PROVIDERS are not fields, so they are read here, from the same places."""
+        variables: dict[str, str | None] = {}
+        for source in (dotenv_settings, env_settings):  # the environment wins
+            variables |= source.env_vars if isinstance(source, EnvSettingsSource) else {}
+        keys = {
+            name: SecretStr(key)
+            for name, text in variables.items()
+            if name.endswith("_api_key") and (key := without_comment(text))
+        }
+        added = InitSettingsSource(settings_cls, {"provider_keys": keys})
+        return init_settings, env_settings, dotenv_settings, file_secret_settings, added
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_keys(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """PROVIDERS is read together with the keys of the providers that it names."""
+        keys, text = values.get("provider_keys", {}), values.get("providers")
+        return {**values, "providers": UnreadProviders(text, keys)} if isinstance(text, str) else values
+
+    def provider_values(self) -> list[ProviderValues]:
+        """What is set for each provider: those of the table, then those of PROVIDERS."""
+        table = [self._values(row, {each.role: self._value(each) for each in row.settings}) for row in PROVIDERS]
+        added = [self._values(provider.row, {"key": provider.key, "url": provider.url}) for provider in self.providers]
+        return table + added
+
+    def _value(self, setting: ProviderSetting) -> Any:
+        """The value of a provider's setting; an empty URL means the default one."""
+        value = getattr(self, setting.name)
+        return setting.default if value is None else value
+
+    def _values(self, row: ProviderRow, values: dict[Role, Any]) -> ProviderValues:
+        timeout = values.get("timeout")
+        return ProviderValues(
+            row=row,
+            url=values["url"].rstrip("/"),
+            whole_url=values.get("whole_url"),
+            key=values["key"],
+            timeout=timeout or self.gateway_timeout,
+            total_timeout=timeout or max(600.0, self.gateway_timeout),
+            num_retries=self.gateway_max_retries,
+            max_tokens=values.get("max_tokens", DEFAULT_MAX_TOKENS),
+        )
 
 
 def is_open_to_network(host: str) -> bool:

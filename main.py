@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import logging
 import math
 import os
@@ -27,11 +26,10 @@ import errors
 from api import responses
 from api.gateway import GatewayRoute
 from api.response_schemas import ResponseObject
-from api.streaming import ChunkWire, EventWire, Wire, collect_chat, collect_completion, sse
+from api.streaming import ChunkWire, EventWire, collect_chat, collect_completion
 from api.strict_json import StrictRoute
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from engine import memory
-from providers.base import Provider
 from providers.router import Router
 from schemas import (
     ChatCompletion,
@@ -55,8 +53,10 @@ from schemas import (
 from server.api_keys import ApiKeyAuth
 from server.asgi_errors import headers_of
 from server.body_limit import BodyLimit
-from server.connection import CLIENT_GONE, EventStream, await_first, unless_client_leaves
+from server.connection import CLIENT_GONE, unless_client_leaves
 from server.deadline import Shutdown, TimeLimit
+from server.events import EventStream, Wire, await_first, sse
+from server.headers import header_value
 from server.http_protocol import with_bounds
 from server.observer import Observer
 from server.request_id import RequestId
@@ -149,7 +149,7 @@ def _add_endpoints(app: FastAPI) -> None:
     embeddings: EmbeddingModels = app.state.embeddings
     hub: HubModels = app.state.hub
 
-    async def answering(model: str) -> Provider:
+    async def answering(model: str) -> LocalModel:
         """The main model, or the one beside it."""
         return await hub.provider(model) if hub.serves(model) and not local.serves(model) else local
 
@@ -267,8 +267,8 @@ async def _answer(
 
 
 def _ignored_fields_header(body: RequestBody) -> dict[str, str]:
-    names = [json.dumps(name)[1:-1] for name in body.ignored_fields]  # headers are ASCII
-    return {"X-Ignored-Fields": ", ".join(names)[:1000]} if names else {}
+    names = body.ignored_fields
+    return {"X-Ignored-Fields": header_value(*names)} if names else {}
 
 
 # --- errors

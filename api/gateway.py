@@ -1,6 +1,6 @@
-"""GatewayRoute: requests for other providers' models are relayed as they came; all others go on to their endpoint.
+"""GatewayRoute relays requests for other providers' models as they came; all others go on to their endpoint.
 
-It reads the model's name and nothing else of a request, so what a provider knows and this server does not gets there.
+It reads only the model's name and the time-out of a request, so fields that this server does not know are relayed.
 """
 
 import json
@@ -12,19 +12,24 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
+from api.streaming import failure_event
 from api.strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
 from providers.base import Gateway
 from providers.router import Router
-from providers.upstream import failure_event
-from server.connection import CLIENT_GONE, EventStream, unless_client_leaves
+from server.connection import CLIENT_GONE, unless_client_leaves
+from server.events import EventStream, RelayWire, sse
+from server.headers import header_value
 from telemetry import request_record
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
-_MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')  # names are short
+# A name in `"model": "name"`, wherever it is; its parts are bounded, so that a long string costs no time
+_MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')
 
 
 class GatewayRoute(StrictRoute):
+    """A route that answers with another provider's answer if the request's model is one of that provider's."""
+
     def get_route_handler(self) -> Handler:
         local, path = super().get_route_handler(), self.path.removeprefix("/v1").strip("/")
         if path not in PATHS:
@@ -34,7 +39,7 @@ class GatewayRoute(StrictRoute):
             router: Router = request.app.state.router
             request = strict(request)
             try:
-                body = await _concerning(request, router)
+                body = await routed_body(request, router)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)
             return await local(request) if body is None else await _answer(request, router, path, body, local)
@@ -42,24 +47,36 @@ class GatewayRoute(StrictRoute):
         return handle
 
 
-async def _concerning(request: Request, router: Router) -> dict[str, Any] | None:
-    """The body of a request that is not simply this server's. Others are not parsed here: they may be large."""
+async def routed_body(request: Request, router: Router) -> dict[str, Any] | None:
+    """The parsed body if its model is served elsewhere, has an alias or has fallbacks; None for the local endpoint.
+
+    `{"model": "openai/gpt-4o", ...}` is parsed and returned. `{"model": "tiny", "messages": [...]}` is searched for
+    names, of which none is routed, and left to the endpoint unparsed. A regex over the bytes comes before the parse
+    because most requests are local, and a large body would be parsed twice. The regex also
+    finds names deeper in the body, such as that of a tool's argument; the parse then decides.
+    """
     if not is_json(request):
-        return None  # pages of any origin may send other types: the endpoint refuses them
+        return None  # web pages of any origin may send other types: the endpoint refuses them
     content = await request.body()
-    check_number(content)  # each could be a name
-    names = {_text(quoted) for quoted in {match[1] for match in _MODEL.finditer(content)}}
-    if not any(router.alias(name) != name or router.gateway(name) or len(router.tries(name)) > 1 for name in names):
+    check_number(content)  # each value could be a name
+    names = {_unquoted(quoted) for quoted in {match[1] for match in _MODEL.finditer(content)}}
+    if not any(_is_routed(name, router) for name in names):
         return None
     try:
         body = loads(content)
     except (ValueError, RecursionError):
         return None  # the endpoint says what is wrong
-    is_one = isinstance(body, dict) and isinstance(body.get("model"), str)
-    return body if is_one else None
+    has_model = isinstance(body, dict) and isinstance(body.get("model"), str)
+    return body if has_model else None
 
 
-def _text(quoted: bytes) -> str:
+def _is_routed(name: str, router: Router) -> bool:
+    """Whether a model has an alias, a provider or fallbacks."""
+    return router.alias(name) != name or router.gateway(name) is not None or len(router.tries(name)) > 1
+
+
+def _unquoted(quoted: bytes) -> str:
+    """The text of a JSON string; empty if it is not valid."""
     try:
         return str(json.loads(quoted))
     except ValueError:
@@ -67,17 +84,20 @@ def _text(quoted: bytes) -> str:
 
 
 async def _answer(request: Request, router: Router, path: str, body: dict[str, Any], local: Handler) -> Response:
-    """Of the first who can; if nobody can, what the first one said."""
-    asked = body["model"]
-    first, *others = router.tries(router.alias(asked))
+    """The answer of the first model that succeeds; if all fail, the first one's error.
+
+    Only a passing failure of a provider is a reason to try the next model.
+    """
+    requested = body["model"]
+    first, *others = router.tries(router.alias(requested))
     failure: UpstreamError | None = None
     for model in (first, *others):
-        headers = {"x-gateway-model": _in_ascii(model)} if model != asked else {}
-        headers |= {"x-gateway-fallback-from": _in_ascii(first)} if failure else {}
-        found = router.gateway(model)
+        headers = {"x-gateway-model": header_value(model)} if model != requested else {}
+        headers |= {"x-gateway-fallback-from": header_value(first)} if failure else {}
+        route = router.gateway(model)
         try:
-            if found is not None:
-                return await _relayed(request, path, {**body, "model": found[2]}, found, headers)
+            if route is not None:
+                return await _relayed(request, path, {**body, "model": route[2]}, route, headers)
             response = await local(_with_body(request, {**body, "model": model}))
             response.headers.update(headers)
             return response
@@ -89,17 +109,13 @@ async def _answer(request: Request, router: Router, path: str, body: dict[str, A
     raise failure
 
 
-def _in_ascii(text: str) -> str:
-    """For a header."""
-    return json.dumps(text)[1:-1]
-
-
 async def _relayed(
-    request: Request, path: str, body: dict[str, Any], found: tuple[str, Gateway, str], headers: dict[str, str]
+    request: Request, path: str, body: dict[str, Any], route: tuple[str, Gateway, str], headers: dict[str, str]
 ) -> Response:
-    name, gateway, model = found
-    seen = request_record.current()
-    seen.provider, seen.model = name, model
+    """A provider's answer, whole or as a stream; the request's record gets the provider and the model."""
+    name, gateway, model = route
+    record = request_record.current()
+    record.provider, record.model = name, model
     request.state.deadline.shorten(_seconds(body.pop("timeout", None)))
     relayed = await unless_client_leaves(request, gateway.answer(path, body))
     if relayed is None:
@@ -107,11 +123,11 @@ async def _relayed(
     headers = {"x-gateway-provider": name, **headers, **relayed.headers}
     if isinstance(relayed.content, bytes):
         return Response(relayed.content, media_type="application/json", headers=headers)
-    return EventStream(relayed.content, failure_event, headers)
+    return EventStream(sse(relayed.content, RelayWire(failure_event)), failure_event, headers)
 
 
 def _seconds(timeout: Any) -> float | None:
-    """This server's field, which no provider knows."""
+    """The request's own time-out, a field that providers do not know. Raises InvalidRequest."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:

@@ -1,13 +1,7 @@
-"""From token ids to text, and from chunks to bytes on the wire. It knows neither the engine nor the model.
-
-Decoder and finder work as transformers' `TextIteratorStreamer` does: `put` for each piece, then `end()`.
-"""
+"""Chunks become server-sent events, or the one answer that a client which joins them would hold."""
 
 import json
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
 
 from api.response_schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from errors import APIError
@@ -25,25 +19,18 @@ from schemas import (
     ToolCall,
     Usage,
 )
-from telemetry import request_record
-
-log = logging.getLogger(__name__)
+from server.events import DONE, encode_event
 
 
-class Wire(Protocol):
-    """How the objects of a stream become server-sent events."""
-
-    def event(self, item: Any) -> bytes: ...
-
-    def failure(self, error: APIError) -> bytes: ...
-
-    def end(self) -> bytes: ...
+def failure_event(error: APIError) -> bytes:
+    """The event for an error in a stream of OpenAI's protocol."""
+    return encode_event(json.dumps(error.body()))
 
 
 class ChunkWire:
-    """Chat completions and completions: `data: {json}`, at the end `data: [DONE]`; an error as the last event instead.
+    """Writes chunks of chat completions and completions: `data: {json}`, then `data: [DONE]` or an error.
 
-    `usage` is on every chunk, null but for the last one, if it was asked for; else there is no such key.
+    If the client asked for the usage, every chunk has it, null in all but the last; else no chunk has the key.
     """
 
     def __init__(self, include_usage: bool) -> None:
@@ -51,18 +38,18 @@ class ChunkWire:
 
     def event(self, item: ChatCompletionChunk | Completion) -> bytes:
         if self._include_usage:
-            return _data(item.model_dump_json())
-        return _data(item.model_dump_json(exclude={"usage"})) if item.choices else b""
+            return encode_event(item.model_dump_json())
+        return encode_event(item.model_dump_json(exclude={"usage"})) if item.choices else b""
 
     def failure(self, error: APIError) -> bytes:
-        return _data(json.dumps(error.body()))
+        return failure_event(error)
 
     def end(self) -> bytes:
-        return _data("[DONE]")
+        return DONE
 
 
 class EventWire:
-    """Responses: events with names. An error is one of them, and ends in a response that failed."""
+    """Writes the named events of Responses. An error is one of them, and a failed response follows it."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -72,46 +59,24 @@ class EventWire:
         self._number = item.sequence_number
         if isinstance(item, ResponseStateEvent):
             self._response = item.response
-        return f"event: {item.type}\n".encode() + _data(item.model_dump_json())
+        return encode_event(item.model_dump_json(), item.type)
 
     def failure(self, error: APIError) -> bytes:
         number = self._number + 1
-        told = ErrorEvent(sequence_number=number, message=error.message, code=error.code, param=error.param)
+        event = ErrorEvent(sequence_number=number, message=error.message, code=error.code, param=error.param)
         if self._response is None:
-            return self.event(told)
+            return self.event(event)
         problem = {"code": "server_error", "message": error.message}
         failed = self._response.model_copy(update={"status": "failed", "error": problem})
         last = ResponseStateEvent(type="response.failed", sequence_number=number + 1, response=failed)
-        return self.event(told) + self.event(last)
+        return self.event(event) + self.event(last)
 
     def end(self) -> bytes:
         return b""
 
 
-async def sse(items: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
-    """Server-sent events of a stream, its errors among them."""
-    try:
-        async with aclosing(items):
-            async for item in items:
-                if event := wire.event(item):
-                    yield event
-        if end := wire.end():
-            yield end
-    except APIError as error:
-        request_record.current().error = error.code or error.type
-        yield wire.failure(error)
-    except Exception:
-        log.exception("a stream failed")
-        request_record.current().error = "server_error"
-        yield wire.failure(APIError("The server failed; the error is in its log."))
-
-
-def _data(text: str) -> bytes:
-    return b"data: " + text.encode() + b"\n\n"
-
-
 async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
-    """The fold of a stream: what a client that concatenates its chunks would hold."""
+    """The whole answer of a stream: what a client that joins its chunks would hold."""
     last: ChatCompletionChunk | None = None
     usage: Usage | None = None
     answers: dict[int, _Answer] = {}
@@ -127,7 +92,7 @@ async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatComple
 
 
 class _Answer:
-    """One choice of a chat completion."""
+    """One choice of a chat completion, which grows with its chunks."""
 
     def __init__(self) -> None:
         self._content = self._reasoning = ""
@@ -159,7 +124,7 @@ class _Answer:
 
 
 async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:
-    """The same for text completions."""
+    """The whole answer of a stream of text completions."""
     choices: dict[int, CompletionChoice] = {}
     last: Completion | None = None
     async for chunk in chunks:

@@ -1,61 +1,55 @@
-"""Claude by Anthropic's Messages API: a chat completion there and back. What the formats are is not its matter."""
+"""Claude by Anthropic's Messages API. The formats are mapped in anthropic_request.py and anthropic_response.py."""
 
 import json
 import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
-from typing import Any
 
 import httpx2
 
-from config import Settings
+from config import ProviderValues
 from errors import InvalidRequest, UpstreamError
 from providers.anthropic_request import SAMPLING, Mapped, to_messages
 from providers.anthropic_response import STATUSES, StreamMapper, to_completion
 from providers.base import ProviderResponse
-from providers.upstream import (
-    Upstream,
-    UpstreamConfig,
-    after,
-    data_of,
-    events_of,
-    header_of,
-    name_of,
-    until_error,
-    with_keep_alive,
-)
+from providers.json_values import Object, list_or_empty
+from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, events_of
 from providers.upstream_errors import error_in
+from server.events import DONE, await_first, data_of, encode_event, name_of
 
-VERSION = "2023-06-01"  # later ones refuse what this API's clients send
-MOST_REMEMBERED = 1000  # models
+VERSION = "2023-06-01"  # later versions refuse what clients of chat completions send
+MAX_REMEMBERED = 1000  # models
+PING = b": ping\n\n"  # a comment: chat completions have no such event
 _REFUSES = re.compile(r"deprecated|not (supported|permitted|allowed)|unsupported", re.IGNORECASE)
-
-Object = dict[str, Any]
 
 
 class Claude:
+    """Anthropic as a provider: chat completions become requests of its Messages API, and its answers completions."""
+
     def __init__(self, upstream: Upstream, base: str, default_max_tokens: int) -> None:
+        """base: the URL above /messages; default_max_tokens: for requests without a limit, which the API refuses."""
         self.upstream = upstream
         self._base, self._default_max_tokens = base, default_max_tokens
-        self._refused: dict[str, frozenset[str]] = {}  # parameters that a model turned out not to take
+        self._refused: dict[str, frozenset[str]] = {}  # model -> the parameters that it refused
 
     @classmethod
-    def of(cls, settings: Settings, access: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
-        key = access.headers.get("authorization", "").removeprefix("Bearer ")
-        headers = {"x-api-key": key, "anthropic-version": VERSION} if key else {}
-        base = settings.url("anthropic_base_url").removesuffix("/v1")
-        upstream = Upstream(replace(access, headers=headers), transport)
-        return cls(upstream, f"{base}/v1", settings.anthropic_default_max_tokens)
+    def of(cls, values: ProviderValues, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
+        config = UpstreamConfig.of(values, lambda key: {"x-api-key": key, "anthropic-version": VERSION})
+        base = values.url.removesuffix("/v1")
+        return cls(Upstream(config, transport), f"{base}/v1", values.max_tokens)
 
     async def models(self) -> list[str]:
-        response = await self.upstream.whole("GET", f"{self._base}/models?limit=1000", None)
-        models = self._object(response.content).get("data")
-        ids = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+        response = await self.upstream.request("GET", f"{self._base}/models?limit=1000", None)
+        models = list_or_empty(self._object(response.content).get("data"))
+        ids = [model.get("id") for model in models if isinstance(model, dict)]
         return [name for name in ids if isinstance(name, str)]
 
     async def answer(self, path: str, body: Object) -> ProviderResponse:
+        """Sends a chat completion request on and returns the answer. Raises APIError.
+
+        A model that refuses sampling parameters is asked again without them, and from then on never sent them.
+        """
         if path != "chat/completions":
             raise InvalidRequest(f"claude does not support /{path}.", param="model", code="unsupported_value")
         model = str(body["model"])
@@ -68,50 +62,50 @@ class Claude:
             if error.status != 400 or not named or not _REFUSES.search(error.message):
                 raise
         answer = await self._ask(to_messages(body, self._default_max_tokens, refused | named), body)
-        if len(self._refused) < MOST_REMEMBERED:
+        if len(self._refused) < MAX_REMEMBERED:
             self._refused[model] = refused | named
         return answer
 
     async def _ask(self, mapped: Mapped, body: Object) -> ProviderResponse:
         url, content = f"{self._base}/messages", json.dumps(mapped.body).encode()
-        headers = header_of(mapped.dropped)
+        headers = dropped_params_header(mapped.dropped)
         model, created = str(body["model"]), int(time.time())
         if mapped.body.get("stream") is not True:
-            response = await self.upstream.whole("POST", url, content)
+            response = await self.upstream.request("POST", url, content)
             completion = to_completion(self._object(response.content), model, created)
             return ProviderResponse(json.dumps(completion).encode(), headers)
         options = body.get("stream_options")
         includes_usage = isinstance(options, dict) and options.get("include_usage") is True
         mapper = StreamMapper(model, created, includes_usage)
-        response = await self.upstream.opened(url, content)
+        response = await self.upstream.stream(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
-            told = self._object((await self.upstream.read(response)).content)
-            raise self.upstream.told(STATUSES.get(str((error_in(told) or {}).get("type")), 502), told)
-        events = self._events(response, mapper)
-        try:
-            first = await anext(events)
-        except BaseException:
-            await events.aclose()
-            raise
-        return ProviderResponse(until_error(after(first, events)), headers)
+            refusal = self._object((await self.upstream.read(response)).content)
+            kind = str((error_in(refusal) or {}).get("type"))
+            raise self.upstream.error_from(STATUSES.get(kind, 502), refusal)
+        return ProviderResponse(await await_first(self._events(response, mapper)), headers)
 
     async def _events(self, response: httpx2.Response, mapper: StreamMapper) -> AsyncGenerator[bytes]:
-        async with aclosing(with_keep_alive(events_of(response, self.upstream))) as events:
+        """The answer as the events of a chat completion; one that ends too early raises APIError."""
+        async with aclosing(events_of(response, self.upstream)) as events:
             async for event in events:
                 data, name = data_of(event), name_of(event)
-                if data is None or name == "ping":
-                    if data is not None or event.startswith(b":"):
-                        yield event if data is None else b": ping\n\n"
+                if data is None:
+                    if event.startswith(b":"):
+                        yield event
+                    continue
+                if name == "ping":
+                    yield PING
                     continue
                 for chunk in mapper.events(name, self._object(data)):
-                    yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
+                    yield encode_event(json.dumps(chunk))
                 if mapper.is_complete:
                     break
         if not mapper.is_complete:
             raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
-        yield b"data: [DONE]\n\n"
+        yield DONE
 
     def _object(self, text: bytes) -> Object:
+        """The JSON object that the provider sent. Raises APIError for any other text."""
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -1,20 +1,32 @@
-"""A chat completion request as a request of Anthropic's Messages API. It knows JSON objects, and no connections.
+"""A chat completion request becomes a request of Anthropic's Messages API: JSON objects in, JSON objects out.
 
 Sources: https://platform.claude.com/docs/en/api/messages of version 2023-06-01, and the type definitions of Anthropic's
-Python SDK 0.125. What it answers is in `providers/anthropic_answers.py`.
+Python SDK 0.125. `anthropic_response.py` maps the answers.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-from errors import InvalidRequest, unsupported
-
-Object = dict[str, Any]
-T = TypeVar("T")
+from errors import unsupported
+from providers.json_values import (
+    Object,
+    check_json,
+    is_same,
+    optional,
+    refuse,
+    require_boolean,
+    require_count,
+    require_integer,
+    require_list,
+    require_number,
+    require_object,
+    require_one_of,
+    require_string,
+    require_text,
+)
 
 SAMPLING = ("temperature", "top_p", "top_k")
 IMAGE_TYPES = {f"image/{kind}": f"image/{kind}" for kind in ("jpeg", "png", "gif", "webp")}
@@ -31,13 +43,12 @@ MIN_BUDGET = 1024
 TIERS = {"auto": "auto", "default": "standard_only"}
 CHOICES = {"none": {"type": "none"}, "auto": {"type": "auto"}, "required": {"type": "any"}}
 JSON_ONLY = {"type": "text", "text": "Reply with one JSON object only."}
-MAX_DEPTH = 200  # of nested JSON; serializers give up at a thousand or so
 
 HAS_THINKING = (3, 7)
-HAS_EFFORT = (4, 6)  # and adaptive thinking, which later models have alone
+HAS_EFFORT = (4, 6)  # and adaptive thinking; later models have no other kind
 ENDS_SAMPLING = (4, 7)
 
-# Fields with no counterpart that would change what the client gets, and their values that ask for nothing.
+# Fields without a counterpart that would change the answer, each with the values that ask for nothing
 REFUSED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "logprobs": (False,),
@@ -58,21 +69,24 @@ KNOWN = FORWARDED | {"stream_options", "n", "logprobs", "functions"}
 
 @dataclass(frozen=True)
 class Mapped:
+    """A request as Anthropic takes it."""
+
     body: Object  # of POST /v1/messages
-    dropped: tuple[str, ...]  # the parameters that are not in it, or only in part
+    dropped: tuple[str, ...]  # the client's parameters that are left out of it, or are in it only in part
 
 
 def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str] = ()) -> Mapped:
-    """`body` names the model as Anthropic does; `stripped` are sampling parameters that it is known to refuse.
+    """The request for a chat completion with this body, which names the model as Anthropic does.
 
-    Raises InvalidRequest, which names the field.
+    `stripped` has the sampling parameters that the model is known to refuse. Raises InvalidRequest, which names the
+    field.
     """
     for name in FORWARDED & body.keys():
-        _check(body[name], name)
+        check_json(body[name], name)
     for name, neutral in REFUSED.items():
-        if body.get(name) is not None and not any(_is_same(body[name], value) for value in neutral):
+        if body.get(name) is not None and not any(is_same(body[name], value) for value in neutral):
             raise unsupported(name)
-    model = _text(body.get("model"), "model")
+    model = require_text(body.get("model"), "model")
     conversation = _Conversation(body.get("messages"))
     dropped = [name for name, value in body.items() if name not in KNOWN and value is not None]
     tools = _tools(body)
@@ -85,7 +99,7 @@ def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str]
         "messages": conversation.messages,
         "system": conversation.system + _format_line(body),
         "thinking": reasoning.thinking,
-        "output_config": reasoning.output_config | _format(body) | _optional(body, "output_config", _object, {}),
+        "output_config": reasoning.output_config | _format(body) | optional(body, "output_config", require_object, {}),
         **tools,
         **sampling,
         **_rest(body),
@@ -96,13 +110,13 @@ def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str]
 
 
 def version_of(model: str) -> tuple[int, int] | None:
-    """Of `claude-opus-4-8-20260301` (4, 8); None where the name has none."""
-    found = re.search(r"claude-(?:[a-z]+-)*(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)", model.lower())
-    return (int(found[1]), int(found[2] or 0)) if found else None
+    """The version in a model's name: (4, 8) for `claude-opus-4-8-20260301`; None for a name without one."""
+    numbers = re.search(r"claude-(?:[a-z]+-)*(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)", model.lower())
+    return (int(numbers[1]), int(numbers[2] or 0)) if numbers else None
 
 
 def samples(model: str) -> bool:
-    """Whether it takes `temperature`, `top_p` and `top_k`; a name that says nothing may."""
+    """Whether a model takes `temperature`, `top_p` and `top_k`; one whose name has no version is sent them."""
     version = version_of(model)
     return version is None or version < ENDS_SAMPLING
 
@@ -111,7 +125,10 @@ def samples(model: str) -> bool:
 
 
 class _Conversation:
-    """System blocks, and messages whose user turns are one message each, with the results of calls first."""
+    """A chat's messages as Anthropic wants them: system blocks apart, and user and assistant turns.
+
+    Messages of the user and of tools that follow each other are one turn, with the results of calls first.
+    """
 
     def __init__(self, messages: Any) -> None:
         self.system: list[Object] = []
@@ -124,14 +141,14 @@ class _Conversation:
             "assistant": self._add_assistant,
             "tool": self._add_result,
         }
-        for index, message in enumerate(_list(messages, "messages")):
+        for index, message in enumerate(require_list(messages, "messages")):
             param = f"messages[{index}]"
-            role = _text(_object(message, param).get("role"), f"{param}.role")
+            role = require_text(require_object(message, param).get("role"), f"{param}.role")
             if role not in roles:
                 raise unsupported(f"{param}.role")
             roles[role](message, param)
         if not self._turns:
-            _fail("messages", "needs a user message that is not empty")
+            refuse("messages", "needs a user message that is not empty")
         self._end()
 
     @property
@@ -140,7 +157,7 @@ class _Conversation:
 
     @property
     def has_thoughtless_calls(self) -> bool:
-        """Whether results are about to go to an answer that came without its thinking blocks."""
+        """Whether the last turn has results of calls that came without their thinking blocks."""
         if len(self._turns) < 2 or self._turns[-1][1][0]["type"] != "tool_result":
             return False
         return "thinking" not in self._turns[-2][1][0]["type"]
@@ -153,7 +170,7 @@ class _Conversation:
             self._user_turn().extend(blocks)
 
     def _add_result(self, message: Object, param: str) -> None:
-        tool_call_id = _text(message.get("tool_call_id"), f"{param}.tool_call_id")
+        tool_call_id = require_text(message.get("tool_call_id"), f"{param}.tool_call_id")
         block: Object = {"type": "tool_result", "tool_use_id": self._ids.of_result(tool_call_id)}
         if content := _blocks(message.get("content"), f"{param}.content", ("text", "image_url")):
             block["content"] = _plain(content)
@@ -172,30 +189,30 @@ class _Conversation:
         blocks = [
             *_thinking_blocks(message.get("thinking_blocks"), f"{param}.thinking_blocks"),
             *_blocks(message.get("content"), f"{param}.content", ("text", "refusal")),
-            *_text_blocks(_optional(message, "refusal", _string, "", param)),
+            *_text_blocks(optional(message, "refusal", require_string, "", param)),
             *self._calls(message.get("tool_calls"), f"{param}.tool_calls"),
         ]
         if blocks:
             self._turns.append(("assistant", blocks))
 
     def _calls(self, calls: Any, param: str) -> list[Object]:
-        blocks = [_call(call, f"{param}[{i}]") for i, call in enumerate(_list(calls, param) if calls else ())]
+        blocks = [_call(call, f"{param}[{i}]") for i, call in enumerate(require_list(calls, param) if calls else ())]
         ids = [block["id"] for block in blocks]
         for index, block in enumerate(blocks):
             if block["id"] in ids[:index]:
-                _fail(f"{param}[{index}].id", "is also the id of another call")
+                refuse(f"{param}[{index}].id", "is also the id of another call")
             block["id"] = self._ids.of_call(block["id"])
         return blocks
 
     def _end(self) -> None:
-        """An answer to be continued must not end in blanks."""
+        """Strips blanks from the end of an answer that is to be continued: Anthropic refuses them."""
         role, blocks = self._turns[-1]
         if role == "assistant" and blocks[-1]["type"] == "text":
             blocks[-1]["text"] = blocks[-1]["text"].rstrip()
 
 
 class _ToolIds:
-    """Ids that other providers gave, as Anthropic wants them: of letters, digits, _ and -, each for one call only."""
+    """Turns ids that other providers gave into Anthropic's: letters, digits, _ and -, each for one call only."""
 
     def __init__(self) -> None:
         self._latest: dict[str, str] = {}
@@ -216,7 +233,7 @@ class _ToolIds:
 
 
 def _plain(blocks: list[Object]) -> str | list[Object]:
-    """A single text as itself."""
+    """A single text block becomes its text; other blocks stay as they are."""
     return str(blocks[0]["text"]) if len(blocks) == 1 and blocks[0].keys() == {"type", "text"} else blocks
 
 
@@ -225,51 +242,54 @@ def _text_blocks(text: str) -> list[Object]:
 
 
 def _blocks(content: Any, param: str, kinds: Collection[str]) -> list[Object]:
-    """Content, a string or parts, of these kinds; texts of blanks alone, which Anthropic refuses, are dropped."""
+    """The blocks of a content, which is a string or parts of these kinds.
+
+    Texts of blanks alone are dropped: Anthropic refuses them.
+    """
     if content is None or isinstance(content, str):
         return _text_blocks(content or "")
     blocks: list[Object] = []
-    for index, part in enumerate(_list(content, param)):
-        place = f"{param}[{index}]"
-        kind = _text(_object(part, place).get("type"), f"{place}.type")
+    for index, part in enumerate(require_list(content, param)):
+        path = f"{param}[{index}]"
+        kind = require_text(require_object(part, path).get("type"), f"{path}.type")
         if kind not in kinds:
-            raise unsupported(f"{place}.type")
-        made = PARTS[kind](part.get(kind), f"{place}.{kind}")
+            raise unsupported(f"{path}.type")
+        inner = PARTS[kind](part.get(kind), f"{path}.{kind}")
         kept = {"cache_control": part["cache_control"]} if part.get("cache_control") is not None else {}
-        blocks += [block | kept for block in made]
+        blocks += [block | kept for block in inner]
     return blocks
 
 
 def _text_part(text: Any, param: str) -> list[Object]:
-    return _text_blocks(_string(text, param))
+    return _text_blocks(require_string(text, param))
 
 
 def _image_part(image: Any, param: str) -> list[Object]:
     if isinstance(image, dict):
         image, param = image.get("url"), f"{param}.url"
-    url = _text(image, param).strip()
+    url = require_text(image, param).strip()
     if re.match(r"https?://", url, re.IGNORECASE):  # fetched by Anthropic, never by this server
         return [{"type": "image", "source": {"type": "url", "url": url}}]
     return [{"type": "image", "source": _base64(url, param, IMAGE_TYPES)}]
 
 
 def _file_part(file: Any, param: str) -> list[Object]:
-    if _object(file, param).get("file_id") is not None:
+    if require_object(file, param).get("file_id") is not None:
         raise unsupported(f"{param}.file_id")
-    url = _text(file.get("file_data"), f"{param}.file_data")
+    url = require_text(file.get("file_data"), f"{param}.file_data")
     source = _base64(url, f"{param}.file_data", {"application/pdf": "application/pdf"})
     return [{"type": "document", "source": source}]
 
 
 def _base64(url: str, param: str, types: Mapping[str, str]) -> Object:
     head, comma, data = url.partition(",")
-    scheme, _, kind = head.partition(":")
-    media_type, *_, encoding = kind.lower().split(";") if ";" in kind else (kind, "")
+    scheme, _, description = head.partition(":")
+    media_type, *_, encoding = description.lower().split(";") if ";" in description else (description, "")
     if scheme.lower() != "data" or not comma or encoding.strip() != "base64" or media_type.strip() not in types:
-        _fail(param, f"must be a base64 data: URL of one of the types {', '.join(types)}", "unsupported_value")
+        refuse(param, f"must be a base64 data: URL of one of the types {', '.join(types)}", "unsupported_value")
     data = "".join(data.split())
     if not re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", data):
-        _fail(param, "does not hold valid base64")
+        refuse(param, "does not hold valid base64")
     return {"type": "base64", "media_type": types[media_type.strip()], "data": data}
 
 
@@ -283,28 +303,28 @@ THINKING = {"thinking": ("thinking", "signature"), "redacted_thinking": ("data",
 
 
 def _thinking_blocks(blocks: Any, param: str) -> list[Object]:
-    """As an earlier answer had them; one without a signature was not signed by Anthropic and is dropped."""
+    """The thinking blocks of an earlier answer; one without Anthropic's signature would be refused and is dropped."""
     kept = []
-    for index, block in enumerate(_list(blocks, param) if blocks else ()):
-        place = f"{param}[{index}]"
-        kind = _text(_object(block, place).get("type"), f"{place}.type")
+    for index, block in enumerate(require_list(blocks, param) if blocks else ()):
+        path = f"{param}[{index}]"
+        kind = require_text(require_object(block, path).get("type"), f"{path}.type")
         if kind not in THINKING:
-            raise unsupported(f"{place}.type")
-        values = {name: _optional(block, name, _string, "", place) for name in THINKING[kind]}
+            raise unsupported(f"{path}.type")
+        values = {name: optional(block, name, require_string, "", path) for name in THINKING[kind]}
         if values[THINKING[kind][-1]]:
             kept.append({"type": kind, **values})
     return kept
 
 
 def _call(call: Any, param: str) -> Object:
-    if _object(call, param).get("type", "function") != "function":
+    if require_object(call, param).get("type", "function") != "function":
         raise unsupported(f"{param}.type")
-    function = _object(call.get("function"), f"{param}.function")
+    function = require_object(call.get("function"), f"{param}.function")
     return {
         "type": "tool_use",
-        "id": _text(call.get("id"), f"{param}.id"),
-        "name": _text(function.get("name"), f"{param}.function.name"),
-        "input": _arguments(_optional(function, "arguments", _string, "", f"{param}.function"), param),
+        "id": require_text(call.get("id"), f"{param}.id"),
+        "name": require_text(function.get("name"), f"{param}.function.name"),
+        "input": _arguments(optional(function, "arguments", require_string, "", f"{param}.function"), param),
     }
 
 
@@ -313,22 +333,22 @@ def _arguments(text: str, param: str) -> Object:
     try:
         value = json.loads(text.strip() or "{}")
     except (ValueError, RecursionError):
-        _fail(param, "is not valid JSON")
-    _check(value, param)
-    return _object(value, param)
+        refuse(param, "is not valid JSON")
+    check_json(value, param)
+    return require_object(value, param)
 
 
 # --- everything else
 
 
 def _tools(body: Object) -> Object:
-    """`tools` and `tool_choice`."""
-    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(_optional(body, "tools", _list, []))]
+    """The fields `tools` and `tool_choice`; empty if there are no tools."""
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(optional(body, "tools", require_list, []))]
     choice = _choice(body.get("tool_choice"))
-    is_parallel = _optional(body, "parallel_tool_calls", _boolean, True)
+    is_parallel = optional(body, "parallel_tool_calls", require_boolean, True)
     if not tools:
         if choice.get("type") in ("any", "tool"):
-            _fail("tool_choice", "requires a tool call, but there are no tools")
+            refuse("tool_choice", "requires a tool call, but there are no tools")
         return {}
     if not is_parallel and choice.get("type") != "none":
         choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
@@ -336,15 +356,15 @@ def _tools(body: Object) -> Object:
 
 
 def _tool(tool: Any, param: str) -> Object:
-    if _text(_object(tool, param).get("type"), f"{param}.type") != "function":
+    if require_text(require_object(tool, param).get("type"), f"{param}.type") != "function":
         raise unsupported(f"{param}.type")
-    function = _object(tool.get("function"), f"{param}.function")
-    schema = _optional(function, "parameters", _object, {}, f"{param}.function")
+    function = require_object(tool.get("function"), f"{param}.function")
+    schema = optional(function, "parameters", require_object, {}, f"{param}.function")
     values = {
-        "name": _text(function.get("name"), f"{param}.function.name"),
-        "description": _optional(function, "description", _string, None, f"{param}.function"),
+        "name": require_text(function.get("name"), f"{param}.function.name"),
+        "description": optional(function, "description", require_string, None, f"{param}.function"),
         "input_schema": {"type": "object", **(schema or {"properties": {}})},
-        "strict": _optional(function, "strict", _boolean, None, f"{param}.function"),
+        "strict": optional(function, "strict", require_boolean, None, f"{param}.function"),
         "cache_control": tool.get("cache_control"),
     }
     return {name: value for name, value in values.items() if value is not None}
@@ -354,11 +374,11 @@ def _choice(choice: Any) -> Object:
     if choice is None:
         return {}
     if isinstance(choice, str):
-        return CHOICES[_one_of(choice, CHOICES, "tool_choice")]
-    if _object(choice, "tool_choice").get("type") != "function":
+        return CHOICES[require_one_of(choice, CHOICES, "tool_choice")]
+    if require_object(choice, "tool_choice").get("type") != "function":
         raise unsupported("tool_choice.type")
-    function = _object(choice.get("function"), "tool_choice.function")
-    return {"type": "tool", "name": _text(function.get("name"), "tool_choice.function.name")}
+    function = require_object(choice.get("function"), "tool_choice.function")
+    return {"type": "tool", "name": require_text(function.get("name"), "tool_choice.function.name")}
 
 
 @dataclass(frozen=True)
@@ -369,88 +389,97 @@ class _Reasoning:
 
 
 def _reasoning(body: Object, version: tuple[int, int] | None, tools: Object, is_thoughtless: bool) -> _Reasoning:
-    """Thinking is left out where Anthropic refuses it: beside a call that is forced, after calls without its blocks."""
+    """The fields for a `reasoning_effort`: an effort for newer models, a budget of tokens for older ones.
+
+    Thinking is left out where Anthropic refuses it: with a forced call, and after calls without thinking blocks.
+    """
     asked = body.get("reasoning_effort")
-    effort = None if asked is None else EFFORTS[_one_of(asked, EFFORTS, "reasoning_effort")]
-    own = _optional(body, "thinking", _object, {})
+    effort = None if asked is None else EFFORTS[require_one_of(asked, EFFORTS, "reasoning_effort")]
+    thinking = optional(body, "thinking", require_object, {})
     is_forced = tools.get("tool_choice", {}).get("type") in ("any", "tool")
     if effort is None:
-        return _Reasoning(own, {})
+        return _Reasoning(thinking, {})
     if version is not None and version < HAS_THINKING:
-        return _Reasoning(own, {}, is_honoured=effort == "none")
+        return _Reasoning(thinking, {}, is_honoured=effort == "none")
     if effort == "none":
-        return _Reasoning(own or {"type": "disabled"}, {})
+        return _Reasoning(thinking or {"type": "disabled"}, {})
     if version is None or version >= HAS_EFFORT:
-        thinking = own or ({} if is_forced else {"type": "adaptive"})
+        thinking = thinking or ({} if is_forced else {"type": "adaptive"})
         return _Reasoning(thinking, {"effort": effort}, is_honoured=bool(thinking))
     budget = _budget(effort, _asked_tokens(body))
-    if own or is_forced or is_thoughtless or budget is None:
-        return _Reasoning(own, {}, is_honoured=False)
+    if thinking or is_forced or is_thoughtless or budget is None:
+        return _Reasoning(thinking, {}, is_honoured=False)
     return _Reasoning({"type": "enabled", "budget_tokens": budget}, {})
 
 
 def _budget(effort: str, max_tokens: int | None) -> int | None:
-    """Of a limit that the client set, at least half is left for the answer where the least budget allows it."""
+    """The tokens of thinking for an effort; None if the client's limit leaves no room for any.
+
+    At least half of the client's limit is kept for the answer, unless that is less than the smallest budget.
+    """
     if max_tokens is None:
         return BUDGETS[effort]
     return min(BUDGETS[effort], max(MIN_BUDGET, max_tokens // 2)) if max_tokens > MIN_BUDGET else None
 
 
 def _asked_tokens(body: Object) -> int | None:
-    latest = _optional(body, "max_completion_tokens", _count, None)
-    older = _optional(body, "max_tokens", _count, None)
+    latest = optional(body, "max_completion_tokens", require_count, None)
+    older = optional(body, "max_tokens", require_count, None)
     return older if latest is None else latest
 
 
 def _max_tokens(body: Object, default: int, thinking: Object) -> int:
-    """Thoughts count too, so they come on top of a limit that is ours."""
+    """The limit of tokens: the client's, or the default plus the budget of thinking, which counts towards it."""
     asked = _asked_tokens(body)
     budget = thinking.get("budget_tokens")
     return asked or default + (budget if isinstance(budget, int) else 0)
 
 
 def _sampling(body: Object, stripped: Collection[str]) -> Object:
-    """Newer models refuse `temperature` and `top_p` together, and none takes a temperature over 1."""
+    """The sampling parameters without `stripped`, in the range that Anthropic takes.
+
+    A temperature is at most 1, and `top_p` is left out beside it, because newer models refuse the two together.
+    """
     values = {
-        "temperature": _optional(body, "temperature", _number, None),
-        "top_p": _optional(body, "top_p", _number, None),
-        "top_k": _optional(body, "top_k", _integer, None),
+        "temperature": optional(body, "temperature", require_number, None),
+        "top_p": optional(body, "top_p", require_number, None),
+        "top_k": optional(body, "top_k", require_integer, None),
     }
     kept = {name: value for name, value in values.items() if value is not None and name not in stripped}
     if "temperature" in kept:
         kept["temperature"] = min(kept["temperature"], 1)
         kept.pop("top_p", None)
-    if kept.get("top_k", 1) <= 0:  # how other servers write "all"
+    if kept.get("top_k", 1) <= 0:  # other servers take that as "no limit"
         del kept["top_k"]
     return kept
 
 
 def _format(body: Object) -> Object:
-    given = _optional(body, "response_format", _object, {"type": "text"})
-    kind = _text(given.get("type"), "response_format.type")
+    response_format = optional(body, "response_format", require_object, {"type": "text"})
+    kind = require_text(response_format.get("type"), "response_format.type")
     if kind not in ("text", "json_object", "json_schema"):
         raise unsupported("response_format.type")
     if kind != "json_schema":
         return {}
-    described = _object(given.get("json_schema"), "response_format.json_schema")
-    schema = _object(described.get("schema"), "response_format.json_schema.schema")
+    json_schema = require_object(response_format.get("json_schema"), "response_format.json_schema")
+    schema = require_object(json_schema.get("schema"), "response_format.json_schema.schema")
     return {"format": {"type": "json_schema", "schema": schema}}
 
 
 def _format_line(body: Object) -> list[Object]:
-    given = body.get("response_format")
-    return [JSON_ONLY] if isinstance(given, dict) and given.get("type") == "json_object" else []
+    response_format = body.get("response_format")
+    return [JSON_ONLY] if isinstance(response_format, dict) and response_format.get("type") == "json_object" else []
 
 
 def _rest(body: Object) -> Object:
-    user = _optional(body, "safety_identifier", _string, "") or _optional(body, "user", _string, "")
-    tier = _optional(body, "service_tier", _string, "")
+    user = optional(body, "safety_identifier", require_string, "") or optional(body, "user", require_string, "")
+    tier = optional(body, "service_tier", require_string, "")
     values = {
         "stop_sequences": [stop for stop in _stops(body) if stop.strip()],
         "metadata": {"user_id": user} if user else {},
         "service_tier": TIERS.get(tier, []),
-        "cache_control": _optional(body, "cache_control", _object, {}),
-        "stream": _optional(body, "stream", _boolean, False) or [],
+        "cache_control": optional(body, "cache_control", require_object, {}),
+        "stream": optional(body, "stream", require_boolean, False) or [],
     }
     return {name: value for name, value in values.items() if value not in ({}, [])}
 
@@ -459,118 +488,14 @@ def _stops(body: Object) -> list[str]:
     stop = body.get("stop")
     if stop is None or isinstance(stop, str):
         return [stop] if stop else []
-    return [_string(item, f"stop[{index}]") for index, item in enumerate(_list(stop, "stop"))]
+    return [require_string(item, f"stop[{index}]") for index, item in enumerate(require_list(stop, "stop"))]
 
 
 def _dropped_in_part(body: Object, request: Object, reasoning: _Reasoning) -> list[str]:
-    found = {
+    conditions = {
         "stop": any(stop and not stop.strip() for stop in _stops(body)),
         "service_tier": body.get("service_tier") is not None and "service_tier" not in request,
         "response_format": bool(_format_line(body)),
         "reasoning_effort": not reasoning.is_honoured,
     }
-    return [name for name, is_dropped in found.items() if is_dropped]
-
-
-# --- what a value must be
-
-
-def _fail(param: str, what: str, code: str = "invalid_value") -> NoReturn:
-    raise InvalidRequest(f"{param} {what}.", param=param, code=code)
-
-
-def _check(value: Any, param: str) -> None:
-    """JSON proper, which has no NaN, in UTF-8, and not too deep."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        if not level:
-            return
-        for item in level:
-            if isinstance(item, float) and not math.isfinite(item):
-                _fail(param, "has a number that JSON cannot represent")
-            if isinstance(item, str) and not _is_encodable(item):
-                _fail(param, "has an unpaired surrogate")
-        level = [inner for item in level for inner in _inside(item)]
-    if level:
-        _fail(param, f"is nested deeper than {MAX_DEPTH} levels")
-
-
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    return value if isinstance(value, list) else []
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    return type(value) is type(other) and bool(value == other)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _optional(body: Object, name: str, read: Callable[[Any, str], T], default: Any, parent: str = "") -> T | Any:
-    value = body.get(name)
-    return default if value is None else read(value, f"{parent}.{name}" if parent else name)
-
-
-def _one_of(value: Any, names: Collection[str], param: str) -> str:
-    if not isinstance(value, str) or value not in names:
-        _fail(param, f"must be one of {', '.join(names)}", "unsupported_value")
-    return value
-
-
-def _object(value: Any, param: str) -> Object:
-    if not isinstance(value, dict):
-        _fail(param, "must be an object")
-    return value
-
-
-def _list(value: Any, param: str) -> list[Any]:
-    if not isinstance(value, list):
-        _fail(param, "must be a list")
-    return value
-
-
-def _string(value: Any, param: str) -> str:
-    if not isinstance(value, str):
-        _fail(param, "must be a string")
-    return value
-
-
-def _text(value: Any, param: str) -> str:
-    if not _string(value, param):
-        _fail(param, "must not be empty")
-    return str(value)
-
-
-def _boolean(value: Any, param: str) -> bool:
-    if not isinstance(value, bool):
-        _fail(param, "must be true or false")
-    return value
-
-
-def _number(value: Any, param: str) -> float:
-    if not _is_integer(value) and not isinstance(value, float) or value < 0:
-        _fail(param, "must be a number of at least 0")
-    number: float = value  # an integer stays one
-    return number
-
-
-def _integer(value: Any, param: str) -> int:
-    if not _is_integer(value):
-        _fail(param, "must be an integer")
-    return int(value)
-
-
-def _count(value: Any, param: str) -> int:
-    if _integer(value, param) < 1:
-        _fail(param, "must be at least 1")
-    return int(value)
+    return [name for name, is_dropped in conditions.items() if is_dropped]

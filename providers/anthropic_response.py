@@ -1,6 +1,6 @@
-"""What Anthropic's Messages API answers, whole, as a stream or as an error, in OpenAI's chat format.
+"""Answers of Anthropic's Messages API become chat completions: whole answers, streams and errors.
 
-It knows JSON objects and status codes, and no connections. Sources: as in `providers/anthropic_format.py`.
+It maps JSON objects and status codes. The sources are those of `anthropic_request.py`.
 """
 
 import json
@@ -10,19 +10,17 @@ from typing import Any
 from uuid import uuid4
 
 from errors import UpstreamError
+from providers.json_values import Object, count_or_zero, object_or_empty, string_or_empty
 from providers.upstream_errors import error_of
-
-Object = dict[str, Any]
 
 REASONS = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
     "refusal": "content_filter",
-}  # all others, and none: stop
+}  # any other reason, or none, is `stop`
 
-
-# Errors in streams have no status of their own
+# type of an error -> status: an error in a stream has no status
 STATUSES = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -41,7 +39,7 @@ STATUSES = {
 
 
 def to_completion(message: Object, model: str, created: int) -> Object:
-    """A `chat.completion`; `model` is for an answer that names none. Raises APIError for what is no message."""
+    """A message as a `chat.completion`; `model` is for one that does not name it. Raises APIError."""
     blocks = message.get("content")
     if not isinstance(blocks, list):
         raise UpstreamError("claude: the answer is not a message.", type="api_error", code="upstream_invalid_response")
@@ -62,55 +60,56 @@ def to_completion(message: Object, model: str, created: int) -> Object:
         **_ending(message),
     }
     return {
-        "id": _string(message.get("id")) or _new_id(),
+        "id": string_or_empty(message.get("id")) or _new_id(),
         "object": "chat.completion",
         "created": created,
-        "model": _string(message.get("model")) or model,
+        "model": string_or_empty(message.get("model")) or model,
         "choices": [choice],
-        "usage": _usage(_object(message.get("usage"))),
+        "usage": _usage(object_or_empty(message.get("usage"))),
     }
 
 
 def _joined(blocks: list[Object], kind: str) -> str:
-    return "".join(_string(block.get(kind)) for block in blocks if block.get("type") == kind)
+    return "".join(string_or_empty(block.get(kind)) for block in blocks if block.get("type") == kind)
 
 
 def _thinking_block(block: Object) -> Object | None:
-    """What the next request must send back; without a signature it would be refused there."""
-    if block.get("type") == "redacted_thinking" and (data := _string(block.get("data"))):
+    """A block of thinking as the next request must send it back; None without a signature: it would be refused."""
+    if block.get("type") == "redacted_thinking" and (data := string_or_empty(block.get("data"))):
         return {"type": "redacted_thinking", "data": data}
-    if block.get("type") == "thinking" and (signature := _string(block.get("signature"))):
-        return {"type": "thinking", "thinking": _string(block.get("thinking")), "signature": signature}
+    if block.get("type") == "thinking" and (signature := string_or_empty(block.get("signature"))):
+        return {"type": "thinking", "thinking": string_or_empty(block.get("thinking")), "signature": signature}
     return None
 
 
 def _call(block: Object) -> Object:
     try:
-        arguments = json.dumps(_object(block.get("input")), ensure_ascii=False)
+        arguments = json.dumps(object_or_empty(block.get("input")), ensure_ascii=False)
     except RecursionError as error:
         raise UpstreamError("claude: a tool call is nested too deeply.", code="upstream_invalid_response") from error
-    function = {"name": _string(block.get("name")), "arguments": arguments}
-    return {"id": _string(block.get("id")), "type": "function", "function": function}
+    function = {"name": string_or_empty(block.get("name")), "arguments": arguments}
+    return {"id": string_or_empty(block.get("id")), "type": "function", "function": function}
 
 
 def _ending(message: Object) -> Object:
-    """`stop_reason`, an extension, is the stop string that was found, as vLLM has it."""
-    stop = _string(message.get("stop_sequence"))
-    reason = REASONS.get(_string(message.get("stop_reason")), "stop")
+    """The finish reason, and the stop string that was found as `stop_reason`, which is vLLM's extension."""
+    stop = string_or_empty(message.get("stop_sequence"))
+    reason = REASONS.get(string_or_empty(message.get("stop_reason")), "stop")
     return {"finish_reason": reason, **({"stop_reason": stop} if stop else {})}
 
 
 def _refusal(message: Object) -> str | None:
     if message.get("stop_reason") != "refusal":
         return None
-    return _string(_object(message.get("stop_details")).get("explanation")) or None
+    return string_or_empty(object_or_empty(message.get("stop_details")).get("explanation")) or None
 
 
 def _usage(usage: Object) -> Object:
-    """Anthropic's `input_tokens` are without those read from and written to its cache."""
-    cached, written = _count(usage.get("cache_read_input_tokens")), _count(usage.get("cache_creation_input_tokens"))
-    prompt_tokens = _count(usage.get("input_tokens")) + cached + written
-    completion_tokens = _count(usage.get("output_tokens"))
+    """The usage in OpenAI's terms: Anthropic's `input_tokens` leave out those read from or written to its cache."""
+    cached = count_or_zero(usage.get("cache_read_input_tokens"))
+    written = count_or_zero(usage.get("cache_creation_input_tokens"))
+    prompt_tokens = count_or_zero(usage.get("input_tokens")) + cached + written
+    completion_tokens = count_or_zero(usage.get("output_tokens"))
     counts: Object = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -118,9 +117,9 @@ def _usage(usage: Object) -> Object:
         "prompt_tokens_details": {"cached_tokens": cached},
         "cache_creation_input_tokens": written,
     }
-    details = _object(usage.get("output_tokens_details"))
+    details = object_or_empty(usage.get("output_tokens_details"))
     if details.get("thinking_tokens") is not None:
-        counts["completion_tokens_details"] = {"reasoning_tokens": _count(details["thinking_tokens"])}
+        counts["completion_tokens_details"] = {"reasoning_tokens": count_or_zero(details["thinking_tokens"])}
     return counts
 
 
@@ -129,14 +128,16 @@ def _usage(usage: Object) -> Object:
 
 @dataclass
 class _Block:
-    content: Object  # what `content_block_start` had, and for thoughts what came since
-    call: int | None = None  # which of the calls it is: other blocks do not count
+    """A block of the answer that is under way."""
+
+    content: Object  # that of `content_block_start`, and for thinking also what came since
+    call: int | None = None  # the number of a call among the calls
     has_arguments: bool = False
-    is_whole: bool = False  # its arguments came at once
+    is_whole: bool = False  # all of its arguments came with its start
 
 
 class StreamMapper:
-    """The events of one answer into `chat.completion.chunk`s, each under the same id and time.
+    """Turns the events of one answer into `chat.completion.chunk`s with one id and time.
 
     `includes_usage`: a last chunk without choices has the usage, and the others have null.
     """
@@ -160,36 +161,36 @@ class StreamMapper:
         }
 
     def events(self, name: str | None, data: Object) -> list[Object]:
-        """The chunks of one event, none for what is not known. Raises APIError for an error."""
-        step = self._steps.get(_string(data.get("type")) or name or "")
+        """The chunks of one event; none for an unknown one. Raises APIError for an error."""
+        step = self._steps.get(string_or_empty(data.get("type")) or name or "")
         return step(data) if step and not self.is_complete else []
 
     def _start(self, data: Object) -> list[Object]:
-        message = _object(data.get("message"))
+        message = object_or_empty(data.get("message"))
         self._note_usage(message)
         if self._is_started:
             return []
         self._is_started = True
-        self._id = _string(message.get("id")) or self._id
-        self._model = _string(message.get("model")) or self._model
+        self._id = string_or_empty(message.get("id")) or self._id
+        self._model = string_or_empty(message.get("model")) or self._model
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def _start_block(self, data: Object) -> list[Object]:
-        block = self._blocks[_key(data)] = _Block(dict(_object(data.get("content_block"))))
+        block = self._blocks[_key(data)] = _Block(dict(object_or_empty(data.get("content_block"))))
         content, kind = block.content, block.content.get("type")
         if kind == "tool_use":
             return self._start_call(block)
-        if kind == "text" and _string(content.get("text")):
+        if kind == "text" and string_or_empty(content.get("text")):
             return [self._chunk({"content": content["text"]})]
-        if kind == "thinking" and _string(content.get("thinking")):
+        if kind == "thinking" and string_or_empty(content.get("thinking")):
             return [self._chunk({"reasoning_content": content["thinking"]})]
         return []
 
     def _start_call(self, block: _Block) -> list[Object]:
         block.call, self._num_calls = self._num_calls, self._num_calls + 1
-        begun = _call(block.content)
-        begun["function"]["arguments"] = ""
-        chunks = [self._chunk({"tool_calls": [{"index": block.call, **begun}]})]
+        call = _call(block.content)
+        call["function"]["arguments"] = ""
+        chunks = [self._chunk({"tool_calls": [{"index": block.call, **call}]})]
         if block.content.get("input"):
             block.is_whole = True
             chunks += self._add_arguments(block, _call(block.content)["function"]["arguments"])
@@ -201,19 +202,19 @@ class StreamMapper:
         return [self._chunk({"tool_calls": [{"index": block.call, "function": function}]})] if text else []
 
     def _extend_block(self, data: Object) -> list[Object]:
-        block, delta = self._blocks.get(_key(data)), _object(data.get("delta"))
+        block, delta = self._blocks.get(_key(data)), object_or_empty(data.get("delta"))
         if block is None:
             return []
-        kind, of = delta.get("type"), block.content.get("type")
-        if (kind, of) == ("text_delta", "text") and (text := _string(delta.get("text"))):
+        kinds = delta.get("type"), block.content.get("type")
+        if kinds == ("text_delta", "text") and (text := string_or_empty(delta.get("text"))):
             return [self._chunk({"content": text})]
-        if (kind, of) == ("input_json_delta", "tool_use") and not block.is_whole:
-            return self._add_arguments(block, _string(delta.get("partial_json")))
-        if (kind, of) == ("thinking_delta", "thinking") and (text := _string(delta.get("thinking"))):
-            block.content["thinking"] = _string(block.content.get("thinking")) + text
+        if kinds == ("input_json_delta", "tool_use") and not block.is_whole:
+            return self._add_arguments(block, string_or_empty(delta.get("partial_json")))
+        if kinds == ("thinking_delta", "thinking") and (text := string_or_empty(delta.get("thinking"))):
+            block.content["thinking"] = string_or_empty(block.content.get("thinking")) + text
             return [self._chunk({"reasoning_content": text})]
-        if (kind, of) == ("signature_delta", "thinking"):
-            signature = _string(block.content.get("signature")) + _string(delta.get("signature"))
+        if kinds == ("signature_delta", "thinking"):
+            signature = string_or_empty(block.content.get("signature")) + string_or_empty(delta.get("signature"))
             block.content["signature"] = signature
         return []
 
@@ -228,15 +229,17 @@ class StreamMapper:
 
     def _change(self, data: Object) -> list[Object]:
         self._note_usage(data)
-        delta = _object(data.get("delta"))
+        delta = object_or_empty(data.get("delta"))
         return self._finish(delta) if delta.get("stop_reason") else []
 
     def _finish(self, delta: Object) -> list[Object]:
         if self._is_finished:
             return []
         self._is_finished = True
-        refusal = _refusal(delta)
-        return [self._chunk({"refusal": refusal})] * bool(refusal) + [self._chunk({}, _ending(delta))]
+        chunks = [self._chunk({}, _ending(delta))]
+        if refusal := _refusal(delta):
+            chunks.insert(0, self._chunk({"refusal": refusal}))
+        return chunks
 
     def _stop(self, data: Object) -> list[Object]:
         chunks = self._finish({})
@@ -246,12 +249,12 @@ class StreamMapper:
         return chunks
 
     def _fail(self, data: Object) -> list[Object]:
-        kind = _string(_object(data.get("error")).get("type"))
+        kind = string_or_empty(object_or_empty(data.get("error")).get("type"))
         raise error_of(STATUSES.get(kind, 500), data, "claude", "ANTHROPIC_API_KEY")
 
     def _note_usage(self, source: Object) -> None:
-        """Counts are cumulative, and those that are absent or null stand."""
-        usage = _object(source.get("usage"))
+        """Keeps the latest counts, which are cumulative; one that is absent or null stays as it was."""
+        usage = object_or_empty(source.get("usage"))
         self._usage |= {name: value for name, value in usage.items() if value is not None}
 
     def _chunk(self, delta: Object, ending: Object | None = None) -> Object:
@@ -264,23 +267,8 @@ class StreamMapper:
 
 
 def _key(data: Object) -> int:
-    return _count(data.get("index"))
-
-
-# --- what an answer lacks or has of another type is as if it were empty
+    return count_or_zero(data.get("index"))
 
 
 def _new_id() -> str:
     return f"chatcmpl-{uuid4().hex}"
-
-
-def _object(value: Any) -> Object:
-    return value if isinstance(value, dict) else {}
-
-
-def _string(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) else 0

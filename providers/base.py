@@ -1,51 +1,35 @@
-"""Provider: one source of models. Streams are the only thing it makes; whole answers are their fold."""
+"""Gateway and ProviderResponse: what the router knows of a provider, and what a provider answers."""
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from schemas import ChatCompletionChunk, ChatCompletionRequest, Completion, CompletionRequest, Model
-
-if TYPE_CHECKING:
-    from providers.upstream import Upstream
+from providers.upstream import Upstream
 
 
 @dataclass(frozen=True)
 class ProviderResponse:
-    """An answer of another server's, as bytes: whole JSON, or the events of a stream."""
+    """A provider's answer as bytes: whole JSON, or the events of a stream, of which the first one has come."""
 
     content: bytes | AsyncGenerator[bytes]
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Gateway(Protocol):
-    """A provider somewhere else. Leaving what it returns ends the work there."""
+    """A provider's models over HTTP. Cancelling a call, or closing the stream that it returned, ends the work there."""
 
     @property
-    def upstream(self) -> "Upstream": ...
+    def upstream(self) -> Upstream:
+        """The connections to the provider, and how they fared."""
+        ...
 
     async def answer(self, path: str, body: dict[str, Any]) -> ProviderResponse:
-        """path: of the endpoint, below /v1; body: the client's, with the model's name there. Raises errors.APIError."""
+        """Sends a request on and returns the provider's answer. Raises errors.APIError, also while a stream runs.
+
+        path: the endpoint's, below /v1; body: the client's, with the model's name at the provider; it may be changed.
+        """
         ...
 
     async def models(self) -> list[str]:
-        """Names, without the prefix. Raises errors.APIError."""
+        """The names of the provider's models, without the prefix. Raises errors.APIError."""
         ...
-
-
-class Provider(Protocol):
-    """All methods raise `errors.APIError`; leaving a stream's iterator cancels the work behind it."""
-
-    def models(self) -> list[Model]:
-        """At once, also while models load."""
-        ...
-
-    def serves(self, model: str) -> bool: ...
-
-    def stream_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
-        """The last chunk has no choices, and the usage."""
-        ...
-
-    def stream_completion(self, request: CompletionRequest) -> AsyncGenerator[Completion]: ...
-
-    async def close(self, timeout: float) -> None: ...

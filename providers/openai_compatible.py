@@ -1,6 +1,6 @@
-"""Providers that speak OpenAI's protocol: rows of a table, and what has to be put right in their bodies.
+"""Providers that speak OpenAI's protocol, and the adapters that put right what some of them do differently.
 
-What a row does not mention passes byte for byte. Sources: the providers' documents on their compatible layers.
+What an adapter does not change passes byte for byte. Sources: the providers' documents on their compatible layers.
 """
 
 import base64
@@ -8,32 +8,40 @@ import json
 import math
 import re
 import struct
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx2
+
+from config import ProviderValues
 from errors import InvalidRequest, unsupported
+from provider_table import AdapterName
 from providers.base import ProviderResponse
-from providers.upstream import Upstream, after, data_of, events_of, header_of, until_error, with_keep_alive
+from providers.json_values import Object, list_or_empty
+from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, events_of
 from providers.upstream_errors import error_in
+from server.events import DONE, await_first, data_of, encode_event
 from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
 
-Object = dict[str, Any]
 Dropped = list[str]
-LARGEST_FLOAT = 3.4e38  # of 32 bits, about
+MINIMAX_STATUSES = {1002: 429, 1004: 401, 1008: 402, 2049: 401}  # its codes -> those of HTTP; others are a 502
+LARGEST_FLOAT = 3.4e38  # the largest of 32 bits, about
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"|"type"\s*:\s*"response\.(completed|incomplete|failed)"')
 
 
 @dataclass(frozen=True)
 class Urls:
-    """Where a provider's endpoints are."""
+    """The URLs of a provider's endpoints."""
 
     base: str
-    chat: str | None = None  # if it is elsewhere
-    chat_whole: str | None = None  # the same for answers that are not streamed
+    chat: str | None = None  # of chat completions, if it is not below `base`
+    chat_whole: str | None = None  # of chat completions that are not streamed, if it is another one
 
     def of(self, path: str, is_stream: bool) -> str:
+        """The URL of the endpoint `path`, which is written as below /v1."""
         if path == "chat/completions" and not is_stream and self.chat_whole:
             return self.chat_whole
         if path == "chat/completions" and self.chat:
@@ -42,30 +50,30 @@ class Urls:
 
 
 class Adapter:
-    """What is put right; this one changes nothing. One for each request."""
+    """Puts right what a provider does differently. This one changes nothing; each request has a new one."""
 
     paths: tuple[str, ...] = ("chat/completions", "completions", "embeddings", "responses")
 
+    @classmethod
+    def urls(cls, base: str, whole: str | None) -> Urls:
+        """The endpoints of a provider. base: the URL that is set; whole: that of chats that are not streamed."""
+        return Urls(base, chat_whole=whole)
+
     def request(self, path: str, body: Object) -> Dropped:
-        """Changes the body in place; the names of parameters that it had to leave out. Raises InvalidRequest."""
+        """Changes a request in place and returns the parameters that it left out. Raises InvalidRequest."""
         return []
 
     def answer(self, body: Object) -> bool:
-        """Changes a whole answer in place; whether there was anything."""
+        """Changes a whole answer in place and returns whether anything changed."""
         return False
 
     def chunk(self, chunk: Object) -> bool:
-        """The same for a chunk of a stream."""
+        """Changes a chunk of a stream in place and returns whether anything changed."""
         return False
 
 
 def _choices(body: Object) -> list[Object]:
-    choices = body.get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+    return [choice for choice in list_or_empty(body.get("choices")) if isinstance(choice, dict)]
 
 
 def _index(choice: Object) -> int:
@@ -83,9 +91,10 @@ def _rename(body: Object, old: str, new: str) -> None:
 
 
 class GeminiAdapter(Adapter):
-    """Calls in streams lack their index, and a stream that ends in them says `stop`.
+    """Gemini's streamed calls get their index, and an answer that ends in calls gets the finish reason for it.
 
-    Its vectors come as floats, with fewer dimensions not of length 1, and mostly without usage."""
+    Its vectors come as floats, mostly without usage, and shortened ones are not of length 1: all are put right.
+    """
 
     paths = ("chat/completions", "embeddings")
 
@@ -105,13 +114,14 @@ class GeminiAdapter(Adapter):
         is_changed = False
         for choice in _choices(chunk):
             index, delta = _index(choice), choice.get("delta")
-            for call in _list(delta.get("tool_calls")) if isinstance(delta, dict) else []:
+            for call in list_or_empty(delta.get("tool_calls")) if isinstance(delta, dict) else []:
                 is_changed |= self._number(index, call)
             if choice.get("finish_reason") == "stop" and self._num_calls.get(index):
                 choice["finish_reason"], is_changed = "tool_calls", True
         return is_changed
 
     def _number(self, index: int, call: Any) -> bool:
+        """Gives a call of the choice `index` its number; True if it had none."""
         if not isinstance(call, dict) or isinstance(call.get("index"), int):
             if isinstance(call, dict):
                 self._num_calls[index] = max(self._num_calls.get(index, 0), call["index"] + 1)
@@ -128,7 +138,7 @@ class GeminiAdapter(Adapter):
             message = choice.get("message")
             if isinstance(message, dict) and message.get("tool_calls") and choice.get("finish_reason") == "stop":
                 choice["finish_reason"], is_changed = "tool_calls", True
-        for number, item in enumerate(_list(body.get("data"))):
+        for number, item in enumerate(list_or_empty(body.get("data"))):
             if isinstance(item, dict) and _is_vector(item.get("embedding")):
                 item["embedding"], is_changed = self._vector(item["embedding"]), True
                 item.setdefault("index", number)
@@ -147,14 +157,19 @@ def _is_vector(value: Any) -> bool:
 
 
 class DeepSeekAdapter(Adapter):
-    """Other names for the limit, the user and the tokens that were cached."""
+    """DeepSeek has other names for the limit, the user and the tokens that were cached."""
 
     paths = ("chat/completions",)
+
+    @classmethod
+    def urls(cls, base: str, whole: str | None) -> Urls:
+        chat = base if urlsplit(base).path.endswith("/chat/completions") else None
+        return Urls(base.removesuffix("/chat/completions"), chat, whole)
 
     def request(self, path: str, body: Object) -> Dropped:
         _rename(body, "max_completion_tokens", "max_tokens")
         _rename(body, "user", "user_id")
-        for message in _list(body.get("messages")):
+        for message in list_or_empty(body.get("messages")):
             if isinstance(message, dict) and message.get("role") == "developer":
                 message["role"] = "system"
         return []
@@ -171,14 +186,18 @@ class DeepSeekAdapter(Adapter):
 
 
 class OllamaAdapter(Adapter):
-    """`reasoning` under the name that other clients read too; what it would ignore is refused or named."""
+    """Ollama's `reasoning` gets the name that clients read too; what it would ignore is refused or reported."""
+
+    @classmethod
+    def urls(cls, base: str, whole: str | None) -> Urls:
+        return Urls(base if base.endswith("/v1") else f"{base}/v1")
 
     def request(self, path: str, body: Object) -> Dropped:
         if (body.get("n") or 1) != 1:
             raise unsupported("n")
         if path == "embeddings" and any(isinstance(part, int | list) for part in _listed(body.get("input"))):
             raise InvalidRequest("Ollama accepts text, not token ids.", param="input", code="unsupported_value")
-        for number, message in enumerate(_list(body.get("messages"))):
+        for number, message in enumerate(list_or_empty(body.get("messages"))):
             _check_images(message, f"messages[{number}]")
         if body.get("tool_choice") in ("auto", None):
             body.pop("tool_choice", None)
@@ -213,9 +232,13 @@ def _check_images(message: Any, path: str) -> None:
 
 
 class MiniMaxAdapter(Adapter):
-    """Thoughts inside of the content, empty roles, choices without a delta, and errors that call themselves success."""
+    """MiniMax writes thoughts into the content, and sends empty roles and choices without a delta."""
 
     paths = ("chat/completions",)
+
+    @classmethod
+    def urls(cls, base: str, whole: str | None) -> Urls:
+        return Urls(base) if urlsplit(base).path in ("", "/v1") else Urls(base.rpartition("/")[0], base)
 
     def __init__(self) -> None:
         self._parsers: dict[int, AnswerParser] = {}
@@ -227,7 +250,7 @@ class MiniMaxAdapter(Adapter):
         dropped: Dropped = []
         temperature = body.get("temperature")
         if isinstance(temperature, int | float) and not 0 < temperature <= 1:
-            body["temperature"] = 0.01 if temperature <= 0 else 1.0  # the ends of what it takes
+            body["temperature"] = 0.01 if temperature <= 0 else 1.0  # the least and the most that it takes
             dropped.append("temperature")
         return dropped
 
@@ -261,7 +284,7 @@ class MiniMaxAdapter(Adapter):
 
 
 def _put(item: Object, parts: list[ContentDelta]) -> bool:
-    """Content and reasoning apart; whether that is another thing than it was."""
+    """Writes content and reasoning into separate fields and returns whether anything changed."""
     content, reasoning = "".join(part.content for part in parts), "".join(part.reasoning for part in parts)
     if content == (item.get("content") or "") and not reasoning:
         return False
@@ -272,18 +295,26 @@ def _put(item: Object, parts: list[ContentDelta]) -> bool:
     return True
 
 
+ADAPTERS: dict[AdapterName, type[Adapter]] = {
+    "none": Adapter,
+    "gemini": GeminiAdapter,
+    "deepseek": DeepSeekAdapter,
+    "minimax": MiniMaxAdapter,
+    "ollama": OllamaAdapter,
+}
+
+
 def failure_in(body: Object) -> Object | None:
-    """An error inside of what came with the status of success."""
-    status = body.get("base_resp")
-    if isinstance(status, dict) and status.get("status_code"):
-        known, code = {1002: 429, 1004: 401, 1008: 402, 2049: 401}, status["status_code"]
-        return {"message": status.get("status_msg"), "status": known.get(code, 502) if isinstance(code, int) else 502}
+    """The error in an answer that came with the status of success, with a `status` beside its message."""
+    minimax = body.get("base_resp")
+    if isinstance(minimax, dict) and minimax.get("status_code"):
+        code = minimax["status_code"]
+        status = MINIMAX_STATUSES.get(code, 502) if isinstance(code, int) else 502
+        return {"message": minimax.get("status_msg"), "status": status}
+    if "choices" in body or body.get("object") == "response":
+        return None
     error = error_in(body)
-    return (
-        None
-        if error is None or "choices" in body or body.get("object") == "response"
-        else {**error, "status": _status(error.get("code"))}
-    )
+    return error and {**error, "status": _status(error.get("code"))}
 
 
 def _status(code: Any) -> int:
@@ -292,38 +323,43 @@ def _status(code: Any) -> int:
 
 @dataclass(frozen=True)
 class OpenAICompatible:
-    """One provider."""
+    """A provider that speaks OpenAI's protocol."""
 
     upstream: Upstream
     urls: Urls
-    adapter: Callable[[], Adapter] = Adapter
-    extra: Mapping[str, Any] = field(default_factory=dict)  # of every request
+    adapter: type[Adapter] = Adapter
+
+    @classmethod
+    def of(cls, values: ProviderValues, transport: httpx2.AsyncBaseTransport | None) -> "OpenAICompatible":
+        config = UpstreamConfig.of(values, lambda key: {"authorization": f"Bearer {key}"})
+        adapter = ADAPTERS[values.row.adapter]
+        return cls(Upstream(config, transport), adapter.urls(values.url, values.whole_url), adapter)
 
     async def answer(self, path: str, body: Object) -> ProviderResponse:
-        """body: the client's, with the provider's own name of the model; it is changed. Raises APIError."""
+        """Sends a request on, changed by the adapter, and returns the answer. Raises APIError."""
         adapter, is_stream = self.adapter(), body.get("stream") is True
         if path not in adapter.paths:
             raise InvalidRequest(
-                f"{self.upstream.access.name} does not support /{path}.", param="model", code="unsupported_value"
+                f"{self.upstream.config.name} does not support /{path}.", param="model", code="unsupported_value"
             )
         dropped = adapter.request(path, body)
-        url, content = self.urls.of(path, is_stream), json.dumps({**body, **self.extra}).encode()
-        headers = header_of(dropped)
+        url, content = self.urls.of(path, is_stream), json.dumps(body).encode()
+        headers = dropped_params_header(dropped)
         if not is_stream:
             return ProviderResponse(await self._whole(url, content, adapter), headers)
         return ProviderResponse(await self._stream(url, content, adapter, path), headers)
 
     async def models(self) -> list[str]:
-        response = await self.upstream.whole("GET", f"{self.urls.base}/models", None)
-        return model_ids(self._checked(response.content, 200))
+        response = await self.upstream.request("GET", f"{self.urls.base}/models", None)
+        return model_ids(self._checked(response.content))
 
     async def _whole(self, url: str, content: bytes, adapter: Adapter) -> bytes:
-        response = await self.upstream.whole("POST", url, content)
-        body = self._checked(response.content.strip(), 200)
+        response = await self.upstream.request("POST", url, content)
+        body = self._checked(response.content.strip())
         return json.dumps(body).encode() if adapter.answer(body) else response.content.strip()
 
-    def _checked(self, text: bytes, status: int) -> Object:
-        """An answer's JSON; raises APIError for what is none, or tells of an error."""
+    def _checked(self, text: bytes) -> Object:
+        """An answer's JSON. Raises APIError for text that is not an object, and for an object that is an error."""
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -332,26 +368,21 @@ class OpenAICompatible:
         if not isinstance(body, dict):
             raise self.upstream.fault("sent JSON that is not an object", 502, "upstream_invalid_response")
         if failure := failure_in(body):
-            raise self.upstream.told(failure["status"], {"error": failure})
+            raise self.upstream.error_from(failure["status"], {"error": failure})
         return body
 
     async def _stream(self, url: str, content: bytes, adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
-        """Its first event is here already: until then an error has a status of its own."""
-        response = await self.upstream.opened(url, content)
+        """The events of an answer, of which the first one has come. Raises APIError, also while it is read."""
+        response = await self.upstream.stream(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
-            self._checked((await self.upstream.read(response)).content.strip(), 200)
+            self._checked((await self.upstream.read(response)).content.strip())
             raise self.upstream.fault("did not send a stream", 502, "upstream_invalid_response")
-        events = self._events(with_keep_alive(events_of(response, self.upstream)), adapter, path)
-        try:
-            first = await anext(events)
-        except BaseException:
-            await events.aclose()
-            raise
-        return until_error(after(first, events))
+        return await await_first(self._events(events_of(response, self.upstream), adapter, path))
 
     async def _events(self, events: AsyncGenerator[bytes], adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
+        """The provider's events, put right, until the answer ends; one that ends too early raises APIError."""
         is_finished = False
-        is_plain = type(adapter) is Adapter
+        is_plain = type(adapter) is Adapter  # then only an event with an error has to be parsed
         async with aclosing(events):
             async for event in events:
                 data = data_of(event)
@@ -360,22 +391,22 @@ class OpenAICompatible:
                         yield event
                 elif data == b"[DONE]":
                     yield event
-                    return  # some never end what they have ended
+                    return  # some providers leave the connection open behind it
                 else:
                     is_finished = is_finished or bool(_FINISHED.search(data))
-                    yield event if is_plain and b'"error"' not in data else self._fixed(event, data, adapter)
+                    yield event if is_plain and b'"error"' not in data else self._adapted(event, data, adapter)
         if not is_finished:
             raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
         if path != "responses":
-            yield b"data: [DONE]\n\n"
+            yield DONE
 
-    def _fixed(self, event: bytes, data: bytes, adapter: Adapter) -> bytes:
-        body = self._checked(data, 200)
-        return b"data: " + json.dumps(body).encode() + b"\n\n" if adapter.chunk(body) else event
+    def _adapted(self, event: bytes, data: bytes, adapter: Adapter) -> bytes:
+        """The event as the adapter leaves it: byte for byte if nothing changed."""
+        body = self._checked(data)
+        return encode_event(json.dumps(body)) if adapter.chunk(body) else event
 
 
 def model_ids(answer: Object) -> list[str]:
-    """Of a list of models; Gemini's begin with `models/`, which its chat does not need."""
-    models = answer.get("data")
-    ids = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    """The names in a list of models; Gemini's begin with `models/`, which its chat does not need."""
+    ids = [model.get("id") for model in list_or_empty(answer.get("data")) if isinstance(model, dict)]
     return [name.removeprefix("models/") for name in ids if isinstance(name, str)]

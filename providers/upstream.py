@@ -1,62 +1,75 @@
-"""Upstream: HTTP to one provider, with its timeouts, retries and errors. Of formats it knows server-sent events.
+"""Upstream: HTTP to one provider, with its time-outs, retries and errors. It knows no format but server-sent events.
 
-A retry happens only before anything was read of an answer, and never beside a client that has left: leaving an await
-here closes the connection.
+A request is sent again only before anything of its answer was read. When the client leaves, the await here is
+cancelled, which closes the connection and ends the retries.
 """
 
 import asyncio
 import json
 import logging
 import random
-import re
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 
-from errors import APIError, ProviderNotConfigured, UpstreamError
+from config import ProviderValues
+from errors import ProviderNotConfigured, UpstreamError
 from providers.upstream_errors import error_of
-from telemetry import request_record
+from server.events import EventSplitter
+from server.headers import header_value
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 5.0  # seconds
-KEEP_ALIVE = 15.0  # seconds of silence after which a comment is sent
-LONGEST_WAIT = 20.0  # seconds; a provider that asks for more is not waited for
+LONGEST_WAIT = 20.0  # seconds; a provider that asks to wait longer gets no retry
 LARGEST = 64 * 2**20  # bytes of an answer, or of one event
-NUM_FAILURES, COOLDOWN = 3, 30.0  # requests in a row that found no connection; seconds in which no more are tried
-MIN_SECRET = 8  # characters of what is taken for a key
-_BOM = b"\xef\xbb\xbf"
-_END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\r\n|\r\n\n|\n\n|\r\r")
+NUM_FAILURES, COOLDOWN = 3, 30.0  # requests in a row without a connection; seconds without requests after them
+MIN_SECRET = 8  # characters; a shorter header value is not a key to be redacted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UpstreamConfig:
-    """How a provider is reached."""
+    """How requests reach a provider, and how long they may take."""
 
     name: str
-    key_variable: str  # what a person sets
-    headers: Mapping[str, str] = field(repr=False)  # with the key
+    key_variable: str  # the environment variable with its key
+    headers: Mapping[str, str] = field(repr=False)  # those with the key; empty without one
     needs_key: bool
     timeout: float  # seconds between bytes
     total_timeout: float  # seconds for an answer that is not streamed
     num_retries: int = 2
 
+    @classmethod
+    def of(cls, values: ProviderValues, headers: Callable[[str], Mapping[str, str]]) -> "UpstreamConfig":
+        """The configuration from a provider's settings; `headers` makes the headers that carry its key."""
+        return cls(
+            name=values.row.name,
+            key_variable=values.row.key.name.upper(),
+            headers=headers(values.key.get_secret_value()) if values.key is not None else {},
+            needs_key=values.row.needs_key,
+            timeout=values.timeout,
+            total_timeout=values.total_timeout,
+            num_retries=values.num_retries,
+        )
+
     @property
     def is_usable(self) -> bool:
+        """Whether a request can be sent: there is a key, or none is needed."""
         return bool(self.headers) or not self.needs_key
 
 
 class Upstream:
-    def __init__(self, access: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None = None) -> None:
-        self.access = access
+    """The connections to one provider."""
+
+    def __init__(self, config: UpstreamConfig, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+        self.config = config
         self._transport = transport
         self._client: httpx2.AsyncClient | None = None
         self._num_failures, self._rests_until = 0, 0.0
-        self.last_success: float | None = None
+        self.last_success: float | None = None  # seconds since 1970
 
     async def close(self) -> None:
         if self._client is not None:
@@ -64,27 +77,33 @@ class Upstream:
 
     @property
     def was_asked(self) -> bool:
+        """Whether any request was sent."""
         return self._client is not None
 
     @property
     def is_resting(self) -> bool:
+        """Whether requests are refused at once, because the last ones found no connection."""
         return time.monotonic() < self._rests_until
 
-    async def whole(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
-        """A successful answer, read. Raises APIError."""
+    async def request(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
+        """Sends a request and returns its successful answer, read as a whole. Raises APIError."""
         try:
-            async with asyncio.timeout(self.access.total_timeout):
+            async with asyncio.timeout(self.config.total_timeout):
                 return await self.read(await self._send(method, url, body))
         except TimeoutError as error:
             raise self.fault(
-                f"did not answer within {self.access.total_timeout:g} seconds", 504, "upstream_timeout"
+                f"did not answer within {self.config.total_timeout:g} seconds", 504, "upstream_timeout"
             ) from error
 
-    async def opened(self, url: str, body: bytes) -> httpx2.Response:
-        """A successful answer, of which nothing is read but the headers. Raises APIError; the caller closes it."""
+    async def stream(self, url: str, body: bytes) -> httpx2.Response:
+        """Sends a POST and returns its successful answer, of which the caller reads and closes the body.
+
+        Raises APIError.
+        """
         return await self._send("POST", url, body)
 
     async def read(self, response: httpx2.Response) -> httpx2.Response:
+        """Reads an answer as a whole, up to LARGEST bytes, and closes it. Raises APIError."""
         try:
             size = 0
             parts: list[bytes] = []
@@ -100,13 +119,13 @@ class Upstream:
         return httpx2.Response(response.status_code, headers=_plain(response.headers), content=b"".join(parts))
 
     async def _send(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
-        if not self.access.is_usable:
-            variable = self.access.key_variable
-            raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.access.name}.")
+        if not self.config.is_usable:
+            variable = self.config.key_variable
+            raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.config.name}.")
         if self.is_resting:
             left = max(1, round(self._rests_until - time.monotonic()))
             raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_passing=True)
-        num_retries = 0 if method == "GET" else self.access.num_retries  # lists can wait
+        num_retries = 0 if method == "GET" else self.config.num_retries  # a list of models is asked for again later
         for attempt in range(num_retries + 1):
             try:
                 return await self._try(method, url, body)
@@ -116,14 +135,14 @@ class Upstream:
                     self._note(error)
                     raise
                 log.info(
-                    "a request to %s failed and is sent again in %.1f s: %s", self.access.name, wait, error.message
+                    "a request to %s failed and is sent again in %.1f s: %s", self.config.name, wait, error.message
                 )
                 await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
     async def _try(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
         client = self._connected()
-        headers = {**self.access.headers, "accept-encoding": "identity", "content-type": "application/json"}
+        headers = {**self.config.headers, "accept-encoding": "identity", "content-type": "application/json"}
         try:
             response = await client.send(client.build_request(method, url, content=body, headers=headers), stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
@@ -141,13 +160,13 @@ class Upstream:
 
     def _connected(self) -> httpx2.AsyncClient:
         if self._client is None:
-            timeout = httpx2.Timeout(self.access.timeout, connect=CONNECT_TIMEOUT, pool=None)
+            timeout = httpx2.Timeout(self.config.timeout, connect=CONNECT_TIMEOUT, pool=None)
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100)
             self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, transport=self._transport)
         return self._client
 
     def _note(self, error: UpstreamError) -> None:
-        """After the last attempt of a request."""
+        """Counts a request that failed for good; after NUM_FAILURES without a connection the provider rests."""
         if error.code != "upstream_unreachable" or not error.is_passing:
             return
         self._num_failures += 1
@@ -157,145 +176,73 @@ class Upstream:
     # --- errors
 
     def fault(self, what: str, status: int, code: str, **more: Any) -> UpstreamError:
-        return UpstreamError(f"{self.access.name} {what}.", status=status, code=code, **more)
+        """The error for what the provider did, such as `cannot be reached`."""
+        return UpstreamError(f"{self.config.name} {what}.", status=status, code=code, **more)
 
     def transport_fault(self, error: Exception) -> UpstreamError:
+        """The error for a connection that failed after it was made."""
         if isinstance(error, httpx2.TimeoutException):
-            return self.fault(f"sent nothing for {self.access.timeout:g} seconds", 504, "upstream_timeout")
+            return self.fault(f"sent nothing for {self.config.timeout:g} seconds", 504, "upstream_timeout")
         return self.fault("closed the connection too early", 502, "upstream_disconnected", is_passing=True)
 
     def _refusal(self, response: httpx2.Response) -> UpstreamError:
-        """A status that is none of success, in OpenAI's shape."""
+        """The error for an answer whose status is not one of success."""
         try:
             body = json.loads(response.content)
         except (ValueError, RecursionError):
             body = None
-        return self.told(response.status_code, body, response.headers)
+        return self.error_from(response.status_code, body, response.headers)
 
-    def told(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
-        """The error that a provider told of; some repeat the key."""
-        error = error_of(status, body, self.access.name, self.access.key_variable, headers)
-        for secret in [value.removeprefix("Bearer ") for value in self.access.headers.values()]:
+    def error_from(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
+        """The error that a provider sent, without the key, which some providers repeat."""
+        error = error_of(status, body, self.config.name, self.config.key_variable, headers)
+        for secret in [value.removeprefix("Bearer ") for value in self.config.headers.values()]:
             if len(secret) >= MIN_SECRET:
                 error.message = error.message.replace(secret, "[redacted]")
         return error
 
 
 def _wait(error: UpstreamError, attempt: int) -> float | None:
-    """Seconds before the next attempt; None: there is none."""
+    """The seconds to wait before the next attempt; None if there must be none."""
     if not error.is_passing:
         return None
     if error.retry_after is not None:
         milliseconds = error.headers.get("retry-after-ms")
-        asked = error.retry_after if milliseconds is None else float(milliseconds) / 1000
-        return float(asked) if asked <= LONGEST_WAIT else None
+        wait = error.retry_after if milliseconds is None else float(milliseconds) / 1000
+        return float(wait) if wait <= LONGEST_WAIT else None
     return float(min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25))
 
 
 def _plain(headers: httpx2.Headers) -> httpx2.Headers:
-    """What the content that was read is not described by any more."""
-    gone = ("content-encoding", "content-length", "transfer-encoding")
-    return httpx2.Headers([(name, value) for name, value in headers.items() if name.lower() not in gone])
+    """The headers without those that described the content before it was read."""
+    outdated = ("content-encoding", "content-length", "transfer-encoding")
+    return httpx2.Headers([(name, value) for name, value in headers.items() if name.lower() not in outdated])
 
 
 # --- server-sent events
 
 
 async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGenerator[bytes]:
-    """Each event as it came, with the blank line behind it. Raises APIError; closes the response."""
-    text, searched, is_first = bytearray(), 0, True
+    """The events of a streamed answer, each as it came, with the blank line behind it.
+
+    Raises APIError; closes the response.
+    """
+    splitter = EventSplitter()
     try:
         async for part in response.aiter_raw():
-            text += part
-            if is_first and (len(text) >= len(_BOM) or not _BOM.startswith(bytes(text))):
-                text, is_first = text.removeprefix(_BOM), False
-            start = 0
-            while found := _END_OF_EVENT.search(text, max(start, searched)):
-                yield bytes(text[start : found.end()])
-                start = searched = found.end()
-            del text[:start]
-            searched = max(0, len(text) - 3)  # an end may be cut in two
-            if len(text) > LARGEST:
+            for event in splitter.put(part):
+                yield event
+            if splitter.num_pending > LARGEST:
                 raise upstream.fault(f"sent an event of more than {LARGEST} bytes", 502, "upstream_invalid_response")
     except httpx2.HTTPError as error:
         raise upstream.transport_fault(error) from error
     finally:
         await response.aclose()
-    if text.strip() and _is_whole(bytes(text)):
-        yield bytes(text) + b"\n\n"
+    if (last := splitter.end()) is not None:
+        yield last
 
 
-def _is_whole(event: bytes) -> bool:
-    """Whether the last event, behind which no blank line came, was not cut."""
-    data = data_of(event)
-    if data is None or data == b"[DONE]":
-        return data is not None
-    try:
-        json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def header_of(names: Iterable[str]) -> dict[str, str]:
-    """What tells a client of parameters that were left out; headers are ASCII."""
-    listed = ", ".join(json.dumps(name)[1:-1] for name in names)[:1000]
+def dropped_params_header(names: Collection[str]) -> dict[str, str]:
+    """The header that tells a client which parameters were left out."""
+    listed = header_value(*names)
     return {"x-gateway-dropped-params": listed} if listed else {}
-
-
-def data_of(event: bytes) -> bytes | None:
-    """What the lines of an event that begin with `data:` say; None for a comment."""
-    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
-    return b"\n".join(lines) if lines else None
-
-
-def name_of(event: bytes) -> str | None:
-    names = [line[6:].strip() for line in event.splitlines() if line.startswith(b"event:")]
-    return names[-1].decode("utf-8", "replace") if names else None
-
-
-async def with_keep_alive(events: AsyncGenerator[bytes], silence: float = KEEP_ALIVE) -> AsyncGenerator[bytes]:
-    """The same, with a comment whenever nothing came for a while."""
-    async with aclosing(events):
-        pending: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                pending = pending or asyncio.ensure_future(anext(events))
-                done, _ = await asyncio.wait({pending}, timeout=silence)
-                if not done:
-                    yield b": keep-alive\n\n"
-                    continue
-                event, pending = pending.result(), None
-                yield event
-        except StopAsyncIteration:
-            pending = None
-        finally:
-            if pending is not None:
-                pending.cancel()
-                await asyncio.gather(pending, return_exceptions=True)
-
-
-async def after(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """A stream whose first event was awaited already."""
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event
-
-
-async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """A failure becomes the last event."""
-    try:
-        async with aclosing(events):
-            async for event in events:
-                yield event
-    except APIError as error:
-        request_record.current().error = error.code or error.type
-        yield failure_event(error)
-    except Exception:
-        log.exception("a relayed stream failed")
-        yield failure_event(APIError("The server failed; the error is in its log."))
-
-
-def failure_event(error: APIError) -> bytes:
-    return b"data: " + json.dumps(error.body()).encode() + b"\n\n"

@@ -1,4 +1,4 @@
-"""Errors of providers as this server's clients are told of them: in OpenAI's shape, and without anybody's key."""
+"""Errors of providers become errors of this server, without the keys that some of them repeat."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from errors import UpstreamError
 
-# The provider's status: ours, type, code and whether to try again.
+# The provider's status -> this server's, type, code, and whether another try may succeed
 FAULTS: dict[int, tuple[int, str, str | None, bool]] = {
     400: (400, "invalid_request_error", None, False),
     401: (401, "authentication_error", "provider_auth_error", False),
@@ -38,21 +38,21 @@ MAX_MESSAGE = 2000  # characters
 def error_of(
     status: int, body: Any, provider: str, key_variable: str, headers: Mapping[str, str] | None = None
 ) -> UpstreamError:
-    """`body`: the JSON of the answer, or anything else, which is not shown."""
+    """The error for a provider's answer. body: its JSON; of any other value only the status is reported."""
     error, headers = error_in(body) or {}, headers or {}
-    told = error.get("message")
-    said = redact(told)[:MAX_MESSAGE] if isinstance(told, str) and told else f"it answered with status {status}."
-    ours, kind, code, is_passing = FAULTS.get(status) or _other(status)
-    if ours in (401, 403):
-        said = f"the request with the key in {key_variable} was refused: {said}"
-    if ours == 400 and TOO_LONG.search(said):
+    text = error.get("message")
+    message = redact(text)[:MAX_MESSAGE] if isinstance(text, str) and text else f"it answered with status {status}."
+    our_status, kind, code, is_passing = FAULTS.get(status) or _other(status)
+    if our_status in (401, 403):
+        message = f"the request with the key in {key_variable} was refused: {message}"
+    if our_status == 400 and TOO_LONG.search(message):
         code = "context_length_exceeded"
     if status == 429 and _is_spent(error):
         code, is_passing = "insufficient_quota", False
     wait = retry_after(headers)
     return UpstreamError(
-        f"{provider}: {said}",
-        status=ours,
+        f"{provider}: {message}",
+        status=our_status,
         type=kind,
         code=code or _text(error.get("code")),
         param=_text(error.get("param")),
@@ -63,11 +63,12 @@ def error_of(
 
 
 def _other(status: int) -> tuple[int, str, str | None, bool]:
+    """The row for a status that FAULTS does not list."""
     return (status, "invalid_request_error", None, False) if 400 <= status < 500 else (502, "api_error", None, True)
 
 
 def _is_spent(error: Mapping[str, Any]) -> bool:
-    """A limit of money, which passes with a payment."""
+    """Whether the limit is one of money: another try does not help before a payment."""
     details = error.get("details")
     code = details.get("error_code") if isinstance(details, dict) else None
     return "spend_limit" in str(code) or error.get("code") == "insufficient_quota"
@@ -78,22 +79,22 @@ def _text(value: Any) -> str | None:
 
 
 def _passed(headers: Mapping[str, str]) -> dict[str, str]:
-    """Both SDKs obey the last two."""
-    given = {
+    """The headers that the client gets too; OpenAI's SDKs obey the last two."""
+    passed = {
         "x-upstream-request-id": headers.get("x-request-id") or headers.get("request-id"),
         "x-should-retry": headers.get("x-should-retry"),
         "retry-after-ms": headers.get("retry-after-ms") if _number(headers.get("retry-after-ms")) is not None else None,
     }
-    return {name: value for name, value in given.items() if value and value.isascii() and value.isprintable()}
+    return {name: value for name, value in passed.items() if value and value.isascii() and value.isprintable()}
 
 
 def redact(text: str) -> str:
-    """Without what looks like a key: some providers repeat a part of it."""
+    """The text without what looks like a key: some providers repeat a part of it."""
     return KEYS.sub("[redacted]", text)
 
 
 def error_in(answer: Any) -> dict[str, Any] | None:
-    """The error that an answer consists of: OpenAI's object, a text, or either in a list, as Gemini has it."""
+    """The error object of an answer: OpenAI's, one made of a text, or either in a list, as Gemini sends it."""
     if isinstance(answer, list) and answer:
         answer = answer[0]
     error = answer.get("error") if isinstance(answer, dict) else None
@@ -103,19 +104,20 @@ def error_in(answer: Any) -> dict[str, Any] | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, at least 0; the header has milliseconds, seconds or a date."""
+    """The seconds to wait, at least 0; None if no header says. Headers have milliseconds, seconds or a date."""
     if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
         return milliseconds / 1000
-    given = headers.get("retry-after")
-    if given is None or (seconds := _number(given)) is not None:
-        return seconds if given else None
+    text = headers.get("retry-after")
+    if text is None or (seconds := _number(text)) is not None:
+        return seconds if text else None
     try:
-        return max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, OverflowError):
         return None
 
 
 def _number(text: str | None) -> float | None:
+    """A finite number of at least 0; None for any other text."""
     try:
         number = float(text or "")
     except ValueError:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from process import ROOT
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
-from config import Settings, is_open_to_network, parse_bytes
+from config import Settings, is_open_to_network, parse_bytes, provider_fields
+from provider_table import ProviderRow
 
 READ = "import config; print(config.from_command_line(['--port', '3']).model_dump_json())"
 
@@ -79,6 +80,47 @@ def test_values_of_the_gateway_are_read_as_its_document_writes_them(tmp_path: Pa
     for bad in ({"model_aliases": "x"}, {"model_fallbacks": "x="}, {"ollama_timeout": "soon"}):
         with pytest.raises(ValidationError):
             Settings(_env_file=None, **bad)
+
+
+def test_a_row_brings_its_settings() -> None:
+    row = ProviderRow(name="my-groq", default_url="https://api.groq.com/openai/v1")
+    fields = provider_fields([row])
+    assert list(fields) == ["my_groq_api_key", "my_groq_base_url"]
+    more = create_model("More", __base__=Settings, **fields)(_env_file=None, my_groq_api_key="k", port=1)
+    assert more.my_groq_base_url == row.default_url and more.my_groq_api_key.get_secret_value() == "k"
+    assert "my-groq/" in type(more).model_fields["my_groq_api_key"].description
+
+
+def test_providers_are_added_with_their_keys(tmp_path: Path) -> None:
+    env = tmp_path / ".env"
+    env.write_text(
+        "PROVIDERS=groq=https://api.groq.com/openai/v1, my-own=http://localhost:1/ # two\n"
+        "GROQ_API_KEY=from-file # a comment\nMY_OWN_API_KEY= # none\nOTHER_API_KEY=x\n"
+    )
+    groq, mine = Settings(_env_file=env).provider_values()[-2:]
+    assert (groq.row.name, groq.url, mine.url) == ("groq", "https://api.groq.com/openai/v1", "http://localhost:1")
+    assert groq.key and groq.key.get_secret_value() == "from-file" and mine.key is None
+    assert "from-file" not in repr(Settings(_env_file=env))
+    code = "import config; print(config.from_command_line([]).providers[0].key.get_secret_value())"
+    assert read(code, tmp_path, GROQ_API_KEY="from-environment") == "from-environment\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("groq", "has no URL"),
+        ("a_b=https://x", "letters, digits and dashes"),
+        ("=https://x", "letters, digits and dashes"),
+        ("groq=api.groq.com", "is not valid"),
+        ("groq=https://", "is not valid"),
+        ("a=https://x,a=https://y", "twice"),
+        *((f"{name}=https://x", "is taken") for name in ("openai", "claude", "minimax", "huggingface", "models")),
+    ],
+)
+def test_a_provider_that_cannot_be_added_is_refused_in_a_sentence(value: str, sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence) as refusal:
+        Settings(_env_file=None, providers=value)
+    assert refusal.value.errors()[0]["loc"] == ("providers",)
 
 
 @pytest.mark.parametrize("value", [",", " , ,", "#secret", "# a comment", " ;"])

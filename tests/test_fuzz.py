@@ -35,8 +35,9 @@ from providers import openai_compatible
 from providers.anthropic_request import to_messages
 from providers.anthropic_response import StreamMapper, to_completion
 from providers.router import gateways_of
-from providers.upstream import Upstream, UpstreamConfig, data_of, events_of, name_of
+from providers.upstream import Upstream, UpstreamConfig, events_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
+from server.events import data_of, name_of
 from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
 from text.messages import canonical
@@ -99,7 +100,10 @@ def mixed(pieces: Sequence[str], most: int = 12) -> st.SearchStrategy[str]:
 
 
 def upstream() -> Upstream:
-    return Upstream(UpstreamConfig("theirs", "THEIR_KEY", {}, needs_key=False, timeout=5, total_timeout=5))
+    config = UpstreamConfig(
+        name="theirs", key_variable="THEIR_KEY", headers={}, needs_key=False, timeout=5, total_timeout=5
+    )
+    return Upstream(config)
 
 
 def events(parts: list[bytes]) -> list[bytes]:
@@ -394,14 +398,14 @@ def test_what_is_put_right_is_json_or_an_error(
         allows(partial(one.chunk, chunk), APIError)
     allows(lambda: one.answer(answer), APIError)
     failure = openai_compatible.failure_in(answer)
-    assert failure is None or upstream().told(failure["status"], {"error": failure}).status >= 400
+    assert failure is None or upstream().error_from(failure["status"], {"error": failure}).status >= 400
     assert json.dumps([request_body, chunks, answer])
 
 
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_a_providers_bytes_are_an_object_or_an_error(text: bytes) -> None:
     theirs = openai_compatible.OpenAICompatible(upstream(), openai_compatible.Urls("http://x"))
-    answer = allows(lambda: theirs._checked(text, 200), APIError)
+    answer = allows(lambda: theirs._checked(text), APIError)
     assert answer is None or isinstance(openai_compatible.model_ids(answer), list)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import openai
@@ -20,11 +20,15 @@ from process import MAIN, Server, serve
 from raw_http import processor_seconds
 from upstreams import Asked, Reply, Upstream, chunk, completion, event, message, message_events, told, upstream
 
-from providers.openai_compatible import GeminiAdapter, MiniMaxAdapter, OllamaAdapter
+from config import Settings
+from provider_table import PROVIDERS, AdapterName, ProtocolName
+from providers.openai_compatible import ADAPTERS, GeminiAdapter, MiniMaxAdapter, OllamaAdapter
+from providers.router import PROTOCOLS, gateways_of
 from providers.upstream_errors import redact
 
 KEYS = {name: f"sk-secret-{name.lower()}" for name in ("OPENAI", "GOOGLE", "ANTHROPIC", "DEEPSEEK", "MINMAX")}
 KEYS["OLLAMA"] = "zz-SECRET0123456789"  # of no known form
+KEYS["MY_GROQ"] = "zz-groq-SECRET012345"
 HELLO = [{"role": "user", "content": "你好！"}]
 
 
@@ -55,7 +59,7 @@ def answer(asked: Asked) -> Reply:
 
 @pytest.fixture(scope="module")
 def running(tiny_checkpoint: Any) -> Iterator[Gateway]:
-    names = ("openai", "gemini", "claude", "deepseek", "deepseek-whole", "minmax", "ollama")
+    names = ("openai", "gemini", "claude", "deepseek", "deepseek-whole", "minmax", "ollama", "my-groq", "keyless")
     with ExitStack() as stack:
         found = {name: stack.enter_context(upstream(answer)) for name in names}
         settings = {
@@ -69,6 +73,7 @@ def running(tiny_checkpoint: Any) -> Iterator[Gateway]:
             "OLLAMA_BASEURL": found["ollama"].url + "/",
             "OLLAMA_API_KEY": KEYS["OLLAMA"],
             "OLLAMA_TIMEOUT": "2 # 秒",
+            "PROVIDERS": f"my-groq={found['my-groq'].url}/openai/v1/,keyless={found['keyless'].url}/v1",
             "GATEWAY_TIMEOUT": "2",
             "MODEL_ALIASES": "old-gpt=openai/gpt-new,mine=Tiny-Qwen3,other=openai/模型",
             "MODEL_FALLBACKS": "openai/falls=claude/second;openai/lands=Tiny-Qwen3",
@@ -106,6 +111,8 @@ SAMPLES = [  # the interface document's, with what each becomes: model, body, pr
     ("minimax/MiniMax-M3", "minmax", "/v1/text/chatcompletion_v2", "MiniMax-M3", "MINMAX"),
     ("ollama/llama3", "ollama", "/v1/chat/completions", "llama3", "OLLAMA"),
     ("gpt-4o", "openai", "/v1/chat/completions", "gpt-4o", "OPENAI"),
+    ("my-groq/llama-3.3", "my-groq", "/openai/v1/chat/completions", "llama-3.3", "MY_GROQ"),
+    ("keyless/org/model", "keyless", "/v1/chat/completions", "org/model", None),
 ]
 
 
@@ -216,9 +223,17 @@ def test_a_missing_key_is_named_at_once(tiny_checkpoint: Any) -> None:
             assert f"{variable}_API_KEY" in got.json()["error"]["message"]
 
 
+def test_every_row_has_its_adapter_and_its_protocol() -> None:
+    assert ADAPTERS.keys() == set(get_args(AdapterName)) and PROTOCOLS.keys() == set(get_args(ProtocolName))
+    prefixes = [prefix for row in PROVIDERS for prefix in row.prefixes]
+    assert gateways_of(Settings(_env_file=None)).keys() == set(prefixes) and len(prefixes) == len(set(prefixes))
+
+
 def test_the_list_of_models_has_all_of_them(gateway: Gateway) -> None:
     ids = [model["id"] for model in gateway.server.get("/v1/models").json()["data"]]
-    assert ids[0] == "Tiny-Qwen3" and {"openai/two", "claude/two", "gemini/one", "ollama/two"} <= set(ids)
+    assert ids[0] == "Tiny-Qwen3" and {"openai/two", "claude/two", "gemini/one", "ollama/two", "my-groq/two"} <= set(
+        ids
+    )
     assert gateway.server.get("/v1/models/gemini/one").json()["owned_by"] == "gemini"
     assert gateway.server.get("/v1/models/gemini/none").status_code == 404
     num_asked = [len(provider.asked) for provider in gateway.providers.values()]

@@ -13,9 +13,10 @@ from openai.types.responses import Response
 from process import Server
 
 from api.responses import as_chat, collect, stream
-from api.streaming import EventWire, sse
+from api.streaming import EventWire
 from errors import ContextLengthExceeded, Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, ResponsesRequest, Usage
+from server.events import sse
 
 MODEL = "Tiny-Qwen3"
 ORDER = [

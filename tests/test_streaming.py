@@ -12,9 +12,10 @@ from models import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from api.streaming import ChunkWire, collect_chat, sse
+from api.streaming import ChunkWire, collect_chat
 from errors import Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, Usage
+from server.events import sse
 from text.detokenizer import REPLACEMENT, StopFinder, TextDecoder
 from text.logprobs import _BYTES, TokenTexts
 

@@ -14,7 +14,13 @@ URL = "http://provider.example/v1/chat/completions"
 
 def access(num_retries: int) -> UpstreamConfig:
     return UpstreamConfig(
-        "theirs", "THEIR_API_KEY", {}, needs_key=False, timeout=5, total_timeout=5, num_retries=num_retries
+        name="theirs",
+        key_variable="THEIR_API_KEY",
+        headers={},
+        needs_key=False,
+        timeout=5,
+        total_timeout=5,
+        num_retries=num_retries,
     )
 
 
@@ -31,10 +37,10 @@ def test_a_provider_rests_after_requests_that_found_no_connection_not_after_atte
         for number in range(NUM_FAILURES):
             assert not theirs.is_resting, number
             with pytest.raises(UpstreamError):
-                await theirs.opened(URL, b"{}")
+                await theirs.stream(URL, b"{}")
         assert theirs.is_resting and attempts == 2 * NUM_FAILURES
         with pytest.raises(UpstreamError) as refusal:
-            await theirs.opened(URL, b"{}")
+            await theirs.stream(URL, b"{}")
         assert refusal.value.status == 503 and refusal.value.retry_after and attempts == 2 * NUM_FAILURES
 
     asyncio.run(scenario())

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from api.streaming import failure_event
 from errors import Overloaded
-from providers.upstream import failure_event
-from server.connection import EventStream, await_first
 from server.deadline import Deadline
+from server.events import EventStream, await_first
 
 
 def test_a_silent_stream_gets_comments_and_a_busy_one_none() -> None:

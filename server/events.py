@@ -1,0 +1,214 @@
+"""Server-sent events: how they are read and written, and how a stream of them begins, is kept alive and ends.
+
+Local and relayed streams share it. It does not know what an error looks like: a Wire writes the event for one.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from fastapi.responses import StreamingResponse
+
+from errors import APIError
+from telemetry import request_record
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SILENCE = 15.0  # seconds without an event after which the client gets a comment
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies: pass events on at once
+KEEP_ALIVE = b": keep-alive\n\n"
+_BOM = b"\xef\xbb\xbf"
+_END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\r\n|\r\n\n|\n\n|\r\r")
+
+
+# --- one event
+
+
+def encode_event(data: str, name: str | None = None) -> bytes:
+    """An event with these data, which are one line, and this name."""
+    return (f"event: {name}\n" if name else "").encode() + b"data: " + data.encode() + b"\n\n"
+
+
+DONE = encode_event("[DONE]")
+
+
+def data_of(event: bytes) -> bytes | None:
+    """The text of an event's `data:` lines; None for a comment."""
+    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
+    return b"\n".join(lines) if lines else None
+
+
+def name_of(event: bytes) -> str | None:
+    """The text of an event's last `event:` line; None if it has none."""
+    names = [line[6:].strip() for line in event.splitlines() if line.startswith(b"event:")]
+    return names[-1].decode("utf-8", "replace") if names else None
+
+
+class EventSplitter:
+    """Bytes as they come from the network -> events as they were sent, each with the blank line behind it."""
+
+    def __init__(self) -> None:
+        self._text = bytearray()
+        self._num_searched = 0  # bytes in which no event ends
+        self._is_first = True
+
+    @property
+    def num_pending(self) -> int:
+        """The number of bytes that wait for the end of their event."""
+        return len(self._text)
+
+    def put(self, part: bytes) -> list[bytes]:
+        """The events that end in this part."""
+        self._text += part
+        if self._is_first and (len(self._text) >= len(_BOM) or not _BOM.startswith(bytes(self._text))):
+            self._text, self._is_first = self._text.removeprefix(_BOM), False
+        events: list[bytes] = []
+        start = 0
+        while end := _END_OF_EVENT.search(self._text, max(start, self._num_searched)):
+            events.append(bytes(self._text[start : end.end()]))
+            start = self._num_searched = end.end()
+        del self._text[:start]
+        self._num_searched = max(0, len(self._text) - 3)  # an end may be cut in two
+        return events
+
+    def end(self) -> bytes | None:
+        """The last event if no blank line came behind it, unless it was cut."""
+        event = bytes(self._text)
+        return event + b"\n\n" if event.strip() and _is_whole(event) else None
+
+
+def _is_whole(event: bytes) -> bool:
+    """Whether the data of an event are whole JSON, or `[DONE]`."""
+    data = data_of(event)
+    if data is None or data == b"[DONE]":
+        return data is not None
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+# --- a stream of events
+
+
+class Wire(Protocol):
+    """How the items of a stream become server-sent events."""
+
+    def event(self, item: Any) -> bytes:
+        """The event of an item; empty for one that the client does not get."""
+        ...
+
+    def failure(self, error: APIError) -> bytes:
+        """The last event of a stream that failed."""
+        ...
+
+    def end(self) -> bytes:
+        """The last event of a stream that did not fail; it may be empty."""
+        ...
+
+
+@dataclass(frozen=True)
+class RelayWire:
+    """A stream whose items are events already; `failure` writes the event for an error."""
+
+    failure: Callable[[APIError], bytes]
+
+    def event(self, item: bytes) -> bytes:
+        return item
+
+    def end(self) -> bytes:
+        return b""
+
+
+async def sse(items: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
+    """The events of a stream; if it fails, the last one says so, and the request's record has the error."""
+    try:
+        async with aclosing(items):
+            async for item in items:
+                if event := wire.event(item):
+                    yield event
+        if end := wire.end():
+            yield end
+    except APIError as error:
+        request_record.current().error = error.code or error.type
+        yield wire.failure(error)
+    except Exception:
+        log.exception("a stream failed")
+        request_record.current().error = "server_error"
+        yield wire.failure(APIError("The server failed; the error is in its log."))
+
+
+async def await_first(items: AsyncGenerator[T], silence: float = SILENCE) -> AsyncGenerator[T]:
+    """Waits for the first item, so that an early error still gets an HTTP status, and returns the same stream.
+
+    After `silence` seconds it returns anyway, so that the client hears something; errors are events from then on.
+    """
+    first = asyncio.ensure_future(anext(items))
+    try:
+        await asyncio.wait({first}, timeout=silence)
+        if first.done():
+            first.result()
+    except BaseException:
+        first.cancel()
+        raise
+    return _after(first, items)
+
+
+async def _after(first: "asyncio.Future[T]", rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """The stream whose first item was, or is still, awaited."""
+    try:
+        yield await first
+        async for item in rest:
+            yield item
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await rest.aclose()
+
+
+class EventStream(StreamingResponse):
+    """A response of events, with a comment after each silence; it closes the stream when it ends, however it ends."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        failure: Callable[[APIError], bytes],
+        headers: Mapping[str, str],
+        silence: float = SILENCE,
+    ) -> None:
+        """failure: writes the event for an error; silence: seconds."""
+        super().__init__(events, media_type="text/event-stream", headers={**headers, **STREAM_HEADERS})
+        self._events = events
+        self._failure = failure
+        self._silence = silence
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["deadline"].failure = self._failure
+        sent = time.monotonic()
+
+        async def send_and_note(message: Any) -> None:
+            nonlocal sent
+            sent = time.monotonic()
+            await send(message)
+
+        async def keep_alive() -> None:
+            """Sends a comment whenever nothing was sent for a while: proxies cut a silent connection."""
+            while True:
+                await asyncio.sleep(max(0.01, sent + self._silence - time.monotonic()))
+                if time.monotonic() - sent >= self._silence:
+                    await send_and_note({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+
+        keeper = asyncio.create_task(keep_alive())
+        try:
+            await super().__call__(scope, receive, send_and_note)
+        finally:
+            keeper.cancel()
+            await self._events.aclose()
