@@ -1,4 +1,4 @@
-"""Step: what the engine's decode step costs beside the bare forward of the stock model over the same weights.
+"""Step: how long the engine's decode step takes, compared with the stock model's bare forward on the same weights.
 
     python -m bench.step DIRECTORY
 
@@ -33,7 +33,7 @@ BATCHES = (1, 4, 16)
 PROMPT_TOKENS = 64
 NUM_STEPS = 64
 NUM_WARM_UP = 4  # steps before those that count
-MAX_SECONDS = 60.0  # for a batch; what a busy machine has not reached by then is left out
+MAX_SECONDS = 60.0  # for a batch; on a busy machine, the steps after that are left out
 
 
 @dataclass(frozen=True)
