@@ -113,3 +113,42 @@ def changed(value: torch.Tensor, name: str, architecture: str, config: Any) -> t
     if name.endswith("ffn_gate_inp_shexp.weight"):
         return value.flatten()
     return value
+
+
+def write_tiny_gguf(path: Path) -> dict[str, object]:
+    """A Qwen 2 of two layers with a token per byte; returns its weights by GGUF name."""
+    tokens = [*sorted(ByteLevel.alphabet()), "ab", "cd", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    hidden, heads, inner, layers = 32, 4, 64, 2
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * 258 + [gguf.TokenType.CONTROL] * 3)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(258)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(tokens), hidden), "output_norm.weight": (hidden,)}
+    for layer in range(layers):
+        shapes |= {f"blk.{layer}.{name}_norm.weight": (hidden,) for name in ("attn", "ffn")}
+        shapes |= {f"blk.{layer}.attn_{name}.weight": (hidden, hidden) for name in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{layer}.attn_{name}.bias": (hidden,) for name in ("q", "k", "v")}
+        shapes |= {f"blk.{layer}.ffn_{name}.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes |= {f"blk.{layer}.ffn_down.weight": (hidden, inner)}
+    random = numpy.random.default_rng(0)
+    weights = {name: random.standard_normal(shape).astype(numpy.float32) for name, shape in shapes.items()}
+    for name, weight in weights.items():
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dict(weights)

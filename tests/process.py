@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +56,21 @@ class Server:
             self.lines.append(line)
             if found := re.search(r"running on (http://[\d.]+:\d+)", line):
                 self.url = found[1].replace("0.0.0.0", "127.0.0.1")
+
+
+def wait_for(condition: Callable[[], object], within: float) -> bool:
+    """Returns whether `condition` holds within so many seconds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def until(condition: Callable[[], object], within: float = 30) -> None:
+    """Waits until `condition` holds; the test fails if that takes more seconds than `within`."""
+    assert wait_for(condition, within), f"not within {within:g} s"
 
 
 def start(command: list[str], environment: dict[str, str], *, is_cold: bool) -> subprocess.Popen[str] | ForkedProcess:

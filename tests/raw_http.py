@@ -5,7 +5,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,12 +233,3 @@ def bounded_peak(server: Server, most: int) -> Iterator[None]:
     assert found, "no peak is known here"
     grown = int(found[1]) * 1024 - before
     assert grown < most, f"{grown / 2**20:.0f} MiB more than before"
-
-
-def wait_for(condition: Callable[[], bool], within: float) -> bool:
-    deadline = time.monotonic() + within
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
