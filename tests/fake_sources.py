@@ -19,6 +19,7 @@ TINY_CONFIG = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
 
 
 def demo_of(parts: list[bytes], **changes: object) -> DemoModel:
+    """Returns a demo model that packages part0, part1... carry in these parts."""
     whole = b"".join(parts)
     packages = tuple(f"part{number}==1.0" for number in range(len(parts)))
     settings = {"sha256": hashlib.sha256(whole).hexdigest(), "size": len(whole), "hub_file": None, **changes}
@@ -26,7 +27,7 @@ def demo_of(parts: list[bytes], **changes: object) -> DemoModel:
 
 
 class Registry:
-    """Hands out wheels made on the spot, and remembers which."""
+    """A package registry that makes wheels on the spot, and keeps the requirements that it was asked for."""
 
     def __init__(self, parts: list[bytes], before: Callable[[str], None] = lambda requirement: None) -> None:
         self.parts, self.before, self.asked = parts, before, list[str]()
@@ -49,12 +50,13 @@ def ignore(what: str, fraction: float) -> None:
 
 
 def left_over(cache: Path) -> list[str]:
+    """Returns the names of all files in a cache, except locks."""
     return sorted(path.name for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
 @contextmanager
 def http_server(files: dict[str, bytes]) -> Iterator[str]:
-    """A Hub with these paths; the headers are those that huggingface_hub reads."""
+    """Serves a Hub with these paths, and with the headers that huggingface_hub reads; yields its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -85,6 +87,7 @@ def http_server(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def hub_model(model_id: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Returns the paths of a Hub that has one model."""
     listing = [
         {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
         for name, body in files.items()

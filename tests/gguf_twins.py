@@ -1,4 +1,4 @@
-"""Twins: tiny transformers models, each with the GGUF keys and tensors that say the same."""
+"""Twins: tiny transformers models, each with the keys and tensors of a GGUF file that describe the same model."""
 
 import math
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Twin:
-    """A transformers model, and the keys with which llama.cpp's converter says the same."""
+    """A transformers model, and the keys that llama.cpp's converter writes for it."""
 
     architecture: str
     model_type: str
@@ -135,15 +135,15 @@ MINIMAX = (
 )
 
 
-Said = dict[str, Any]
+Fields = dict[str, Any]
 Tensors = dict[str, numpy.ndarray[Any, Any]]
 
 
 def twin(
     names: tuple[str, str],
-    base: tuple[Said, Said],
-    config: Said | None = None,
-    keys: Said | None = None,
+    base: tuple[Fields, Fields],
+    config: Fields | None = None,
+    keys: Fields | None = None,
     tensors: Tensors | None = None,
 ) -> Twin:
     return Twin(*names, {**base[0], **(config or {})}, {**base[1], **(keys or {})}, tensors or {})
@@ -237,11 +237,11 @@ LLAMA_TWIN = TWINS["llama, tied"]
 
 
 def difference(one: PreTrainedModel, other: PreTrainedModel, length: int = 200) -> float:
-    """The largest of two models' log-probabilities for the same tokens."""
+    """Returns the largest difference between two models' log-probabilities for the same tokens."""
     ids = torch.randint(0, gguf_files.VOCAB, (1, length), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        found = [torch.log_softmax(model(ids).logits.float(), -1) for model in (one, other)]
-    return float((found[0] - found[1]).abs().max())
+        first, second = (torch.log_softmax(model(ids).logits.float(), -1) for model in (one, other))
+    return float((first - second).abs().max())
 
 
 def converted(path: Path) -> PreTrainedModel:
@@ -252,7 +252,7 @@ def converted(path: Path) -> PreTrainedModel:
 
 
 def refusal(path: Path) -> str:
-    """What the server says of the file, before it imports torch."""
+    """Returns the error with which a file is refused from its header."""
     with pytest.raises(ModelLoadError) as raised:
         checkpoint.fetch(str(path), path.parent / "cache", lambda what, fraction: None)
     assert "\n" not in str(raised.value)

@@ -24,7 +24,7 @@ def ignore(what: str, fraction: float) -> None:
 
 
 def save(directory: Path, change: Callable[[Tensors], object], config: dict[str, Any] | None = None) -> Path:
-    """A tiny Qwen 3 whose tensors were changed."""
+    """Saves a tiny Qwen 3 with changed tensors, and with `config` in its configuration."""
     save_tiny_checkpoint(directory)
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -43,7 +43,7 @@ def start(directory: Path, **options: Any) -> Engine:
 
 
 def logprobs(engine: Engine, token_ids: list[int]) -> torch.Tensor:
-    """(tokens, vocab)"""
+    """Returns the log-probabilities after each token: (tokens, vocab)."""
     runner = engine.runner
     assert isinstance(runner, ModelRunner)
     sequence = Sequence(token_ids, SamplingParams(max_tokens=1), on_output=lambda output: None)

@@ -1,4 +1,4 @@
-"""A server with small bounds, and what is sent to it as bytes."""
+"""A server with small bounds for the tests of raw sockets, and the requests that they send as bytes."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from raw_http import Connection
 
 MODEL, CHAT = "Tiny-Qwen3", "/v1/chat/completions"
 LIMIT = 2 * 2**20  # bytes of a body
-WAITS = 2.0  # seconds for headers, and for a body beside what its size allows
-READS = 3.0  # seconds that a client may not read
+WAITS = 2.0  # seconds that a request's headers may take, and its body besides what its size allows
+READS = 3.0  # seconds after which a client that reads nothing is cut off
 MOST = 260  # connections
 SETTINGS = {
     "MAX_BODY_SIZE": str(LIMIT),
@@ -36,7 +36,7 @@ LENGTH, CHUNKED = f"Content-Length: {len(SMALL)}", "Transfer-Encoding: chunked"
 
 @contextmanager
 def bounded_server(checkpoint: Path) -> Iterator[Server]:
-    """A server that must be idle in the end, and have met no bug."""
+    """Runs a server; at the end it must be idle, and its log without a traceback."""
     with serve(MAIN, MODEL_PATH=str(checkpoint), DTYPE="float32", MAX_MODEL_LEN="480", **SETTINGS) as server:
         server.wait_until_healthy()
         yield server
@@ -47,7 +47,7 @@ def bounded_server(checkpoint: Path) -> Iterator[Server]:
 
 @contextmanager
 def served_as_before(server: Server) -> Iterator[None]:
-    """Whatever the block sends, the next client gets the same answer as the one before."""
+    """Checks that a client after the block gets the same answer as one before it."""
     before = greedy(server)
     yield
     assert wait_for(lambda: greedy(server) == before, 5)
@@ -60,7 +60,7 @@ def greedy(server: Server) -> Any:
 
 
 def converse(server: Server, data: bytes, within: float = 5) -> tuple[bytes, bool]:
-    """All that comes back, and whether the server ended the connection."""
+    """Returns all bytes that come back, and whether the server ended the connection."""
     answer, deadline = b"", time.monotonic() + within
     with Connection(server.url) as connection:
         connection.send_unless_closed(data)
