@@ -1,11 +1,11 @@
-"""GPU: models in true shapes with random weights, against what the device's memory and matrix units allow.
+"""GPU: models in true shapes with random weights, compared with the limits of the device's memory and matrix units.
 
     python -m bench.gpu [--models qwen3-0.6b,qwen3-8b,gemma-3-27b] [--out DIRECTORY]
 
-A step of one stream has to read all weights once, so the memory's bandwidth over their size is the most tokens per
-second that there can be. Beside the engine: transformers' `generate`, and its continuous batching. The engine's greedy
-tokens are checked against the stock model's logits. What was measured is written after each part, so that it can be
-stopped at any time; a part that fails says why in its place.
+A step of one stream has to read all weights once, so the limit in tokens per second is the memory's bandwidth over
+their size. The engine is also compared with transformers' `generate` and its continuous batching, and its greedy tokens
+are checked against the stock model's logits. Figures are written after each part, so that it can be stopped at any
+time; a part that fails has its error in their place.
 """
 
 import argparse
@@ -47,11 +47,11 @@ from engine.sequence import Sequence
 STREAMS = (1, 64)
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128
-NUM_CHECKED = 32  # tokens of each of a few prompts
+NUM_CHECKED = 32  # tokens of each answer that are checked
 LONG_PROMPT = 8000
 CONTEXT = 8448
 PROFILED = 8  # steps
-NUM_GENERATED = 32  # by transformers, which is slower
+NUM_GENERATED = 32  # tokens that transformers generates: fewer, as it is slower
 PART_SECONDS = 100
 
 _QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6}
@@ -97,7 +97,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {  # the models' config.json
 
 
 def bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes per second of a copy within the device's memory."""
+    """Returns the bytes per second of a copy within the device's memory."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [_seconds(lambda: target.copy_(source), device) for _ in range(10)]
@@ -126,7 +126,7 @@ def build(name: str, device: torch.device) -> Any:
 
 
 def num_bytes_read(model: Any) -> int:
-    """Of all weights but an embedding that is not the output layer too: of that, a token reads one row."""
+    """Returns the bytes of weights that a token reads: all but an embedding that is not the output layer too."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total: int = sum(parameter.nbytes for parameter in model.parameters())
     return total if embedding is head else total - int(embedding.nbytes)
@@ -138,7 +138,7 @@ def prompts_of(model: Any, count: int) -> list[list[int]]:
 
 
 def engine_of(model: Any) -> Engine:
-    """With room for the streams and the long prompt."""
+    """Builds an engine whose cache has room for the streams and the long prompt."""
     room = LONG_PROMPT + max(STREAMS) * (PROMPT_TOKENS + NEW_TOKENS + 64)
     memory = room * sum(spec.bytes_per_token for spec in probe_layers(model).values())
     options = EngineOptions(
@@ -148,7 +148,7 @@ def engine_of(model: Any) -> Engine:
 
 
 def engine_rate(engine: Engine, model: Any, device: torch.device, count: int) -> tuple[float, list[list[int]]]:
-    """Tokens per second of decoding, and the tokens."""
+    """Returns the tokens per second of decoding, and the tokens."""
     sequences = _decoding(engine, prompts_of(model, count))
     before = sum(sequence.num_output_tokens for sequence in sequences)
     seconds = _seconds(lambda: _finish(engine), device)
@@ -156,7 +156,7 @@ def engine_rate(engine: Engine, model: Any, device: torch.device, count: int) ->
 
 
 def _decoding(engine: Engine, prompts: list[list[int]]) -> list[Sequence]:
-    """The prompts computed, and a few tokens of each answer."""
+    """Computes the prompts and a few tokens of each answer; returns the sequences."""
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     sequences = [Sequence(prompt, params, on_output=lambda output: None) for prompt in prompts]
     for sequence in sequences:
@@ -172,7 +172,7 @@ def _finish(engine: Engine) -> None:
 
 
 def _prefill(engine: Engine, model: Any, seed: int) -> None:
-    """A long prompt that is not known yet, and its first token."""
+    """Computes a long prompt that is not cached, and its first token."""
     rng, vocabulary = random.Random(seed), model.config.get_text_config().vocab_size
     prompt = [rng.randrange(vocabulary) for _ in range(LONG_PROMPT)]
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -181,7 +181,7 @@ def _prefill(engine: Engine, model: Any, seed: int) -> None:
 
 
 def prefill_flops(model: Any) -> float:
-    """Of the long prompt: two for each weight of a layer and token, and causal attention's, a window's share of it."""
+    """Returns the operations of the long prompt: two for each layer weight and token, and those of attention."""
     text = model.config.get_text_config()
     weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
     flops: float = 2.0 * weights * LONG_PROMPT
@@ -194,14 +194,14 @@ def prefill_flops(model: Any) -> float:
 
 
 def matrix_peak(device: torch.device, size: int) -> float:
-    """FLOP/s of a square product in bfloat16, of random numbers."""
+    """Returns the FLOP/s of a square matrix product of random numbers in bfloat16."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
     times = [_seconds(lambda: a @ b, device) for _ in range(10)]
     return 2.0 * size * size * size / statistics.median(times)
 
 
 def profile_of(work: Callable[[], Any], device: torch.device) -> str:
-    """torch's table of what takes longest."""
+    """Returns torch's table of the slowest operations."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as recorded:
         work()
@@ -216,13 +216,13 @@ def generate_rate(model: Any, device: torch.device, count: int) -> float:
     inputs = torch.tensor(prompts_of(model, count), device=device)
     config = _greedy(NUM_GENERATED)
     model.generate(inputs, generation_config=_greedy(4), attention_mask=torch.ones_like(inputs))
-    mask = torch.ones_like(inputs)  # else tokens 0 would be taken for padding
+    mask = torch.ones_like(inputs)  # else tokens with id 0 would count as padding
     seconds = _seconds(lambda: model.generate(inputs, generation_config=config, attention_mask=mask), device)
     return count * NUM_GENERATED / seconds
 
 
 def continuous_batching_rate(model: Any, device: torch.device, count: int) -> float:
-    """transformers' own; it needs a GPU, and a version that has it."""
+    """Returns the tokens per second of transformers' continuous batching, which needs a GPU and a recent version."""
     config = _greedy(NEW_TOKENS)
     model.generate_batch(inputs=prompts_of(model, count), generation_config=_greedy(4))
     answers: dict[str, Any] = {}
@@ -238,7 +238,7 @@ def _greedy(count: int) -> GenerationConfig:
 
 @torch.inference_mode()
 def compare(model: Any, device: torch.device, answers: list[list[int]]) -> tuple[float, float]:
-    """The share of tokens that the stock model prefers, and by how much it prefers another for the rest."""
+    """Returns the share of tokens that the stock model prefers, and how far the worst one is from its best."""
     same, largest = [], 0.0
     for prompt, answer in list(zip(prompts_of(model, len(answers)), answers, strict=True))[:4]:
         tokens = torch.tensor([prompt + answer[:NUM_CHECKED]], device=device)
@@ -268,11 +268,11 @@ class Report:
         self._path.write_text(json.dumps(known, indent=1) + "\n")
 
     def part(self, name: str, work: Callable[[], None]) -> None:
-        """Work that notes something; why it failed stands under its name."""
+        """Runs work that notes figures; if it fails, its error is noted under `name`."""
         try:
             with _limited(PART_SECONDS):
                 work()
-        except Exception as error:  # of any kind: the other parts count too
+        except Exception as error:  # of any type: the other parts are measured anyway
             traceback.print_exc()
             self.note(**{name: f"{type(error).__name__}: {error}".splitlines()[0]})
         gc.collect()
@@ -299,7 +299,7 @@ def _limited(seconds: int) -> Iterator[None]:
 
 
 def measure(name: str, device: torch.device, report: Report) -> None:
-    """The engine first, then what it is compared with."""
+    """Measures the engine, then transformers."""
     on_gpu = device.type == "cuda"
     speed = bandwidth(device, 2**32 if on_gpu else 2**26)
     peak = matrix_peak(device, 8192 if on_gpu else 256)
@@ -351,7 +351,7 @@ def measure(name: str, device: torch.device, report: Report) -> None:
         report.note(**{f"{kind}_{count}_tokens_per_s": measured(model, device, count)})
 
     others = {"generate": generate_rate}
-    if on_gpu:  # else it takes all of the machine's memory
+    if on_gpu:  # on a CPU it takes all of the machine's memory
         others["continuous_batching"] = continuous_batching_rate
     for kind, measured in others.items():
         for count in STREAMS:

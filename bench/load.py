@@ -1,10 +1,10 @@
-"""Load: concurrent streaming requests to any OpenAI-compatible server, and what they measure. It knows no engine.
+"""Load: concurrent streaming requests to any OpenAI-compatible server, and the times and rates that they measure.
 
     python -m bench.load --base-url http://127.0.0.1:8000/v1 --concurrency 1,4,16 --requests 3,8,16
 
 A closed loop: each of the concurrent streams sends its next request when its last one has ended. Prompts are the same
-in every run and differ from one another from their first words on. Tokens are counted by the server's usage where it
-sends one, else by chunks.
+in every run, and no two of them begin with the same words. Tokens are counted by the server's usage where it sends one,
+else by chunks.
 
 TTFT          request sent -> first chunk with text
 inter-token   between two successive chunks with text, over the tokens per chunk of that stream
@@ -40,12 +40,12 @@ TASKS = (
     "Describe the place where this happened at length.",
     "Write a detailed letter that mentions all of this.",
 )
-TOKENS_PER_WORD = 1.12  # of such English, about; the results have the server's own count
+TOKENS_PER_WORD = 1.12  # about, of this English; the results have the server's own count
 
 
 @dataclass(frozen=True)
 class Target:
-    """The server, and what it is asked for."""
+    """A server, and the size of the requests that it gets."""
 
     base_url: str
     model: str
@@ -75,7 +75,7 @@ class Target:
 
 @dataclass
 class Stream:
-    """One request on its way; seconds after it was sent."""
+    """The answer to one request; times in seconds after it was sent."""
 
     chunk_times: list[float] = field(default_factory=list)  # of the chunks with text
     end: float = 0.0  # when the finish reason came
@@ -112,7 +112,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Level:
-    """What a number of concurrent streams measured; times in ms, without the requests that failed."""
+    """The figures of one number of concurrent streams; times in ms, without the requests that failed."""
 
     concurrency: int
     requests: int
@@ -138,7 +138,7 @@ def make_text(rng: random.Random, num_tokens: int) -> str:
 
 
 def make_prompts(target: Target, count: int, salt: str) -> list[str]:
-    """Deterministic; but for the shared prefix no two have their first words in common."""
+    """Returns the same prompts for the same salt; behind the shared prefix, no two begin with the same words."""
     prefix = make_text(random.Random("shared"), target.shared_prefix) + "\n\n" if target.shared_prefix else ""
     prompts = []
     for number in range(count):
@@ -150,7 +150,7 @@ def make_prompts(target: Target, count: int, salt: str) -> list[str]:
 
 
 async def send(client: httpx2.AsyncClient, target: Target, prompt: str) -> Stream:
-    """One request; its failure is noted in the result."""
+    """Sends one request; if it fails, the result has the error."""
     stream, sent = Stream(), time.perf_counter()
     try:
         async with client.stream("POST", target.url, json=target.body(prompt)) as response:
@@ -202,8 +202,8 @@ def summarize(target: Target, concurrency: int, streams: list[Stream], wall: flo
     gaps = [gap * 1e3 for stream in good for gap in stream.gaps]
     num_tokens = sum(stream.num_tokens for stream in good)
     return Level(
-        concurrency,
-        len(streams),
+        concurrency=concurrency,
+        requests=len(streams),
         errors=dict(Counter(stream.error for stream in streams if stream.error)),
         short_answers=sum(stream.num_tokens < target.max_tokens for stream in good),
         prompt_tokens=sum(stream.prompt_tokens for stream in good) / max(1, len(good)),
@@ -219,7 +219,7 @@ def summarize(target: Target, concurrency: int, streams: list[Stream], wall: flo
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """By nearest rank: the p99 of few values is their largest. 0 where there are none."""
+    """Returns the percentile by nearest rank: the p99 of few values is their largest. 0 for no values."""
     return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)] if values else 0.0
 
 
@@ -239,11 +239,13 @@ def row(level: Level) -> str:
 
 
 def complaints(target: Target, level: Level) -> list[str]:
+    """Returns what was wrong with the answers, in words; empty if nothing was."""
     short = f"{level.short_answers} answers had fewer than {target.max_tokens} tokens: the server ignores ignore_eos"
     return [f"{count} x {error}" for error, count in level.errors.items()] + [short] * bool(level.short_answers)
 
 
 async def first_model(base_url: str) -> str:
+    """Returns the first model that a server lists; exits where it cannot be asked."""
     try:
         async with httpx2.AsyncClient(trust_env=False) as client:
             response = await client.get(f"{base_url.rstrip('/')}/models")
@@ -253,14 +255,14 @@ async def first_model(base_url: str) -> str:
 
 
 async def warm_up(target: Target) -> None:
-    """Exits where the server takes no request. It also leaves the shared prefix in a server's prefix cache."""
+    """Sends one request, and exits if it fails. The shared prefix is then in the server's prefix cache."""
     level = await measure(target, 1, 1, "warm-up")
     if level.errors:
         sys.exit(f"error: {'; '.join(complaints(target, level))}")
 
 
 async def run(target: Target, arguments: argparse.Namespace) -> list[Level]:
-    """Prints each level's row; of its repeats the result has the median one, by total tokens/s."""
+    """Prints the row of each measurement; returns each level's median one, by total tokens/s."""
     await warm_up(target)
     print(HEAD)
     chosen = []

@@ -1,4 +1,4 @@
-"""Machine: what the figures were measured on. It measures nothing."""
+"""Machine: a description of the computer that figures were measured on."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(),
         "flags": [flag for flag in NOTED_FLAGS if flag in flags],
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_average": round(psutil.getloadavg()[0], 2),  # of the minute before: others that ran meanwhile
+        "load_average": round(psutil.getloadavg()[0], 2),  # of the minute before: shows other work on the machine
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: version(name) for name in NOTED_PACKAGES},
@@ -37,7 +37,7 @@ def slug(cpu: str) -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo; empty where there is none."""
+    """Returns the first processor's lines of /proc/cpuinfo; empty where the system has no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-"""PagedAttention: attention alone over the paged cache of a GPU, by each of its kernels and by SDPA.
+"""PagedAttention: attention alone over the paged cache of a GPU, with each kernel and with SDPA.
 
     python -m bench.paged_attention [--heads 32 --kv-heads 8 --dim 128] [--tiles 16,64,4,3]
 
-A line of JSON for each kernel and workload: microseconds of one call, recorded as a CUDA graph; GB/s of the keys and
-values that have to be read; TFLOP/s of what the queries see. Several sets of inputs in turn, so that none is found in
-the GPU's own cache. SDPA's keys are in one piece already: the engine's fallback gathers them first. `--tiles` (rows,
-keys, warps, stages) and `--parts` try others than the kernel in Triton would take; both may be repeated.
+Prints a line of JSON for each kernel and workload: microseconds of one call, recorded as a CUDA graph; GB/s of the keys
+and values that have to be read; TFLOP/s of what the queries see. Several sets of inputs take turns, so that none is in
+the GPU's cache. SDPA gets its keys in one piece, which the engine's fallback has to gather first. `--tiles` (rows,
+keys, warps, stages) and `--parts` try others than the Triton kernel chooses; both may be repeated.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from engine.attention.flash import Trial
 from engine.kv_cache import LayerSpec
 
 DECODES, CONTEXTS, CHUNKS = (1, 64), (1024, 8192, 32768), (2048, 8192)
-MOST_CACHE = 24 * 2**30  # bytes, of all sets
-COLD = 256 * 2**20  # bytes of keys and values between two uses of the same set; no GPU's own cache holds them
+MAX_CACHE = 24 * 2**30  # bytes of keys and values in all sets
+COLD = 256 * 2**20  # bytes of keys and values between two uses of the same set: more than a GPU's cache holds
 REPEATS = 5
 
 Call = Callable[[Trial], torch.Tensor]
@@ -42,12 +42,12 @@ class Workload:
         return Trial.of(spec, block_size, [self.queries] * self.sequences, [self.context] * self.sequences)
 
     def num_seen(self, window: int | None) -> int:
-        """Pairs of a query and a key."""
+        """Returns the number of pairs of a query and a key that it sees."""
         ends = range(self.context - self.queries + 1, self.context + 1)
         return self.sequences * sum(min(end, window or end) for end in ends)
 
     def num_read(self, window: int | None) -> int:
-        """Keys."""
+        """Returns the number of keys that have to be read."""
         return self.sequences * min(self.context, (window or self.context) + self.queries - 1)
 
 
@@ -60,7 +60,7 @@ class Result:
     microseconds: float | None
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
-    error: float | None = None  # against the first kernel that works, of the result's norm
+    error: float | None = None  # difference from the first kernel that works, over the norm of its result
     note: str = ""
 
 
@@ -90,7 +90,7 @@ def _run(kernel: flash.Kernel, trial: Trial) -> torch.Tensor:
 
 
 def _sdpa(trial: Trial) -> torch.Tensor:
-    """The blocks in their own order, which takes as long; decodes, or one chunk from the beginning on."""
+    """Attends to the blocks in the order of the cache, which takes the same time; for decodes or one whole chunk."""
     batch = trial.batch
     sequences, queries = len(batch.lengths), batch.longest_query
     shape = (sequences, -1, *trial.keys.shape[2:])
@@ -103,7 +103,7 @@ def _sdpa(trial: Trial) -> torch.Tensor:
 
 
 def microseconds(call: Call, trials: list[Trial], device: torch.device) -> float:
-    """The median of REPEATS replays, each of all trials."""
+    """Returns the median time of a call in REPEATS replays, each of all trials."""
     for trial in trials[:2]:
         call(trial)
     if device.type != "cuda":
@@ -128,7 +128,7 @@ def microseconds(call: Call, trials: list[Trial], device: torch.device) -> float
 def measure(work: Workload, spec: LayerSpec, block_size: int, tiles: list[str], parts: list[int]) -> Iterator[Result]:
     own = work.sequences * work.context * spec.bytes_per_token
     trial = work.trial(spec, block_size)
-    count = max(1, min(32, -(-COLD // own), MOST_CACHE // own))
+    count = max(1, min(32, -(-COLD // own), MAX_CACHE // own))
     trials = [trial, *(_copy(trial) for _ in range(count - 1))]
     flops = 2 * work.num_seen(spec.window) * spec.group * spec.num_kv_heads * (spec.key_dim + spec.value_dim)
     num_bytes = work.num_read(spec.window) * spec.bytes_per_token
@@ -176,7 +176,7 @@ def main() -> None:
     for work in workloads(a.tiny):
         if a.only and (work.queries == 1) != (a.only == "decodes"):
             continue
-        if work.sequences * work.context * spec.bytes_per_token > MOST_CACHE:
+        if work.sequences * work.context * spec.bytes_per_token > MAX_CACHE:
             continue
         for result in measure(work, spec, a.block_size, a.tiles, a.parts):
             shape = {"heads": a.heads, "kv_heads": a.kv_heads, "dim": a.dim, "window": a.window}

@@ -1,9 +1,9 @@
-"""Peers: this server and others, by URL, side by side in one run; ratios of medians, and a picture.
+"""Peers: this server and others, by URL, measured side by side in one run; ratios of medians, and a picture.
 
     python -m bench.peers ours=http://127.0.0.1:8000/v1 llama-server=http://127.0.0.1:9001/v1
 
 The first one is compared with the rest. Each round measures every server in turn, so that noise meets all of them.
-Prompts differ from round to round, so that no server answers from its cache of prefixes but where that is measured.
+Prompts differ from round to round, so that no server answers from its prefix cache unless that is measured.
 """
 
 import argparse
@@ -52,7 +52,7 @@ async def stream_rate(target: Target, salt: str) -> float:
 
 
 def ttft_of(prompt_tokens: int, shared_prefix: int = 0) -> Callable[[Target, str], Awaitable[float]]:
-    """Median of three requests one after the other; with a shared prefix, of those after the first."""
+    """Measures the median of three requests, one after the other; a shared prefix is in the server's cache by then."""
 
     async def run(target: Target, salt: str) -> float:
         asked = replace(target, prompt_tokens=prompt_tokens, shared_prefix=shared_prefix, max_tokens=2)
@@ -65,7 +65,7 @@ def ttft_of(prompt_tokens: int, shared_prefix: int = 0) -> Callable[[Target, str
 
 
 async def disturbance(target: Target, salt: str) -> float:
-    """The p99 of the time between tokens of four streams while a long prompt arrives, over their p50 before."""
+    """Returns the p99 of the time between tokens of four streams while a long prompt arrives, over their p50 before."""
     running = replace(target, max_tokens=160)
     prompts = load.make_prompts(running, 4, f"{salt}/running")
     (long,) = load.make_prompts(replace(target, prompt_tokens=LONGEST, max_tokens=2), 1, f"{salt}/long")
@@ -100,7 +100,7 @@ def _check(target: Target, level: load.Level) -> None:
 
 
 async def compare(servers: dict[str, Target], rounds: int, salt: str) -> dict[str, dict[str, list[float]]]:
-    """measure -> server -> a value for each round."""
+    """Returns measure -> server -> a value for each round."""
     values: dict[str, dict[str, list[float]]] = {m.name: {name: [] for name in servers} for m in MEASURES}
     for target in servers.values():
         await load.warm_up(target)
@@ -114,19 +114,19 @@ async def compare(servers: dict[str, Target], rounds: int, salt: str) -> dict[st
 
 
 def medians(values: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """A row for each measure; ratio: how many times better the first server is than the best of the others."""
+    """Returns a row for each measure; ratio: how many times better the first server is than the best other one."""
     rows = []
     for measure in MEASURES:
         middle = {name: statistics.median(all_rounds) for name, all_rounds in values[measure.name].items()}
-        own, *others = middle.values()
+        first, *others = middle.values()
         best = (max if measure.is_better_high else min)(others, default=0.0)
-        ratio = own / best if measure.is_better_high and best else best / own if own else 0.0
+        ratio = first / best if measure.is_better_high and best else best / first if first else 0.0
         rows.append({"measure": measure.name, "unit": measure.unit, **middle, "ratio": ratio})
     return rows
 
 
 async def curve(servers: dict[str, Target], salt: str) -> dict[str, list[tuple[int, float, float]]]:
-    """server -> (streams, total tokens/s, ms per token of a stream)."""
+    """Returns server -> (streams, total tokens/s, ms per token of a stream)."""
     points: dict[str, list[tuple[int, float, float]]] = {name: [] for name in servers}
     for concurrency, count in CURVE.items():
         for name, target in servers.items():

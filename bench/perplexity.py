@@ -1,4 +1,4 @@
-"""Perplexity: what each choice of QUANTIZATION costs in accuracy, on a text that the pinned packages bring along.
+"""Perplexity: how much accuracy each choice of QUANTIZATION costs, on text from the pinned packages.
 
     python -m bench.perplexity DIRECTORY [--choices auto,none,int8,int4]
 
@@ -41,14 +41,14 @@ def text() -> str:
 
 
 def windows(directory: Path, length: int, count: int) -> list[list[int]]:
-    """Evenly spread over the text."""
+    """Returns up to `count` windows of `length` token ids, spread evenly over the text."""
     token_ids: list[int] = AutoTokenizer.from_pretrained(directory)(text()).input_ids
     stride = max(1, (len(token_ids) - length) // max(1, count - 1))
     return [token_ids[start : start + length] for start in range(0, len(token_ids) - length + 1, stride)][:count]
 
 
 def score(engine: Engine, window: list[int]) -> list[float]:
-    """The log-probability of each token but the first."""
+    """Returns the log-probability of each token except the first."""
     params = SamplingParams(max_tokens=1, temperature=0.0, num_prompt_logprobs=0)
     sequence = Sequence(window, params, on_output=lambda output: None)
     engine.scheduler.add(sequence)

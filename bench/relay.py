@@ -2,13 +2,13 @@
 
     python -m bench.relay
 
-A provider in a process of its own sends chunks with the time in them, to many clients at once, who read them directly
-and through this server, in turns. Nothing but the relay is measured: the model behind this server is not used.
+A provider in a process of its own sends chunks that hold the time of sending. Many clients at once read them directly,
+and then through this server. Only the relay is measured: this server's model is loaded, but not used.
 """
 
+import argparse
 import asyncio
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -16,11 +16,13 @@ import time
 
 import httpx2
 
+from bench.server import serving
+
 STREAMS, CHUNKS, PAUSE, ROUNDS = 100, 40, 0.05, 3  # seconds between the chunks of a stream
 
 
 async def provider() -> None:
-    """Serves until it is ended; prints its port."""
+    """Prints its port, and serves until the process is ended."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -44,8 +46,8 @@ async def provider() -> None:
 
 
 async def delays(url: str) -> list[float]:
-    """Of every chunk of all streams, from its sending to its arrival, in ms."""
-    found: list[float] = []
+    """Returns the time from sending to arrival of every chunk of all streams, in ms."""
+    times: list[float] = []
 
     async def read(client: httpx2.AsyncClient, number: int) -> None:
         await asyncio.sleep(PAUSE * number / STREAMS)  # not all at the same moment
@@ -54,49 +56,52 @@ async def delays(url: str) -> list[float]:
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
                     sent = int(json.loads(line[6:])["choices"][0]["delta"]["content"])
-                    found.append((time.perf_counter_ns() - sent) / 1e6)
+                    times.append((time.perf_counter_ns() - sent) / 1e6)
 
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(timeout=60, limits=limits) as client:
         await asyncio.gather(*(read(client, number) for number in range(STREAMS)))
-    assert len(found) == STREAMS * CHUNKS
-    return found
+    assert len(times) == STREAMS * CHUNKS
+    return times
 
 
 def quantiles(values: list[float]) -> tuple[float, float]:
+    """Returns the median and the 99th percentile."""
     return statistics.median(values), statistics.quantiles(values, n=100)[98]
 
 
 def main() -> None:
-    own = [sys.executable, "-m", "bench.relay", "provider"]
-    with subprocess.Popen(own, stdout=subprocess.PIPE, text=True) as upstream:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--provider", action="store_true", help="be the provider")
+    if parser.parse_args().provider:
+        asyncio.run(provider())
+    else:
+        measure()
+
+
+def measure() -> None:
+    command = [sys.executable, "-m", "bench.relay", "--provider"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as upstream:
         assert upstream.stdout is not None
         direct = f"http://127.0.0.1:{upstream.stdout.readline().strip()}/v1"
-        keys = {"OPENAI_API_KEY": "x", "OPENAI_BASE_URL": direct, "PORT": "18099", "HOST": "127.0.0.1"}
-        server = subprocess.Popen(
-            [sys.executable, "main.py"],
-            env={**os.environ, **keys},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
         try:
-            while True:
-                time.sleep(0.5)
-                try:
-                    if httpx2.get("http://127.0.0.1:18099/health").status_code == 200:
-                        break
-                except httpx2.HTTPError:
-                    continue
-            for _ in range(ROUNDS):
-                alone, relayed = asyncio.run(delays(direct)), asyncio.run(delays("http://127.0.0.1:18099/v1"))
-                (a, a99), (b, b99) = quantiles(alone), quantiles(relayed)
-                print(f"{STREAMS} streams: direct {a:.2f} ms (p99 {a99:.1f}), relayed {b:.2f} ms (p99 {b99:.1f}), "
-                      f"added {b - a:.2f} ms", flush=True)  # fmt: skip
+            with serving(OPENAI_API_KEY="x", OPENAI_BASE_URL=direct) as server:
+                server.wait_until_ready()
+                for _ in range(ROUNDS):
+                    compare(direct, f"{server.url}/v1")
         finally:
-            server.terminate()
-            server.wait()
             upstream.terminate()
 
 
+def compare(direct: str, relay: str) -> None:
+    alone, relayed = asyncio.run(delays(direct)), asyncio.run(delays(relay))
+    (a, a99), (b, b99) = quantiles(alone), quantiles(relayed)
+    print(
+        f"{STREAMS} streams: direct {a:.2f} ms (p99 {a99:.1f}), relayed {b:.2f} ms (p99 {b99:.1f}), "
+        f"added {b - a:.2f} ms",
+        flush=True,
+    )
+
+
 if __name__ == "__main__":
-    asyncio.run(provider()) if sys.argv[1:] == ["provider"] else main()
+    main()

@@ -1,17 +1,16 @@
-"""Run: the whole benchmark. It starts the server, loads it, stops it, measures steps, prints and writes the results.
+"""Run: the whole benchmark. It measures a server under load, then single steps, and prints and writes the results.
 
     MODEL_PATH=... python -m bench.run
 
-Settings are the server's own, from the environment or `.env`, but that nothing is guessed: how often guesses are right
-depends on the text. Steps are compared with the bare model in bfloat16, not quantised. With PEERS="NAME=URL ..." other
-servers are measured beside it (bench.peers).
+Settings are the server's own, from the environment or `.env`, except that no tokens are guessed: how many guesses are
+right depends on the text. Steps are compared with the bare model in bfloat16, not quantised. With
+PEERS="NAME=URL ..." other servers are measured beside this one (bench.peers).
 """
 
 import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,89 +23,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx2
-import psutil
-
 from bench import load, machine, wire
+from bench.server import ROOT, Server, serving
 from checkpoints import checkpoint
 from config import Settings
 from engine.engine import EngineOptions
 from errors import ModelLoadError
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 DTYPE = "bfloat16"
 LEVELS = ((1, 3), (4, 8), (16, 16))  # concurrent streams, requests
-MIN_SPEEDUP = 5.0  # tokens/s of the most streams over those of one
-MAX_OVERHEAD = 0.05  # of a step: all but the model's forward
+MIN_SPEEDUP = 5.0  # tokens/s of 16 streams over those of one
+MAX_OVERHEAD = 0.05  # share of a step outside the model's forward
 MAX_STEP_RATIO = 1.15  # an engine step over the bare forward of the same batch
-START_TIMEOUT = 600.0  # seconds
-STOP_TIMEOUT = 60.0
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Server:
-    process: psutil.Popen
-    url: str
-    started: float  # perf_counter
-    output: Path
-
-    def wait_until_ready(self) -> float:
-        """Seconds since the start; exits with the server's last words if it does not come up."""
-        with httpx2.Client(trust_env=False, timeout=5.0) as client:
-            while time.perf_counter() - self.started < START_TIMEOUT and self.process.poll() is None:
-                try:
-                    if client.get(f"{self.url}/health").status_code == 200:
-                        return time.perf_counter() - self.started
-                except httpx2.TransportError:
-                    pass  # not listening yet
-                time.sleep(0.02)
-        sys.exit(f"error: the server did not start\n{self.output.read_text()[-2000:]}")
-
-    def memory(self) -> float:
-        """Resident MiB."""
-        return float(self.process.memory_info().rss / MIB)
-
-
-@contextmanager
-def serving(model_path: str, num_speculative_tokens: int = 0) -> Iterator[Server]:
-    """`python main.py` on a free port of this machine, until the block ends."""
-    port = _free_port()
-    place = {"MODEL_PATH": model_path, "HOST": "127.0.0.1", "PORT": str(port)}
-    place["NUM_SPECULATIVE_TOKENS"] = str(num_speculative_tokens)
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "server.log"
-        with output.open("w") as log:
-            started = time.perf_counter()
-            process = psutil.Popen(
-                [sys.executable, "main.py"], cwd=ROOT, env={**os.environ, **place}, stdout=log, stderr=log
-            )
-        try:
-            yield Server(process, f"http://127.0.0.1:{port}", started, output)
-        finally:
-            _stop(process)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _stop(process: psutil.Popen) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_TIMEOUT)
-    except psutil.TimeoutExpired:
-        process.kill()
-        raise
 
 
 @contextmanager
 def peak_memory(server: Server) -> Iterator[list[float]]:
-    """A list of one number that has the highest resident memory, in MiB, when the block has ended."""
+    """Yields a list of one number: after the block, the highest resident memory, in MiB."""
     peak, ended = [server.memory()], threading.Event()
 
     def sample() -> None:
@@ -123,8 +57,8 @@ def peak_memory(server: Server) -> Iterator[list[float]]:
 
 
 def measure_server(model_path: str) -> dict[str, Any]:
-    """Start, memory, and each level of concurrent streams."""
-    with serving(model_path) as server:
+    """Measures the start, the memory, and each level of concurrent streams."""
+    with serving(MODEL_PATH=model_path, NUM_SPECULATIVE_TOKENS="0") as server:
         ready = server.wait_until_ready()
         print(f"ready {ready:.1f} s after the start", flush=True)
         idle = server.memory()
@@ -147,6 +81,7 @@ def measure_server(model_path: str) -> dict[str, Any]:
 
 
 def _time_first_token(server: Server, target: load.Target) -> float:
+    """Returns the seconds from the start of the process to the first token of its first answer."""
     first = asyncio.run(load.measure(target, 1, 1, "first"))
     _exit_on(load.complaints(target, first))
     return time.perf_counter() - server.started - first.wall_s + first.ttft_p50 / 1e3
@@ -166,7 +101,7 @@ def _exit_on(complaints: list[str]) -> None:
 
 
 def measure_apart(module: str, *arguments: str) -> list[dict[str, Any]]:
-    """What another module of the benchmark measures, in a process of its own."""
+    """Runs another module of the benchmark in a process of its own, and returns the rows that it measured."""
     with tempfile.TemporaryDirectory() as results:
         path = Path(results) / "results.json"
         if subprocess.run([sys.executable, "-m", module, *arguments, "--json", str(path)], cwd=ROOT).returncode:
@@ -177,6 +112,8 @@ def measure_apart(module: str, *arguments: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Ratio:
+    """A measured value, and its target."""
+
     name: str
     value: float
     target: float
@@ -213,12 +150,13 @@ def _of(wire: dict[str, Any]) -> str:
 
 
 def options_of(settings: Settings) -> dict[str, Any]:
-    """The engine's, but where this machine keeps its files."""
+    """Returns the engine's options, without directories of this machine."""
     options = {field.name: getattr(settings, field.name) for field in fields(EngineOptions)}
     return {name: value for name, value in options.items() if not isinstance(value, Path)}
 
 
 def write(results: dict[str, Any]) -> Path:
+    """Writes a file for this day and processor; returns its path."""
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{machine.slug(results['machine']['cpu'])}.json"
     RESULTS.mkdir(exist_ok=True)
     rounded = json.loads(json.dumps(results), parse_float=lambda text: round(float(text), 3))
@@ -227,13 +165,13 @@ def write(results: dict[str, Any]) -> Path:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     settings = Settings()
     model_path = settings.model_path or checkpoint.default_model_path()
     name, described = checkpoint.served_name(model_path), machine.describe()
     print(f"{name} on {described['cpu']}, {described['cores']} cores", flush=True)
     try:
-        directory = checkpoint.fetch(model_path, settings.cache_dir, lambda what, fraction: None).directory
+        directory = checkpoint.fetch(model_path, settings.cache_dir, lambda phase, fraction: None).directory
     except ModelLoadError as error:
         sys.exit(f"error: {error}")
     server = measure_server(model_path)

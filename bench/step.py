@@ -1,9 +1,9 @@
-"""Step: what the engine's decode step costs beside the bare forward of the stock model over the same weights.
+"""Step: how long the engine's decode step takes, compared with the stock model's bare forward on the same weights.
 
     python -m bench.step DIRECTORY
 
 The two take turns, token by token, so that noise meets both, and compute the same tokens at the same positions. The
-bare forward is transformers' own with SDPA attention and a DynamicCache; no server, event loop or text is involved.
+bare forward is transformers' own with SDPA and a DynamicCache. No server, event loop or text is involved.
 """
 
 import argparse
@@ -33,18 +33,18 @@ BATCHES = (1, 4, 16)
 PROMPT_TOKENS = 64
 NUM_STEPS = 64
 NUM_WARM_UP = 4  # steps before those that count
-MAX_SECONDS = 60.0  # for a batch; what a busy machine has not reached by then is left out
+MAX_SECONDS = 60.0  # for a batch; on a busy machine, the steps after that are left out
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Medians in ms over a batch's steps."""
+    """The cost of a batch's step: medians, in ms."""
 
     batch: int
     step: float
     bare_forward: float
     ratio: float
-    same_tokens: float  # share of the tokens that both choose, to show that they do the same
+    same_tokens: float  # share of tokens that both choose, to show that they compute the same
     parts: dict[str, float]  # of the step
 
 
@@ -52,7 +52,7 @@ class Parts:
     """Times the parts of an engine's steps: it wraps the functions of the engine's objects."""
 
     def __init__(self, engine: Engine) -> None:
-        self._seconds: defaultdict[str, float] = defaultdict(float)  # of the step under way
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # of the current step
         self._wrap(engine.scheduler, "schedule", "update")
         runner = cast(ModelRunner, getattr(engine.runner, "runner", engine.runner))
         self._wrap(runner, "run")
@@ -70,7 +70,7 @@ class Parts:
         return result
 
     def take(self, step: float) -> dict[str, float]:
-        """Where the seconds of the step that has ended went."""
+        """Returns the seconds of each part of the step that has ended."""
         spent, self._seconds = self._seconds, defaultdict(float)
         parts = {name: spent[name] for name in ("schedule", "forward", "choose", "update")}
         parts["build tensors"] = spent["run"] - spent["forward"] - spent["choose"]
@@ -79,7 +79,7 @@ class Parts:
 
 
 class BareModel:
-    """The stock model beside the engine's: the same weights, transformers' own attention, a cache of its own."""
+    """The stock model: it shares the engine's weights, and has transformers' attention and cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

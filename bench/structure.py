@@ -1,4 +1,4 @@
-"""Structure: what a grammar costs a step of sixteen answers.
+"""Structure: how much longer a step of sixteen answers takes with a grammar.
 
     python -m bench.structure DIRECTORY
 
@@ -32,12 +32,12 @@ SCHEMA = {"type": "object", "properties": {"items": LIST}, "required": ["items"]
 
 
 def step_time(engine: Engine, prompt: list[int], constraint: Constraint | None) -> float:
-    """The median in ms, with every answer under way."""
+    """Returns the median time of a step in ms, once all answers are decoding."""
     rng = random.Random(1)
     params = [
         SamplingParams(NUM_STEPS + 9, 0.8, seed=seed, ignore_eos=True, grammar=constraint) for seed in range(BATCH)
     ]
-    sequences = [Sequence([*prompt, rng.randrange(1000, 9000)], own, lambda output: None) for own in params]
+    sequences = [Sequence([*prompt, rng.randrange(1000, 9000)], each, lambda output: None) for each in params]
     for sequence in sequences:
         engine.scheduler.add(sequence)
     while any(sequence.num_output_tokens < 3 for sequence in sequences):
@@ -70,7 +70,7 @@ def main() -> None:
     prompt = tokenizer("List people as JSON:\n").input_ids
     for _ in range(ROUNDS):
         free = step_time(engine, prompt, None)
-        others = {name: step_time(engine, prompt, own) for name, own in constraints.items()}
+        others = {name: step_time(engine, prompt, constraint) for name, constraint in constraints.items()}
         ratios = ", ".join(f"{name} {value:.1f} ms ({value / free:.2f})" for name, value in others.items())
         print(f"{BATCH} answers: free {free:.1f} ms, {ratios}", flush=True)
 

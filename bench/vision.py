@@ -1,7 +1,7 @@
-"""Vision: what images of some clients do to the streams of others.
+"""Vision: how much the images of some clients slow down the streams of others.
 
-    python -m bench.vision --build DIRECTORY             a checkpoint to serve: the demo Gemma 3 270M, which reads as
-                                                         ever, with a vision tower of random weights that costs its time
+    python -m bench.vision --build DIRECTORY             builds a checkpoint to serve: the demo Gemma 3 270M with a
+                                                         vision tower of random weights
     python -m bench.vision --base-url http://127.0.0.1:8000/v1
 
 Sixteen clients stream text, first alone and then while sixteen others send an image each.
@@ -24,12 +24,12 @@ from bench import load
 from bench.load import Level, Stream, Target
 
 CLIENTS = 16
-SIDE, PATCH, TOKENS_PER_IMAGE = 448, 14, 64  # pixels, pixels, tokens: a quarter of Gemma 3's in each
+SIDE, PATCH, TOKENS_PER_IMAGE = 448, 14, 64  # pixels, pixels, tokens: an image has a quarter of Gemma 3's tokens
 
 
 @dataclass(frozen=True)
 class ImageTarget(Target):
-    """Every request has an image of its own."""
+    """A target whose requests have an image each, all different."""
 
     def body(self, prompt: str) -> dict[str, Any]:
         body = super().body(prompt)
@@ -47,7 +47,7 @@ def picture(seed: str) -> str:
 
 
 async def measure(target: Target, images: int, salt: str) -> tuple[Level, Level]:
-    """Of the text streams and of those with an image."""
+    """Returns the figures of the text streams, and of those with an image."""
     seeing = ImageTarget(**{**vars(target), "max_tokens": 16})
     async with load.open_client(target) as client:
         texts = [load.send(client, target, p) for p in load.make_prompts(target, CLIENTS, f"{salt}/text")]
@@ -76,7 +76,7 @@ def build(directory: Path) -> None:
     source = checkpoint.fetch("demo:gemma-3-270m", Settings().cache_dir, lambda phase, fraction: None).directory
     text = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)  # models of text alone have none
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)  # the text model has no such token
     text.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     vision = SiglipVisionConfig(
         hidden_size=768,

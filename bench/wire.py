@@ -2,10 +2,10 @@
 
     python -m bench.wire
 
-Everything but the forward is the real thing: uvicorn, the app, templates, scheduler, streamer, chunks. The null model
-gives each sequence a token of a real text, at once or at a pace. Measured in the server: processor time of the event
-loop's thread over the tokens streamed, and a heartbeat on the loop, missed where a tick comes after the next was due.
-At a pace the loop sleeps and wakes between steps, which is in its time too; the more so, the fewer the streams.
+All but the forward is what users run: uvicorn, the app, templates, scheduler, detokenizer, chunks. The null model
+gives each sequence the next token of a real text, at once or at fixed intervals. Measured in the server: processor time
+of the event loop's thread per streamed token, and a heartbeat on the loop, missed where a tick comes after the next one
+was due. At fixed intervals the loop sleeps and wakes between steps, which counts too: most with few streams.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import asyncio
 import itertools
 import json
 import socket
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -24,6 +23,7 @@ import httpx2
 import torch
 import uvicorn
 
+from bench.server import serving
 from checkpoints import checkpoint
 from checkpoints.progress import Progress
 from config import Settings
@@ -50,11 +50,10 @@ LEVELS = (  # concurrent streams, tokens of each, seconds between two tokens of 
 )
 WORDS = "The old lighthouse keeper measured the broken clock before the rain began, 安静地, and wrote it all down. "
 CONTEXT = 2048
-ROOT = Path(__file__).parents[1]
 
 
 class NullRunner:
-    """Gives every sequence the next token of the same text, one batch per `interval` seconds."""
+    """A model runner that gives every sequence the next token of one text, a batch per `interval` seconds."""
 
     def __init__(self, token_ids: list[int], num_embeddings: int) -> None:
         self.num_embeddings = num_embeddings
@@ -75,7 +74,7 @@ class NullRunner:
 
 
 def load_null(path: str, settings: Settings, progress: Progress) -> LoadedModel:
-    """The tokenizer and template of a real model, without its weights."""
+    """Loads the tokenizer and template of a real model, without its weights."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
     template = load_template(directory, json.loads((directory / "config.json").read_text())["model_type"])
     token_ids = template.render_text(WORDS)
@@ -87,10 +86,10 @@ def load_null(path: str, settings: Settings, progress: Progress) -> LoadedModel:
 
 
 class Gauge:
-    """The event loop's processor time, and its heartbeat, since the last reading."""
+    """The event loop's processor time, and the heartbeats since the last reading."""
 
     def __init__(self) -> None:
-        self.worst = 0.0  # seconds that a tick came late
+        self.worst = 0.0  # largest delay of a tick, in seconds
         self.num_missed = 0
 
     async def beat(self) -> None:
@@ -109,8 +108,9 @@ class Gauge:
         return reading
 
 
-def serve(port: int) -> None:
-    settings = Settings(_cli_parse_args=False, port=port, host="127.0.0.1", max_num_seqs=512)
+def serve() -> None:
+    """Serves the null model at HOST and PORT."""
+    settings = Settings(_cli_parse_args=False, max_num_seqs=512)
     app = create_app(settings, load=load_null)
     gauge = Gauge()
     beats: list[asyncio.Task[None]] = []
@@ -120,13 +120,13 @@ def serve(port: int) -> None:
         if not beats:
             beats.append(asyncio.create_task(gauge.beat()))
         runner: NullRunner = app.state.local.loaded.engine.runner
-        if interval != runner.interval:  # another model, as it were
+        if interval != runner.interval:  # the budget learned another pace
             runner.interval = interval
             scheduler = app.state.local.loaded.engine.scheduler
             scheduler.prefill_budget = PrefillBudget(scheduler.limits.max_num_mixed_tokens)
         return {**gauge.read(), "num_tokens": runner.num_tokens}
 
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", http=with_bounds(settings))
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", http=with_bounds(settings))
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def measure(port: int, streams: int, tokens: int, interval: float) -> Cost:
 
 
 def _request(port: int, tokens: int) -> socket.socket:
-    """A streaming chat over a bare socket."""
+    """Sends a streaming chat over a plain socket."""
     model = checkpoint.served_name(checkpoint.default_model_path())
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": tokens, "stream": True}
     text = json.dumps(body)
@@ -165,16 +165,16 @@ def _request(port: int, tokens: int) -> socket.socket:
 
 
 def _read_to_the_end(connections: list[socket.socket]) -> None:
-    """Looks at the sockets now and then: a reader that waits must be woken for each event, at the server's expense."""
+    """Reads all sockets every 0.2 s: a reader that is woken for each event would take the server's processor time."""
     tails = dict.fromkeys(connections, b"")
-    open_ones = set(connections)
-    while open_ones:
+    unfinished = set(connections)
+    while unfinished:
         time.sleep(0.2)
-        for connection in list(open_ones):
+        for connection in list(unfinished):
             with suppress(BlockingIOError):
                 while data := connection.recv(1 << 20):
                     tails[connection] = (tails[connection] + data)[-64:]
-                open_ones.remove(connection)
+                unfinished.remove(connection)
                 connection.close()
     failed = sum(b"data: [DONE]" not in tail for tail in tails.values())
     if failed:
@@ -183,25 +183,23 @@ def _read_to_the_end(connections: list[socket.socket]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--serve", type=int, metavar="PORT", help="be the server")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", action="store_true", help="be the server, at HOST and PORT")
+    parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args()
     if arguments.serve:
-        return serve(arguments.serve)
+        return serve()
     costs = measure_all()
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(cost) for cost in costs]))
 
 
 def measure_all() -> list[Cost]:
-    port = _free_port()
-    process = subprocess.Popen([sys.executable, "-m", "bench.wire", "--serve", str(port)], cwd=ROOT)
-    try:
-        _wait(process, port)
+    with serving(sys.executable, "-m", "bench.wire", "--serve") as server:
+        server.wait_until_ready()
         print("streams  pace s  loop us/token  tokens/s  worst heartbeat ms  missed")
         costs = []
         for level in LEVELS:
-            cost = measure(port, *level)
+            cost = measure(server.port, *level)
             costs.append(cost)
             print(
                 f"{cost.streams:7d}  {cost.interval_s:6.2f}  {cost.loop_us_per_token:13.1f}  {cost.tokens_per_s:8.0f}"
@@ -209,28 +207,6 @@ def measure_all() -> list[Cost]:
                 flush=True,
             )
         return costs
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:
-    for _ in range(600):
-        if process.poll() is not None:
-            sys.exit("error: the null server ended")
-        try:
-            if httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200:
-                return
-        except httpx2.TransportError:
-            pass
-        time.sleep(0.1)
-    sys.exit("error: the null server did not start")
 
 
 if __name__ == "__main__":

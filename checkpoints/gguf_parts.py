@@ -8,17 +8,17 @@ from checkpoints import gguf_header
 from checkpoints.gguf_header import Header
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
-OWN_KEYS = ("split.", "GGUF.", "general.architecture", "general.alignment")  # of one part, or written anew
+PART_KEYS = ("split.", "GGUF.", "general.architecture", "general.alignment")  # of one part, or written by gguf
 
 
 def stem(name: str) -> str:
-    """A file's name without its suffix and its number among the parts."""
+    """Returns a file's name without `.gguf` and without the number of a part."""
     match = PART.fullmatch(name)
     return match["stem"] if match else name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
 
 
 def parts(path: Path) -> list[Path]:
-    """The file and its other parts, in their order. Raises ModelLoadError, which names those that are missing."""
+    """Returns the file, or all parts if it is one of several, in order. Raises ModelLoadError if parts are missing."""
     match = PART.fullmatch(path.name)
     if match is None:
         return [path]
@@ -36,7 +36,7 @@ def parts(path: Path) -> list[Path]:
 
 
 def read(paths: list[Path]) -> Header:
-    """Of all parts as one. Raises ValueError with a sentence."""
+    """Returns one header for all parts. Raises ValueError with a sentence."""
     headers = [gguf_header.read(path) for path in paths]
     first = headers[0]
     count = first.values.get("split.count", 0)
@@ -53,18 +53,18 @@ def read(paths: list[Path]) -> Header:
 
 
 def merge(paths: list[Path], target: Path) -> None:
-    """Writes the parts as one file, byte by byte as they are."""
+    """Writes the parts as one file, with the tensors' bytes as they are."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     readers = [GGUFReader(path) for path in paths]
     architecture = readers[0].fields["general.architecture"].contents()
     writer = GGUFWriter(target, architecture)
     for name, field in readers[0].fields.items():
-        if not name.startswith(OWN_KEYS):
+        if not name.startswith(PART_KEYS):
             is_array = field.types[0] == GGUFValueType.ARRAY
             value = field.contents()
             if is_array and not value:
-                continue  # an empty list, such as one of tags: gguf's writer has no words for it
+                continue  # gguf's writer cannot write an empty list, such as one of tags
             writer.add_key_value(name, value, field.types[0], sub_type=field.types[-1] if is_array else None)
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     for tensor in tensors:

@@ -1,8 +1,8 @@
-"""The tokenizer of a GGUF file: what transformers makes of it, with what it leaves out.
+"""The tokenizer of a GGUF file: the one that transformers makes of it, completed with what transformers leaves out.
 
-A key that it does not know, or a way to split text that nobody here knows, refuses the file by its name.
+A file with an unknown key, or an unknown way to split text, is refused by its name.
 
-Source: llama.cpp's llama-vocab.cpp, for what a key means and what holds where it is missing.
+Source: llama.cpp's llama-vocab.cpp, for what a key means and its default.
 """
 
 import json
@@ -28,7 +28,7 @@ HONOURED = {
     *("ggml.unknown_token_id", "ggml.padding_token_id", "ggml.add_bos_token", "ggml.add_eos_token"),
     *("ggml.add_space_prefix", "chat_template", "chat_templates"),
 }
-NO_EFFECT = {  # on a text's tokens in these kinds of vocabularies
+NO_EFFECT = {  # keys that change no text's tokens in these two kinds of vocabularies
     *("ggml.token_type_count", "ggml.seperator_token_id", "ggml.cls_token_id", "ggml.mask_token_id"),
     *("ggml.add_sep_token", "ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap"),
     *("ggml.add_padding_token", "ggml.add_unknown_token"),  # as Ollama writes for each special token
@@ -42,7 +42,7 @@ SINGLE_DIGITS = (r"\p{N}", GPT2_WORDS)
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-# tokenizer.ggml.pre -> expressions, each of which cuts what the ones before left
+# tokenizer.ggml.pre -> regular expressions, each of which cuts the pieces of the ones before
 SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe", "mellum"), (GPT2_WORDS,)),
     **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell", "minerva-7b"), SINGLE_DIGITS),
@@ -56,31 +56,37 @@ SPLITS: dict[str, tuple[str, ...]] = {
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }
-UNSAID = "default"  # tokenizer.ggml.pre before May 2024, where there is none, and where a converter knew no better
+UNKNOWN = "default"  # tokenizer.ggml.pre where the key is missing (before May 2024), or a converter knew no better
 FAMILY_SPLITS = {  # how all models of an architecture split text; `default` is wrong for them
     **dict.fromkeys(("qwen2", "qwen2moe", "qwen3", "qwen3moe"), "qwen2"),
     **{"gpt2": "gpt-2", "starcoder2": "starcoder"},
 }
 VOCABULARY_SPLITS = {("llama", 128256): "llama-bpe"}  # architecture and number of tokens: Llama 3
-# What splits so reads a letter and its accent as one character first, which files do not say: transformers' classes do
+# Splits before which a letter and its accent become one character: files leave it out, transformers' classes do it
 COMPOSED = {"qwen2", "qwen35", "command-r", "olmo", "mpt"}
-WHOLE_WORDS = {  # what splits so takes a word of the vocabulary as it is, and begins each text with a token
+WHOLE_WORDS = {  # splits with which a word of the vocabulary is not cut, and each text begins with a special token
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     "tekken",
 }
 
 
 def check(header: Header, known_splits: "set[str] | None" = None) -> None:
-    """Raises ValueError with a sentence. known_splits: those of transformers; None where it is not at hand."""
+    """Raises ValueError with a sentence for a tokenizer that is not supported.
+
+    known_splits: those of transformers; None leaves out the check of how text is split, which needs transformers.
+    """
     values = header.values
     kind = values.get("tokenizer.ggml.model")
     if kind not in (BYTE_LEVEL, SENTENCEPIECE):
-        said = (
-            "it has no tokenizer" if kind in (None, "none", "no_vocab") else f"its key tokenizer.ggml.model is {kind}"
-        )
-        raise ValueError(f"{said}; {BYTE_LEVEL} and {SENTENCEPIECE} are supported")
-    wanted = "scores" if kind == SENTENCEPIECE and "tokenizer.ggml.merges" not in values else "merges"
-    for key in ("tokens", "token_type", *((wanted,) if kind == BYTE_LEVEL or wanted == "scores" else ())):
+        has_none = kind in (None, "none", "no_vocab")
+        problem = "it has no tokenizer" if has_none else f"its key tokenizer.ggml.model is {kind}"
+        raise ValueError(f"{problem}; {BYTE_LEVEL} and {SENTENCEPIECE} are supported")
+    required = ["tokens", "token_type"]
+    if kind == BYTE_LEVEL:
+        required.append("merges")
+    elif "tokenizer.ggml.merges" not in values:
+        required.append("scores")
+    for key in required:
         if not isinstance(values.get(f"tokenizer.ggml.{key}"), Array):
             raise ValueError(f"its tokenizer is incomplete: it lacks the key tokenizer.ggml.{key}")
     for key in values:
@@ -92,10 +98,10 @@ def check(header: Header, known_splits: "set[str] | None" = None) -> None:
 
 
 def _pre(header: Header) -> str:
-    """How the file says that text is split, or its family; llama.cpp takes `default` where the key is missing, and
-    says that answers will be worse."""
-    said = str(header.values.get("tokenizer.ggml.pre", UNSAID))
-    return said if said != UNSAID else _family_split(header) or UNSAID
+    """Returns how text is split: as the file says, or else as its family does. llama.cpp takes `default` where the key
+    is missing, and warns that answers will be worse."""
+    split = str(header.values.get("tokenizer.ggml.pre", UNKNOWN))
+    return split if split != UNKNOWN else _family_split(header) or UNKNOWN
 
 
 def _family_split(header: Header) -> str | None:
@@ -105,7 +111,7 @@ def _family_split(header: Header) -> str | None:
 
 
 def warning(header: Header) -> str | None:
-    """What to tell of a file that does not say how text is split, where its family does not either."""
+    """Returns a warning if neither the file nor its family determines how text is split, else None."""
     is_byte_level = header.values.get("tokenizer.ggml.model") == BYTE_LEVEL
     if not is_byte_level or "tokenizer.ggml.pre" in header.values or _family_split(header):
         return None
@@ -116,18 +122,18 @@ def warning(header: Header) -> str | None:
 
 
 def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
-    """Raises ValueError with a sentence, or whatever transformers raises."""
+    """Returns the file's tokenizer. Raises ValueError with a sentence, or any error of transformers'."""
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import gguf_tokenizer_mapping as transformers_tokenizers
 
     check(header, set(transformers_tokenizers.GGUF_PRE_TOKENIZER_SPLITS))
-    architecture, parts, said = transformers_tokenizers.get_gguf_tokenizer(str(gguf))
+    architecture, parts, special = transformers_tokenizers.get_gguf_tokenizer(str(gguf))
     if header.values["tokenizer.ggml.model"] == BYTE_LEVEL:
         parts["pre_tokenizer_type"] = _pre(header)
     backend, _ = transformers_tokenizers.convert_gguf_tokenizer(architecture, parts)
     return PreTrainedTokenizerFast(
         tokenizer_object=_completed(backend, gguf, header),
-        **{name: said[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
+        **{name: special[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
         add_bos_token=_adds(header, "bos"),
         add_eos_token=_adds(header, "eos"),
         chat_template=_templates(header.values),
@@ -136,28 +142,28 @@ def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
 
 
 def _adds(header: Header, name: str) -> bool:
-    """Whether a text gets the token of its begin or end."""
+    """Returns whether the token `name`, "bos" or "eos", is added to each text."""
     if header.values.get(f"tokenizer.ggml.{name}_token_id") is None:
         return False
-    is_usual = header.values["tokenizer.ggml.model"] == SENTENCEPIECE or _pre(header) in WHOLE_WORDS
-    return bool(header.values.get(f"tokenizer.ggml.add_{name}_token", is_usual and name == "bos"))
+    has_begin = header.values["tokenizer.ggml.model"] == SENTENCEPIECE or _pre(header) in WHOLE_WORDS
+    return bool(header.values.get(f"tokenizer.ggml.add_{name}_token", has_begin and name == "bos"))
 
 
 def _templates(values: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """One, or several by name."""
+    """Returns the chat template, or a dictionary if the file has several by name."""
     named = {key.removeprefix(f"{TEMPLATE}."): text for key, text in values.items() if key.startswith(f"{TEMPLATE}.")}
     default = values.get(TEMPLATE)
     return ({"default": default} if default else {}) | named if named else default
 
 
 def _completed(backend: Any, gguf: Path, header: Header) -> Any:
-    """The tokenizer with what transformers does not read."""
+    """Returns the tokenizer with what transformers does not read from the file."""
     from tokenizers import AddedToken, Tokenizer
 
-    state = {**json.loads(backend.to_str()), "post_processor": None}  # which is made anew
+    state = {**json.loads(backend.to_str()), "post_processor": None}  # PreTrainedTokenizerFast makes its own
     size = header.values["tokenizer.ggml.tokens"]
     assert isinstance(size, Array)
-    # transformers' classes have tokens of their own, such as `<|endoftext|>`, for which the model has no embedding
+    # transformers' classes add tokens such as `<|endoftext|>`, for which the model may have no embedding
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size.length]
     added: dict[str, bool] = {}
     if header.values["tokenizer.ggml.model"] == BYTE_LEVEL:
@@ -186,20 +192,21 @@ def _split(pre: str) -> dict[str, Any] | None:
 
 
 def _restore(state: dict[str, Any], gguf: Path) -> dict[str, bool]:
-    """Gives control tokens that transformers has spelled in bytes, such as DeepSeek's `<｜User｜>`, their text again;
-    returns them, and whether they are special."""
+    """Restores control tokens that transformers spells in bytes, such as DeepSeek's `<｜User｜>`.
+
+    Returns each restored token, and whether it is special."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     keys = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
     values = gguf_header.read(gguf, frozenset(keys)).values
     tokens, kinds = (value.items if isinstance(value := values[key], Array) else () for key in keys)
-    known = {token["content"] for token in state["added_tokens"]}
+    added = {token["content"] for token in state["added_tokens"]}
     spelling = bytes_to_unicode()
     vocabulary = state["model"]["vocab"]
     restored: dict[str, bool] = {}
     for index, (value, kind) in enumerate(zip(tokens, kinds, strict=True)):
         token = str(value)
-        if kind not in (CONTROL, USER_DEFINED) or token in known:
+        if kind not in (CONTROL, USER_DEFINED) or token in added:
             continue
         spelled = "".join(spelling[byte] for byte in token.encode())
         if vocabulary.get(spelled) == index:
@@ -210,7 +217,7 @@ def _restore(state: dict[str, Any], gguf: Path) -> dict[str, bool]:
 
 
 def _without_prefix(state: dict[str, Any]) -> None:
-    """No space before a text's first word, nor one less in what is decoded."""
+    """Removes the steps that add a space before a text's first word, and that take it away again in decoded text."""
     if (state["pre_tokenizer"] or {}).get("type") == "Metaspace":
         state["pre_tokenizer"]["prepend_scheme"] = "never"
     for name, part, kind in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):

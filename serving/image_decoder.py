@@ -1,4 +1,4 @@
-"""Images: a file's bytes in, pixels that any model can take out. It knows neither HTTP nor models.
+"""Decodes images: a file's bytes in, RGB pixels out. It knows neither HTTP nor models.
 
 Sizes are read from the header before anything is decoded; formats are those of the OpenAI API and no others, since
 Pillow knows some that run programs.
@@ -12,17 +12,17 @@ from PIL import Image, ImageOps
 from errors import InvalidRequest
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-MAX_BYTES = 20 * 2**20  # of a file
+MAX_BYTES = 20 * 2**20  # of one file
 MAX_PIXELS = 50_000_000
-MAX_SIDE = 20_000
-MAX_SCANS = 100  # of a progressive JPEG, each of which costs as much as an image: the customary ones have ten
-ENOUGH = (4096, 4096)  # a JPEG is decoded no larger than it has to be for these
+MAX_SIDE = 20_000  # pixels
+MAX_SCANS = 100  # of a progressive JPEG: each costs as much time as a whole image, and ten are usual
+DRAFT_SIZE = (4096, 4096)  # pixels; a larger JPEG is decoded at a half, a quarter or an eighth of its size
 
 
 def decode(data: bytes, param: str) -> Image.Image:
-    """The first frame, upright, opaque and in RGB; tens of milliseconds for a photograph.
+    """Returns the first frame, upright, opaque and in RGB; takes tens of milliseconds for a photograph.
 
-    Raises InvalidRequest with a text that tells nothing of the process.
+    Raises InvalidRequest, which names `param` and reveals nothing of the process.
     """
     if len(data) > MAX_BYTES:
         raise too_large(param)
@@ -36,25 +36,26 @@ def decode(data: bytes, param: str) -> Image.Image:
                 raise _invalid(
                     f"The image has more than {MAX_PIXELS} pixels, or a side of more than {MAX_SIDE} pixels.", param
                 )
-            image.draft("RGB", ENOUGH)
+            image.draft("RGB", DRAFT_SIZE)
             image.load()
             return _opaque(_upright(image))
     except InvalidRequest:
         raise
-    except Exception as error:  # decoders raise whatever they meet
+    except Exception as error:  # Pillow's decoders raise errors of any type
         raise _invalid("The image could not be decoded: send PNG, JPEG, WebP or GIF.", param) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """Applies the camera's orientation."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # what the camera noted is broken, the image is not
+    except Exception:  # the Exif data is broken, the image is not
         return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """On white, as a page shows it."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+    """Returns the image in RGB, transparent parts on white as a web page shows them."""
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion cuts values off at 255
         return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""ImageFetcher: what an image's URL stands for, its bytes. It reaches the public internet and nothing else.
+"""ImageFetcher: an image's URL in, its bytes out. It reaches the public internet and nothing else.
 
 Every hop of a redirect is checked, the name is resolved once, and the connection goes to the address that was checked
 (https://owasp.org/www-community/attacks/Server_Side_Request_Forgery).
@@ -20,35 +20,36 @@ import httpx2
 from errors import InvalidRequest
 from serving.image_decoder import MAX_BYTES, too_large
 
-TIMEOUT = 10.0  # seconds for all of it
+TIMEOUT = 10.0  # seconds for one image, with redirects
 MAX_REDIRECTS = 5
 REDIRECTS = {301, 302, 303, 307, 308}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the IPv4 address is in its last 32 bits
-NEVER = tuple(
+NEVER_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
         (
-            "64:ff9b:1::/48",  # a network's own NAT64: it alone knows where the address is
+            "64:ff9b:1::/48",  # local-use NAT64: only that network knows which IPv4 address is meant
             "2001::/32",  # Teredo
-            "168.63.129.16/32",  # of the machine's host, in Azure
+            "168.63.129.16/32",  # Azure's host, reachable from its virtual machines
         ),
     )
 )
-MAX_ESCAPED = 2**20  # characters of a data: URL with %, which take a hundred times their length to read
-Resolve = Callable[[str, int], Awaitable[list[str]]]
+MAX_ESCAPED = 2**20  # characters of a data: URL with % escapes, which need a hundred times their length in memory
+Resolve = Callable[[str, int], Awaitable[list[str]]]  # host, port -> addresses
 
-
-_resolvers = ThreadPoolExecutor(8, "resolver")  # of their own, since nobody can end a name server's silence
+_resolvers = ThreadPoolExecutor(8, "resolver")  # separate threads, because a DNS lookup cannot be cancelled
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a name; raises OSError."""
-    ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    found = await asyncio.get_running_loop().run_in_executor(_resolvers, ask)
-    return [str(address[4][0]) for address in found]
+    """Returns the addresses of a host name; raises OSError."""
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    entries = await asyncio.get_running_loop().run_in_executor(_resolvers, look_up)
+    return [str(entry[4][0]) for entry in entries]
 
 
 class ImageFetcher:
+    """Fetches images by data:, http: and https: URLs, within bounds of size and time."""
+
     def __init__(
         self,
         allows_private: bool = False,
@@ -56,20 +57,21 @@ class ImageFetcher:
         resolve: Resolve = resolve,
         timeout: float = TIMEOUT,
     ) -> None:
-        """hosts: if given, images come from these alone."""
+        """allows_private: whether private addresses are allowed; hosts: the only ones allowed, None for all;
+        timeout: in seconds."""
         self._allows_private, self._resolve, self._timeout = allows_private, resolve, timeout
         self._hosts = None if hosts is None else {host.casefold() for host in hosts}
         self._tls = ssl.create_default_context()
 
     async def fetch(self, url: str, param: str) -> bytes:
-        """Raises InvalidRequest, whose text does not tell what a network looks like inside."""
+        """Returns the image's bytes. Raises InvalidRequest, whose text reveals nothing of the internal network."""
         scheme = url.partition(":")[0].casefold()
         if scheme == "data":
             return await asyncio.to_thread(_decode_data_url, url, param)
         if scheme not in ("http", "https"):
             raise _refused("The image's URL must be a data:, http: or https: URL.", param)
         try:
-            # A client for each image: neither cookies nor connections of one host are another's at the same address
+            # A client for each image: hosts at the same address share neither cookies nor connections
             client = httpx2.AsyncClient(trust_env=False, verify=self._tls, timeout=self._timeout)
             async with asyncio.timeout(self._timeout), client:
                 return await self._follow(client, url, param)
@@ -81,14 +83,14 @@ class ImageFetcher:
     async def _follow(self, client: httpx2.AsyncClient, url: str, param: str) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             client.cookies.clear()
-            answer = await self._get(client, url, param)
-            if isinstance(answer, bytes):
-                return answer
-            url = answer
+            body_or_url = await self._get(client, url, param)
+            if isinstance(body_or_url, bytes):
+                return body_or_url
+            url = body_or_url
         raise _failed(f"The image's URL redirects more than {MAX_REDIRECTS} times.", param)
 
     async def _get(self, client: httpx2.AsyncClient, url: str, param: str) -> bytes | str:
-        """The body, or where it is said to be."""
+        """Returns the body, or the URL of a redirect."""
         parsed = httpx2.URL(url)
         address = await self._check(parsed, url, param)
         pinned = parsed.copy_with(host=address)
@@ -105,7 +107,7 @@ class ImageFetcher:
             await response.aclose()
 
     async def _check(self, parsed: httpx2.URL, url: str, param: str) -> str:
-        """The address to connect to."""
+        """Returns the address to connect to; raises InvalidRequest for a URL that is not allowed."""
         is_odd = any(ord(character) <= 32 or character == "\\" for character in url) or parsed.userinfo
         port = parsed.port or (443 if parsed.scheme == "https" else 80)
         if parsed.scheme not in ("http", "https") or not parsed.host or port > 65535 or is_odd:
@@ -120,9 +122,9 @@ class ImageFetcher:
 
 
 def is_public(text: str) -> bool:
-    """Also where an IPv6 address stands for an IPv4 one."""
+    """Returns whether an address is public, and so is an IPv4 address that it embeds."""
     address = ipaddress.ip_address(text)
-    if any(address in network for network in NEVER):
+    if any(address in network for network in NEVER_PUBLIC):
         return False
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
@@ -151,7 +153,7 @@ async def _body(response: httpx2.Response, param: str) -> bytes:
 
 
 def _decode_data_url(url: str, param: str) -> bytes:
-    """https://www.rfc-editor.org/rfc/rfc2397; white space and URL-safe base64 are taken too."""
+    """Decodes a URL of https://www.rfc-editor.org/rfc/rfc2397; white space and URL-safe base64 are accepted too."""
     head, comma, data = url.partition(",")
     if not comma:
         raise _refused("A data: URL must have a comma before its data.", param)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from process import MAIN, Server, serve
 
-if TYPE_CHECKING:  # what imports torch takes seconds, and the process that hands tests to the workers needs none of it
+if TYPE_CHECKING:  # importing torch takes seconds, which the process that hands tests to workers need not spend
     from hostile import Target
     from openai import OpenAI
 
@@ -24,7 +24,7 @@ with suppress(ImportError):  # the tests for GPUs also run in a Python without h
 
     profiles.register()
 
-CLOCKS = (  # files whose tests are about seconds, or the size of memory
+CLOCKS = (  # prefixes of files whose tests measure time or memory: they run in one worker
     *("test_hostile", "test_raw_sockets", "test_deadline", "test_memory", "test_gateway", "test_wire"),
     *("test_embeddings", "test_fuzz"),
 )
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if thinned := item.get_closest_marker("thinned"):
             function = (item.path, item.parent, getattr(item, "originalname", item.name))
             number, every = num_cases[function], thinned.args[0]
-            if (number + number // every) % every:  # another place in each turn, so that no parameter is left out
+            if (number + number // every) % every:  # shifts in each round, so that no parameter is always left out
                 item.add_marker("slow")
             num_cases[function] += 1
 
@@ -86,7 +86,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that MODEL_PATH takes, its random model a matter of milliseconds."""
+    """A directory for MODEL_PATH; its random model answers in milliseconds."""
     from models import save_tiny_checkpoint
 
     return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "Tiny-Qwen3")
@@ -94,7 +94,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny_checkpoint: Path) -> Iterator[Server]:
-    """One server with the tiny model, for all tests that leave it as they found it."""
+    """A server with the tiny model, for all tests that leave it unchanged."""
     with serve(
         MAIN, MODEL_PATH=str(tiny_checkpoint), MAX_NUM_SEQS="16", MAX_MODEL_LEN="480", DTYPE="float32"
     ) as server:
@@ -104,7 +104,7 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def thinking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same with a model that may think, and has a token for the mark of a call."""
+    """A server whose model can reason, and has tokens that mark calls."""
     from models import save_tiny_checkpoint
 
     directory = save_tiny_checkpoint(tmp_path_factory.mktemp("thinking") / "Tiny-Qwen3", has_marks=True)
@@ -130,16 +130,16 @@ def seeing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def seeing_server(seeing_checkpoint: Path) -> Iterator[Server]:
-    """With a tiny Gemma 3 that takes images, also from this machine."""
-    own = {"MODEL_PATH": str(seeing_checkpoint), "ALLOW_PRIVATE_IMAGE_URLS": "true", "MAX_IMAGES": "6"}
-    with serve(MAIN, **own, DTYPE="float32") as server:
+    """A server with a tiny Gemma 3 that takes images, also from addresses of this machine."""
+    settings = {"MODEL_PATH": str(seeing_checkpoint), "ALLOW_PRIVATE_IMAGE_URLS": "true", "MAX_IMAGES": "6"}
+    with serve(MAIN, **settings, DTYPE="float32") as server:
         server.wait_until_healthy()
         yield server
 
 
 @pytest.fixture(scope="session")
 def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> "Iterator[dict[bool, Target]]":
-    """What hostile requests are sent to, by whether it sees images."""
+    """The servers that get hostile requests, by whether they take images."""
     import hostile
 
     with hostile.started(tiny_checkpoint, seeing_checkpoint) as targets:
@@ -148,7 +148,7 @@ def targets(tiny_checkpoint: Path, seeing_checkpoint: Path) -> "Iterator[dict[bo
 
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Server]:
-    """As `make serve` starts it, the default demo model, but for the context and one thread."""
+    """The default demo model, as `make serve` starts it but with a shorter context and one thread."""
     with serve(MAIN, MAX_MODEL_LEN="2048") as server:
         server.wait_until_healthy()
         yield server

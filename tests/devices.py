@@ -1,4 +1,4 @@
-"""Where kernels for GPUs are tested: on one, or else in Triton's interpreter."""
+"""The device on which GPU kernels are tested: a GPU, or else the CPU with Triton's interpreter."""
 
 import os
 

@@ -26,14 +26,14 @@ IMPORTED = [
     "engine.engine",
     "serving.loading",
 ]
-READ_AT_IMPORT = ("HF_", "HOME", "LD_", "MALLOC_", "PYTHON", "TRANSFORMERS_", "XDG_")  # how the variables' names begin
+READ_AT_IMPORT = ("HF_", "HOME", "LD_", "MALLOC_", "PYTHON", "TRANSFORMERS_", "XDG_")  # prefixes of variables
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(IMPORTED)
-START = dict(os.environ)  # the fork server is started with the same
+START = dict(os.environ)  # the fork server's environment
 
 
 def can_run(command: list[str], environment: Mapping[str, str]) -> bool:
-    """Says whether a fork does what a new process would: the same Python, and the same variables for its imports."""
+    """Returns whether a fork does what a new process would: same Python, and same variables that imports read."""
     return command[0] == sys.executable and command[1] != "-c" and _early(environment) == _early(START)
 
 
@@ -77,8 +77,8 @@ class ForkedProcess:
 
 
 def _run(words: list[str], environment: dict[str, str], log: Connection) -> None:
-    """Becomes `python WORDS...`, with the standard output and error in `log`."""
-    multiprocessing.set_start_method(None, force=True)  # what a new process would take for its own children
+    """Turns this fork into `python WORDS...`, with standard output and error in `log`."""
+    multiprocessing.set_start_method(None, force=True)  # the default, as in a new process
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(log.fileno(), 1)
@@ -86,9 +86,9 @@ def _run(words: list[str], environment: dict[str, str], log: Connection) -> None
     if "OMP_NUM_THREADS" in environment:
         import torch
 
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it was read when torch was imported
-    own = str(ROOT / "tests")
-    sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT), own))]
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the fork server's torch has read its own variable
+    tests = str(ROOT / "tests")
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT), tests))]
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

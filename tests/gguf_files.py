@@ -34,8 +34,10 @@ def write(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     parts: int = 0,
 ) -> None:
-    """values: by the whole key, or by its end where the architecture's name is the rest; kind: of the matrices whose
-    columns fill its blocks; parts: the file is split into parts of so many tensors."""
+    """Writes a GGUF file.
+
+    values: by the whole key, or by its end without the architecture's name; kind: the type of matrices whose rows are
+    whole blocks of it; parts: the number of tensors in each part of a split file, 0 for one file."""
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=parts)
     for key, value in {**values, **tokenizer}.items():
         if value is None:
@@ -66,7 +68,7 @@ def write_value(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
 
 
 def rounded(model: PreTrainedModel) -> PreTrainedModel:
-    """With weights that bfloat16 has, so that a conversion changes none."""
+    """Rounds the weights to bfloat16, so that a conversion changes none."""
     with torch.no_grad():
         for value in (*model.parameters(), *(b for name, b in model.named_buffers() if "bias" in name)):
             value.copy_(value.bfloat16())
@@ -74,11 +76,11 @@ def rounded(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tensors_of(model: PreTrainedModel, architecture: str) -> dict[str, Numbers]:
-    """The model's weights by llama.cpp's names, with its changes of them undone by whoever reads the file."""
+    """Returns the model's weights under llama.cpp's names and in its form, which readers of the file undo."""
     config = model.config
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    found: dict[str, Numbers] = {}
+    tensors: dict[str, Numbers] = {}
     for name, value in model.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
@@ -88,21 +90,22 @@ def tensors_of(model: PreTrainedModel, architecture: str) -> dict[str, Numbers]:
         if base.endswith("experts.gate_up_proj"):
             layer = base.split(".")[2]
             gate, up = value.float().chunk(2, dim=1)
-            found |= {f"blk.{layer}.ffn_gate_exps.weight": gate.numpy(), f"blk.{layer}.ffn_up_exps.weight": up.numpy()}
+            tensors |= {
+                f"blk.{layer}.ffn_gate_exps.weight": gate.numpy(),
+                f"blk.{layer}.ffn_up_exps.weight": up.numpy(),
+            }
             continue
         if base.endswith("e_score_correction_bias"):
-            found[f"blk.{base.split('.')[2]}.exp_probs_b.bias"] = value.float().numpy()
+            tensors[f"blk.{base.split('.')[2]}.exp_probs_b.bias"] = value.float().numpy()
             continue
-        known = names.get_name(base)
-        assert known is not None, name
-        found[f"{known}.{suffix}"] = (
-            changed(value.float(), f"{known}.{suffix}", architecture, config).contiguous().numpy()
-        )
-    return found
+        renamed = f"{names.get_name(base)}.{suffix}"
+        assert names.get_name(base) is not None, name
+        tensors[renamed] = changed(value.float(), renamed, architecture, config).contiguous().numpy()
+    return tensors
 
 
 def changed(value: torch.Tensor, name: str, architecture: str, config: Any) -> torch.Tensor:
-    """What llama.cpp's converter does to a tensor."""
+    """Changes a tensor as llama.cpp's converter does."""
     if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         return value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -113,3 +116,42 @@ def changed(value: torch.Tensor, name: str, architecture: str, config: Any) -> t
     if name.endswith("ffn_gate_inp_shexp.weight"):
         return value.flatten()
     return value
+
+
+def write_tiny_gguf(path: Path) -> dict[str, object]:
+    """Writes a Qwen 2 of two layers with a token per byte; returns its weights by GGUF name."""
+    tokens = [*sorted(ByteLevel.alphabet()), "ab", "cd", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    hidden, heads, inner, layers = 32, 4, 64, 2
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * 258 + [gguf.TokenType.CONTROL] * 3)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(258)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(tokens), hidden), "output_norm.weight": (hidden,)}
+    for layer in range(layers):
+        shapes |= {f"blk.{layer}.{name}_norm.weight": (hidden,) for name in ("attn", "ffn")}
+        shapes |= {f"blk.{layer}.attn_{name}.weight": (hidden, hidden) for name in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{layer}.attn_{name}.bias": (hidden,) for name in ("q", "k", "v")}
+        shapes |= {f"blk.{layer}.ffn_{name}.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes |= {f"blk.{layer}.ffn_down.weight": (hidden, inner)}
+    random = numpy.random.default_rng(0)
+    weights = {name: random.standard_normal(shape).astype(numpy.float32) for name, shape in shapes.items()}
+    for name, weight in weights.items():
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dict(weights)

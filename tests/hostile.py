@@ -1,6 +1,6 @@
-"""Hostile requests to the real process: each gets the answer that it must, and nothing of it remains.
+"""Hostile requests to the real process: each gets the answer that its row demands, and leaves nothing behind.
 
-The chapters are tests/test_hostile_*.py; the rows are those of rows.md; a case's name begins with its row.
+The chapters are tests/test_hostile_*.py, the rows those of rows.md. A case's name begins with its row.
 After every row the server answers as it did before.
 """
 
@@ -27,15 +27,15 @@ MODEL, SEEING = "Tiny-Qwen3", "Tiny-Gemma3"
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 EMBED, RERANK, TOKENS, TEXTS = "/v1/embeddings", "/v1/rerank", "/tokenize", "/detokenize"
 REFUSED = frozenset({400})
-ANY_OR_REFUSED = frozenset({200, 400})  # a row that says: 200 or 400
-LISTENER = "http://listener.invalid"  # stands for a server on this machine, which must not be asked
-GROWTH = 150 * 2**20  # bytes that one kind of request may leave behind
-KEPT = 256 * 2**20  # and all of them together: the heaps of many threads stay a little larger than what is in them
-AGAIN = 32 * 2**20  # and all the heavy ones once more: what is kept is kept once
+ANY_OR_REFUSED = frozenset({200, 400})
+LISTENER = "http://listener.invalid"  # replaced by the URL of a server on this machine that must get no request
+GROWTH = 150 * 2**20  # bytes of memory that one kind of request may leave behind
+KEPT = 256 * 2**20  # bytes that all together may leave behind: the heaps of many threads stay larger than needed
+AGAIN = 32 * 2**20  # bytes that all heavy requests may leave behind when they are repeated
 SETTINGS = {"DTYPE": "float32", "MAX_MODEL_LEN": "480", "MAX_NUM_SEQS": "16"}
-PATIENCE = 5.0  # seconds by the clock that other processes may take
+PATIENCE = 5.0  # seconds of wall time that other processes may take
 ANYTHING = "*"
-OPTIONS = ("code", "seconds", "path", "is_same", "sees")  # of a case, the rest are fields of its body
+OPTIONS = ("code", "seconds", "path", "is_same", "sees")  # fields of a Case; other names are fields of its body
 ADDRESSES = (
     "OPENAI_BASE_URL",
     "GEMINI_BASE_URL",
@@ -48,19 +48,21 @@ ADDRESSES = (
 
 @dataclass(frozen=True)
 class Case:
+    """A request, and the answers that are right."""
+
     row: int
     name: str
     body: bytes = field(default=b"", repr=False)
     statuses: frozenset[int] = REFUSED
-    param: str | None = ANYTHING  # the field, or what it is in; ANYTHING: the row does not say
+    param: str | None = ANYTHING  # the error's param, or a prefix of it; ANYTHING: not checked
     code: str | None = ANYTHING
     path: str = CHAT
     method: str = "POST"
     headers: Headers = field(default=JSON, repr=False)
     seconds: float = 1.0  # of the server's processor time
-    is_same: bool = False  # an answer is the one to BASE
-    sees: bool = False  # it is for the model that sees
-    is_slow: bool = False  # it takes a second, as another one that says much the same: `make test-all` asks it
+    is_same: bool = False  # the answer must be the one to BASE
+    sees: bool = False  # for the model that takes images
+    is_slow: bool = False  # takes a second, and is much like another case: only `make test-all` sends it
 
     def __str__(self) -> str:
         return f"row{self.row:02}-{self.name}"
@@ -71,7 +73,7 @@ def as_bytes(value: Any) -> bytes:
 
 
 def raw(text: str) -> bytes:
-    """JSON that Python would not write, with the greedy question around it."""
+    """Puts text that `json.dumps` would not write into the body of the greedy request."""
     return as_bytes(BASE)[:-1] + b", " + text.encode("utf-8", "surrogatepass") + b"}"
 
 
@@ -146,6 +148,8 @@ def schema_of(schema: Any) -> dict[str, Any]:
 
 @dataclass
 class Target:
+    """A server that gets hostile requests."""
+
     server: Server
     listener: Upstream
     answer: Any = None
@@ -154,14 +158,14 @@ class Target:
     used_at: float = 0.0
 
     def ask(self, case: Case) -> Reply:
-        """Asks over one connection, as long as it lasts; the reply's seconds are the server's processor time.
+        """Sends over one connection, as long as it lasts; the reply's seconds are the server's processor time.
 
-        They are more where it does nothing for long: then they are those by the clock, less what a busy machine takes.
+        If the server waits for long, they are the wall time instead, less what a busy machine may take.
         """
         port = self.listener.url.rpartition(":")[2]
         body = case.body.replace(b"{port}", port.encode()).replace(LISTENER.encode(), self.listener.url.encode())
         now, spent = time.monotonic(), processor_seconds(self.server)
-        if self.connection is None or now - self.used_at > 30:  # an old one may be closed meanwhile
+        if self.connection is None or now - self.used_at > 30:  # the server may have closed an old one
             self.close()
             self.connection = Connection(self.server.url, timeout=20 + case.seconds)
         self.used_at = now
@@ -183,9 +187,9 @@ class Target:
 
 @contextmanager
 def started(blind: Path, seeing: Path) -> Iterator[dict[bool, Target]]:
-    """Targets, by whether they see images. Everything that they could ask leads to a listener on this machine.
+    """Yields targets, by whether they take images. All providers' addresses lead to a listener on this machine.
 
-    In the end nothing runs, nothing waits, memory is where it was, and nothing in the log looks like a bug.
+    At the end nothing runs or waits, memory is as before, and the log has no traceback.
     """
     with ExitStack() as stack:
         listener = stack.enter_context(upstream(_found_out))
@@ -221,22 +225,22 @@ def _message(reply: Reply) -> Any:
 
 
 def alive(row: int, is_seeing: bool) -> Case:
-    """What a row ends with: the answer is the one from before."""
+    """Returns the case that ends a row: the answer must be the one from before."""
     model = SEEING if is_seeing else MODEL
     return chat(row, "alive", {200}, model=model, sees=is_seeing, is_same=True, seconds=5)
 
 
 def cases(*rows: list[Case]) -> list[pytest.ParameterSet]:
-    """The cases of each row, and after them that the server is alive."""
+    """Returns the cases of each row, and after each row one that shows that the server is alive."""
     asked = [case for row in rows for case in (*row, alive(row[0].row, any(case.sees for case in row)))]
     return [pytest.param(case, id=str(case), marks=[pytest.mark.slow] * case.is_slow) for case in asked]
 
 
 def check(targets: dict[bool, Target], case: Case) -> None:
-    """A hostile request gets the answer that it must."""
+    """Sends a case, and fails unless the answer is right."""
     target = targets[case.sees]
     reply = target.ask(case)
-    for _ in range(2):  # what an earlier request left to do may have been done meanwhile: the least counts
+    for _ in range(2):  # the server may have finished work of an earlier request: the least time counts
         if case.seconds < reply.seconds < 5:
             reply = min(reply, target.ask(case), key=lambda reply: reply.seconds)
     assert reply.status in case.statuses, (reply, reply.body[:500])

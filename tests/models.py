@@ -1,4 +1,4 @@
-"""Tiny random models of the families, the same ones for every test."""
+"""Tiny random models of each family, with the same weights in every test."""
 
 import copy
 from pathlib import Path
@@ -58,11 +58,11 @@ FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig(**_COMMON, num_hidden_layers=3)),
 }
 
-SEEDS = {"gemma3": 53, "qwen3": 0, "qwen2": 0, "llama": 0}  # whose two best tokens are never nearly tied in the tests
+SEEDS = {"gemma3": 53, "qwen3": 0, "qwen2": 0, "llama": 0}  # with these, the two best tokens are never nearly tied
 
 
 def tiny_model(family: str, implementation: str = paged.NAME, **changes: object) -> PreTrainedModel:
-    """The same weights for every `implementation` of attention; float32."""
+    """Returns a float32 model with the same weights for every `implementation` of attention."""
     model_class, config = FAMILIES[family]
     config = copy.deepcopy(config)
     for name, value in changes.items():
@@ -86,8 +86,9 @@ MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
 
 def byte_tokenizer(has_marks: bool = False) -> PreTrainedTokenizerFast:
-    """A token per byte, so that random tokens are often no whole characters, and the ChatML tokens; has_marks: with
-    those of Qwen 3 for reasoning and calls, and a template that knows of the reasoning."""
+    """Returns a tokenizer with a token per byte, so that random tokens are often parts of characters, and ChatML's.
+
+    has_marks: with Qwen 3's tokens for reasoning and calls, and a template that can turn reasoning off."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,7 +103,7 @@ def byte_tokenizer(has_marks: bool = False) -> PreTrainedTokenizerFast:
 
 
 def save_tiny_checkpoint(directory: Path, has_marks: bool = False) -> Path:
-    """A Qwen 3 with a token per byte, as `MODEL_PATH` takes it."""
+    """Saves a Qwen 3 with a token per byte; returns the directory, for `MODEL_PATH`."""
     tokenizer = byte_tokenizer(has_marks)
     _, config = FAMILIES["qwen3"]
     own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
@@ -114,12 +115,13 @@ def save_tiny_checkpoint(directory: Path, has_marks: bool = False) -> Path:
     return directory
 
 
-CODE = 128  # of a position: random signs, of which no two are alike
+CODE = 128  # numbers that encode a position: random signs, different for each
 
 
 def save_repeating_checkpoint(directory: Path, tokenizer: PreTrainedTokenizerFast, lag: int) -> Path:
-    """A GPT-2 whose next token is always the one that stands `lag` tokens before it, so that a question decides the
-    answer to the letter: one layer that looks back by its position, and says what it sees there."""
+    """Saves a GPT-2 whose next token is always the one `lag` tokens before it, so that a prompt determines the answer.
+
+    Its one layer attends to the position `lag` - 1 tokens back, and predicts the token that it sees there."""
     vocab, length = len(tokenizer), 4096
     config = GPT2Config(
         vocab_size=vocab,
@@ -150,7 +152,7 @@ def save_repeating_checkpoint(directory: Path, tokenizer: PreTrainedTokenizerFas
     return directory
 
 
-# --- a model that sees
+# --- a model that takes images
 
 TOKENS, SIDE = 16, 112  # of an image: tokens, pixels
 GEMMA_SPECIAL = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
@@ -172,7 +174,7 @@ GEMMA_CHAT = (
 def tiny_gemma_that_sees(
     image_token: int, implementation: str = paged.NAME, vocab_size: int = VOCAB, eos_token_id: int | None = None
 ) -> Gemma3ForConditionalGeneration:
-    """With a vision tower of two layers and random weights; image_token: the placeholder's id."""
+    """Returns a Gemma 3 with a vision tower of two layers and random weights; image_token: the placeholder's id."""
     text = Gemma3TextConfig(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -216,7 +218,7 @@ def tiny_gemma_that_sees(
 
 
 def gemma_processor() -> Gemma3Processor:
-    """The genuine processor with a tokenizer of bytes."""
+    """Returns transformers' own processor with a tokenizer of bytes."""
     plain = byte_tokenizer()
     plain.backend_tokenizer.add_special_tokens(GEMMA_SPECIAL)
     tokenizer = PreTrainedTokenizerFast(

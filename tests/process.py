@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,8 @@ MAIN = [sys.executable, "main.py", "--port", "0"]
 
 @dataclass
 class Server:
+    """A server's process, its log so far, and its address once it listens."""
+
     process: subprocess.Popen[str] | ForkedProcess
     lines: list[str] = field(default_factory=list)
     url: str = ""
@@ -47,7 +49,7 @@ class Server:
         deadline = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, "the server ended:\n" + "".join(self.lines)
-            assert time.monotonic() < deadline, "the server does not get there:\n" + "".join(self.lines)
+            assert time.monotonic() < deadline, "the server is not ready in time:\n" + "".join(self.lines)
             time.sleep(0.05)
 
     def read_log(self) -> None:
@@ -58,8 +60,23 @@ class Server:
                 self.url = found[1].replace("0.0.0.0", "127.0.0.1")
 
 
+def wait_for(condition: Callable[[], object], within: float) -> bool:
+    """Returns whether `condition` holds within so many seconds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def until(condition: Callable[[], object], within: float = 30) -> None:
+    """Waits until `condition` holds; the test fails if that takes more seconds than `within`."""
+    assert wait_for(condition, within), f"not within {within:g} s"
+
+
 def start(command: list[str], environment: dict[str, str], *, is_cold: bool) -> subprocess.Popen[str] | ForkedProcess:
-    """Starts `command` in the project's folder: as a fork where that comes to the same, else as a user starts it."""
+    """Starts `command` in the project's folder: as a fork if that makes no difference, else as a new process."""
     if not is_cold and can_run(command, environment):
         return ForkedProcess(command, environment)
     pipe, merged = subprocess.PIPE, subprocess.STDOUT
@@ -68,14 +85,14 @@ def start(command: list[str], environment: dict[str, str], *, is_cold: bool) -> 
 
 @contextmanager
 def serve(command: list[str], *, is_cold: bool = False, **environment: str) -> Iterator[Server]:
-    """Starts the server and stops it as a user does; it listens, perhaps its model still loads."""
+    """Starts the server and stops it as a user does. It listens when the block begins; its model may still load."""
     with started(command, is_cold=is_cold, **environment) as server:
         server.wait_until_listening()
         yield server
 
 
 def run_to_end(command: list[str], *, is_cold: bool = False, **environment: str) -> tuple[int, str]:
-    """The exit status and the output of a server that is expected to end by itself."""
+    """Returns the exit status and the output of a server that ends by itself within a minute."""
     with started(command, is_cold=is_cold, **environment) as server:
         status = server.process.wait(60)
     return status, "".join(server.lines)
@@ -83,8 +100,9 @@ def run_to_end(command: list[str], *, is_cold: bool = False, **environment: str)
 
 @contextmanager
 def started(command: list[str], *, is_cold: bool, **environment: str) -> Iterator[Server]:
-    own = {"HOST", "PORT", "MODEL_PATH", "MODEL_DIR", "NANOVLLM_MODEL_PATH"}
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    """Starts a server, which may not listen yet, and stops it; is_cold: as a new process in any case."""
+    replaced = {"HOST", "PORT", "MODEL_PATH", "MODEL_DIR", "NANOVLLM_MODEL_PATH"}
+    inherited = {name: value for name, value in os.environ.items() if name not in replaced}
     process = start(command, {**inherited, "OMP_NUM_THREADS": "1", **environment}, is_cold=is_cold)
     server = Server(process)
     reader = threading.Thread(target=server.read_log, daemon=True)
@@ -97,7 +115,7 @@ def started(command: list[str], *, is_cold: bool, **environment: str) -> Iterato
         try:
             process.wait(60)
         finally:
-            process.kill()  # nothing, unless it goes on
+            process.kill()  # does nothing if the process has ended
             reader.join()
             assert process.stdout is not None
             process.stdout.close()

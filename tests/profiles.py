@@ -1,4 +1,4 @@
-"""How many examples of a property hypothesis tries: few in `make test`, all in `make test-all`."""
+"""The number of examples that hypothesis tries for a property: few in `make test`, all in `make test-all`."""
 
 from hypothesis import HealthCheck, settings
 
@@ -6,7 +6,7 @@ THOROUGH = 100  # examples of a property that asks for no other number
 
 
 def register() -> None:
-    """Makes the profiles known and takes the quick one; --hypothesis-profile is read later, and wins."""
+    """Registers the profiles and loads the quick one; --hypothesis-profile is read later, and wins."""
     for name, count in {"thorough": THOROUGH, "quick": 20}.items():
         settings.register_profile(
             name,
@@ -20,5 +20,5 @@ def register() -> None:
 
 
 def examples(count: int) -> settings:
-    """So many in the thorough profile, and in proportion fewer in the quick one."""
+    """Returns settings with `count` examples in the thorough profile, and proportionally fewer in the quick one."""
     return settings(max_examples=max(10, count * settings.default.max_examples // THOROUGH))

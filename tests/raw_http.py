@@ -1,11 +1,11 @@
-"""HTTP as bytes on a socket: requests that no library would send, and what must be true of every error."""
+"""HTTP as bytes on a socket: requests that no library would send, and checks that hold for every error."""
 
 import json
 import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ class Reply:
 
 
 class Connection:
-    """One socket; answers are read one after the other, whatever was sent."""
+    """One socket; replies are read one after the other, independently of what was sent."""
 
     def __init__(self, url: str, timeout: float = 30, receive_buffer: int | None = None) -> None:
         address = urlsplit(url)
@@ -78,7 +78,7 @@ class Connection:
         self.socket.sendall(data)
 
     def send_unless_closed(self, data: bytes | Iterable[bytes]) -> int:
-        """The number of bytes that the other side's machine took before it hung up."""
+        """Returns the number of bytes that the system took before the server closed the connection."""
         sent = 0
         try:
             for piece in [data] if isinstance(data, bytes) else data:
@@ -93,7 +93,7 @@ class Connection:
         return self.reply(method)
 
     def reply(self, method: str = "GET") -> Reply:
-        """Raises Closed."""
+        """Reads the next reply. Raises Closed if the connection ends before it is whole."""
         begin = time.monotonic()
         head = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         status = int(head[0].split(" ")[1])
@@ -111,7 +111,7 @@ class Connection:
         return Reply(status, headers, body, time.monotonic() - begin)
 
     def is_closed(self, within: float = 5) -> bool:
-        """Whether the other side ends it, saying nothing more."""
+        """Returns whether the server ends the connection within so many seconds, without another byte."""
         self.socket.settimeout(within)
         try:
             return self._buffer == b"" and self.socket.recv(1) == b""
@@ -121,15 +121,15 @@ class Connection:
             return False
 
     def rest(self) -> bytes:
-        """All that comes until the other side ends the connection."""
-        found = [self._buffer]
+        """Returns all bytes until the server ends the connection."""
+        pieces = [self._buffer]
         self._buffer = b""
         try:
             while data := self.socket.recv(65536):
-                found.append(data)
+                pieces.append(data)
         except ConnectionError:
             pass
-        return b"".join(found)
+        return b"".join(pieces)
 
     def read_some(self) -> bytes:
         data, self._buffer = self._buffer, b""
@@ -165,13 +165,13 @@ class Connection:
 def request(
     method: str, path: str | bytes, body: bytes = b"", headers: Headers = JSON, host: str | bytes = "127.0.0.1"
 ) -> bytes:
-    """With a Host and a Content-Length, unless `headers` have their own."""
-    given = {_bytes(name).lower() for name, _ in headers}
-    own: Headers = (("host", host),) if b"host" not in given else ()
-    if (body or method == "POST") and not given & {b"content-length", b"transfer-encoding"}:
-        own = (*own, ("content-length", str(len(body))))
+    """Returns a request with a Host and a Content-Length, unless `headers` has them."""
+    names = {_bytes(name).lower() for name, _ in headers}
+    added: Headers = (("host", host),) if b"host" not in names else ()
+    if (body or method == "POST") and not names & {b"content-length", b"transfer-encoding"}:
+        added = (*added, ("content-length", str(len(body))))
     lines = [b" ".join((method.encode(), _bytes(path), b"HTTP/1.1"))]
-    lines += [_bytes(name) + b": " + _bytes(value) for name, value in (*own, *headers)]
+    lines += [_bytes(name) + b": " + _bytes(value) for name, value in (*added, *headers)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
@@ -180,10 +180,10 @@ def _bytes(text: str | bytes) -> bytes:
 
 
 def strict_json(body: bytes) -> Any:
-    """Raises ValueError for what is JSON to Python alone: NaN, Infinity, half a character."""
+    """Parses JSON. Raises ValueError for what only Python accepts: NaN, Infinity, lone surrogates."""
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not valid JSON")
 
     value = json.loads(body.decode(), parse_constant=refuse)
     json.dumps(value, ensure_ascii=False).encode()
@@ -191,54 +191,47 @@ def strict_json(body: bytes) -> Any:
 
 
 def error_of(reply: Reply, asked: bytes = b"") -> dict[str, Any]:
-    """The error object, which has its shape and tells nothing of the process. asked: what may be said again."""
+    """Returns the error object; fails unless it has OpenAI's shape and reveals nothing of the process.
+
+    asked: the request, whose text the error may repeat."""
     assert (reply.header("content-type") or "").startswith("application/json"), (reply, reply.body[:200])
     assert reply.header("x-request-id"), reply
-    found = reply.json
-    assert found.keys() == {"error"}, found
-    error = found["error"]
+    body = reply.json
+    assert body.keys() == {"error"}, body
+    error = body["error"]
     assert error.keys() == {"message", "type", "param", "code"}, error
     assert isinstance(error["message"], str) and error["message"] and isinstance(error["type"], str), error
     assert all(error[name] is None or isinstance(error[name], str) for name in ("param", "code")), error
     for leak in (*LEAK.findall(reply.body), str(ROOT).encode()):
-        assert leak not in reply.body or leak in asked, f"the error tells {leak!r}: {reply.body[:500]!r}"
+        assert leak not in reply.body or leak in asked, f"the error reveals {leak!r}: {reply.body[:500]!r}"
     return dict(error)
 
 
 def memory(server: Server) -> int:
-    """Bytes that are resident."""
+    """Returns the resident memory, in bytes."""
     return int(psutil.Process(server.process.pid).memory_info().rss)
 
 
 def processor_seconds(server: Server) -> float:
-    """What all threads of the process have computed so far: it does not grow while other processes compute."""
+    """Returns the processor time of all the server's threads; other processes do not change it."""
     times = psutil.Process(server.process.pid).cpu_times()
     return float(times.user + times.system)
 
 
 def loop_seconds(server: Server) -> float:
-    """What the event loop's thread has computed so far: the main one."""
+    """Returns the processor time of the main thread, which runs the event loop."""
     threads = {thread.id: thread for thread in psutil.Process(server.process.pid).threads()}
     return float(threads[server.process.pid].user_time + threads[server.process.pid].system_time)
 
 
 @contextmanager
-def bounded_peak(server: Server, most: int) -> Iterator[None]:
-    """The process never has `most` bytes more than now while the block runs."""
+def bounded_peak(server: Server, limit: int) -> Iterator[None]:
+    """Fails if the server's memory grows by `limit` bytes or more at any time in the block."""
     status = Path(f"/proc/{server.process.pid}/status")
-    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # the peak begins anew
+    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # resets the peak
     before = memory(server)
     yield
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-    assert found, "no peak is known here"
-    grown = int(found[1]) * 1024 - before
-    assert grown < most, f"{grown / 2**20:.0f} MiB more than before"
-
-
-def wait_for(condition: Callable[[], bool], within: float) -> bool:
-    deadline = time.monotonic() + within
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    assert peak, "the system reports no peak"
+    grown = int(peak[1]) * 1024 - before
+    assert grown < limit, f"{grown / 2**20:.0f} MiB more than before"

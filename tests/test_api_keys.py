@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process import MAIN, Server, serve
+from process import MAIN, Server, serve, wait_for
 from pydantic import SecretStr
-from raw_http import JSON, Connection, Headers, Reply, bounded_peak, error_of, request, wait_for
+from raw_http import JSON, Connection, Headers, Reply, bounded_peak, error_of, request
 
 from config import ApiKey
 from errors import RateLimited

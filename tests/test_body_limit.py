@@ -4,8 +4,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from process import MAIN, serve
-from raw_http import Connection, Reply, error_of, request, wait_for
+from process import MAIN, serve, wait_for
+from raw_http import Connection, Reply, error_of, request
 from starlette.types import Message, Receive, Scope, Send
 
 from errors import Overloaded

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process import MAIN, Server, serve
+from process import MAIN, Server, serve, until
 from raw_http import JSON, Connection, Reply, error_of, request
 from upstreams import Asked, chunk, event, upstream
 from upstreams import Reply as Told
@@ -171,10 +171,3 @@ def test_a_server_that_ends_tells_everybody_wherever_they_are_answered(tiny_chec
 def reply_and_close(connection: Connection) -> Reply:
     with connection:
         return connection.reply("POST")
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -10,7 +10,7 @@ import test_genuine_prompts
 import torch
 from openai import OpenAI
 from process import Server
-from test_gguf import TEXTS
+from test_gguf_tokenizers import TEXTS
 from transformers import AutoTokenizer
 
 from checkpoints import checkpoint, demo_models

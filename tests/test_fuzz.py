@@ -15,13 +15,13 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi.responses import JSONResponse
+from gguf_files import write_tiny_gguf
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from models import CHATML, MARKS, SPECIAL, byte_tokenizer
 from profiles import examples
 from pydantic import ValidationError
 from test_answer_parser import CALLS, TOOLS, read
-from test_checkpoint import write_tiny_gguf
 from upstreams import Parts
 
 import schemas

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from api.streaming import collect_chat
-from checkpoints.checkpoint import Sources
+from checkpoints.sources import Sources
 from config import Settings
 from engine.batch import Batch
 from errors import APIError, EngineFailure, InvalidRequest, ModelNotFound, Unavailable, UpstreamUnreachable

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
-from process import MAIN, ROOT, Server, serve
+from process import MAIN, ROOT, Server, serve, until
 from raw_http import JSON, Connection, request
 
 from telemetry import logs, tracing
@@ -52,14 +52,6 @@ def read(server: Server) -> dict[str, float]:
 
 def gained(before: dict[str, float], after: dict[str, float], name: str) -> float:
     return after.get(name, 0) - before.get(name, 0)
-
-
-def until(condition: Any) -> None:
-    for _ in range(200):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it does not come")
 
 
 def test_metrics_count_what_was_answered(server: Server) -> None:
@@ -260,7 +252,6 @@ import os, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
 import main
-from telemetry import tracing
 from config import Settings
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider

@@ -1,4 +1,4 @@
-"""Other providers on this machine: servers that speak their formats, and fail in every way that a test asks for."""
+"""Fake providers on this machine: servers in their formats, which fail in every way that a test asks for."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ import httpx2
 
 
 class Parts(httpx2.AsyncByteStream):
-    """A body as it comes over the network."""
+    """A body that arrives in these parts."""
 
     def __init__(self, parts: list[bytes]) -> None:
         self.parts = parts
@@ -31,7 +31,7 @@ class Asked:
     path: str
     headers: dict[str, str]
     content: bytes
-    left_at: float | None = None  # when the connection was closed from the other side
+    left_at: float | None = None  # time at which the client closed the connection
 
     @property
     def body(self) -> Any:
@@ -40,12 +40,12 @@ class Asked:
 
 @dataclass
 class Reply:
-    """What is sent, piece by piece; a number is a pause in seconds, None drops the connection."""
+    """A scripted reply, piece by piece: a number is a pause in seconds, None drops the connection."""
 
     pieces: list[bytes | float | None] = field(default_factory=list)
     status: int = 200
     headers: dict[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
-    is_whole: bool = True  # the length is told
+    is_whole: bool = True  # with a Content-Length
 
     @classmethod
     def of(cls, body: Any, status: int = 200, **headers: str) -> "Reply":
@@ -57,10 +57,12 @@ class Reply:
         return cls(list(pieces), headers={"content-type": "text/event-stream"}, is_whole=False)
 
 
-Script = Callable[[Asked], Reply]
+Script = Callable[[Asked], Reply]  # the reply to each request
 
 
 class Upstream:
+    """A server that replies as its script says, and keeps the requests."""
+
     def __init__(self, script: Script) -> None:
         self.script = script
         self.asked: list[Asked] = []
@@ -90,7 +92,7 @@ class Upstream:
         return Asked(method, path, headers, await reader.readexactly(int(headers.get("content-length", 0))))
 
     async def _send(self, reply: Reply, writer: asyncio.StreamWriter) -> bool:
-        """Whether the connection can be used again."""
+        """Sends a reply; returns whether the connection can be used again."""
         length = sum(len(piece) for piece in reply.pieces if isinstance(piece, bytes)) + 100 * (None in reply.pieces)
         headers = {**reply.headers, **({"content-length": str(length)} if reply.is_whole else {"connection": "close"})}
         head = [f"HTTP/1.1 {reply.status} X", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
@@ -113,7 +115,7 @@ class Upstream:
 
 @contextmanager
 def upstream(script: Script) -> Iterator[Upstream]:
-    """On a loop and a thread of its own."""
+    """Serves on an event loop in another thread until the block ends."""
     server, loop = Upstream(script), asyncio.new_event_loop()
     listening = loop.run_until_complete(asyncio.start_server(server.serve, "127.0.0.1", 0, limit=2**24))
     server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"

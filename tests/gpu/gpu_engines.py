@@ -17,7 +17,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 NUM_NEW = 40
-MOST_APART = {torch.float32: 1e-3, torch.bfloat16: 0.35}  # of the logits' spread, by which another token may be better
+MAX_APART = {torch.float32: 1e-3, torch.bfloat16: 0.35}  # of the logits' spread, that another token may be better by
 SHARE_OF_BEST = {torch.float32: 1.0, torch.bfloat16: 0.9}  # of tokens that are the stock model's first choice
 
 
@@ -28,7 +28,7 @@ def prompts(count: int, longest: int = 120, seed: int = 7) -> list[list[int]]:
 
 @cache
 def model_of(family: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Attending through the engine."""
+    """Returns a tiny model that attends through the engine's cache."""
     return tiny_model(family).to(device=device, dtype=dtype)
 
 
@@ -53,7 +53,7 @@ def runner_of(engine: Engine) -> ModelRunner:
 
 
 def room_for(num_tokens: int, family: str, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of a cache with so many tokens in every layer."""
+    """Returns the bytes of a cache with so many tokens in every layer."""
     specs = probe_layers(model_of(family, dtype, device))
     return num_tokens * sum(spec.bytes_per_token for spec in specs.values())
 
@@ -67,16 +67,16 @@ def finish(engine: Engine, sequences: Rows[Sequence]) -> None:
 
 
 def answers(engine: Engine, requests: Rows[list[int]], **params: object) -> list[list[int]]:
-    """All at once; greedy ones unless `params` say otherwise."""
-    asked = SamplingParams(**{"max_tokens": NUM_NEW, "temperature": 0.0, "ignore_eos": True, **params})
-    sequences = [Sequence(prompt, copy.copy(asked), on_output=lambda output: None) for prompt in requests]
+    """Returns the tokens of all answers, computed together; greedy unless `params` has a temperature."""
+    sampling = SamplingParams(**{"max_tokens": NUM_NEW, "temperature": 0.0, "ignore_eos": True, **params})
+    sequences = [Sequence(prompt, copy.copy(sampling), on_output=lambda output: None) for prompt in requests]
     finish(engine, sequences)
     return [sequence.output_ids for sequence in sequences]
 
 
 @cache
 def generated(family: str, dtype: torch.dtype, device: torch.device, prompt: tuple[int, ...]) -> list[int]:
-    """Those of transformers' generate on the same device."""
+    """Returns the tokens of transformers' generate on the same device."""
     ids = torch.tensor([prompt], device=device)
     output = stock_model(family, dtype, device).generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False
@@ -85,17 +85,17 @@ def generated(family: str, dtype: torch.dtype, device: torch.device, prompt: tup
 
 
 @torch.inference_mode()
-def check(stock: PreTrainedModel, requests: Rows[list[int]], found: Rows[list[int]], most_apart: float) -> float:
-    """The share of tokens that are the stock model's first choice; fails where one is much worse than that.
+def check(stock: PreTrainedModel, requests: Rows[list[int]], answers: Rows[list[int]], max_apart: float) -> float:
+    """Returns the share of tokens that are the stock model's first choice; fails if one is much worse than that.
 
-    In 16 bits two implementations may differ in a token that is nearly as good, and in all after it; so each token is
-    judged by the stock model's logits after those that were answered before it."""
+    In 16 bits two implementations may choose different tokens of nearly the same logit, and differ from there on. So
+    each token is compared with the stock model's logits after the answer's own tokens before it."""
     best = []
-    for prompt, answer in zip(requests, found, strict=True):
+    for prompt, answer in zip(requests, answers, strict=True):
         ids = torch.tensor([prompt + answer], device=next(stock.parameters()).device)
         logits = stock(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        own = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-        short = (logits.amax(-1) - own) / logits.std(-1)
-        assert float(short.max()) <= most_apart, f"a token is {float(short.max()):.2f} of the spread from the best"
+        chosen = logits.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+        short = (logits.amax(-1) - chosen) / logits.std(-1)
+        assert float(short.max()) <= max_apart, f"a token is {float(short.max()):.2f} of the spread from the best"
         best += (short == 0).tolist()
     return sum(best) / len(best)
