@@ -282,6 +282,8 @@ class Engine:
 
     def _recover(self, batch: Batch, error: Exception, is_last_try: bool) -> None:
         release_memory(error)
+        for span in batch.spans:
+            self.scheduler.cache.rollback(span.sequence, span.start)
         half = len(batch.spans) // 2
         if half:
             self._compute(Batch(batch.spans[:half]))
