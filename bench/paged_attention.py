@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.attention import flash
 from engine.attention.flash import Trial
-from engine.kv_cache import LayerSpec
+from engine.layer_spec import AttentionSpec
 
 DECODES, CONTEXTS, CHUNKS = (1, 64), (1024, 8192, 32768), (2048, 8192)
 MAX_CACHE = 24 * 2**30  # bytes of keys and values in all sets
@@ -38,7 +38,7 @@ class Workload:
     queries: int  # of each
     context: int  # tokens of each, the queries included
 
-    def trial(self, spec: LayerSpec, block_size: int) -> Trial:
+    def trial(self, spec: AttentionSpec, block_size: int) -> Trial:
         return Trial.of(spec, block_size, [self.queries] * self.sequences, [self.context] * self.sequences)
 
     def num_seen(self, window: int | None) -> int:
@@ -71,7 +71,7 @@ def workloads(is_tiny: bool) -> list[Workload]:
     return decodes + [Workload(1, chunk, chunk) for chunk in chunks] + [Workload(1, chunks[0], contexts[-1])]
 
 
-def calls(spec: LayerSpec, tiles: list[str], parts: list[int]) -> Iterator[tuple[str, Call]]:
+def calls(spec: AttentionSpec, tiles: list[str], parts: list[int]) -> Iterator[tuple[str, Call]]:
     for candidate in flash.known_kernels({spec}):
         yield candidate.name, partial(_run, candidate.kernel)
     yield "SDPA, without gathering", _sdpa
@@ -125,7 +125,9 @@ def microseconds(call: Call, trials: list[Trial], device: torch.device) -> float
     return statistics.median(times)
 
 
-def measure(work: Workload, spec: LayerSpec, block_size: int, tiles: list[str], parts: list[int]) -> Iterator[Result]:
+def measure(
+    work: Workload, spec: AttentionSpec, block_size: int, tiles: list[str], parts: list[int]
+) -> Iterator[Result]:
     own = work.sequences * work.context * spec.bytes_per_token
     trial = work.trial(spec, block_size)
     count = max(1, min(32, -(-COLD // own), MAX_CACHE // own))
@@ -172,7 +174,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="to see that it runs, on a CPU too")
     a = parser.parse_args()
     place = (getattr(torch, a.dtype), torch.device(a.device))
-    spec = LayerSpec(a.kv_heads, a.dim, a.dim, a.window, *place, a.softcap, a.heads // a.kv_heads)
+    spec = AttentionSpec(a.kv_heads, a.dim, a.dim, a.window, *place, a.softcap, a.heads // a.kv_heads)
     for work in workloads(a.tiny):
         if a.only and (work.queries == 1) != (a.only == "decodes"):
             continue

@@ -29,7 +29,8 @@ from checkpoints.progress import Progress
 from config import Settings
 from engine.batch import Batch
 from engine.engine import Engine
-from engine.kv_cache import CachePlan, KVCache, LayerSpec
+from engine.kv_cache import CachePlan, KVCache
+from engine.layer_spec import AttentionSpec
 from engine.prefill_budget import PrefillBudget
 from engine.sampling_params import SampledToken
 from engine.scheduler import Limits, Scheduler
@@ -79,7 +80,7 @@ def load_null(path: str, settings: Settings, progress: Progress) -> LoadedModel:
     template = load_template(directory, json.loads((directory / "config.json").read_text())["model_type"])
     token_ids = template.render_text(WORDS)
     runner = NullRunner(token_ids, len(template.tokenizer))
-    specs = {0: LayerSpec(1, 1, 1, None, torch.float32, torch.device("cpu"))}
+    specs = {0: AttentionSpec(1, 1, 1, None, torch.float32, torch.device("cpu"))}
     plan = CachePlan.fit(specs, 512 * CONTEXT * specs[0].bytes_per_token, 16, 512, CONTEXT)
     scheduler = Scheduler(KVCache(plan, specs), Limits(512, 1 << 16, 1 << 16, CONTEXT), frozenset())
     return LoadedModel(Engine(runner, scheduler), template, TokenTexts(template.tokenizer), {"temperature": 0.0})

@@ -32,16 +32,22 @@ class AsyncRunner:
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:
         guess, self._guess = self._guess, None
         rows = None if guess is None else _rows(batch, guess.batch)
-        if guess is None or rows is None:
-            started = self.runner.start(batch)
-            rows = list(range(len(batch.spans)))
-        else:
+        if guess is not None and rows is not None:
             started = guess
             self.num_right += 1
+        else:
+            self._drop(guess)
+            started = self.runner.start(batch)
+            rows = list(range(len(batch.spans)))
         if self._is_quiet():
             self._guess = self._start_next(batch, started, rows)
         tokens = started.tokens()
         return [tokens[row] for row in rows] if started is guess else tokens
+
+    def _drop(self, guess: RunnerOutput | None) -> None:
+        """Forgets what a wrong guess has written to the cache."""
+        for span in () if guess is None else guess.batch.spans:
+            self.runner.cache.rollback(span.sequence, span.start)
 
     def _start_next(self, batch: Batch, started: RunnerOutput, rows: list[int]) -> RunnerOutput | None:
         spans = []

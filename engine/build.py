@@ -15,7 +15,8 @@ from engine.async_runner import AsyncRunner
 from engine.attention import flash
 from engine.attention.flash import Kernel
 from engine.engine import Engine, EngineOptions
-from engine.kv_cache import CachePlan, KVCache, LayerSpec
+from engine.kv_cache import CachePlan, KVCache
+from engine.layer_spec import AttentionSpec
 from engine.model_loader import Report, first_line, load_model
 from engine.model_runner import ModelRunner, input_device, probe_layers
 from engine.sampling_params import SamplingParams
@@ -164,7 +165,7 @@ def build_engine(
     return engine
 
 
-def _choose_attention(specs: dict[int, LayerSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
+def _choose_attention(specs: dict[int, AttentionSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
     """Tokens in a block, and the kernel that attends to such blocks on a GPU; some take only large ones."""
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
     found = ((size, flash.find(specs.values(), size)) for size in sizes)
@@ -193,7 +194,7 @@ def _tokens_per_image(model: PreTrainedModel) -> int:
 
 
 def _plan(
-    specs: dict[int, LayerSpec],
+    specs: dict[int, AttentionSpec],
     options: EngineOptions,
     block_size: int,
     context: int,
@@ -254,7 +255,7 @@ def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: 
     return plan.max_tokens
 
 
-def _free_memory(specs: dict[int, LayerSpec]) -> int:
+def _free_memory(specs: dict[int, AttentionSpec]) -> int:
     """Bytes for the cache: on GPUs what each has left for its own layers, on the CPU a share of what is free."""
     devices = {spec.device for spec in specs.values()}
     total = sum(spec.bytes_per_token for spec in specs.values())

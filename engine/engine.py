@@ -3,8 +3,6 @@
 import asyncio
 import gc
 import logging
-import queue
-import threading
 import time
 import traceback
 from collections.abc import AsyncGenerator, Callable
@@ -23,6 +21,7 @@ from engine.sampling_params import SampledToken, SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import OutputCallback, Sequence, Status, TokenOutput
 from engine.vision import Image
+from engine.worker import Worker
 from errors import EngineFailure, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -101,14 +100,12 @@ class Engine:
         self.on_failure: Callable[[], object] = lambda: None  # called on the event loop when the thread has ended so
         self.failure: BaseException | None = None  # set once, when the worker thread has ended by an error
         self._live: set[Sequence] = set()  # generate() calls under way
-        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._is_closing = False
-        self._is_stopped = False
         self._step_began: float | None = None  # of the one under way
         self.stalled_after = STALLED
         self.num_failed_steps = 0  # since the start
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._worker = Worker("engine", lambda: self.scheduler.has_work, self.step, self._end)
 
     @property
     def max_model_len(self) -> int:
@@ -128,8 +125,8 @@ class Engine:
         return max(0, len(self._live) - self.num_running)
 
     def is_quiet(self) -> bool:
-        """Whether nothing waits to run, or to be told to the worker thread."""
-        return not self.scheduler.waiting and self._inbox.empty()
+        """Whether no prompt waits to run, and no command waits for the worker thread."""
+        return not self.scheduler.waiting and not self._worker.has_commands
 
     @property
     def num_used_blocks(self) -> int:
@@ -152,7 +149,7 @@ class Engine:
     def start(self) -> None:
         """Starts the worker thread; outputs go to the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._worker.start()
 
     async def generate(
         self,
@@ -205,7 +202,7 @@ class Engine:
 
     def post(self, command: Callable[[], object]) -> None:
         """Has the worker thread call `command` between two steps."""
-        self._inbox.put(command)
+        self._worker.post(command)
 
     def check_open(self, num_sequences: int, client: str = "") -> None:
         """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
@@ -232,47 +229,25 @@ class Engine:
         """Lets running sequences finish for `timeout` seconds, ends the thread, and gives the others an error. A step
         that takes longer than `patience` seconds more is left to itself: it may hang."""
         self._is_closing = True
-        deadline = time.monotonic() + timeout
-        while self._live and self._thread.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        self.post(self._stop)
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, patience)
-        self._tell_everybody(Unavailable("The server is shutting down.", retry_after=10))
+        await self._worker.close(lambda: self._live, timeout, patience)
+        self._fail_all(Unavailable("The server is shutting down.", retry_after=10))
 
-    def _stop(self) -> None:
-        self._is_stopped = True
-
-    def _run(self) -> None:
-        """The worker thread. What escapes a step's own handling is fatal: everybody is told, and /health says so."""
-        try:
-            while not self._is_stopped:
-                self._read_inbox()
-                if not self._is_stopped and self.scheduler.has_work:
-                    self.step()
-        except BaseException as error:
-            log.exception("the engine stopped after an error")
-            self.failure = error
-            if self._loop is not None and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._fail)
+    def _end(self, error: BaseException | None) -> None:
+        """What escapes a step's own handling ends the engine: its callers get an error, and /health reports it."""
+        if error is None:
+            return
+        log.error("the engine stopped after an error", exc_info=error)
+        self.failure = error
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._fail)
 
     def _fail(self) -> None:
-        self._tell_everybody(EngineFailure("The engine stopped after an error."))
+        self._fail_all(EngineFailure("The engine stopped after an error."))
         self.on_failure()
 
-    def _tell_everybody(self, error: Exception) -> None:
+    def _fail_all(self, error: Exception) -> None:
         for sequence in self._live:
             sequence.on_output(error)
-
-    def _read_inbox(self) -> None:
-        """Carries out what the event loop asked for; waits for it where there is nothing to compute."""
-        if not self.scheduler.has_work:
-            self._inbox.get()()
-        while True:
-            try:
-                self._inbox.get_nowait()()
-            except queue.Empty:
-                return
 
     def step(self) -> None:
         """Computes one batch. Its sequences are told if that fails; the others, and the engine, live on."""
@@ -307,6 +282,8 @@ class Engine:
 
     def _recover(self, batch: Batch, error: Exception, is_last_try: bool) -> None:
         release_memory(error)
+        for span in batch.spans:
+            self.scheduler.cache.rollback(span.sequence, span.start)
         half = len(batch.spans) // 2
         if half:
             self._compute(Batch(batch.spans[:half]))

@@ -5,37 +5,18 @@ what its window has left. Paged blocks as in PagedAttention (Kwon et al. 2023). 
 all those before it, so that a prompt that begins like another one takes over what was computed for that.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-import numpy
 import torch
 
 from engine.block_pool import BlockPool
+from engine.layer_spec import LayerSpec
 from engine.sequence import Sequence
 
 FREED = -1
 _UNBOUNDED = 2**40  # tokens
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What one attention layer stores for each token, as seen in the model's own forward."""
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None  # tokens that a query sees, itself included; None: all
-    dtype: torch.dtype
-    device: torch.device
-    softcap: float | None = None  # of the scores
-    group: int = 2  # query heads that share a key
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -55,7 +36,7 @@ class CachePlan:
 
     @classmethod
     def fit(
-        cls, specs: dict[int, LayerSpec], memory: int, block_size: int, max_num_seqs: int, step_tokens: int
+        cls, specs: Mapping[int, LayerSpec], memory: int, block_size: int, max_num_seqs: int, step_tokens: int
     ) -> "CachePlan":
         """Divides `memory` bytes: an equal number of blocks for each group, but no more than a sliding one can use."""
         windows = sorted({spec.window or _UNBOUNDED for spec in specs.values()})
@@ -83,19 +64,16 @@ class CachePlan:
 
 
 class KVCache:
-    def __init__(self, plan: CachePlan, specs: dict[int, LayerSpec]) -> None:
+    def __init__(self, plan: CachePlan, specs: Mapping[int, LayerSpec]) -> None:
         self.plan = plan
         self.specs = specs
         self.groups = plan.groups
         self.block_size = plan.block_size
-        self.keys: dict[int, torch.Tensor] = {}  # layer -> (num_blocks + 1, block_size, num_kv_heads, key_dim)
-        self.values: dict[int, torch.Tensor] = {}
         self.group_of = {layer: g for g, group in enumerate(plan.groups) for layer in group.layers}
+        self.tensors: dict[int, tuple[torch.Tensor, ...]] = {}  # by layer; the first dimension is the block
         for layer, spec in specs.items():
-            num_blocks = plan.groups[self.group_of[layer]].num_blocks + 1  # the last one is nobody's
-            shape = (num_blocks, plan.block_size, spec.num_kv_heads)
-            self.keys[layer] = _zeros((*shape, spec.key_dim), spec)
-            self.values[layer] = _zeros((*shape, spec.value_dim), spec)
+            num_blocks = plan.groups[self.group_of[layer]].num_blocks + 1  # the last one is scratch for padding rows
+            self.tensors[layer] = spec.make_tensors(num_blocks, plan.block_size)
         self.pools = [BlockPool(group.num_blocks) for group in plan.groups]
 
     @property
@@ -138,6 +116,20 @@ class KVCache:
             tokens = min(tokens, window + step_tokens + 2 * self.block_size)
         return max(0, -(-tokens // self.block_size) - len(held))
 
+    # --- progress
+
+    def advance(self, sequence: Sequence, num_tokens: int) -> None:
+        """Notes that the state of the sequence's first `num_tokens` tokens is in the cache."""
+        sequence.num_computed = num_tokens
+
+    def rollback(self, sequence: Sequence, num_tokens: int) -> None:
+        """Forgets the state of all but the sequence's first `num_tokens` tokens.
+
+        Keys and values of later tokens may stay in their blocks: no query sees them before they are written again. A
+        layer whose state cannot be cut at any token would restore a snapshot here.
+        """
+        sequence.num_computed = min(sequence.num_computed, num_tokens)
+
     # --- reuse
 
     def reuse(self, sequence: Sequence) -> None:
@@ -145,7 +137,7 @@ class KVCache:
         token is left to compute."""
         keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
         length = self._num_known(keys, sequence)
-        sequence.num_computed = length * self.block_size
+        self.advance(sequence, length * self.block_size)
         sequence.num_published = length
         sequence.block_tables = []
         for group, pool in zip(self.groups, self.pools, strict=True):
@@ -190,9 +182,8 @@ class KVCache:
     def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:
         """Its last layer tells: what is no number in a token's state stays so in all layers after. False also where
         memory lacks to see that."""
-        layer = group.layers[-1]
         try:
-            return all(bool(torch.isfinite(cache[layer][blocks]).all()) for cache in (self.keys, self.values))
+            return all(bool(torch.isfinite(tensor[blocks]).all()) for tensor in self.tensors[group.layers[-1]])
         except (RuntimeError, MemoryError):  # on a CPU torch has no type of its own for it
             return False
 
@@ -215,8 +206,8 @@ class KVCache:
         for layer, group in self.group_of.items():
             pool, table = self.pools[group], sequence.block_tables[group]
             blocks = [block for block in table if block != FREED and not pool.is_published(block)]
-            self.keys[layer][blocks] = 0
-            self.values[layer][blocks] = 0
+            for tensor in self.tensors[layer]:
+                tensor[blocks] = 0
 
     def free(self, sequence: Sequence) -> None:
         """All its blocks, the last ones first: they are forgotten first, and the beginning is what others share."""
@@ -226,6 +217,7 @@ class KVCache:
                     pool.release(block)
         sequence.block_tables = []
         sequence.num_published = 0
+        self.rollback(sequence, 0)
 
 
 def first_visible(position: int, window: int | None) -> int:
@@ -239,11 +231,3 @@ def _runs(flags: list[bool]) -> list[int]:
     for flag in flags:
         runs.append(runs[-1] + 1 if flag else 0)
     return runs
-
-
-def _zeros(shape: tuple[int, ...], spec: LayerSpec) -> torch.Tensor:
-    """On the CPU the operating system's own zero pages: memory counts once it is written."""
-    if spec.device.type != "cpu":
-        return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
-    num_bytes = math.prod(shape) * spec.dtype.itemsize
-    return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(spec.dtype).view(shape)

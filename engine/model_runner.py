@@ -12,7 +12,8 @@ from engine.attention.flash import FlashBatch, Kernel
 from engine.attention.paged import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
 from engine.batch import Batch, Span
 from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
-from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec, first_visible
+from engine.kv_cache import FREED, KVCache, LayerGroup, first_visible
+from engine.layer_spec import AttentionSpec
 from engine.model_loader import first_line
 from engine.sample.masks import GrammarBitmasks
 from engine.sample.sampler import Sampler, SamplerOutput, score
@@ -33,7 +34,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device  # packed weights are for CPUs
 
 
-def probe_layers(model: PreTrainedModel) -> dict[int, LayerSpec]:
+def probe_layers(model: PreTrainedModel) -> dict[int, AttentionSpec]:
     """What each layer stores, noted in a forward of one token; raises ModelLoadError if a layer goes another way."""
     probe = Probe()
     device = input_device(model)
@@ -126,7 +127,7 @@ class ModelRunner:
         self.cache = cache
         self.sampler = Sampler(eos_token_ids)
         self.device = input_device(model)
-        self.dtype = next(iter(cache.keys.values())).dtype
+        self.dtype = next(iter(cache.tensors.values()))[0].dtype
 
     def encode(self, images: list[Image], most: int) -> None:
         """Gives features to those that are known, and to the first others, `most` of them; raises what the model

@@ -145,7 +145,7 @@ class Scheduler:
         if not sequence.scores_prompt:  # else every token is computed
             self.cache.reuse(sequence)
         if not self.cache.can_admit(sequence, self._prefilling(), self.limits.max_num_batched_tokens):
-            self._reset(sequence)
+            self.cache.free(sequence)
             return False
         sequence.status = Status.RUNNING
         if sequence.queue_time is None:
@@ -179,11 +179,6 @@ class Scheduler:
                 return not sequence.scores_prompt
         return False
 
-    def _reset(self, sequence: Sequence) -> None:
-        """Gives all its blocks back; it will be computed again from its tokens."""
-        self.cache.free(sequence)
-        sequence.num_computed = 0
-
     def _least_urgent(self) -> Sequence:
         """Among those of the lowest priority, the youngest."""
         return max(reversed(self.running), key=lambda sequence: sequence.priority)
@@ -211,7 +206,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Gives all its blocks back; it will be computed again from its tokens, before those that wait."""
         self._erase_unseen(sequence)
-        self._reset(sequence)
+        self.cache.free(sequence)
         self.num_preemptions += 1
         sequence.status = Status.WAITING
         self.running.remove(sequence)
@@ -226,7 +221,7 @@ class Scheduler:
         for span in batch.spans:
             sequence = span.sequence
             if not span.is_complete:
-                sequence.num_computed = span.end
+                self.cache.advance(sequence, span.end)
                 self.cache.publish(sequence, is_checked=False)
                 self.cache.free_outside_window(sequence)
                 continue
@@ -249,8 +244,9 @@ class Scheduler:
             outputs.append(None if token is None else self._append(sequence, token))
             if outputs[-1] is None or outputs[-1].finish_reason:
                 break
-        sequence.num_computed = num_before + len(outputs) - 1
+        self.cache.advance(sequence, span.end)
         if span.draft:
+            self.cache.rollback(sequence, num_before + len(outputs) - 1)
             self.proposer.note(sequence, len(span.draft), len(tokens) - 1)
         return outputs
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from engine.batch import Batch, Span
 from engine.cpu import kernels
 from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
+from engine.layer_spec import AttentionSpec
 from engine.model_loader import Report
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
@@ -131,7 +132,8 @@ def _placeholders(model: PreTrainedModel) -> set[int]:
 def reference_of(runner: ModelRunner) -> str:
     """Which of transformers' implementations to compare with: the more exact one, where it computes all that the layers
     ask for."""
-    has_softcap = any(spec.softcap is not None for spec in runner.cache.specs.values())
+    specs = runner.cache.specs.values()
+    has_softcap = any(isinstance(spec, AttentionSpec) and spec.softcap is not None for spec in specs)
     return SDPA if runner.model._supports_sdpa and not has_softcap else EAGER
 
 

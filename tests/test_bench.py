@@ -6,7 +6,7 @@ import torch
 
 from bench import gpu, paged_attention, run
 from config import Settings
-from engine.kv_cache import LayerSpec
+from engine.layer_spec import AttentionSpec
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def test_attentions_work_is_counted_as_its_queries_see_it() -> None:
     chunk = paged_attention.Workload(2, 3, 10)  # whose queries see 8, 9 and 10 keys
     assert (chunk.num_seen(None), chunk.num_read(None)) == (2 * 27, 2 * 10)
     assert (chunk.num_seen(4), chunk.num_read(4)) == (2 * 12, 2 * 6)
-    spec = LayerSpec(2, 16, 16, None, torch.float32, CPU)
+    spec = AttentionSpec(2, 16, 16, None, torch.float32, CPU)
     for work in (paged_attention.Workload(3, 1, 32), paged_attention.Workload(1, 32, 32)):
         [result] = paged_attention.measure(work, spec, 16, [], [])
         assert result.note == "" and result.microseconds == 0

@@ -135,7 +135,7 @@ def test_what_a_failed_sequence_wrote_does_not_reach_the_next_owner_of_its_block
         poisoned = [sequence for sequence in batch.sequences if sequence.token_ids[0] == POISON]
         for layer, group in engine.scheduler.cache.group_of.items():
             for sequence in poisoned:
-                engine.scheduler.cache.values[layer][sequence.block_tables[group]] = torch.nan
+                engine.scheduler.cache.tensors[layer][1][sequence.block_tables[group]] = torch.nan
         return RuntimeError("poison") if poisoned else None
 
     async def use(engine: Engine) -> list[int]:

@@ -15,7 +15,7 @@ from engine.attention import flash, paged
 from engine.attention.flash import Candidate, Kernel
 from engine.build import build_engine
 from engine.engine import Engine, EngineOptions
-from engine.kv_cache import LayerSpec
+from engine.layer_spec import AttentionSpec
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -81,16 +81,15 @@ def test_soft_caps_give_the_same_tokens(graphs: bool) -> None:
 @torch.inference_mode()
 def test_a_step_reads_its_inputs_anew_and_idle_rows_write_to_nobodys_block() -> None:
     engine = engine_of("gemma3", True, True)
-    for cache in (engine.scheduler.cache.keys, engine.scheduler.cache.values):
-        for layer in cache.values():
-            layer[:-1] = 7.0
+    tensors = [tensor for layer in engine.scheduler.cache.tensors.values() for tensor in layer]
+    for tensor in tensors:
+        tensor[:-1] = 7.0
     assert isinstance(engine.runner, ModelRunner) and engine.runner._graphs is not None
     graphs = engine.runner._graphs
     for size in (1, 2, 4):
         graphs._fill([], size)
         graphs._replays[size]()
-    for cache in (engine.scheduler.cache.keys, engine.scheduler.cache.values):
-        assert all((layer[:-1] == 7.0).all() for layer in cache.values())
+    assert all((tensor[:-1] == 7.0).all() for tensor in tensors)
 
 
 def test_a_model_that_cannot_be_recorded_runs_without() -> None:
@@ -104,12 +103,12 @@ def test_a_model_that_cannot_be_recorded_runs_without() -> None:
     assert answers(engine) == answers(engine_of("llama", is_flash=False))
 
 
-SPEC = LayerSpec(2, 32, 32, None, torch.bfloat16, torch.device("cpu"))
+SPEC = AttentionSpec(2, 32, 32, None, torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_kernel_is_compared_before_it_is_used(window: int | None) -> None:
-    spec = LayerSpec(2, 32, 32, window, torch.bfloat16, torch.device("cpu"))
+    spec = AttentionSpec(2, 32, 32, window, torch.bfloat16, torch.device("cpu"))
 
     def causal_to_the_left(*arguments: Any, **options: Any) -> torch.Tensor:
         return flash.reference(*arguments, **{**options, "window_size": (3, 0)})
@@ -129,7 +128,7 @@ def test_without_a_gpu_there_is_no_flash_attention() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_torchs_kernel_agrees_or_is_refused(block_size: int) -> None:
-    spec = LayerSpec(8, 128, 128, None, torch.bfloat16, torch.device("cuda"))
+    spec = AttentionSpec(8, 128, 128, None, torch.bfloat16, torch.device("cuda"))
     kernel = flash.find([spec], block_size)
     assert kernel is None or flash.agrees(kernel, spec, block_size)
 
@@ -144,7 +143,7 @@ def test_the_faster_one_of_the_kernels_that_agree_is_used() -> None:
     def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
         return 2 * flash.reference(*arguments, **options)
 
-    def measure(kernel: Kernel, spec: LayerSpec, block_size: int) -> float:
+    def measure(kernel: Kernel, spec: AttentionSpec, block_size: int) -> float:
         return {slow: 2.0, quick: 1.0, wrong: 0.1}[kernel]
 
     def known(*kernels: Kernel, can_attend: bool = True) -> list[Candidate]:

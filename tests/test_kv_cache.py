@@ -1,18 +1,21 @@
 """Blocks are handed out once, come back, and fit the memory that they were planned for."""
 
+import ast
 import random
 from typing import Any
 
 import pytest
 import torch
+from process import ROOT
 
-from engine.kv_cache import FREED, CachePlan, KVCache, LayerSpec
+from engine.kv_cache import FREED, CachePlan, KVCache
+from engine.layer_spec import AttentionSpec
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 
-def specs(*windows: int | None) -> dict[int, LayerSpec]:
-    return {i: LayerSpec(2, 8, 8, window, torch.float32, torch.device("cpu")) for i, window in enumerate(windows)}
+def specs(*windows: int | None) -> dict[int, AttentionSpec]:
+    return {i: AttentionSpec(2, 8, 8, window, torch.float32, torch.device("cpu")) for i, window in enumerate(windows)}
 
 
 def sequence(num_tokens: int) -> Sequence:
@@ -50,7 +53,7 @@ def test_blocks_are_never_shared_and_all_come_back() -> None:
             cache.free(chosen)
             alive.remove(chosen)
         elif cache.allocate(chosen, chosen.num_computed + 5):
-            chosen.num_computed += 5
+            cache.advance(chosen, chosen.num_computed + 5)
             cache.free_outside_window(chosen)
         for group in range(2):
             held = [b for s in alive if s.block_tables for b in s.block_tables[group] if b != FREED]
@@ -65,7 +68,7 @@ def test_a_sliding_group_keeps_its_window_and_no_more() -> None:
     one = sequence(100)
     for computed in range(1, 100):
         assert cache.allocate(one, computed)
-        one.num_computed = computed
+        cache.advance(one, computed)
         cache.free_outside_window(one)
         sliding, full = one.block_tables
         visible = range(max(0, computed + 1 - 10), computed)  # what the next token sees
@@ -89,7 +92,7 @@ def numbered(num_tokens: int, first: int = 0, shared: int = 0) -> Sequence:
 
 def compute(cache: KVCache, one: Sequence, is_checked: bool = True) -> None:
     assert cache.allocate(one, one.num_tokens)
-    one.num_computed = one.num_tokens
+    cache.advance(one, one.num_tokens)
     cache.publish(one, is_checked)
     cache.free_outside_window(one)
 
@@ -141,14 +144,14 @@ def test_what_is_no_number_is_never_taken_over() -> None:
     cache = KVCache(CachePlan.fit(specs(None, None), 60_000, 4, 8, 16), specs(None, None))
     bad = numbered(20, first=1)
     assert cache.allocate(bad, 20)
-    cache.values[1][bad.block_tables[0][2]] = torch.nan
-    bad.num_computed = 20
+    cache.tensors[1][1][bad.block_tables[0][2]] = torch.nan
+    cache.advance(bad, 20)
     cache.publish(bad, is_checked=False)
     other = numbered(20, first=1)
     cache.reuse(other)
     assert other.num_computed == 0
     cache.erase(bad)
-    assert torch.isfinite(cache.values[1]).all()
+    assert torch.isfinite(cache.tensors[1][1]).all()
 
 
 class Scarce(torch.Tensor):
@@ -166,12 +169,13 @@ class Scarce(torch.Tensor):
 @pytest.mark.parametrize("error", [Scarce.error, MemoryError(), RuntimeError("can't allocate memory")])
 def test_what_memory_lacks_to_look_at_is_not_taken_over_and_nobodys_failure(error: Exception) -> None:
     cache = KVCache(CachePlan.fit(specs(None), 60_000, 4, 8, 16), specs(None))
-    plain, cache.keys[0] = cache.keys[0], cache.keys[0].as_subclass(type("Own", (Scarce,), {"error": error}))
+    keys, values = cache.tensors[0]
+    cache.tensors[0] = keys.as_subclass(type("Own", (Scarce,), {"error": error})), values
     compute(cache, numbered(20, first=1), is_checked=False)
     other = numbered(20, first=1)
     cache.reuse(other)
     assert other.num_computed == 0
-    cache.keys[0] = plain
+    cache.tensors[0] = keys, values
     compute(cache, other, is_checked=False)
     again = numbered(20, first=1)
     cache.reuse(again)
@@ -203,8 +207,8 @@ def test_blocks_of_random_traffic_hold_what_their_sequences_have() -> None:
                 for position in range(one.num_computed, one.num_computed + step):
                     for layer in layers:
                         block = one.block_tables[cache.group_of[layer]][position // 4]
-                        cache.keys[layer][block, position % 4] = mark(one, position)
-                one.num_computed += step
+                        cache.tensors[layer][0][block, position % 4] = mark(one, position)
+                cache.advance(one, one.num_computed + step)
                 cache.publish(one, is_checked=rng.random() < 0.5)
                 cache.free_outside_window(one)
                 check(cache, one)
@@ -223,4 +227,61 @@ def check(cache: KVCache, one: Sequence) -> None:
         window = cache.groups[group].window or 10**6
         for position in range(max(0, one.num_computed + 1 - window), one.num_computed):
             block = one.block_tables[group][position // 4]
-            assert (cache.keys[layer][block, position % 4] == mark(one, position)).all()
+            assert (cache.tensors[layer][0][block, position % 4] == mark(one, position)).all()
+
+
+def test_going_back_forgets_what_is_behind_and_going_on_computes_it_again() -> None:
+    cache = KVCache(CachePlan.fit(specs(None), 60_000, 4, 8, 16), specs(None))
+    one = numbered(20, first=1)
+    assert cache.allocate(one, 20)
+    cache.advance(one, 10)
+    cache.rollback(one, 7)
+    assert one.num_computed == 7 and one.num_uncomputed == 13
+    cache.rollback(one, 9)
+    assert one.num_computed == 7, "what is not computed cannot be gone back to"
+    cache.advance(one, 20)
+    cache.publish(one, is_checked=True)
+    cache.free(one)
+    assert one.num_computed == 0
+
+
+def test_only_the_cache_says_how_much_of_a_sequence_is_computed() -> None:
+    """A layer whose state cannot be cut at any token has one place where it is told to go back, and one to go on."""
+    places = set()
+    for path in (ROOT / "engine").rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                places |= {
+                    (path.name, function.name)
+                    for node in ast.walk(function)
+                    if isinstance(node, ast.Attribute)
+                    and node.attr == "num_computed"
+                    and isinstance(node.ctx, ast.Store)
+                }
+    assert places == {("kv_cache.py", "advance"), ("kv_cache.py", "rollback")}
+
+
+def test_another_kind_of_state_is_a_class_of_its_own() -> None:
+    """The cache asks a layer's spec for its tensors, and knows nothing of keys and values."""
+
+    class Sums:
+        """One running sum for each block, as a layer without keys might keep."""
+
+        window, device, bytes_per_token = None, torch.device("cpu"), 4
+
+        def make_tensors(self, num_blocks: int, block_size: int) -> tuple[torch.Tensor, ...]:
+            return (torch.zeros(num_blocks, block_size),)
+
+    layers = {**specs(None), 1: Sums()}
+    cache = KVCache(CachePlan.fit(layers, 60_000, 4, 8, 16), layers)
+    assert [len(cache.tensors[layer]) for layer in layers] == [2, 1]
+    bad = numbered(20, first=1)
+    assert cache.allocate(bad, 20)
+    cache.tensors[1][0][bad.block_tables[0][2]] = torch.nan
+    cache.advance(bad, 20)
+    cache.publish(bad, is_checked=False)
+    other = numbered(20, first=1)
+    cache.reuse(other)
+    assert other.num_computed == 0, "its last layer's state has been looked at"
+    cache.erase(bad)
+    assert torch.isfinite(cache.tensors[1][0]).all()

@@ -11,17 +11,17 @@ from test_flash_attention import answers, engine_with
 
 from engine.attention import flash
 from engine.attention.flash import Trial
-from engine.kv_cache import LayerSpec
+from engine.layer_spec import AttentionSpec
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
 
-PLAIN = LayerSpec(2, 32, 32, None, torch.float32, DEVICE)
+PLAIN = AttentionSpec(2, 32, 32, None, torch.float32, DEVICE)
 MIXED = ([1, 20, 7, 1], [1, 33, 40, 32])  # queries, and tokens, of each sequence
 ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the result's norm
 
 
 def error(
-    spec: LayerSpec, counts: list[int], lengths: list[int], block_size: int = 16, num_parts: int | None = None
+    spec: AttentionSpec, counts: list[int], lengths: list[int], block_size: int = 16, num_parts: int | None = None
 ) -> float:
     """How far the kernel is from its reference, of the result's norm."""
     return difference(Trial.of(spec, block_size, counts, lengths), num_parts)
@@ -44,7 +44,9 @@ def difference(trial: Trial, num_parts: int | None = None) -> float:
 def test_heads_of_every_size_and_grouping(
     dim: int, num_kv_heads: int, group: int, counts: list[int], lengths: list[int]
 ) -> None:
-    assert error(LayerSpec(num_kv_heads, dim, dim, None, torch.float32, DEVICE, None, group), counts, lengths) < 1e-5
+    assert (
+        error(AttentionSpec(num_kv_heads, dim, dim, None, torch.float32, DEVICE, None, group), counts, lengths) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", ERRORS)
@@ -85,7 +87,7 @@ def test_soft_caps_and_values_of_another_size(num_parts: int) -> None:
     assert difference(Trial.of(capped, 16, *MIXED)) < 1e-5 < _distance(capped, PLAIN)
 
 
-def _distance(spec: LayerSpec, other: LayerSpec) -> float:
+def _distance(spec: AttentionSpec, other: AttentionSpec) -> float:
     first, second = (Trial.of(s, 16, *MIXED).run(flash.reference) for s in (spec, other))
     return float((first - second).norm() / second.norm())
 

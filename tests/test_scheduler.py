@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from engine.batch import Batch, Span
-from engine.kv_cache import CachePlan, KVCache, LayerSpec
+from engine.kv_cache import CachePlan, KVCache
+from engine.layer_spec import AttentionSpec
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.scheduler import MAX_DEFERRALS, Limits, Scheduler
 from engine.sequence import Sequence, Status
 
-SPECS = {0: LayerSpec(1, 4, 4, None, torch.float32, torch.device("cpu"))}
+SPECS = {0: AttentionSpec(1, 4, 4, None, torch.float32, torch.device("cpu"))}
 
 
 def scheduler(num_blocks: int = 100, **limits: int) -> Scheduler:

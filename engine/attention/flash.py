@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 
-from engine.kv_cache import LayerSpec
+from engine.layer_spec import AttentionSpec
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class FlashBatch:
 class Candidate:
     name: str
     kernel: Kernel
-    can_attend: Callable[[LayerSpec], bool]  # what is known beforehand
+    can_attend: Callable[[AttentionSpec], bool]  # what is known beforehand
 
 
 def attend(
@@ -75,10 +75,10 @@ def attend(
 
 
 def find(
-    specs: Iterable[LayerSpec],
+    specs: Iterable[AttentionSpec],
     block_size: int,
     candidates: Iterable[Candidate] | None = None,
-    measure: Callable[[Kernel, LayerSpec, int], float] | None = None,
+    measure: Callable[[Kernel, AttentionSpec, int], float] | None = None,
 ) -> Kernel | None:
     """The fastest kernel that computes all these layers on their device as `reference` does; None if none does.
 
@@ -99,14 +99,17 @@ def find(
 
 
 def _logged_time(
-    candidate: Candidate, specs: set[LayerSpec], block_size: int, measure: Callable[[Kernel, LayerSpec, int], float]
+    candidate: Candidate,
+    specs: set[AttentionSpec],
+    block_size: int,
+    measure: Callable[[Kernel, AttentionSpec, int], float],
 ) -> float:
     total = sum(measure(candidate.kernel, spec, block_size) for spec in specs)
     log.info("one decode and one chunk of a prompt take %.0f us with %s", 1e6 * total, candidate.name)
     return total
 
 
-def known_kernels(specs: set[LayerSpec]) -> Iterator[Candidate]:
+def known_kernels(specs: set[AttentionSpec]) -> Iterator[Candidate]:
     """torch's kernel, and the one in Triton, where they are installed and the layers on GPUs."""
     if any(spec.device.type != "cuda" for spec in specs):
         return
@@ -124,7 +127,7 @@ def known_kernels(specs: set[LayerSpec]) -> Iterator[Candidate]:
         pass
 
 
-def is_plain(spec: LayerSpec) -> bool:
+def is_plain(spec: AttentionSpec) -> bool:
     """Whether it is plain attention in 16 bits, on a GPU."""
     is_simple = spec.softcap is None and spec.key_dim == spec.value_dim
     return is_simple and spec.device.type == "cuda" and spec.dtype.itemsize == 2
@@ -141,7 +144,7 @@ class Trial:
     softcap: float | None
 
     @classmethod
-    def of(cls, spec: LayerSpec, block_size: int, counts: list[int], lengths: list[int]) -> "Trial":
+    def of(cls, spec: AttentionSpec, block_size: int, counts: list[int], lengths: list[int]) -> "Trial":
         """counts: queries of each sequence; lengths: its tokens."""
         generator = torch.Generator(spec.device).manual_seed(0)
 
@@ -167,7 +170,7 @@ class Trial:
         return attend(kernel, self.query, self.keys, self.values, self.batch, scaling, self.softcap)
 
 
-def agrees(kernel: Kernel, spec: LayerSpec, block_size: int) -> bool:
+def agrees(kernel: Kernel, spec: AttentionSpec, block_size: int) -> bool:
     """Whether it gives what `reference` gives, for chunks of prompts, and for decodes of short and long contexts."""
     window = None if spec.window is None else min(spec.window, block_size + 2)
     chunks = Trial.of(
@@ -188,7 +191,7 @@ def _agrees(kernel: Kernel, trial: Trial) -> bool:
     return bool((actual - expected).norm() <= TOLERANCES[trial.query.element_size()] * expected.norm())
 
 
-def seconds(kernel: Kernel, spec: LayerSpec, block_size: int) -> float:
+def seconds(kernel: Kernel, spec: AttentionSpec, block_size: int) -> float:
     """What a step of decodes and a chunk of a prompt take together, on a GPU; infinite if its memory lacks."""
     seen = TIMED_TOKENS if spec.window is None else min(TIMED_TOKENS, spec.window + block_size)
     try:

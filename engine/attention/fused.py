@@ -36,7 +36,7 @@ class FusedAttention(nn.Module):
             others["position_embeddings"] = position_embeddings
             return cast(tuple[torch.Tensor, None], self._stock(hidden_states=hidden_states, **others))
         group = step.of_layer(self._layer, hidden_states.device)
-        keys, values = step.cache.keys[self._layer], step.cache.values[self._layer]
+        keys, values = step.cache.tensors[self._layer]
         query = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
         tokens, num_kv_heads = len(query), keys.shape[2]
         output = torch.empty_like(query).view(tokens, num_kv_heads, -1, self._head_dim)

@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 from engine.attention import flash
 from engine.attention.flash import FlashBatch, Kernel
 from engine.cpu import attention_kernels
-from engine.kv_cache import KVCache, LayerSpec
+from engine.kv_cache import KVCache
+from engine.layer_spec import AttentionSpec
 
 NAME = "paged_blocks"
 COMPUTED = ("position_ids", "is_causal")  # arguments that ask for nothing beside what is computed here
@@ -123,10 +124,10 @@ class Call:
     softcap: float | None
 
     @property
-    def spec(self) -> LayerSpec:
+    def spec(self) -> AttentionSpec:
         _, num_kv_heads, _, key_dim = self.key.shape
         place, group = (self.key.dtype, self.key.device), self.query.shape[1] // num_kv_heads
-        return LayerSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, *place, self.softcap, group)
+        return AttentionSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, *place, self.softcap, group)
 
     @property
     def stand_in(self) -> torch.Tensor:
@@ -167,7 +168,7 @@ def paged_attention(
         step.calls[layer] = Call(query, key, value, sliding_window, scaling, softcap)
         return step.calls[layer].stand_in, None
     group = step.of_layer(layer, key.device)
-    keys, values = step.cache.keys[layer], step.cache.values[layer]  # (num_blocks, block_size, kv_heads, dim)
+    keys, values = step.cache.tensors[layer]  # (num_blocks, block_size, kv_heads, dim)
     keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
     flat = query[0].transpose(0, 1)  # (tokens, heads, dim)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kv_cache import LayerSpec
+from engine.layer_spec import AttentionSpec
 
 LOG2E = 1.4426950408889634
 FEW_PARTS, MOST_PARTS = 8, 64
@@ -147,7 +147,7 @@ def paged_attention(
     return output
 
 
-def can_attend(spec: LayerSpec) -> bool:
+def can_attend(spec: AttentionSpec) -> bool:
     """Whether such layers can be tried: Triton's products take GPUs from compute capability 8.0 on."""
     if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False

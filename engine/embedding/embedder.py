@@ -7,9 +7,7 @@ import asyncio
 import json
 import logging
 import math
-import queue
 import re
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from safetensors import safe_open
 
 from engine.embedding.text_queue import Item, TextQueue
 from engine.threads import set_threads
+from engine.worker import Worker
 from errors import ContextLengthExceeded, EngineFailure, InvalidRequest, ModelLoadError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -193,10 +192,9 @@ class Embedder:
         self.model = model
         self.num_waiting = 0  # texts of calls under way
         self._queue: TextQueue[Job] = TextQueue(max_batch_tokens)
-        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._is_closing = self._is_stopped = False
-        self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
-        self._thread.start()
+        self._is_closing = False
+        self._worker = Worker("embedder", lambda: self._queue, self._step, self._end)
+        self._worker.start()
 
     async def embed(
         self,
@@ -269,53 +267,37 @@ class Embedder:
 
         job = Job(texts, prompt, may_truncate, param, deliver, [None] * len(texts), len(texts))
         self.num_waiting += len(texts)
-        self._inbox.put(partial(self._begin, job))
+        self._worker.post(partial(self._begin, job))
         try:
             await done
         finally:
             self.num_waiting -= len(texts)
             if job.num_left:
                 job.is_dropped = True
-                self._inbox.put(partial(self._queue.remove, [job]))
+                self._worker.post(partial(self._queue.remove, [job]))
         return job
 
     async def close(self, timeout: float | None = None, patience: float = ENDING) -> None:
         """Lets the calls under way finish, for `timeout` seconds at most, and ends the thread. A batch that takes
         longer than `patience` seconds more is left to itself: it may hang."""
         self._is_closing = True
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while self.num_waiting and self._thread.is_alive():
-                    await asyncio.sleep(0.02)
-        self._inbox.put(self._stop)
-        await asyncio.to_thread(self._thread.join, None if timeout is None else patience)
-        if not self._thread.is_alive():
+        await self._worker.close(lambda: self.num_waiting, timeout, patience)
+        if not self._worker.is_alive:
             self.model.release()
 
     # --- the worker thread
 
-    def _stop(self) -> None:
-        self._is_stopped = True
-
-    def _run(self) -> None:
+    def _end(self, error: BaseException | None) -> None:
+        """Fails the calls whose texts are still queued."""
+        reason: Exception = Unavailable("The server is shutting down.", retry_after=10)
+        if error is not None:
+            log.error("the embedder stopped after an error", exc_info=error)
+            reason = EngineFailure("The model failed on this request; the error is in the server's log.")
         jobs: set[Job] = set()
-        while not self._is_stopped:
-            self._read_inbox()
-            if not self._is_stopped:
-                self._step()
         while batch := self._queue.take():
             jobs |= {item.job for item in batch}
         for job in jobs:
-            job.deliver(job, Unavailable("The server is shutting down.", retry_after=10))
-
-    def _read_inbox(self) -> None:
-        if not self._queue:
-            self._inbox.get()()
-        while True:
-            try:
-                self._inbox.get_nowait()()
-            except queue.Empty:
-                return
+            job.deliver(job, reason)
 
     def _begin(self, job: Job) -> None:
         if job.is_dropped:

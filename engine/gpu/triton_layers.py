@@ -83,7 +83,7 @@ class Attention(nn.Module):
         group = step.of_layer(self._layer, hidden_states.device)
         if group.flash is None or group.prefills:  # there are images
             return self._as_stock(hidden_states, position_embeddings, others)
-        keys, values = step.cache.keys[self._layer], step.cache.values[self._layer]
+        keys, values = step.cache.tensors[self._layer]
         query = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
         output = flash.attend(step.flash, query, keys, values, group.flash, self._scaling)
         return self.project(output), None

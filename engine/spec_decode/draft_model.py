@@ -39,13 +39,13 @@ class DraftSequence:
         params = replace(original.params, num_logprobs=None, num_prompt_logprobs=None, grammar=None, seed=original.seed)
         return cls(Sequence(original.prompt_ids, params, on_output=lambda output: None))
 
-    def follow(self, original: Sequence) -> None:
+    def follow(self, original: Sequence, cache: KVCache) -> None:
         """Takes back the guesses that were wrong."""
         own, actual, place = self.sequence.token_ids, original.token_ids, self.num_known
         while place < min(len(own), len(actual)) and own[place] == actual[place]:
             place += 1
         own[place:] = actual[place:]
-        self.sequence.num_computed = min(self.sequence.num_computed, place)
+        cache.rollback(self.sequence, place)
         self.num_known = len(actual)
 
     @property
@@ -106,7 +106,7 @@ class DraftModel:
     def _prepare(self, original: Sequence, most: int) -> DraftSequence | None:
         """Its mirror with room for a guess, None where there is to be none."""
         mirror = self._mirrors.get(original) or self._mirrors.setdefault(original, DraftSequence.of(original))
-        mirror.follow(original)
+        mirror.follow(original, self._cache)
         num_tokens = original.num_tokens
         mirror.wanted = mirror.confidence.length(num_tokens, min(most, self._max_model_len - num_tokens))
         if mirror.wanted <= 0:
@@ -127,7 +127,7 @@ class DraftModel:
                 seconds = time.perf_counter() - start
                 self._token_time = DECAY * (self._token_time or seconds) + (1 - DECAY) * seconds
             for mirror, span in zip(active, spans, strict=True):
-                mirror.sequence.num_computed = span.end
+                self._cache.advance(mirror.sequence, span.end)
                 (token,) = next(tokens) if span.is_complete else (None,)
                 if token is None or token.token_id >= self._num_embeddings:
                     mirror.wanted = 0

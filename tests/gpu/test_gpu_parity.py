@@ -116,7 +116,7 @@ def test_the_kernel_that_is_found_agrees_with_the_reference(
     heads: tuple[int, int], window: int | None, block_size: int, device: torch.device, on_gpu: None
 ) -> None:
     num_kv_heads, dim = heads
-    spec = flash.LayerSpec(num_kv_heads, dim, dim, window, torch.bfloat16, device)
+    spec = flash.AttentionSpec(num_kv_heads, dim, dim, window, torch.bfloat16, device)
     kernel = flash.find([spec], block_size)
     if kernel is None:
         pytest.skip("this device has no kernel for such blocks")
