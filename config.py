@@ -3,10 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+
+from engine import quantization
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -98,6 +100,10 @@ Key = Annotated[SecretStr | None, BeforeValidator(without_comment)]
 Url = Annotated[Annotated[str, Field(pattern=r"^https?://")] | None, BeforeValidator(without_comment)]
 Seconds = Annotated[float, BeforeValidator(without_comment), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+if TYPE_CHECKING:
+    QuantizationName = str
+else:
+    QuantizationName = Literal[quantization.SETTINGS]  # so that --help and the error message list them
 
 
 class Settings(BaseSettings):
@@ -233,7 +239,7 @@ class Settings(BaseSettings):
     device_map: str = Field(
         "auto", description="the devices, as in accelerate: auto, cpu, cuda:0, balanced, sequential"
     )
-    quantization: Literal["auto", "none", "int8", "int4", "nf4", "bnb-8bit", "bnb-4bit"] = Field(
+    quantization: QuantizationName = Field(
         "auto", description="the format of the weights; auto on CPU: a GGUF file's own or int8, else none"
     )
     max_model_len: int | None = Field(

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from engine import memory, weight_files
 from engine.attention import fused, paged
 from engine.cpu import kernels, packed_checkpoint, packed_layers
+from engine.quantization import BFLOAT16_KERNELS, FROM_FILE, NONE, STOCK, Quantization, choose
 from errors import ModelLoadError
 
 log = logging.getLogger(__name__)
@@ -26,23 +27,6 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 NEVER_FLOAT16 = (
     "gemma",
 )  # activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
-STOCK = "stock"  # the model's own layers, to compare with
-FROM_FILE = "from file"
-WEIGHTS = {  # what a choice of quantization means, as the log says it
-    "none": "as in the model's files, not quantized",
-    FROM_FILE: "the GGUF file's own blocks",
-    "bfloat16": "bfloat16, not quantized",
-    "int8": "8 bits in groups of 32, rounded to nearest",
-    "int4": "4 bits in groups of 32, the output layer 8 bits",
-    "bnb-8bit": "8 bits by bitsandbytes",
-    "bnb-4bit": "4 bits (FP4) by bitsandbytes",
-    "nf4": "4 bits (NF4) by bitsandbytes",
-}
-BITSANDBYTES: dict[str, dict[str, Any]] = {  # https://huggingface.co/docs/transformers/quantization/bitsandbytes
-    "bnb-8bit": {"load_in_8bit": True},
-    "bnb-4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -62,16 +46,16 @@ def load_model(
 ) -> PreTrainedModel:
     """The model in evaluation mode, its text layers attending through this engine. Raises ModelLoadError."""
     config, chosen = check_model(directory, dtype, device_map)
-    how = choose_quantization(quantization, dtype, _is_on_cuda(device_map), directory)
-    if how == "none" and quantization != STOCK and _multiplies_bfloat16(chosen, device_map):
-        how = "bfloat16"
-    log.info("weights: %s", WEIGHTS[how])
+    weights = choose_quantization(quantization, dtype, _is_on_cuda(device_map), directory)
+    if weights is NONE and quantization != STOCK and _multiplies_bfloat16(chosen, device_map):
+        weights = BFLOAT16_KERNELS
+    log.info("weights: %s", weights.description)
     report("loading weights", 0.0)
     try:
-        if how == FROM_FILE:
+        if weights is FROM_FILE:
             model = packed_checkpoint.load(directory, config, chosen, _attention_names(config))
         else:
-            model = _load_stock(directory, config, chosen, device_map, how, report)
+            model = _load_stock(directory, config, chosen, device_map, weights, report)
     except ModelLoadError:
         raise
     except ImportError as error:
@@ -90,23 +74,28 @@ def load_model(
             "smaller model, or set QUANTIZATION to a format with fewer bits."
         )
     model.eval()
-    if how in packed_layers.FORMATS:
+    if weights.packed_bits:
         with torch.inference_mode():
-            packed_layers.pack_model(model, how, lambda fraction: report("quantizing weights", fraction))
-    if how in {*packed_layers.FORMATS, FROM_FILE}:
+            packed_layers.pack_model(model, weights, lambda fraction: report("quantizing weights", fraction))
+    if weights.needs_cpu_kernels:
         fused.fuse(model)
     memory.trim()  # what loading has freed would else stay with the process
     return model
 
 
 def _load_stock(
-    directory: Path, config: PreTrainedConfig, dtype: torch.dtype, device_map: str, how: str, report: Report
+    directory: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device_map: str,
+    weights: Quantization,
+    report: Report,
 ) -> PreTrainedModel:
     options: dict[str, Any] = {}
-    if how in BITSANDBYTES:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns with every product
+    if weights.bitsandbytes:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it warns at every matrix product
         options["quantization_config"] = BitsAndBytesConfig(
-            **BITSANDBYTES[how], bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_layers_to_keep(config)
+            **weights.bitsandbytes, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_layers_to_keep(config)
         )
     with _weights_progress(report):
         both = AutoModelForCausalLM.from_pretrained(
@@ -148,21 +137,10 @@ def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
     return [*get_keys_to_not_convert(model), *routers] if routers else None
 
 
-def choose_quantization(wanted: str, dtype: str, on_cuda: bool, directory: Path) -> str:
-    """One of WEIGHTS. `auto` on a CPU keeps a GGUF file's own blocks and gives other files 8 bits, which changes the
-    perplexity by less than 1 %; a type of weights that is asked for by DTYPE is kept. Raises ModelLoadError."""
-    has_kernels = kernels.are_available() and not on_cuda
-    if wanted == STOCK:
-        return "none"
-    if wanted == "auto":
-        if not has_kernels or dtype != "auto":
-            return "none"
-        return FROM_FILE if packed_checkpoint.exists(directory) else "int8"
-    if wanted in packed_layers.FORMATS and not has_kernels:
-        raise ModelLoadError(
-            f"QUANTIZATION={wanted} needs a CPU under Linux: set one of {', '.join(BITSANDBYTES)} on a GPU."
-        )
-    return wanted
+def choose_quantization(setting: str, dtype: str, on_cuda: bool, directory: Path) -> Quantization:
+    """The format that a setting of QUANTIZATION stands for on this machine; see `choose`."""
+    has_cpu_kernels = kernels.are_available() and not on_cuda
+    return choose(setting, dtype, has_cpu_kernels, packed_checkpoint.exists(directory))
 
 
 def _multiplies_bfloat16(dtype: torch.dtype, device_map: str) -> bool:

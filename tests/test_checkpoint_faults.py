@@ -34,6 +34,7 @@ from engine.cpu import kernels, packed_layers
 from engine.engine import Engine, EngineOptions
 from engine.model_loader import check_model, load_model
 from engine.model_runner import ModelRunner
+from engine.quantization import QUANTIZATIONS
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import ModelLoadError
@@ -490,7 +491,7 @@ def test_a_mixture_in_8_bits_moves_as_a_dense_model_does() -> None:
         token_ids = torch.arange(0, 198, 3)[None]
         with torch.inference_mode():
             before = model(token_ids).logits.log_softmax(-1)
-            packed_layers.pack_model(model, "int8", lambda fraction: None)
+            packed_layers.pack_model(model, QUANTIZATIONS["int8"], lambda fraction: None)
             after = model(token_ids).logits.log_softmax(-1)
         moved[name] = float((after - before).abs().amax(-1).median())
     assert max(moved.values()) <= 1.5 * moved["dense"], moved

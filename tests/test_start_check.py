@@ -26,6 +26,7 @@ from engine.build import ModelDefaults, build_engine, load_engine
 from engine.cpu import kernels, packed_layers
 from engine.engine import EngineOptions
 from engine.model_runner import ModelRunner
+from engine.quantization import QUANTIZATIONS
 from errors import ModelLoadError
 
 OPTIONS = EngineOptions(kv_cache_memory=2**24, kv_block_size=4, max_model_len=256)
@@ -64,7 +65,7 @@ def test_what_is_computed_rightly_passes_in_milliseconds(name: str, dtype: torch
 def test_packed_layers_compute_on_both_sides(family: str, quantization: str) -> None:
     model = tiny_model(family, hidden_size=64, intermediate_size=96, head_dim=32)
     with torch.inference_mode():
-        packed_layers.pack_model(model, quantization, lambda fraction: None)
+        packed_layers.pack_model(model, QUANTIZATIONS[quantization], lambda fraction: None)
         fused.fuse(model)
     assert start_check.check(runner_of(model), 256)
 
@@ -167,7 +168,7 @@ def test_what_is_remembered_is_of_the_layers_that_the_machine_has_chosen(tmp_pat
     auto = {"quantization": "auto", "dtype": "auto"}
     plain, packed = (tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32) for _ in range(2))
     with torch.inference_mode():
-        packed_layers.pack_model(packed, "int8", lambda fraction: None)
+        packed_layers.pack_model(packed, QUANTIZATIONS["int8"], lambda fraction: None)
     keys = [start_check.key_of(tmp_path, runner_of(model), auto) for model in (plain, plain, packed)]
     assert keys[0] == keys[1] != keys[2]
 

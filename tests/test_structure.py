@@ -12,10 +12,10 @@ from process import PACKAGES, ROOT
 TOP = ("main", "config", "schemas", "prompt_templates", "errors")
 ALLOWED = {  # package or file at the top -> which of the others it may import; those further up are not among them
     "errors": set(),
-    "config": set(),
     "schemas": set(),
     "telemetry": set(),
     "engine": {"errors"},
+    "config": {"engine"},
     "checkpoints": {"engine", "errors"},
     "text": {"errors", "schemas"},
     "prompt_templates": {"errors", "schemas", "text"},

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from engine.cpu import jit
 from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight
+from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight, read_codes
 
 ROWS = 64  # of activations that pass a tile of weights while their sums stay in the first-level cache
 PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page
@@ -276,22 +276,7 @@ def _read_block(b: Builder, fmt: Format, place: jit.Value) -> _Block:
     start = b.address(b.argument["quants"], place, fmt.block_bytes)
     for line in range(0, fmt.block_bytes, 64):
         b.prefetch(b.add(start, I64(PREFETCH + line)))
-
-    def read(index: int) -> jit.Value:
-        return b.read(BYTES, b.add(start, I64(64 * index)))
-
-    if fmt.bits == 8:
-        codes = [read(index) for index in range(8)]
-    else:
-        pairs = [read(index) for index in range(4)]
-        codes = [b.and_(pair, constant(BYTES, 15)) for pair in pairs]
-        codes += [b.lshr(pair, constant(BYTES, 4)) for pair in pairs]
-    for plane in range(fmt.num_planes):
-        bits = b.bitcast(read(4 + plane), INTS)
-        for index in range(8):
-            shift = index - 4 - plane  # from bit `index` of the plane to bit 4 + plane of the code
-            moved = b.lshr(bits, constant(INTS, shift)) if shift > 0 else b.shl(bits, constant(INTS, -shift))
-            codes[index] = b.or_(codes[index], b.and_(b.bitcast(moved, BYTES), constant(BYTES, 16 << plane)))
+    codes = read_codes(b, fmt, start)
     halves = [b.add(b.mul(place, I64(fmt.num_scales)), I64(index)) for index in range(fmt.num_scales)]
     scales = [_read_halfs(b, b.address(b.argument["scales"], half, 2 * LANES)) for half in halves]
     minimum = _read_halfs(b, b.address(b.argument["minimums"], place, 2 * LANES)) if fmt.has_minimum else None

@@ -13,22 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.cpu import kernels
+from engine.cpu.jit import LANES
 from engine.cpu.kernels import Activations
 from engine.cpu.packed_weight import (
-    BFLOAT16,
-    INT4,
-    INT8,
-    LANES,
     Format,
     PackedWeight,
     can_pack,
+    format_of,
     pack,
     pack_bfloat16,
     quantize_weight,
 )
+from engine.quantization import Quantization
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-FORMATS = {"int8": INT8, "int4": INT4, "bfloat16": BFLOAT16}
 ROUTER = re.compile(  # layers that choose experts: a little rounding there chooses others
     r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)"
 )
@@ -195,19 +193,20 @@ class FusedNorm(nn.Module):
 # --- replacing a model's layers
 
 
-def pack_model(model: PreTrainedModel, quantization: str, report: Callable[[float], None]) -> None:
-    """Quantises a stock model's linear layers, in place; an int4 model's output layer has 8 bits, as it decides most.
-    Routers stay as they are.
+def pack_model(model: PreTrainedModel, quantization: Quantization, report: Callable[[float], None]) -> None:
+    """Quantises a stock model's linear layers, in place. Routers stay as they are.
 
-    quantization: one of FORMATS.
+    quantization: a format with `packed_bits`. report: called with the fraction done, from 0 to 1.
     """
+    bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
+    assert bits is not None and head_bits is not None
     head, embedding = model.get_output_embeddings(), cast(nn.Embedding, model.get_input_embeddings())
     linears = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
     for number, (name, layer) in enumerate(linears):
         report(number / len(linears))
         if not can_pack(layer.in_features) or ROUTER.search(name):
             continue
-        packed = _pack(layer.weight.data, INT8 if layer is head and quantization == "int4" else FORMATS[quantization])
+        packed = _pack(layer.weight.data, format_of(head_bits if layer is head else bits))
         is_tied = embedding.weight is layer.weight
         replace_layer(model, name, packed)
         if is_tied:
