@@ -26,9 +26,10 @@ from typing import Any
 
 import errors
 from checkpoints import gguf_parts
-from checkpoints.atomic_files import Report, locked, remove, require_room, temporary
+from checkpoints.atomic_files import locked, remove, require_room, temporary
 from checkpoints.conversion import convert_gguf, converter_version, last_line
 from checkpoints.demo_models import DEMO_MODELS, DemoModel, PackagedFiles
+from engine.report import Report
 
 DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
 DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"

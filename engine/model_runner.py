@@ -13,12 +13,11 @@ from engine.attention.paged import DecodeGroup, GroupAttention, PrefillChunk, Pr
 from engine.batch import Batch, Span
 from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
 from engine.kv_cache import FREED, KVCache, LayerGroup, LayerSpec, first_visible
-from engine.model_loader import first_line
 from engine.sample.masks import GrammarBitmasks
 from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken
 from engine.vision import Image, VisionEncoder
-from errors import ModelLoadError
+from errors import ModelLoadError, first_line
 
 log = logging.getLogger(__name__)
 

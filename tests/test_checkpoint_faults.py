@@ -30,9 +30,10 @@ from checkpoints.progress import Progress
 from config import Settings
 from engine.batch import Batch, Span
 from engine.build import ModelDefaults, load_engine
+from engine.checked_model import check_model
 from engine.cpu import kernels, packed_layers
 from engine.engine import Engine, EngineOptions
-from engine.model_loader import check_model, load_model
+from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
 from engine.quantization import QUANTIZATIONS
 from engine.sampling_params import SamplingParams
@@ -63,7 +64,8 @@ def edit(directory: Path, **changes: Any) -> None:
 
 
 def start(directory: Path, **options: Any) -> Engine:
-    return load_engine(directory, EngineOptions(kv_cache_memory=2**24, **options), ModelDefaults, ignore)[0]
+    settings = EngineOptions(kv_cache_memory=2**24, **options)
+    return load_engine(check_model(directory, settings.dtype, settings.device_map), settings, ModelDefaults, ignore)[0]
 
 
 def logprobs(engine: Engine, token_ids: list[int]) -> torch.Tensor:
@@ -93,7 +95,7 @@ def logprobs(engine: Engine, token_ids: list[int]) -> torch.Tensor:
 def test_tensors_that_nobody_reads_are_refused_by_name(name: str, tmp_path: Path) -> None:
     directory = save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)}))
     with pytest.raises(ModelLoadError, match=f"the tensor {name}, which its architecture does not use"):
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,9 @@ def test_tensors_that_nobody_reads_are_refused_by_name(name: str, tmp_path: Path
     ],
 )
 def test_what_a_text_model_rightly_leaves_unread_is_accepted(name: str, tmp_path: Path) -> None:
-    load_model(save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)})), "float32", "cpu", ignore)
+    load_model(
+        check_model(save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)})), "float32", "cpu"), ignore
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -122,11 +126,11 @@ def test_biases_of_zero_that_no_layer_has_change_nothing(dtype: torch.dtype, tmp
     name = "model.layers.{}.mlp.down_proj.bias"
     zeros = {name.format(layer): torch.zeros(48, dtype=dtype) for layer in range(3)}
     directory = save(tmp_path, lambda tensors: tensors.update(zeros))
-    load_model(directory, "float32", "cpu", ignore)
+    load_model(check_model(directory, "float32", "cpu"), ignore)
     zeros[name.format(1)][7] = 1e-4
     save(directory, lambda tensors: tensors.update(zeros))
     with pytest.raises(ModelLoadError, match=f"the tensor {name.format(1)}, which its architecture does not use"):
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
 
 
 @pytest.mark.parametrize("setting", ["num_nextn_predict_layers", "mtp_num_hidden_layers"])
@@ -140,19 +144,19 @@ def test_layers_beyond_the_models_are_left_unread_where_the_configuration_counts
         ModelLoadError, match="the tensor model.layers.4.mlp.down_proj.weight, which its architecture does not use"
     )
     with nullcontext() if is_accepted else refused:
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
 
 
 def test_a_layer_that_predicts_further_tokens_is_known_by_its_parts(tmp_path: Path) -> None:
     names = ("enorm.weight", "mlp.down_proj.weight", "self_attn.q_proj.weight")
     further = {f"model.layers.3.{name}": torch.ones(4) for name in names}
-    load_model(save(tmp_path, lambda tensors: tensors.update(further)), "float32", "cpu", ignore)
+    load_model(check_model(save(tmp_path, lambda tensors: tensors.update(further)), "float32", "cpu"), ignore)
 
 
 def test_a_configuration_with_fewer_layers_than_the_files_is_refused(tmp_path: Path) -> None:
     directory = save(tmp_path, lambda tensors: None, {"num_hidden_layers": 2, "layer_types": None})
     with pytest.raises(ModelLoadError, match=r"11 tensors \(model.layers.2.*which its architecture does not use"):
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
 
 
 def to_codes(tensors: Tensors) -> None:
@@ -182,7 +186,7 @@ def test_quantizations_that_cannot_be_read_are_named(method: str, reason: str, t
     scheme = {"quant_method": method, "bits": 4, "group_size": 128}
     directory = save(tmp_path, lambda tensors: None, {"quantization_config": scheme})
     with pytest.raises(ModelLoadError, match=reason) as raised:
-        load_model(directory, "auto", "cpu", ignore)
+        load_model(check_model(directory, "auto", "cpu"), ignore)
     assert "\n" not in str(raised.value)
 
 
@@ -261,7 +265,7 @@ def repeated(directory: Path, tensors: Tensors) -> None:
 
 
 def test_a_second_copy_in_another_format_is_not_read(tmp_path: Path) -> None:
-    load_model(split(tmp_path, {"metadata": {}}, consolidated), "float32", "cpu", ignore)
+    load_model(check_model(split(tmp_path, {"metadata": {}}, consolidated), "float32", "cpu"), ignore)
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
@@ -283,7 +287,7 @@ def test_parts_without_a_whole_index_are_refused_with_its_name(
 def test_a_head_of_its_own_is_kept_where_the_configuration_says_tied(tmp_path: Path) -> None:
     """What the files say goes before what the configuration says."""
     directory = save(tmp_path, lambda tensors: None, {"tie_word_embeddings": True})
-    model = load_model(directory, "float32", "cpu", ignore)
+    model = load_model(check_model(directory, "float32", "cpu"), ignore)
     head = load_file(directory / "model.safetensors")["lm_head.weight"]
     assert torch.equal(model.get_output_embeddings().weight, head)
     assert not torch.equal(model.get_input_embeddings().weight, head)
@@ -292,9 +296,9 @@ def test_a_head_of_its_own_is_kept_where_the_configuration_says_tied(tmp_path: P
 def test_a_missing_head_is_refused_unless_it_is_tied(tmp_path: Path) -> None:
     directory = save(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(ModelLoadError, match="lacks the tensor lm_head.weight"):
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
     edit(directory, tie_word_embeddings=True)
-    model = load_model(directory, "float32", "cpu", ignore)
+    model = load_model(check_model(directory, "float32", "cpu"), ignore)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -473,7 +477,7 @@ ROUTERS = {"jetmoe": "mlp.router.layer", "qwen2_moe": "mlp.shared_expert_gate"}
 def test_routers_are_never_quantized(name: str, quantization: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     MIXTURES[name]().save_pretrained(tmp_path)
-    model = load_model(tmp_path, "float32", "cpu", ignore, quantization)
+    model = load_model(check_model(tmp_path, "float32", "cpu"), ignore, quantization)
     routers = [module for path, module in model.named_modules() if path.endswith(ROUTERS[name])]
     assert len(routers) == 2 and {type(router) for router in routers} == {torch.nn.Linear}
     kinds = {type(module).__name__ for module in model.modules()}

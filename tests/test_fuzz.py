@@ -775,13 +775,14 @@ def files_of(directory: Path, into: Path, **written: str | bytes) -> Path:
 
 def loaded(directory: Path) -> Any:
     """As the server does it, but for the cache and the engine. None where it is refused as it should be."""
+    from engine.checked_model import check_model
     from engine.model_loader import load_model
     from serving.loading import load_template
 
     start = time.process_time()
     try:
         load_template(directory, "qwen3")
-        return load_model(directory, "float32", "cpu", lambda what, fraction: None)
+        return load_model(check_model(directory, "float32", "cpu"), lambda what, fraction: None)
     except ModelLoadError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
     finally:
@@ -807,7 +808,7 @@ def test_a_configuration_that_lies_is_refused_in_a_sentence(tiny_checkpoint: Pat
 @examples(60)
 @given(st.data())
 def test_weights_that_lie_are_refused_in_a_sentence(tiny_checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
-    from engine.model_loader import check_model
+    from engine.checked_model import check_model
 
     content = (tiny_checkpoint / "model.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")

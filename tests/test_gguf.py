@@ -21,6 +21,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from checkpoints import checkpoint, conversion, gguf_header, gguf_metadata, gguf_parts, gguf_tokenizer
+from engine.checked_model import check_model
 from engine.model_loader import load_model
 from engine.model_runner import probe_layers
 from errors import ModelLoadError
@@ -274,7 +275,7 @@ def test_each_architecture_is_served(name: str, tmp_path: Path) -> None:
     """All its layers attend through the engine, with the file's own blocks where they are kept."""
     TWINS[name].write(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     conversion.convert([tmp_path / "tiny.gguf"], tmp_path / "tiny", lambda fraction: None)
-    model = load_model(tmp_path / "tiny", "auto", "cpu", lambda what, fraction: None, "auto")
+    model = load_model(check_model(tmp_path / "tiny", "auto", "cpu"), lambda what, fraction: None, "auto")
     assert len(probe_layers(model)) == model.config.num_hidden_layers
 
 

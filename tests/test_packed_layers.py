@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from engine.attention import fused, paged
 from engine.attention.fused import FusedAttention
 from engine.build import build_engine
+from engine.checked_model import check_model
 from engine.cpu import kernels, packed_checkpoint, packed_layers, packed_weight
 from engine.cpu.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedInput, SharedLinear
 from engine.cpu.packed_weight import INT8, quantize_weight
@@ -237,7 +238,7 @@ def test_a_gguf_files_blocks_are_kept_bit_by_bit(family: str, tied: bool, tmp_pa
         model.lm_head.weight = model.model.embed_tokens.weight
     packed_checkpoint.write(model, tmp_path / "model.gguf", tmp_path)
     model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, "auto", "cpu", lambda what, fraction: None, "auto")
+    loaded = load_model(check_model(tmp_path, "auto", "cpu"), lambda what, fraction: None, "auto")
     weights = dequantized(loaded)
     assert len(weights) == len(matrices(model)) + tied
     for name, weight in weights.items():
@@ -257,7 +258,7 @@ def test_a_matrix_that_is_not_in_the_file_stays_as_it_is(tmp_path: Path) -> None
     changed.weight.data[3, 5] += 1
     packed_checkpoint.write(model, tmp_path / "model.gguf", tmp_path)
     model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, "auto", "cpu", lambda what, fraction: None, "auto")
+    loaded = load_model(check_model(tmp_path, "auto", "cpu"), lambda what, fraction: None, "auto")
     kept = loaded.model.layers[1].mlp.down_proj
     assert isinstance(kept, nn.Linear) and torch.equal(kept.weight, changed.weight)
     assert isinstance(loaded.model.layers[0].mlp.down_proj, PackedLinear)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from errors import InvalidRequest
+from errors import InvalidRequest, first_line
 from schemas import ChatCompletionRequest, CompletionRequest
 from text.json_schemas import enforceable, patterns_of
 from text.tool_formats import ToolFormat
@@ -108,7 +108,7 @@ def _refusing(field: str) -> Iterator[None]:
     except RecursionError as error:
         raise _invalid(f"{field} is nested too deeply.", field) from error
     except (ValueError, TypeError) as error:
-        raise _invalid(f"{field}: {str(error).splitlines()[0]}", field) from error
+        raise _invalid(f"{field}: {first_line(error)}", field) from error
 
 
 def _part(schema: Any, field: str, is_needed: bool) -> str:

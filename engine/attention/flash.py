@@ -13,6 +13,7 @@ from typing import cast
 import torch
 
 from engine.kv_cache import LayerSpec
+from errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +183,8 @@ def _agrees(kernel: Kernel, trial: Trial) -> bool:
     try:
         actual = trial.run(kernel).float()
     except Exception as error:  # of whatever kind: the compiler's, the driver's, or of an argument that it lacks
-        described = (str(error).splitlines() or [type(error).__name__])[0]
-        log.info("%s does not compute the attention: %s", getattr(kernel, "__name__", "a kernel"), described)
+        name = getattr(kernel, "__name__", "a kernel")
+        log.info("%s does not compute the attention: %s", name, first_line(error))
         return False
     return bool((actual - expected).norm() <= TOLERANCES[trial.query.element_size()] * expected.norm())
 
