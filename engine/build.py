@@ -179,7 +179,7 @@ def _fuse_layers(model: PreTrainedModel, flash: Kernel | None) -> None:
     except ImportError:
         return
     try:
-        log.info("%d layers use fused kernels", triton_layers.fuse(model))
+        log.info("%d layers use fused kernels", triton_layers.fuse_gpu_layers(model))
     except RuntimeError as error:  # memory is short, or the compiler fails: the stock layers compute the same
         log.info("no more layers use fused kernels: %s", first_line(error))
     torch.cuda.empty_cache()

@@ -63,7 +63,7 @@ def load_model(checked: CheckedModel, report: Report, quantization: str = STOCK)
         with torch.inference_mode():
             packed_layers.pack_model(model, weights, lambda fraction: report("quantizing weights", fraction))
     if weights.needs_cpu_kernels:
-        fused.fuse(model)
+        fused.fuse_attention(model)
     memory.trim()  # otherwise the process keeps what loading has freed
     return model
 

@@ -41,7 +41,7 @@ from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
 from text.messages import canonical
 from text.structured_output import structure_of
-from text.tool_formats import FORMATS, LINES, ToolFormat
+from text.tool_formats import LINES, TOOL_FORMATS, ToolFormat
 from text.tool_grammars import Literals
 from text.tools import tool_set_of
 
@@ -144,7 +144,7 @@ def test_an_event_without_end_is_refused_and_not_kept(monkeypatch: pytest.Monkey
 
 # --- answers of models
 
-STYLES: tuple[ToolFormat | None, ...] = (None, LINES, *FORMATS)
+STYLES: tuple[ToolFormat | None, ...] = (None, LINES, *TOOL_FORMATS)
 ANSWER_PIECES = (
     *("<tool_call>", "</tool_call>", "<function=", "<function=weather>\n", "</function>", "<parameter=city>\n"),
     *("\n</parameter>\n", "weather", "now", "<arg_key>city</arg_key>", "\n<arg_value>", "</arg_value>\n"),
@@ -536,9 +536,9 @@ ASKED = shaped(
 
 
 @examples(80)
-@given(ASKED, st.sampled_from([LINES, *FORMATS]), st.booleans())
+@given(ASKED, st.sampled_from([LINES, *TOOL_FORMATS]), st.booleans())
 @example({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": [[]]}}}],
-          "tool_choice": "required"}, FORMATS[0], True)  # fmt: skip
+          "tool_choice": "required"}, TOOL_FORMATS[0], True)  # fmt: skip
 @example({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"minimum": 10**400}}}]},
          LINES, False)  # fmt: skip
 @example({"structured_outputs": {"\ud800": 1}}, LINES, True)

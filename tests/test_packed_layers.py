@@ -38,7 +38,7 @@ def pack(model: PreTrainedModel, quantization: str) -> None:
     """As load_model does."""
     with torch.inference_mode():
         packed_layers.pack_model(model, QUANTIZATIONS[quantization], lambda fraction: None)
-    fused.fuse(model)
+    fused.fuse_attention(model)
 
 
 class Reference(nn.Module):
@@ -188,7 +188,7 @@ def test_a_norm_with_large_weights_is_told_from_one_that_adds_one() -> None:
     for module in (*model.modules(), *expected.modules()):
         if type(module).__name__ == "Gemma3RMSNorm":
             module.weight.data = torch.full_like(module.weight, 300.0)
-    packed_layers.fuse(model)
+    packed_layers.fuse_layers(model)
     x = torch.randn(2, 64)
     torch.testing.assert_close(model.model.norm(x), expected.model.norm(x), rtol=1e-4, atol=1e-4)
 

@@ -67,7 +67,7 @@ def test_packed_layers_compute_on_both_sides(family: str, quantization: str) -> 
     model = tiny_model(family, hidden_size=64, intermediate_size=96, head_dim=32)
     with torch.inference_mode():
         packed_layers.pack_model(model, QUANTIZATIONS[quantization], lambda fraction: None)
-        fused.fuse(model)
+        fused.fuse_attention(model)
     assert start_check.check(runner_of(model), 256)
 
 

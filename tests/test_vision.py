@@ -276,7 +276,7 @@ def test_a_quantized_model_sees_too() -> None:
     model = tiny_gemma_that_sees(IMAGE)
     with torch.inference_mode():
         packed_layers.pack_model(model, QUANTIZATIONS["int8"], lambda fraction: None)
-    fused.fuse(model)
+    fused.fuse_attention(model)
     encoder, stock = VisionEncoder(model), VisionEncoder(tiny_gemma_that_sees(IMAGE))
     one, other = (Image(b"0", pixels(0), 0, TOKENS) for _ in range(2))
     encoder.encode([one])

@@ -20,7 +20,7 @@ from text.tool_grammars import (
     calls_beside_json_grammar,
     calls_grammar,
     calls_or_text_grammar,
-    quoted,
+    lark_string,
     rest_of_call_grammar,
 )
 from text.tools import ToolSet, check_patterns, check_size
@@ -168,7 +168,7 @@ def _of_regex(pattern: Any) -> str:
 def _of_choice(choices: Any) -> str:
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
         raise ValueError("choices must be a list of one or more strings, none of them empty")
-    return _of_lark("start: " + " | ".join(map(quoted, choices)))
+    return _of_lark("start: " + " | ".join(map(lark_string, choices)))
 
 
 def _of_lark(text: Any) -> str:

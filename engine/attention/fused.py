@@ -57,7 +57,7 @@ class FusedAttention(nn.Module):
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module) -> None:
+def fuse_attention(model: nn.Module) -> None:
     """Puts one in the place of every stock module whose work it does."""
     for name, module in list(model.named_modules()):
         fused = fused_attention(module)

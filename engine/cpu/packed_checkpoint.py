@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from engine.cpu import gguf_blocks
-from engine.cpu.packed_layers import fuse, replace_layer
+from engine.cpu.packed_layers import fuse_layers, replace_layer
 from engine.cpu.packed_weight import Codes, Format, PackedWeight, can_pack, pack
 from errors import ModelLoadError
 
@@ -150,7 +150,7 @@ def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attentio
         raise ModelLoadError(f"{directory / FILE} belongs to another model: remove {directory} and start again.")
     for name, source in tables["layers"].items():
         replace_layer(model, name, formats[source])
-    fuse(model)
+    fuse_layers(model)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model

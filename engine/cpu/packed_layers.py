@@ -211,7 +211,7 @@ def pack_model(model: PreTrainedModel, quantization: Quantization, report: Calla
         replace_layer(model, name, packed)
         if is_tied:
             replace_layer(model, _name_of(model, embedding), packed)
-    fuse(model)
+    fuse_layers(model)
 
 
 def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
@@ -236,7 +236,7 @@ def replace_layer(model: PreTrainedModel, name: str, packed: PackedWeight) -> No
         model.set_submodule(name, PackedLinear(packed, None if bias is None else bias.data, output))
 
 
-def fuse(model: PreTrainedModel) -> None:
+def fuse_layers(model: PreTrainedModel) -> None:
     """Joins what the stock modules compute in steps, wherever that gives the same."""
     for name, module in list(model.named_modules()):
         inputs = [getattr(module, part, None) for part in ATTENTION_INPUTS]

@@ -106,7 +106,7 @@ class Attention(nn.Module):
 
 
 @torch.no_grad()
-def fuse(model: nn.Module) -> int:
+def fuse_gpu_layers(model: nn.Module) -> int:
     """Puts these in the place of every stock module whose work they do, and says how many there are."""
     count = 0
     for make in (fused_norm, fused_mlp, fused_attention):
