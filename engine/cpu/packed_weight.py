@@ -25,7 +25,7 @@ FOURS = GROUP // 4
 
 @dataclass(frozen=True)
 class Format:
-    """A weight is (code - offset) * scale, or code * scale + minimum."""
+    """What the codes of a weight mean: a weight is (code - offset) * scale, or code * scale + minimum."""
 
     bits: int
     offset: int = 0
@@ -79,7 +79,7 @@ class Codes(NamedTuple):
     minimums: torch.Tensor | None  # (rows, columns / GROUP)
 
     def dequantize(self) -> torch.Tensor:
-        """(rows, columns) in float32."""
+        """The weights, (rows, columns) in float32."""
         rows, columns = self.codes.shape
         grouped = self.codes.view(rows, -1, self.format.group).float() - self.format.offset
         weight = (grouped * self.scales.float()[..., None]).view(rows, columns)
@@ -90,7 +90,8 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """tiles = rows / LANES, blocks = columns / GROUP; the rows are padded with zeros to whole tiles."""
+    """A weight matrix in the kernels' order: tiles = rows / LANES, blocks = columns / GROUP. The rows are padded with
+    zeros to whole tiles."""
 
     format: Format
     num_rows: int
@@ -104,7 +105,7 @@ class PackedWeight:
 
     @cached_property
     def addresses(self) -> tuple[int, int, int]:
-        """Of quants, scales and minimums; 0 where there are none."""
+        """The addresses of quants, scales and minimums; 0 for a format without minimums."""
         minimums = 0 if self.minimums is None else self.minimums.data_ptr()
         return self.quants.data_ptr(), self.scales.data_ptr(), minimums
 
@@ -114,7 +115,7 @@ class PackedWeight:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def tiles(self, start: int, num_rows: int) -> "PackedWeight":
-        """Its rows from tile `start` on, as a view."""
+        """A view of `num_rows` rows from tile `start` on."""
         part = slice(start, start - (-num_rows // LANES))
         minimums = None if self.minimums is None else self.minimums[part]
         return PackedWeight(self.format, num_rows, self.quants[part], self.scales[part], minimums)
@@ -131,7 +132,7 @@ class PackedWeight:
         return Codes(self.format, codes, scales, minimums).dequantize()
 
     def dequantize(self) -> torch.Tensor:
-        """(rows, columns) in float32."""
+        """All weights, (rows, columns) in float32."""
         return self.rows(torch.arange(self.num_rows))
 
     def _codes(self, quants: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ def can_pack(num_columns: int) -> bool:
 
 
 def pack(weight: Codes) -> PackedWeight:
-    """Sixteen rows side by side, so that a vector holds four columns of each; one field after the other."""
+    """Puts sixteen rows side by side, so that a vector holds four columns of each; one field after the other."""
     num_rows, columns = weight.codes.shape
     tiles, blocks, fmt = -(-num_rows // LANES), columns // GROUP, weight.format
     fours = _padded(weight.codes).view(tiles, LANES, blocks, FOURS, 4).permute(0, 2, 3, 1, 4)
@@ -183,7 +184,7 @@ def read_codes(b: Builder, fmt: Format, start: jit.Value) -> list[jit.Value]:
 
 
 def pack_bfloat16(weight: torch.Tensor) -> PackedWeight:
-    """weight: (rows, columns) bfloat16. Sixteen rows side by side, two columns of each in a lane."""
+    """Puts sixteen rows side by side, two columns of each in a lane. weight: (rows, columns) bfloat16."""
     num_rows, columns = weight.shape
     pairs = _padded(weight).view(-1, LANES, columns // GROUP, GROUP // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
     return PackedWeight(BFLOAT16, num_rows, pairs.flatten(2).view(torch.uint8), torch.empty(0, 0, 1, LANES), None)
@@ -194,7 +195,8 @@ def _padded(rows: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_weight(weight: torch.Tensor, fmt: Format) -> Codes:
-    """(rows, columns) to the nearest codes; with a minimum, the range of each group that gives the least error."""
+    """Rounds a weight, (rows, columns), to the nearest codes. For a format with minimums, it tries several ranges for
+    each group and keeps the one with the least error."""
     grouped = weight.float().view(weight.shape[0], -1, fmt.group)
     if not fmt.has_minimum:
         scales = (grouped.abs().amax(-1) / (fmt.offset - 1)).half()
