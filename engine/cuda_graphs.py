@@ -113,8 +113,16 @@ class DecodeGraphs:
             tables = rows[:, column + 2 : column + 2 + width].contiguous()
             column += 2 + width
             longest = width * self._cache.block_size
-            batch = FlashBatch(starts, tables, lengths, 1, longest, size, group.window)
-            groups.append(GroupAttention(slots, (), (), batch))
+            batch = FlashBatch(
+                starts=starts,
+                tables=tables,
+                lengths=lengths,
+                longest_query=1,
+                longest=longest,
+                num_tokens=size,
+                window=group.window,
+            )
+            groups.append(GroupAttention(slots, decodes=(), prefills=(), flash=batch))
         step = StepAttention(self._cache, groups, self._kernel)
         return compute(rows[None, :, 0].long(), rows[None, :, 1].long(), step)
 

@@ -160,8 +160,15 @@ class Trial:
         num_blocks = len(lengths) * width
         tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).view(len(lengths), width).int()
         starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        limits = (max(counts), width * block_size, sum(counts), spec.window)
-        batch = FlashBatch(starts, tables, torch.tensor(lengths, dtype=torch.int32), *limits)
+        batch = FlashBatch(
+            starts=starts,
+            tables=tables,
+            lengths=torch.tensor(lengths, dtype=torch.int32),
+            longest_query=max(counts),
+            longest=width * block_size,
+            num_tokens=sum(counts),
+            window=spec.window,
+        )
         return cls(
             numbers(sum(counts), spec.group * spec.num_kv_heads, spec.key_dim),
             numbers(num_blocks, block_size, spec.num_kv_heads, spec.key_dim),

@@ -92,7 +92,7 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
         return None
     if call.softcap is not None:
         return None
-    fused = FusedAttention(module, shared, head_dim, norms, call.scaling)
+    fused = FusedAttention(module, shared, head_dim=head_dim, norms=norms, scaling=call.scaling)
     spec = call.spec
     if spec.key_dim != head_dim or spec.value_dim != head_dim or spec.dtype != x.dtype:
         return None

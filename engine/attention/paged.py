@@ -91,10 +91,10 @@ class GroupAttention:
     def to(self, device: torch.device) -> "GroupAttention":
         """A copy whose tensors are on `device`."""
         return GroupAttention(
-            self.slots.to(device),
-            tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
-            tuple(replace(p, table=p.table.to(device), visible=p.visible.to(device)) for p in self.prefills),
-            None if self.flash is None else self.flash.to(device),
+            slots=self.slots.to(device),
+            decodes=tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
+            prefills=tuple(replace(p, table=p.table.to(device), visible=p.visible.to(device)) for p in self.prefills),
+            flash=None if self.flash is None else self.flash.to(device),
         )
 
 
@@ -129,8 +129,16 @@ class Call:
     @property
     def spec(self) -> LayerSpec:
         _, num_kv_heads, _, key_dim = self.key.shape
-        place, group = (self.key.dtype, self.key.device), self.query.shape[1] // num_kv_heads
-        return LayerSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, *place, self.softcap, group)
+        return LayerSpec(
+            num_kv_heads=num_kv_heads,
+            key_dim=key_dim,
+            value_dim=self.value.shape[3],
+            window=self.window,
+            dtype=self.key.dtype,
+            device=self.key.device,
+            softcap=self.softcap,
+            group=self.query.shape[1] // num_kv_heads,
+        )
 
     @property
     def stand_in(self) -> torch.Tensor:
@@ -169,7 +177,9 @@ def paged_attention(
         _refuse_what_is_not_computed(others)
         # the cache has one place for a layer's keys and values
         assert layer not in step.calls, "some of their layers call the attention twice"
-        step.calls[layer] = Call(query, key, value, sliding_window, scaling, softcap)
+        step.calls[layer] = Call(
+            query=query, key=key, value=value, window=sliding_window, scaling=scaling, softcap=softcap
+        )
         return step.calls[layer].stand_in, None
     group = step.of_layer(layer, key.device)
     keys, values = step.cache.keys[layer], step.cache.values[layer]  # (num_blocks, block_size, kv_heads, dim)

@@ -257,12 +257,12 @@ def _attend(
     index = tile * QUERIES + row // GROUP  # of its query in the sequence
     is_row = (row < QUERIES * GROUP) & (index < count)
     token, query_head = (start + index).to(tl.int64), head * GROUP + row % GROUP
-    own = length - count + index  # its position in the table
-    first_own = length - count + tile * QUERIES
-    last_own = tl.minimum(first_own + QUERIES, length) - 1
+    query_position = length - count + index  # its position in the table
+    first_query = length - count + tile * QUERIES
+    last_query = tl.minimum(first_query + QUERIES, length) - 1
 
-    first = tl.maximum(first_own - window, 0) // KEYS  # passes
-    last = tl.cdiv(last_own + 1, KEYS)
+    first = tl.maximum(first_query - window, 0) // KEYS  # passes
+    last = tl.cdiv(last_query + 1, KEYS)
     size = tl.cdiv(last - first, num_parts)
     first += part * size
     last = tl.minimum(first + size, last)
@@ -283,20 +283,20 @@ def _attend(
     state = (top, total, sum_)
     edge = first
     if not IS_DECODE:  # a mask is needed only at the window's edge and at the queries' own keys: all rows see the rest
-        free = tl.minimum(tl.maximum(tl.cdiv(last_own - window, KEYS), first), tl.maximum(last, first))
-        edge = tl.maximum(tl.minimum((first_own + 1) // KEYS, last), free)
+        free = tl.minimum(tl.maximum(tl.cdiv(last_query - window, KEYS), first), tl.maximum(last, first))
+        edge = tl.maximum(tl.minimum((first_query + 1) // KEYS, last), free)
         state = _visit(
-            *(first, free, state, q, own, last_own, window, key_base, value_base, table),
+            *(first, free, state, q, query_position, last_query, window, key_base, value_base, table),
             *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
             *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, PRECISION, WIDENS),
         )
         state = _visit(
-            *(free, edge, state, q, own, last_own, window, key_base, value_base, table),
+            *(free, edge, state, q, query_position, last_query, window, key_base, value_base, table),
             *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
             *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, False, HAS_CAP, PRECISION, WIDENS),
         )
     top, total, sum_ = _visit(
-        *(edge, last, state, q, own, last_own, window, key_base, value_base, table),
+        *(edge, last, state, q, query_position, last_query, window, key_base, value_base, table),
         *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
         *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, PRECISION, WIDENS),
     )
@@ -333,8 +333,8 @@ def _visit(
     end: tl.tensor,
     state: tl.tuple,  # for each row its largest score, the sum of its weights, and the sum of its weighted values
     q: tl.tensor,
-    own: tl.tensor,
-    last_own: tl.tensor,
+    query_position: tl.tensor,
+    last_query: tl.tensor,
     window: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
@@ -359,7 +359,7 @@ def _visit(
     top, total, sum_ = state
     for i in range(_bound(begin), _bound(end)):
         position = i * KEYS + tl.arange(0, KEYS)
-        is_there = position <= last_own
+        is_there = position <= last_query
         if BLOCK_SIZE % KEYS == 0:
             block = tl.load(table + i * KEYS // BLOCK_SIZE).to(tl.int64)
         elif IS_MASKED:
@@ -373,7 +373,7 @@ def _visit(
         if HAS_CAP:  # cap * tanh(scale * score / cap)
             scores = cap - 2 * cap / (tl.exp(scores * cap_factor) + 1)
         if IS_MASKED:
-            is_seen = (position[None] <= own[:, None]) & (position[None] >= own[:, None] - window)
+            is_seen = (position[None] <= query_position[:, None]) & (position[None] >= query_position[:, None] - window)
             scores = tl.where(is_seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * factor)
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # 0 for a row that has seen no key yet

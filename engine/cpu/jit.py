@@ -47,8 +47,8 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         self.program.triple = llvm.get_process_triple()
         self.features = features
         self.names = arguments
-        kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I64, I64])
-        function = ir.Function(self.program, kind, "run")
+        signature = ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I64, I64])
+        function = ir.Function(self.program, signature, "run")
         super().__init__(function.append_basic_block())
         values, self.thread, self.num_threads = function.args
         self.argument = {name: self.load(self.gep(values, [I64(i)])) for i, name in enumerate(arguments)}
@@ -85,8 +85,8 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         """The address of element `index` of an array at `base` whose elements have `size` bytes."""
         return self.add(base, self.mul(index, I64(size)))
 
-    def read(self, kind: Value, address: Value, align: int = 1) -> Value:
-        return self.load(self.inttoptr(address, kind.as_pointer()), align=align)
+    def read(self, type_: Value, address: Value, align: int = 1) -> Value:
+        return self.load(self.inttoptr(address, type_.as_pointer()), align=align)
 
     def write(self, value: Value, address: Value, align: int = 1) -> None:
         self.store(value, self.inttoptr(address, value.type.as_pointer()), align=align)
@@ -94,8 +94,8 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
     def compress(self, value: Value, flags: Value, address: Value) -> None:
         """Writes the lanes whose flag is set, of 16 lanes of 32 bits, one after the other."""
         pointer = self.inttoptr(address, value.type.element.as_pointer())
-        kind = "f32" if value.type == FLOATS else "i32"
-        self.intrinsic(f"llvm.masked.compressstore.v16{kind}", ir.VoidType(), value, pointer, flags)
+        suffix = "f32" if value.type == FLOATS else "i32"
+        self.intrinsic(f"llvm.masked.compressstore.v16{suffix}", ir.VoidType(), value, pointer, flags)
 
     def read_floats(self, dtype: torch.dtype, address: Value, count: int = LANES) -> Value:
         """Reads a vector of `dtype` and converts it to float32."""
@@ -243,13 +243,13 @@ class Variable:
         return self._builder.load(self._memory)
 
 
-def constant(kind: Value, value: float) -> Value:
-    """A vector of that kind with `value` in every lane."""
-    return ir.Constant(kind, [value] * kind.count)
+def constant(type_: Value, value: float) -> Value:
+    """A vector of type `type_` with `value` in every lane."""
+    return ir.Constant(type_, [value] * type_.count)
 
 
-def _suffix(kind: Value) -> str:
-    return f"v{kind.count}f32"
+def _suffix(type_: Value) -> str:
+    return f"v{type_.count}f32"
 
 
 # --- compiling and running

@@ -171,9 +171,9 @@ def _format(tensors: dict[str, torch.Tensor], name: str, values: dict[str, Any])
     num_rows = values.pop("num_rows")
     minimums = tensors.pop(f"{name}.minimums", None)
     return PackedWeight(
-        Format(**values),
-        num_rows,
-        tensors.pop(f"{name}.quants").clone(),  # from the mapped file into aligned memory of the process
-        tensors.pop(f"{name}.scales").clone(),
-        None if minimums is None else minimums.clone(),
+        format=Format(**values),
+        num_rows=num_rows,
+        quants=tensors.pop(f"{name}.quants").clone(),  # from the mapped file into aligned memory of the process
+        scales=tensors.pop(f"{name}.scales").clone(),
+        minimums=None if minimums is None else minimums.clone(),
     )

@@ -126,11 +126,11 @@ def join(layers: list[PackedLinear]) -> PackedLinear:
     if weights[0].minimums is not None:
         minimums = torch.cat([cast(torch.Tensor, weight.minimums) for weight in weights])
     whole = PackedWeight(
-        weights[0].format,
-        sum(weight.num_rows for weight in weights),
-        torch.cat([weight.quants for weight in weights]),
-        torch.cat([weight.scales for weight in weights]),
-        minimums,
+        format=weights[0].format,
+        num_rows=sum(weight.num_rows for weight in weights),
+        quants=torch.cat([weight.quants for weight in weights]),
+        scales=torch.cat([weight.scales for weight in weights]),
+        minimums=minimums,
     )
     joined = PackedLinear(whole, torch.cat([layer.bias for layer in layers]), layers[0].dtype)
     start = 0

@@ -118,7 +118,13 @@ class PackedWeight:
         """A view of `num_rows` rows from tile `start` on."""
         part = slice(start, start - (-num_rows // LANES))
         minimums = None if self.minimums is None else self.minimums[part]
-        return PackedWeight(self.format, num_rows, self.quants[part], self.scales[part], minimums)
+        return PackedWeight(
+            format=self.format,
+            num_rows=num_rows,
+            quants=self.quants[part],
+            scales=self.scales[part],
+            minimums=minimums,
+        )
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The weights of some rows, (len(index), columns), in float32."""
@@ -166,7 +172,9 @@ def pack(weight: Codes) -> PackedWeight:
     minimums = None
     if weight.minimums is not None:
         minimums = _padded(weight.minimums).view(tiles, LANES, blocks).permute(0, 2, 1).half().contiguous()
-    return PackedWeight(fmt, num_rows, quants, scales.half().contiguous(), minimums)
+    return PackedWeight(
+        format=fmt, num_rows=num_rows, quants=quants, scales=scales.half().contiguous(), minimums=minimums
+    )
 
 
 def read_codes(b: Builder, fmt: Format, start: jit.Value) -> list[jit.Value]:
@@ -187,7 +195,13 @@ def pack_bfloat16(weight: torch.Tensor) -> PackedWeight:
     """Puts sixteen rows side by side, two columns of each in a lane. weight: (rows, columns) bfloat16."""
     num_rows, columns = weight.shape
     pairs = _padded(weight).view(-1, LANES, columns // GROUP, GROUP // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
-    return PackedWeight(BFLOAT16, num_rows, pairs.flatten(2).view(torch.uint8), torch.empty(0, 0, 1, LANES), None)
+    return PackedWeight(
+        format=BFLOAT16,
+        num_rows=num_rows,
+        quants=pairs.flatten(2).view(torch.uint8),
+        scales=torch.empty(0, 0, 1, LANES),
+        minimums=None,
+    )
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
