@@ -26,6 +26,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from engine import quantization
 from provider_table import DEFAULT_MAX_TOKENS, PROVIDERS, RESERVED, ProviderRow, ProviderSetting, Role, key_variable
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -179,6 +180,10 @@ Key = Annotated[SecretStr | None, BeforeValidator(without_comment)]
 Url = Annotated[Annotated[str, Field(pattern=r"^https?://")] | None, BeforeValidator(without_comment)]
 Seconds = Annotated[float, BeforeValidator(without_comment), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+if TYPE_CHECKING:
+    QuantizationName = str
+else:
+    QuantizationName = Literal[quantization.SETTINGS]  # so that --help and the error message list them
 
 
 class ServerSettings(BaseSettings):
@@ -319,7 +324,7 @@ class Settings(ProviderSettings):
     device_map: str = Field(
         "auto", description="the devices, as in accelerate: auto, cpu, cuda:0, balanced, sequential"
     )
-    quantization: Literal["auto", "none", "int8", "int4", "nf4", "bnb-8bit", "bnb-4bit"] = Field(
+    quantization: QuantizationName = Field(
         "auto", description="the format of the weights; auto on CPU: a GGUF file's own or int8, else none"
     )
     max_model_len: int | None = Field(

@@ -159,3 +159,8 @@ class NotOnHub(ModelLoadError):
 
 class SourceUnreachable(ModelLoadError):
     """What has the model's files, the Hub say, cannot be asked for them."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

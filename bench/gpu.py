@@ -43,6 +43,7 @@ from engine.engine import Engine, EngineOptions
 from engine.model_runner import ModelRunner, probe_layers
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from errors import first_line
 
 STREAMS = (1, 64)
 PROMPT_TOKENS = 64
@@ -274,7 +275,7 @@ class Report:
                 work()
         except Exception as error:  # of any type: the other parts are measured anyway
             traceback.print_exc()
-            self.note(**{name: f"{type(error).__name__}: {error}".splitlines()[0]})
+            self.note(**{name: f"{type(error).__name__}: {first_line(error)}"})
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.attention import flash
 from engine.attention.flash import Trial
 from engine.layer_spec import AttentionSpec
+from errors import first_line
 
 DECODES, CONTEXTS, CHUNKS = (1, 64), (1024, 8192, 32768), (2048, 8192)
 MAX_CACHE = 24 * 2**30  # bytes of keys and values in all sets
@@ -141,7 +142,7 @@ def measure(
             time = microseconds(call, trials, spec.device)
             output = call(trial).float()
         except Exception as error:  # a kernel that this device or version lacks
-            described = f"{type(error).__name__}: {error}".splitlines()[0]
+            described = f"{type(error).__name__}: {first_line(error)}"
             yield Result(kernel=name, **place, microseconds=None, note=described)
             continue
         expected = output if expected is None else expected

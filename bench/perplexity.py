@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from engine.build import ModelDefaults, load_engine
+from engine.checked_model import check_model
 from engine.engine import Engine, EngineOptions
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -59,7 +60,8 @@ def score(engine: Engine, window: list[int]) -> list[float]:
 
 def measure(directory: Path, choice: str, texts: list[list[int]], first: float | None) -> Perplexity:
     options = EngineOptions(quantization=choice, device_map="cpu")
-    engine, _ = load_engine(directory, options, ModelDefaults, lambda what, fraction: None)
+    checked = check_model(directory, options.dtype, options.device_map)
+    engine, _ = load_engine(checked, options, ModelDefaults, lambda what, fraction: None)
     start = time.perf_counter()
     logprobs = [logprob for window in texts for logprob in score(engine, window)]
     perplexity = math.exp(-sum(logprobs) / len(logprobs))

@@ -23,6 +23,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from engine.build import build_engine
+from engine.checked_model import check_model
 from engine.engine import Engine, EngineOptions
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args()
-    model = load_model(arguments.directory, arguments.dtype, "auto", lambda what, fraction: None)
+    model = load_model(check_model(arguments.directory, arguments.dtype, "auto"), lambda what, fraction: None)
     bare = BareModel(model)
     options = EngineOptions(max_num_batched_tokens=max(BATCHES) * PROMPT_TOKENS, num_speculative_tokens=0)
     engine = build_engine(model, options, frozenset())

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from engine.build import ModelDefaults, load_engine
+from engine.checked_model import check_model
 from engine.constraint import Constraint
 from engine.engine import Engine, EngineOptions
 from engine.sample.grammar import GrammarCompiler, TriggeredGrammar
@@ -57,7 +58,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     options = EngineOptions(quantization="auto", num_speculative_tokens=0)
-    engine, _ = load_engine(directory, options, ModelDefaults, lambda what, fraction: None)
+    checked = check_model(directory, options.dtype, options.device_map)
+    engine, _ = load_engine(checked, options, ModelDefaults, lambda what, fraction: None)
     tokenizer = load_template(directory, json.loads((directory / "config.json").read_text())["model_type"]).tokenizer
     ends = {tokenizer.eos_token_id}
     compiler = GrammarCompiler(tokenizer.backend_tokenizer.to_str, engine.num_embeddings, ends)

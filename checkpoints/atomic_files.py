@@ -5,16 +5,15 @@ import importlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import errors
+from engine.report import Report
 
 # Not on Windows: there, two processes may make the same file twice, but never leave a torn one.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-
-Report = Callable[[str, float], None]  # phase, fraction done from 0 to 1; may be called from several threads
 
 
 @contextlib.contextmanager

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import errors
 from checkpoints import gguf_parts, hub_snapshot, model_directory, packages
-from checkpoints.atomic_files import Report, load_errors, remove
+from checkpoints.atomic_files import load_errors, remove
 from checkpoints.conversion import convert_gguf, converter_version
 from checkpoints.demo_models import DEMO_MODELS
 from checkpoints.model_directory import PICKLE, PICKLE_SUFFIXES
 from checkpoints.sources import Sources
+from engine.report import Report
 
 DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
 DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"

@@ -19,7 +19,8 @@ from typing import Any
 
 import errors
 from checkpoints import gguf_header, gguf_metadata, gguf_parts, gguf_rope, gguf_tokenizer
-from checkpoints.atomic_files import Report, locked, require_room, temporary
+from checkpoints.atomic_files import locked, require_room, temporary
+from engine.report import Report
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import errors
 from checkpoints import model_directory
-from checkpoints.atomic_files import Report, require_room
+from checkpoints.atomic_files import require_room
 from checkpoints.sources import Sources, is_reachable
+from engine.report import Report
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import errors
-from checkpoints.atomic_files import Report, load_errors, locked, remove, require_room, temporary
+from checkpoints.atomic_files import load_errors, locked, remove, require_room, temporary
 from checkpoints.demo_models import DemoModel, PackagedFiles
 from checkpoints.sources import CONNECT_TIMEOUT, Sources, is_reachable
+from engine.report import Report
 
 CHUNK = 1 << 20  # bytes
 READ_TIMEOUT = 30.0  # seconds

@@ -14,17 +14,19 @@ from engine import start_check
 from engine.async_runner import AsyncRunner
 from engine.attention import flash
 from engine.attention.flash import Kernel
+from engine.checked_model import CheckedModel
 from engine.engine import Engine, EngineOptions
 from engine.kv_cache import CachePlan, KVCache
 from engine.layer_spec import AttentionSpec
-from engine.model_loader import Report, first_line, load_model
+from engine.model_loader import load_model
 from engine.model_runner import ModelRunner, input_device, probe_layers
+from engine.report import Report
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Limits, Scheduler
 from engine.sequence import Sequence
 from engine.spec_decode.draft_model import CATCH_UP, DraftModel
 from engine.threads import set_threads
-from errors import ModelLoadError
+from errors import ModelLoadError, first_line
 from vision.families import vision_family_of
 
 log = logging.getLogger(__name__)
@@ -48,24 +50,22 @@ class ModelDefaults:
 
 
 def load_engine(
-    directory: Path,
+    checked: CheckedModel,
     options: EngineOptions,
     facts: Callable[[], ModelDefaults],
     report: Report,
-    draft: Path | None = None,
+    draft: CheckedModel | None = None,
 ) -> tuple[Engine, GenerationConfig | None]:
-    """The engine for the model in `directory`, not started, and what the model's authors recommend.
+    """The engine for a checked model, not started, and what the model's authors recommend.
 
     Raises ModelLoadError. Blocks for seconds or minutes.
 
-    `facts` are asked for once the weights are there. `draft`: a directory with a smaller model of the same vocabulary,
-    which guesses.
+    `facts` are asked for once the weights are there. `draft`: a smaller model of the same vocabulary, which
+    guesses.
     """
     set_threads()
-    model = load_model(directory, options.dtype, options.device_map, report, options.quantization)
-    small = None
-    if draft is not None:
-        small = load_model(draft, options.dtype, options.device_map, report, options.quantization)
+    model = load_model(checked, report, options.quantization)
+    small = None if draft is None else load_model(draft, report, options.quantization)
     known, text = facts(), model.config.get_text_config()
     if not getattr(text, "max_position_embeddings", None):
         text.max_position_embeddings = known.context_length
@@ -73,13 +73,13 @@ def load_engine(
     try:
         engine = build_engine(model, options, eos_ids, small)
         _model_runner(engine).num_known = known.num_tokens
-        check_start(engine, directory, options, report)
+        check_start(engine, checked.directory, options, report)
     except ModelLoadError:
         raise
     except Exception as error:  # of any kind: whatever a model does in a way that nobody expects
         raise ModelLoadError(
-            f"The model in {directory} was loaded, but computing with it fails: try another DTYPE or QUANTIZATION "
-            f"({type(error).__name__}: {first_line(error).rstrip('.')})."
+            f"The model in {checked.directory} was loaded, but computing with it fails: "
+            f"try another DTYPE or QUANTIZATION ({type(error).__name__}: {first_line(error).rstrip('.')})."
         ) from error
     return engine, model.generation_config
 
@@ -181,7 +181,7 @@ def _fuse_layers(model: PreTrainedModel, flash: Kernel | None) -> None:
     except ImportError:
         return
     try:
-        log.info("%d layers use fused kernels", triton_layers.fuse(model))
+        log.info("%d layers use fused kernels", triton_layers.fuse_gpu_layers(model))
     except RuntimeError as error:  # memory is short, or the compiler fails: the stock layers compute the same
         log.info("no more layers use fused kernels: %s", first_line(error))
     torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""DecodeGraphs: steps of decodes, recorded once for a few sizes, so that a GPU waits for no Python.
+"""DecodeGraphs: steps of decodes, recorded once for a few sizes, so that a GPU does not wait for Python.
 
 A recorded step reads its tokens and tables from the same memory every time: one matrix of integers, a row for each
-sequence. Rows without a sequence write to a block that nobody owns.
+sequence. Rows without a sequence write to the cache's scratch block.
 """
 
 import itertools
@@ -20,7 +20,10 @@ GraphRecorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor
 
 
 def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """What `run` does on the GPU, to be repeated: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs."""
+    """Records what `run` does on the GPU; the result repeats it.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -38,20 +41,22 @@ def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 class DecodeGraphs:
+    """Recorded steps of decodes for 1, 2, 4, ... sequences."""
+
     def __init__(
         self,
         compute: Compute,
         cache: KVCache,
         kernel: Kernel,
-        most: int,
+        max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
         record_graph: GraphRecorder = record_graph,
     ) -> None:
-        """most: sequences; record: how a step is kept, for tests without a GPU."""
+        """record_graph: records a step; tests without a GPU pass their own."""
         self._cache, self._kernel = cache, kernel
         self._sizes = [1]
-        while self._sizes[-1] < most:
+        while self._sizes[-1] < max_num_seqs:
             self._sizes.append(2 * self._sizes[-1])
         self._widths = [_width(group, cache.block_size, max_model_len) for group in cache.groups]
         # A row: token, position, and for each group: slot, length, table
@@ -62,25 +67,27 @@ class DecodeGraphs:
         self._fill([], self._sizes[-1])
         self._replays = {size: record_graph(partial(self._run, compute, size)) for size in reversed(self._sizes)}
 
-    def run(self, spans: list[Span], known: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Logits of decodes, (rows, vocab), to be used before the next step; None where there are too many.
+    def run(self, spans: list[Span], token_ids: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Computes the logits of decodes, (rows, vocab), which are valid until the next step; None for more decodes
+        than were recorded.
 
-        known: (rows,), their tokens, where the CPU does not have them yet."""
+        token_ids: (rows,), on the GPU, if the CPU does not have them yet.
+        """
         size = next((size for size in self._sizes if size >= len(spans)), None)
         if size is None:
             return None
         self._fill(spans, size)
-        if known is not None:
-            self._rows[: len(spans), 0].copy_(known)
+        if token_ids is not None:
+            self._rows[: len(spans), 0].copy_(token_ids)
         return self._replays[size]()[: len(spans)]
 
     def _fill(self, spans: list[Span], size: int) -> None:
-        """What a row's table has beyond its length stays as it was: nobody reads it."""
+        """Copies the decodes' rows to the GPU. Beyond its length a row's table keeps old numbers, which are unread."""
         staged = torch.zeros(size, self._rows.shape[1], dtype=torch.int32, pin_memory=self._rows.is_cuda)
         rows = staged.numpy()
         for number in range(size):
-            own = self._row(spans[number]) if number < len(spans) else self._idle_row()
-            for column, part in zip(self._columns, own, strict=True):
+            parts = self._row(spans[number]) if number < len(spans) else self._idle_row()
+            for column, part in zip(self._columns, parts, strict=True):
                 rows[number, column : column + len(part)] = part
         self._rows[:size].copy_(staged, non_blocking=True)
 
@@ -106,13 +113,21 @@ class DecodeGraphs:
             tables = rows[:, column + 2 : column + 2 + width].contiguous()
             column += 2 + width
             longest = width * self._cache.block_size
-            batch = FlashBatch(starts, tables, lengths, 1, longest, size, group.window)
-            groups.append(GroupAttention(slots, (), (), batch))
+            batch = FlashBatch(
+                starts=starts,
+                tables=tables,
+                lengths=lengths,
+                longest_query=1,
+                longest=longest,
+                num_tokens=size,
+                window=group.window,
+            )
+            groups.append(GroupAttention(slots, decodes=(), prefills=(), flash=batch))
         step = StepAttention(self._cache, groups, self._kernel)
         return compute(rows[None, :, 0].long(), rows[None, :, 1].long(), step)
 
 
 def _width(group: LayerGroup, block_size: int, max_model_len: int) -> int:
-    """Blocks that one query sees at most."""
+    """The largest number of blocks that one query sees."""
     full = -(-max_model_len // block_size)
     return full if group.window is None else min(full, -(-group.window // block_size) + 1)

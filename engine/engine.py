@@ -16,7 +16,7 @@ import torch
 
 from engine.admission_control import AdmissionControl
 from engine.batch import Batch
-from engine.model_loader import STOCK
+from engine.quantization import STOCK
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import OutputCallback, Sequence, Status, TokenOutput

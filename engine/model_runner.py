@@ -14,12 +14,11 @@ from engine.batch import Batch, Span
 from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
 from engine.kv_cache import FREED, KVCache, LayerGroup, first_visible
 from engine.layer_spec import AttentionSpec
-from engine.model_loader import first_line
 from engine.sample.masks import GrammarBitmasks
 from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken
 from engine.vision import Image, VisionEncoder
-from errors import ModelLoadError
+from errors import ModelLoadError, first_line
 from vision.families import vision_family_of
 
 log = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from engine.batch import Batch, Span
 from engine.cpu import kernels
 from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
 from engine.layer_spec import AttentionSpec
-from engine.model_loader import Report
 from engine.model_runner import ModelRunner
+from engine.report import Report
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import ModelLoadError

@@ -1,7 +1,7 @@
-"""WeightFiles: which of a directory's files hold a model's weights, and what their headers say of each tensor.
+"""The weight files of a model's directory: which ones hold its weights, and what their headers say of each tensor.
 
-What a checkpoint stores and what a model reads must be the same: a tensor that nobody reads means that the rest means
-something else than it seems to. The exceptions are in UNREAD, each with its reason.
+A checkpoint must store exactly what the model reads. A tensor that is left over, such as a scale, usually means that
+the model would misread the others. The exceptions are in UNREAD, each with its reason.
 """
 
 import json
@@ -22,15 +22,17 @@ SINGLE = "model.safetensors"
 MODELOPT = "hf_quant_config.json"
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)")
 FURTHER = "layers that predict further tokens"
-FURTHER_COUNTS = (  # settings that say how many of them there are
+FURTHER_COUNTS = (  # settings that give the number of such layers
     *("num_nextn_predict_layers", "nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"),
     *("num_mtp_modules", "mtp_num_layers", "n_predict_layers", "num_multi_token_layers"),
 )
-FURTHER_PARTS = re.compile(r"(eh_proj|enorm|hnorm|shared_head|mtp|nextn)\b|mtp_|nextn_")  # that no other layer has
-BIAS = re.compile(r"(\.|_)bias$")  # added to something
-NAMED = 3  # tensors that an error names
-CODES = re.compile(r"F8_|F4|F6_|I8|U8|I16|U16|I32|U32|I64|U64")  # safetensors' types that are no numbers of a model
-UNREAD = {  # tensors that a text model rightly leaves unread -> what they are
+FURTHER_PARTS = re.compile(r"(eh_proj|enorm|hnorm|shared_head|mtp|nextn)\b|mtp_|nextn_")  # parts only such layers have
+BIAS = re.compile(r"(\.|_)bias$")
+NAMED = 3  # tensors that an error lists
+CODES = re.compile(
+    r"F8_|F4|F6_|I8|U8|I16|U16|I32|U32|I64|U64"
+)  # safetensors' types of codes, not of weights themselves
+UNREAD = {  # tensors that a text model need not read -> what they are
     r"(^|\.)(inv_freq|cos_cached|sin_cached|freqs_cis)$": "rotary angles, which the model computes itself",
     r"\.(attn|attention)\.(bias|masked_bias)$": "causal masks",
     r"position_ids$": "position ids",
@@ -49,7 +51,7 @@ UNREAD_QUANTIZED = {r"\.(input|activation)_scale$": "scales of activations, whic
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a header says of one tensor."""
+    """One tensor, as a file's header describes it."""
 
     file: str
     dtype: str  # as safetensors names it, such as BF16
@@ -61,23 +63,26 @@ class Tensor:
 
 
 def read_headers(directory: Path) -> dict[str, Tensor]:
-    """Of all tensors that a model will be loaded from, by name. Raises ModelLoadError for files that contradict each
-    other: copies in another format, such as consolidated.safetensors, are not among them."""
-    found: dict[str, Tensor] = {}
+    """Reads the headers of all tensors that a model will be loaded from, by name.
+
+    Copies in another format, such as consolidated.safetensors, are not read. Raises ModelLoadError for a tensor that
+    is in two files.
+    """
+    tensors: dict[str, Tensor] = {}
     for path in weight_paths(directory):
         with safe_open(path, "pt") as file:
             for name in file.keys():
-                if name in found:
+                if name in tensors:
                     raise ModelLoadError(
-                        f"The tensor {name} is in two files, {path} and {found[name].file}: remove one of them."
+                        f"The tensor {name} is in two files, {path} and {tensors[name].file}: remove one of them."
                     )
                 part = file.get_slice(name)
-                found[name] = Tensor(path.name, part.get_dtype(), tuple(part.get_shape()))
-    return found
+                tensors[name] = Tensor(path.name, part.get_dtype(), tuple(part.get_shape()))
+    return tensors
 
 
 def weight_paths(directory: Path) -> list[Path]:
-    """Those that transformers reads. Raises ModelLoadError where it would not know which."""
+    """The files that transformers reads. Raises ModelLoadError if it could not tell which."""
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if (directory / INDEX).exists():
@@ -96,11 +101,9 @@ def weight_paths(directory: Path) -> list[Path]:
 
 
 def check_numbers(directory: Path, tensors: dict[str, Tensor], config: PreTrainedConfig) -> None:
-    """Raises ModelLoadError for weights stored as codes whose meaning nobody says, or says in a way that is not read
-    here: they would be taken for the numbers themselves."""
-    scheme = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
+    """Raises ModelLoadError for weights stored as codes, unless config.json says what they mean in a way that
+    transformers reads: otherwise the codes would be taken for the weights themselves."""
+    scheme = scheme_of(config)
     if scheme is not None:
         method = _method(scheme)
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -119,69 +122,76 @@ def check_numbers(directory: Path, tensors: dict[str, Tensor], config: PreTraine
 
 
 def scheme_of(config: PreTrainedConfig) -> Any:
-    """How its files are quantized already, or None."""
-    own = getattr(config, "quantization_config", None)
-    return own or getattr(config.get_text_config(), "quantization_config", None)
+    """The quantization_config of a model whose files are quantized; None for others."""
+    scheme = getattr(config, "quantization_config", None)
+    return scheme or getattr(config.get_text_config(), "quantization_config", None)
 
 
 def _method(scheme: Any) -> str:
-    """Of a quantization_config, as transformers names it."""
-    known = scheme if isinstance(scheme, dict) else scheme.to_dict()
-    bits = next((bits for bits in (8, 4) if known.get(f"load_in_{bits}bit")), None)
-    method = known.get("quant_method")
+    """The method of a quantization_config, as transformers names it."""
+    values = scheme if isinstance(scheme, dict) else scheme.to_dict()
+    bits = next((bits for bits in (8, 4) if values.get(f"load_in_{bits}bit")), None)
+    method = values.get("quant_method")
     return str(getattr(method, "value", method)) if bits is None else f"bitsandbytes_{bits}bit"
 
 
 def check_unread(directory: Path, names: set[str], config: PreTrainedConfig, is_quantized: bool) -> str:
-    """names: tensors that the model did not read, less those that transformers itself expects to be unread. Raises
-    ModelLoadError for others than UNREAD names, layers that predict further tokens, and biases of zero; gives what is
-    to be logged."""
-    known = {**UNREAD, **UNREAD_QUANTIZED} if is_quantized else UNREAD
+    """Checks tensors that the model did not read, and gives a sentence about them for the log.
+
+    names: these tensors, without those that transformers itself expects to be unread. Raises ModelLoadError for any
+    tensor that is not in UNREAD, part of a layer that predicts further tokens, or a bias of zero.
+    """
+    patterns = {**UNREAD, **UNREAD_QUANTIZED} if is_quantized else UNREAD
     further = _further_layers(names, config)
     reasons: dict[str, list[str]] = {}
     for name in names:
-        reasons.setdefault(_reason(name, known, further) or "", []).append(name)
-    strangers = reasons.pop("", [])
-    zeros = _zeros(directory, {name for name in strangers if BIAS.search(name)})
-    if others := sorted({*strangers} - zeros):
+        reasons.setdefault(_reason(name, patterns, further) or "", []).append(name)
+    unexpected = reasons.pop("", [])
+    zeros = _zeros(directory, {name for name in unexpected if BIAS.search(name)})
+    if others := sorted({*unexpected} - zeros):
         raise ModelLoadError(
             f"The model in {directory} has {some(others)}, which its architecture does not use: "
             "without them its answers would be wrong."
         )
-    told = {**reasons, **({"biases of zero, which change nothing": [*zeros]} if zeros else {})}
-    return ", ".join(f"{len(tensors)} tensors ({reason})" for reason, tensors in sorted(told.items()))
+    if zeros:
+        reasons["biases of zero, which change nothing"] = [*zeros]
+    return ", ".join(f"{len(tensors)} tensors ({reason})" for reason, tensors in sorted(reasons.items()))
 
 
-def _reason(name: str, known: dict[str, str], further: set[int]) -> str | None:
+def _reason(name: str, patterns: dict[str, str], further: set[int]) -> str | None:
+    """Why a tensor may be left unread; None if it may not."""
     layer = LAYER.search(name)
     if layer and int(layer[1]) in further:
         return FURTHER
-    return next((reason for pattern, reason in known.items() if re.search(pattern, name)), None)
+    return next((reason for pattern, reason in patterns.items() if re.search(pattern, name)), None)
 
 
 def _further_layers(names: set[str], config: PreTrainedConfig) -> set[int]:
-    """The numbers of layers beyond the model's that predict further tokens: as the configuration counts them, or with
-    parts that no other layer has. Others are missing in the model."""
+    """The numbers of layers, beyond the model's own, that predict further tokens.
+
+    The configuration counts them, or they have parts that no other layer has. Any other layer beyond the model's own
+    means that the configuration has too few.
+    """
     text = config.get_text_config()
     first = text.num_hidden_layers
     counts = [getattr(text, setting, None) for setting in FURTHER_COUNTS]
-    said = max((count for count in counts if isinstance(count, int)), default=0)
+    num_further = max((count for count in counts if isinstance(count, int)), default=0)
     layers = [layer for layer in map(LAYER.search, names) if layer]
     seen = {int(layer[1]) for layer in layers if FURTHER_PARTS.match(layer[2])}
-    return {number for number in seen if number >= first} | {*range(first, first + said)}
+    return {number for number in seen if number >= first} | {*range(first, first + num_further)}
 
 
 def _zeros(directory: Path, names: set[str]) -> set[str]:
-    """Those that are zero everywhere, as some quantizers write them for layers that have no bias."""
-    found: set[str] = set()
+    """The tensors that are zero everywhere: some quantizers write such biases for layers that have none."""
+    zeros: set[str] = set()
     for path in weight_paths(directory) if names else ():
         with safe_open(path, "pt") as file:
-            found |= {name for name in names.intersection(file.keys()) if not file.get_tensor(name).any()}
-    return found
+            zeros |= {name for name in names.intersection(file.keys()) if not file.get_tensor(name).any()}
+    return zeros
 
 
 def some(names: list[str]) -> str:
-    """Their number, and the first of them."""
+    """Lists tensors for a message: their number, and the first of them."""
     shown = ", ".join(names[:NAMED])
     rest = len(names) - NAMED
     return f"{len(names)} tensors ({shown}{', ...' if rest > 0 else ''})" if len(names) > 1 else f"the tensor {shown}"

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from errors import InvalidRequest
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_BYTES = 20 * 2**20  # of one file
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 20_000  # pixels
@@ -30,7 +30,7 @@ def decode(data: bytes, param: str) -> Image.Image:
         raise _invalid(f"The image has more than {MAX_SCANS} scans.", param)
     try:
         with warnings.catch_warnings(action="ignore"):
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 raise _invalid(

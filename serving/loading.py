@@ -23,6 +23,7 @@ from errors import (
     NotOnHub,
     SourceUnreachable,
     UpstreamUnreachable,
+    first_line,
 )
 from prompt_templates import PromptTemplate
 from schemas import Message
@@ -114,11 +115,13 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
 
         threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
         from engine.build import load_engine
+        from engine.checked_model import check_model
         from engine.engine import EngineOptions
-        from engine.model_loader import check_model
 
     options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
-    config, _ = check_model(directory, options.dtype, options.device_map)
+    checked = check_model(directory, options.dtype, options.device_map)
+    checked_draft = check_model(draft_directory, options.dtype, options.device_map) if draft_directory else None
+    config = checked.config
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         image_inputs = open_image_inputs(directory, config)
         vision = None if image_inputs is None else image_inputs.family
@@ -127,11 +130,7 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
         if draft_directory:
             check_vocabulary(template.result(), load_template(draft_directory, config.model_type))
         engine, generation_config = load_engine(
-            directory,
-            options,
-            lambda: defaults_of(template.result()),
-            progress.report,
-            draft_directory or None,
+            checked, options, lambda: defaults_of(template.result()), progress.report, checked_draft
         )
     progress.report("ready", 1.0)
     texts = TokenTexts(template.result().tokenizer)
@@ -163,7 +162,7 @@ def open_image_inputs(directory: Path, config: Any) -> ImageInputs | None:
     try:
         return ImageInputs.open(directory, family)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        log.warning("images are refused, because %s has no image processor: %s", directory, str(error).splitlines()[0])
+        log.warning("images are refused, because %s has no image processor: %s", directory, first_line(error))
         return None
 
 
@@ -213,8 +212,7 @@ def load_template(
         tell_hidden(template, directory)
         tell_moved(template, directory)
     except Exception as error:  # of any kind, where a file says what nobody expects
-        reason = str(error).strip() or type(error).__name__
-        raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {reason}".splitlines()[0]) from error
+        raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {first_line(error)}") from error
     return template
 
 

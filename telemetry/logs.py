@@ -16,7 +16,7 @@ def escaped(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def quoted(value: Any) -> str:
+def log_value(value: Any) -> str:
     """A value of a plain line, as one word or as a JSON string, so that none looks like the next field."""
     text = str(value)
     return text if _BARE.fullmatch(text) else json.dumps(text)
@@ -85,5 +85,5 @@ def write(record: RequestRecord, method: str, path: str, status: int) -> None:
         "error": record.error,
     }
     known = {name: value for name, value in fields.items() if value not in ("", None, 0) or name == "status"}
-    line = " ".join(f"{name}={quoted(value)}" for name, value in known.items() if name not in FIRST)
-    access.info("%s %s %d %s", quoted(method), quoted(path[:200]), status, line, extra={"fields": known})
+    line = " ".join(f"{name}={log_value(value)}" for name, value in known.items() if name not in FIRST)
+    access.info("%s %s %d %s", log_value(method), log_value(path[:200]), status, line, extra={"fields": known})

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.batch import Batch, Span
 from engine.build import ModelDefaults, load_engine
+from engine.checked_model import check_model
 from engine.engine import Engine, EngineOptions
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
@@ -39,7 +40,8 @@ def edit(directory: Path, **changes: Any) -> None:
 
 
 def start(directory: Path, **options: Any) -> Engine:
-    return load_engine(directory, EngineOptions(kv_cache_memory=2**24, **options), ModelDefaults, ignore)[0]
+    settings = EngineOptions(kv_cache_memory=2**24, **options)
+    return load_engine(check_model(directory, settings.dtype, settings.device_map), settings, ModelDefaults, ignore)[0]
 
 
 def logprobs(engine: Engine, token_ids: list[int]) -> torch.Tensor:

@@ -23,8 +23,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from engine.checked_model import check_model
 from engine.cpu import kernels, packed_layers
-from engine.model_loader import check_model, load_model
+from engine.model_loader import load_model
+from engine.quantization import QUANTIZATIONS
 from errors import ModelLoadError
 
 # --- tensors
@@ -45,7 +47,7 @@ from errors import ModelLoadError
 def test_tensors_that_nobody_reads_are_refused_by_name(name: str, tmp_path: Path) -> None:
     directory = save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)}))
     with pytest.raises(ModelLoadError, match=f"the tensor {name}, which its architecture does not use"):
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,9 @@ def test_tensors_that_nobody_reads_are_refused_by_name(name: str, tmp_path: Path
     ],
 )
 def test_what_a_text_model_rightly_leaves_unread_is_accepted(name: str, tmp_path: Path) -> None:
-    load_model(save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)})), "float32", "cpu", ignore)
+    load_model(
+        check_model(save(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)})), "float32", "cpu"), ignore
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -74,11 +78,11 @@ def test_biases_of_zero_that_no_layer_has_change_nothing(dtype: torch.dtype, tmp
     name = "model.layers.{}.mlp.down_proj.bias"
     zeros = {name.format(layer): torch.zeros(48, dtype=dtype) for layer in range(3)}
     directory = save(tmp_path, lambda tensors: tensors.update(zeros))
-    load_model(directory, "float32", "cpu", ignore)
+    load_model(check_model(directory, "float32", "cpu"), ignore)
     zeros[name.format(1)][7] = 1e-4
     save(directory, lambda tensors: tensors.update(zeros))
     with pytest.raises(ModelLoadError, match=f"the tensor {name.format(1)}, which its architecture does not use"):
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
 
 
 @pytest.mark.parametrize("setting", ["num_nextn_predict_layers", "mtp_num_hidden_layers"])
@@ -92,19 +96,19 @@ def test_layers_beyond_the_models_are_left_unread_where_the_configuration_counts
         ModelLoadError, match="the tensor model.layers.4.mlp.down_proj.weight, which its architecture does not use"
     )
     with nullcontext() if is_accepted else refused:
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
 
 
 def test_a_layer_that_predicts_further_tokens_is_known_by_its_parts(tmp_path: Path) -> None:
     names = ("enorm.weight", "mlp.down_proj.weight", "self_attn.q_proj.weight")
     further = {f"model.layers.3.{name}": torch.ones(4) for name in names}
-    load_model(save(tmp_path, lambda tensors: tensors.update(further)), "float32", "cpu", ignore)
+    load_model(check_model(save(tmp_path, lambda tensors: tensors.update(further)), "float32", "cpu"), ignore)
 
 
 def test_a_configuration_with_fewer_layers_than_the_files_is_refused(tmp_path: Path) -> None:
     directory = save(tmp_path, lambda tensors: None, {"num_hidden_layers": 2, "layer_types": None})
     with pytest.raises(ModelLoadError, match=r"11 tensors \(model.layers.2.*which its architecture does not use"):
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
 
 
 def to_codes(tensors: Tensors) -> None:
@@ -134,7 +138,7 @@ def test_quantizations_that_cannot_be_read_are_named(method: str, reason: str, t
     scheme = {"quant_method": method, "bits": 4, "group_size": 128}
     directory = save(tmp_path, lambda tensors: None, {"quantization_config": scheme})
     with pytest.raises(ModelLoadError, match=reason) as raised:
-        load_model(directory, "auto", "cpu", ignore)
+        load_model(check_model(directory, "auto", "cpu"), ignore)
     assert "\n" not in str(raised.value)
 
 
@@ -254,7 +258,7 @@ ROUTERS = {"jetmoe": "mlp.router.layer", "qwen2_moe": "mlp.shared_expert_gate"}
 def test_routers_are_never_quantized(name: str, quantization: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     MIXTURES[name]().save_pretrained(tmp_path)
-    model = load_model(tmp_path, "float32", "cpu", ignore, quantization)
+    model = load_model(check_model(tmp_path, "float32", "cpu"), ignore, quantization)
     routers = [module for path, module in model.named_modules() if path.endswith(ROUTERS[name])]
     assert len(routers) == 2 and {type(router) for router in routers} == {torch.nn.Linear}
     kinds = {type(module).__name__ for module in model.modules()}
@@ -272,7 +276,7 @@ def test_a_mixture_in_8_bits_moves_as_a_dense_model_does() -> None:
         token_ids = torch.arange(0, 198, 3)[None]
         with torch.inference_mode():
             before = model(token_ids).logits.log_softmax(-1)
-            packed_layers.pack_model(model, "int8", lambda fraction: None)
+            packed_layers.pack_model(model, QUANTIZATIONS["int8"], lambda fraction: None)
             after = model(token_ids).logits.log_softmax(-1)
         moved[name] = float((after - before).abs().amax(-1).median())
     assert max(moved.values()) <= 1.5 * moved["dense"], moved

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from checkpoints import checkpoint
 from checkpoints.progress import Progress
 from config import Settings
-from engine.model_loader import check_model, load_model
+from engine.checked_model import check_model
+from engine.model_loader import load_model
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import ModelLoadError
@@ -55,7 +56,7 @@ def repeated(directory: Path, tensors: Tensors) -> None:
 
 
 def test_a_second_copy_in_another_format_is_not_read(tmp_path: Path) -> None:
-    load_model(split(tmp_path, {"metadata": {}}, consolidated), "float32", "cpu", ignore)
+    load_model(check_model(split(tmp_path, {"metadata": {}}, consolidated), "float32", "cpu"), ignore)
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_parts_without_a_whole_index_are_refused_with_its_name(
 def test_a_head_of_its_own_is_kept_where_the_configuration_says_tied(tmp_path: Path) -> None:
     """What the files say goes before what the configuration says."""
     directory = save(tmp_path, lambda tensors: None, {"tie_word_embeddings": True})
-    model = load_model(directory, "float32", "cpu", ignore)
+    model = load_model(check_model(directory, "float32", "cpu"), ignore)
     head = load_file(directory / "model.safetensors")["lm_head.weight"]
     assert torch.equal(model.get_output_embeddings().weight, head)
     assert not torch.equal(model.get_input_embeddings().weight, head)
@@ -86,9 +87,9 @@ def test_a_head_of_its_own_is_kept_where_the_configuration_says_tied(tmp_path: P
 def test_a_missing_head_is_refused_unless_it_is_tied(tmp_path: Path) -> None:
     directory = save(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(ModelLoadError, match="lacks the tensor lm_head.weight"):
-        load_model(directory, "float32", "cpu", ignore)
+        load_model(check_model(directory, "float32", "cpu"), ignore)
     edit(directory, tie_word_embeddings=True)
-    model = load_model(directory, "float32", "cpu", ignore)
+    model = load_model(check_model(directory, "float32", "cpu"), ignore)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 

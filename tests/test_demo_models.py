@@ -17,6 +17,7 @@ from checkpoints import checkpoint, demo_models
 from config import Settings
 from engine.attention import paged
 from engine.build import build_engine
+from engine.checked_model import check_model
 from engine.engine import EngineOptions
 from engine.model_loader import load_model
 from engine.sampling_params import SamplingParams
@@ -44,7 +45,7 @@ def real_prompts(template: PromptTemplate) -> list[list[int]]:
 @pytest.mark.parametrize("name", demo_models.DEMO_MODELS)
 def test_greedy_tokens_are_those_of_generate_in_float32(name: str) -> None:
     directory = fetch(name)
-    model = load_model(directory, "float32", "cpu", lambda phase, fraction: None)
+    model = load_model(check_model(directory, "float32", "cpu"), lambda phase, fraction: None)
     prompts = real_prompts(load_template(directory, model.config.model_type))
     model.set_attn_implementation("sdpa")
     expected = [

@@ -42,7 +42,7 @@ from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
 from text.messages import canonical
 from text.structured_output import structure_of
-from text.tool_formats import FORMATS, LINES, ToolFormat
+from text.tool_formats import LINES, TOOL_FORMATS, ToolFormat
 from text.tool_grammars import Literals
 from text.tools import tool_set_of
 
@@ -148,7 +148,7 @@ def test_an_event_without_end_is_refused_and_not_kept(monkeypatch: pytest.Monkey
 
 # --- answers of models
 
-STYLES: tuple[ToolFormat | None, ...] = (None, LINES, *FORMATS)
+STYLES: tuple[ToolFormat | None, ...] = (None, LINES, *TOOL_FORMATS)
 ANSWER_PIECES = (
     *("<tool_call>", "</tool_call>", "<function=", "<function=weather>\n", "</function>", "<parameter=city>\n"),
     *("\n</parameter>\n", "weather", "now", "<arg_key>city</arg_key>", "\n<arg_value>", "</arg_value>\n"),
@@ -540,9 +540,9 @@ ASKED = shaped(
 
 
 @examples(80)
-@given(ASKED, st.sampled_from([LINES, *FORMATS]), st.booleans())
+@given(ASKED, st.sampled_from([LINES, *TOOL_FORMATS]), st.booleans())
 @example({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": [[]]}}}],
-          "tool_choice": "required"}, FORMATS[0], True)  # fmt: skip
+          "tool_choice": "required"}, TOOL_FORMATS[0], True)  # fmt: skip
 @example({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"minimum": 10**400}}}]},
          LINES, False)  # fmt: skip
 @example({"structured_outputs": {"\ud800": 1}}, LINES, True)
@@ -779,13 +779,14 @@ def files_of(directory: Path, into: Path, **written: str | bytes) -> Path:
 
 def loaded(directory: Path) -> Any:
     """As the server does it, but for the cache and the engine. None where it is refused as it should be."""
+    from engine.checked_model import check_model
     from engine.model_loader import load_model
     from serving.loading import load_template
 
     start = time.process_time()
     try:
         load_template(directory, "qwen3")
-        return load_model(directory, "float32", "cpu", lambda what, fraction: None)
+        return load_model(check_model(directory, "float32", "cpu"), lambda what, fraction: None)
     except ModelLoadError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
     finally:
@@ -811,7 +812,7 @@ def test_a_configuration_that_lies_is_refused_in_a_sentence(tiny_checkpoint: Pat
 @examples(60)
 @given(st.data())
 def test_weights_that_lie_are_refused_in_a_sentence(tiny_checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
-    from engine.model_loader import check_model
+    from engine.checked_model import check_model
 
     content = (tiny_checkpoint / "model.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")

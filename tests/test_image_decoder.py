@@ -42,7 +42,7 @@ def has_mode(kind: str, mode: str) -> bool:
         return False
 
 
-FORMATS = list(itertools.product(image_decoder.FORMATS, ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "PA"]))
+FORMATS = list(itertools.product(image_decoder.IMAGE_FORMATS, ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "PA"]))
 
 
 @pytest.mark.parametrize(("kind", "mode"), [pair for pair in FORMATS if has_mode(*pair)])

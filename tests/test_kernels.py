@@ -7,7 +7,10 @@ import torch
 from engine.cpu import jit, kernels, sampling_kernels
 from engine.cpu.packed_weight import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
 
-FORMATS = (INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16))
+FORMATS = (
+    *(INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16)),
+    *(Format(1, has_minimum=True), Format(3, 4, group=16), Format(7, 64)),
+)
 pytestmark = [
     pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP"),
     pytest.mark.usefixtures("threads"),

@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from engine.build import build_engine
+from engine.checked_model import check_architecture, check_model, choose_dtype
 from engine.engine import EngineOptions
-from engine.model_loader import check_architecture, check_model, choose_dtype, load_model
+from engine.model_loader import load_model
 from engine.sampling_params import SamplingParams
 from errors import ModelLoadError
 
@@ -81,7 +82,7 @@ def test_saved_models_give_the_tokens_of_generate(name: str, tmp_path: Path) -> 
         for prompt in prompts
     ]
     assert len({token for tokens in expected for token in tokens}) > 8
-    model = load_model(tmp_path, "float32", "cpu", lambda phase, fraction: None)
+    model = load_model(check_model(tmp_path, "float32", "cpu"), lambda phase, fraction: None)
     options = EngineOptions(max_num_batched_tokens=32, max_num_mixed_tokens=16, max_num_seqs=8, kv_block_size=4)
     assert asyncio.run(answers(model, options, prompts)) == expected
 
@@ -93,7 +94,7 @@ def test_a_checkpoint_without_some_of_its_tensors_is_refused(tmp_path: Path) -> 
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelLoadError, match=re.escape(lost)):
-        load_model(tmp_path, "float32", "cpu", lambda phase, fraction: None)
+        load_model(check_model(tmp_path, "float32", "cpu"), lambda phase, fraction: None)
 
 
 async def answers(model: PreTrainedModel, options: EngineOptions, prompts: list[list[int]]) -> list[list[int]]:
@@ -119,8 +120,8 @@ def test_models_that_cannot_be_served_are_refused_by_name(model_type: str, tmp_p
 
 def check_or_probe(directory: Path) -> None:
     """Mamba, whose configuration tells nothing, is found out by its first forward."""
-    config, _ = check_model(directory, "float32", "cpu")
-    assert config.model_type == "mamba"
+    checked = check_model(directory, "float32", "cpu")
+    assert checked.config.model_type == "mamba"
     from transformers import MambaConfig, MambaForCausalLM
 
     tiny = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)

@@ -16,11 +16,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from engine.attention import fused, paged
 from engine.attention.fused import FusedAttention
 from engine.build import build_engine
+from engine.checked_model import check_model
 from engine.cpu import kernels, packed_checkpoint, packed_layers, packed_weight
 from engine.cpu.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedInput, SharedLinear
 from engine.cpu.packed_weight import INT8, quantize_weight
 from engine.engine import EngineOptions
 from engine.model_loader import choose_quantization, load_model
+from engine.quantization import QUANTIZATIONS
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
@@ -35,8 +37,8 @@ def model_of(family: str, implementation: str = paged.NAME, **changes: object) -
 def pack(model: PreTrainedModel, quantization: str) -> None:
     """As load_model does."""
     with torch.inference_mode():
-        packed_layers.pack_model(model, quantization, lambda fraction: None)
-    fused.fuse(model)
+        packed_layers.pack_model(model, QUANTIZATIONS[quantization], lambda fraction: None)
+    fused.fuse_attention(model)
 
 
 class Reference(nn.Module):
@@ -119,7 +121,7 @@ def test_tokens_are_those_of_the_dequantized_weights(family: str, quantization: 
 def test_bfloat16_layers_give_the_logits_of_the_stock_model(family: str) -> None:
     stock, packed = model_of(family, "eager").bfloat16(), model_of(family).bfloat16()
     with torch.inference_mode():
-        packed_layers.pack_model(packed, "bfloat16", lambda fraction: None)
+        packed_layers.pack_model(packed, QUANTIZATIONS["bfloat16"], lambda fraction: None)
         probe = {"input_ids": torch.tensor([[5]]), "use_cache": False}
         expected, actual = stock(**probe).logits.float(), packed(**probe, step=paged.Probe()).logits.float()
     assert nn.Linear not in [type(module) for module in packed.modules()]
@@ -175,7 +177,7 @@ CHANGES = ["unrotated", "queries", "keys", "values", "softcap", "output", "posit
 def test_attention_that_differs_in_any_way_stays_as_it_is(change: str) -> None:
     model = model_of("llama")
     with torch.inference_mode():
-        packed_layers.pack_model(model, "int8", lambda fraction: None)
+        packed_layers.pack_model(model, QUANTIZATIONS["int8"], lambda fraction: None)
         made = fused.fused_attention(Gated(model.model.layers[0].self_attn, change))
     assert (made is None) == bool(change)
 
@@ -186,7 +188,7 @@ def test_a_norm_with_large_weights_is_told_from_one_that_adds_one() -> None:
     for module in (*model.modules(), *expected.modules()):
         if type(module).__name__ == "Gemma3RMSNorm":
             module.weight.data = torch.full_like(module.weight, 300.0)
-    packed_layers.fuse(model)
+    packed_layers.fuse_layers(model)
     x = torch.randn(2, 64)
     torch.testing.assert_close(model.model.norm(x), expected.model.norm(x), rtol=1e-4, atol=1e-4)
 
@@ -236,7 +238,7 @@ def test_a_gguf_files_blocks_are_kept_bit_by_bit(family: str, tied: bool, tmp_pa
         model.lm_head.weight = model.model.embed_tokens.weight
     packed_checkpoint.write(model, tmp_path / "model.gguf", tmp_path)
     model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, "auto", "cpu", lambda what, fraction: None, "auto")
+    loaded = load_model(check_model(tmp_path, "auto", "cpu"), lambda what, fraction: None, "auto")
     weights = dequantized(loaded)
     assert len(weights) == len(matrices(model)) + tied
     for name, weight in weights.items():
@@ -256,7 +258,7 @@ def test_a_matrix_that_is_not_in_the_file_stays_as_it_is(tmp_path: Path) -> None
     changed.weight.data[3, 5] += 1
     packed_checkpoint.write(model, tmp_path / "model.gguf", tmp_path)
     model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, "auto", "cpu", lambda what, fraction: None, "auto")
+    loaded = load_model(check_model(tmp_path, "auto", "cpu"), lambda what, fraction: None, "auto")
     kept = loaded.model.layers[1].mlp.down_proj
     assert isinstance(kept, nn.Linear) and torch.equal(kept.weight, changed.weight)
     assert isinstance(loaded.model.layers[0].mlp.down_proj, PackedLinear)
@@ -266,12 +268,12 @@ def test_a_matrix_that_is_not_in_the_file_stays_as_it_is(tmp_path: Path) -> None
 
 
 def test_the_default_keeps_what_dtype_asks_for_and_a_files_own_blocks(tmp_path: Path) -> None:
-    assert choose_quantization("auto", "float32", False, tmp_path) == "none"
-    assert choose_quantization("auto", "auto", True, tmp_path) == "none"
-    assert choose_quantization("auto", "auto", False, tmp_path) == "int8"
+    assert choose_quantization("auto", "float32", False, tmp_path).name == "none"
+    assert choose_quantization("auto", "auto", True, tmp_path).name == "none"
+    assert choose_quantization("auto", "auto", False, tmp_path).name == "int8"
     (tmp_path / packed_checkpoint.FILE).touch()
-    assert choose_quantization("auto", "auto", False, tmp_path) == "from file"
-    assert choose_quantization("int4", "auto", False, tmp_path) == "int4"
+    assert choose_quantization("auto", "auto", False, tmp_path).name == "from file"
+    assert choose_quantization("int4", "auto", False, tmp_path).name == "int4"
 
 
 def test_layers_of_any_number_of_rows_share_their_input() -> None:

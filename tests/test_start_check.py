@@ -23,9 +23,11 @@ from transformers import (
 from engine import start_check
 from engine.attention import fused, paged
 from engine.build import ModelDefaults, build_engine, load_engine
+from engine.checked_model import check_model
 from engine.cpu import kernels, packed_layers
 from engine.engine import EngineOptions
 from engine.model_runner import ModelRunner
+from engine.quantization import QUANTIZATIONS
 from errors import ModelLoadError
 
 OPTIONS = EngineOptions(kv_cache_memory=2**24, kv_block_size=4, max_model_len=256)
@@ -64,8 +66,8 @@ def test_what_is_computed_rightly_passes_in_milliseconds(name: str, dtype: torch
 def test_packed_layers_compute_on_both_sides(family: str, quantization: str) -> None:
     model = tiny_model(family, hidden_size=64, intermediate_size=96, head_dim=32)
     with torch.inference_mode():
-        packed_layers.pack_model(model, quantization, lambda fraction: None)
-        fused.fuse(model)
+        packed_layers.pack_model(model, QUANTIZATIONS[quantization], lambda fraction: None)
+        fused.fuse_attention(model)
     assert start_check.check(runner_of(model), 256)
 
 
@@ -73,7 +75,8 @@ def test_a_context_of_a_few_tokens_is_no_reason_to_refuse(tmp_path: Path) -> Non
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     options = EngineOptions(kv_cache_memory=2**20, kv_block_size=4, max_model_len=10)
-    assert load_engine(tmp_path, options, ModelDefaults, lambda phase, fraction: None)[0].max_model_len == 10
+    checked = check_model(tmp_path, options.dtype, options.device_map)
+    assert load_engine(checked, options, ModelDefaults, lambda phase, fraction: None)[0].max_model_len == 10
 
 
 class WrongDecodesConfig(LlamaConfig):
@@ -143,7 +146,8 @@ def compared(caplog: pytest.LogCaptureFixture, directory: Path, cache: Path, **c
     caplog.clear()
     with caplog.at_level(logging.INFO):
         options = EngineOptions(cache_dir=cache, kv_cache_memory=2**24, **changes)
-        load_engine(directory, options, ModelDefaults, lambda phase, fraction: None)
+        checked = check_model(directory, options.dtype, options.device_map)
+        load_engine(checked, options, ModelDefaults, lambda phase, fraction: None)
     return "compared with transformers" in caplog.text
 
 
@@ -167,7 +171,7 @@ def test_what_is_remembered_is_of_the_layers_that_the_machine_has_chosen(tmp_pat
     auto = {"quantization": "auto", "dtype": "auto"}
     plain, packed = (tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32) for _ in range(2))
     with torch.inference_mode():
-        packed_layers.pack_model(packed, "int8", lambda fraction: None)
+        packed_layers.pack_model(packed, QUANTIZATIONS["int8"], lambda fraction: None)
     keys = [start_check.key_of(tmp_path, runner_of(model), auto) for model in (plain, plain, packed)]
     assert keys[0] == keys[1] != keys[2]
 
@@ -186,7 +190,8 @@ def test_a_start_reports_the_comparison(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     phases: list[str] = []
     options = EngineOptions(kv_cache_memory=2**24)
-    load_engine(tmp_path, options, ModelDefaults, lambda phase, fraction: phases.append(phase))
+    checked = check_model(tmp_path, options.dtype, options.device_map)
+    load_engine(checked, options, ModelDefaults, lambda phase, fraction: phases.append(phase))
     assert "comparing with transformers" in phases
 
 
@@ -197,4 +202,6 @@ def test_a_model_whose_numbers_are_none_is_refused_at_start(tmp_path: Path) -> N
         model.model.layers[1].mlp.down_proj.weight[3] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match="not numbers"):
-        load_engine(tmp_path, EngineOptions(kv_cache_memory=2**24), ModelDefaults, lambda phase, fraction: None)
+        options = EngineOptions(kv_cache_memory=2**24)
+        checked = check_model(tmp_path, options.dtype, options.device_map)
+        load_engine(checked, options, ModelDefaults, lambda phase, fraction: None)

@@ -24,7 +24,8 @@ def engine_of(family: str, is_fused: bool) -> Engine:
     model = tiny_model(family).to(DEVICE)
     if is_fused:
         num_layers = model.config.num_hidden_layers
-        assert triton_layers.fuse(model) >= 4 * num_layers + 1 - 2 * (family in ("qwen2", "llama")) * (num_layers)
+        without_norms = 2 * num_layers if family in ("qwen2", "llama") else 0
+        assert triton_layers.fuse_gpu_layers(model) >= 4 * num_layers + 1 - without_norms
     engine = build_engine(model, OPTIONS, frozenset())
     inner = engine.runner.runner if isinstance(engine.runner, AsyncRunner) else engine.runner
     if DEVICE.type == "cpu":

@@ -17,6 +17,7 @@ from engine.cpu import packed_layers
 from engine.cpu.kernels import are_available
 from engine.engine import Engine, EngineOptions
 from engine.model_runner import ModelRunner
+from engine.quantization import QUANTIZATIONS
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.vision import Image, VisionEncoder
@@ -289,8 +290,8 @@ def test_a_quantized_model_sees_too() -> None:
     """Its features and its answer are near those of the stock model: the first token's logits are."""
     model = tiny_gemma_that_sees(IMAGE)
     with torch.inference_mode():
-        packed_layers.pack_model(model, "int8", lambda fraction: None)
-    fused.fuse(model)
+        packed_layers.pack_model(model, QUANTIZATIONS["int8"], lambda fraction: None)
+    fused.fuse_attention(model)
     encoder, stock = VisionEncoder(model), VisionEncoder(tiny_gemma_that_sees(IMAGE))
     one, other = (Image(b"0", pixels(0), 0, GRID) for _ in range(2))
     encoder.encode([one])

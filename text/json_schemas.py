@@ -16,7 +16,7 @@ BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternPropert
 ANNOTATIONS = frozenset(  # what is valid is the same with them and without
     {"title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
 )
-FORMATS = frozenset(  # that llguidance holds an answer to; the others are annotations, as in the standard
+ENFORCED_FORMATS = frozenset(  # that llguidance holds an answer to; the others are annotations, as in the standard
     {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
 )
 
@@ -95,4 +95,4 @@ def _values_in(schema: Any) -> frozenset[str]:
 
 
 def _is_annotation(key: str, value: Any) -> bool:
-    return key == "format" and (value is None or (isinstance(value, str) and value not in FORMATS))
+    return key == "format" and (value is None or (isinstance(value, str) and value not in ENFORCED_FORMATS))

@@ -5,7 +5,7 @@ An automaton is about that large, and takes a few hundred bytes for each of them
 
 import re
 
-MOST = 50_000  # characters that counts may add
+MAX_REPEATED = 50_000  # characters that counts may add
 _PART = re.compile(r"\\.|\[(?:[^\]\\]|\\.){0,64}+\]|\{(\d{1,18})(?:,(\d{0,18}))?\}|.", re.DOTALL)
 
 
@@ -31,4 +31,4 @@ def expanded_size(text: str) -> int:
 
 
 def is_too_large(text: str) -> bool:
-    return expanded_size(text) > MOST + len(text)
+    return expanded_size(text) > MAX_REPEATED + len(text)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from errors import InvalidRequest
+from errors import InvalidRequest, first_line
 from schemas import ChatCompletionRequest, CompletionRequest
 from text.json_schemas import enforceable, patterns_of
 from text.tool_formats import ToolFormat
@@ -20,7 +20,7 @@ from text.tool_grammars import (
     calls_beside_json_grammar,
     calls_grammar,
     calls_or_text_grammar,
-    quoted,
+    lark_string,
     rest_of_call_grammar,
 )
 from text.tools import ToolSet, check_patterns, check_size
@@ -108,7 +108,7 @@ def _refusing(field: str) -> Iterator[None]:
     except RecursionError as error:
         raise _invalid(f"{field} is nested too deeply.", field) from error
     except (ValueError, TypeError) as error:
-        raise _invalid(f"{field}: {str(error).splitlines()[0]}", field) from error
+        raise _invalid(f"{field}: {first_line(error)}", field) from error
 
 
 def _part(schema: Any, field: str, is_needed: bool) -> str:
@@ -168,7 +168,7 @@ def _of_regex(pattern: Any) -> str:
 def _of_choice(choices: Any) -> str:
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
         raise ValueError("choices must be a list of one or more strings, none of them empty")
-    return _of_lark("start: " + " | ".join(map(quoted, choices)))
+    return _of_lark("start: " + " | ".join(map(lark_string, choices)))
 
 
 def _of_lark(text: Any) -> str:

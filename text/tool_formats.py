@@ -96,7 +96,7 @@ GLM_XML = ToolFormat("arg_key", ("<arg_key>", "<arg_value>"), "<tool_call>", "</
 NAMED = ToolFormat("name and JSON", ("<|observation|>",), is_named=True, prompt=JSON_PROMPT)
 
 # The first one whose signs a template has is the one that it teaches
-FORMATS = (QWEN_XML, GLM_XML, MARKED, NAMED, PARAMETERS)
+TOOL_FORMATS = (QWEN_XML, GLM_XML, MARKED, NAMED, PARAMETERS)
 
 
 def taught_by(template: str) -> ToolFormat | None:
@@ -104,7 +104,7 @@ def taught_by(template: str) -> ToolFormat | None:
     if not re.search(r"{[%{].*\btools\b", template):
         return None
     spelled = template.replace('\\"', '"')
-    return next((style for style in FORMATS if all(sign in spelled for sign in style.signs)), None)
+    return next((style for style in TOOL_FORMATS if all(sign in spelled for sign in style.signs)), None)
 
 
 # --- grammars

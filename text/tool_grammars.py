@@ -23,7 +23,7 @@ class Literals:
 
     def of(self, text: str) -> str:
         pieces = self._pattern.split(text) if self._pattern else [text]
-        return " ".join(piece if piece in self._tokens else quoted(piece) for piece in pieces if piece)
+        return " ".join(piece if piece in self._tokens else lark_string(piece) for piece in pieces if piece)
 
     def __contains__(self, text: str) -> bool:
         return text in self._tokens
@@ -177,7 +177,7 @@ def _json(schema: Schema) -> str:
     return f"%json {json.dumps({**schema, **options})}"
 
 
-def quoted(text: str) -> str:
+def lark_string(text: str) -> str:
     """For Lark; its lexer takes no DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -10,11 +10,10 @@ from errors import InvalidRequest
 from schemas import ChatCompletionRequest, TokenizeRequest
 from text.json_schemas import enforceable, patterns_of
 from text.messages import check_characters
-from text.regex_size import MOST as MOST_REPEATED
-from text.regex_size import is_too_large
+from text.regex_size import MAX_REPEATED, is_too_large
 
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
-MOST = 512  # tools
+MAX_TOOLS = 512  # tools
 MAX_LENGTH = 200_000  # characters of a schema or grammar, or of all tools
 MAX_DEPTH = 100  # of a schema's objects and lists
 OPENS = {  # say something of other properties than those that are listed, or of all together
@@ -38,8 +37,8 @@ class ToolSet:
 def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | None:
     """None if no tool may be called. Raises InvalidRequest, whose param names the field."""
     tools = request.tools or []
-    if len(tools) > MOST:
-        raise _invalid(f"There are more than {MOST} tools.", "tools")
+    if len(tools) > MAX_TOOLS:
+        raise _invalid(f"There are more than {MAX_TOOLS} tools.", "tools")
     check_size(tools, "tools")
     functions = [_function(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
     check_patterns((own for function in functions for own in patterns_of(function.get("parameters"))), "tools")
@@ -85,7 +84,7 @@ def check_patterns(patterns: Iterable[str], field: str) -> None:
     if any(is_too_large(pattern) for pattern in patterns):
         raise _invalid(
             f"{field} has a regular expression whose repetition counts add more than "
-            f"{MOST_REPEATED} characters: use smaller counts.",
+            f"{MAX_REPEATED} characters: use smaller counts.",
             field,
         )
 

@@ -1,7 +1,8 @@
 """Attention over the paged cache on GPUs, by one kernel for sequences of different lengths: torch's own, or Triton's.
 
-Which cache layouts and windows a kernel takes depends on the GPU and on the versions of torch and Triton, so each is
-tried, its result compared, and the faster one used: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html.
+Which cache layouts and windows a kernel accepts depends on the GPU and on the versions of torch and Triton. So each
+kernel is tried, its result compared, and the fastest correct one is used.
+Source: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html.
 """
 
 import logging
@@ -13,12 +14,13 @@ from typing import cast
 import torch
 
 from engine.layer_spec import AttentionSpec
+from errors import first_line
 
 log = logging.getLogger(__name__)
 
 Kernel = Callable[..., torch.Tensor]  # with the signature of `reference`
-TOLERANCES = {2: 0.02, 4: 1e-3}  # of the result's norm, by the bytes of a number
-TIMED_TOKENS = 4096  # of each sequence
+TOLERANCES = {2: 0.02, 4: 1e-3}  # bytes of a number -> allowed difference, as a part of the result's norm
+TIMED_TOKENS = 4096  # tokens of each sequence
 TIMED_DECODES, TIMED_QUERIES = 8, 2048
 TIMED_CALLS = 20
 
@@ -27,12 +29,12 @@ TIMED_CALLS = 20
 class FlashBatch:
     """What the layers of one group share in a step: its sequences, each with one or more neighbouring queries."""
 
-    starts: torch.Tensor  # (sequences + 1,) int32, where each one's queries begin among the step's tokens
-    tables: torch.Tensor  # (sequences, width) int32, blocks from the first that its first query sees
-    lengths: torch.Tensor  # (sequences,) int32, tokens in these blocks, the queries included
+    starts: torch.Tensor  # (sequences + 1,) int32, where each sequence's queries begin among the step's tokens
+    tables: torch.Tensor  # (sequences, width) int32, the blocks from the first one that the first query sees
+    lengths: torch.Tensor  # (sequences,) int32, tokens in these blocks, including the queries
     longest_query: int
-    longest: int  # tokens that a table's row can hold
-    num_tokens: int  # of the step's, from the first on
+    longest: int  # tokens that a row of `tables` can hold
+    num_tokens: int  # of the step, from its first token on
     window: int | None
 
     def to(self, device: torch.device) -> "FlashBatch":
@@ -42,9 +44,11 @@ class FlashBatch:
 
 @dataclass(frozen=True)
 class Candidate:
+    """A kernel that may be used, if it computes the right result."""
+
     name: str
     kernel: Kernel
-    can_attend: Callable[[AttentionSpec], bool]  # what is known beforehand
+    can_attend: Callable[[AttentionSpec], bool]  # False: known not to support the layer, so it is not tried
 
 
 def attend(
@@ -56,7 +60,10 @@ def attend(
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """query: (tokens, heads, dim); keys, values: (blocks, block_size, kv_heads, dim) -> (tokens, heads, value dim)."""
+    """Calls a kernel for one layer.
+
+    query: (tokens, heads, dim); keys, values: (blocks, block_size, kv_heads, dim) -> (tokens, heads, value dim).
+    """
     return kernel(
         query,
         keys,
@@ -70,7 +77,7 @@ def attend(
         enable_gqa=True,
         seqused_k=batch.lengths,
         block_table=batch.tables,
-        **({} if softcap is None else {"softcap": softcap}),  # which not every kernel knows
+        **({} if softcap is None else {"softcap": softcap}),  # not every kernel has this argument
     )
 
 
@@ -82,17 +89,18 @@ def find(
 ) -> Kernel | None:
     """The fastest kernel that computes all these layers on their device as `reference` does; None if none does.
 
-    measure: how long a kernel takes for a layer with blocks of so many tokens, for tests without a GPU.
+    measure: gives the seconds that a kernel takes for a layer with blocks of so many tokens; tests without a GPU pass
+    their own.
     """
-    wanted = set(specs)
+    layers = set(specs)
     able = [
         candidate
-        for candidate in (known_kernels(wanted) if candidates is None else candidates)
-        if all(candidate.can_attend(spec) for spec in wanted)
-        and all(agrees(candidate.kernel, spec, block_size) for spec in wanted)
+        for candidate in (known_kernels(layers) if candidates is None else candidates)
+        if all(candidate.can_attend(spec) for spec in layers)
+        and all(agrees(candidate.kernel, spec, block_size) for spec in layers)
     ]
     if len(able) > 1:
-        able.sort(key=lambda candidate: _logged_time(candidate, wanted, block_size, measure or seconds))
+        able.sort(key=lambda candidate: _logged_time(candidate, layers, block_size, measure or seconds))
     if able:
         log.info("attention over blocks of %d tokens uses %s", block_size, able[0].name)
     return able[0].kernel if able else None
@@ -110,7 +118,7 @@ def _logged_time(
 
 
 def known_kernels(specs: set[AttentionSpec]) -> Iterator[Candidate]:
-    """torch's kernel, and the one in Triton, where they are installed and the layers on GPUs."""
+    """Yields torch's kernel and the one in Triton, if they are installed and the layers are on GPUs."""
     if any(spec.device.type != "cuda" for spec in specs):
         return
     try:
@@ -128,14 +136,14 @@ def known_kernels(specs: set[AttentionSpec]) -> Iterator[Candidate]:
 
 
 def is_plain(spec: AttentionSpec) -> bool:
-    """Whether it is plain attention in 16 bits, on a GPU."""
+    """Whether a layer computes plain attention in 16 bits, on a GPU."""
     is_simple = spec.softcap is None and spec.key_dim == spec.value_dim
     return is_simple and spec.device.type == "cuda" and spec.dtype.itemsize == 2
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Random numbers for one call; the blocks are out of order."""
+    """Random inputs for one call of a kernel; the blocks are out of order."""
 
     query: torch.Tensor
     keys: torch.Tensor
@@ -145,7 +153,7 @@ class Trial:
 
     @classmethod
     def of(cls, spec: AttentionSpec, block_size: int, counts: list[int], lengths: list[int]) -> "Trial":
-        """counts: queries of each sequence; lengths: its tokens."""
+        """Makes inputs for one layer. counts: queries of each sequence; lengths: tokens of each sequence."""
         generator = torch.Generator(spec.device).manual_seed(0)
 
         def numbers(*shape: int) -> torch.Tensor:
@@ -155,8 +163,15 @@ class Trial:
         num_blocks = len(lengths) * width
         tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).view(len(lengths), width).int()
         starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        limits = (max(counts), width * block_size, sum(counts), spec.window)
-        batch = FlashBatch(starts, tables, torch.tensor(lengths, dtype=torch.int32), *limits)
+        batch = FlashBatch(
+            starts=starts,
+            tables=tables,
+            lengths=torch.tensor(lengths, dtype=torch.int32),
+            longest_query=max(counts),
+            longest=width * block_size,
+            num_tokens=sum(counts),
+            window=spec.window,
+        )
         return cls(
             numbers(sum(counts), spec.group * spec.num_kv_heads, spec.key_dim),
             numbers(num_blocks, block_size, spec.num_kv_heads, spec.key_dim),
@@ -171,7 +186,13 @@ class Trial:
 
 
 def agrees(kernel: Kernel, spec: AttentionSpec, block_size: int) -> bool:
-    """Whether it gives what `reference` gives, for chunks of prompts, and for decodes of short and long contexts."""
+    """Whether a kernel gives what `reference` gives, for chunks of prompts and for decodes of short and long contexts.
+
+    Versions of a kernel differ in what they support, and a wrong one does not always raise. So it is tried:
+        trial = random queries, keys and values, in blocks out of order
+        it agrees if |kernel(trial) - reference(trial)| <= TOLERANCES * |reference(trial)|
+    The chunks have a window that begins inside a block, where kernels that support only whole blocks go wrong.
+    """
     window = None if spec.window is None else min(spec.window, block_size + 2)
     chunks = Trial.of(
         replace(spec, window=window), block_size, [1, block_size, 2], [2 * block_size + 3, block_size, 3 * block_size]
@@ -184,28 +205,28 @@ def _agrees(kernel: Kernel, trial: Trial) -> bool:
     expected = trial.run(reference).float()
     try:
         actual = trial.run(kernel).float()
-    except Exception as error:  # of whatever kind: the compiler's, the driver's, or of an argument that it lacks
-        described = (str(error).splitlines() or [type(error).__name__])[0]
-        log.info("%s does not compute the attention: %s", getattr(kernel, "__name__", "a kernel"), described)
+    except Exception as error:  # any kind: from the compiler, the driver, or for an argument that the kernel lacks
+        name = getattr(kernel, "__name__", "a kernel")
+        log.info("%s does not compute the attention: %s", name, first_line(error))
         return False
     return bool((actual - expected).norm() <= TOLERANCES[trial.query.element_size()] * expected.norm())
 
 
 def seconds(kernel: Kernel, spec: AttentionSpec, block_size: int) -> float:
-    """What a step of decodes and a chunk of a prompt take together, on a GPU; infinite if its memory lacks."""
+    """Measures a step of decodes and a chunk of a prompt on a GPU, in seconds; infinite if its memory is too small."""
     seen = TIMED_TOKENS if spec.window is None else min(TIMED_TOKENS, spec.window + block_size)
     try:
         decodes = Trial.of(spec, block_size, [1] * TIMED_DECODES, [seen] * TIMED_DECODES)
         chunk = Trial.of(spec, block_size, [TIMED_QUERIES], [TIMED_QUERIES])
         return sum(_seconds(kernel, trial) for trial in (decodes, chunk))
-    except RuntimeError:  # out of memory, or it cannot be recorded
+    except RuntimeError:  # the memory is full, or the call cannot be recorded
         return math.inf
     finally:
         torch.cuda.empty_cache()
 
 
 def _seconds(kernel: Kernel, trial: Trial) -> float:
-    """Of one call, recorded: decodes are, and do not wait for Python."""
+    """Measures one call in seconds, as part of a CUDA graph: decodes run in one, and so do not wait for Python."""
     trial.run(kernel)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -237,7 +258,7 @@ def reference(
     block_table: torch.Tensor,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """What the kernel is to compute, one sequence after the other, in float32."""
+    """Computes what a kernel should compute, one sequence after the other, in float32."""
     output = query.new_empty(*query.shape[:2], values.shape[3])
     for number, (start, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
         length = int(seqused_k[number])
@@ -245,10 +266,10 @@ def reference(
         group = query.shape[1] // keys.shape[2]
         key, value = (c[blocks].flatten(0, 1)[:length].float().repeat_interleave(group, dim=1) for c in (keys, values))
         positions = torch.arange(length, device=query.device)
-        own = positions[length - (end - start) :, None]
-        hidden = positions > own
+        query_positions = positions[length - (end - start) :, None]
+        hidden = positions > query_positions
         if window_size[0] >= 0:
-            hidden |= positions < own - window_size[0]
+            hidden |= positions < query_positions - window_size[0]
         scores = torch.einsum("qhd,khd->hqk", query[start:end].float(), key) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap

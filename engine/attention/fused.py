@@ -1,7 +1,6 @@
 """FusedAttention: a stock attention module's work in six kernels, from its input to its output.
 
-As in packed_layers, it is first compared with what it replaces: what the stock module hands to attention, and what it
-makes of the result.
+As in packed_layers, it is first compared with the module that it replaces; see `fused_attention`.
 """
 
 from typing import Any, cast
@@ -18,11 +17,11 @@ Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim
 
 
 class FusedAttention(nn.Module):
-    """Queries, keys and values; their normalisation and rotation; attention; the output layer."""
+    """Computes queries, keys and values, their normalisation and rotation, attention, and the output layer."""
 
     def __init__(self, stock: nn.Module, shared: SharedInput, head_dim: int, norms: Norms, scaling: float) -> None:
         super().__init__()
-        self._stock = stock  # what notes a model's layers wants them as they are
+        self._stock = stock  # a Probe's forward runs it, to record the layer as it is
         self._layer = cast(int, stock.layer_idx)
         self._output = cast(PackedLinear, stock.o_proj)
         self._shared, self._head_dim, self._norms, self._scaling = shared, head_dim, norms, scaling
@@ -47,18 +46,18 @@ class FusedAttention(nn.Module):
     def heads(
         self, x: torch.Tensor, angles: Angles, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        """The queries, (tokens, heads, dim); keys and values go to the cache."""
+        """Computes the queries, (tokens, heads, dim), and writes keys and values to the cache."""
         query, key, value = self._shared.outputs(x)
         return attention_kernels.rotate((query, key, value), angles, self._norms, keys, values, slots)
 
     def project(self, output: torch.Tensor) -> torch.Tensor:
-        """What attention gave, (tokens, ...), as the module's output."""
+        """Turns attention's result, (tokens, ...), into the module's output."""
         return cast(torch.Tensor, self._output(output.reshape(1, len(output), -1)))
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module) -> None:
-    """Puts one in the place of every stock module whose work it does."""
+def fuse_attention(model: nn.Module) -> None:
+    """Replaces every stock attention module for which FusedAttention gives the same result."""
     for name, module in list(model.named_modules()):
         fused = fused_attention(module)
         if fused is not None:
@@ -66,7 +65,13 @@ def fuse(model: nn.Module) -> None:
 
 
 def fused_attention(module: nn.Module) -> FusedAttention | None:
-    """For a module whose layers are packed already; None where it computes something else."""
+    """The replacement of a module whose linear layers are packed; None if the module computes something else.
+
+    Attention itself is the same function for both, so the halves before and after it are compared:
+        expected = stock_module(x), run with a Probe, which records what the module hands to attention
+        queries, keys and values of the replacement must equal the recorded ones
+        project(stand-in for attention's result) must equal `expected`
+    """
     layers = [getattr(module, part, None) for part in ATTENTION_INPUTS]
     head_dim, output = getattr(module, "head_dim", None), getattr(module, "o_proj", None)
     if not all(isinstance(layer, SharedLinear) for layer in layers) or not isinstance(output, PackedLinear):
@@ -83,11 +88,11 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
         expected = module(hidden_states=x, position_embeddings=places, attention_mask=None, step=probe)[0]
         (call,) = probe.calls.values()
         norms = _norms(module)
-    except Exception:  # it wants to be called in another way
+    except Exception:  # the module is called in another way
         return None
     if call.softcap is not None:
         return None
-    fused = FusedAttention(module, shared, head_dim, norms, call.scaling)
+    fused = FusedAttention(module, shared, head_dim=head_dim, norms=norms, scaling=call.scaling)
     spec = call.spec
     if spec.key_dim != head_dim or spec.value_dim != head_dim or spec.dtype != x.dtype:
         return None
@@ -103,7 +108,8 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
 
 
 def _norms(module: nn.Module) -> Norms:
-    """Raises ValueError where they are no plain root mean squares over a head."""
+    """The norms of queries and keys; None if there are none. Raises ValueError unless both are plain root mean squares
+    over a head."""
     query, key = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
     if query is None and key is None:
         return None

@@ -1,8 +1,8 @@
 """Attention over the paged cache, as the function that transformers' models call for every layer.
 
-Registered with transformers' `AttentionInterface`, so that stock modules run unmodified: the tokens of a step come
-packed as one row (1, heads, tokens, dim), first the decodes, then the chunks of prompts. It knows no sequences, only
-the step's tensors in `StepAttention`.
+It is registered with transformers' `AttentionInterface`, so that stock modules run unmodified. The tokens of a step
+come packed as one row (1, heads, tokens, dim), first the decodes, then the chunks of prompts. This file knows no
+sequences, only the step's tensors in `StepAttention`.
 """
 
 from collections.abc import Sequence
@@ -21,23 +21,23 @@ from engine.kv_cache import KVCache
 from engine.layer_spec import AttentionSpec
 
 NAME = "paged_blocks"
-COMPUTED = ("position_ids", "is_causal")  # arguments that ask for nothing beside what is computed here
+COMPUTED = ("position_ids", "is_causal")  # arguments that need nothing more than what is computed here
 
 
 @dataclass(frozen=True)
 class DecodeGroup:
     """Decodes of similar length, padded to the longest."""
 
-    start: int  # among the step's tokens
+    start: int  # index among the step's tokens
     end: int
     tables: torch.Tensor  # (rows, num_blocks)
-    visible: torch.Tensor  # (rows, 2), the first position of a table's blocks that is visible, and the end
+    visible: torch.Tensor  # (rows, 2), the first visible position in the table's blocks, and the end
     block_size: int
     dtype: torch.dtype
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """(rows, 1, 1, num_blocks * block_size), 0 where visible, else -inf."""
+        """The mask, (rows, 1, 1, num_blocks * block_size): 0 for visible positions, else -inf."""
         positions = torch.arange(self.tables.shape[1] * self.block_size, device=self.tables.device)
         hidden = (positions < self.visible[:, :1]) | (positions >= self.visible[:, 1:])
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.tables.device)
@@ -48,17 +48,17 @@ class DecodeGroup:
 class PrefillChunk:
     """One sequence's chunk of its prompt."""
 
-    start: int  # among the step's tokens
+    start: int  # index among the step's tokens
     end: int
-    table: torch.Tensor  # (num_blocks,), all that the chunk sees
-    visible: torch.Tensor  # (tokens, 2), the first position in the table's blocks that each sees, and the end
-    sees_only_itself: bool  # and what is causal in it
+    table: torch.Tensor  # (num_blocks,), all blocks that the chunk sees
+    visible: torch.Tensor  # (tokens, 2), the first position in the table's blocks that each token sees, and the end
+    sees_only_itself: bool  # causally, with nothing before it
     block_size: int
     dtype: torch.dtype
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """(tokens, positions): 0 where visible, else -inf."""
+        """The mask, (tokens, positions): 0 for visible positions, else -inf."""
         positions = torch.arange(len(self.table) * self.block_size, device=self.table.device)
         hidden = (positions < self.visible[:, :1]) | (positions >= self.visible[:, 1:])
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.table.device)
@@ -66,14 +66,17 @@ class PrefillChunk:
 
 
 def visible_of(start: int, num_tokens: int, window: int | None, images: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """(tokens, 2), first position and end that each of `num_tokens` tokens from `start` on sees: all before it and
-    itself, or so many as the window holds; of an image (start, end), also all of it."""
+    """The range of positions, as first and end, that each of `num_tokens` tokens from `start` on sees: (tokens, 2).
+
+    A token sees itself and all before it, or as many of these as the window holds. A token of an image (start, end)
+    also sees the whole image.
+    """
     ends = torch.arange(start + 1, start + num_tokens + 1)
     firsts = torch.zeros_like(ends) if window is None else (ends - window).clamp(min=0)
     for image_start, image_end in images:
-        own = slice(max(image_start - start, 0), image_end - start)
-        ends[own] = image_end
-        firsts[own].clamp_(max=image_start)
+        tokens = slice(max(image_start - start, 0), image_end - start)
+        ends[tokens] = image_end
+        firsts[tokens].clamp_(max=image_start)
     return torch.stack([firsts, ends], dim=1)
 
 
@@ -84,32 +87,33 @@ class GroupAttention:
     slots: torch.Tensor  # (tokens,): block * block_size + offset, where a token's key and value go
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillChunk, ...]
-    flash: FlashBatch | None = None  # all of them in one, but for chunks with images, where a GPU computes that
+    flash: FlashBatch | None = None  # on a GPU: the whole step in one kernel call, except chunks with images
 
     def to(self, device: torch.device) -> "GroupAttention":
         """A copy whose tensors are on `device`."""
         return GroupAttention(
-            self.slots.to(device),
-            tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
-            tuple(replace(p, table=p.table.to(device), visible=p.visible.to(device)) for p in self.prefills),
-            None if self.flash is None else self.flash.to(device),
+            slots=self.slots.to(device),
+            decodes=tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
+            prefills=tuple(replace(p, table=p.table.to(device), visible=p.visible.to(device)) for p in self.prefills),
+            flash=None if self.flash is None else self.flash.to(device),
         )
 
 
 @dataclass
 class StepAttention:
-    """The step's side of attention: the cache, and each group's tensors on each device that asks for them."""
+    """What a step hands to attention: the cache, and each group's tensors, copied to each device that needs them."""
 
     cache: KVCache
     groups: list[GroupAttention]
     flash: Kernel | None = None
-    _placed: dict[tuple[int, torch.device], GroupAttention] = field(default_factory=dict)
+    _copies: dict[tuple[int, torch.device], GroupAttention] = field(default_factory=dict)
 
     def of_layer(self, layer: int, device: torch.device) -> GroupAttention:
+        """The tensors of a layer's group, on the device."""
         group = self.cache.group_of[layer]
-        if (group, device) not in self._placed:
-            self._placed[group, device] = self.groups[group].to(device)
-        return self._placed[group, device]
+        if (group, device) not in self._copies:
+            self._copies[group, device] = self.groups[group].to(device)
+        return self._copies[group, device]
 
 
 @dataclass(frozen=True)
@@ -126,18 +130,26 @@ class Call:
     @property
     def spec(self) -> AttentionSpec:
         _, num_kv_heads, _, key_dim = self.key.shape
-        place, group = (self.key.dtype, self.key.device), self.query.shape[1] // num_kv_heads
-        return AttentionSpec(num_kv_heads, key_dim, self.value.shape[3], self.window, *place, self.softcap, group)
+        return AttentionSpec(
+            num_kv_heads=num_kv_heads,
+            key_dim=key_dim,
+            value_dim=self.value.shape[3],
+            window=self.window,
+            dtype=self.key.dtype,
+            device=self.key.device,
+            softcap=self.softcap,
+            group=self.query.shape[1] // num_kv_heads,
+        )
 
     @property
     def stand_in(self) -> torch.Tensor:
-        """The values themselves, in the shape of what attention would give."""
+        """The values themselves, in the shape of attention's output."""
         return self.value.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1).transpose(1, 2)
 
 
 @dataclass
 class Probe:
-    """Takes the place of StepAttention in a first forward, and notes what each layer asks for."""
+    """Replaces StepAttention in a first forward, and records what each layer asks for."""
 
     calls: dict[int, Call] = field(default_factory=dict)
 
@@ -154,18 +166,21 @@ def paged_attention(
     step: StepAttention | Probe | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (1, heads, tokens, dim), key and value (1, kv_heads, tokens, dim) -> (1, tokens, heads, value_dim).
+    """Writes keys and values to the cache and computes attention over it.
 
-    `step` travels through the model's forward as a keyword argument, as transformers' own paged cache does.
+    query (1, heads, tokens, dim), key and value (1, kv_heads, tokens, dim) -> (1, tokens, heads, value_dim). `step`
+    travels through the model's forward as a keyword argument, as transformers' own paged cache does.
     """
     assert step is not None, "the model does not pass keyword arguments on to its attention"
     layer = cast(int, module.layer_idx)
     scaling = scaling or query.shape[-1] ** -0.5
-    if isinstance(step, Probe):
+    if isinstance(step, Probe):  # exit 1: a first forward, which only records the layers; nothing is computed
         _refuse_what_is_not_computed(others)
-        # with one place for keys and values
+        # the cache has one place for a layer's keys and values
         assert layer not in step.calls, "some of their layers call the attention twice"
-        step.calls[layer] = Call(query, key, value, sliding_window, scaling, softcap)
+        step.calls[layer] = Call(
+            query=query, key=key, value=value, window=sliding_window, scaling=scaling, softcap=softcap
+        )
         return step.calls[layer].stand_in, None
     group = step.of_layer(layer, key.device)
     keys, values = step.cache.tensors[layer]  # (num_blocks, block_size, kv_heads, dim)
@@ -173,15 +188,17 @@ def paged_attention(
     values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
     flat = query[0].transpose(0, 1)  # (tokens, heads, dim)
     if step.flash is not None and group.flash is not None and not group.prefills:
+        # exit 2: on a GPU without images, one kernel computes the whole step
         return flash.attend(step.flash, flat, keys, values, group.flash, scaling, softcap)[None], None
     num_kv_heads, value_dim = values.shape[2:]
     query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
-    if step.flash is not None and group.flash is not None:
-        own = slice(0, group.flash.num_tokens)
-        result = flash.attend(step.flash, flat[own], keys, values, group.flash, scaling, softcap)
-        output[own] = result.view_as(output[own])
+    if step.flash is not None and group.flash is not None:  # chunks with images follow below, in torch
+        tokens = slice(0, group.flash.num_tokens)
+        result = flash.attend(step.flash, flat[tokens], keys, values, group.flash, scaling, softcap)
+        output[tokens] = result.view_as(output[tokens])
     if softcap is None and attention_kernels.can_attend(keys, values):
+        # exit 3: on a CPU with kernels, they read the cache in place
         attend_with_kernels(query, keys, values, group, scaling, output)
         return output.flatten(1, 2)[None], None
     for decode in group.decodes:
@@ -191,14 +208,15 @@ def paged_attention(
     for chunk in group.prefills:
         part = query[:, :, chunk.start : chunk.end]  # (kv_heads, group, tokens, dim)
         if chunk.sees_only_itself:
-            own = slice(chunk.start, chunk.end)
-            k, v, mask = key[0, :, own], value[0, :, own], None
+            tokens = slice(chunk.start, chunk.end)
+            k, v, mask = key[0, :, tokens], value[0, :, tokens], None
         else:
             gathered = _gather(keys, values, chunk.table, 1)
             k, v, mask = gathered[0][0], gathered[1][0], chunk.mask
         shape = (-1, query.shape[1], -1, -1)  # the heads of a group share one key: no copy
         result = _attend(part, k[:, None].expand(shape), v[:, None].expand(shape), mask, scaling, softcap)
         output[chunk.start : chunk.end] = result.permute(2, 0, 1, 3)
+    # exit 4: everything else, in torch over gathered blocks: softcaps, chunks with images, devices without a kernel
     return output.flatten(1, 2)[None], None
 
 
@@ -210,17 +228,24 @@ def attend_with_kernels(
     scaling: float,
     output: torch.Tensor,
 ) -> None:
-    """query: (kv_heads, group, tokens, dim), their keys and values in the cache; writes output, as the kernels do."""
+    """Computes a step with the CPU's kernels, and writes output (tokens, kv_heads, group, dim).
+
+    query: (kv_heads, group, tokens, dim), whose keys and values are in the cache already.
+    """
     for decode in group.decodes:
-        own = slice(decode.start, decode.end)
-        attention_kernels.attend(query[:, :, own], keys, values, decode.tables, decode.visible, scaling, output[own])
+        tokens = slice(decode.start, decode.end)
+        attention_kernels.attend(
+            query[:, :, tokens], keys, values, decode.tables, decode.visible, scaling, output[tokens]
+        )
     for chunk in group.prefills:
-        own = slice(chunk.start, chunk.end)
-        attention_kernels.attend_chunk(query[:, :, own], keys, values, chunk.table, chunk.visible, scaling, output[own])
+        tokens = slice(chunk.start, chunk.end)
+        attention_kernels.attend_chunk(
+            query[:, :, tokens], keys, values, chunk.table, chunk.visible, scaling, output[tokens]
+        )
 
 
 def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
-    """Attention sinks, position biases, caps and the like: to leave them out would give wrong answers."""
+    """Raises AssertionError for attention sinks, position biases, caps and the like: without them answers are wrong."""
     unknown = [
         name
         for name, value in arguments.items()
@@ -233,7 +258,7 @@ def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
 def _gather(
     keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each (rows, kv_heads, tokens, dim)."""
+    """Copies blocks out of the cache: keys and values, each (rows, kv_heads, tokens, dim)."""
     k = keys.index_select(0, blocks).view(rows, -1, *keys.shape[2:])
     v = values.index_select(0, blocks).view(rows, -1, *values.shape[2:])
     return k.transpose(1, 2), v.transpose(1, 2)
@@ -247,7 +272,7 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """(a, b, queries, dim) over (a, b, visible, dim); without a mask it is causal."""
+    """Computes attention of (a, b, queries, dim) over (a, b, visible, dim); it is causal if there is no mask."""
     if softcap is not None:
         return _attend_softcapped(query, key, value, mask, scaling, softcap)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
@@ -261,7 +286,8 @@ def _attend_softcapped(
     scaling: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Gemma 2's: scores go through softcap * tanh(score / softcap), which no fused kernel here has."""
+    """Computes Gemma 2's attention, whose scores go through softcap * tanh(score / softcap); torch's fused attention
+    has no softcap."""
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
     scores = torch.tanh(scores / softcap) * softcap
     if mask is None:

@@ -1,9 +1,9 @@
 """Attention over the paged cache on GPUs, by kernels in Triton: decodes and chunks of prompts in one launch.
 
-They compute what `paged_flash.reference` does, by softmax in passes (Dao, FlashAttention-2, 2023). A tile holds the
-heads that share a key and as many queries as fit; where tiles are too few to fill the device, each one's keys are
+They compute what `flash.reference` computes, by softmax in passes (Dao, FlashAttention-2, 2023). A tile holds the
+heads that share a key and as many queries as fit. If there are too few tiles to fill the device, the keys of each are
 divided into parts, whose results a second kernel joins (Flash-Decoding, 2023). Nothing is read back from the device,
-so that a step can be recorded. This module needs Triton, which torch brings on GPUs.
+so that a step can be recorded. This module needs Triton, which torch installs on GPUs.
 """
 
 import functools
@@ -17,10 +17,10 @@ import triton.language as tl
 from engine.layer_spec import AttentionSpec
 
 LOG2E = 1.4426950408889634
-FEW_PARTS, MOST_PARTS = 8, 64
+FEW_PARTS, MAX_PARTS = 8, 64
 NO_WINDOW = 2**30  # tokens
-PROGRAMS_PER_PROCESSOR = 4  # that parts are made for
-KEYS_PER_PART = 256  # at least
+PROGRAMS_PER_PROCESSOR = 4  # keys are divided into parts until there are so many
+MIN_KEYS_PER_PART = 256
 
 
 def _same(value: tl.tensor) -> tl.tensor:
@@ -34,15 +34,15 @@ IS_INTERPRETED = not isinstance(triton.jit(_same), triton.JITFunction)  # on the
 class Tiles:
     """How one shape is computed; see `tiles_of`."""
 
-    rows: int  # pairs of a query and a head; a power of two from 16 on
-    keys: int  # that a pass reads; a power of two from 16 on
+    rows: int  # pairs of a query and a head; a power of two, at least 16
+    keys: int  # keys that a pass reads; a power of two, at least 16
     warps: int
     stages: int  # passes whose keys are loaded ahead
 
 
-# By the bytes of a number and by what a head is padded to. They need less than 99 KiB of shared memory, as the smaller
-# GPUs from compute capability 8.0 on have it, and keep their state in registers.
-CHUNK_TILES = {  # several queries of a sequence
+# Bytes of a number -> elements of a head, padded -> its tiles. They need less than 99 KiB of shared memory, which the
+# smaller GPUs from compute capability 8.0 on have, and keep their state in registers.
+CHUNK_TILES = {  # for several queries of a sequence
     2: {
         64: Tiles(rows=128, keys=64, warps=4, stages=3),
         128: Tiles(rows=128, keys=64, warps=8, stages=3),
@@ -56,7 +56,7 @@ CHUNK_TILES = {  # several queries of a sequence
         512: Tiles(rows=16, keys=16, warps=8, stages=1),
     },
 }
-DECODE_TILES = {  # one
+DECODE_TILES = {  # for one query of a sequence
     2: {
         64: Tiles(rows=16, keys=128, warps=4, stages=3),
         128: Tiles(rows=16, keys=64, warps=4, stages=3),
@@ -90,9 +90,11 @@ def paged_attention(
     num_parts: int | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """query (tokens, heads, dim), keys and values (blocks, block_size, kv_heads, dim) -> (tokens, heads, value dim).
+    """Computes attention over the paged cache; the signature is torch's `varlen_attn`.
 
-    num_parts: into how many parts each tile's keys are divided, and tiles: None for what suits the shape and device.
+    query (tokens, heads, dim), keys and values (blocks, block_size, kv_heads, dim) -> (tokens, heads, value dim).
+    num_parts: the number of parts that each tile's keys are divided into. tiles: the tiles' sizes. None chooses both
+    by shape and device.
     """
     num_tokens, num_heads, key_dim = query.shape
     _blocks, block_size, num_kv_heads, value_dim = values.shape
@@ -141,14 +143,14 @@ def paged_attention(
             HEADS=num_heads,
             DIM=value_dim,
             PAD=_padded(value_dim),
-            PARTS_PAD=FEW_PARTS if num_parts <= FEW_PARTS else MOST_PARTS,
+            PARTS_PAD=FEW_PARTS if num_parts <= FEW_PARTS else MAX_PARTS,
             num_warps=4 if value_dim <= 256 else 8,
         )
     return output
 
 
 def can_attend(spec: AttentionSpec) -> bool:
-    """Whether such layers can be tried: Triton's products take GPUs from compute capability 8.0 on."""
+    """Whether the kernel can be tried for a layer: Triton's products need a GPU of compute capability 8.0 or more."""
     if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
     dim = max(spec.key_dim, spec.value_dim)
@@ -156,15 +158,15 @@ def can_attend(spec: AttentionSpec) -> bool:
 
 
 def tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
-    """num_bytes: of a number; group: heads that share a key, which are of one tile."""
+    """Chooses the tiles for a shape. num_bytes: of a number; group: heads that share a key, which are in one tile."""
     tiles = (DECODE_TILES if is_decode else CHUNK_TILES)[num_bytes][max(64, triton.next_power_of_2(dim))]
     return replace(tiles, rows=max(tiles.rows, triton.next_power_of_2(group)))
 
 
 def parts_of(num_programs: int, longest: int, num_processors: int) -> int:
-    """As many parts as fill the device, of at least KEYS_PER_PART."""
-    wanted = PROGRAMS_PER_PROCESSOR * num_processors // num_programs
-    return max(1, min(wanted, longest // KEYS_PER_PART, MOST_PARTS))
+    """The number of parts that fills the device, of at least MIN_KEYS_PER_PART keys each."""
+    enough = PROGRAMS_PER_PROCESSOR * num_processors // num_programs
+    return max(1, min(enough, longest // MIN_KEYS_PER_PART, MAX_PARTS))
 
 
 @functools.cache
@@ -185,11 +187,11 @@ def _padded(dim: int) -> int:
 
 
 def _whole(value: Any) -> int:
-    """For the interpreter of Triton 3.6, whose own way from a scalar to an integer fails with numpy 2.4."""
+    """Converts a scalar to an integer for the interpreter of Triton 3.6, whose own conversion fails with numpy 2.4."""
     return int(value.handle.data.item()) if isinstance(value, tl.tensor) else int(value)
 
 
-_bound = _whole if IS_INTERPRETED else triton.jit(_same)  # of a loop
+_bound = _whole if IS_INTERPRETED else triton.jit(_same)  # makes the bound of a loop
 
 
 @triton.jit(  # one compilation for all steps
@@ -207,7 +209,7 @@ def _attend(
     starts: tl.tensor,
     lengths: tl.tensor,
     tables: tl.tensor,
-    factor: tl.tensor,  # from scores to powers of two
+    factor: tl.tensor,  # converts scores to exponents of two
     cap_factor: tl.tensor,
     cap: tl.tensor,
     window: tl.tensor,  # tokens before its own that a query sees
@@ -230,14 +232,14 @@ def _attend(
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     ROWS: tl.constexpr,
-    QUERIES: tl.constexpr,  # of a tile
+    QUERIES: tl.constexpr,  # in a tile
     KEYS: tl.constexpr,
     IS_DECODE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDENS: tl.constexpr,
 ) -> None:
-    """One tile of queries, of the heads of one key, over one part of what they see."""
+    """Computes one tile of queries, of the heads of one key, over one part of the keys that they see."""
     head, part = tl.program_id(1), tl.program_id(2)
     if IS_DECODE:
         sequence, tile = tl.program_id(0), 0
@@ -255,12 +257,12 @@ def _attend(
     index = tile * QUERIES + row // GROUP  # of its query in the sequence
     is_row = (row < QUERIES * GROUP) & (index < count)
     token, query_head = (start + index).to(tl.int64), head * GROUP + row % GROUP
-    own = length - count + index  # its position in the table
-    first_own = length - count + tile * QUERIES
-    last_own = tl.minimum(first_own + QUERIES, length) - 1
+    query_position = length - count + index  # its position in the table
+    first_query = length - count + tile * QUERIES
+    last_query = tl.minimum(first_query + QUERIES, length) - 1
 
-    first = tl.maximum(first_own - window, 0) // KEYS  # passes
-    last = tl.cdiv(last_own + 1, KEYS)
+    first = tl.maximum(first_query - window, 0) // KEYS  # passes
+    last = tl.cdiv(last_query + 1, KEYS)
     size = tl.cdiv(last - first, num_parts)
     first += part * size
     last = tl.minimum(first + size, last)
@@ -280,21 +282,21 @@ def _attend(
 
     state = (top, total, sum_)
     edge = first
-    if not IS_DECODE:  # what all rows see needs no mask: it is needed at the window's edge, and at the queries' own
-        free = tl.minimum(tl.maximum(tl.cdiv(last_own - window, KEYS), first), tl.maximum(last, first))
-        edge = tl.maximum(tl.minimum((first_own + 1) // KEYS, last), free)
+    if not IS_DECODE:  # a mask is needed only at the window's edge and at the queries' own keys: all rows see the rest
+        free = tl.minimum(tl.maximum(tl.cdiv(last_query - window, KEYS), first), tl.maximum(last, first))
+        edge = tl.maximum(tl.minimum((first_query + 1) // KEYS, last), free)
         state = _visit(
-            *(first, free, state, q, own, last_own, window, key_base, value_base, table),
+            *(first, free, state, q, query_position, last_query, window, key_base, value_base, table),
             *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
             *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, PRECISION, WIDENS),
         )
         state = _visit(
-            *(free, edge, state, q, own, last_own, window, key_base, value_base, table),
+            *(free, edge, state, q, query_position, last_query, window, key_base, value_base, table),
             *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
             *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, False, HAS_CAP, PRECISION, WIDENS),
         )
     top, total, sum_ = _visit(
-        *(edge, last, state, q, own, last_own, window, key_base, value_base, table),
+        *(edge, last, state, q, query_position, last_query, window, key_base, value_base, table),
         *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
         *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, PRECISION, WIDENS),
     )
@@ -313,7 +315,8 @@ def _attend(
 
 @triton.jit
 def _owner(starts: tl.tensor, number: tl.tensor, num_sequences: tl.tensor, QUERIES: tl.constexpr) -> tl.tensor:
-    """The sequence of tile `number`: the last one whose tiles, starts / QUERIES + sequence, begin there or before."""
+    """Finds the sequence of tile `number`: the last one whose first tile, starts // QUERIES + sequence, is not beyond
+    it."""
     low, high = 0, num_sequences
     while high - low > 1:
         middle = (low + high) // 2
@@ -328,10 +331,10 @@ def _owner(starts: tl.tensor, number: tl.tensor, num_sequences: tl.tensor, QUERI
 def _visit(
     begin: tl.tensor,
     end: tl.tensor,
-    state: tl.tuple,  # of each row: its largest score, the sum of its weights, and that of weighted values
+    state: tl.tuple,  # for each row its largest score, the sum of its weights, and the sum of its weighted values
     q: tl.tensor,
-    own: tl.tensor,
-    last_own: tl.tensor,
+    query_position: tl.tensor,
+    last_query: tl.tensor,
     window: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
@@ -352,11 +355,11 @@ def _visit(
     PRECISION: tl.constexpr,
     WIDENS: tl.constexpr,
 ) -> tl.tuple:
-    """The state after the keys of passes [begin, end)."""
+    """Adds the keys of passes [begin, end) to the state."""
     top, total, sum_ = state
     for i in range(_bound(begin), _bound(end)):
         position = i * KEYS + tl.arange(0, KEYS)
-        is_there = position <= last_own
+        is_there = position <= last_query
         if BLOCK_SIZE % KEYS == 0:
             block = tl.load(table + i * KEYS // BLOCK_SIZE).to(tl.int64)
         elif IS_MASKED:
@@ -370,10 +373,10 @@ def _visit(
         if HAS_CAP:  # cap * tanh(scale * score / cap)
             scores = cap - 2 * cap / (tl.exp(scores * cap_factor) + 1)
         if IS_MASKED:
-            is_seen = (position[None] <= own[:, None]) & (position[None] >= own[:, None] - window)
+            is_seen = (position[None] <= query_position[:, None]) & (position[None] >= query_position[:, None] - window)
             scores = tl.where(is_seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing yet
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # 0 for a row that has seen no key yet
         weights = tl.exp2(scores * factor - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(weights, 1)
@@ -386,7 +389,7 @@ def _visit(
 
 @triton.jit
 def _load(place: tl.tensor, is_there: tl.tensor, DIM: tl.constexpr, IS_MASKED: tl.constexpr) -> tl.tensor:
-    """(keys, padded dim)"""
+    """Loads keys or values: (keys, padded dim)."""
     PAD: tl.constexpr = place.shape[1]
     if DIM != PAD:
         is_element = tl.arange(0, PAD)[None] < DIM
@@ -401,7 +404,7 @@ def _load(place: tl.tensor, is_there: tl.tensor, DIM: tl.constexpr, IS_MASKED: t
 
 @triton.jit
 def _product(a: tl.tensor, b: tl.tensor, sum_: tl.tensor, PRECISION: tl.constexpr, WIDENS: tl.constexpr) -> tl.tensor:
-    """sum_ + a b, in float32. WIDENS: for the interpreter, which has no products of bfloat16."""
+    """Computes sum_ + a b in float32. WIDENS: for the interpreter, which has no products of bfloat16."""
     if WIDENS:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sum_, input_precision="ieee")
     else:
@@ -421,7 +424,7 @@ def _join(
     PAD: tl.constexpr,
     PARTS_PAD: tl.constexpr,
 ) -> None:
-    """One head of one token, from the parts of what it sees."""
+    """Joins the parts of one head of one token."""
     row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     parts, dims = tl.arange(0, PARTS_PAD), tl.arange(0, PAD)
     place = parts.to(tl.int64) * num_tokens * HEADS + row

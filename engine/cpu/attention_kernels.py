@@ -1,6 +1,6 @@
-"""Kernels for attention over the paged cache on the CPU: what goes in, of decodes, and of chunks of prompts.
+"""Kernels for attention over the paged cache on the CPU: for the heads that go in, for decodes and for prompt chunks.
 
-They read keys and values where they lie, need no masks, and compute in float32 whatever the cache holds.
+They read keys and values in place in the cache, need no masks, and compute in float32 whatever the cache's data type.
 """
 
 import functools
@@ -14,14 +14,15 @@ from engine.cpu import jit
 from engine.cpu.jit import F32, FLOATS, I64, LANES, Builder, Program, constant, vector
 from engine.cpu.kernels import DTYPES, FEW_ROWS, are_available, compiled
 
-TILE = 4  # queries that share what is read
-MOST_ROTATED = 256  # elements of a head, which has to stay in registers
-PARTS = 4  # vectors of a head that they sum up at a time: with the queries, half of the registers
+TILE = 4  # queries for which each key and value is read once
+MAX_ROTATED_DIM = 256  # elements of a head, which must fit into the registers
+PARTS = 4  # vectors of a head that a tile sums up at a time: they take half of the registers
 
 Norms = tuple[torch.Tensor, torch.Tensor, float] | None
 
 
 def can_attend(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether the kernels can read this cache."""
     dims = {keys.shape[-1], values.shape[-1]}
     is_here = keys.device.type == "cpu" and keys.dtype in DTYPES and are_available()
     return is_here and len(dims) == 1 and not keys.shape[-1] % LANES
@@ -36,7 +37,7 @@ def attend(
     scaling: float,
     output: torch.Tensor,
 ) -> None:
-    """Attention of one query per sequence over its blocks; writes output.
+    """Computes attention of one query per sequence over its blocks, and writes output.
 
     query: (kv_heads, group, sequences, dim), its heads evenly apart. keys, values: (blocks, block_size, kv_heads, dim).
     tables: (sequences, width) int64 block numbers. ranges: (sequences, 2) int64, the first position in the table's
@@ -79,11 +80,11 @@ def attend_chunk(
     scaling: float,
     output: torch.Tensor,
 ) -> None:
-    """Attention of neighbouring queries of one sequence; writes output.
+    """Computes attention of neighbouring queries of one sequence, and writes output.
 
     query: (kv_heads, group, tokens, dim), its heads evenly apart; output: (tokens, kv_heads, group, dim).
-    table: (num_blocks,) int64, which hold the queries' own keys too. ranges: (tokens, 2) int64, the first position in
-    the table's blocks that each query sees, and the end; neither ever decreases.
+    table: (num_blocks,) int64; the blocks hold the queries' own keys too. ranges: (tokens, 2) int64, the first
+    position in the table's blocks that each query sees, and the end; neither ever decreases.
     """
     group, tokens, dim = query.shape[1:]
     _, block_size, kv_heads, _ = keys.shape
@@ -115,7 +116,8 @@ def attend_chunk(
 
 
 def can_rotate(dim: int) -> bool:
-    return not dim % (2 * LANES) and dim <= MOST_ROTATED
+    """Whether `rotate` can handle heads of so many elements."""
+    return not dim % (2 * LANES) and dim <= MAX_ROTATED_DIM
 
 
 def rotate(
@@ -126,11 +128,11 @@ def rotate(
     values: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotary embeddings, after a normalisation if `norms` is given; keys and values go to the cache at `slots`.
+    """Applies rotary embeddings, after a normalisation if `norms` is given, and writes keys and values to the cache.
 
-    heads: queries, keys and values, each (tokens, heads * dim) with rows that may be apart. angles: cosines and sines,
+    heads: queries, keys and values, each (tokens, heads * dim); their rows may have gaps. angles: cosines and sines,
     (1, tokens, dim) of the same dtype. norms: weights of queries and keys, (dim,) float32, and epsilon. keys, values:
-    (blocks, block_size, kv_heads, dim). slots: (tokens,) int64. Gives the queries, (tokens, heads, dim).
+    (blocks, block_size, kv_heads, dim). slots: (tokens,) int64. Returns the queries, (tokens, heads, dim).
     """
     query, key, value = heads
     cosine, sine = angles
@@ -167,7 +169,7 @@ _ROTATE = (
 
 @functools.cache
 def _rotate(dtype: torch.dtype, dim: int, epsilon: float | None) -> Program:
-    """A thread's share is some tokens. The first half of a head rotates with the second, as in GPT-NeoX."""
+    """Gives each thread some of the tokens. The first half of a head rotates with the second, as in GPT-NeoX."""
     b = Builder("rotate", _ROTATE, jit.host()[1])
     argument, size = b.argument, dtype.itemsize
     with b.share(argument["tokens"]) as token:
@@ -192,14 +194,14 @@ def _rotate(dtype: torch.dtype, dim: int, epsilon: float | None) -> Program:
 
 
 def _normalized(b: Builder, parts: list[jit.Value], weight: jit.Value, epsilon: float) -> list[jit.Value]:
-    """A head over the root of the mean of its squares, times the weight."""
+    """Divides a head by the root of the mean of its squares, and multiplies it by the weight."""
     squares = constant(FLOATS, 0.0)
     for part in parts:
         squares = b.fused(part, part, squares)
     mean = b.fdiv(b.total(squares), F32(float(len(parts) * LANES)))
     scale = b.splat(b.fdiv(F32(1.0), b.intrinsic("llvm.sqrt.f32", F32, b.fadd(mean, F32(epsilon)))))
     weights = [b.read(FLOATS, b.add(weight, I64(4 * LANES * i))) for i in range(len(parts))]
-    return [b.fmul(b.fmul(part, scale), own) for part, own in zip(parts, weights, strict=True)]
+    return [b.fmul(b.fmul(part, scale), factor) for part, factor in zip(parts, weights, strict=True)]
 
 
 def _rotated(
@@ -222,7 +224,7 @@ _ATTEND = (
 
 @functools.cache
 def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
-    """A thread's share is some heads of some sequences. Scores first, their softmax, then the sum of the values."""
+    """Gives each thread some heads of some sequences. It computes all scores, their softmax, the sum of the values."""
     b = Builder("attend", _ATTEND, jit.host()[1])
     argument, size = b.argument, dtype.itemsize
     parts = range(0, dim, LANES)
@@ -256,7 +258,7 @@ def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
 
 
 class _Visible:
-    """The tokens that a sequence's query sees, in the blocks of its table."""
+    """The tokens that a sequence's query sees, found in the blocks of its table."""
 
     def __init__(self, b: Builder, sequence: jit.Value, kv_head: jit.Value, head_bytes: int) -> None:
         self.b, self.kv_head, self.head_bytes = b, kv_head, head_bytes
@@ -266,7 +268,7 @@ class _Visible:
 
     @contextmanager
     def tokens(self, cache: jit.Value) -> Iterator[tuple[jit.Value, jit.Value]]:
-        """The loop over their positions and the addresses of their heads in `cache`."""
+        """Loops over the tokens' positions and the addresses of their heads in `cache`."""
         b, size = self.b, self.b.argument["block_size"]
         last = b.add(b.sdiv(b.sub(self.end, I64(1)), size), I64(1))
         with b.loop(b.sdiv(self.first, size), last) as index:
@@ -280,7 +282,7 @@ class _Visible:
 
 
 def _softmax(b: Builder, scores: jit.Value, visible: _Visible, best: jit.Variable, total: jit.Variable) -> None:
-    """In place, not yet divided by their sum, which goes to `total` lane by lane."""
+    """Replaces scores by weights that are not divided by their sum yet; the sum goes to `total`, lane by lane."""
     best.set(constant(FLOATS, float("-inf")))
     total.set(constant(FLOATS, 0.0))
     first = b.and_(visible.first, I64(-LANES))
@@ -294,7 +296,7 @@ def _softmax(b: Builder, scores: jit.Value, visible: _Visible, best: jit.Variabl
 
 
 def _is_inside(b: Builder, position: jit.Value, first: jit.Value, end: jit.Value) -> jit.Value:
-    """Which of sixteen positions are visible: at both ends a vector reaches beyond."""
+    """Tells which of sixteen positions are visible: the first and the last vector reach beyond the visible range."""
     positions = b.add(b.splat(position), ir.Constant(vector(I64), list(range(LANES))))
     return b.and_(b.icmp_signed(">=", positions, b.splat(first)), b.icmp_signed("<", positions, b.splat(end)))
 
@@ -312,7 +314,7 @@ def _exponentiate(
 
 @functools.cache
 def _unfold(dtype: torch.dtype, dim: int) -> Program:
-    """A sequence's keys and values as float32: sixteen keys side by side, values one after the other."""
+    """Copies a sequence's keys and values as float32: sixteen keys side by side, values one after the other."""
     names = ("keys", "values", "table", "lanes", "rows", "length", "padded", "kv_heads", "block_size")
     b = Builder("unfold", names, jit.host()[1])
     argument, size = b.argument, dtype.itemsize
@@ -341,7 +343,17 @@ _ATTEND_CHUNK = (
 
 @functools.cache
 def _attend_chunk(dtype: torch.dtype, dim: int, scaling: float) -> Program:
-    """A thread's share is some tiles of some heads. As in `_attend`: all scores, their softmax, the sum of values."""
+    """Gives each thread some tiles of some heads; a tile is TILE neighbouring queries, which share what is read.
+
+    for each 16 positions that a query of the tile sees:
+        scores[query] = query . keys, for 16 keys at once; -inf outside of the query's own range
+        best[query] = max(best[query], scores[query])
+    weights[query] = exp(scores[query] - best[query]); total[query] = their sum
+    for each PARTS * 16 elements of a head:                  # as many sums as fit into the registers
+        for each position:
+            sums[query] += weights[query][position] * value[position]
+        output[query] = sums[query] / total[query]
+    """
     b = Builder("attend_chunk", _ATTEND_CHUNK, jit.host()[1])
     argument = b.argument
     queries = b.scratch(TILE * dim // LANES)
@@ -357,7 +369,7 @@ def _attend_chunk(dtype: torch.dtype, dim: int, scaling: float) -> Program:
         kv_head = b.sdiv(head, argument["group"])
         keys = b.address(argument["lanes"], b.mul(kv_head, argument["padded"]), 4 * dim)
         values = b.address(argument["rows"], b.mul(kv_head, argument["length"]), 4 * dim)
-        # The last tile may be incomplete: its last query is then computed more than once
+        # The last tile may be incomplete: it then computes the last query more than once
         last = b.sub(argument["tokens"], I64(1))
         tokens = [b.smaller(b.add(b.mul(tile, I64(TILE)), I64(r)), last) for r in range(TILE)]
         places = [b.address(argument["ranges"], token, 16) for token in tokens]
@@ -405,7 +417,7 @@ def _attend_chunk(dtype: torch.dtype, dim: int, scaling: float) -> Program:
 def _copy_queries(
     b: Builder, dtype: torch.dtype, dim: int, scaling: float, head: jit.Value, tokens: list[jit.Value], to: jit.Value
 ) -> None:
-    """The tile's queries, scaled, in float32: (TILE, dim)."""
+    """Writes the tile's queries, scaled, in float32 to address `to`: (TILE, dim)."""
     for r, token in enumerate(tokens):
         start = b.add(b.mul(head, b.argument["head_stride"]), b.mul(token, b.argument["token_stride"]))
         for i in range(0, dim, LANES):
@@ -414,7 +426,7 @@ def _copy_queries(
 
 
 def _add_products(b: Builder, dim: int, keys: jit.Value, queries: jit.Value, products: list[jit.Variable]) -> None:
-    """Sixteen elements of sixteen keys times those of each query of the tile."""
+    """Adds the products of sixteen elements of sixteen keys and of each of the tile's queries."""
     for j in range(LANES):
         key = b.read(FLOATS, b.add(keys, I64(4 * LANES * j)))
         for r, product in enumerate(products):

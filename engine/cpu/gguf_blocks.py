@@ -1,5 +1,6 @@
-"""The blocks of GGUF's quantised tensors as Codes, bit by bit. It knows no files and no models.
+"""Reads the blocks of GGUF's quantised tensors as Codes, bit by bit. It knows no files and no models.
 
+A further type is a row of BLOCK_BYTES and of _TYPES, and the function that reads its block.
 Source: the structures of ggml-common.h, https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h.
 """
 
@@ -16,7 +17,10 @@ Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales,
 
 
 def decode(data: torch.Tensor, type_name: str) -> Codes:
-    """data: (rows, bytes) uint8 of one of BLOCK_BYTES. Scales and minimums are float32, as ggml computes them."""
+    """Reads a tensor. Scales and minimums are float32, as ggml computes them.
+
+    data: (rows, bytes) uint8. type_name: one of BLOCK_BYTES.
+    """
     blocks = data.view(data.shape[0], -1, BLOCK_BYTES[type_name])
     fmt, read = _TYPES[type_name]
     codes, scales, minimums = read(blocks)
@@ -26,17 +30,17 @@ def decode(data: torch.Tensor, type_name: str) -> Codes:
 
 
 def _halfs(blocks: Blocks, offset: int) -> torch.Tensor:
-    """The float16 at each block's byte `offset`: (rows, blocks, 1) float32."""
+    """Reads the float16 at each block's byte `offset`: (rows, blocks, 1) float32."""
     return blocks[..., offset : offset + 2].contiguous().view(torch.float16).float()
 
 
 def _nibbles(data: torch.Tensor) -> torch.Tensor:
-    """The low halves of the bytes, then the high ones."""
+    """Splits bytes into their low halves, then their high ones."""
     return torch.cat([data & 15, data >> 4], dim=-1)
 
 
 def _fifth_bits(data: torch.Tensor) -> torch.Tensor:
-    """(..., 4) bytes, of which bit i belongs to code i -> (..., 32), each 0 or 16."""
+    """Spreads the bits of (..., 4) bytes, of which bit i belongs to code i, to (..., 32), each 0 or 16."""
     bits = data[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
     return bits.flatten(-2) << 4
 
@@ -62,7 +66,7 @@ def _q8_0(blocks: Blocks) -> Parts:
 
 
 def _k_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of eight groups: their scales and minimums are products of a float16 and 6 bits, packed into 12 bytes."""
+    """Reads the scales and minimums of eight groups: products of a float16 and 6 bits, packed into 12 bytes."""
     packed = blocks[..., 4:16]
     low, middle, high = packed[..., :4], packed[..., 4:8], packed[..., 8:]
     scales = torch.cat([low & 63, (high & 15) | (low >> 6 << 4)], dim=-1)
@@ -83,7 +87,7 @@ def _q5_k(blocks: Blocks) -> Parts:
 
 
 def _q6_k(blocks: Blocks) -> Parts:
-    """Two halves of 128; in each, 64 bytes have the low nibbles and 32 bytes the upper two bits of all."""
+    """Reads a block of two halves of 128 codes; of each, 64 bytes have the low nibbles and 32 the upper two bits."""
     low = blocks[..., :128].unflatten(-1, (2, 64))
     low = _nibbles(low).unflatten(-1, (4, 32))
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]

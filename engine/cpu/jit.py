@@ -19,7 +19,7 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 LANES = 16  # numbers of 32 bits in the vectors that the programs compute with
 
-Value = Any  # of llvmlite, which has no types for mypy
+Value = Any  # a value of llvmlite, which has no types for mypy
 Program = Callable[..., None]
 
 
@@ -28,7 +28,7 @@ def vector(element: Value, count: int = LANES) -> Value:
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no types
-    """Which llvmlite does not know."""
+    """LLVM's bfloat, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -47,8 +47,8 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         self.program.triple = llvm.get_process_triple()
         self.features = features
         self.names = arguments
-        kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I64, I64])
-        function = ir.Function(self.program, kind, "run")
+        signature = ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I64, I64])
+        function = ir.Function(self.program, signature, "run")
         super().__init__(function.append_basic_block())
         values, self.thread, self.num_threads = function.args
         self.argument = {name: self.load(self.gep(values, [I64(i)])) for i, name in enumerate(arguments)}
@@ -57,7 +57,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
 
     @contextmanager
     def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
-        """for i in range(start, stop, step)"""
+        """Writes the loop `for i in range(start, stop, step)` around the code that the caller writes."""
         before = self.block
         head, body, after = (self.append_basic_block(name) for name in ("head", "body", "after"))
         self.branch(head)
@@ -73,7 +73,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
 
     @contextmanager
     def share(self, count: Value) -> Iterator[Value]:
-        """The loop over this thread's part of range(count)."""
+        """Writes the loop over this thread's part of range(count)."""
         first = self.sdiv(self.mul(count, self.thread), self.num_threads)
         last = self.sdiv(self.mul(count, self.add(self.thread, I64(1))), self.num_threads)
         with self.loop(first, last) as index:
@@ -82,23 +82,23 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
     # --- memory
 
     def address(self, base: Value, index: Value, size: int) -> Value:
-        """Of element `index` of the elements of `size` bytes at `base`."""
+        """The address of element `index` of an array at `base` whose elements have `size` bytes."""
         return self.add(base, self.mul(index, I64(size)))
 
-    def read(self, kind: Value, address: Value, align: int = 1) -> Value:
-        return self.load(self.inttoptr(address, kind.as_pointer()), align=align)
+    def read(self, type_: Value, address: Value, align: int = 1) -> Value:
+        return self.load(self.inttoptr(address, type_.as_pointer()), align=align)
 
     def write(self, value: Value, address: Value, align: int = 1) -> None:
         self.store(value, self.inttoptr(address, value.type.as_pointer()), align=align)
 
     def compress(self, value: Value, flags: Value, address: Value) -> None:
-        """Writes those of 16 lanes of 32 bits whose flag is set, one after the other."""
+        """Writes the lanes whose flag is set, of 16 lanes of 32 bits, one after the other."""
         pointer = self.inttoptr(address, value.type.element.as_pointer())
-        kind = "f32" if value.type == FLOATS else "i32"
-        self.intrinsic(f"llvm.masked.compressstore.v16{kind}", ir.VoidType(), value, pointer, flags)
+        suffix = "f32" if value.type == FLOATS else "i32"
+        self.intrinsic(f"llvm.masked.compressstore.v16{suffix}", ir.VoidType(), value, pointer, flags)
 
     def read_floats(self, dtype: torch.dtype, address: Value, count: int = LANES) -> Value:
-        """A vector of `dtype` as one of float32."""
+        """Reads a vector of `dtype` and converts it to float32."""
         if dtype == torch.float32:
             return self.read(vector(F32, count), address)
         if dtype == torch.float16:
@@ -107,7 +107,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         return self.bitcast(self.shl(bits, constant(bits.type, 16)), vector(F32, count))
 
     def write_floats(self, value: Value, dtype: torch.dtype, address: Value) -> None:
-        """Rounds to the nearest, ties to even; a bfloat16 is the upper half of a float32."""
+        """Rounds floats to `dtype`, to nearest, ties to even, and writes them. A bfloat16 is a float32's upper half."""
         if dtype == torch.bfloat16:
             bits = self.bitcast(value, INTS)
             odd = self.and_(self.lshr(bits, constant(INTS, 16)), constant(INTS, 1))
@@ -118,11 +118,11 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         self.write(value, address)
 
     def variable(self, initial: Value) -> "Variable":
-        """One that loops change; it lives in a register."""
+        """A variable that loops can change; the compiler keeps it in a register."""
         return Variable(self, initial)
 
     def scratch(self, num_vectors: int) -> Value:
-        """The address of that many float vectors on the thread's stack, for use outside of loops."""
+        """Reserves float vectors on the thread's stack and gives their address. Call it outside of loops."""
         memory = self.alloca(FLOATS, num_vectors)
         memory.align = 64
         return self.ptrtoint(memory, I64)
@@ -136,24 +136,24 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         return self.select(self.icmp_signed("<", a, b), b, a)
 
     def splat(self, value: Value, count: int = LANES) -> Value:
-        """A vector of that scalar."""
+        """A vector with the scalar `value` in every lane."""
         empty = ir.Constant(vector(value.type, count), ir.Undefined)
         one = self.insert_element(empty, value, I32(0))
         return self.shuffle_vector(one, empty, constant(vector(I32, count), 0))
 
     def intrinsic(self, name: str, result: Value, *arguments: Value) -> Value:
-        """A call of LLVM's own function of that name: https://llvm.org/docs/LangRef.html#intrinsic-functions."""
+        """Calls LLVM's own function of that name: https://llvm.org/docs/LangRef.html#intrinsic-functions."""
         function = self.program.globals.get(name)
         if function is None:
             function = ir.Function(self.program, ir.FunctionType(result, [a.type for a in arguments]), name)
         return self.call(function, list(arguments))
 
     def fused(self, a: Value, b: Value, c: Value) -> Value:
-        """a * b + c"""
+        """Computes a * b + c with one rounding."""
         return self.intrinsic(f"llvm.fma.{_suffix(c.type)}", c.type, a, b, c)
 
     def prefetch(self, address: Value) -> None:
-        """Asks for the line of memory, for reading, into all levels of the cache."""
+        """Asks the processor to read the line of memory into all levels of its cache."""
         pointer = self.inttoptr(address, I8.as_pointer())
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
 
@@ -166,15 +166,16 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         return self.call(function, [F32(0.0), value], fastmath=("reassoc",))
 
     def round(self, x: Value, scale: Value) -> tuple[Value, Value]:
-        """The integer nearest to x * scale, within 2**22, as floats and as integers. What is no number gives any."""
+        """Rounds x * scale, within 2**22, to the nearest integer, as floats and as integers. NaN gives any number."""
         shift = constant(FLOATS, 1.5 * 2**23)  # leaves no bits behind the point, and the integer in the lowest ones
         shifted = self.fused(x, scale, shift)
         return self.fsub(shifted, shift), self.sub(self.bitcast(shifted, INTS), constant(INTS, 0x4B400000))
 
     def exp(self, x: Value) -> Value:
-        """e**x of a vector of 16 to about one unit in the last place, 0 below -87; NaN stays.
+        """Computes e**x of a vector of 16 to about one unit in the last place; 0 below -87; NaN stays NaN.
 
-        2**n * e**r with |r| <= ln 2 / 2, e**r by a polynomial: Cephes' expf, https://www.netlib.org/cephes.
+        e**x = 2**n * e**r with |r| <= ln 2 / 2, and e**r by the polynomial of Cephes' expf,
+        https://www.netlib.org/cephes.
         """
         high, low = constant(FLOATS, 88.0), constant(FLOATS, -87.0)
         underflows = self.fcmp_ordered("<", x, low)
@@ -200,7 +201,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         if "+avxvnni" in self.features:
             halves = [self._dot4_half(sums, unsigned, signed, half) for half in (0, 1)]
             return self.shuffle_vector(*halves, ir.Constant(vector(I32), list(range(16))))
-        # Anywhere: bytes 0 and 2 of a lane, then 1 and 3, as pairs of 16 bits, which compilers know to multiply and add
+        # On any processor: bytes 0 and 2 of a lane, then 1 and 3, as pairs of 16 bits, which LLVM multiplies and adds
         wide, eight = vector(I16, 2 * LANES), constant(vector(I16, 2 * LANES), 8)
         u, s = self.bitcast(unsigned, wide), self.bitcast(signed, wide)
         pairs = (
@@ -227,9 +228,11 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
 
 
 class Variable:
+    """A variable of a program under construction; see `Builder.variable`."""
+
     def __init__(self, b: Builder, initial: Value) -> None:
         self._builder = b
-        with b.goto_entry_block():  # where the compiler looks for what can be a register
+        with b.goto_entry_block():  # only there the compiler turns memory into registers
             self._memory = b.alloca(initial.type)
         self.set(initial)
 
@@ -240,13 +243,13 @@ class Variable:
         return self._builder.load(self._memory)
 
 
-def constant(kind: Value, value: float) -> Value:
-    """A vector of that kind with `value` in every lane."""
-    return ir.Constant(kind, [value] * kind.count)
+def constant(type_: Value, value: float) -> Value:
+    """A vector of type `type_` with `value` in every lane."""
+    return ir.Constant(type_, [value] * type_.count)
 
 
-def _suffix(kind: Value) -> str:
-    return f"v{kind.count}f32"
+def _suffix(type_: Value) -> str:
+    return f"v{type_.count}f32"
 
 
 # --- compiling and running
@@ -255,11 +258,11 @@ def _suffix(kind: Value) -> str:
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
     """The OpenMP library that torch has loaded, if it is GNU's."""
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    found += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*"))
-    if not found:
+    paths = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    paths += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*"))
+    if not paths:
         return None
-    library = ctypes.CDLL(str(found[0]))
+    library = ctypes.CDLL(str(paths[0]))
     library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     library.GOMP_parallel.restype = None
     for name in ("omp_get_thread_num", "omp_get_num_threads"):
@@ -284,7 +287,7 @@ _engines: list[Any] = []  # compiled code lives as long as these
 
 
 def compile_program(builder: Builder, cpu: str) -> Program:
-    """The finished function, to be called with its arguments, integers, and `num_threads`."""
+    """Compiles the program. The result is called with its arguments, which are integers, and `num_threads`."""
     builder.ret_void()
     _add_parallel_entry(builder.program)
     module = llvm.parse_assembly(str(builder.program))
@@ -302,11 +305,12 @@ def compile_program(builder: Builder, cpu: str) -> Program:
 
 
 def _add_parallel_entry(module: Value) -> None:
-    """`parallel(values)`, what each OpenMP thread calls."""
+    """Adds the function `parallel(values)`, which each OpenMP thread calls."""
     entry = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "parallel")
     body = ir.IRBuilder(entry.append_basic_block())
-    asked = [ir.Function(module, ir.FunctionType(I32, []), f"omp_get_{what}") for what in ("thread_num", "num_threads")]
-    numbers = [body.zext(body.call(function, []), I64) for function in asked]
+    names = ("omp_get_thread_num", "omp_get_num_threads")
+    functions = [ir.Function(module, ir.FunctionType(I32, []), name) for name in names]
+    numbers = [body.zext(body.call(function, []), I64) for function in functions]
     body.call(module.get_global("run"), [entry.args[0], *numbers])
     body.ret_void()
 

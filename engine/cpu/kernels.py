@@ -1,7 +1,7 @@
 """Kernels for the CPU: the parts of a forward that torch computes too slowly for a few rows, on torch's own threads.
 
-Products of packed weights and activations of 8 bits, embeddings, root mean squares and gates. Tensors in, tensors
-out; compiled for this machine when first used.
+They compute products of packed weights and activations of 8 bits, embeddings, root mean squares and gates. Their
+inputs and outputs are tensors; each is compiled for this machine when it is first used.
 """
 
 import functools
@@ -13,18 +13,18 @@ from llvmlite import ir
 
 from engine.cpu import jit
 from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight
+from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight, read_codes
 
-ROWS = 64  # of activations that pass a tile of weights while their sums stay in the first-level cache
+ROWS = 64  # rows of activations that pass a tile of weights while their sums stay in the first-level cache
 PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page
-FEW_ROWS = 4  # fewer are not worth waking the other threads
+FEW_ROWS = 4  # so few rows are not worth waking the other threads
 AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], None]
 DTYPES = (torch.bfloat16, torch.float32)  # of activations
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Rows of 8 bits, each group of 32 columns with a scale of its own; blocks = columns / 32."""
+    """Rows of 8 bits with a scale for each group of 32 columns; blocks = columns / 32."""
 
     memory: torch.Tensor  # values, scales and sums, one after the other
     num_rows: int
@@ -55,18 +55,18 @@ class Activations:
         return self._part(torch.int32, GROUP + 4, 8)
 
     def _part(self, dtype: torch.dtype, start: int, size: int) -> torch.Tensor:
-        """Of every group, `size` bytes."""
+        """One part of the memory, `size` bytes for every group: (blocks, rows, size / bytes of dtype)."""
         groups = self.num_rows * self.blocks
         return self.memory[start * groups : (start + size) * groups].view(dtype).view(self.blocks, self.num_rows, -1)
 
 
 def are_available() -> bool:
-    """Whether this platform can run them."""
+    """Whether this platform can run these kernels."""
     return jit.is_available()
 
 
 def quantize(x: torch.Tensor) -> Activations:
-    """x: (rows, columns), contiguous."""
+    """Rounds activations to 8 bits. x: (rows, columns), contiguous."""
     num_rows, num_columns = x.shape
     result = Activations.empty(num_rows, num_columns // GROUP)
     _quantize(x.dtype)(x.data_ptr(), *result.addresses, num_rows, result.blocks, num_threads=_threads(num_rows))
@@ -79,7 +79,7 @@ def has_bfloat16() -> bool:
 
 
 def matmul_bfloat16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `matmul`, for a weight of bfloat16; x: (blocks, rows, 32) bfloat16, as `group` makes it."""
+    """Computes what `matmul` computes, for a weight of bfloat16. x: (blocks, rows, 32) bfloat16, made by `group`."""
     blocks, num_rows, _ = x.shape
     tiles = weight.quants.shape[0]
     output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
@@ -93,14 +93,15 @@ def _without_padding(output: torch.Tensor, weight: PackedWeight) -> torch.Tensor
 
 
 def group(x: torch.Tensor) -> torch.Tensor:
-    """(rows, columns) -> (blocks, rows, 32)."""
+    """Reorders (rows, columns) to (blocks, rows, 32)."""
     return x.reshape(x.shape[0], -1, GROUP).transpose(0, 1).contiguous()
 
 
 def matmul(
     x: Activations, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype, program: Program | None = None
 ) -> torch.Tensor:
-    """x times the transposed weight, plus bias: (rows, weight rows) of `dtype`. bias: float32, of whole tiles."""
+    """Multiplies x by the transposed weight and adds the bias: (rows, weight rows) of `dtype`. bias: float32, padded
+    to whole tiles."""
     program = program or _matmul(weight.format, dtype)
     tiles = weight.quants.shape[0]
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
@@ -110,7 +111,7 @@ def matmul(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """weight * x / root of the mean of x * x + epsilon; x: (..., columns), contiguous; weight: (columns,) float32."""
+    """Computes weight * x / sqrt(mean(x * x) + epsilon). x: (..., columns), contiguous; weight: (columns,) float32."""
     output = torch.empty_like(x)
     size = x.shape[-1]
     rows = x.numel() // size
@@ -121,7 +122,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 def gate(gate_up: torch.Tensor, activation: str) -> Activations:
-    """activation(gate) * up of rows that hold both, (rows, 2 * columns); activation: one of ACTIVATIONS."""
+    """Computes activation(gate) * up of rows that hold both, (rows, 2 * columns). activation: one of ACTIVATIONS."""
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     result = Activations.empty(num_rows, size // GROUP)
     threads = torch.get_num_threads() if num_rows > 1 else 1
@@ -131,8 +132,8 @@ def gate(gate_up: torch.Tensor, activation: str) -> Activations:
 
 
 def embed(token_ids: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The rows of a quantised weight with those numbers: (len(token_ids), columns). token_ids: int64, below its
-    rows."""
+    """Looks up the rows of a quantised weight with these numbers: (len(token_ids), columns). token_ids: int64, less
+    than the weight's number of rows."""
     blocks, rows = weight.num_columns // GROUP, len(token_ids)
     output = torch.empty(rows, weight.num_columns, dtype=dtype)
     addresses = (token_ids.data_ptr(), *weight.addresses, output.data_ptr())
@@ -141,7 +142,7 @@ def embed(token_ids: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> 
 
 
 def warm_up() -> None:
-    """Compiles what most models will need, half a second's work, so that it can go on while other things load."""
+    """Compiles what most models need, in half a second; a thread can do it while the model loads."""
     if are_available():
         dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
         _quantize(dtype)
@@ -173,8 +174,8 @@ def _quantize(dtype: torch.dtype) -> Program:
 
 
 def _write_quantized(b: Builder, halves: list[jit.Value], place: jit.Value) -> None:
-    """A group of 32, as two vectors, to place `place` of values, scales and sums. What is not finite makes the scale
-    so, and with it all that is computed from the group: as integers, its bits are the largest."""
+    """Writes a group of 32, given as two vectors, to index `place` of values, scales and sums. A NaN or an infinity
+    becomes the scale, and so reaches all that is computed from the group: as integers, its bits are the largest."""
     absolute = [b.and_(b.bitcast(half, INTS), constant(INTS, 0x7FFFFFFF)) for half in halves]
     largest = b.select(b.icmp_unsigned(">", *absolute), *absolute)
     top = b.bitcast(b.intrinsic("llvm.vector.reduce.umax.v16i32", I32, largest), F32)
@@ -199,10 +200,13 @@ def _matmul(fmt: Format, dtype: torch.dtype) -> Program:
 
 
 def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> Program:
-    """For ROWS rows at a time and each tile: a block's weights go to eight registers once, then every row meets them.
+    """Multiplies ROWS rows at a time with each tile: a block's weights go to eight registers once, for all rows.
 
-    The integer sum over a block's group times both scales is added to the row's sixteen outputs in float32. Weights
-    are unsigned codes; that they are `offset` too large is taken back through the sum of the row's values.
+    for each tile, block and row:
+        products = sum(code * value) over the group's columns    # in integers, for 16 outputs at once
+        products -= offset * sum(value)                          # codes are unsigned, `offset` too large
+        sums[row] += products * weight scale * row's scale       # in float32
+        sums[row] += minimum * sum(value) * row's scale          # in formats with minimums
     """
     b = Builder("matmul", _MATMUL, features)
     rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
@@ -221,7 +225,7 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> 
 
 @functools.cache
 def _matmul_bfloat16(dtype: torch.dtype) -> Program:
-    """As `_matmul`, with the sums in float32 from the start and a block's weights in sixteen registers."""
+    """Computes what `_matmul` computes, with sums in float32 from the start and weights in sixteen registers."""
     b = Builder("matmul_bfloat16", ("x", "quants", "bias", "output", "rows", "blocks", "tiles"), jit.host()[1])
     rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
     num_pairs = GROUP // 2
@@ -247,7 +251,7 @@ def _matmul_bfloat16(dtype: torch.dtype) -> Program:
 def _tiled(
     b: Builder, rows: jit.Value, blocks: jit.Value, tiles: jit.Value, dtype: torch.dtype, add_block: AddBlock
 ) -> None:
-    """The loops of a product: ROWS rows at a time, this thread's tiles, the blocks of their columns."""
+    """Writes the loops of a product: over ROWS rows at a time, this thread's tiles, and the blocks of their columns."""
     sums = b.scratch(ROWS)
     with b.loop(I64(0), rows, ROWS) as first:
         count = b.smaller(b.sub(rows, first), I64(ROWS))
@@ -265,7 +269,7 @@ def _tiled(
 
 @dataclass(frozen=True)
 class _Block:
-    """A tile's weights of 32 columns, in registers."""
+    """The weights of a tile's block, in registers."""
 
     codes: list[jit.Value]  # 8, each 4 columns of the 16 rows
     scales: list[jit.Value]
@@ -276,22 +280,7 @@ def _read_block(b: Builder, fmt: Format, place: jit.Value) -> _Block:
     start = b.address(b.argument["quants"], place, fmt.block_bytes)
     for line in range(0, fmt.block_bytes, 64):
         b.prefetch(b.add(start, I64(PREFETCH + line)))
-
-    def read(index: int) -> jit.Value:
-        return b.read(BYTES, b.add(start, I64(64 * index)))
-
-    if fmt.bits == 8:
-        codes = [read(index) for index in range(8)]
-    else:
-        pairs = [read(index) for index in range(4)]
-        codes = [b.and_(pair, constant(BYTES, 15)) for pair in pairs]
-        codes += [b.lshr(pair, constant(BYTES, 4)) for pair in pairs]
-    for plane in range(fmt.num_planes):
-        bits = b.bitcast(read(4 + plane), INTS)
-        for index in range(8):
-            shift = index - 4 - plane  # from bit `index` of the plane to bit 4 + plane of the code
-            moved = b.lshr(bits, constant(INTS, shift)) if shift > 0 else b.shl(bits, constant(INTS, -shift))
-            codes[index] = b.or_(codes[index], b.and_(b.bitcast(moved, BYTES), constant(BYTES, 16 << plane)))
+    codes = read_codes(b, fmt, start)
     halves = [b.add(b.mul(place, I64(fmt.num_scales)), I64(index)) for index in range(fmt.num_scales)]
     scales = [_read_halfs(b, b.address(b.argument["scales"], half, 2 * LANES)) for half in halves]
     minimum = _read_halfs(b, b.address(b.argument["minimums"], place, 2 * LANES)) if fmt.has_minimum else None
@@ -303,18 +292,18 @@ def _read_halfs(b: Builder, address: jit.Value) -> jit.Value:
 
 
 def _add_block(b: Builder, fmt: Format, weight: _Block, place: jit.Value, total: jit.Value) -> jit.Value:
-    """The products with one row's group of 32, added to its sums."""
+    """Adds the products with one row's group of 32 to the row's sums."""
     scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
     values = b.address(b.argument["x"], place, GROUP)
     halves = [b.read(I32, b.address(b.argument["x_sums"], b.add(b.mul(place, I64(2)), I64(i)), 4)) for i in (0, 1)]
     parts = halves if fmt.num_scales == 2 else [b.add(*halves)]
     num_fours = fmt.group // 4
-    for index, (part, own_scale) in enumerate(zip(parts, weight.scales, strict=True)):
+    for index, (part, weight_scale) in enumerate(zip(parts, weight.scales, strict=True)):
         products = b.splat(b.mul(part, I32(-fmt.offset)))
         for four in range(index * num_fours, (index + 1) * num_fours):
             x = b.bitcast(b.splat(b.read(I32, b.add(values, I64(4 * four)))), BYTES)
             products = b.dot4(products, weight.codes[four], x)
-        total = b.fused(b.sitofp(products, FLOATS), b.fmul(own_scale, scale), total)
+        total = b.fused(b.sitofp(products, FLOATS), b.fmul(weight_scale, scale), total)
     if weight.minimum is not None:
         whole = b.fmul(b.splat(b.sitofp(b.add(*halves), F32)), scale)
         total = b.fused(weight.minimum, whole, total)
@@ -346,7 +335,7 @@ def _rms_norm(dtype: torch.dtype, epsilon: float) -> Program:
 
 @functools.cache
 def _embed(fmt: Format, dtype: torch.dtype) -> Program:
-    """A block's weights as in a product, of which one lane is taken."""
+    """Reads a block's weights as a product does, and takes one lane of them."""
     b = Builder("embed", ("ids", "quants", "scales", "minimums", "output", "rows", "blocks"), jit.host()[1])
     blocks, half = b.argument["blocks"], LANES // 4
     with b.share(b.argument["rows"]) as row:
@@ -375,7 +364,7 @@ def _silu(b: Builder, x: jit.Value) -> jit.Value:
 
 
 def _gelu_tanh(b: Builder, x: jit.Value) -> jit.Value:
-    """0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x**3)."""
+    """Computes 0.5 x (1 + tanh(u)) = x sigmoid(2 u), where u = sqrt(2 / pi) (x + 0.044715 x**3)."""
     inner = b.fused(b.fmul(x, x), constant(FLOATS, 0.044715), constant(FLOATS, 1.0))
     return b.fmul(x, b.sigmoid(b.fmul(b.fmul(x, inner), constant(FLOATS, 1.5957691216057308))))
 

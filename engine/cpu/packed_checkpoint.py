@@ -1,6 +1,6 @@
 """A model whose linear layers keep the blocks of the GGUF file that it came from: written once, loaded in a moment.
 
-The file lies beside the model's safetensors; it is one too, but for its name, which keeps others from reading it.
+The file is a safetensors file beside the model's own, under another name, so that transformers does not load it.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from engine.cpu import gguf_blocks
-from engine.cpu.packed_layers import fuse, replace_layer
+from engine.cpu.packed_layers import fuse_layers, replace_layer
 from engine.cpu.packed_weight import Codes, Format, PackedWeight, can_pack, pack
 from errors import ModelLoadError
 
@@ -30,7 +30,7 @@ def exists(directory: Path) -> bool:
 
 
 def size(directory: Path) -> int:
-    """Bytes."""
+    """The file's size in bytes."""
     return (directory / FILE).stat().st_size
 
 
@@ -38,10 +38,10 @@ def size(directory: Path) -> int:
 
 
 def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
-    """Packs each linear layer and the embedding whose tensor is found in the GGUF file, and keeps all else.
+    """Writes each linear layer and the embedding with the GGUF file's own blocks, and all else as it is.
 
-    model: what transformers made of the file, in bfloat16. It renames tensors and moves rows, differently for each
-    architecture, so they are found by what is in them.
+    model: the model that transformers made from the file, in bfloat16. A layer whose tensor is not in the file stays
+    in bfloat16; see `_Sources.find`.
     """
     tensors: dict[str, torch.Tensor] = {}
     formats: dict[str, dict[str, Any]] = {}
@@ -67,7 +67,7 @@ def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
 
 
 def _aliases(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """The names of tensors that are another one's, as in models that tie their embeddings -> that one's name."""
+    """Maps the name of each tensor that shares another one's memory, as tied embeddings do, to that one's name."""
     first: dict[int, str] = {}
     result = {}
     for name, tensor in tensors.items():
@@ -85,16 +85,26 @@ def _parts(packed: PackedWeight) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class _Sources:
-    """The GGUF file's quantised matrices, each waiting for the layer that has its rows."""
+    """The GGUF file's quantised matrices for which no layer has been found yet."""
 
     def __init__(self, gguf: Path) -> None:
-        from gguf import GGUFReader  # for the conversion alone
+        from gguf import GGUFReader  # only the conversion needs it
 
         matrices = (t for t in GGUFReader(gguf).tensors if t.tensor_type.name in gguf_blocks.BLOCK_BYTES)
         self._waiting = [tensor for tensor in matrices if len(tensor.shape) == 2]
 
     def find(self, weight: torch.Tensor) -> Codes | None:
-        """weight: (rows, columns) bfloat16. Its codes in the order of its rows; None if the file has other numbers."""
+        """The codes of a layer's weight, in the order of its rows; None if the file does not have its numbers.
+
+        weight: (rows, columns) bfloat16, as transformers dequantised it.
+
+        Names do not help: transformers renames tensors, and moves the rows of some (Llama's queries and keys are
+        interleaved for the rotation), differently for each architecture and version. But a row's numbers stay what
+        they were, so each row is found by its hash:
+            places = {hash of a dequantised row of the file: number of the row}
+            order = [places[hash of a row] for each row of the weight]
+        If all rows are found, the file's codes in this order are the weight's codes, whatever the tensor's name.
+        """
         first = _hashes(weight[:1])
         for tensor in self._waiting:
             if list(tensor.shape) != [weight.shape[1], weight.shape[0]]:
@@ -125,7 +135,7 @@ def _codes_hashes(codes: Codes) -> list[int]:
 
 
 def _hashes(rows: torch.Tensor) -> torch.Tensor:
-    """A number for each row of bfloat16 that stands for its bits: sums with fixed random factors, modulo 2**64."""
+    """Hashes each row of bfloat16: the sum of its bits times fixed random factors, modulo 2**64."""
     factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
     parts = rows.contiguous().view(torch.int16).split(HASHED_ROWS)
     return torch.cat([(part.long() * factors).sum(1) for part in parts])
@@ -135,7 +145,8 @@ def _hashes(rows: torch.Tensor) -> torch.Tensor:
 
 
 def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: Any) -> PreTrainedModel:
-    """The model with packed layers; all else is of `dtype`."""
+    """Loads the model with packed layers; all other tensors get `dtype`. Raises ModelLoadError if the file does not
+    fit the model."""
     with safe_open(directory / FILE, "pt") as file:
         tables = {name: json.loads(table) for name, table in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -145,12 +156,12 @@ def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attentio
     plain = {name: value.to(dtype, copy=True) for name, value in tensors.items()}
     plain |= {name: plain[source] for name, source in tables["aliases"].items()}
     result = model.load_state_dict(plain, strict=False, assign=True)
-    lacking = [name for name in result.missing_keys if name.removesuffix(".weight") not in tables["layers"]]
-    if lacking or result.unexpected_keys:
+    missing = [name for name in result.missing_keys if name.removesuffix(".weight") not in tables["layers"]]
+    if missing or result.unexpected_keys:
         raise ModelLoadError(f"{directory / FILE} belongs to another model: remove {directory} and start again.")
     for name, source in tables["layers"].items():
         replace_layer(model, name, formats[source])
-    fuse(model)
+    fuse_layers(model)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
@@ -160,9 +171,9 @@ def _format(tensors: dict[str, torch.Tensor], name: str, values: dict[str, Any])
     num_rows = values.pop("num_rows")
     minimums = tensors.pop(f"{name}.minimums", None)
     return PackedWeight(
-        Format(**values),
-        num_rows,
-        tensors.pop(f"{name}.quants").clone(),  # into memory of the process, aligned to lines of the cache
-        tensors.pop(f"{name}.scales").clone(),
-        None if minimums is None else minimums.clone(),
+        format=Format(**values),
+        num_rows=num_rows,
+        quants=tensors.pop(f"{name}.quants").clone(),  # from the mapped file into aligned memory of the process
+        scales=tensors.pop(f"{name}.scales").clone(),
+        minimums=None if minimums is None else minimums.clone(),
     )

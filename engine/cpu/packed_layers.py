@@ -1,7 +1,8 @@
 """Layers that compute with packed weights, and pack_model, which puts them where a stock model has others.
 
 Stock models stay in charge of their structure: a layer is replaced by one that gives the same result faster. Where
-several layers are replaced by one (norms, MLPs), the replacement is first compared with what it replaces.
+several layers are replaced by one (norms, MLPs), the replacement is first compared with what it replaces; see
+`is_same`.
 """
 
 import re
@@ -13,22 +14,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.cpu import kernels
+from engine.cpu.jit import LANES
 from engine.cpu.kernels import Activations
 from engine.cpu.packed_weight import (
-    BFLOAT16,
-    INT4,
-    INT8,
-    LANES,
     Format,
     PackedWeight,
     can_pack,
+    format_of,
     pack,
     pack_bfloat16,
     quantize_weight,
 )
+from engine.quantization import Quantization
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-FORMATS = {"int8": INT8, "int4": INT4, "bfloat16": BFLOAT16}
 ROUTER = re.compile(  # layers that choose experts: a little rounding there chooses others
     r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)"
 )
@@ -37,13 +36,14 @@ ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with a packed weight. Where that is quantised x is too: to 8 bits, with a scale for 32 columns."""
+    """Computes y = x W^T + b with a packed weight. If the weight is quantised, x is too: to 8 bits, with a scale for
+    every 32 columns."""
 
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.packed = weight
         self.bias = _padded_bias(weight, bias)
-        self.dtype = dtype  # of what comes out
+        self.dtype = dtype  # of the output
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(prepare(x, self.packed.format)).view(*x.shape[:-1], self.packed.num_rows)
@@ -55,7 +55,7 @@ class PackedLinear(nn.Module):
 
 
 def prepare(x: torch.Tensor, fmt: Format) -> Prepared:
-    """(..., columns) as the products with a weight of that format read it."""
+    """Converts inputs, (..., columns), into the form that a product with a weight of that format reads."""
     rows = x.reshape(-1, x.shape[-1])
     return kernels.quantize(rows.contiguous()) if fmt.is_quantized else kernels.group(rows)
 
@@ -63,14 +63,14 @@ def prepare(x: torch.Tensor, fmt: Format) -> Prepared:
 def _padded_bias(weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     padded = torch.zeros(weight.quants.shape[0] * LANES)
     if bias is not None:
-        padded[: len(bias)] = bias  # which is padded already where layers were joined
+        padded[: len(bias)] = bias  # the bias of joined layers is padded already
     return padded
 
 
 class SharedInput:
-    """Linear layers that a module applies to the same tensor one after the other: what they share is computed once.
+    """Linear layers that a module applies to the same tensor, one after the other.
 
-    The tensor is quantised once, and the weights of one format are one product.
+    The tensor is quantised once for all of them, and layers of one format are computed as one product.
     """
 
     def __init__(self, layers: list[PackedLinear]) -> None:
@@ -81,7 +81,7 @@ class SharedInput:
         self._outputs: list[torch.Tensor] = []
 
     def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Of all layers, (rows, their rows)."""
+        """The outputs of all layers, each (rows, rows of its weight)."""
         rows = prepare(x, self._layers[0].packed.format)
         return [part for product in self._products for part in product(rows)]
 
@@ -90,13 +90,13 @@ class SharedInput:
             self._outputs = self.outputs(x)
             self._input = x
         output = self._outputs[index]
-        if index == len(self._outputs) - 1:  # the last one: nothing is kept for longer than needed
+        if index == len(self._outputs) - 1:  # the last layer has asked: free the memory
             self._input, self._outputs = None, []
         return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def _joined(layers: list[PackedLinear]) -> Iterator[Callable[[Prepared], tuple[torch.Tensor, ...]]]:
-    """A product for each run of layers that can be computed as one."""
+    """Yields one product for each run of neighbouring layers that can be computed together."""
     run: list[PackedLinear] = []
     for layer in layers:
         if run and not _can_join(run[-1], layer):
@@ -107,7 +107,7 @@ def _joined(layers: list[PackedLinear]) -> Iterator[Callable[[Prepared], tuple[t
 
 
 def _can_join(first: PackedLinear, second: PackedLinear) -> bool:
-    """They have one format, and the first one's rows end with a tile."""
+    """Whether both have one format and the first one's rows fill whole tiles."""
     return first.packed.format == second.packed.format and first.packed.num_rows % LANES == 0
 
 
@@ -118,7 +118,7 @@ def _product(layers: list[PackedLinear]) -> Callable[[Prepared], tuple[torch.Ten
 
 
 def join(layers: list[PackedLinear]) -> PackedLinear:
-    """One layer whose outputs are theirs side by side; they become views of its weights."""
+    """Joins layers into one that gives their outputs side by side; their weights become views of its weight."""
     if len(layers) == 1:
         return layers[0]
     weights = [layer.packed for layer in layers]
@@ -126,11 +126,11 @@ def join(layers: list[PackedLinear]) -> PackedLinear:
     if weights[0].minimums is not None:
         minimums = torch.cat([cast(torch.Tensor, weight.minimums) for weight in weights])
     whole = PackedWeight(
-        weights[0].format,
-        sum(weight.num_rows for weight in weights),
-        torch.cat([weight.quants for weight in weights]),
-        torch.cat([weight.scales for weight in weights]),
-        minimums,
+        format=weights[0].format,
+        num_rows=sum(weight.num_rows for weight in weights),
+        quants=torch.cat([weight.quants for weight in weights]),
+        scales=torch.cat([weight.scales for weight in weights]),
+        minimums=minimums,
     )
     joined = PackedLinear(whole, torch.cat([layer.bias for layer in layers]), layers[0].dtype)
     start = 0
@@ -141,7 +141,7 @@ def join(layers: list[PackedLinear]) -> PackedLinear:
 
 
 class SharedLinear(nn.Module):
-    """One of the layers of a SharedInput."""
+    """Stands for one layer of a SharedInput in the stock module."""
 
     def __init__(self, shared: SharedInput, index: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class SharedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a packed weight, times the scale that some families give their embeddings."""
+    """Looks rows of a packed weight up, and multiplies them by the scale that some families give their embeddings."""
 
     def __init__(self, weight: PackedWeight, scale: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class PackedEmbedding(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)); between the two products everything stays in one kernel."""
+    """Computes down(activation(gate(x)) * up(x)); one kernel does all between the two products."""
 
     def __init__(self, gate_up: PackedLinear, activation: str, down: PackedLinear) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class FusedMLP(nn.Module):
 
 
 class FusedNorm(nn.Module):
-    """Root mean square normalisation in one kernel."""
+    """Computes a root mean square normalisation in one kernel."""
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
@@ -195,37 +195,38 @@ class FusedNorm(nn.Module):
 # --- replacing a model's layers
 
 
-def pack_model(model: PreTrainedModel, quantization: str, report: Callable[[float], None]) -> None:
-    """Quantises a stock model's linear layers, in place; an int4 model's output layer has 8 bits, as it decides most.
-    Routers stay as they are.
+def pack_model(model: PreTrainedModel, quantization: Quantization, report: Callable[[float], None]) -> None:
+    """Quantises a stock model's linear layers, in place. Routers stay as they are.
 
-    quantization: one of FORMATS.
+    quantization: a format with `packed_bits`. report: called with the fraction done, from 0 to 1.
     """
+    bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
+    assert bits is not None and head_bits is not None
     head, embedding = model.get_output_embeddings(), cast(nn.Embedding, model.get_input_embeddings())
     linears = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
     for number, (name, layer) in enumerate(linears):
         report(number / len(linears))
         if not can_pack(layer.in_features) or ROUTER.search(name):
             continue
-        packed = _pack(layer.weight.data, INT8 if layer is head and quantization == "int4" else FORMATS[quantization])
+        packed = _pack(layer.weight.data, format_of(head_bits if layer is head else bits))
         is_tied = embedding.weight is layer.weight
         replace_layer(model, name, packed)
         if is_tied:
             replace_layer(model, _name_of(model, embedding), packed)
-    fuse(model)
+    fuse_layers(model)
 
 
 def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
     return pack(quantize_weight(weight, fmt)) if fmt.is_quantized else pack_bfloat16(weight)
 
 
-def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
-    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    return names[wanted]
+def _name_of(model: PreTrainedModel, module: nn.Module) -> str:
+    names: dict[nn.Module, str] = {other: name for name, other in model.named_modules()}
+    return names[module]
 
 
 def replace_layer(model: PreTrainedModel, name: str, packed: PackedWeight) -> None:
-    """Puts a packed weight in the place of the linear layer or embedding `name`. The output layer gives float32."""
+    """Replaces the linear layer or embedding `name` by one with a packed weight. The output layer gives float32."""
     layer = model.get_submodule(name)
     dtype = cast(torch.Tensor, layer.weight).dtype
     if isinstance(layer, nn.Embedding):
@@ -237,8 +238,8 @@ def replace_layer(model: PreTrainedModel, name: str, packed: PackedWeight) -> No
         model.set_submodule(name, PackedLinear(packed, None if bias is None else bias.data, output))
 
 
-def fuse(model: PreTrainedModel) -> None:
-    """Joins what the stock modules compute in steps, wherever that gives the same."""
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Replaces attention inputs, MLPs and norms by fewer, larger steps, wherever these give the same result."""
     for name, module in list(model.named_modules()):
         inputs = [getattr(module, part, None) for part in ATTENTION_INPUTS]
         if all(isinstance(layer, PackedLinear) for layer in inputs) and _are_alike(cast(list[PackedLinear], inputs)):
@@ -251,7 +252,7 @@ def fuse(model: PreTrainedModel) -> None:
 
 
 def _are_alike(layers: list[PackedLinear]) -> bool:
-    """They read the same kind of input."""
+    """Whether all layers read the same form of input: all quantised to 8 bits, or none."""
     return len({layer.packed.format.is_quantized for layer in layers}) == 1
 
 
@@ -286,7 +287,8 @@ def _activation_name(function: Any) -> str | None:
 
 
 def _fused_norm(module: nn.Module) -> FusedNorm | None:
-    """Some families store the weight less one, and some of their weights are so large that only float32 tells."""
+    """Replaces a root mean square norm. Some families store the weight minus one, so both meanings are tried, in
+    float32: beside a large weight, lower precision would not show the difference."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None or weight.numel() % LANES:
@@ -300,6 +302,14 @@ def _fused_norm(module: nn.Module) -> FusedNorm | None:
 
 
 def is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """But for rounding."""
+    """Whether two results differ by no more than rounding.
+
+    Nothing in a module's code says what it computes, only running it does. So every replacement is tried first:
+        x = random inputs
+        expected = stock_module(x)
+        actual = replacement(x)
+        keep the replacement if |actual - expected| <= ROUNDING * |expected|, else the stock module
+    A family with another formula (a clamp, a scale, weights stored minus one) fails this and stays as it is.
+    """
     difference = (actual.float() - expected.float()).norm()
     return bool(difference <= ROUNDING[expected.dtype] * expected.float().norm())

@@ -1,7 +1,13 @@
-"""PackedWeight: a weight matrix of 4 to 8 bits, or bfloat16, in the order kernels read it; how it is made.
+"""PackedWeight: a weight matrix of 1 to 8 bits, or bfloat16, in the order in which kernels read it.
 
-It knows no kernels and no models. Every group of 32 (or 16) columns of a row has a scale of its own, and in some
-formats a minimum, as in the blocks of GGUF files: their codes are kept bit by bit.
+All that depends on how a format stores its codes is in this file: Format, `pack`, and the two readers, `_codes` in
+torch and `read_codes` in a kernel. Every group of 32 (or 16) columns of a row has its own scale, and in some formats a
+minimum, as in the blocks of GGUF files, whose codes are kept bit by bit.
+
+A tile is LANES rows, a block is GROUP columns of them. A vector of 64 bytes holds four columns of each row of a tile;
+eight such "fours" are a block. Codes of 8 bits take eight vectors. Others are cut into fields, for example 6 bits into
+4 and 2: a field of 4 bits takes four vectors, of which each byte holds two codes; one of 2 bits takes two vectors, with
+four codes in a byte; one of 1 bit takes one vector. See `fields`.
 """
 
 from dataclasses import dataclass
@@ -10,13 +16,16 @@ from typing import NamedTuple
 
 import torch
 
-LANES = 16  # rows side by side, one in each lane of a vector
+from engine.cpu import jit
+from engine.cpu.jit import BYTES, I64, INTS, LANES, Builder, constant
+
 GROUP = 32  # columns in a block
+FOURS = GROUP // 4
 
 
 @dataclass(frozen=True)
 class Format:
-    """A weight is (code - offset) * scale, or code * scale + minimum."""
+    """What the codes of a weight mean: a weight is (code - offset) * scale, or code * scale + minimum."""
 
     bits: int
     offset: int = 0
@@ -25,7 +34,7 @@ class Format:
 
     @property
     def num_scales(self) -> int:
-        """For each row of a block."""
+        """The number of scales of a row in a block."""
         return GROUP // self.group
 
     @property
@@ -33,19 +42,32 @@ class Format:
         return self.bits < 16
 
     @property
-    def num_planes(self) -> int:
-        """Bits of a code beyond four, each stored in a plane of its own."""
-        return 0 if self.bits >= 8 else self.bits - 4
+    def fields(self) -> list[tuple[int, int]]:
+        """The parts that a code is cut into, as (first bit, width), such as [(0, 4), (4, 2)] for 6 bits.
+
+        A field's vectors come in the same order, so `first bit` is also the number of its first vector, and `width`
+        the number of its vectors. Of these, number i % width has the fours i, from its bit i // width * width on.
+        """
+        widths = [width for width in (8, 4, 2, 1) if self.bits & width]
+        return [(sum(widths[:index]), width) for index, width in enumerate(widths)]
 
     @property
     def block_bytes(self) -> int:
-        return LANES * GROUP * self.bits // 8  # whole bytes, or nibbles and planes of bits
+        return LANES * GROUP * self.bits // 8
 
 
 INT8 = Format(8, offset=128)
 INT4 = Format(4, has_minimum=True)
 BFLOAT16 = Format(16)  # no codes and no scales: the numbers themselves
 Q4_K_M = (INT4, Format(5, offset=16), Format(6, offset=32, group=16))  # what such files consist of, beside INT8
+
+
+def format_of(bits: int) -> Format:
+    """The format that this server rounds weights to. Few codes are spread over a group's own range, from its minimum
+    on; 8 bits are enough to be spread evenly around zero."""
+    if bits == BFLOAT16.bits:
+        return BFLOAT16
+    return INT8 if bits == INT8.bits else Format(bits, has_minimum=True)
 
 
 class Codes(NamedTuple):
@@ -57,7 +79,7 @@ class Codes(NamedTuple):
     minimums: torch.Tensor | None  # (rows, columns / GROUP)
 
     def dequantize(self) -> torch.Tensor:
-        """(rows, columns) in float32."""
+        """The weights, (rows, columns) in float32."""
         rows, columns = self.codes.shape
         grouped = self.codes.view(rows, -1, self.format.group).float() - self.format.offset
         weight = (grouped * self.scales.float()[..., None]).view(rows, columns)
@@ -68,7 +90,8 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """tiles = rows / LANES, blocks = columns / GROUP; the rows are padded with zeros to whole tiles."""
+    """A weight matrix in the kernels' order: tiles = rows / LANES, blocks = columns / GROUP. The rows are padded with
+    zeros to whole tiles."""
 
     format: Format
     num_rows: int
@@ -82,7 +105,7 @@ class PackedWeight:
 
     @cached_property
     def addresses(self) -> tuple[int, int, int]:
-        """Of quants, scales and minimums; 0 where there are none."""
+        """The addresses of quants, scales and minimums; 0 for a format without minimums."""
         minimums = 0 if self.minimums is None else self.minimums.data_ptr()
         return self.quants.data_ptr(), self.scales.data_ptr(), minimums
 
@@ -92,10 +115,16 @@ class PackedWeight:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def tiles(self, start: int, num_rows: int) -> "PackedWeight":
-        """Its rows from tile `start` on, as a view."""
+        """A view of `num_rows` rows from tile `start` on."""
         part = slice(start, start - (-num_rows // LANES))
         minimums = None if self.minimums is None else self.minimums[part]
-        return PackedWeight(self.format, num_rows, self.quants[part], self.scales[part], minimums)
+        return PackedWeight(
+            format=self.format,
+            num_rows=num_rows,
+            quants=self.quants[part],
+            scales=self.scales[part],
+            minimums=minimums,
+        )
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The weights of some rows, (len(index), columns), in float32."""
@@ -109,21 +138,18 @@ class PackedWeight:
         return Codes(self.format, codes, scales, minimums).dequantize()
 
     def dequantize(self) -> torch.Tensor:
-        """(rows, columns) in float32."""
+        """All weights, (rows, columns) in float32."""
         return self.rows(torch.arange(self.num_rows))
 
     def _codes(self, quants: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
-        """(rows, blocks, block_bytes), of which each row wants one lane -> (rows, columns)."""
+        """quants: (rows, blocks, block_bytes), of which each row needs one lane -> its codes, (rows, columns)."""
         rows, blocks, _ = quants.shape
-        each = torch.arange(rows)
-        parts = quants.view(rows, blocks, -1, LANES, 4)[each, :, :, lane]  # (rows, blocks, vectors, 4)
-        if self.format.bits == 8:
-            return parts.reshape(rows, -1)
-        low = parts[:, :, :4]
-        codes = torch.cat([low & 15, low >> 4], dim=2)  # (rows, blocks, 8 fours, 4)
-        shifts = torch.arange(8, dtype=torch.uint8)[:, None]
-        for plane in range(self.format.num_planes):
-            codes |= ((parts[:, :, 4 + plane, None] >> shifts) & 1) << (4 + plane)
+        vectors = quants.view(rows, blocks, -1, LANES, 4)[torch.arange(rows), :, :, lane]  # (rows, blocks, vectors, 4)
+        codes = torch.zeros(rows, blocks, FOURS, 4, dtype=torch.uint8)
+        for first, width in self.format.fields:
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1, 1)
+            field = vectors[:, :, None, first : first + width] >> shifts & (2**width - 1)
+            codes |= field.flatten(2, 3) << first
         return codes.reshape(rows, -1)
 
 
@@ -132,32 +158,50 @@ def can_pack(num_columns: int) -> bool:
 
 
 def pack(weight: Codes) -> PackedWeight:
-    """Sixteen rows side by side, so that a vector holds four columns of each; the fifth and sixth bits after."""
+    """Puts sixteen rows side by side, so that a vector holds four columns of each; one field after the other."""
     num_rows, columns = weight.codes.shape
     tiles, blocks, fmt = -(-num_rows // LANES), columns // GROUP, weight.format
-    fours = _padded(weight.codes).view(tiles, LANES, blocks, 8, 4).permute(0, 2, 3, 1, 4)
-    if fmt.bits == 8:
-        quants = fours.reshape(tiles, blocks, -1).contiguous()
-    else:
-        low = fours & 15
-        parts = [(low[:, :, :4] | low[:, :, 4:] << 4).reshape(tiles, blocks, -1)]
-        for plane in range(fmt.num_planes):
-            bits = fours >> (4 + plane) & 1
-            shifted = bits << torch.arange(8, dtype=torch.uint8).view(8, 1, 1)
-            parts.append(shifted.sum(2, dtype=torch.uint8).reshape(tiles, blocks, -1))
-        quants = torch.cat(parts, dim=-1)
+    fours = _padded(weight.codes).view(tiles, LANES, blocks, FOURS, 4).permute(0, 2, 3, 1, 4)
+    parts = []
+    for first, width in fmt.fields:
+        field = (fours >> first & (2**width - 1)).unflatten(2, (-1, width))  # (tiles, blocks, 8 / width, width, ...)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1, 1, 1)
+        parts.append((field << shifts).sum(2, dtype=torch.uint8).reshape(tiles, blocks, -1))
+    quants = torch.cat(parts, dim=-1)
     scales = _padded(weight.scales).view(tiles, LANES, blocks, fmt.num_scales).permute(0, 2, 3, 1)
     minimums = None
     if weight.minimums is not None:
         minimums = _padded(weight.minimums).view(tiles, LANES, blocks).permute(0, 2, 1).half().contiguous()
-    return PackedWeight(fmt, num_rows, quants, scales.half().contiguous(), minimums)
+    return PackedWeight(
+        format=fmt, num_rows=num_rows, quants=quants, scales=scales.half().contiguous(), minimums=minimums
+    )
+
+
+def read_codes(b: Builder, fmt: Format, start: jit.Value) -> list[jit.Value]:
+    """The codes of a tile's block at address `start`: eight vectors of bytes, each with four columns of the 16 rows."""
+    codes: list[jit.Value] = [constant(BYTES, 0)] * FOURS
+    for first, width in fmt.fields:
+        vectors = [b.bitcast(b.read(BYTES, b.add(start, I64(64 * (first + i)))), INTS) for i in range(width)]
+        for four in range(FOURS):
+            shift = four // width * width - first  # from the bit in the vector to the bit in the code
+            bits = vectors[four % width]
+            moved = b.lshr(bits, constant(INTS, shift)) if shift >= 0 else b.shl(bits, constant(INTS, -shift))
+            field = b.and_(b.bitcast(moved, BYTES), constant(BYTES, (2**width - 1) << first))
+            codes[four] = b.or_(codes[four], field)
+    return codes
 
 
 def pack_bfloat16(weight: torch.Tensor) -> PackedWeight:
-    """weight: (rows, columns) bfloat16. Sixteen rows side by side, two columns of each in a lane."""
+    """Puts sixteen rows side by side, two columns of each in a lane. weight: (rows, columns) bfloat16."""
     num_rows, columns = weight.shape
     pairs = _padded(weight).view(-1, LANES, columns // GROUP, GROUP // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
-    return PackedWeight(BFLOAT16, num_rows, pairs.flatten(2).view(torch.uint8), torch.empty(0, 0, 1, LANES), None)
+    return PackedWeight(
+        format=BFLOAT16,
+        num_rows=num_rows,
+        quants=pairs.flatten(2).view(torch.uint8),
+        scales=torch.empty(0, 0, 1, LANES),
+        minimums=None,
+    )
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
@@ -165,7 +209,8 @@ def _padded(rows: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_weight(weight: torch.Tensor, fmt: Format) -> Codes:
-    """(rows, columns) to the nearest codes; with a minimum, the range of each group that gives the least error."""
+    """Rounds a weight, (rows, columns), to the nearest codes. For a format with minimums, it tries several ranges for
+    each group and keeps the one with the least error."""
     grouped = weight.float().view(weight.shape[0], -1, fmt.group)
     if not fmt.has_minimum:
         scales = (grouped.abs().amax(-1) / (fmt.offset - 1)).half()
@@ -191,10 +236,10 @@ def quantize_weight(weight: torch.Tensor, fmt: Format) -> Codes:
 def _affine(
     grouped: torch.Tensor, low: torch.Tensor, high: torch.Tensor, fmt: Format
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    most = 2**fmt.bits - 1
-    scales, minimums = ((high - low) / most).half(), low.half()
+    largest_code = 2**fmt.bits - 1
+    scales, minimums = ((high - low) / largest_code).half(), low.half()
     steps = (grouped - minimums.float()[..., None]) / scales.float().clamp(min=1e-12)[..., None]
-    return steps.round_().clamp_(0, most), scales, minimums
+    return steps.round_().clamp_(0, largest_code), scales, minimums
 
 
 def _squared_error(

@@ -1,7 +1,6 @@
 """Kernels for the sampler on the CPU: the best logit, a draw, the best candidates and what a grammar forbids.
 
-Each passes over a row of logits once or twice; torch's operations for the same make copies of rows as long as a
-vocabulary. Tensors in, tensors out.
+Each passes over a row of logits once or twice, where torch's operations would copy rows as long as a vocabulary.
 """
 
 import functools
@@ -17,12 +16,13 @@ DRAWN_BLOCK = 512  # columns whose weights are summed up in float32
 
 
 def can_argmax(logits: torch.Tensor) -> bool:
+    """Whether the kernels of this file can read these logits."""
     is_plain = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
     return is_plain and logits.shape[-1] >= LANES and are_available()
 
 
 def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest of each row, NaN if there is one, and where it is first; logits: (rows, columns)."""
+    """Finds the largest logit of each row, or NaN if the row has one, and its first column. logits: (rows, columns)."""
     rows, columns = logits.shape
     best, index = torch.empty(rows), torch.empty(rows, dtype=torch.long)
     threads = torch.get_num_threads() if rows > 1 else 1
@@ -38,10 +38,10 @@ def draw(
     min_p: torch.Tensor,
     numbers: torch.Tensor,
 ) -> torch.Tensor:
-    """For each of these rows the first column whose cumulated weight exceeds its number times the sum of weights; a
-    weight is exp((logit - best) / temperature), and 0 below min_p.
+    """Draws a column for each of these rows: the first whose cumulated weight exceeds the row's number times the sum of
+    weights. A weight is exp((logit - best) / temperature), or 0 if that is less than min_p.
 
-    logits: as `can_argmax` takes them; rows: int64; best: the largest logit of each of them; numbers: float64 in
+    logits: accepted by `can_argmax`; rows: int64; best: the largest logit of each of them; numbers: float64 in
     [0, 1); all (len(rows),).
     """
     columns, drawn = logits.shape[-1], torch.empty(len(rows), dtype=torch.long)
@@ -60,28 +60,30 @@ def collect(
     best: torch.Tensor,
     temperatures: torch.Tensor,
     least: torch.Tensor,
-    most: int,
+    limit: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The logits of these rows that are not below `least`: their values and columns, (len(rows), most), in the order
-    of the columns, -inf where there are fewer; how many there are, of which more than `most` are not kept; and the
-    sum of exp((logit - best) / temperature) over all columns, float64.
+    """Collects the logits of these rows that are not below `least`.
 
-    logits: as `can_argmax` takes them; the others (len(rows),), rows int64.
+    Returns the first `limit` of each row, as values and columns, (len(rows), limit), in the order of the columns,
+    filled up with -inf; the number of all that are not below `least`; and the sum of exp((logit - best) / temperature)
+    over all columns, float64.
+
+    logits: accepted by `can_argmax`; the others (len(rows),), rows int64.
     """
     count, columns = len(rows), logits.shape[-1]
-    values = torch.full((count, most + LANES), -torch.inf)
-    places = torch.zeros(count, most + LANES, dtype=torch.int32)
+    values = torch.full((count, limit + LANES), -torch.inf)
+    places = torch.zeros(count, limit + LANES, dtype=torch.int32)
     counts, totals = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.float64)
     threads = torch.get_num_threads() if count > 1 else 1
     tensors = (logits, rows, best.contiguous(), 1.0 / temperatures, least.contiguous())
     addresses = [tensor.data_ptr() for tensor in (*tensors, values, places, counts, totals)]
-    _collect()(*addresses, count, columns, most, num_threads=threads)
-    return values[:, :most], places[:, :most], counts, totals
+    _collect()(*addresses, count, columns, limit, num_threads=threads)
+    return values[:, :limit], places[:, :limit], counts, totals
 
 
 def forbid(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
-    """Sets the logits of these rows to -inf where a token's bit is 0, in place. logits: as `can_argmax` takes them;
-    rows: int64; bits: (len(rows), words) int32, with a word more than the tokens need."""
+    """Sets the logits of these rows to -inf, in place, for tokens whose bit is 0. logits: accepted by `can_argmax`;
+    rows: int64; bits: (len(rows), words) int32, with one word more than the tokens need."""
     num_rows, words = bits.shape
     addresses = (logits.data_ptr(), rows.data_ptr(), bits.data_ptr())
     threads = torch.get_num_threads() if num_rows > 1 else 1
@@ -111,7 +113,7 @@ def _argmax() -> Program:
         last = b.sub(columns, I64(LANES))
         with b.loop(I64(0), last, LANES) as column:
             add(column)
-        add(last)  # some of them for the second time
+        add(last)  # it ends with the row, so some columns are read twice
         top = b.intrinsic("llvm.vector.reduce.fmaximum.v16f32", F32, best.get())
         is_best = b.fcmp_ordered("==", best.get(), b.splat(top))
         places = b.select(is_best, index.get(), constant(INTS, 2**31 - 1))
@@ -126,8 +128,17 @@ _DRAW = ("x", "rows", "best", "inverse", "min_p", "numbers", "sums", "drawn", "c
 
 @functools.cache
 def _draw() -> Program:
-    """The weights' sums block by block; then the block that the number falls into; then the column. A row's last
-    vector is read so that it ends with the row, and what came before in it counts nothing."""
+    """Draws with a pass over all columns of a row, and one over the block of columns that the number falls into.
+
+        for each block of DRAWN_BLOCK columns: sums[block] = sum of its weights    # float32, then float64
+        target = number * sum(sums)                                                # number: in [0, 1)
+        block = the first one whose cumulated sum exceeds the target
+        column = the first one in the block whose cumulated weight exceeds the target,
+                 but at most the block's last column with a weight
+
+    The last line is for rounding: the block's sum was rounded in another order than its weights one by one. A row's
+    last vector is read so that it ends with the row; the columns that it repeats have no weight.
+    """
     b = Builder("draw", _DRAW, jit.host()[1])
     columns, blocks = b.argument["columns"], b.argument["blocks"]
     zero = constant(FLOATS, 0.0)
@@ -136,7 +147,7 @@ def _draw() -> Program:
     cumulated, total = b.variable(F64(0.0)), b.variable(F64(0.0))
     block_drawn, before = b.variable(I64(0)), b.variable(F64(0.0))
     drawn, last_weight = b.variable(I64(0)), b.variable(I64(0))
-    own_sums = b.add(b.argument["sums"], b.mul(b.mul(b.thread, blocks), I64(8)))
+    row_sums = b.add(b.argument["sums"], b.mul(b.mul(b.thread, blocks), I64(8)))
     with b.share(b.argument["count"]) as place:
         row = b.read(I64, b.address(b.argument["rows"], place, 8))
         start = b.address(b.argument["x"], b.mul(row, columns), 4)
@@ -145,7 +156,7 @@ def _draw() -> Program:
         )
 
         def weights(column: jit.Value) -> tuple[jit.Value, jit.Value]:
-            """Sixteen of them from `column` on, or the row's last sixteen, and where they begin."""
+            """Sixteen weights from `column` on, or the row's last sixteen, and the column where they begin."""
             first = b.smaller(column, b.sub(columns, I64(LANES)))
             value = b.exp(b.fmul(b.fsub(b.read(FLOATS, b.address(start, first, 4)), best), inverse))
             is_new = b.icmp_signed(">=", b.add(b.splat(first), lanes), b.splat(column))
@@ -161,13 +172,13 @@ def _draw() -> Program:
             with b.loop(*ends(block), LANES) as column:
                 part.set(b.fadd(part.get(), weights(column)[0]))
             amount = b.fpext(b.total(part.get()), F64)
-            b.write(amount, b.address(own_sums, block, 8))
+            b.write(amount, b.address(row_sums, block, 8))
             total.set(b.fadd(total.get(), amount))
         target = b.fmul(b.read(F64, b.address(b.argument["numbers"], place, 8)), total.get())
         for variable, value in ((cumulated, F64(0.0)), (before, F64(0.0)), (block_drawn, I64(0))):
             variable.set(value)
         with b.loop(I64(0), b.sub(blocks, I64(1))) as block:
-            cumulated.set(b.fadd(cumulated.get(), b.read(F64, b.address(own_sums, block, 8))))
+            cumulated.set(b.fadd(cumulated.get(), b.read(F64, b.address(row_sums, block, 8))))
             is_past = b.fcmp_ordered("<=", cumulated.get(), target)
             block_drawn.set(b.select(is_past, b.add(block, I64(1)), block_drawn.get()))
             before.set(b.select(is_past, cumulated.get(), before.get()))
@@ -178,38 +189,37 @@ def _draw() -> Program:
         with b.loop(begin, end, LANES) as column:
             values, first = weights(column)
             for lane in range(LANES):
-                weight, own = b.extract_element(values, I32(lane)), b.add(first, I64(lane))
+                weight, index = b.extract_element(values, I32(lane)), b.add(first, I64(lane))
                 cumulated.set(b.fadd(cumulated.get(), b.fpext(weight, F64)))
                 has_weight = b.fcmp_ordered(">", weight, F32(0.0))
-                last_weight.set(b.select(has_weight, own, last_weight.get()))
-                is_past = b.and_(b.fcmp_ordered("<=", cumulated.get(), target), b.icmp_signed(">=", own, drawn.get()))
-                drawn.set(b.select(is_past, b.add(own, I64(1)), drawn.get()))
-        # Sums are rounded differently block by block and one by one: it ends with the last column that has a weight
+                last_weight.set(b.select(has_weight, index, last_weight.get()))
+                is_past = b.and_(b.fcmp_ordered("<=", cumulated.get(), target), b.icmp_signed(">=", index, drawn.get()))
+                drawn.set(b.select(is_past, b.add(index, I64(1)), drawn.get()))
         b.write(b.smaller(drawn.get(), last_weight.get()), b.address(b.argument["drawn"], place, 8))
     return compiled(b)
 
 
 _COLLECT = (
     *("x", "rows", "best", "inverse", "least", "values", "places", "counts", "totals"),
-    *("count", "columns", "most"),
+    *("count", "columns", "limit"),
 )
 
 
 @functools.cache
 def _collect() -> Program:
     b = Builder("collect", _COLLECT, jit.host()[1])
-    columns, most = b.argument["columns"], b.argument["most"]
-    wide, lanes = b.add(most, I64(LANES)), ir.Constant(INTS, list(range(LANES)))
-    part, total, found = b.variable(constant(FLOATS, 0.0)), b.variable(F64(0.0)), b.variable(I64(0))
+    columns, limit = b.argument["columns"], b.argument["limit"]
+    width, lanes = b.add(limit, I64(LANES)), ir.Constant(INTS, list(range(LANES)))
+    part, total, num_found = b.variable(constant(FLOATS, 0.0)), b.variable(F64(0.0)), b.variable(I64(0))
     with b.share(b.argument["count"]) as place:
         row = b.read(I64, b.address(b.argument["rows"], place, 8))
         start = b.address(b.argument["x"], b.mul(row, columns), 4)
         best, inverse, least = (
             b.splat(b.read(F32, b.address(b.argument[name], place, 4))) for name in ("best", "inverse", "least")
         )
-        own = {name: b.address(b.argument[name], b.mul(place, wide), 4) for name in ("values", "places")}
+        kept = {name: b.address(b.argument[name], b.mul(place, width), 4) for name in ("values", "places")}
         total.set(F64(0.0))
-        found.set(I64(0))
+        num_found.set(I64(0))
         with b.loop(I64(0), columns, DRAWN_BLOCK) as begin:
             part.set(constant(FLOATS, 0.0))
             with b.loop(begin, b.smaller(b.add(begin, I64(DRAWN_BLOCK)), columns), LANES) as column:
@@ -220,13 +230,13 @@ def _collect() -> Program:
                 weight = b.exp(b.fmul(b.fsub(value, best), inverse))
                 part.set(b.fadd(part.get(), b.select(is_new, weight, constant(FLOATS, 0.0))))
                 is_kept = b.and_(is_new, b.fcmp_ordered(">=", value, least))
-                slot = b.smaller(found.get(), most)
-                b.compress(value, is_kept, b.address(own["values"], slot, 4))
-                b.compress(index, is_kept, b.address(own["places"], slot, 4))
-                kept = b.intrinsic("llvm.ctpop.i16", jit.I16, b.bitcast(is_kept, jit.I16))
-                found.set(b.add(found.get(), b.zext(kept, I64)))
+                slot = b.smaller(num_found.get(), limit)
+                b.compress(value, is_kept, b.address(kept["values"], slot, 4))
+                b.compress(index, is_kept, b.address(kept["places"], slot, 4))
+                count = b.intrinsic("llvm.ctpop.i16", jit.I16, b.bitcast(is_kept, jit.I16))
+                num_found.set(b.add(num_found.get(), b.zext(count, I64)))
             total.set(b.fadd(total.get(), b.fpext(b.total(part.get()), F64)))
-        b.write(found.get(), b.address(b.argument["counts"], place, 8))
+        b.write(num_found.get(), b.address(b.argument["counts"], place, 8))
         b.write(total.get(), b.address(b.argument["totals"], place, 8))
     return compiled(b)
 
@@ -251,5 +261,5 @@ def _forbid() -> Program:
         last = b.sub(columns, I64(LANES))
         with b.loop(I64(0), last, LANES) as column:
             cut(column)
-        cut(last)  # some of them for the second time
+        cut(last)  # it ends with the row, so some columns are cut twice
     return compiled(b)

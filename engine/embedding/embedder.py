@@ -23,7 +23,15 @@ from safetensors import safe_open
 from engine.embedding.text_queue import Item, TextQueue
 from engine.threads import set_threads
 from engine.worker import Worker
-from errors import ContextLengthExceeded, EngineFailure, InvalidRequest, ModelLoadError, Overloaded, Unavailable
+from errors import (
+    ContextLengthExceeded,
+    EngineFailure,
+    InvalidRequest,
+    ModelLoadError,
+    Overloaded,
+    Unavailable,
+    first_line,
+)
 
 log = logging.getLogger(__name__)
 
@@ -423,8 +431,7 @@ def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten:
     except ModelLoadError:
         raise
     except Exception as error:  # of many kinds, for files that are not as they should be
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelLoadError(f"{name} cannot be loaded as an embedding model: {lines[0]}") from error
+        raise ModelLoadError(f"{name} cannot be loaded as an embedding model: {first_line(error)}") from error
     return Embedder(text_model, about, BATCH_TOKENS["cpu" if device == "cpu" else "cuda"])
 
 

@@ -1,9 +1,10 @@
-"""A stock model's layers on a GPU, in fewer and larger kernels: what is between the products, by Triton.
+"""A stock model's layers on a GPU in fewer, larger kernels; Triton computes what is between the products.
 
-Where one token is computed, a stock layer launches some forty kernels that take longer to start than to run. Here it is
-a dozen: products of the same input are one, and each norm, what stands between products and attention (norms of heads,
-rotation, the cache), and the activation are a kernel each. A part is replaced where it gives what the stock one gives,
-as in packed_layers; it keeps the stock module, whose weights become views of the joined ones.
+For one token, a stock layer launches some forty kernels, which take longer to start than to run. Here it launches a
+dozen: products of the same input are one, and each norm, the steps between products and attention (norms of heads,
+rotation, the cache), and the activation are one kernel each. A module is replaced only if the replacement gives the
+same result; see packed_layers.is_same. The replacement keeps the stock module, whose weights become views of the joined
+ones.
 """
 
 from typing import Any, cast
@@ -18,14 +19,14 @@ from engine.attention import flash
 from engine.attention.paged import Probe, StepAttention
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
-TOLERANCES = {2: 0.02, 4: 1e-4}  # of a result's norm, by the bytes of a number
-LARGEST_ROW = 16384  # columns that one program holds
-ACTIVATED = 1024  # columns of a program
+TOLERANCES = {2: 0.02, 4: 1e-4}  # bytes of a number -> allowed difference, as a part of a result's norm
+LARGEST_ROW = 16384  # columns that one program can hold
+ACTIVATED = 1024  # columns that one program activates
 ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Norm(nn.Module):
-    """A root mean square norm over the last dimension."""
+    """Computes a root mean square norm over the last dimension."""
 
     def __init__(self, stock: nn.Module, factor: torch.Tensor, epsilon: float) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Norm(nn.Module):
 
 
 class Joined:
-    """Linear layers of one input as one product; their weights become views of the joined ones."""
+    """Computes linear layers of one input as one product; their weights become views of the joined ones."""
 
     def __init__(self, layers: list[Any]) -> None:
         self.weight = torch.cat([layer.weight for layer in layers])
@@ -51,6 +52,8 @@ class Joined:
 
 
 class MLP(nn.Module):
+    """Computes gate and up in one product, and their activation in one kernel."""
+
     def __init__(self, stock: Any, is_gelu: bool) -> None:
         super().__init__()
         self._stock, self._is_gelu = stock, is_gelu
@@ -61,7 +64,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values in one product; their norms, rotation and the cache in one kernel."""
+    """Computes queries, keys and values in one product; their norms, rotation and the cache in one kernel."""
 
     def __init__(self, stock: Any, scaling: float) -> None:
         super().__init__()
@@ -97,17 +100,17 @@ class Attention(nn.Module):
     def heads(
         self, x: torch.Tensor, angles: Angles, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        """The queries, (tokens, heads, dim); keys and values go to the cache."""
+        """Computes the queries, (tokens, heads, dim), and writes keys and values to the cache."""
         return place_heads(self._joined(x)[0], angles, self._norms, keys, values, slots)
 
     def project(self, output: torch.Tensor) -> torch.Tensor:
-        """What attention gave, (tokens, heads, dim), as the module's output."""
+        """Turns attention's result, (tokens, heads, dim), into the module's output."""
         return cast(torch.Tensor, self._stock.o_proj(output.reshape(1, len(output), -1)))
 
 
 @torch.no_grad()
-def fuse(model: nn.Module) -> int:
-    """Puts these in the place of every stock module whose work they do, and says how many there are."""
+def fuse_gpu_layers(model: nn.Module) -> int:
+    """Replaces every stock module for which a replacement gives the same result. Returns the number of them."""
     count = 0
     for make in (fused_norm, fused_mlp, fused_attention):
         for name, module in list(model.named_modules()):
@@ -119,6 +122,7 @@ def fuse(model: nn.Module) -> int:
 
 
 def fused_norm(module: nn.Module) -> Norm | None:
+    """The replacement of a root mean square norm; None if the module computes something else."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
@@ -134,6 +138,7 @@ def fused_norm(module: nn.Module) -> Norm | None:
 
 
 def fused_mlp(module: nn.Module) -> MLP | None:
+    """The replacement of a gated MLP; None if the module computes something else."""
     layers = _plain_layers(module, "gate_proj", "up_proj", "down_proj")
     if not layers or layers[0].bias is not None or layers[1].bias is not None:
         return None
@@ -142,16 +147,18 @@ def fused_mlp(module: nn.Module) -> MLP | None:
     try:
         expected, joined = module(x), torch.cat([gate(x), up(x)], dim=-1)
         for is_gelu in (False, True):
-            own = down(activate(joined, is_gelu))
-            if _is_same(own, expected):
+            if _is_same(down(activate(joined, is_gelu)), expected):
                 return MLP(module, is_gelu)
-    except Exception:  # it wants to be called in another way
+    except Exception:  # the module is called in another way
         return None
     return None
 
 
 def fused_attention(module: nn.Module) -> Attention | None:
-    """For a module whose norms are replaced already; None where it computes something else."""
+    """The replacement of an attention module whose norms are replaced; None if the module computes something else.
+
+    It is compared as in engine/attention/fused.py: what it hands to attention, and what it makes of the result.
+    """
     layers, head_dim = _plain_layers(module, *ATTENTION_LAYERS), getattr(module, "head_dim", None)
     if not layers or not isinstance(head_dim, int) or head_dim & (head_dim - 1):  # a kernel's rows are powers of two
         return None
@@ -168,7 +175,7 @@ def fused_attention(module: nn.Module) -> Attention | None:
         if call.softcap is not None or call.spec.key_dim != head_dim or call.spec.value_dim != head_dim:
             return None
         fused = Attention(module, call.scaling)
-    except Exception:  # it wants to be called in another way
+    except Exception:  # the module is called in another way
         return None
     keys, values = torch.empty(2, 1, 3, call.spec.num_kv_heads, head_dim, dtype=x.dtype, device=x.device)
     query = fused.heads(x, places, keys, values, torch.arange(3, device=x.device))
@@ -182,17 +189,18 @@ def fused_attention(module: nn.Module) -> Attention | None:
 
 
 def _plain_layers(module: nn.Module, *names: str) -> list[Any]:
-    """None of them where one is no plain layer."""
+    """The module's layers of these names; an empty list unless all of them are plain linear layers."""
     layers: list[Any] = [getattr(module, name, None) for name in names]
     return layers if all(type(layer) is nn.Linear for layer in layers) else []
 
 
 def _numbers(weight: torch.Tensor) -> torch.Tensor:
-    """Random inputs of three tokens, as the weight takes them: (1, 3, columns)."""
+    """Makes random inputs of three tokens for a weight: (1, 3, columns)."""
     return torch.randn(1, 3, weight.shape[-1], device=weight.device).to(weight.dtype)
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether `a` differs from the stock result `b` by no more than rounding."""
     tolerance = TOLERANCES[b.element_size()]
     return a.shape == b.shape and a.dtype == b.dtype and bool((a - b).float().norm() <= tolerance * b.float().norm())
 
@@ -201,7 +209,7 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def rms_norm(x: torch.Tensor, factor: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """x: (..., columns); factor: (columns,), float32."""
+    """Computes x / sqrt(mean(x * x) + epsilon) * factor. x: (..., columns); factor: (columns,), float32."""
     columns = x.shape[-1]
     rows = x.reshape(-1, columns)
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -213,7 +221,7 @@ def rms_norm(x: torch.Tensor, factor: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 def activate(joined: torch.Tensor, is_gelu: bool) -> torch.Tensor:
-    """joined: (1, tokens, 2 * columns), gates first -> activated gates times the others, (1, tokens, columns)."""
+    """Multiplies the activated gates, the first half of (1, tokens, 2 * columns), by the second half."""
     tokens, columns = joined.shape[1], joined.shape[2] // 2
     output = torch.empty(1, tokens, columns, dtype=joined.dtype, device=joined.device)
     _activate[tokens, triton.cdiv(columns, ACTIVATED)](joined, output, columns, IS_GELU=is_gelu, SIZE=ACTIVATED)
@@ -228,8 +236,11 @@ def place_heads(
     values: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """joined: (tokens, (heads + 2 * kv_heads) * dim) -> the queries, (tokens, heads, dim), normed and rotated; the keys
-    so, and the values as they are, go to the cache: (blocks, block_size, kv_heads, dim), at `slots` (tokens,)."""
+    """Norms and rotates queries and keys, and writes keys and values to the cache.
+
+    joined: (tokens, (heads + 2 * kv_heads) * dim), queries, keys and values. keys, values: the cache, (blocks,
+    block_size, kv_heads, dim). slots: (tokens,), places in it. Returns the queries, (tokens, heads, dim).
+    """
     num_kv_heads, dim = keys.shape[2:]
     num_heads = joined.shape[1] // dim - 2 * num_kv_heads
     query = torch.empty(len(joined), num_heads, dim, dtype=joined.dtype, device=joined.device)
@@ -258,10 +269,10 @@ def _norm(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, SIZE)
     is_there = column < columns
-    own = tl.load(x + row * stride + column, mask=is_there, other=0.0).to(tl.float32)
-    own = own * tl.rsqrt(tl.sum(own * own, 0) / columns + epsilon)
-    own = own * tl.load(factor + column, mask=is_there, other=0.0)
-    tl.store(output + row * columns + column, own.to(output.dtype.element_ty), mask=is_there)
+    value = tl.load(x + row * stride + column, mask=is_there, other=0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / columns + epsilon)
+    value = value * tl.load(factor + column, mask=is_there, other=0.0)
+    tl.store(output + row * columns + column, value.to(output.dtype.element_ty), mask=is_there)
 
 
 @triton.jit
@@ -299,7 +310,7 @@ def _place(
     DIM: tl.constexpr,
     HAS_NORMS: tl.constexpr,
 ) -> None:
-    """One head of one token."""
+    """Places one head of one token."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half = tl.arange(0, DIM // 2)
     source = joined + (token * (num_heads + 2 * num_kv_heads) + head) * DIM

@@ -1,0 +1,83 @@
+"""Quantization: one row for each format that a model's weights can have in memory, and the choice among them.
+
+Plain data without torch, so that the settings can list the names. A format is added as a row here: the loader, the
+settings, their help and the log read the rest from it. How the CPU's kernels store `packed_bits` bits of a weight is
+engine/cpu/packed_weight.py's matter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from errors import ModelLoadError
+
+AUTO = "auto"  # the setting that leaves the choice to `choose`
+STOCK = "stock"  # the model's own layers, as they are: what tests and benchmarks compare with
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A format of weights, and what it takes to load them in it."""
+
+    name: str
+    description: str  # completes "weights: ..." in the log
+    is_setting: bool = True  # whether QUANTIZATION can be set to its name
+    needs_cpu_kernels: bool = False
+    packed_bits: int | None = None  # bits of a weight that the loader packs for the CPU's kernels
+    packed_head_bits: int | None = None  # the same for the output layer, whose rounding matters most
+    bitsandbytes: Mapping[str, Any] = field(default_factory=dict, hash=False)  # options of BitsAndBytesConfig
+
+
+def _packed(name: str, description: str, bits: int, head_bits: int, is_setting: bool = True) -> Quantization:
+    return Quantization(
+        name, description, is_setting, needs_cpu_kernels=True, packed_bits=bits, packed_head_bits=head_bits
+    )
+
+
+NONE = Quantization("none", "as in the model's files, not quantized")
+FROM_FILE = Quantization("from file", "the GGUF file's own blocks", is_setting=False, needs_cpu_kernels=True)
+ROUNDED = _packed("int8", "8 bits in groups of 32, rounded to nearest", bits=8, head_bits=8)
+BFLOAT16_KERNELS = _packed("bfloat16", "bfloat16, not quantized", bits=16, head_bits=16, is_setting=False)
+ROWS = (
+    NONE,
+    ROUNDED,
+    _packed("int4", "4 bits in groups of 32, the output layer 8 bits", bits=4, head_bits=8),
+    # The options of bitsandbytes: https://huggingface.co/docs/transformers/quantization/bitsandbytes
+    Quantization(
+        "nf4",
+        "4 bits (NF4) by bitsandbytes",
+        bitsandbytes={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    ),
+    Quantization("bnb-8bit", "8 bits by bitsandbytes", bitsandbytes={"load_in_8bit": True}),
+    Quantization(
+        "bnb-4bit",
+        "4 bits (FP4) by bitsandbytes",
+        bitsandbytes={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    ),
+    BFLOAT16_KERNELS,
+    FROM_FILE,
+)
+QUANTIZATIONS = {row.name: row for row in ROWS}
+SETTINGS = (AUTO, *(row.name for row in ROWS if row.is_setting))  # what QUANTIZATION can be set to
+
+
+def choose(setting: str, dtype: str, has_cpu_kernels: bool, has_packed_file: bool) -> Quantization:
+    """The format that a setting of QUANTIZATION stands for.
+
+    `auto` on a CPU keeps a GGUF file's own blocks and gives other files 8 bits, which changes the perplexity by less
+    than 1 %; a data type that DTYPE asks for is kept. Raises ModelLoadError for a format that this device cannot have.
+
+    setting: one of SETTINGS, or STOCK. dtype: the setting DTYPE. has_cpu_kernels: whether the model will run on a CPU
+    that runs this server's kernels. has_packed_file: whether the model was converted from a GGUF file.
+    """
+    if setting == STOCK:
+        return NONE
+    if setting == AUTO:
+        if not has_cpu_kernels or dtype != "auto":
+            return NONE
+        return FROM_FILE if has_packed_file else ROUNDED
+    row = QUANTIZATIONS[setting]
+    if row.needs_cpu_kernels and not has_cpu_kernels:
+        others = ", ".join(other.name for other in ROWS if other.bitsandbytes)
+        raise ModelLoadError(f"QUANTIZATION={setting} needs a CPU under Linux: set one of {others} on a GPU.")
+    return row
