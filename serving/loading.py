@@ -1,16 +1,15 @@
 """Loading of the local model: files, tokenizer, engine; in a thread of its own, since it takes seconds to minutes."""
 
-import asyncio
 import gc
 import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from checkpoints import checkpoint
 from checkpoints.progress import Progress
@@ -84,7 +83,6 @@ HIDDEN = {  # what a chat template may leave out; calls and tools are written as
     "messages": "rejects conversations of several turns: they are written in another form, or refused",
 }
 
-T = TypeVar("T")
 LoadModel = Callable[[str, Settings, Progress], LoadedModel]
 
 
@@ -172,27 +170,6 @@ def to_api_error(error: Exception, name: str, param: str = "model") -> APIError:
         return ModelNotFound(str(error), param=param)
     reason = str(error) if isinstance(error, ModelLoadError) else f"{name} cannot be loaded: {type(error).__name__}"
     return InvalidRequest(reason, param=param, code="model_not_supported")
-
-
-async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """As `asyncio.to_thread`, but the process may end before the thread does: loading can take minutes."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(finish: Callable[[Any], None], value: Any) -> None:
-        if not future.done():
-            finish(value)
-
-    def run() -> None:
-        try:
-            outcome: tuple[Callable[[Any], None], Any] = (future.set_result, work())
-        except Exception as error:
-            outcome = (future.set_exception, error)
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, *outcome)
-
-    threading.Thread(target=run, name="loader", daemon=True).start()
-    return await future
 
 
 def load_template(directory: Path, model_type: str, tokens_per_image: int = 0, name: str = "") -> PromptTemplate:
