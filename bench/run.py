@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ import psutil
 from bench import load, machine, wire
 from checkpoints import checkpoint
 from config import Settings
-from engine.engine import EngineOptions
 from errors import ModelLoadError
+from serving.loading import engine_options
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -214,8 +214,7 @@ def _of(wire: dict[str, Any]) -> str:
 
 def options_of(settings: Settings) -> dict[str, Any]:
     """The engine's, but where this machine keeps its files."""
-    options = {field.name: getattr(settings, field.name) for field in fields(EngineOptions)}
-    return {name: value for name, value in options.items() if not isinstance(value, Path)}
+    return {name: value for name, value in asdict(engine_options(settings)).items() if not isinstance(value, Path)}
 
 
 def write(results: dict[str, Any]) -> Path:

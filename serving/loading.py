@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from text.logprobs import TokenTexts
 
 if TYPE_CHECKING:
     from engine.build import ModelDefaults
-    from engine.engine import Engine
+    from engine.engine import Engine, EngineOptions
     from engine.sample.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
@@ -110,10 +110,9 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
 
         threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
         from engine.build import load_engine
-        from engine.engine import EngineOptions
         from engine.model_loader import check_model
 
-    options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
+    options = engine_options(settings)
     config, _ = check_model(directory, options.dtype, options.device_map)
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         image_inputs = open_image_inputs(directory, config)
@@ -133,6 +132,28 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
     texts = TokenTexts(template.result().tokenizer)
     grammars = open_grammars(template.result(), engine)
     return LoadedModel(engine, template.result(), texts, sampling_defaults(generation_config), image_inputs, grammars)
+
+
+def engine_options(settings: Settings) -> "EngineOptions":
+    """The settings that the engine needs. Each client, told apart by its API key's name, has its part of the queue."""
+    from engine.engine import EngineOptions
+
+    return EngineOptions(
+        dtype=settings.dtype,
+        device_map=settings.device_map,
+        quantization=settings.quantization,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_mixed_tokens=settings.max_num_mixed_tokens,
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+        num_clients=max(1, len({key.name for key in settings.api_keys})),
+        kv_cache_memory=settings.kv_cache_memory,
+        kv_block_size=settings.kv_block_size,
+        num_speculative_tokens=settings.num_speculative_tokens,
+        cache_dir=settings.cache_dir,
+    )
 
 
 def defaults_of(template: PromptTemplate) -> "ModelDefaults":

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -353,9 +353,12 @@ class LocalModel:
         if (request.min_tokens or 0) > (limit if request.max_tokens is None else request.max_tokens):
             raise InvalidRequest("min_tokens must be at most max_tokens.", param="min_tokens", code="invalid_value")
         wanted = default_max_tokens or left if request.max_tokens is None else max(request.max_tokens, 1)  # 0: hidden
-        given = {field.name: getattr(request, field.name) for field in fields(SamplingParams)}
-        values = {**loaded.defaults, **{name: value for name, value in given.items() if value is not None}}
-        return SamplingParams(**{**values, "max_tokens": min(left, wanted)})
+        return SamplingParams(
+            **{**loaded.defaults, **request.sampling_values},
+            max_tokens=min(left, wanted),
+            num_logprobs=request.num_logprobs,
+            num_prompt_logprobs=request.num_prompt_logprobs if isinstance(request, CompletionRequest) else None,
+        )
 
 
 def _check_characters(loaded: LoadedModel, num_characters: int, param: str) -> None:
