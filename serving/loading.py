@@ -1,16 +1,15 @@
 """Loading of the local model: files, tokenizer, engine; in a thread of its own, since it takes seconds to minutes."""
 
-import asyncio
 import gc
 import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from checkpoints import checkpoint
 from checkpoints.progress import Progress
@@ -34,7 +33,7 @@ from vision.family import VisionFamily
 
 if TYPE_CHECKING:
     from engine.build import ModelDefaults
-    from engine.engine import Engine
+    from engine.engine import Engine, EngineOptions
     from engine.sample.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,6 @@ HIDDEN = {  # what a chat template may leave out; calls and tools are written as
     "messages": "rejects conversations of several turns: they are written in another form, or refused",
 }
 
-T = TypeVar("T")
 LoadModel = Callable[[str, Settings, Progress], LoadedModel]
 
 
@@ -116,9 +114,8 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
         threading.Thread(target=kernels.warm_up, name="compiler", daemon=True).start()
         from engine.build import load_engine
         from engine.checked_model import check_model
-        from engine.engine import EngineOptions
 
-    options = EngineOptions(**{field.name: getattr(settings, field.name) for field in fields(EngineOptions)})
+    options = engine_options(settings)
     checked = check_model(directory, options.dtype, options.device_map)
     checked_draft = check_model(draft_directory, options.dtype, options.device_map) if draft_directory else None
     config = checked.config
@@ -136,6 +133,28 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
     texts = TokenTexts(template.result().tokenizer)
     grammars = open_grammars(template.result(), engine)
     return LoadedModel(engine, template.result(), texts, sampling_defaults(generation_config), image_inputs, grammars)
+
+
+def engine_options(settings: Settings) -> "EngineOptions":
+    """The settings that the engine needs. Each client, told apart by its API key's name, has its part of the queue."""
+    from engine.engine import EngineOptions
+
+    return EngineOptions(
+        dtype=settings.dtype,
+        device_map=settings.device_map,
+        quantization=settings.quantization,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_mixed_tokens=settings.max_num_mixed_tokens,
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+        num_clients=max(1, len({key.name for key in settings.api_keys})),
+        kv_cache_memory=settings.kv_cache_memory,
+        kv_block_size=settings.kv_block_size,
+        num_speculative_tokens=settings.num_speculative_tokens,
+        cache_dir=settings.cache_dir,
+    )
 
 
 def defaults_of(template: PromptTemplate) -> "ModelDefaults":
@@ -174,27 +193,6 @@ def to_api_error(error: Exception, name: str, param: str = "model") -> APIError:
         return ModelNotFound(str(error), param=param)
     reason = str(error) if isinstance(error, ModelLoadError) else f"{name} cannot be loaded: {type(error).__name__}"
     return InvalidRequest(reason, param=param, code="model_not_supported")
-
-
-async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """As `asyncio.to_thread`, but the process may end before the thread does: loading can take minutes."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(finish: Callable[[Any], None], value: Any) -> None:
-        if not future.done():
-            finish(value)
-
-    def run() -> None:
-        try:
-            outcome: tuple[Callable[[Any], None], Any] = (future.set_result, work())
-        except Exception as error:
-            outcome = (future.set_exception, error)
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, *outcome)
-
-    threading.Thread(target=run, name="loader", daemon=True).start()
-    return await future
 
 
 def load_template(

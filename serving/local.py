@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ from serving.chat import ChoiceChunks, ReasoningState, compiled, reading_of, wit
 from serving.completion import Choices, Prompt, check_suffix, num_answers
 from serving.generation import GenerationRequest, OutputDelta, RequestUsage, answer, best, merge
 from serving.image_fetcher import ImageFetcher
-from serving.loading import LoadedModel, LoadModel, in_daemon_thread, load
+from serving.loading import LoadedModel, LoadModel, load
+from serving.model_slot import ModelSlot, in_daemon_thread
 from telemetry import request_record
 from telemetry.metrics import Metrics
 from text.structured_output import is_structured, structure_of
@@ -68,7 +69,7 @@ class LocalModel:
         self._on_failure = on_failure
         self._load_model = load
         self.loaded: LoadedModel | None = None
-        self._loading: asyncio.Task[None] | None = None
+        self._slot = ModelSlot(self.name, self._load)
         self._failure: str | None = None
         self._fetcher = ImageFetcher(settings.allow_private_image_urls, settings.image_url_hosts)
 
@@ -81,23 +82,23 @@ class LocalModel:
         except ModelLoadError as error:
             self._fail(str(error))
         else:
-            self._loading = asyncio.create_task(self._load())
+            self._slot.start()
 
-    async def _load(self) -> None:
-        begin = time.monotonic()
+    async def _load(self) -> LoadedModel:
         try:
             loaded = await in_daemon_thread(partial(self._load_model, self.path, self.settings, self.progress))
         except ModelLoadError as error:
             self._fail(str(error))
+            raise
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             self._fail(f"The model {self.path} cannot be loaded: {type(error).__name__}: {error}")
-        else:
-            self.begin(loaded)
-            log.info("%s is ready after %.1f s", self.name, time.monotonic() - begin)
+            raise
+        self.begin(loaded)
+        return loaded
 
     def begin(self, loaded: LoadedModel) -> None:
-        """Answers with that from now on."""
+        """Starts the engine of a loaded model, which answers the requests from now on."""
         loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} stopped after an error.")
         loaded.engine.start()
         self.loaded = loaded
@@ -107,8 +108,7 @@ class LocalModel:
         self._on_failure(sentence)
 
     async def close(self, timeout: float) -> None:
-        if self._loading is not None:
-            self._loading.cancel()
+        await self._slot.cancel()
         if self.loaded is not None:
             await self.loaded.engine.close(timeout)
 
@@ -353,9 +353,12 @@ class LocalModel:
         if (request.min_tokens or 0) > (limit if request.max_tokens is None else request.max_tokens):
             raise InvalidRequest("min_tokens must be at most max_tokens.", param="min_tokens", code="invalid_value")
         wanted = default_max_tokens or left if request.max_tokens is None else max(request.max_tokens, 1)  # 0: hidden
-        given = {field.name: getattr(request, field.name) for field in fields(SamplingParams)}
-        values = {**loaded.defaults, **{name: value for name, value in given.items() if value is not None}}
-        return SamplingParams(**{**values, "max_tokens": min(left, wanted)})
+        return SamplingParams(
+            **{**loaded.defaults, **request.sampling_values},
+            max_tokens=min(left, wanted),
+            num_logprobs=request.num_logprobs,
+            num_prompt_logprobs=request.num_prompt_logprobs if isinstance(request, CompletionRequest) else None,
+        )
 
 
 def _check_characters(loaded: LoadedModel, num_characters: int, param: str) -> None:

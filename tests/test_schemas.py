@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any, get_type_hints
 
 import pytest
@@ -16,7 +17,8 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from process import Server
 
-from schemas import ChatCompletionRequest, CompletionRequest, RequestBody, ResponsesRequest
+from engine.sampling_params import SamplingParams
+from schemas import ChatCompletionRequest, CompletionRequest, RequestBody, ResponsesRequest, SamplingFields
 
 MODEL = "Tiny-Qwen3"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -544,3 +546,12 @@ def test_the_support_of_each_field_can_be_read_in_the_openapi_document(server: S
     for path, name, kind in BY_SUPPORT:
         described = schemas[REQUESTS[path][0].__name__]["properties"][name]
         assert described["x-support"] == kind and (kind == "honoured" or described["description"])
+
+
+def test_every_sampling_field_is_one_of_the_engines_and_only_what_is_sent_is_given_on() -> None:
+    names = {field.name for field in fields(SamplingParams)}
+    assert set(SamplingFields.model_fields) <= names - {"max_tokens", "num_logprobs", "num_prompt_logprobs"}
+    values = {"temperature": 0.0, "top_k": 5, "logit_bias": {"3": 1.5}, "ignore_eos": False}
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stop": "x", "user": "u", "n": 2}
+    request = ChatCompletionRequest.model_validate({**body, **values, "seed": None})
+    assert request.sampling_values == {**values, "logit_bias": {3: 1.5}}
