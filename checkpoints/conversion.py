@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (  # of all that decides what is in a converted directory
     *("checkpoints/conversion.py", "checkpoints/gguf_header.py", "checkpoints/gguf_metadata.py"),
     *("checkpoints/gguf_parts.py", "checkpoints/gguf_tokenizer.py"),
-    *("engine/cpu/gguf_blocks.py", "engine/cpu/packed_checkpoint.py", "engine/cpu/packed_weight.py"),
+    *("engine/cpu/gguf_blocks.py", "engine/cpu/jit.py"),
+    *("engine/cpu/packed_checkpoint.py", "engine/cpu/packed_weight.py"),
 )
 LIBRARIES = ("transformers", "gguf", "tokenizers")
 

@@ -573,7 +573,7 @@ NOT_CONVERTING = {  # imported by what converts, without a say in what is writte
         "engine/cpu/__init__.py",
         "engine/cpu/packed_layers.py",
     ),
-    *("engine/cpu/kernels.py", "engine/cpu/jit.py", "engine/threads.py", "engine/memory.py"),
+    *("engine/cpu/kernels.py", "engine/quantization.py", "engine/report.py", "engine/threads.py", "engine/memory.py"),
 }
 
 
