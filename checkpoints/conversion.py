@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (  # the files that decide what is in a converted directory
     "checkpoints/conversion.py",
     *sorted(f"checkpoints/{path.name}" for path in Path(__file__).parent.glob("gguf_*.py")),
-    *("engine/cpu/gguf_blocks.py", "engine/cpu/packed_checkpoint.py", "engine/cpu/packed_weight.py"),
+    *("engine/cpu/gguf_blocks.py", "engine/cpu/jit.py", "engine/cpu/packed_checkpoint.py"),
+    "engine/cpu/packed_weight.py",
 )
 LIBRARIES = ("transformers", "gguf", "tokenizers")
 
