@@ -12,12 +12,14 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
+from api.services import services_of
 from api.strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
 from providers.base import Gateway
 from providers.router import Router
 from providers.upstream import failure_event
 from server.connection import CLIENT_GONE, EventStream, unless_client_leaves
+from server.deadline import deadline_of
 from telemetry import request_record
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
@@ -31,7 +33,7 @@ class GatewayRoute(StrictRoute):
             return local
 
         async def handle(request: Request) -> Response:
-            router: Router = request.app.state.router
+            router = services_of(request.app).router
             request = strict(request)
             try:
                 body = await _concerning(request, router)
@@ -100,7 +102,7 @@ async def _relayed(
     name, gateway, model = found
     seen = request_record.current()
     seen.provider, seen.model = name, model
-    request.state.deadline.shorten(_seconds(body.pop("timeout", None)))
+    deadline_of(request).shorten(_seconds(body.pop("timeout", None)))
     relayed = await unless_client_leaves(request, gateway.answer(path, body))
     if relayed is None:
         return Response(status_code=CLIENT_GONE)

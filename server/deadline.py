@@ -6,6 +6,7 @@ Pure ASGI, around all that reads a request and makes its answer, here or at a pr
 import asyncio
 from collections.abc import Callable
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import APIError, RequestTimeout, Unavailable
@@ -42,6 +43,12 @@ class Deadline:
             f"The answer took longer than the limit of {self._seconds:g} seconds: "
             "ask for fewer tokens, or raise the request's timeout or the server's REQUEST_TIMEOUT."
         )
+
+
+def deadline_of(connection: HTTPConnection) -> Deadline:
+    """The deadline of a request; TimeLimit has set it."""
+    deadline: Deadline = connection.state.deadline
+    return deadline
 
 
 class Shutdown:

@@ -25,11 +25,12 @@ from test_checkpoint import write_tiny_gguf
 from upstreams import Parts
 
 import schemas
+from api.answers import ignored_fields_header
+from api.error_handlers import invalid_request_of
 from api.responses import as_chat
 from checkpoints import checkpoint, gguf_header
 from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
-from main import _ignored_fields_header, _most_precise, _param_of
 from prompt_templates import PromptTemplate, RenderOptions
 from providers import openai_compatible
 from providers.anthropic_request import to_messages
@@ -457,11 +458,9 @@ WORDS = (
 )
 
 
-def told(error: ValidationError, body: Any) -> dict[str, Any]:
+def told(error: ValidationError, body: Any) -> APIError:
     """The problem as a client hears of it."""
-    problem = _most_precise([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()])
-    param = _param_of(problem["loc"][1:], body, problem["type"] == "missing")
-    return {"message": problem["msg"], "param": param}
+    return invalid_request_of([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()], body)
 
 
 def tried(kind: Any, body: dict[str, Any]) -> Any:
@@ -469,7 +468,7 @@ def tried(kind: Any, body: dict[str, Any]) -> Any:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        assert JSONResponse(APIError(**told(error, body)).body()).body
+        assert JSONResponse(told(error, body).body()).body
     return None
 
 
@@ -481,7 +480,7 @@ def test_any_value_of_any_field_is_taken_or_refused(kind: Any, data: st.DataObje
     body = {**REQUESTS[kind], **{name: data.draw(json_of(WORDS)) for name in names}}
     request = tried(kind, body)
     if request is not None:
-        assert request.refused_fields is not None and _ignored_fields_header(request) is not None
+        assert request.refused_fields is not None and ignored_fields_header(request.ignored_fields) is not None
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
@@ -489,7 +488,7 @@ def test_any_value_of_any_field_is_taken_or_refused(kind: Any, data: st.DataObje
 def test_odd_values_of_every_field_are_taken_or_refused(kind: Any, value: Any) -> None:
     for name in [*kind.model_fields, "other", "\ud800"]:
         request = tried(kind, {**REQUESTS[kind], name: value})
-        assert request is None or isinstance(_ignored_fields_header(request), dict)
+        assert request is None or isinstance(ignored_fields_header(request.ignored_fields), dict)
 
 
 @examples(80)
