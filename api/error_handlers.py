@@ -1,6 +1,6 @@
 """Error handlers: every exception of an endpoint becomes a response with one sentence and the field that is wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from errors import APIError, InvalidRequest, MethodNotAllowed, NotFound
 from server.asgi_errors import headers_of
+from server.error_formats import error_format
 from telemetry import request_record
 
 VALUE_ERROR = "Value error, "  # pydantic puts it before the message of a ValueError
@@ -19,7 +20,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def on_api_error(request: Request, error: APIError) -> JSONResponse:
         request_record.current().error = error.code or error.type
-        return JSONResponse(error.body(), error.status, headers_of(error))
+        return _response(request, error, error.status, headers_of(error))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -31,7 +32,11 @@ def add_error_handlers(app: FastAPI) -> None:
         api_error = error_class(_sentence_of(error, request))
         request_record.current().error = str(error.status_code)
         headers = {**headers_of(api_error), **(error.headers or {})}
-        return JSONResponse(api_error.body(), error.status_code, headers)
+        return _response(request, api_error, error.status_code, headers)
+
+
+def _response(request: Request, error: APIError, status: int, headers: Mapping[str, str]) -> JSONResponse:
+    return JSONResponse(error_format(request.scope["path"]).body(error), status, headers)
 
 
 def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:

@@ -3,7 +3,6 @@
 Decoder and finder work as transformers' `TextIteratorStreamer` does: `put` for each piece, then `end()`.
 """
 
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -25,6 +24,7 @@ from schemas import (
     ToolCall,
     Usage,
 )
+from server.error_formats import OPENAI
 from telemetry import request_record
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class ChunkWire:
         return _data(item.model_dump_json(exclude={"usage"})) if item.choices else b""
 
     def failure(self, error: APIError) -> bytes:
-        return _data(json.dumps(error.body()))
+        return OPENAI.event(error)
 
     def end(self) -> bytes:
         return _data("[DONE]")

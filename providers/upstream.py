@@ -19,6 +19,7 @@ import httpx2
 
 from errors import APIError, ProviderNotConfigured, UpstreamError
 from providers.upstream_errors import error_of
+from server.error_formats import OPENAI
 from telemetry import request_record
 
 log = logging.getLogger(__name__)
@@ -298,4 +299,4 @@ async def until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
 
 
 def failure_event(error: APIError) -> bytes:
-    return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+    return OPENAI.event(error)

@@ -96,16 +96,16 @@ class TimeLimit:
         except TimeoutError:
             if not deadline.timeout.expired():
                 raise
-            await self._tell(deadline, last, send)
+            await self._tell(scope, send, deadline, last)
         finally:
             self._shutdown.remove(deadline)
 
-    async def _tell(self, deadline: Deadline, last: Message | None, send: Send) -> None:
+    async def _tell(self, scope: Scope, send: Send, deadline: Deadline, last: Message | None) -> None:
         is_over = self._shutdown.has_come
         error = Unavailable("The server is shutting down.", retry_after=10) if is_over else deadline.error()
         if last is None:
             request_record.current().error = error.code
-            await send_error(send, error)
+            await send_error(scope, send, error)
         elif deadline.failure is not None and (last["type"] == "http.response.start" or last.get("more_body")):
             request_record.current().error = error.code
             await send({"type": "http.response.body", "body": deadline.failure(error), "more_body": False})

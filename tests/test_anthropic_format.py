@@ -14,6 +14,7 @@ from errors import APIError, InvalidRequest
 from providers.anthropic_request import Mapped, samples, to_messages, version_of
 from providers.anthropic_response import StreamMapper, to_completion
 from providers.upstream_errors import error_of, redact
+from server.error_formats import OPENAI
 
 Object = dict[str, Any]
 REQUESTS: dict[bool, TypeAdapter[Any]] = {
@@ -490,7 +491,7 @@ def test_malformed_requests_are_refused_and_nothing_else_happens(seed: int) -> N
     try:
         made = to_messages(body, 4096).body
     except InvalidRequest as error:
-        json.dumps(error.body(), ensure_ascii=False).encode()
+        json.dumps(OPENAI.body(error), ensure_ascii=False).encode()
         return
     json.dumps(made, ensure_ascii=False, allow_nan=False).encode()
 
@@ -767,7 +768,7 @@ def test_errors_have_counterparts(
     assert (fault.status, fault.type, fault.code, fault.is_passing) == (expected, kind, code, retryable)
     assert "claude" in fault.message and "html" not in fault.message
     assert ("ANTHROPIC_API_KEY" in fault.message) == (status in (401, 403))
-    assert fault.body()["error"]["type"] == kind
+    assert OPENAI.body(fault)["error"]["type"] == kind
 
 
 def test_a_prompt_that_is_too_long_is_told_apart() -> None:

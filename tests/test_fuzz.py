@@ -38,6 +38,7 @@ from providers.anthropic_response import StreamMapper, to_completion
 from providers.router import gateways_of
 from providers.upstream import Upstream, UpstreamConfig, data_of, events_of, name_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
+from server.error_formats import OPENAI
 from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
 from text.messages import canonical
@@ -315,7 +316,7 @@ ERROR = "error message code param type details error_code status sk-abc insuffic
 def test_a_providers_error_is_told_in_our_shape(status: int, body: Any, headers: dict[str, str]) -> None:
     error = error_of(status, body, "theirs", "THEIR_KEY", headers)
     assert 400 <= error.status < 600
-    assert JSONResponse(error.body()).body
+    assert JSONResponse(OPENAI.body(error)).body
 
 
 DATES = st.datetimes().map(lambda when: when.strftime("%a, %d %b %Y %H:%M:%S GMT"))
@@ -468,7 +469,7 @@ def tried(kind: Any, body: dict[str, Any]) -> Any:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        assert JSONResponse(told(error, body).body()).body
+        assert JSONResponse(OPENAI.body(told(error, body))).body
     return None
 
 
@@ -550,7 +551,7 @@ def test_what_an_answer_must_look_like_is_a_grammar_or_refused(
     try:
         assert structure_of(request, tool_set_of(request), style, literals) is not False
     except APIError as error:
-        assert error.status == 400 and JSONResponse(error.body()).body
+        assert error.status == 400 and JSONResponse(OPENAI.body(error)).body
 
 
 # --- messages
