@@ -25,10 +25,6 @@ class APIError(Exception):
         self.code = _whole(code) if code else type(self).code
         self.retry_after = retry_after  # seconds
 
-    def body(self) -> dict[str, dict[str, str | None]]:
-        """The JSON object that a client reads, in a response or as a stream's last event."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
 
 def _whole(text: str) -> str:
     """Without half characters, which JSON can name and UTF-8 cannot say."""

@@ -12,12 +12,14 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
-from api.streaming import failure_event
+from api.services import services_of
 from api.strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
 from providers.base import Gateway
 from providers.router import Router
 from server.connection import CLIENT_GONE, unless_client_leaves
+from server.deadline import deadline_of
+from server.error_formats import error_format
 from server.events import EventStream, RelayWire, sse
 from server.headers import header_value
 from telemetry import request_record
@@ -36,7 +38,7 @@ class GatewayRoute(StrictRoute):
             return local
 
         async def handle(request: Request) -> Response:
-            router: Router = request.app.state.router
+            router = services_of(request.app).router
             request = strict(request)
             try:
                 body = await routed_body(request, router)
@@ -116,14 +118,15 @@ async def _relayed(
     name, gateway, model = route
     record = request_record.current()
     record.provider, record.model = name, model
-    request.state.deadline.shorten(_seconds(body.pop("timeout", None)))
+    deadline_of(request).shorten(_seconds(body.pop("timeout", None)))
     relayed = await unless_client_leaves(request, gateway.answer(path, body))
     if relayed is None:
         return Response(status_code=CLIENT_GONE)
     headers = {"x-gateway-provider": name, **headers, **relayed.headers}
     if isinstance(relayed.content, bytes):
         return Response(relayed.content, media_type="application/json", headers=headers)
-    return EventStream(sse(relayed.content, RelayWire(failure_event)), failure_event, headers)
+    failure = error_format(request.url.path).event
+    return EventStream(sse(relayed.content, RelayWire(failure)), failure, headers)
 
 
 def _seconds(timeout: Any) -> float | None:

@@ -1,6 +1,5 @@
 """Chunks become server-sent events, or the one answer that a client which joins them would hold."""
 
-import json
 from collections.abc import AsyncIterator
 
 from api.response_schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
@@ -19,12 +18,8 @@ from schemas import (
     ToolCall,
     Usage,
 )
+from server.error_formats import OPENAI
 from server.events import DONE, encode_event
-
-
-def failure_event(error: APIError) -> bytes:
-    """The event for an error in a stream of OpenAI's protocol."""
-    return encode_event(json.dumps(error.body()))
 
 
 class ChunkWire:
@@ -42,7 +37,7 @@ class ChunkWire:
         return encode_event(item.model_dump_json(exclude={"usage"})) if item.choices else b""
 
     def failure(self, error: APIError) -> bytes:
-        return failure_event(error)
+        return OPENAI.event(error)
 
     def end(self) -> bytes:
         return DONE

@@ -18,11 +18,13 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import httpx2
 import torch
 import uvicorn
 
+from api.services import services_of
 from bench.server import serving
 from checkpoints import checkpoint
 from checkpoints.progress import Progress
@@ -120,10 +122,12 @@ def serve() -> None:
     async def read(interval: float) -> dict[str, float]:
         if not beats:
             beats.append(asyncio.create_task(gauge.beat()))
-        runner: NullRunner = app.state.local.loaded.engine.runner
-        if interval != runner.interval:  # the budget learned another pace
+        loaded = services_of(app).local.loaded
+        assert loaded is not None
+        runner = cast(NullRunner, loaded.engine.runner)
+        if interval != runner.interval:  # the budget was learned for another speed
             runner.interval = interval
-            scheduler = app.state.local.loaded.engine.scheduler
+            scheduler = loaded.engine.scheduler
             scheduler.prefill_budget = PrefillBudget(scheduler.limits.max_num_mixed_tokens)
         return {**gauge.read(), "num_tokens": runner.num_tokens}
 

@@ -26,6 +26,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.services import services_of
 from config import Settings
 from main import create_app
 
@@ -95,9 +96,10 @@ def replica_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def until_loaded(app: FastAPI) -> AsyncIterator[None]:
         async with lifespan(app):
-            while not app.state.local.health[0]:
-                if app.state.failure:
-                    raise RuntimeError(app.state.failure)
+            model = services_of(app).local
+            while not model.health[0]:
+                if model.failure:
+                    raise RuntimeError(model.failure)
                 await asyncio.sleep(0.1)
             yield
 
@@ -111,7 +113,7 @@ class Server:
     app: FastAPI  # Ray's ingress sets it
 
     def check_health(self) -> None:
-        is_healthy, report = self.app.state.local.health
+        is_healthy, report = services_of(self.app).local.health
         if not is_healthy:
             raise RuntimeError(str(report))
 

@@ -65,13 +65,13 @@ class ApiKeyAuth:
         client = self._client(scope)
         if client is None:
             request_record.current().error = InvalidKey.code
-            return await send_error(send, _refusal(scope))
+            return await send_error(scope, send, _refusal(scope))
         request_record.current().client = client.key.name
         try:
             client.admit()
         except RateLimited as error:
             request_record.current().error = error.code
-            return await send_error(send, error)
+            return await send_error(scope, send, error)
         try:
             await self.app(scope, receive, send)
         finally:

@@ -2,9 +2,10 @@
 
 import json
 
-from starlette.types import Send
+from starlette.types import Scope, Send
 
 from errors import APIError
+from server.error_formats import error_format
 
 
 def headers_of(error: APIError) -> dict[str, str]:
@@ -15,8 +16,9 @@ def headers_of(error: APIError) -> dict[str, str]:
     return {**headers, **error.headers}
 
 
-async def send_error(send: Send, error: APIError) -> None:
-    body = json.dumps(error.body()).encode()
+async def send_error(scope: Scope, send: Send, error: APIError) -> None:
+    """Answers the request of `scope` with an error, in the format of its protocol."""
+    body = json.dumps(error_format(scope["path"]).body(error)).encode()
     headers = {**headers_of(error), "content-type": "application/json", "content-length": str(len(body))}
     listed = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": listed})

@@ -6,6 +6,7 @@ Pure ASGI, around all that reads a request and makes its answer, here or at a pr
 import asyncio
 from collections.abc import Callable
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import APIError, RequestTimeout, Unavailable
@@ -42,6 +43,12 @@ class Deadline:
             f"The answer took longer than the limit of {self._seconds:g} seconds: "
             "ask for fewer tokens, or raise the request's timeout or the server's REQUEST_TIMEOUT."
         )
+
+
+def deadline_of(connection: HTTPConnection) -> Deadline:
+    """The deadline of a request; TimeLimit has set it."""
+    deadline: Deadline = connection.state.deadline
+    return deadline
 
 
 class Shutdown:
@@ -89,16 +96,16 @@ class TimeLimit:
         except TimeoutError:
             if not deadline.timeout.expired():
                 raise
-            await self._tell(deadline, last, send)
+            await self._tell(scope, send, deadline, last)
         finally:
             self._shutdown.remove(deadline)
 
-    async def _tell(self, deadline: Deadline, last: Message | None, send: Send) -> None:
+    async def _tell(self, scope: Scope, send: Send, deadline: Deadline, last: Message | None) -> None:
         is_over = self._shutdown.has_come
         error = Unavailable("The server is shutting down.", retry_after=10) if is_over else deadline.error()
         if last is None:
             request_record.current().error = error.code
-            await send_error(send, error)
+            await send_error(scope, send, error)
         elif deadline.failure is not None and (last["type"] == "http.response.start" or last.get("more_body")):
             request_record.current().error = error.code
             await send({"type": "http.response.body", "body": deadline.failure(error), "more_body": False})

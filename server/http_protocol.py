@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from config import Settings
 from errors import APIError, InvalidRequest, Overloaded
+from server.error_formats import error_format
 from server.transport import Transport
 
 MAX_HEADERS = 1000
@@ -54,6 +55,7 @@ class Protocol(HttpToolsProtocol):
         self._num_discarded = 0
         self._held = bytearray()  # what came behind the request that is being answered
         self._began = 0.0
+        self._path = ""  # of the request, once its head is complete
         self._error: APIError | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -146,7 +148,7 @@ class Protocol(HttpToolsProtocol):
         if self._is_answering:
             raise self._noted(InvalidRequest("The request is malformed: another one began before it ended."))
         super().on_message_begin()
-        self._is_reading_head = True
+        self._is_reading_head, self._path = True, ""
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._is_reading_head:
@@ -172,6 +174,7 @@ class Protocol(HttpToolsProtocol):
         self._began = time.monotonic()
         self._arm(self.bounds.body_timeout, self._check_body)
         super().on_headers_complete()
+        self._path = self.scope["path"]
 
     def on_body(self, body: bytes) -> None:
         self._num_received += len(body)
@@ -267,15 +270,15 @@ class Protocol(HttpToolsProtocol):
         self._disarm()
         is_under_way = self.cycle is not None and not self.cycle.response_complete
         if not is_under_way or not self.cycle.response_started:
-            self.transport.write(_response(error))
+            self.transport.write(_response(error, self._path))
         if is_under_way:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
 
-def _response(error: APIError) -> bytes:
-    body = json.dumps(error.body()).encode()
+def _response(error: APIError, path: str) -> bytes:
+    body = json.dumps(error_format(path).body(error)).encode()
     retry = f"retry-after: {error.retry_after}\r\n" if error.retry_after else ""
     head = (
         f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"

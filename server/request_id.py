@@ -45,4 +45,4 @@ class RequestId:
             log.exception("request %s failed", request_id.decode())
             if has_begun:
                 raise
-            await send_error(send_with_id, APIError("The server failed; the error is in its log."))
+            await send_error(scope, send_with_id, APIError("The server failed; the error is in its log."))

@@ -312,13 +312,5 @@ def _wire(vectors: "Vectors", encoding: str) -> list[Embedding]:
     return [Embedding.model_construct(embedding=row, index=index) for index, row in enumerate(rows)]
 
 
-def as_json(answer: EmbeddingResponse | RerankResponse) -> bytes:
-    """Row by row, between which other threads can run."""
-    if isinstance(answer, RerankResponse):
-        return answer.model_dump_json().encode()
-    rows = ",".join(row.model_dump_json() for row in answer.data)
-    return f'{answer.model_dump_json(exclude={"data"})[:-1]},"data":[{rows}]}}'.encode()
-
-
 def _in_base64(row: "Vectors") -> str:
     return base64.b64encode(row.tobytes()).decode()

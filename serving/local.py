@@ -113,6 +113,11 @@ class LocalModel:
             await self.loaded.engine.close(timeout)
 
     @property
+    def failure(self) -> str | None:
+        """Why the model cannot be served, in one sentence; None while it can, or still loads."""
+        return self._failure
+
+    @property
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Whether it can serve, and what to say about it."""
         if self._failure is not None:

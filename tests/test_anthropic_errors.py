@@ -8,6 +8,7 @@ from claude_requests import Object
 from errors import APIError
 from providers.anthropic_response import StreamMapper
 from providers.upstream_errors import error_of, redact
+from server.error_formats import OPENAI
 
 
 def body_of(kind: str, message: str = "m", **more: Any) -> Object:
@@ -41,7 +42,7 @@ def test_errors_have_counterparts(
     assert (fault.status, fault.type, fault.code, fault.is_passing) == (expected, kind, code, retryable)
     assert "claude" in fault.message and "html" not in fault.message
     assert ("ANTHROPIC_API_KEY" in fault.message) == (status in (401, 403))
-    assert fault.body()["error"]["type"] == kind
+    assert OPENAI.body(fault)["error"]["type"] == kind
 
 
 def test_a_prompt_that_is_too_long_is_told_apart() -> None:

@@ -24,6 +24,7 @@ from claude_requests import (
 
 from errors import InvalidRequest
 from providers.anthropic_request import to_messages
+from server.error_formats import OPENAI
 
 
 def random_part(rng: random.Random, role: str) -> Object:
@@ -113,6 +114,6 @@ def test_malformed_requests_are_refused_and_nothing_else_happens(seed: int) -> N
     try:
         made = to_messages(body, 4096).body
     except InvalidRequest as error:
-        json.dumps(error.body(), ensure_ascii=False).encode()
+        json.dumps(OPENAI.body(error), ensure_ascii=False).encode()
         return
     json.dumps(made, ensure_ascii=False, allow_nan=False).encode()

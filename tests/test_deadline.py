@@ -47,7 +47,7 @@ def answered(seconds: float | None, *pauses: float, shutdown: Shutdown | None = 
         return {"type": "http.request", "body": b""}
 
     async def main() -> None:
-        await TimeLimit(app, seconds, shutdown or Shutdown())({"type": "http", "state": {}}, receive, send)
+        await TimeLimit(app, seconds, shutdown or Shutdown())({"type": "http", "path": "/", "state": {}}, receive, send)
 
     asyncio.run(main())
     return messages

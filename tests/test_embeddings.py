@@ -28,9 +28,10 @@ from transformers import (
     CLIPProcessor,
 )
 
+from api.routers.embeddings import vectors_to_json
 from checkpoints import packages
+from checkpoints.checkpoint import Sources
 from checkpoints.demo_models import EMBEDDING_DEMOS, PackagedFiles
-from checkpoints.sources import Sources
 from config import Settings
 from engine.embedding.embedder import (
     CHARACTERS,
@@ -54,7 +55,7 @@ from errors import (
     UpstreamUnreachable,
 )
 from schemas import Embedding, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage, RerankRequest
-from serving.embeddings import DEMO, EmbeddingModels, as_json
+from serving.embeddings import DEMO, EmbeddingModels
 
 TEXTS = [
     "I like to walk in the sun.",
@@ -923,7 +924,7 @@ def test_an_answer_is_the_same_row_by_row() -> None:
     rows = [Embedding(embedding=[0.1, -2.0], index=0), Embedding(embedding="AAAA", index=1)]
     usage = EmbeddingUsage(prompt_tokens=1, total_tokens=1)
     answer = EmbeddingResponse(data=rows, model='a"b', usage=usage)
-    assert json.loads(as_json(answer)) == json.loads(answer.model_dump_json())
+    assert json.loads(vectors_to_json(answer)) == json.loads(answer.model_dump_json())
 
 
 def test_the_operators_prompt_is_used_where_a_request_names_none(tmp_path: Path, tiny_encoder: Path) -> None:

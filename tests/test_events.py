@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from api.streaming import failure_event
 from errors import Overloaded
 from server.deadline import Deadline
+from server.error_formats import OPENAI
 from server.events import EventStream, await_first
 
 
@@ -27,7 +27,7 @@ def test_a_silent_stream_gets_comments_and_a_busy_one_none() -> None:
         async def send(message: Any) -> None:
             messages.append(message)
 
-        stream = EventStream(events(pauses), failure_event, {}, silence=0.3)
+        stream = EventStream(events(pauses), OPENAI.event, {}, silence=0.3)
         state = {"deadline": Deadline(None)}
         await stream({"type": "http", "asgi": {"spec_version": "2.3"}, "state": state}, receive, send)
         assert not messages[-1].get("more_body")

@@ -25,11 +25,12 @@ from test_answer_parser import CALLS, TOOLS, read
 from upstreams import Parts
 
 import schemas
+from api.answers import ignored_fields_header
+from api.error_handlers import invalid_request_of
 from api.responses import as_chat
 from checkpoints import checkpoint, gguf_header
 from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
-from main import _ignored_fields_header, _most_precise, _param_of
 from prompt_templates import PromptTemplate, RenderOptions
 from providers import openai_compatible
 from providers.anthropic_request import to_messages
@@ -37,6 +38,7 @@ from providers.anthropic_response import StreamMapper, to_completion
 from providers.router import gateways_of
 from providers.upstream import Upstream, UpstreamConfig, events_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
+from server.error_formats import OPENAI
 from server.events import data_of, name_of
 from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
@@ -318,7 +320,7 @@ ERROR = "error message code param type details error_code status sk-abc insuffic
 def test_a_providers_error_is_told_in_our_shape(status: int, body: Any, headers: dict[str, str]) -> None:
     error = error_of(status, body, "theirs", "THEIR_KEY", headers)
     assert 400 <= error.status < 600
-    assert JSONResponse(error.body()).body
+    assert JSONResponse(OPENAI.body(error)).body
 
 
 DATES = st.datetimes().map(lambda when: when.strftime("%a, %d %b %Y %H:%M:%S GMT"))
@@ -461,11 +463,9 @@ WORDS = (
 )
 
 
-def told(error: ValidationError, body: Any) -> dict[str, Any]:
+def told(error: ValidationError, body: Any) -> APIError:
     """The problem as a client hears of it."""
-    problem = _most_precise([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()])
-    param = _param_of(problem["loc"][1:], body, problem["type"] == "missing")
-    return {"message": problem["msg"], "param": param}
+    return invalid_request_of([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()], body)
 
 
 def tried(kind: Any, body: dict[str, Any]) -> Any:
@@ -473,7 +473,7 @@ def tried(kind: Any, body: dict[str, Any]) -> Any:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        assert JSONResponse(APIError(**told(error, body)).body()).body
+        assert JSONResponse(OPENAI.body(told(error, body))).body
     return None
 
 
@@ -485,7 +485,7 @@ def test_any_value_of_any_field_is_taken_or_refused(kind: Any, data: st.DataObje
     body = {**REQUESTS[kind], **{name: data.draw(json_of(WORDS)) for name in names}}
     request = tried(kind, body)
     if request is not None:
-        assert request.refused_fields is not None and _ignored_fields_header(request) is not None
+        assert request.refused_fields is not None and ignored_fields_header(request.ignored_fields) is not None
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
@@ -493,7 +493,7 @@ def test_any_value_of_any_field_is_taken_or_refused(kind: Any, data: st.DataObje
 def test_odd_values_of_every_field_are_taken_or_refused(kind: Any, value: Any) -> None:
     for name in [*kind.model_fields, "other", "\ud800"]:
         request = tried(kind, {**REQUESTS[kind], name: value})
-        assert request is None or isinstance(_ignored_fields_header(request), dict)
+        assert request is None or isinstance(ignored_fields_header(request.ignored_fields), dict)
 
 
 @examples(80)
@@ -555,7 +555,7 @@ def test_what_an_answer_must_look_like_is_a_grammar_or_refused(
     try:
         assert structure_of(request, tool_set_of(request), style, literals) is not False
     except APIError as error:
-        assert error.status == 400 and JSONResponse(error.body()).body
+        assert error.status == 400 and JSONResponse(OPENAI.body(error)).body
 
 
 # --- messages

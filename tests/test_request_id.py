@@ -29,7 +29,7 @@ def call(app: object, **headers: str) -> list[Message]:
         return {"type": "http.disconnect"}
 
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(RequestId(app)({"type": "http", "headers": raw}, receive, send))
+    asyncio.run(RequestId(app)({"type": "http", "path": "/", "headers": raw}, receive, send))
     return sent
 
 

@@ -1,0 +1,1 @@
+"""The endpoints, one file per group. `api/endpoints.py` finds each file here that has a `router`."""

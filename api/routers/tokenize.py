@@ -1,0 +1,22 @@
+"""POST /tokenize and /detokenize."""
+
+from fastapi import Response
+
+from api.answers import ignored_fields_header
+from api.routing import ERRORS, RootRouter
+from api.services import UsesServices
+from schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+
+router = RootRouter(responses=ERRORS)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, response: Response, services: UsesServices) -> TokenizeResponse:
+    response.headers.update(ignored_fields_header(body.ignored_fields))
+    return await services.local.tokenize(body)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, response: Response, services: UsesServices) -> DetokenizeResponse:
+    response.headers.update(ignored_fields_header(body.ignored_fields))
+    return await services.local.detokenize(body)

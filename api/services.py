@@ -1,0 +1,68 @@
+"""Services: the models, providers and metrics of an app, in one typed object that its endpoints use."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Request
+
+from config import Settings
+from providers.router import Router
+from serving.embeddings import EmbeddingModels
+from serving.hub import HubModels
+from serving.loading import LoadModel
+from serving.local import LocalModel
+from telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Services:
+    """An endpoint gets it as its argument `services: UsesServices`."""
+
+    settings: Settings
+    metrics: Metrics
+    local: LocalModel
+    hub: HubModels
+    embeddings: EmbeddingModels
+    router: Router
+
+    @classmethod
+    def of(cls, settings: Settings, on_failure: Callable[[str], None], load: LoadModel) -> "Services":
+        """Makes them; `start` then begins to load models. `on_failure` and `load` are those of LocalModel."""
+        metrics = Metrics()
+        local, embeddings = LocalModel(settings, on_failure, load, metrics), EmbeddingModels(settings)
+        hub = HubModels(settings, load, metrics=metrics)
+        metrics.watch(lambda: (*local.engines, *hub.engines))
+        return cls(
+            settings=settings,
+            metrics=metrics,
+            local=local,
+            hub=hub,
+            embeddings=embeddings,
+            router=Router(settings, lambda name: local.serves(name) or embeddings.is_own(name)),
+        )
+
+    def start(self) -> None:
+        self.local.start()
+        self.embeddings.start()
+
+    async def close_models(self, timeout: float) -> None:
+        """Refuses new requests and gives those in progress `timeout` seconds to finish."""
+        await asyncio.gather(*(models.close(timeout) for models in (self.local, self.embeddings, self.hub)))
+
+    async def text_model(self, name: str) -> LocalModel:
+        """Finds the model here that answers: a model of the Hub by its name, or the main one. Raises APIError."""
+        return await self.hub.provider(name) if self.hub.serves(name) and not self.local.serves(name) else self.local
+
+
+def services_of(app: FastAPI) -> Services:
+    services: Services = app.state.services
+    return services
+
+
+async def _of_request(request: Request) -> Services:
+    return services_of(request.app)
+
+
+UsesServices = Annotated[Services, Depends(_of_request)]

@@ -1,0 +1,38 @@
+"""Error formats: how the protocol of an endpoint writes an error, chosen by the path of the request.
+
+Whoever answers with an error asks `error_format` first, also before there is an endpoint or a body.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from errors import APIError
+
+
+@dataclass(frozen=True)
+class ErrorFormat:
+    body: Callable[[APIError], dict[str, Any]]  # the JSON of a response
+    event: Callable[[APIError], bytes]  # the last server-sent event of a stream
+
+
+def _openai_body(error: APIError) -> dict[str, Any]:
+    """The `Error` schema of the OpenAI OpenAPI document, in which all four fields are required."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def _openai_event(error: APIError) -> bytes:
+    return b"data: " + json.dumps(_openai_body(error)).encode() + b"\n\n"
+
+
+OPENAI = ErrorFormat(body=_openai_body, event=_openai_event)
+
+# Beginning of the path below /v1 -> format; the first row that fits is taken, so the default comes last
+FORMATS = (("", OPENAI),)
+
+
+def error_format(path: str) -> ErrorFormat:
+    """Finds the format for a request's path, which may be empty as long as it is not known."""
+    below = path.removeprefix("/v1")
+    return next(format for prefix, format in FORMATS if below.startswith(prefix))
