@@ -6,7 +6,6 @@ import logging
 import time
 import traceback
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,7 +98,7 @@ class Engine:
         self.max_queued_tokens = options.max_queued_tokens
         self.on_failure: Callable[[], object] = lambda: None  # called on the event loop when the thread has ended so
         self.failure: BaseException | None = None  # set once, when the worker thread has ended by an error
-        self._live: set[Sequence] = set()  # generate() calls under way
+        self._live: set[Sequence] = set()  # those of stream() calls that have not ended
         self._is_closing = False
         self._step_began: float | None = None  # of the one under way
         self.stalled_after = STALLED
@@ -151,20 +150,6 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._worker.start()
 
-    async def generate(
-        self,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        priority: int = 0,
-        images: tuple[Image, ...] = (),
-        client: str = "",
-    ) -> AsyncGenerator[TokenOutput]:
-        """The answer, token by token, as `stream` gives it."""
-        async with aclosing(self.stream(prompt_ids, params, priority, images, client)) as lists:
-            async for outputs in lists:
-                for output in outputs:
-                    yield output
-
     async def stream(
         self,
         prompt_ids: list[int],
@@ -205,7 +190,7 @@ class Engine:
         self._worker.post(command)
 
     def check_open(self, num_sequences: int, client: str = "") -> None:
-        """Raises what `generate` would raise for one of so many sequences, before any of them begins."""
+        """Raises what `stream` would raise for `num_sequences` more of them, before the first begins."""
         if self.failure is not None:
             raise Unavailable("The engine stopped after an error; try again later.", retry_after=30)
         if self._is_closing:

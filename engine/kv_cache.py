@@ -77,11 +77,6 @@ class KVCache:
         self.pools = [BlockPool(group.num_blocks) for group in plan.groups]
 
     @property
-    def num_free_blocks(self) -> int:
-        """Of the scarcest group."""
-        return min(pool.num_free for pool in self.pools)
-
-    @property
     def num_used_blocks(self) -> int:
         return sum(pool.num_held for pool in self.pools)
 

@@ -1,6 +1,8 @@
 """Tiny random models of each family, with the same weights in every test."""
 
 import copy
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 import torch
@@ -26,6 +28,9 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from engine.attention import paged
+from engine.engine import Engine
+from engine.sampling_params import SamplingParams
+from engine.sequence import TokenOutput
 
 VOCAB = 199
 _COMMON = {
@@ -71,6 +76,16 @@ def tiny_model(family: str, implementation: str = paged.NAME, **changes: object)
     model = model_class(config)
     model.set_attn_implementation(implementation)
     return model.eval()
+
+
+async def generate(
+    engine: Engine, prompt_ids: list[int], params: SamplingParams, client: str = ""
+) -> AsyncGenerator[TokenOutput]:
+    """The outputs of `Engine.stream`, one by one."""
+    async with aclosing(engine.stream(prompt_ids, params, client=client)) as lists:
+        async for outputs in lists:
+            for output in outputs:
+                yield output
 
 
 CHATML = (

@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from models import FAMILIES, VOCAB, tiny_model
+from models import FAMILIES, VOCAB, generate, tiny_model
 
 from engine.async_runner import AsyncRunner
 from engine.attention import flash
@@ -50,7 +50,7 @@ def answers(engine: Engine, count: int, delay: float) -> list[list[int | None]]:
     async def ask(number: int, prompt: list[int], params: SamplingParams) -> list[int | None]:
         await asyncio.sleep(delay * number)
         tokens: list[int | None] = []
-        async for output in engine.generate(prompt, params):
+        async for output in generate(engine, prompt, params):
             tokens.append(output.token_id)
             if number % 3 == 2 and len(tokens) == 7:
                 break
@@ -97,7 +97,7 @@ def test_one_stream_alone_is_guessed_to_its_end() -> None:
 
     async def main() -> int:
         engine.start()
-        tokens = [output async for output in engine.generate([1, 2, 3], params)]
+        tokens = [output async for output in generate(engine, [1, 2, 3], params)]
         await engine.close()
         return len(tokens)
 

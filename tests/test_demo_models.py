@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_genuine_prompts
 import torch
+from models import generate
 from openai import OpenAI
 from process import Server
 from test_gguf_tokenizers import TEXTS
@@ -66,7 +67,7 @@ async def engine_tokens(model: Any, options: EngineOptions, prompts: list[list[i
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
 
     async def one(prompt: list[int]) -> list[int]:
-        return [output.token_id async for output in engine.generate(prompt, params) if output.token_id is not None]
+        return [output.token_id async for output in generate(engine, prompt, params) if output.token_id is not None]
 
     try:
         return await asyncio.gather(*map(one, prompts))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, VOCAB, tiny_model
+from models import FAMILIES, VOCAB, generate, tiny_model
 
 from engine.attention.paged import PrefillChunk
 from engine.batch import Batch
@@ -46,7 +46,7 @@ def greedy(num_tokens: int = NUM_TOKENS) -> SamplingParams:
 
 async def answer(engine: Engine, prompt: list[int], params: SamplingParams, delay: float = 0) -> list[int]:
     await asyncio.sleep(delay)
-    return [output.token_id async for output in engine.generate(prompt, params) if output.token_id is not None]
+    return [output.token_id async for output in generate(engine, prompt, params) if output.token_id is not None]
 
 
 def run(engine: Engine, use: Callable[[Engine], Coroutine[Any, Any, Any]]) -> Any:
@@ -113,7 +113,7 @@ def test_the_scores_of_prompts_are_those_of_the_model_also_after_a_preemption(fa
 
     async def use(engine: Engine) -> list[tuple[SampledToken, ...]]:
         async def scores(prompt: list[int]) -> tuple[SampledToken, ...]:
-            return [output.prompt async for output in engine.generate(prompt, params)][0]
+            return [output.prompt async for output in generate(engine, prompt, params)][0]
 
         return await asyncio.gather(*(scores(prompt) for prompt in requests))
 
@@ -144,7 +144,7 @@ def test_a_beginning_that_was_computed_before_gives_the_tokens_of_generate(famil
 
     async def use(engine: Engine) -> list[list[int]]:
         async def one(prompt: list[int]) -> list[int]:
-            outputs = [output async for output in engine.generate(prompt, greedy(16))]
+            outputs = [output async for output in generate(engine, prompt, greedy(16))]
             reused.append(outputs[0].num_cached_tokens)
             return [output.token_id for output in outputs if output.token_id is not None]
 
@@ -211,7 +211,7 @@ def test_an_answer_ends_with_its_end_of_sequence_token_or_its_limit() -> None:
     length = expected.index(eos)
 
     async def use(engine: Engine) -> list[Any]:
-        return [[o async for o in engine.generate(prompt, params)] for params in (greedy(), ignoring, greedy(length))]
+        return [[o async for o in generate(engine, prompt, params)] for params in (greedy(), ignoring, greedy(length))]
 
     ignoring = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
     stopped, ignored, limited = run(engine_of("qwen3", eos=frozenset([eos])), use)
@@ -228,7 +228,7 @@ def test_an_answer_ends_where_the_context_does() -> None:
 
 def test_leaving_the_iterator_frees_the_sequence_within_a_step() -> None:
     async def use(engine: Engine) -> None:
-        leavers = [engine.generate(prompt, greedy(300)) for prompt in prompts(16)]
+        leavers = [generate(engine, prompt, greedy(300)) for prompt in prompts(16)]
         for leaver in leavers:
             await anext(leaver)
         stay = asyncio.create_task(answer(engine, prompts(1)[0], greedy()))
@@ -302,7 +302,7 @@ def test_what_may_run_and_wait_is_bounded() -> None:
 def test_a_client_that_fills_the_queue_leaves_room_for_another() -> None:
     async def use(engine: Engine) -> None:
         def ask(client: str) -> asyncio.Task[list[TokenOutput]]:
-            stream = engine.generate([5] * 8, greedy(20), client=client)
+            stream = generate(engine, [5] * 8, greedy(20), client=client)
             return asyncio.create_task(collected(stream))
 
         greedy_ones = [ask("a") for _ in range(20)]

@@ -19,6 +19,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from models import generate
 from process import ROOT, Server, serve
 from test_engine import SMALL_STEPS, answer, engine_of, greedy, prompts, reference, run
 
@@ -177,7 +178,7 @@ def test_whatever_fails_every_request_has_one_outcome_and_nothing_is_left(seed: 
         await asyncio.sleep(delay)
         if not leaves:
             return await answer(engine, prompt, greedy(num_tokens))
-        stream = engine.generate(prompt, greedy(num_tokens))
+        stream = generate(engine, prompt, greedy(num_tokens))
         try:
             await anext(stream)
         finally:

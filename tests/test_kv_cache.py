@@ -79,9 +79,9 @@ def test_a_sliding_group_keeps_its_window_and_no_more() -> None:
 
 def test_a_failed_allocation_takes_nothing() -> None:
     cache = KVCache(CachePlan.fit(specs(None), 16 * 2 * 16 * 4, 4, 8, 16), specs(None))
-    free = cache.num_free_blocks
+    free = cache.pools[0].num_free
     assert not cache.allocate(sequence(1), 10_000)
-    assert cache.num_free_blocks == free
+    assert cache.pools[0].num_free == free
 
 
 def numbered(num_tokens: int, first: int = 0, shared: int = 0) -> Sequence:

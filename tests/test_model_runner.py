@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCAB
+from models import VOCAB, generate
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -103,7 +103,7 @@ async def answers(model: PreTrainedModel, options: EngineOptions, prompts: list[
 
     async def one(prompt: list[int]) -> list[int]:
         params = SamplingParams(max_tokens=20, temperature=0)
-        return [output.token_id async for output in engine.generate(prompt, params) if output.token_id is not None]
+        return [output.token_id async for output in generate(engine, prompt, params) if output.token_id is not None]
 
     try:
         return await asyncio.gather(*map(one, prompts))

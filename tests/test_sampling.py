@@ -30,7 +30,7 @@ PARAMS = [
 
 
 def draw(logits: torch.Tensor, rows: list[Sequence]) -> list[int | None]:
-    return [token and token.token_id for token in Sampler().sample(logits.clone(), rows)]
+    return [token and token.token_id for token in Sampler().choose(logits.clone(), rows).read()]
 
 
 def sequence(params: SamplingParams, prompt: list[int], output: list[int] | None = None) -> Sequence:
@@ -158,7 +158,7 @@ def test_no_end_before_min_tokens(temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0, 50.0]] * 2)
     params = SamplingParams(max_tokens=9, temperature=temperature, min_tokens=2)
     rows = [sequence(params, [0], output) for output in ([0], [0, 0])]
-    early, late = Sampler(eos_token_ids=[2]).sample(logits, rows)
+    early, late = Sampler(eos_token_ids=[2]).choose(logits, rows).read()
     assert early is not None and early.token_id != 2 and late is not None and late.token_id == 2
 
 
@@ -167,7 +167,7 @@ def test_log_probabilities_are_the_models_own_whatever_is_drawn() -> None:
     logits = torch.randn(3, 40)
     params = SamplingParams(max_tokens=9, temperature=1.5, logit_bias={7: 100.0}, num_logprobs=4, frequency_penalty=2)
     rows = [sequence(params, [0], [1, 1]), sequence(replace(params, num_logprobs=0), [0]), sequence(PARAMS[0], [0])]
-    full, chosen_only, none = Sampler().sample(logits.clone(), rows)
+    full, chosen_only, none = Sampler().choose(logits.clone(), rows).read()
     expected = logits.log_softmax(-1)
     assert full is not None and full.token_id == 7 and full.logprob == pytest.approx(float(expected[0, 7]))
     assert [token for token, _ in full.top_logprobs] == expected[0].topk(4).indices.tolist()
@@ -192,7 +192,7 @@ def test_kernels_draw_what_torch_draws(vocab: int, spread: float) -> None:
         logits[:, ::7] = -torch.inf
         params = [SamplingParams(**{"max_tokens": 9, "temperature": 1.0, "seed": seed, **kind}) for kind in kinds]
         rows = [Sequence([1], own, lambda output: None) for own in params]
-        actual = [token.token_id for token in Sampler().sample(logits.clone(), rows) if token]
+        actual = [token.token_id for token in Sampler().choose(logits.clone(), rows).read() if token]
         expected = Sampler()._sample(logits, rows).tolist()
         same += sum(a == b for a, b in zip(actual, expected, strict=True))
         number += len(rows)

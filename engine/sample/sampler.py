@@ -42,14 +42,11 @@ class Sampler:
     def __init__(self, eos_token_ids: Iterable[int] = ()) -> None:
         self._eos_token_ids = sorted(eos_token_ids)
 
-    def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[SampledToken | None]:
-        """logits: (rows, vocab), one row per sequence. None stands for a row without a finite maximum."""
-        return self.choose(logits, sequences).read()
-
     def choose(
         self, logits: torch.Tensor, sequences: Rows[Sequence], masks: GrammarBitmasks | None = None
     ) -> SamplerOutput:
-        """As `sample`, without waiting for the device. masks: the rows', if they are under way already."""
+        """Chooses without waiting for the device. logits: (rows, vocab), one row per sequence; masks: the grammars'
+        bitmasks of these rows, if they are being computed already."""
         raw = logits.float()
         reports_raw = any(sequence.params.num_logprobs is not None for sequence in sequences)
         logits = raw.clone() if reports_raw else raw

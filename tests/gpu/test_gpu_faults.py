@@ -48,8 +48,9 @@ import asyncio, sys
 sys.path[:0] = ["tests", "tests/gpu"]
 import torch
 from gpu_engines import engine_of, runner_of
+from models import generate
 from engine.engine import EngineOptions
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from errors import EngineFailure, Unavailable
 
 device = torch.device("cuda")
@@ -61,14 +62,14 @@ async def main():
     engine.on_failure = told.set
     engine.start()
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    assert len([output async for output in engine.generate([1, 2, 3], params)]) >= 4
+    assert len([output async for output in generate(engine, [1, 2, 3], params)]) >= 4
     compute = runner._compute
     def broken(*arguments):
         torch.zeros(4, device=device)[torch.tensor([99], device=device)]  # stops all kernels of this process
         return compute(*arguments)
     runner._compute, runner._graphs = broken, None
     try:
-        [output async for output in engine.generate([4, 5, 6], params)]
+        [output async for output in generate(engine, [4, 5, 6], params)]
     except EngineFailure:
         print("told")
     await asyncio.wait_for(told.wait(), 20)
