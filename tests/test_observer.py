@@ -259,7 +259,8 @@ TRACING = """
 import os, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
-import tracing, main
+import main
+from telemetry import tracing
 from config import Settings
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
