@@ -42,7 +42,7 @@ async def stream_or_whole(
     """Sends the chunks as server-sent events if the body asks for a stream, else what `collect` makes of them."""
     if not body.stream:
         return await whole(request, body, collect(chunks))
-    deadline_of(request).shorten(body.timeout)
+    deadline_of(request.scope).shorten(body.timeout)
     items = await unless_client_leaves(request, await_first(chunks))
     if items is None:
         return Response(status_code=CLIENT_GONE)
@@ -70,7 +70,7 @@ async def whole(
 
     The JSON of many rows, such as vectors, takes a while and is made in a thread.
     """
-    deadline_of(request).shorten(body.timeout)
+    deadline_of(request.scope).shorten(body.timeout)
     answer = await unless_client_leaves(request, work)
     if answer is None:
         return Response(status_code=CLIENT_GONE)

@@ -118,7 +118,7 @@ async def _relayed(
     name, gateway, model = route
     record = request_record.current()
     record.provider, record.model = name, model
-    deadline_of(request).shorten(_seconds(body.pop("timeout", None)))
+    deadline_of(request.scope).shorten(_seconds(body.pop("timeout", None)))
     relayed = await unless_client_leaves(request, gateway.answer(path, body))
     if relayed is None:
         return Response(status_code=CLIENT_GONE)

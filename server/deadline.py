@@ -6,7 +6,6 @@ Pure ASGI, around all that reads a request and makes its answer, here or at a pr
 import asyncio
 from collections.abc import Callable
 
-from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import APIError, RequestTimeout, Unavailable
@@ -45,9 +44,9 @@ class Deadline:
         )
 
 
-def deadline_of(connection: HTTPConnection) -> Deadline:
-    """The deadline of a request; TimeLimit has set it."""
-    deadline: Deadline = connection.state.deadline
+def deadline_of(scope: Scope) -> Deadline:
+    """Finds the deadline that TimeLimit has given to a request."""
+    deadline: Deadline = scope["state"]["deadline"]
     return deadline
 
 
@@ -81,7 +80,7 @@ class TimeLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        deadline = scope["state"]["deadline"] = Deadline(self._seconds)
+        deadline = scope.setdefault("state", {})["deadline"] = Deadline(self._seconds)
         last: Message | None = None
 
         async def send_and_note(message: Message) -> None:

@@ -37,7 +37,7 @@ class TooSlow(InvalidRequest):
     code = "request_timeout"
 
 
-class Protocol(HttpToolsProtocol):
+class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection, and one request at a time: what comes behind it waits until it is answered, unread.
 
     `with_bounds` makes the class for uvicorn.
@@ -287,5 +287,6 @@ def _response(error: APIError, path: str) -> bytes:
     return head.encode() + body
 
 
-def with_bounds(settings: Settings) -> type[Protocol]:
-    return type("BoundedProtocol", (Protocol,), {"bounds": settings})
+def with_bounds(settings: Settings) -> type[BoundedHttpProtocol]:
+    """Makes the class of protocol that uvicorn is given, with the bounds of these settings."""
+    return type("Protocol", (BoundedHttpProtocol,), {"bounds": settings})

@@ -24,8 +24,7 @@ class Observer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        seen = RequestRecord(request_id=scope["state"]["request_id"])
-        request_record.begin(seen)
+        seen = request_record.current()
         status = 500  # of what ends without an answer
         span = None if self._span is None else self._span()
         tracing.hide_query(span)

@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import APIError
 from server.asgi_errors import send_error
+from telemetry import request_record
+from telemetry.request_record import RequestRecord
 
 log = logging.getLogger(__name__)
 VALID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # what a client may choose: nothing that forges logs or headers
@@ -29,7 +31,7 @@ class RequestId:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         is_fine = VALID.fullmatch(given) and not any(secret in given for secret in self._secrets)
         request_id = given if is_fine else f"req_{uuid4().hex}".encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        request_record.begin(RequestRecord(request_id=request_id.decode()))
         has_begun = False
 
         async def send_with_id(message: Message) -> None:

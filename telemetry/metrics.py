@@ -96,7 +96,9 @@ class Metrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Time to the first token", FIRST_TOKEN, label
         )
-        self._between = self._histogram("inter_token_latency_seconds", "Time between tokens", BETWEEN_TOKENS, label)
+        self._between_tokens = self._histogram(
+            "inter_token_latency_seconds", "Time between tokens", BETWEEN_TOKENS, label
+        )
         self._whole = self._histogram("e2e_request_latency_seconds", "Duration of whole requests", WHOLE, label)
         self._queue = self._histogram("request_queue_time_seconds", "Time in the queue", FIRST_TOKEN, label)
         self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS, label)
@@ -114,18 +116,18 @@ class Metrics:
         """model: one that is served here, never what a client wrote."""
         if model not in self._models:
             self._models[model] = ModelMetrics(
-                self._prompt_tokens.labels(model),
-                self._generation_tokens.labels(model),
-                self._prefix_queries.labels(model),
-                self._prefix_hits.labels(model),
-                self._aborts.labels(model),
-                self._first_token.labels(model),
-                self._between.labels(model),
-                self._whole.labels(model),
-                self._queue.labels(model),
-                self._prompt_length.labels(model),
-                self._answer_length.labels(model),
-                lambda reason: self._success.labels(model, reason),
+                prompt_tokens=self._prompt_tokens.labels(model),
+                generation_tokens=self._generation_tokens.labels(model),
+                prefix_queries=self._prefix_queries.labels(model),
+                prefix_hits=self._prefix_hits.labels(model),
+                aborts=self._aborts.labels(model),
+                first_token=self._first_token.labels(model),
+                between_tokens=self._between_tokens.labels(model),
+                whole=self._whole.labels(model),
+                queue=self._queue.labels(model),
+                prompt_length=self._prompt_length.labels(model),
+                answer_length=self._answer_length.labels(model),
+                success=lambda reason: self._success.labels(model, reason),
             )
         return self._models[model]
 
