@@ -1,56 +1,116 @@
-"""Chat completions: what an answer must look like, how it is read, and the chunks that its pieces become."""
+"""Chat completions: the plan of a request, what its answer must look like, and the chunks that its deltas become."""
 
-import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
-from errors import InvalidRequest, unsupported
 from prompt_templates import PromptTemplate
-from schemas import ChoiceLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
-from serving.generation import OutputDelta
+from schemas import ChatCompletionRequest, ChoiceLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
+from serving.admission import check_num_answers, check_request
+from serving.chat_renderer import ChatRenderer, is_background_task
+from serving.constraints import constraint_of
+from serving.generation import GenerationRequest, OutputDelta, generate
 from serving.loading import LoadedModel
+from serving.sampling import sampling_params
 from text.answer_parser import CallDelta, ContentDelta, ParserOptions
 from text.logprobs import TokenTexts
-from text.structured_output import Structure
-from text.tools import ToolSet
+from text.structured_output import is_structured
+from text.tools import ToolSet, tool_set_of
 
 if TYPE_CHECKING:
     from engine.constraint import Constraint
-    from engine.sample.grammar import GrammarCompiler
     from engine.sampling_params import ThoughtTokens
 
 State = Literal["open", "closed", "unsaid"]
-NOTHING = ContentDelta()  # log-probabilities alone
+LOGPROBS_ALONE = ContentDelta()
+BACKGROUND = 1  # the priority of tasks that no one waits for, such as chat titles
 
 
-def reading_of(
-    template: PromptTemplate, box: ToolSet | None, state: State, is_structured: bool, constraint: "Constraint | None"
+@dataclass(frozen=True)
+class ChatPlan:
+    """Everything about a chat that is known before the engine is asked."""
+
+    request: GenerationRequest
+    num_choices: int
+    shows_logprobs: bool
+    has_content: bool  # False: calls are forced, so that the answer consists of them
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        return [len(self.request.prompt_ids)]
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.num_choices
+
+    @property
+    def computed_per_prompt(self) -> int:
+        return self.num_choices
+
+    def sources(self, loaded: LoadedModel) -> list[AsyncGenerator[OutputDelta]]:
+        return [generate(loaded, index, self.request.of_choice(index)) for index in range(self.num_choices)]
+
+    def reader(self, texts: TokenTexts) -> Callable[[OutputDelta, bool], Iterator[ChunkChoice]]:
+        chunks = [ChoiceChunks(index, self, texts) for index in range(self.num_choices)]
+        return lambda delta, is_first: chunks[delta.index].of(delta, is_first)
+
+
+async def plan_chat(request: ChatCompletionRequest, loaded: LoadedModel, renderer: ChatRenderer) -> ChatPlan:
+    """Checks the request, renders its prompt and compiles what its answer must look like. Raises APIError."""
+    num_choices, template = request.n or 1, loaded.template
+    check_num_answers(loaded.engine, num_choices, "n")
+    tools = tool_set_of(request)
+    prompt_ids, images = await renderer.render(loaded, request, tools)
+    check_request(loaded.engine, request, prompt_ids, "messages")
+    reasoning = ReasoningState(template.thinking(prompt_ids), request.thinking_token_budget)
+    constraint = reasoning.before(await constraint_of(loaded, request, tools), loaded)
+    params = sampling_params(loaded, request, len(prompt_ids), grammar=constraint, thoughts=reasoning.tokens(template))
+    generation = GenerationRequest(
+        prompt_ids=prompt_ids,
+        params=params,
+        stop=with_marks(request.stop_strings, template.marks),
+        priority=BACKGROUND if is_background_task(request) else 0,
+        images=images,
+        parser_options=parser_options_of(template, tools, reasoning.state, is_structured(request), constraint),
+    )
+    return ChatPlan(
+        request=generation,
+        num_choices=num_choices,
+        shows_logprobs=request.num_logprobs is not None,
+        has_content=tools is None or not tools.is_required,
+    )
+
+
+def parser_options_of(
+    template: PromptTemplate, tools: ToolSet | None, state: State, is_structured: bool, constraint: "Constraint | None"
 ) -> ParserOptions:
-    """state: of the thinking, at the prompt's end; is_structured: the answer may be JSON of another kind; constraint:
-    what the answer must look like."""
+    """Says how the parser reads an answer.
+
+    state: of the reasoning, at the prompt's end; is_structured: the answer may be JSON that is not a call; constraint:
+    what the answer must look like.
+    """
     marks = template.marks
     think = None if template.think is None else (marks[template.think[0]], marks[template.think[1]])
-    reading = ParserOptions(
+    options = ParserOptions(
         think=think, is_thinking=state == "open", marks={character: mark for mark, character in marks.items()}
     )
-    if box is None:
-        return reading
+    if tools is None:
+        return options
     return replace(
-        reading,
-        tools=box.schemas,
+        options,
+        tools=tools.schemas,
         format=template.tool_format.marked(marks),
-        is_parallel=box.is_parallel,
-        is_forced=box.is_required,
-        is_strict=box.is_strict,
+        is_parallel=tools.is_parallel,
+        is_forced=tools.is_required,
+        is_strict=tools.is_strict,
         is_guarded=_guards_marks(constraint, template),
         is_structured=is_structured,
     )
 
 
 def _guards_marks(constraint: "Constraint | None", template: PromptTemplate) -> bool:
-    """Whether a grammar holds behind the mark of a call, which only a token can set off."""
+    """Whether a grammar keeps calls valid: it starts at the token that begins a call."""
     from engine.sample.thinking import Thinking
 
     answer = constraint.answer if isinstance(constraint, Thinking) else constraint
@@ -58,63 +118,34 @@ def _guards_marks(constraint: "Constraint | None", template: PromptTemplate) -> 
 
 
 def with_marks(stops: list[str], marks: Mapping[str, str]) -> list[str]:
-    """Stop strings also as text looks in which marks are characters of their own."""
-    others = []
+    """Returns the stop strings, and those that name a mark also with the character that stands for it in the text."""
+    marked = []
     for stop in stops:
         for mark, character in marks.items():
             stop = stop.replace(mark, character)
-        others.append(stop)
-    return list(dict.fromkeys([*stops, *others]))
-
-
-async def compiled(loaded: LoadedModel, structure: Structure, is_parallel: bool) -> "Constraint | None":
-    """Raises InvalidRequest, which names the field."""
-    from engine.sample.grammar import TriggeredGrammar
-
-    if loaded.grammars is None:
-        if structure.is_needed:
-            raise unsupported(next(iter(structure.fields)))
-        return None
-    trigger = None if structure.trigger is None else loaded.template.token_id(structure.trigger)
-    try:
-        grammar = await asyncio.to_thread(loaded.grammars.compile, structure.text)
-    except ValueError as error:
-        if not structure.is_needed:
-            return None
-        field = await asyncio.to_thread(_wrong_field, loaded.grammars, structure)
-        raise InvalidRequest(f"{field}: {error}", param=field, code="invalid_value") from error
-    return grammar if trigger is None else TriggeredGrammar(grammar, trigger, is_parallel)
-
-
-def _wrong_field(grammars: "GrammarCompiler", structure: Structure) -> str:
-    """The first field whose part of the grammar is wrong by itself."""
-    for field, text in structure.fields.items():
-        try:
-            grammars.compile(text)
-        except ValueError:
-            return field
-    return next(iter(structure.fields))
+        marked.append(stop)
+    return list(dict.fromkeys([*stops, *marked]))
 
 
 @dataclass(frozen=True)
 class ReasoningState:
-    """Of a chat's answer."""
+    """Whether an answer begins with reasoning, and how long that may be."""
 
     state: State  # at the prompt's end
     budget: int | None  # tokens
 
     def tokens(self, template: PromptTemplate) -> "ThoughtTokens | None":
-        """Those around them; None if there are none."""
+        """The tokens around the reasoning; None if the answer has none."""
         from engine.sampling_params import ThoughtTokens
 
         if self.state == "closed" or template.think is None:
             return None
         begin, end = (template.token_id(mark) for mark in template.think)
         assert begin is not None and end is not None
-        return ThoughtTokens(begin, end, self.state == "open")
+        return ThoughtTokens(begin=begin, end=end, is_open=self.state == "open")
 
     def before(self, answer: "Constraint | None", loaded: LoadedModel) -> "Constraint | None":
-        """What an answer must look like holds from the end of the thoughts on."""
+        """Returns the constraint of the whole output: reasoning within its budget, then the answer."""
         from engine.sample.grammar import TriggeredGrammar
         from engine.sample.thinking import Thinking
 
@@ -123,13 +154,13 @@ class ReasoningState:
         if tokens is None or (answer is None and self.budget is None):
             return answer
         thinking = Thinking(
-            tokens.begin,
-            tokens.end,
-            (*template.encode("\n"), tokens.end, *template.encode("\n\n")),
-            tokens.is_open,
-            loaded.engine.num_embeddings,
-            self.budget,
-            answer,
+            begin=tokens.begin,
+            end=tokens.end,
+            closing=(*template.encode("\n"), tokens.end, *template.encode("\n\n")),
+            is_open=tokens.is_open,
+            num_tokens=loaded.engine.num_embeddings,
+            budget=self.budget,
+            answer=answer,
         )
         if answer is None or isinstance(answer, TriggeredGrammar):
             return thinking
@@ -138,27 +169,25 @@ class ReasoningState:
 
 
 class ChoiceChunks:
-    """One choice's pieces as parts of chunks."""
+    """Turns the deltas of one choice into the choices of chunks."""
 
-    def __init__(self, index: int, shows_logprobs: bool, texts: TokenTexts, is_call: bool) -> None:
-        """is_call: the answer has no content, since calls are forced."""
-        self._index, self._shows_logprobs, self._texts = index, shows_logprobs, texts
-        self._nothing = Delta(content=None if is_call else "")
-        self._first = self._nothing.model_copy(update={"role": "assistant"})
+    def __init__(self, index: int, plan: ChatPlan, texts: TokenTexts) -> None:
+        self._index, self._shows_logprobs, self._texts = index, plan.shows_logprobs, texts
+        self._empty = Delta(content="" if plan.has_content else None)
+        self._first = self._empty.model_copy(update={"role": "assistant"})
 
-    def of(self, piece: OutputDelta, is_first: bool) -> Iterator[ChunkChoice]:
-        """The role once, what was said, and the finish reason with an empty delta."""
+    def of(self, delta: OutputDelta, is_first: bool) -> Iterator[ChunkChoice]:
+        """Yields the role once, then what is new; the finish reason comes last, with an empty delta."""
         if is_first:
             none_yet = ChoiceLogprobs(content=[]) if self._shows_logprobs else None
             yield ChunkChoice(index=self._index, delta=self._first, logprobs=none_yet)
-        logprobs = self._texts.chat(piece.tokens) if self._shows_logprobs and piece.tokens else None
-        parts = piece.parts or ((NOTHING,) if logprobs else ())
+        logprobs = self._texts.chat(delta.tokens) if self._shows_logprobs and delta.tokens else None
+        parts = delta.parts or ((LOGPROBS_ALONE,) if logprobs else ())
         for number, part in enumerate(parts):
-            own = logprobs if number == 0 else None
-            delta = self._nothing if part is NOTHING else _delta(part)
-            yield ChunkChoice(index=self._index, delta=delta, logprobs=own)
-        if piece.finish_reason:
-            yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=piece.finish_reason)
+            shown = self._empty if part is LOGPROBS_ALONE else _delta(part)
+            yield ChunkChoice(index=self._index, delta=shown, logprobs=logprobs if number == 0 else None)
+        if delta.finish_reason:
+            yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=delta.finish_reason)
 
 
 def _delta(part: ContentDelta) -> Delta:

@@ -22,7 +22,7 @@ from engine.constraint import Constraint
 from engine.sample.grammar import Grammar, GrammarCompiler
 from prompt_templates import PromptTemplate
 from schemas import ChatCompletionRequest
-from serving.chat import reading_of
+from serving.chat import parser_options_of
 from text.answer_parser import AnswerParser, ParserOptions
 from text.argument_schemas import fits
 from text.argument_values import argument_of
@@ -498,7 +498,7 @@ def through_tokens(
     template: PromptTemplate, text: str, state: Any = "closed", box: ToolSet = BOX, grammar: Constraint | None = None
 ) -> Answer:
     """As the server reads an answer."""
-    reading = reading_of(template, box, state, False, grammar)
+    reading = parser_options_of(template, box, state, False, grammar)
     decoder, token_ids = TextDecoder(template.marking_detokenizer), template.encode(text)
     return fold(AnswerParser(reading), [*(decoder.put(token_id) for token_id in token_ids), decoder.end()], True)
 
@@ -572,7 +572,7 @@ def test_grammars_take_what_genuine_models_write_and_it_is_read_as_it_comes(
     box, structure, grammar = guard_of(template, TOOLS, choice)
     assert is_taken(template, structure, grammar, text)
     assert called(through_tokens(template, text, box=box, grammar=grammar)) == [("f", {"x": LONG, "n": 2})]
-    parser, parts = AnswerParser(reading_of(template, box, "closed", False, grammar)), 0
+    parser, parts = AnswerParser(parser_options_of(template, box, "closed", False, grammar)), 0
     for token_id in template.encode(text):
         parts += len(parser.put(template.marking_detokenizer.decode([token_id])))
     assert parts > 2  # it is guarded, so it need not be held

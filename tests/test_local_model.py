@@ -20,7 +20,7 @@ from errors import ModelLoading, ModelNotFound, Overloaded
 from providers.router import Router
 from schemas import ChatCompletionRequest, CompletionRequest
 from serving.chat import with_marks
-from serving.generation import GenerationRequest, OutputDelta, answer, merge
+from serving.generation import GenerationRequest, OutputDelta, generate, merge
 from serving.loading import load, sampling_defaults
 from serving.local import LocalModel
 from text.answer_parser import ParserOptions
@@ -90,7 +90,7 @@ class Groups:
     def __init__(self, groups: list[list[TokenOutput]]) -> None:
         self.groups = groups
 
-    async def stream(self, *question: Any) -> AsyncGenerator[list[TokenOutput]]:
+    async def stream(self, *request: Any) -> AsyncGenerator[list[TokenOutput]]:
         for group in self.groups:
             yield group
 
@@ -100,23 +100,23 @@ MARKS = {mark: chr(0x10FF00 + number) for number, mark in enumerate(("<think>", 
 THINKING = ParserOptions(think=(MARKS["<think>"], MARKS["</think>"]), marks={own: mark for mark, own in MARKS.items()})
 
 
-def pieces_of(groups: list[list[TokenOutput]], question: GenerationRequest) -> list[OutputDelta]:
+def deltas_of(groups: list[list[TokenOutput]], request: GenerationRequest) -> list[OutputDelta]:
     marking = MarkingDetokenizer(MARKED, {MARKED.convert_tokens_to_ids(mark): own for mark, own in MARKS.items()})
     template = SimpleNamespace(detokenizer=MARKED, marking_detokenizer=marking)
     loaded = cast(Any, SimpleNamespace(engine=Groups(groups), template=template, texts=TokenTexts(MARKED)))
 
     async def gather() -> list[OutputDelta]:
-        return [piece async for piece in answer(loaded, 0, question)]
+        return [delta async for delta in generate(loaded, 0, request)]
 
     return asyncio.run(gather())
 
 
 def answered(groups: list[list[TokenOutput]], stop: str) -> tuple[str, list[int], list[int], int]:
     """Text, tokens, their offsets, and how many were counted."""
-    pieces = pieces_of(groups, GenerationRequest([1], SamplingParams(99), [stop]))
-    tokens = [token.token_id for piece in pieces for token in piece.tokens]
-    text = "".join(piece.text for piece in pieces)
-    return text, tokens, [offset for piece in pieces for offset in piece.offsets], pieces[-1].num_tokens
+    deltas = deltas_of(groups, GenerationRequest([1], SamplingParams(99), [stop]))
+    tokens = [token.token_id for delta in deltas for token in delta.tokens]
+    text = "".join(delta.text for delta in deltas)
+    return text, tokens, [offset for delta in deltas for offset in delta.offsets], deltas[-1].num_tokens
 
 
 def outputs_of(text: str) -> list[TokenOutput]:
@@ -126,14 +126,16 @@ def outputs_of(text: str) -> list[TokenOutput]:
 
 def said(text: str, *stops: str, is_open: bool = False, min_tokens: int = 0) -> tuple[str, str, str | None]:
     """Thoughts, content and finish reason of an answer, the same however its tokens are grouped."""
-    reading, params = replace(THINKING, is_thinking=is_open), SamplingParams(99, min_tokens=min_tokens)
+    options, params = replace(THINKING, is_thinking=is_open), SamplingParams(99, min_tokens=min_tokens)
     outputs, found = outputs_of(text), set()
     for size in (1, 2, 5, len(outputs)):
         groups = [outputs[at : at + size] for at in range(0, len(outputs), size)]
-        pieces = pieces_of(groups, GenerationRequest([1], params, with_marks(list(stops), MARKS), reading=reading))
-        parts = [part for piece in pieces for part in piece.parts]
+        deltas = deltas_of(
+            groups, GenerationRequest([1], params, with_marks(list(stops), MARKS), parser_options=options)
+        )
+        parts = [part for delta in deltas for part in delta.parts]
         thoughts, content = "".join(part.reasoning for part in parts), "".join(part.content for part in parts)
-        found.add((thoughts, content, pieces[-1].finish_reason))
+        found.add((thoughts, content, deltas[-1].finish_reason))
     (one,) = found
     return one
 
@@ -224,12 +226,12 @@ def test_seeded_answers_are_independent_and_repeatable_over_choices_and_prompts(
 
 
 class Source:
-    """Yields `count` pieces, then fails if told so; knows whether it was closed."""
+    """Yields `count` deltas, then fails if told so; knows whether it was closed."""
 
     def __init__(self, index: int, count: int, fails: bool = False) -> None:
         self.index, self.count, self.fails, self.is_closed = index, count, fails, False
 
-    async def pieces(self) -> AsyncGenerator[OutputDelta]:
+    async def deltas(self) -> AsyncGenerator[OutputDelta]:
         try:
             for number in range(self.count):
                 await asyncio.sleep(0)
@@ -243,24 +245,24 @@ class Source:
 @pytest.mark.parametrize("num_sources", [1, 5])
 def test_merged_choices_come_whole_and_in_their_own_order(num_sources: int) -> None:
     async def main() -> list[OutputDelta]:
-        return [piece async for piece in merge([Source(index, 20).pieces() for index in range(num_sources)])]
+        return [delta async for delta in merge([Source(index, 20).deltas() for index in range(num_sources)])]
 
-    pieces = asyncio.run(main())
+    deltas = asyncio.run(main())
     for index in range(num_sources):
-        assert [piece.num_tokens for piece in pieces if piece.index == index] == list(range(20))
+        assert [delta.num_tokens for delta in deltas if delta.index == index] == list(range(20))
 
 
 @pytest.mark.parametrize("num_sources", [1, 5])
 def test_leaving_merged_choices_or_an_error_in_one_closes_all(num_sources: int) -> None:
     async def main() -> None:
         sources = [Source(index, 1000) for index in range(num_sources)]
-        merged = merge([source.pieces() for source in sources])
+        merged = merge([source.deltas() for source in sources])
         await anext(merged)
         await merged.aclose()
         assert sources[0].is_closed and not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         sources = [Source(index, 1000 * (index > 0), fails=index == 0) for index in range(num_sources)]
         with pytest.raises(ValueError, match="broken"):
-            async for _ in merge([source.pieces() for source in sources]):
+            async for _ in merge([source.deltas() for source in sources]):
                 pass
         assert sources[0].is_closed and len(asyncio.all_tasks()) == 1
 

@@ -1,0 +1,49 @@
+"""ChatRenderer: a conversation becomes a prompt, and its images get their places in it."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from prompt_templates import RenderOptions
+from schemas import ChatCompletionRequest, TokenizeRequest
+from serving.admission import check_characters
+from serving.image_fetcher import ImageFetcher
+from serving.loading import LoadedModel
+from text.tools import ToolSet
+
+if TYPE_CHECKING:
+    from engine.vision import Image
+
+
+class ChatRenderer:
+    def __init__(self, fetcher: ImageFetcher, max_images: int) -> None:
+        self._fetcher, self._max_images = fetcher, max_images
+
+    async def render(
+        self, loaded: LoadedModel, request: ChatCompletionRequest | TokenizeRequest, tools: ToolSet | None
+    ) -> "tuple[list[int], tuple[Image, ...]]":
+        """Returns the prompt's token ids, and its images. A model without vision fetches no image. Raises APIError."""
+        messages, image_inputs = request.messages or [], loaded.image_inputs
+        images = [] if image_inputs is None else await image_inputs.crops_of(messages, self._fetcher, self._max_images)
+        check_characters(loaded, sum(len(text) for message in messages for text in message.texts), "messages")
+        options = RenderOptions(
+            continues=request.continue_final_message,
+            opens=request.add_generation_prompt,
+            image_tokens=[[crop.num_tokens for crop in crops] for crops in images],
+            tools=tools.shown if tools else (),
+            thinks=False if request.thinks is None and is_background_task(request) else request.thinks,
+            effort=request.effort,
+        )
+        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, messages, options)
+        if image_inputs is None or not images:
+            return prompt_ids, ()
+        return prompt_ids, image_inputs.place(prompt_ids, [crop for crops in images for crop in crops])
+
+
+def is_background_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:
+    """Whether this asks for a title, for tags or the like, as Open WebUI does beside each chat.
+
+    Such a request lets chats go first, and is answered without reasoning, which no one would read.
+    """
+    content = request.messages[-1].content if request.messages else None
+    is_chat = isinstance(request, ChatCompletionRequest) and not request.stream
+    return is_chat and isinstance(content, str) and content.startswith("### Task:")
