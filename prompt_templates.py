@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from errors import InvalidRequest
 from schemas import Message
-from text import tool_formats
 from text.detokenizer import MarkingDetokenizer
 from text.messages import (
     CanonicalMessage,
@@ -28,8 +27,11 @@ from text.messages import (
     with_names,
 )
 from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
-from text.tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat, taught_by
-from text.tool_grammars import Literals
+from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
+from text.tool_calls.lark import Literals
+from text.tool_calls.named_calls import NAMED
+from text.tool_calls.tool_format import ToolFormat, taught_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,6 +155,9 @@ FAMILIES = (
 )  # fmt: skip
 *KNOWN, CHATML, GENERIC = FAMILIES
 
+# A tokenizer's template that shows tools teaches the first format whose signs it has
+TOOL_FORMATS = (QWEN_XML, GLM_XML, MARKED, NAMED, PARAMETERS)
+
 
 def family_of(model_type: str, vocabulary: Collection[str], name: str = "") -> Family:
     """The first family whose type fits, then whose name does, and whose marker the tokenizer has."""
@@ -201,7 +206,7 @@ class PromptTemplate:
         self._template = None if own else self.family.template
         self._source = _source(own) or self.family.template
         self._forms = {has_tools: self._tried(has_tools) for has_tools in (False, True)}
-        taught = None if "tools" in self._forms[True].hidden else taught_by(self._source)
+        taught = None if "tools" in self._forms[True].hidden else taught_by(self._source, TOOL_FORMATS)
         self._shows_tools, self.tool_format = taught is not None, taught or self.family.tools
         self.think = self._thinking_marks()
         self.detokenizer = _detokenizer(tokenizer)
@@ -257,9 +262,7 @@ class PromptTemplate:
     @property
     def _marks(self) -> set[str]:
         """Tokens that the parser of answers has to see."""
-        style = self.tool_format
-        elements = style.elements.tokens if style.elements else ()
-        marks = {style.begin, style.end, *elements} & self._vocabulary.keys()
+        marks = self.tool_format.marks & self._vocabulary.keys()
         return {mark for mark in marks if not self._is_plain(mark)} | {*(self.think or ())}
 
     def _is_plain(self, token: str) -> bool:
@@ -385,8 +388,7 @@ class PromptTemplate:
         if not tools:
             return ""
         lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
-        prompt = self.tool_format.prompt or tool_formats.MARKED_PROMPT
-        return prompt.format(tools="\n".join(lines))
+        return self.tool_format.prompt.format(tools="\n".join(lines))
 
     def _closing(self, token_ids: list[int]) -> list[int]:
         """The end of the thinking, for templates that cannot leave it out."""

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
-from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
+from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
+from text.tool_calls.named_calls import NAMED
+from text.tool_calls.tool_format import ToolFormat
 
 TOOLS: dict[str, dict[str, Any]] = {
     "weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},

@@ -30,7 +30,7 @@ from checkpoints import checkpoint, gguf_header
 from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
 from main import _ignored_fields_header, _most_precise, _param_of
-from prompt_templates import PromptTemplate, RenderOptions
+from prompt_templates import TOOL_FORMATS, PromptTemplate, RenderOptions
 from providers import openai_compatible
 from providers.anthropic_request import to_messages
 from providers.anthropic_response import StreamMapper, to_completion
@@ -41,8 +41,9 @@ from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
 from text.messages import canonical
 from text.structured_output import structure_of
-from text.tool_formats import FORMATS, LINES, ToolFormat
-from text.tool_grammars import Literals
+from text.tool_calls.json_calls import LINES
+from text.tool_calls.lark import Literals
+from text.tool_calls.tool_format import ToolFormat
 from text.tools import tool_set_of
 
 # --- what is generated
@@ -144,7 +145,7 @@ def test_an_event_without_end_is_refused_and_not_kept(monkeypatch: pytest.Monkey
 
 # --- answers of models
 
-STYLES: tuple[ToolFormat | None, ...] = (None, LINES, *FORMATS)
+STYLES: tuple[ToolFormat | None, ...] = (None, LINES, *TOOL_FORMATS)
 ANSWER_PIECES = (
     *("<tool_call>", "</tool_call>", "<function=", "<function=weather>\n", "</function>", "<parameter=city>\n"),
     *("\n</parameter>\n", "weather", "now", "<arg_key>city</arg_key>", "\n<arg_value>", "</arg_value>\n"),
@@ -192,7 +193,7 @@ PROSE = st.text("abc .,é", max_size=20)
 @given(PROSE, PROSE, st.sampled_from(CALLS))
 def test_text_around_calls_is_kept(before: str, behind: str, known: tuple[Any, ...]) -> None:
     style, text, content, calls = known
-    assume(not style.is_named and style.begin)  # the others know a call by where it is
+    assume(not style.is_whole_answer and style.begin)  # the others know a call by where it is
     answer = read([f"{before}\n{text}\n{behind}"], style)
     assert len(answer.calls) == len(calls)
     assert [*answer.content.split()] == [*before.split(), *content.split(), *behind.split()]
@@ -536,9 +537,9 @@ ASKED = shaped(
 
 
 @examples(80)
-@given(ASKED, st.sampled_from([LINES, *FORMATS]), st.booleans())
+@given(ASKED, st.sampled_from([LINES, *TOOL_FORMATS]), st.booleans())
 @example({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": [[]]}}}],
-          "tool_choice": "required"}, FORMATS[0], True)  # fmt: skip
+          "tool_choice": "required"}, TOOL_FORMATS[0], True)  # fmt: skip
 @example({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"minimum": 10**400}}}]},
          LINES, False)  # fmt: skip
 @example({"structured_outputs": {"\ud800": 1}}, LINES, True)

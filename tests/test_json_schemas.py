@@ -13,8 +13,8 @@ from schemas import ChatCompletionRequest
 from text import structured_output
 from text.json_schemas import FORMATS, enforceable, patterns_of
 from text.structured_output import structure_of
-from text.tool_formats import MARKED
-from text.tool_grammars import Literals
+from text.tool_calls.json_calls import MARKED
+from text.tool_calls.lark import Literals
 from text.tools import tool_set_of
 
 UNKNOWN = ["path", "password", "binary", "byte", "uuid4", "uri-reference", "regex", "int64", "idn-email", "own-kind"]

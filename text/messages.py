@@ -7,7 +7,7 @@ from typing import Any
 
 from errors import InvalidRequest
 from schemas import Message
-from text.tool_formats import ToolFormat
+from text.tool_calls.tool_format import ToolFormat
 
 CanonicalMessage = dict[str, Any]  # role: system, user, assistant or tool; content: text
 

@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING, Any
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, CompletionRequest
 from text.json_schemas import enforceable, patterns_of
-from text.tool_formats import ToolFormat
-from text.tool_grammars import (
-    WHITESPACE,
-    Literals,
-    calls_beside_json_grammar,
-    calls_grammar,
-    calls_or_text_grammar,
-    quoted,
-    rest_of_call_grammar,
-)
+from text.tool_calls.lark import WHITESPACE, Literals, quoted
+from text.tool_calls.tool_format import ToolFormat
 from text.tools import ToolSet, check_patterns, check_size
 
 if TYPE_CHECKING:
@@ -52,15 +44,15 @@ def structure_of(request: Structured, box: ToolSet | None, style: ToolFormat, li
     is_needed = box.is_required or box.is_strict
     parts = {box.fields[name]: _part(schema, box.fields[name], is_needed) for name, schema in box.schemas.items()}
     if box.is_required:
-        text = calls_grammar(style, box.schemas, literals, box.is_parallel)
+        text = style.calls_grammar(box.schemas, literals, box.is_parallel)
         return Structure(_of_lark(text), parts)
     if asked is not None:
-        text = calls_beside_json_grammar(style, box.schemas, literals, box.is_parallel)
+        text = style.calls_beside_json_grammar(box.schemas, literals, box.is_parallel)
         return Structure(_either(text, asked[0]), {**parts, asked[1]: asked[0]})
     if box.is_strict:
-        return Structure(_of_lark(calls_or_text_grammar(style, box.schemas, literals)), parts)
+        return Structure(_of_lark(style.calls_or_text_grammar(box.schemas, literals)), parts)
     if style.begin in literals:
-        return Structure(_of_lark(rest_of_call_grammar(style, box.schemas, literals)), parts, style.begin, False)
+        return Structure(_of_lark(style.rest_of_call_grammar(box.schemas, literals)), parts, style.begin, False)
     return None
 
 
