@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from errors import InvalidRequest
 from schemas import Message
-from text.detokenizer import MarkingDetokenizer
-from text.messages import (
+from text.canonical_messages import (
     CanonicalMessage,
     alternate,
     apart,
@@ -26,6 +25,7 @@ from text.messages import (
     led,
     with_names,
 )
+from text.detokenizer import MarkingDetokenizer
 from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
 from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS

@@ -64,8 +64,8 @@ def main() -> None:
     call = MARKED.rest_of_call_grammar({"people": SCHEMA}, Literals([]))
     mark = tokenizer.get_vocab().get(MARKED.begin, 0)
     constraints: dict[str, Constraint] = {
-        "schema": compiler.compile(KINDS["json"](SCHEMA)),
-        "tools": TriggeredGrammar(compiler.compile(KINDS["grammar"](call)), mark, is_repeated=True),
+        "schema": compiler.compile(KINDS["json"].grammar(SCHEMA)),
+        "tools": TriggeredGrammar(compiler.compile(KINDS["grammar"].grammar(call)), mark, is_repeated=True),
     }
     prompt = tokenizer("List people as JSON:\n").input_ids
     for _ in range(ROUNDS):

@@ -39,7 +39,7 @@ from providers.upstream import Upstream, UpstreamConfig, data_of, events_of, nam
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
 from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
-from text.messages import canonical
+from text.canonical_messages import canonical
 from text.structured_output import structure_of
 from text.tool_calls.json_calls import LINES
 from text.tool_calls.lark import Literals

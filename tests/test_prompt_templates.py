@@ -15,7 +15,7 @@ from errors import InvalidRequest, ModelLoadError
 from prompt_templates import SEAMS, PromptTemplate, RenderOptions, chosen, family_of
 from schemas import Message, ResponsesRequest
 from serving.loading import load_template
-from text.messages import alternate, canonical
+from text.canonical_messages import alternate, canonical
 
 CONVERSATION = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye")]
 

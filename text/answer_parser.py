@@ -1,7 +1,6 @@
-"""AnswerParser: an answer's text, as it comes, into reasoning, content and calls of tools.
+"""AnswerParser: turns an answer's text, as it comes, into reasoning, content and calls of tools.
 
-One parser reads streams and whole answers, so how the text is cut makes no difference. Each of its steps takes what is
-certain from the text and waits for more where it is not.
+One parser reads streams and whole answers, so how the text is cut makes no difference.
 
 There is one rule for calls that are not written as the model was taught (docs/tool-calls.md has it with examples): what
 can be read in one way alone is repaired, and what cannot stays content, all of it. Arguments that reach a client are
@@ -9,6 +8,24 @@ JSON, and fit the tool's schema where they could be read so. A call is therefore
 unless a grammar keeps it valid: then its arguments are given as they come. A call without the mark that the format
 begins it with must fit its schema, since it may be an example in a text. An answer that ends in the middle of a call
 gives the beginning of that call.
+
+An example, with the format MARKED, a tool `f` and no grammar:
+
+    put('Look: <tool')              content 'Look:'    held back: a blank, and what may be the mark <tool_call>
+    put('_call>{"name": "f", ')     nothing            the mark is there: the format reads on, and nothing is given
+    put('"arguments": {"x": 1}}')   call f, {"x": 1}   it is whole, and fits the schema of f; the blank is dropped
+    put('</tool_call> Done.')       content ' Done.'   the mark behind the call is skipped
+
+With `{x: 1}` in the third text, which is no JSON, the format raises NoCall. That undoes the call: its text is put back,
+and is content with the blank before it: ' <tool_call>{"name": "f", "arguments": {x: 1}}'.
+
+How the code runs: a step is a generator, and the steps that are under way form a stack, `_answer` at its bottom.
+`put` adds text and continues the stack where it waits. It waits in one place, `AnswerText.more`, by `yield`; with
+`yield from` a step runs another and gets its result. A step looks at the text without taking it while it may still be
+something else, and takes what is certain.
+
+    NoCall   What looked like a call is none. AnswerParts takes back what was held, and `_lines` makes content of it.
+    End      There is no more text. Each step gives what it has, as a beginning, and passes the exception on.
 """
 
 from contextlib import suppress
@@ -47,16 +64,17 @@ class AnswerParser(AnswerParts):
         self._steps = self._answer()
 
     def put(self, text: str) -> list[ContentDelta]:
+        """Reads the next text of the answer and returns what has become certain."""
         self._wait(text)
         return self._run()
 
     def end(self, is_whole: bool = False) -> list[ContentDelta]:
-        """is_whole: the model itself ended the answer, so that what it left open is closed."""
+        """Returns the rest. is_whole: the model itself ended the answer, so that what it left open is closed."""
         self._is_ended, self.is_whole = True, is_whole
         return self._run()
 
     def finish_reason(self, reason: FinishReason) -> FinishReason:
-        """`tool_calls` for calls that are all complete, and only if the model ended by itself."""
+        """Returns `tool_calls` if there are calls, all of them complete, and the model ended by itself."""
         has_calls = 0 < self._num_calls == self.num_complete
         return "tool_calls" if reason == "stop" and has_calls else reason
 
@@ -100,8 +118,11 @@ class AnswerParser(AnswerParts):
         self.is_reasoning, self._blanks, self._is_at_start = False, "", not self._has_content
 
     def _thoughts(self, end: str) -> Steps[None]:
-        """Up to their end. Where the answer ends before them, they end with the first call in them, if one is there:
-        its mark begins a line, or is a token that stands for nothing else. Such a call is held until that is known."""
+        """Takes the reasoning up to its end mark.
+
+        Where the answer ends before that mark, the first call in the reasoning ends it, if the call's mark begins a
+        line or is a token that stands for nothing else. Such a call is held until the answer or the reasoning ends.
+        """
         style = self._format
         if style is None or not style.begin or self.options.is_strict:
             yield from self.until((end,), self._add_reasoning)
@@ -124,7 +145,7 @@ class AnswerParser(AnswerParts):
             line.add(mark)
 
     def _is_draft(self, mark: str, end: str) -> Steps[bool]:
-        """Whether the thoughts end behind this mark; what is between is reasoning then. If not, nothing is taken."""
+        """Whether the reasoning ends behind this mark: then what is between is reasoning; else nothing is taken."""
         held: list[str] = []
         try:
             yield from self.until((end,), held.append)
@@ -142,7 +163,7 @@ class AnswerParser(AnswerParts):
         return False
 
     def _call_in_thoughts(self, style: ToolFormat) -> Steps[bool]:
-        """The answer has ended. Without a call at its beginning, that becomes reasoning."""
+        """Reads a call at the beginning of the text, behind which the answer ends; what is no call is reasoning."""
         num_before, self._is_unguarded = self._num_calls, True
         blanks, self._blanks = self._blanks, ""
         try:
@@ -167,7 +188,7 @@ class AnswerParser(AnswerParts):
             yield from self.more()
 
     def _whole_answer(self, style: ToolFormat) -> Steps[None]:
-        """A call is the whole answer; what is no call is content."""
+        """Reads an answer that is one call, or else content."""
         try:
             yield from style.read_calls(self, (yield from self.after_blanks(0)), is_marked=False)
             if self.is_done:
@@ -181,8 +202,7 @@ class AnswerParser(AnswerParts):
         yield from self._plain()
 
     def _lines(self, style: ToolFormat) -> Steps[None]:
-        """Calls are behind a mark, or what one looks like at the beginning of a line, fenced perhaps: models forget
-        the mark."""
+        """Reads calls behind marks, and without: models forget the mark at the beginning of a line or in a fence."""
         while not self.is_done:
             num_before = self._num_calls
             try:
@@ -215,7 +235,7 @@ class AnswerParser(AnswerParts):
         return is_inside_line or (self.options.is_structured and bool(style.begin))
 
     def _line(self, begin: str) -> Steps[None]:
-        """The rest of a line is content, up to the mark of a call; one at the line's beginning was of none."""
+        """Takes the rest of a line as content, up to the mark of a call; a mark that begins the line was of no call."""
         if self._num_barren:
             self._add_content(self.take(self._num_barren))
             self._num_barren = 0
@@ -229,7 +249,7 @@ class AnswerParser(AnswerParts):
             self.text = mark + self.text
 
     def _marked_call(self, style: ToolFormat, at: int) -> Steps[None]:
-        """One, or several behind the same mark; fenced perhaps."""
+        """Reads one call, or several behind the same mark, which may be in a fence."""
         at = yield from self.after_blanks(at)
         is_fenced = yield from self.starts_with(FENCE, at)
         if is_fenced:
@@ -246,7 +266,7 @@ class AnswerParser(AnswerParts):
         return (yield from style.begins_another(self, (yield from self.after_blanks(0))))
 
     def _fenced(self, style: ToolFormat, at: int) -> Steps[None]:
-        """A block of code, of calls perhaps."""
+        """Reads a block of code: calls, or content."""
         start = yield from self.find("\n", at)
         language = self.text[at + len(FENCE) : start].strip()
         inside = yield from self.after_blanks(start)
@@ -290,7 +310,7 @@ class AnswerParser(AnswerParts):
         return True
 
     def _python_line(self, at: int) -> Steps[None]:
-        """Such a list, alone on its line; its calls must fit, since the form is not the one that was taught."""
+        """Reads a list of calls in Python that is alone on its line. They must fit: the form is not the one taught."""
         end = at
         with suppress(End):
             end = yield from self.find("\n", at)
@@ -302,7 +322,7 @@ class AnswerParser(AnswerParts):
         self._add_calls(calls)
 
     def _python_calls(self, code: str, must_fit: bool) -> list[tuple[str, str]]:
-        """Names and arguments; none if the code is anything else."""
+        """The names and arguments of calls in Python; none if the code is anything else."""
         tools = self.options.tools
         calls = [(name, fitted(own, tools[name])) for name, own in python_calls(code, tools) or ()]
         fit = all(fits(value_of(own), tools[name], tools[name]) for name, own in calls)
@@ -310,13 +330,13 @@ class AnswerParser(AnswerParts):
 
 
 class _Line:
-    """What stands on a line so far."""
+    """Whether the text so far ends in a line that is blank."""
 
     def __init__(self) -> None:
         self.is_blank = True
 
     def add(self, text: str) -> str:
-        """The same text."""
-        before, newline, last = text.rpartition("\n")
-        self.is_blank = not last.strip(BLANKS) and (bool(newline) or self.is_blank)
+        """Returns the same text."""
+        _, line_break, last = text.rpartition("\n")
+        self.is_blank = not last.strip(BLANKS) and (bool(line_break) or self.is_blank)
         return text

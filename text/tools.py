@@ -8,8 +8,8 @@ from typing import Any
 
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, TokenizeRequest
+from text.canonical_messages import check_characters
 from text.json_schemas import enforceable, patterns_of
-from text.messages import check_characters
 from text.regex_size import MOST as MOST_REPEATED
 from text.regex_size import is_too_large
 
