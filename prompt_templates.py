@@ -18,7 +18,6 @@ from text.canonical_messages import (
     alternate,
     apart,
     canonical,
-    check_characters,
     fold_tools,
     gathered,
     has_images,
@@ -27,6 +26,7 @@ from text.canonical_messages import (
     with_names,
 )
 from text.detokenizer import MarkingDetokenizer, detokenizer_of
+from text.json_bounds import check_characters
 from text.named_templates import chosen, source_of
 from text.seams import cut, unused_characters
 from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out

@@ -12,13 +12,14 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
-from api.strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
+from api.strict_json import Handler, StrictRequest, StrictRoute, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
 from providers.base import Gateway
 from providers.router import Router
 from providers.upstream import failure_event
 from server.connection import CLIENT_GONE, EventStream, unless_client_leaves
 from telemetry import request_record
+from text.json_bounds import check_num_values
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')  # names are short
@@ -47,7 +48,7 @@ async def _concerning(request: Request, router: Router) -> dict[str, Any] | None
     if not is_json(request):
         return None  # pages of any origin may send other types: the endpoint refuses them
     content = await request.body()
-    check_number(content)  # each could be a name
+    check_num_values(content)  # each could be a name
     names = {_text(quoted) for quoted in {match[1] for match in _MODEL.finditer(content)}}
     if not any(router.alias(name) != name or router.gateway(name) or len(router.tries(name)) > 1 for name in names):
         return None

@@ -5,13 +5,13 @@ Python SDK 0.125. What it answers is in `providers/anthropic_answers.py`.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from errors import InvalidRequest, unsupported
+from text.json_bounds import RELAYED, check_json
 
 Object = dict[str, Any]
 T = TypeVar("T")
@@ -31,7 +31,6 @@ MIN_BUDGET = 1024
 TIERS = {"auto": "auto", "default": "standard_only"}
 CHOICES = {"none": {"type": "none"}, "auto": {"type": "auto"}, "required": {"type": "any"}}
 JSON_ONLY = {"type": "text", "text": "Reply with one JSON object only."}
-MAX_DEPTH = 200  # of nested JSON; serializers give up at a thousand or so
 
 HAS_THINKING = (3, 7)
 HAS_EFFORT = (4, 6)  # and adaptive thinking, which later models have alone
@@ -68,7 +67,7 @@ def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str]
     Raises InvalidRequest, which names the field.
     """
     for name in FORWARDED & body.keys():
-        _check(body[name], name)
+        check_json(body[name], name, RELAYED)
     for name, neutral in REFUSED.items():
         if body.get(name) is not None and not any(_is_same(body[name], value) for value in neutral):
             raise unsupported(name)
@@ -314,7 +313,7 @@ def _arguments(text: str, param: str) -> Object:
         value = json.loads(text.strip() or "{}")
     except (ValueError, RecursionError):
         _fail(param, "is not valid JSON")
-    _check(value, param)
+    check_json(value, param, RELAYED)
     return _object(value, param)
 
 
@@ -477,35 +476,6 @@ def _dropped_in_part(body: Object, request: Object, reasoning: _Reasoning) -> li
 
 def _fail(param: str, what: str, code: str = "invalid_value") -> NoReturn:
     raise InvalidRequest(f"{param} {what}.", param=param, code=code)
-
-
-def _check(value: Any, param: str) -> None:
-    """JSON proper, which has no NaN, in UTF-8, and not too deep."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        if not level:
-            return
-        for item in level:
-            if isinstance(item, float) and not math.isfinite(item):
-                _fail(param, "has a number that JSON cannot represent")
-            if isinstance(item, str) and not _is_encodable(item):
-                _fail(param, "has an unpaired surrogate")
-        level = [inner for item in level for inner in _inside(item)]
-    if level:
-        _fail(param, f"is nested deeper than {MAX_DEPTH} levels")
-
-
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    return value if isinstance(value, list) else []
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _is_same(value: Any, other: Any) -> bool:

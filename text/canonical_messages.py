@@ -115,14 +115,6 @@ def _may_be_silent(message: Message) -> bool:
     return any(said)
 
 
-def check_characters(text: str, param: str) -> None:
-    """Raises InvalidRequest for half a character: JSON can hold one as an escape, UTF-8 and tokenizers cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"The text is not valid Unicode: {error.reason}.", param=param) from error
-
-
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(custom := call.get("custom"), dict):  # a tool that takes text
         return {**call, "function": {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}}

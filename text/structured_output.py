@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, CompletionRequest
+from text.json_bounds import SCHEMA, check_json
 from text.json_schemas import enforceable, patterns_of
 from text.tool_calls.lark import WHITESPACE, Literals, quoted
 from text.tool_calls.tool_format import ToolFormat
-from text.tools import ToolSet, check_patterns, check_size
+from text.tools import ToolSet, check_patterns
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -87,7 +88,7 @@ def _grammar_of(request: Structured) -> tuple[str, str] | None:
     with _refusing(field):
         if kind == "json" and isinstance(value, str):
             value = json.loads(value)
-        check_size(value, field)
+        check_json(value, field, SCHEMA)
         patterns = [*KINDS[kind].patterns(value)]
         check_patterns(patterns, field)
         _check_ends(patterns)
