@@ -45,20 +45,20 @@ class JsonFormat(ToolFormat):
 
     # --- the grammar
 
-    @property
-    def bare_call(self) -> BareCall:
-        """An object at the beginning of a line, perhaps behind a fence or a mark that is no token of the model."""
+    def calls_or_text_grammar(self, tools: Mapping[str, Schema], literals: Literals) -> str:
+        """A bare call begins a line, perhaps in a fence, or follows a mark that is no token of the model."""
         mark = rf"|{in_regex(self.begin)}" if self.begin else ""
         blanks = "[ \\t\\r\\n]*"
         few_blanks = r"[ \n\t]{0,20}"  # models like to indent what they fence
         line = rf"((.|\n)*(\n{mark}))?{blanks}"
         fence = rf"(```[a-z_]*{blanks})?"
-        return BareCall(
+        bare = BareCall(
             before_name=rf"{line}{fence}\{{{blanks}\"name\"{blanks}:{blanks}\"",
             behind_name='"',
             before_arguments=rf'/{few_blanks},{few_blanks}"{self.key}"{few_blanks}:{few_blanks}/',
             behind_arguments=rf"/{few_blanks}\}}/",
         )
+        return self._bare_calls_or_text(bare, tools, literals)
 
     def call_rules(self, rule: str, name: str, schema: Schema, literals: Literals, begin: str) -> list[str]:
         head = f'{{"name": {json.dumps(name)}, "{self.key}": '

@@ -4,6 +4,7 @@ Source: the chat template of GLM-4.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,10 @@ class NamedFormat(ToolFormat):
 
     # --- the grammar
 
-    @property
-    def bare_call(self) -> BareCall:
+    def calls_or_text_grammar(self, tools: Mapping[str, Schema], literals: Literals) -> str:
         blanks = "[ \\t\\r\\n]*"
-        return BareCall(before_name=blanks, behind_name=rf"{blanks}\n")
+        bare = BareCall(before_name=blanks, behind_name=rf"{blanks}\n")
+        return self._bare_calls_or_text(bare, tools, literals)
 
     def call_rules(self, rule: str, name: str, schema: Schema, literals: Literals, begin: str) -> list[str]:
         return [f"{rule}: {literals.of(name + chr(10))} {json_of_schema(schema)}"]

@@ -54,11 +54,6 @@ class ToolFormat(ABC):
 
     # --- the grammar
 
-    @property
-    @abstractmethod
-    def bare_call(self) -> BareCall:
-        """How the parser recognises a call that has no mark."""
-
     @abstractmethod
     def call_rules(self, rule: str, name: str, schema: Schema, literals: Literals, begin: str) -> list[str]:
         """The rule of one tool's call, and those that it needs. begin: the mark, or "" behind the mark."""
@@ -77,9 +72,12 @@ class ToolFormat(ABC):
         rules, calls = self.rules(tools, literals, begin="")
         return "\n".join([f"start: {calls}", *rules])
 
+    @abstractmethod
     def calls_or_text_grammar(self, tools: Mapping[str, Schema], literals: Literals) -> str:
         """Text, and valid calls wherever the parser would see one."""
-        bare = self.bare_call
+
+    def _bare_calls_or_text(self, bare: BareCall, tools: Mapping[str, Schema], literals: Literals) -> str:
+        """The same for a form of which the parser sees calls without their mark, too."""
         names = "|".join(in_regex(name) for name in tools)
         rules = [f"TEXT: /(.|\\n)*/ & ~/{bare.before_name}({names}){bare.behind_name}(.|\\n)*/"]
         for number, (name, schema) in enumerate(tools.items()):
