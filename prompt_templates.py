@@ -1,4 +1,4 @@
-"""OpenAI messages -> canonical messages -> token ids; one entry per model family. It knows no engine.
+"""OpenAI messages -> canonical messages -> token ids; one row per model family.
 
 The tokenizer's own chat template always wins; a family's is for tokenizers that have none (GGUF files, base models).
 """
@@ -7,90 +7,57 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from errors import InvalidRequest
 from schemas import Message
-from text import tool_formats
-from text.detokenizer import MarkingDetokenizer
-from text.messages import (
+from text import family_templates
+from text.canonical_messages import (
     CanonicalMessage,
     alternate,
     apart,
     canonical,
-    check_characters,
-    cut,
     fold_tools,
     gathered,
+    has_images,
     is_alternating,
     led,
     with_names,
 )
+from text.detokenizer import MarkingDetokenizer, detokenizer_of
+from text.json_bounds import check_characters
+from text.named_templates import chosen, source_of
+from text.seams import cut, unused_characters
 from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
-from text.tool_formats import LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat, taught_by
-from text.tool_grammars import Literals
+from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
+from text.tool_calls.lark import Literals
+from text.tool_calls.named_calls import NAMED
+from text.tool_calls.tool_format import ToolFormat, taught_by
 from vision.family import VisionFamily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKUP = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response|tools?)>|<(start|end)_of_\w+>|<\w+_soft_token>")
-SEAMS = [chr(code) for code in [*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF0100)]]  # in no text that means something
-DEFAULT_NAMES = ("default", "chat")  # of the template for conversations, where there are several
-RENDERING_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)  # of programs
-THINK = ("<think>", "</think>")
-FIRST_MARK = 0x10FF00  # private characters that stand for the tokens of marks, which text spelled alike is not
-
-_CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-    "{% if not loop.last or add_generation_prompt %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-_GEMMA = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' }}"
-    "{{ m.content if loop.last and not add_generation_prompt else m.content | trim }}"
-    "{% if not loop.last or add_generation_prompt %}{{ '<end_of_turn>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-_LLAMA = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
-    "{{ m.content if loop.last and not add_generation_prompt else m.content | trim }}"
-    "{% if not loop.last or add_generation_prompt %}{{ '<|eot_id|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-_LLAMA_2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
-    "{% elif loop.last and not add_generation_prompt %}{{ ' ' + m.content }}"
-    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-_GLM = (
-    "{{ '[gMASK]<sop>' }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-_CHATGLM = (
-    "{{ '[gMASK]sop' }}{% for m in messages %}{{ '<|' + m.role + '|>\n ' + m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-_PLAIN = (
-    "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content }}"
-    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
+RENDERING_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+THINK = ("<think>", "</think>")  # the marks of most models that reason
+FIRST_MARK = 0x10FF00  # private-use characters stand for the tokens of marks, so that text spelled alike is told apart
+NONE = "(?!)"  # a regular expression that nothing fits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """How a family of models is recognised and spoken to. What a model's own files say goes before all of it."""
+    """How a family of models is recognised and spoken to; what a model's own files say goes before all of it."""
 
     name: str
-    model_types: tuple[str, ...]  # beginnings of config.model_type
-    names: str  # pattern of the model's name, where the type says nothing
-    marker: str | None  # a token that its chat format needs
+    model_types: str = NONE  # a regular expression of config.model_type
+    names: str = NONE  # another of the model's name, where the type says nothing
+    marker: str | None = None  # a token that its chat format needs
     template: str  # Jinja, for a tokenizer without one of its own
-    ends: tuple[str, ...]  # tokens that end an answer
+    ends: tuple[str, ...] = ()  # tokens that end an answer
+    ends_begin_turns: bool = False  # they begin the next turn: in the template of another family they end nothing
     tools: ToolFormat
     context_length: int  # tokens, where the model's config has none
     quantization: str = "int8"  # the fewest bits that cost it little, see docs/models.md
@@ -99,7 +66,7 @@ class Family:
     lead: str = "{}\n\n"  # the system's text before the user's, if they alternate
 
 
-# Tokens that mark (what is before the gap, what is after it, where to fill in); models that have them know the task.
+# The tokens before (the text before the gap, the text behind it, the filling); a model that has them knows the task
 FILL_IN_THE_MIDDLE = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen 2.5 Coder, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
@@ -107,50 +74,98 @@ FILL_IN_THE_MIDDLE = (
 )
 END_OF_FILE = ("<|endoftext|>", "<|fim_pad|>", "<|file_sep|>", "<|file_separator|>", "<|repo_name|>")  # end a filling
 
+_with_gemma_turns = partial(
+    Family,
+    marker="<start_of_turn>",
+    template=family_templates.GEMMA,
+    ends=("<end_of_turn>", "<turn|>"),
+    tools=LINES,
+    alternates=True,
+)
+_with_chatml = partial(
+    Family, marker="<|im_start|>", template=family_templates.CHATML, ends=("<|im_end|>",), tools=MARKED
+)
+_with_glm_turns = partial(Family, ends=("<|user|>", "<|observation|>"), ends_begin_turns=True, context_length=8192)
 
-_GEMMA_TURN, _GEMMA_ENDS = "<start_of_turn>", ("<end_of_turn>", "<turn|>")
-_IM, _IM_ENDS = "<|im_start|>", ("<|im_end|>",)
-_HEADER, _HEADER_ENDS = "<|start_header_id|>", ("<|eot_id|>", "<|eom_id|>")
-_GLM_ENDS = ("<|user|>", "<|observation|>")
-_SYS = "<<SYS>>\n{}\n<</SYS>>\n\n"
-
-# Name, types, names, marker, template, ends, tools, context length, and what only some have; the first that fits
+# The first family that fits counts; the last two are for models that no other fits
 FAMILIES = (
-    Family("Gemma 3", ("gemma3",), "gemma-?3", _GEMMA_TURN, _GEMMA, _GEMMA_ENDS, LINES, 32768, "int4",
-           alternates=True),
-    Family("Gemma 2", ("gemma",), "gemma", _GEMMA_TURN, _GEMMA, _GEMMA_ENDS, LINES, 8192, alternates=True),
-    Family("Qwen 3.5", ("qwen3_5",), r"qwen-?3\.5", _IM, _CHATML, _IM_ENDS, QWEN_XML, 32768, think=THINK),
-    Family("Qwen 3", ("qwen3",), "qwen-?3", _IM, _CHATML, _IM_ENDS, MARKED, 32768, think=THINK),
-    Family("Qwen 2.5", ("qwen",), "qwen", _IM, _CHATML, _IM_ENDS, MARKED, 32768),
-    Family("Llama 3", ("llama", "mllama"), "llama-?3", _HEADER, _LLAMA, _HEADER_ENDS, PARAMETERS, 8192, "int4"),
-    Family("Llama 2", (), "llama-?2", None, _LLAMA_2, (), LINES, 4096, alternates=True, lead=_SYS),
-    Family("GLM-4", ("glm",), "glm-?4", "<sop>", _GLM, _GLM_ENDS, NAMED, 8192),
-    Family("ChatGLM", ("chatglm",), "chatglm", "<|assistant|>", _CHATGLM, _GLM_ENDS, LINES, 8192),
-    Family("SmolLM", ("smollm",), "smollm", _IM, _CHATML, _IM_ENDS, MARKED, 2048, think=THINK),
-    Family("ChatML", ("",), "", _IM, _CHATML, _IM_ENDS, MARKED, 2048),
-    Family("generic", ("",), "", None, _PLAIN, ("<|end|>",), LINES, 2048),
-)  # fmt: skip
+    _with_gemma_turns(
+        name="Gemma 3",
+        model_types=r"gemma3(_text)?",
+        names="gemma-?3(?!n)",
+        context_length=32768,
+        quantization="int4",
+    ),
+    _with_gemma_turns(name="Gemma 2", model_types="gemma2", names="gemma-?2", context_length=8192),
+    _with_gemma_turns(name="Gemma", model_types="gemma.*", names="gemma", context_length=8192),
+    _with_chatml(
+        name="Qwen 3", model_types=r"qwen3(_moe)?", names=r"qwen-?3(?!\.5)", context_length=32768, think=THINK
+    ),
+    _with_chatml(name="Qwen 2.5", model_types=r"qwen2(_moe)?", names="qwen(?!-?3)", context_length=32768),
+    Family(
+        name="Llama 3",
+        model_types="m?llama",
+        names="llama-?3",
+        marker="<|start_header_id|>",
+        template=family_templates.LLAMA,
+        ends=("<|eot_id|>", "<|eom_id|>"),
+        tools=PARAMETERS,
+        context_length=8192,
+        quantization="int4",
+    ),
+    Family(
+        name="Llama 2",
+        names="llama-?2",
+        template=family_templates.LLAMA_2,
+        tools=LINES,
+        context_length=4096,
+        alternates=True,
+        lead="<<SYS>>\n{}\n<</SYS>>\n\n",
+    ),
+    _with_glm_turns(
+        name="GLM-4",
+        model_types="glm.*",
+        names="glm-?4",
+        marker="<sop>",
+        template=family_templates.GLM,
+        tools=NAMED,
+    ),
+    _with_glm_turns(
+        name="ChatGLM",
+        model_types="chatglm.*",
+        names="chatglm",
+        marker="<|assistant|>",
+        template=family_templates.CHATGLM,
+        tools=LINES,
+    ),
+    _with_chatml(name="SmolLM", model_types="smollm.*", names="smollm", context_length=2048, think=THINK),
+    _with_chatml(name="ChatML", context_length=2048),
+    Family(name="generic", template=family_templates.PLAIN, ends=("<|end|>",), tools=LINES, context_length=2048),
+)
 *KNOWN, CHATML, GENERIC = FAMILIES
+
+# A template that shows tools teaches the first of these formats whose signs it has
+TOOL_FORMATS = (QWEN_XML, GLM_XML, MARKED, NAMED, PARAMETERS)
 
 
 def family_of(model_type: str, vocabulary: Collection[str], name: str = "") -> Family:
-    """The first family whose type fits, then whose name does, and whose marker the tokenizer has."""
-    known = [family for family in KNOWN if family.marker is None or family.marker in vocabulary]
-    for family in known:
-        if family.model_types and model_type.startswith(family.model_types):
+    """Returns the first family whose type fits, else whose name does; the tokenizer must have its marker."""
+    able = [family for family in KNOWN if family.marker is None or family.marker in vocabulary]
+    for family in able:
+        if re.fullmatch(family.model_types, model_type):
             return family
-    for family in known:
+    for family in able:
         if re.search(family.names, name, re.IGNORECASE):
             return family
     return CHATML if CHATML.marker in vocabulary else GENERIC
 
 
-Attempt = tuple[list[CanonicalMessage], list[dict[str, Any]] | None]  # messages, and tools that the template shows
+Attempt = tuple[list[CanonicalMessage], list[dict[str, Any]] | None]  # messages, and the tools for the template
 
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """What a prompt depends on beside its messages; None: the messages, or the template, decide."""
+    """What a prompt depends on beside its messages; with None, the messages or the template decide."""
 
     continues: bool | None = None  # the answer goes on where the last message ends: if that is the assistant's
     opens: bool | None = None  # the prompt ends with the beginning of the assistant's turn: unless it continues
@@ -161,7 +176,7 @@ class RenderOptions:
 
 
 class PromptTemplate:
-    """One model's: messages or text in, token ids out. Its methods take milliseconds, more for long prompts."""
+    """Turns messages or text into token ids for one model. A call takes milliseconds, more for long prompts."""
 
     def __init__(
         self,
@@ -179,29 +194,29 @@ class PromptTemplate:
         self._vocabulary = tokenizer.get_vocab()
         self._added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         self.family = family_of(model_type, self._vocabulary.keys(), name)
-        own = tokenizer.chat_template
-        self.is_own = bool(own)
-        self._template = None if own else self.family.template
-        self._source = _source(own) or self.family.template
+        template = tokenizer.chat_template
+        self.is_own = bool(template)
+        self._template = None if template else self.family.template
+        self._source = source_of(template) or self.family.template
         self._forms = {has_tools: self._tried(has_tools) for has_tools in (False, True)}
-        taught = None if "tools" in self._forms[True].hidden else taught_by(self._source)
+        taught = None if "tools" in self._forms[True].hidden else taught_by(self._source, TOOL_FORMATS)
         self._shows_tools, self.tool_format = taught is not None, taught or self.family.tools
         self.think = self._thinking_marks()
-        self.detokenizer = _detokenizer(tokenizer)
+        self.detokenizer = detokenizer_of(tokenizer)
         self.marks = {mark: chr(FIRST_MARK + number) for number, mark in enumerate(sorted(self._marks))}
         self.marking_detokenizer = MarkingDetokenizer(
             self.detokenizer, {self._vocabulary[mark]: character for mark, character in self.marks.items()}
         )
         added = tokenizer.added_tokens_decoder.values()
         control = [token.content for token in added if token.special]
-        self._control = _any_of(control)  # nobody may write these
-        # nor these, but for the assistant: its earlier thoughts and calls come back in its own words
+        self._control = _any_of(control)  # no message may write these
+        # nor these, except the assistant's: its earlier reasoning and calls come back as it wrote them
         self._markup = _any_of([*control, *(t.content for t in added if self._is_markup(t.content))])
         self._end_of_turn = self._tried_end()
         self._shows_images = vision is not None and self._tried_images(vision.mark)
 
     def _tried(self, has_tools: bool) -> TemplateForm:
-        """The form that the tokenizer's own template wants; a family's takes text and knows no calls.
+        """Finds the form that the tokenizer's own template wants; a family's takes text and shows no calls.
 
         Raises ValueError where there are several templates and none is the default.
         """
@@ -211,7 +226,7 @@ class PromptTemplate:
         return try_out(lambda messages, tools: self._apply(messages, tools, add_generation_prompt=True), has_tools)
 
     def _tried_end(self) -> str | None:
-        """The token that the template puts behind what the assistant has said, if it puts one there."""
+        """Returns the token that the template puts behind an answer, if it puts one there."""
         behind = behind_answer(self._apply, self._forms[False]) if self.is_own else ""
         match = self._markup.match(behind.lstrip())
         return match[0] if match else None
@@ -223,29 +238,30 @@ class PromptTemplate:
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """What the template shows in no form: roles (user, assistant, system), calls and their results, tools."""
+        """What the template shows in no form: roles (user, assistant, system), calls with their results, tools."""
         shown = self._forms[self._shows_tools].hidden
         return shown if self._shows_tools or "tools" in shown else (*shown, "tools")
 
     def _is_markup(self, token: str) -> bool:
-        """Of the tokens that are not special to the tokenizer, those that are to the model; `<h1>` is not."""
+        """Whether a token that is not special to the tokenizer is special to the model; `<h1>` is not."""
         return bool(MARKUP.fullmatch(token)) or (bool(token.strip()) and token in self._source and "<" in token)
 
     def _thinking_marks(self) -> tuple[str, str] | None:
-        """Those of a model that has them as tokens, if its template or, without one, its family uses them."""
-        is_used = THINK[1] in self._source or (not self.is_own and self.family.think is not None)
-        return THINK if is_used and all(mark in self._vocabulary for mark in THINK) else None
+        """The marks around reasoning: tokens of the model that its template or, without one, its family uses."""
+        for marks in filter(None, (self.family.think, THINK)):
+            is_used = marks[1] in self._source or (not self.is_own and marks == self.family.think)
+            if is_used and all(mark in self._vocabulary for mark in marks):
+                return marks
+        return None
 
     @property
     def _marks(self) -> set[str]:
-        """Tokens that the parser of answers has to see."""
-        style = self.tool_format
-        elements = style.elements.tokens if style.elements else ()
-        marks = {style.begin, style.end, *elements} & self._vocabulary.keys()
+        """The tokens that the parser of answers has to see."""
+        marks = self.tool_format.marks & self._vocabulary.keys()
         return {mark for mark in marks if not self._is_plain(mark)} | {*(self.think or ())}
 
     def _is_plain(self, token: str) -> bool:
-        """Whether a token of the vocabulary is a piece of text like others, which other tokens spell too.
+        """Whether a token is a piece of text like others, which other tokens spell, too.
 
         `>` is one: a model that writes `>` and a line break has a single token for both.
         """
@@ -253,32 +269,32 @@ class PromptTemplate:
 
     @property
     def literals(self) -> Literals:
-        """For grammars of calls."""
+        """The marks as grammars of calls can name them."""
         return Literals(self._marks & self._added)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What ends an answer beside the tokens that the model's generation config names."""
-        own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        known = [token for family in FAMILIES for token in family.ends if token not in _GLM_ENDS]
-        used = [token for token in (*known, *self.family.ends) if token in self._source]
+        """The tokens that end an answer beside those that the model's generation config names."""
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        common = [token for family in FAMILIES if not family.ends_begin_turns for token in family.ends]
+        used = [token for token in (*common, *self.family.ends) if token in self._source]
         used += [] if self._end_of_turn is None else [self._end_of_turn]
-        return list(dict.fromkeys(own + [self._vocabulary[token] for token in used if token in self._vocabulary]))
+        return list(dict.fromkeys(end + [self._vocabulary[token] for token in used if token in self._vocabulary]))
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters that one token can stand for."""
+        """How many characters one token can stand for."""
         return max(map(len, self._vocabulary))
 
     def token_id(self, token: str) -> int | None:
         return self._vocabulary.get(token)
 
     def encode(self, text: str) -> list[int]:
-        """Without anything added."""
+        """Returns the tokens of a text, with nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def thinking(self, prompt_ids: Sequence[int]) -> Literal["open", "closed", "unsaid"]:
-        """What the prompt says of the thinking: it has begun, it is over, or the model decides."""
+        """Whether the prompt ends in the reasoning (open), or behind it (closed), or the model decides (unsaid)."""
         if self.think is None:
             return "closed"
         begin, end = (self._vocabulary[mark] for mark in self.think)
@@ -289,7 +305,7 @@ class PromptTemplate:
         return "open" if begun > ended else "closed"
 
     def render_chat(self, messages: Sequence[Message], options: RenderOptions | None = None) -> list[int]:
-        """The prompt of a conversation.
+        """Returns the prompt of a conversation.
 
         Raises InvalidRequest for messages that the template takes neither as they are nor with alternating roles.
         """
@@ -317,8 +333,8 @@ class PromptTemplate:
             else:
                 check_characters(text, "messages")
                 parts = text.split(seam)
-                known = {part: self.encode(part) for part in set(parts)}  # a text of many marks has few others
-                token_ids = [token_id for part in parts for token_id in known[part]]
+                encoded = {part: self.encode(part) for part in set(parts)}  # many marks make many equal parts
+                token_ids = [token_id for part in parts for token_id in encoded[part]]
                 return token_ids + self._closing(token_ids) if opens and options.thinks is False else token_ids
         raise InvalidRequest(
             f"The model's chat template rejects these messages: {refusal}", param="messages"
@@ -331,7 +347,7 @@ class PromptTemplate:
         image_mark: str,
         switches: Mapping[str, Any],
     ) -> str:
-        """Raises ValueError for messages of which the template would leave something out, and what it raises itself."""
+        """Raises ValueError where the template would leave out a part of the messages, and what the template raises."""
         form = self._forms[tools is not None]
         if self.is_own and (not is_usual(messages, form.ends) or form.hides(messages)):
             lost = hidden_by(lambda twin, shown: self._apply(twin, shown, **switches), form, messages, bool(tools))
@@ -342,7 +358,7 @@ class PromptTemplate:
     def _attempts(
         self, plain: list[CanonicalMessage], tools: list[dict[str, Any]], has_images: bool
     ) -> Iterator[Attempt]:
-        """The messages in forms that the template may take, each with the tools that are its own matter to show."""
+        """Yields the messages in forms that the template may take, each with the tools that it is to render."""
         folded = fold_tools(plain, self.tool_format, self._tool_prompt(tools))
         alternating = (alternate(folded, self.family.lead if self._template else "{}\n\n"), None)
         if self.family.alternates and not has_images and (tools or self._template or not is_alternating(plain)):
@@ -357,7 +373,7 @@ class PromptTemplate:
         yield alternating
 
     def _knows(self, messages: Sequence[CanonicalMessage], tools: Sequence[dict[str, Any]]) -> bool:
-        """Whether the template itself shows the tools, the calls and their results that there are."""
+        """Whether the template itself shows these tools, and the calls and results in these messages."""
         if tools and not self._shows_tools:
             return False
         has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
@@ -367,11 +383,10 @@ class PromptTemplate:
         if not tools:
             return ""
         lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
-        prompt = self.tool_format.prompt or tool_formats.MARKED_PROMPT
-        return prompt.format(tools="\n".join(lines))
+        return self.tool_format.prompt.format(tools="\n".join(lines))
 
     def _closing(self, token_ids: list[int]) -> list[int]:
-        """The end of the thinking, for templates that cannot leave it out."""
+        """Returns the end of the reasoning, for templates that have no switch for it."""
         state = self.thinking(token_ids)
         if self.think is None or state == "closed":
             return []
@@ -415,26 +430,25 @@ class PromptTemplate:
     def _disarm(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
     ) -> tuple[list[CanonicalMessage], list[dict[str, Any]], str, str]:
-        """Cuts each control token inside a message's text in two with a seam, at which the prompt is tokenized apart:
-        what a user writes, such as `<|im_end|>`, stays text and ends no turn. With the tools, the seam, and a character
-        that stands for an image in the text."""
+        """Cuts the control tokens that messages and tools spell in two, as text/seams.py explains.
+
+        Returns both with the seam, and a character that stands for an image in the text.
+        """
         try:
-            texts = json.dumps([canonical(messages, "" if self.sees else None), *tools], ensure_ascii=False)
-            free = [character for character in SEAMS if character not in texts][:2]
-            if len(free) < 2:
-                raise InvalidRequest(
-                    "The messages use all of Unicode's noncharacters: remove at least one.", param="messages"
-                )
-            seam, mark = free
-            plain = canonical(messages, mark if self.sees else None)
+            plain = canonical(messages, "" if self.sees else None)
+            seam, mark = unused_characters(json.dumps([plain, *tools], ensure_ascii=False), 2)
+            if self.sees and has_images(messages):
+                plain = canonical(messages, mark)
             safe_tools = [cut(tool, self._markup, seam) for tool in tools]
             return [self._safe(message, seam) for message in plain], safe_tools, seam, mark
         except RecursionError as error:
             raise InvalidRequest("The arguments of a tool call are nested too deeply.", param="messages") from error
 
     def _safe(self, message: CanonicalMessage, seam: str) -> CanonicalMessage:
-        own = self._control if message["role"] == "assistant" else self._markup
-        return {key: cut(value, self._markup if key == "tool_calls" else own, seam) for key, value in message.items()}
+        tokens = self._control if message["role"] == "assistant" else self._markup
+        return {
+            key: cut(value, self._markup if key == "tool_calls" else tokens, seam) for key, value in message.items()
+        }
 
     def _apply(self, messages: list[CanonicalMessage], tools: list[dict[str, Any]] | None, **switches: Any) -> str:
         template = self._template or chosen(self.tokenizer.chat_template, tools is not None)
@@ -444,14 +458,14 @@ class PromptTemplate:
         return text
 
     def render_text(self, prompt: str, has_bos: bool = True) -> list[int]:
-        """The prompt of a completion, with the one beginning-of-sequence token that the tokenizer adds."""
+        """Returns the prompt of a completion, with the one beginning-of-sequence token that the tokenizer adds."""
         check_characters(prompt, "prompt")
         token_ids = list(self.tokenizer(prompt, add_special_tokens=has_bos).input_ids)
         bos = self.tokenizer.bos_token_id
         return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
 
     def render_gap(self, prefix: str, suffix: str) -> tuple[list[int], list[int]]:
-        """The prompt that asks for what is between two texts, and the tokens that end the answer.
+        """Returns the prompt that asks for the text between two others, and the tokens that end the answer.
 
         Raises InvalidRequest for models without such a format.
         """
@@ -468,46 +482,14 @@ class PromptTemplate:
         return self.render_text(f"{marks[0]}{prefix}{marks[1]}{suffix}{marks[2]}"), ends
 
 
-def _detokenizer(tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """What decodes single tokens: the tokenizer's core, in a fifth of the time, where its `decode` adds nothing."""
-    from transformers import PreTrainedTokenizerFast
-
-    adds_nothing = all(
-        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")
-    )
-    is_plain = adds_nothing and not tokenizer.clean_up_tokenization_spaces
-    return tokenizer.backend_tokenizer if is_plain else tokenizer
-
-
-def _source(template: Any) -> str:
-    """All that the prompts of a tokenizer can be made of: it can have several templates."""
-    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
-
-
-def chosen(template: Any, has_tools: bool) -> str:
-    """Of several named templates the one for tools where there are some, as transformers takes it, else the default.
-
-    Raises ValueError where none of them is the default.
-    """
-    if not isinstance(template, dict):
-        return str(template)
-    names = [name for name in ("tool_use",) if has_tools and name in template] + [
-        name for name in DEFAULT_NAMES if name in template
-    ]
-    names += template if len(template) == 1 else ()
-    if not names:
-        raise ValueError(f"its chat templates are named {', '.join(template)}; none of them is the default")
-    return str(template[names[0]])
-
-
 def _switches(options: RenderOptions) -> dict[str, Any]:
-    """Names of the same in several families' templates."""
+    """Returns the switches of reasoning under the names that several families' templates use."""
     thinks = {} if options.thinks is None else {"enable_thinking": options.thinks, "thinking": options.thinks}
     return thinks | ({} if options.effort is None else {"reasoning_effort": options.effort})
 
 
 def _last(token_ids: Sequence[int], token_id: int) -> int:
-    """Where it is last; -1 if nowhere."""
+    """Returns the last place of a token; -1 if it is nowhere."""
     return next((at for at in range(len(token_ids) - 1, -1, -1) if token_ids[at] == token_id), -1)
 
 
@@ -518,7 +500,10 @@ def _any_of(tokens: list[str]) -> re.Pattern[str]:
 def _ending(
     messages: list[CanonicalMessage], continues: bool | None, opens: bool | None
 ) -> tuple[list[CanonicalMessage], bool, bool]:
-    """How a prompt ends where the request is silent; a blank message of the assistant's is no beginning."""
+    """Returns the messages, whether the last one is continued, and whether the assistant's turn is opened.
+
+    Where the request is silent, what the assistant has begun is continued; a blank message is no beginning.
+    """
     last = messages[-1]
     is_assistant, has_text = last["role"] == "assistant", bool(last["content"].strip())
     if is_assistant and not has_text and "tool_calls" not in last and len(messages) > 1 and continues is not False:

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.requests import ClientDisconnect
 
 from api.services import services_of
-from api.strict_json import Handler, StrictRequest, StrictRoute, check_number, is_json, loads, strict
+from api.strict_json import Handler, StrictRequest, StrictRoute, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
 from providers.base import Gateway
 from providers.router import Router
@@ -23,6 +23,7 @@ from server.error_formats import error_format
 from server.events import EventStream, RelayWire, sse
 from server.headers import header_value
 from telemetry import request_record
+from text.json_bounds import check_num_values
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
 # A name in `"model": "name"`, wherever it is; its parts are bounded, so that a long string costs no time
@@ -60,7 +61,7 @@ async def routed_body(request: Request, router: Router) -> dict[str, Any] | None
     if not is_json(request):
         return None  # web pages of any origin may send other types: the endpoint refuses them
     content = await request.body()
-    check_number(content)  # each value could be a name
+    check_num_values(content)  # each value could be a name
     names = {_unquoted(quoted) for quoted in {match[1] for match in _MODEL.finditer(content)}}
     if not any(_is_routed(name, router) for name in names):
         return None

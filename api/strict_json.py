@@ -2,9 +2,7 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Coroutine
-from itertools import islice
 from typing import Any
 
 from fastapi import Request, Response
@@ -13,16 +11,14 @@ from starlette.requests import ClientDisconnect
 
 from errors import InvalidRequest
 from server.connection import CLIENT_GONE
-
-MOST_VALUES = 250_000  # strings, lists and objects: each takes many times its bytes. Numbers may be token ids
-_VALUE = re.compile(rb'[\[{]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+from text.json_bounds import check_num_values
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def loads(body: bytes) -> Any:
     """Raises json.JSONDecodeError, RecursionError for what is too deep, InvalidRequest for NaN or too many values."""
-    check_number(body)
+    check_num_values(body)
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -38,14 +34,6 @@ def loads(body: bytes) -> Any:
         path = _path_of_nan(value)
         raise InvalidRequest(f"{path}: {constants[0]} is not valid JSON.", param=path or None, code="invalid_value")
     return value
-
-
-def check_number(body: bytes) -> None:
-    """Of its values, before they are made. Raises InvalidRequest."""
-    if body.count(b'"') // 2 + body.count(b"[") + body.count(b"{") <= MOST_VALUES:
-        return  # with those that are inside of strings
-    if any(True for _ in islice(_VALUE.finditer(body), MOST_VALUES, None)):
-        raise InvalidRequest(f"The body has more than {MOST_VALUES} strings, lists and objects.", code="invalid_value")
 
 
 def _path_of_nan(value: Any) -> str:

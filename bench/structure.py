@@ -22,8 +22,8 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from serving.loading import load_template
 from text.structured_output import KINDS
-from text.tool_formats import MARKED
-from text.tool_grammars import Literals, rest_of_call_grammar
+from text.tool_calls.json_calls import MARKED
+from text.tool_calls.lark import Literals
 
 BATCH, NUM_STEPS, ROUNDS = 16, 50, 3
 TEXT = {"type": "string"}
@@ -63,11 +63,11 @@ def main() -> None:
     tokenizer = load_template(directory, json.loads((directory / "config.json").read_text())["model_type"]).tokenizer
     ends = {tokenizer.eos_token_id}
     compiler = GrammarCompiler(tokenizer.backend_tokenizer.to_str, engine.num_embeddings, ends)
-    call = rest_of_call_grammar(MARKED, {"people": SCHEMA}, Literals([]))
+    call = MARKED.rest_of_call_grammar({"people": SCHEMA}, Literals([]))
     mark = tokenizer.get_vocab().get(MARKED.begin, 0)
     constraints: dict[str, Constraint] = {
-        "schema": compiler.compile(KINDS["json"](SCHEMA)),
-        "tools": TriggeredGrammar(compiler.compile(KINDS["grammar"](call)), mark, is_repeated=True),
+        "schema": compiler.compile(KINDS["json"].grammar(SCHEMA)),
+        "tools": TriggeredGrammar(compiler.compile(KINDS["grammar"].grammar(call)), mark, is_repeated=True),
     }
     prompt = tokenizer("List people as JSON:\n").input_ids
     for _ in range(ROUNDS):

@@ -13,7 +13,6 @@ from typing import Any
 from errors import unsupported
 from providers.json_values import (
     Object,
-    check_json,
     is_same,
     optional,
     refuse,
@@ -27,6 +26,7 @@ from providers.json_values import (
     require_string,
     require_text,
 )
+from text.json_bounds import RELAYED, check_json
 
 SAMPLING = ("temperature", "top_p", "top_k")
 IMAGE_TYPES = {f"image/{kind}": f"image/{kind}" for kind in ("jpeg", "png", "gif", "webp")}
@@ -82,7 +82,7 @@ def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str]
     field.
     """
     for name in FORWARDED & body.keys():
-        check_json(body[name], name)
+        check_json(body[name], name, RELAYED)
     for name, neutral in REFUSED.items():
         if body.get(name) is not None and not any(is_same(body[name], value) for value in neutral):
             raise unsupported(name)
@@ -334,7 +334,7 @@ def _arguments(text: str, param: str) -> Object:
         value = json.loads(text.strip() or "{}")
     except (ValueError, RecursionError):
         refuse(param, "is not valid JSON")
-    check_json(value, param)
+    check_json(value, param, RELAYED)
     return require_object(value, param)
 
 

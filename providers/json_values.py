@@ -1,6 +1,5 @@
 """Values of parsed JSON: `require_...` refuses a request's value of the wrong type, `..._or_empty` passes over it."""
 
-import math
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
@@ -101,39 +100,9 @@ def require_count(value: Any, param: str) -> int:
     return int(value)
 
 
-def check_json(value: Any, param: str) -> None:
-    """Refuses what JSON in UTF-8 cannot say (NaN, half a surrogate pair), and what is nested too deeply."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        if not level:
-            return
-        for item in level:
-            if isinstance(item, float) and not math.isfinite(item):
-                refuse(param, "has a number that JSON cannot represent")
-            if isinstance(item, str) and not _is_encodable(item):
-                refuse(param, "has an unpaired surrogate")
-        level = [inner for item in level for inner in _inside(item)]
-    if level:
-        refuse(param, f"is nested deeper than {MAX_DEPTH} levels")
-
-
 def is_same(value: Any, other: Any) -> bool:
     """Whether two values are equal and of one type: 1 is not true."""
     return type(value) is type(other) and bool(value == other)
-
-
-def _inside(value: Any) -> list[Any]:
-    """The names and values of an object, or the items of a list."""
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    return value if isinstance(value, list) else []
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _is_integer(value: Any) -> bool:

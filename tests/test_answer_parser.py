@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
-from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
+from text.answer_parser import AnswerParser, CallDelta, ContentDelta, ParserOptions
+from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
+from text.tool_calls.named_calls import NAMED
+from text.tool_calls.tool_format import ToolFormat
 
 TOOLS: dict[str, dict[str, Any]] = {
     "weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
@@ -109,6 +112,18 @@ CALLS: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [  # format, a
     (GLM_XML, GLM, "", [("weather", {"city": "Paris"})]),
     (GLM_XML, "<tool_call>now\n</tool_call>\n" + GLM, "", [("now", {}), ("weather", {"city": "Paris"})]),
 ]
+
+
+def test_the_example_in_the_parsers_docstring_is_true() -> None:
+    tools = {"f": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+    begin, behind = ["Look: <tool", '_call>{"name": "f", '], "</tool_call> Done."
+    parser = AnswerParser(ParserOptions(tools, MARKED))
+    given = [parser.put(text) for text in (*begin, '"arguments": {"x": 1}}', behind)]
+    call = ContentDelta(call=CallDelta(0, "f", '{"x": 1}'))
+    assert given == [[ContentDelta(content="Look:")], [], [call], [ContentDelta(content=" Done.")]]
+    parser = AnswerParser(ParserOptions(tools, MARKED))
+    *_, undone = [parser.put(text) for text in (*begin, '"arguments": {x: 1}}')]
+    assert undone == [ContentDelta(content=' <tool_call>{"name": "f", "arguments": {x: 1}}')]
 
 
 @pytest.mark.parametrize(("style", "text", "content", "calls"), CALLS)

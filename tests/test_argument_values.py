@@ -10,7 +10,9 @@ import pytest
 from text.answer_parser import AnswerParser, ParserOptions
 from text.argument_schemas import choices_of, fits, kinds_of, takes_any_text
 from text.argument_values import argument_of, fitted
-from text.tool_formats import LINES, MARKED, QWEN_XML, ToolFormat
+from text.tool_calls.element_calls import QWEN_XML
+from text.tool_calls.json_calls import LINES, MARKED
+from text.tool_calls.tool_format import ToolFormat
 
 ITSELF = {"type": "array", "items": {"$ref": "#/$defs/a"}}
 CHAIN = {f"d{step}": {"allOf": [{"$ref": f"#/$defs/d{step + 1}"}]} for step in range(2000)}

@@ -29,7 +29,10 @@ from text.argument_values import argument_of
 from text.detokenizer import TextDecoder
 from text.lenient_json import JsonReader, is_json, read_json
 from text.structured_output import Structure, structure_of
-from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
+from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
+from text.tool_calls.named_calls import NAMED
+from text.tool_calls.tool_format import ToolFormat
 from text.tools import ToolSet, tool_set_of
 
 TOOLS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,9 @@ from openai import OpenAI
 from process import MAIN, serve
 from test_call_repairs import FORMS, NO_CALLS, TOOLS, X, marked, xml
 
-from text.tool_formats import GLM_XML, MARKED, QWEN_XML, ToolFormat
+from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.json_calls import MARKED
+from text.tool_calls.tool_format import ToolFormat
 
 LENGTH = 180  # tokens of what it repeats
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"

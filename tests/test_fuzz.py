@@ -31,7 +31,7 @@ from api.responses import as_chat
 from checkpoints import checkpoint, gguf_header
 from config import Settings, parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError, ModelLoadError, UpstreamError
-from prompt_templates import PromptTemplate, RenderOptions
+from prompt_templates import TOOL_FORMATS, PromptTemplate, RenderOptions
 from providers import openai_compatible
 from providers.anthropic_request import to_messages
 from providers.anthropic_response import StreamMapper, to_completion
@@ -42,10 +42,11 @@ from server.error_formats import OPENAI
 from server.events import data_of, name_of
 from serving.cl100k import Cl100k
 from text.answer_parser import AnswerParser, ParserOptions
-from text.messages import canonical
+from text.canonical_messages import canonical
 from text.structured_output import structure_of
-from text.tool_formats import LINES, TOOL_FORMATS, ToolFormat
-from text.tool_grammars import Literals
+from text.tool_calls.json_calls import LINES
+from text.tool_calls.lark import Literals
+from text.tool_calls.tool_format import ToolFormat
 from text.tools import tool_set_of
 
 # --- what is generated
@@ -198,7 +199,7 @@ PROSE = st.text("abc .,é", max_size=20)
 @given(PROSE, PROSE, st.sampled_from(CALLS))
 def test_text_around_calls_is_kept(before: str, behind: str, known: tuple[Any, ...]) -> None:
     style, text, content, calls = known
-    assume(not style.is_named and style.begin)  # the others know a call by where it is
+    assume(not style.is_whole_answer and style.begin)  # the others know a call by where it is
     answer = read([f"{before}\n{text}\n{behind}"], style)
     assert len(answer.calls) == len(calls)
     assert [*answer.content.split()] == [*before.split(), *content.split(), *behind.split()]

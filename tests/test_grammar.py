@@ -140,7 +140,7 @@ def test_streams_with_and_without_a_grammar_share_a_batch() -> None:
 def test_other_structures_hold_too(kind: str, value: Any, pattern: str) -> None:
     import re
 
-    text = structured_output.KINDS[kind](value)
+    text = structured_output.KINDS[kind].grammar(value)
     for number, (answer, is_complete) in enumerate(
         finish(engine_of("qwen2"), [asking(text, temperature=1.5, seed=seed) for seed in range(6)])
     ):
@@ -200,7 +200,7 @@ def test_a_pattern_that_cannot_be_read_is_told_with_its_reason_and_place(
     schema = {"properties": {"x": {"pattern": pattern}}}
     value = {"json": schema, "regex": pattern, "grammar": f"start: /{pattern}/"}[kind]
     with pytest.raises(ValueError) as refusal:
-        COMPILER.compile(structured_output.KINDS[kind](value))
+        COMPILER.compile(structured_output.KINDS[kind].grammar(value))
     assert str(refusal.value) == f"the regular expression is invalid: {what}, {place}"
 
 

@@ -13,8 +13,8 @@ from schemas import ChatCompletionRequest
 from text import structured_output
 from text.json_schemas import ENFORCED_FORMATS, enforceable, patterns_of
 from text.structured_output import structure_of
-from text.tool_formats import MARKED
-from text.tool_grammars import Literals
+from text.tool_calls.json_calls import MARKED
+from text.tool_calls.lark import Literals
 from text.tools import tool_set_of
 
 UNKNOWN = ["path", "password", "binary", "byte", "uuid4", "uri-reference", "regex", "int64", "idn-email", "own-kind"]
@@ -76,9 +76,9 @@ def test_a_known_format_stays(name: str) -> None:
     for place in PLACES.values():
         schema = place({"type": "string", "format": name})
         assert enforceable(schema) == schema
-    matcher = COMPILER.compile(structured_output.KINDS["json"]({"type": "string", "format": name}))
+    matcher = COMPILER.compile(structured_output.KINDS["json"].grammar({"type": "string", "format": name}))
     assert matcher.matcher().mask([]) != COMPILER.compile(
-        structured_output.KINDS["json"]({"enum": [1, "x"]})
+        structured_output.KINDS["json"].grammar({"enum": [1, "x"]})
     ).matcher().mask([])
 
 
@@ -97,7 +97,7 @@ def test_a_pattern_that_fits_listed_properties_alone_leaves_no_comma_without_a_k
     schema |= {"type": "object", "patternProperties": {pattern: {"type": "integer"}}}
     rng, found = random.Random(1), set()
     for _ in range(60):
-        matcher, token_ids = COMPILER.compile(structured_output.KINDS["json"](schema)).matcher(), list[int]()
+        matcher, token_ids = COMPILER.compile(structured_output.KINDS["json"].grammar(schema)).matcher(), list[int]()
         while not matcher.is_finished and len(token_ids) < 600:
             bits = int.from_bytes(matcher.mask([]) or b"", "little")
             token_ids.append(rng.choice([i for i in range(len(TOKENIZER)) if bits >> i & 1]))

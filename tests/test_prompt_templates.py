@@ -13,10 +13,12 @@ from tokenizers import AddedToken
 
 from api.responses import as_chat
 from errors import InvalidRequest, ModelLoadError
-from prompt_templates import SEAMS, PromptTemplate, RenderOptions, chosen, family_of
+from prompt_templates import PromptTemplate, RenderOptions, family_of
 from schemas import Message, ResponsesRequest
 from serving.loading import load_template
-from text.messages import alternate, canonical
+from text.canonical_messages import alternate, canonical
+from text.named_templates import chosen
+from text.seams import SEAMS
 from vision.gemma3 import Gemma3Vision
 
 CONVERSATION = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye")]
@@ -140,7 +142,10 @@ def test_alternating_messages_begin_with_the_user_and_change_roles() -> None:
         ("gemma3_text", "gemma-3", [], "generic"),
         ("qwen2", "", ["<|im_start|>"], "Qwen 2.5"),
         ("qwen3_moe", "", ["<|im_start|>"], "Qwen 3"),
-        ("qwen3_5_text", "", ["<|im_start|>"], "Qwen 3.5"),
+        ("qwen3_5_text", "Qwen3.5-4B", ["<|im_start|>"], "ChatML"),
+        ("gemma", "", ["<start_of_turn>"], "Gemma"),
+        ("gemma3n_text", "gemma-3n-E2B", ["<start_of_turn>"], "Gemma"),
+        ("gemma4", "gemma-4", ["<|turn>"], "generic"),
         ("llama", "", ["<|start_header_id|>"], "Llama 3"),
         ("llama", "Llama-2-7b-chat", [], "Llama 2"),
         ("llama", "SmolLM2-135M", ["<|im_start|>"], "SmolLM"),

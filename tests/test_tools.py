@@ -22,8 +22,11 @@ from errors import InvalidRequest
 from schemas import ChatCompletionRequest
 from text.answer_parser import AnswerParser, ParserOptions
 from text.structured_output import structure_of
-from text.tool_formats import GLM_XML, LINES, MARKED, NAMED, PARAMETERS, QWEN_XML, ToolFormat
-from text.tool_grammars import Literals
+from text.tool_calls.element_calls import GLM_XML, QWEN_XML, ElementFormat
+from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS, JsonFormat
+from text.tool_calls.lark import Literals
+from text.tool_calls.named_calls import NAMED
+from text.tool_calls.tool_format import ToolFormat
 from text.tools import tool_set_of
 
 FORMATS = {style.name: style for style in (MARKED, PARAMETERS, LINES, NAMED, QWEN_XML, GLM_XML)}
@@ -126,7 +129,7 @@ def test_forced_calls_are_valid(name: str, literals: Literals, compiler: Grammar
             assert (reason == "tool_calls") or not is_complete
             num_complete += is_complete
             most = max(most, len(calls))
-    assert num_complete > 4 and (most > 1 or style.is_named)
+    assert num_complete > 4 and (most > 1 or style.is_whole_answer)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -145,7 +148,7 @@ def test_calls_as_models_write_them_follow_the_grammar(name: str) -> None:
     grammar = COMPILER.compile(structure.text)
     assert follows(grammar, call) and read(call, style)[0] == "tool_calls"
     check(read(call, style)[2])
-    if not style.is_named:
+    if not style.is_whole_answer:
         assert follows(grammar, f"{call}{style.between}{call}") and follows(grammar, call + "\n")
 
 
@@ -256,13 +259,13 @@ def test_strict_tools_are_called_validly_wherever_the_parser_sees_a_call(style: 
     own = TOKENIZER if literals is MARKS else PLAIN
     grammar = (COMPILER if literals is MARKS else PLAIN_COMPILER).compile(structure.text)
     good = {"weather": {"city": "x", "days": 3}, "get.now": {}, "either": {"a": 1}}
-    bare = ToolFormat("bare", key=style.key, is_named=style.is_named)
+    bare = JsonFormat(name="bare", prompt="", key=style.key) if isinstance(style, JsonFormat) else style
     for name, arguments in good.items():
-        for form in (bare, style) if not style.elements else (bare,):
+        for form in (bare, style) if not isinstance(style, ElementFormat) else (bare,):
             call = form.written(name, arguments)
             assert follows(grammar, call, own) and read(call, style, is_forced=False)[0] == "tool_calls"
             assert not follows(grammar, form.written(name, {"wrong": True}), own)
-            if not style.is_named:
+            if not style.is_whole_answer:
                 assert follows(grammar, f"I will look.\n{call}\nSo.", own)
                 assert not follows(grammar, f"I will look.\n{form.written(name, {'wrong': True})}", own)
                 assert not follows(grammar, f"```json\n{form.written(name, {'wrong': True})}", own)

@@ -11,7 +11,7 @@ from typing import TypeVar
 from text.detokenizer import overlap
 from text.lenient_json import BLANKS
 
-MOST_AT_ONCE = 4096  # characters
+MAX_AT_ONCE = 4096  # characters
 _NO_BLANK = re.compile(rf"[^{BLANKS}]")
 
 T = TypeVar("T")
@@ -28,87 +28,89 @@ class End(Exception):
 
 class AnswerText:
     def __init__(self) -> None:
-        self._text = ""  # not taken yet
+        self.text = ""  # not taken yet
+        self.is_whole = False  # the model itself ended the answer
+        self.is_held = False  # what is taken can be put back
         self._waiting: list[str] = []  # pieces of what follows it, the last one first
         self._num_seen = 0  # characters, up to the end of the text
         self._is_ended = False
-        self._is_whole = False  # the model itself ended the answer
-        self._is_held = False  # what is taken can be put back
-        self._taken: list[str] = []  # since then
+        self._taken: list[str] = []  # while it is held
 
     def _wait(self, text: str) -> None:
-        """This follows the text, before all that is waiting; it is there at once if it is short and nothing waits."""
+        """Adds text behind what is there, and before all that waits; a short one is there at once if none waits."""
         length = len(text)
-        if length <= MOST_AT_ONCE and not self._waiting:
-            self._text += text
+        if length <= MAX_AT_ONCE and not self._waiting:
+            self.text += text
             self._num_seen += length
             return
-        starts = range(0, length, MOST_AT_ONCE)
-        self._waiting += [text[start : start + MOST_AT_ONCE] for start in reversed(starts)]
+        starts = range(0, length, MAX_AT_ONCE)
+        self._waiting += [text[start : start + MAX_AT_ONCE] for start in reversed(starts)]
 
-    def _place(self, at: int) -> int:
-        """Of a character of the text, in the whole answer."""
-        return self._num_seen - len(self._text) + at
+    def place(self, at: int) -> int:
+        """Converts a place in the text to one in the whole answer."""
+        return self._num_seen - len(self.text) + at
 
-    def _take(self, length: int) -> str:
-        taken, self._text = self._text[:length], self._text[length:]
-        if self._is_held:
+    def take(self, length: int) -> str:
+        taken, self.text = self.text[:length], self.text[length:]
+        if self.is_held:
             self._taken.append(taken)
         return taken
 
-    def _put_back(self, text: str) -> None:
-        """The end of what was taken; it waits again."""
-        length, text, self._text = len(text), text + self._text, ""
+    def put_back(self, text: str) -> None:
+        """Undoes the end of what was taken; it waits again."""
+        length, text, self.text = len(text), text + self.text, ""
         self._num_seen -= len(text)
         self._wait(text)
-        if self._is_held:
+        if self.is_held:
             taken = "".join(self._taken)
             self._taken = [taken[: len(taken) - length]]
 
-    def _more(self) -> Steps[None]:
+    def more(self) -> Steps[None]:
+        """Waits for more text. Raises End if there is none."""
         if not self._waiting:
             if self._is_ended:
                 raise End
             yield
         if self._waiting:
             piece = self._waiting.pop()
-            self._text += piece
+            self.text += piece
             self._num_seen += len(piece)
 
-    def _until(self, marks: tuple[str, ...], add: Callable[[str], None]) -> Steps[str]:
-        """Adds the text before the first of the marks as it comes, and skips that; which one it was."""
-        while not (found := [(at, mark) for mark in marks if (at := self._text.find(mark)) >= 0]):
-            held = 0 if self._is_ended and not self._waiting else max(overlap(self._text, mark) for mark in marks)
-            add(self._take(len(self._text) - held))
-            yield from self._more()
+    def until(self, marks: tuple[str, ...], add: Callable[[str], None]) -> Steps[str]:
+        """Passes the text before the first of the marks to `add` as it comes, takes the mark, and returns it."""
+        while not (found := [(at, mark) for mark in marks if (at := self.text.find(mark)) >= 0]):
+            held = 0 if self._is_ended and not self._waiting else max(overlap(self.text, mark) for mark in marks)
+            add(self.take(len(self.text) - held))
+            yield from self.more()
         at, mark = min(found)
-        add(self._take(at))
-        self._take(len(mark))
+        add(self.take(at))
+        self.take(len(mark))
         return mark
 
-    def _find(self, mark: str, at: int) -> Steps[int]:
-        while (found := self._text.find(mark, at)) < 0:
-            at = max(at, len(self._text) - len(mark) + 1)
-            yield from self._more()
+    def find(self, mark: str, at: int) -> Steps[int]:
+        """Waits for a mark and returns its place; nothing is taken."""
+        while (found := self.text.find(mark, at)) < 0:
+            at = max(at, len(self.text) - len(mark) + 1)
+            yield from self.more()
         return found
 
-    def _after_blanks(self, at: int) -> Steps[int]:
-        """Where the next character is that is no blank; there is one."""
-        while not (found := _NO_BLANK.search(self._text, at)):
-            at = len(self._text)
-            yield from self._more()
+    def after_blanks(self, at: int) -> Steps[int]:
+        """Waits for the next character that is no blank and returns its place."""
+        while not (found := _NO_BLANK.search(self.text, at)):
+            at = len(self.text)
+            yield from self.more()
         return found.start()
 
-    def _starts_with(self, mark: str, at: int) -> Steps[bool]:
-        while len(self._text) < at + len(mark) and mark.startswith(self._text[at:]):
-            yield from self._more()
-        return self._text.startswith(mark, at)
+    def starts_with(self, mark: str, at: int) -> Steps[bool]:
+        while len(self.text) < at + len(mark) and mark.startswith(self.text[at:]):
+            yield from self.more()
+        return self.text.startswith(mark, at)
 
-    def _optional(self, mark: str) -> Steps[bool]:
-        """Skips the mark, and blanks before it, if it comes."""
+    def skip(self, mark: str) -> Steps[bool]:
+        """Takes the mark, and blanks before it, if it comes next."""
         if not mark:
             return False
-        at = yield from self._after_blanks(0)
-        comes = yield from self._starts_with(mark, at)
-        self._take(at + len(mark) if comes else 0)
+        at = yield from self.after_blanks(0)
+        comes = yield from self.starts_with(mark, at)
+        self.take(at + len(mark) if comes else 0)
         return comes

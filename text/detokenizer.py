@@ -4,7 +4,10 @@ Decoder and finder work as transformers' `TextIteratorStreamer` does: `put` for 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character
 MOST_BYTES = 64  # of a run of tokens for single bytes that are held back, in case one of them is no character's
@@ -132,3 +135,14 @@ class StopFinder:
 def overlap(text: str, stop: str) -> int:
     """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def detokenizer_of(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Returns what decodes single tokens: the tokenizer's core where `decode` adds nothing, in a fifth of the time."""
+    from transformers import PreTrainedTokenizerFast
+
+    adds_nothing = all(
+        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")
+    )
+    is_plain = adds_nothing and not tokenizer.clean_up_tokenization_spaces
+    return tokenizer.backend_tokenizer if is_plain else tokenizer

@@ -1,7 +1,7 @@
-"""Structure: what an answer must look like, as the text of a grammar that llguidance compiles.
+"""Structured output: what an answer must look like, as the text of a grammar that llguidance compiles.
 
 `response_format` is OpenAI's; `structured_outputs` and `guided_json`, `guided_regex`, `guided_choice` and
-`guided_grammar` are vLLM's. Schemas are read here and nowhere fetched: a `$ref` leads to its own document.
+`guided_grammar` are vLLM's. Nothing is fetched: a `$ref` must lead to its own document.
 """
 
 import json
@@ -12,18 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from errors import InvalidRequest, first_line
 from schemas import ChatCompletionRequest, CompletionRequest
+from text.json_bounds import SCHEMA, check_json
 from text.json_schemas import enforceable, patterns_of
-from text.tool_formats import ToolFormat
-from text.tool_grammars import (
-    WHITESPACE,
-    Literals,
-    calls_beside_json_grammar,
-    calls_grammar,
-    calls_or_text_grammar,
-    lark_string,
-    rest_of_call_grammar,
-)
-from text.tools import ToolSet, check_patterns, check_size
+from text.tool_calls.lark import WHITESPACE, Literals, lark_string
+from text.tool_calls.tool_format import ToolFormat
+from text.tools import ToolSet, check_patterns
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -31,7 +24,12 @@ if TYPE_CHECKING:
 JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": WHITESPACE}
 
 Structured = ChatCompletionRequest | CompletionRequest
-KINDS: dict[str, Callable[[Any], str]] = {}  # what a structure can be given as -> the grammar of its value
+
+
+@dataclass(frozen=True)
+class Kind:
+    grammar: Callable[[Any], str]  # value -> the text of its grammar; raises ValueError
+    patterns: Callable[[Any], Iterable[str]]  # value -> its regular expressions
 
 
 @dataclass(frozen=True)
@@ -45,56 +43,60 @@ class Structure:
 
 
 def structure_of(request: Structured, box: ToolSet | None, style: ToolFormat, literals: Literals) -> Structure | None:
-    """Raises InvalidRequest, also for two structures at once. style, literals: the model's."""
+    """Returns what a request asks for; None if an answer may be anything. style and literals are the model's.
+
+    Raises InvalidRequest, also for two structures at once.
+    """
     asked = _grammar_of(request)
     if box is None:
         return None if asked is None else Structure(asked[0], {asked[1]: asked[0]})
     is_needed = box.is_required or box.is_strict
     parts = {box.fields[name]: _part(schema, box.fields[name], is_needed) for name, schema in box.schemas.items()}
     if box.is_required:
-        text = calls_grammar(style, box.schemas, literals, box.is_parallel)
+        text = style.calls_grammar(box.schemas, literals, box.is_parallel)
         return Structure(_of_lark(text), parts)
     if asked is not None:
-        text = calls_beside_json_grammar(style, box.schemas, literals, box.is_parallel)
+        text = style.calls_beside_json_grammar(box.schemas, literals, box.is_parallel)
         return Structure(_either(text, asked[0]), {**parts, asked[1]: asked[0]})
     if box.is_strict:
-        return Structure(_of_lark(calls_or_text_grammar(style, box.schemas, literals)), parts)
+        return Structure(_of_lark(style.calls_or_text_grammar(box.schemas, literals)), parts)
     if style.begin in literals:
-        return Structure(_of_lark(rest_of_call_grammar(style, box.schemas, literals)), parts, style.begin, False)
+        return Structure(_of_lark(style.rest_of_call_grammar(box.schemas, literals)), parts, style.begin, False)
     return None
 
 
 def is_structured(request: Structured) -> bool:
+    """Whether the request itself asks for a structure, be it with tools or without."""
     return any(value is not None for _, _, value in _asked(request))
 
 
 def _either(calls: str, answer: str) -> str:
-    """One grammar or the other; the second as its kind's function gave it."""
+    """A grammar of one or the other; `calls` is Lark, `answer` is what a kind's `grammar` returned."""
     given = json.loads(answer) if answer.startswith("{") else {"grammars": [{"lark_grammar": answer}]}
     whole = calls.replace("start: ", "start: @answer | calls\ncalls: ", 1)
     return json.dumps({"grammars": [{"lark_grammar": whole}, {**given["grammars"][0], "name": "answer"}]})
 
 
 def _grammar_of(request: Structured) -> tuple[str, str] | None:
-    """The grammar, and the field that asks for it. Raises InvalidRequest, also for two structures at once."""
-    found = [(field, kind, value) for field, kind, value in _asked(request) if value is not None]
-    if not found:
+    """Returns the grammar and the field that asks for it. Raises InvalidRequest, also for two structures at once."""
+    asked = [(field, kind, value) for field, kind, value in _asked(request) if value is not None]
+    if not asked:
         return None
-    if len(found) > 1:
-        raise _invalid(f"{found[0][0]} and {found[1][0]} cannot be used together.", found[1][0])
-    field, kind, value = found[0]
+    if len(asked) > 1:
+        raise _invalid(f"{asked[0][0]} and {asked[1][0]} cannot be used together.", asked[1][0])
+    field, kind, value = asked[0]
     with _refusing(field):
         if kind == "json" and isinstance(value, str):
             value = json.loads(value)
-        check_size(value, field)
-        patterns = [*PATTERNS[kind](value)]
+        check_json(value, field, SCHEMA)
+        patterns = [*KINDS[kind].patterns(value)]
         check_patterns(patterns, field)
         _check_ends(patterns)
-        return KINDS[kind](value), field
+        return KINDS[kind].grammar(value), field
 
 
 def _check_ends(patterns: Iterable[str]) -> None:
-    """Raises ValueError for one that llguidance would read without its last character."""
+    """Raises ValueError for a pattern that llguidance would read without its last character."""
     for pattern in patterns:
         if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
             raise ValueError("a pattern must not end in a single backslash")
@@ -102,7 +104,7 @@ def _check_ends(patterns: Iterable[str]) -> None:
 
 @contextmanager
 def _refusing(field: str) -> Iterator[None]:
-    """Raises InvalidRequest for what is no structure."""
+    """Turns errors about a structure into InvalidRequest, which names its field."""
     try:
         yield
     except RecursionError as error:
@@ -118,7 +120,7 @@ def _part(schema: Any, field: str, is_needed: bool) -> str:
 
 
 def _asked(request: Structured) -> list[tuple[str, str, Any]]:
-    """(field, kind, value) of everything that the request asks for."""
+    """Returns (field, kind, value) of each field that can ask for a structure; the value of most is None."""
     asked = [(f"guided_{kind}", kind, getattr(request, f"guided_{kind}")) for kind in KINDS]
     for kind, value in (request.structured_outputs or {}).items():
         field = f"structured_outputs.{kind}"
@@ -172,7 +174,7 @@ def _of_choice(choices: Any) -> str:
 
 
 def _of_lark(text: Any) -> str:
-    """Lark's syntax, or EBNF as llama.cpp writes it (`root ::= ...`)."""
+    """Takes Lark's syntax, or EBNF as llama.cpp writes it (`root ::= ...`)."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -180,22 +182,21 @@ def _of_lark(text: Any) -> str:
         raise ValueError("a grammar must be a string")
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(text))
-    except Exception as error:  # of the library's own class, or of none
+    except Exception as error:  # the library raises several classes
         raise ValueError(str(error)) from error
 
 
 def _texts(value: Any) -> list[str]:
-    """A grammar repeats its own parts as the patterns in it do."""
+    """The text itself: a grammar repeats its parts as regular expressions do."""
     return [value] if isinstance(value, str) else []
 
 
-PATTERNS: dict[str, Callable[[Any], Iterable[str]]] = {
-    "json": patterns_of,
-    "regex": _texts,
-    "choice": lambda choices: (),
-    "grammar": _texts,
+KINDS = {  # how a structure can be given
+    "json": Kind(_of_json, patterns_of),
+    "regex": Kind(_of_regex, _texts),
+    "choice": Kind(_of_choice, lambda choices: ()),
+    "grammar": Kind(_of_lark, _texts),
 }
-KINDS |= {"json": _of_json, "regex": _of_regex, "choice": _of_choice, "grammar": _of_lark}
 
 
 def _invalid(message: str, param: str) -> InvalidRequest:

@@ -14,7 +14,7 @@ from hashlib import sha256
 from itertools import product
 from typing import Any
 
-from text.messages import CanonicalMessage
+from text.canonical_messages import CanonicalMessage
 
 Render = Callable[[list[CanonicalMessage], list[dict[str, Any]] | None], str]
 ROLES = ("user", "assistant", "system", "tool")

@@ -1,6 +1,5 @@
 """Toolbox: the tools of a request, and which of them may or must be called. It knows no model."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,14 +7,12 @@ from typing import Any
 
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, TokenizeRequest
+from text.json_bounds import SCHEMA, check_json
 from text.json_schemas import enforceable, patterns_of
-from text.messages import check_characters
 from text.regex_size import MAX_REPEATED, is_too_large
 
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 MAX_TOOLS = 512  # tools
-MAX_LENGTH = 200_000  # characters of a schema or grammar, or of all tools
-MAX_DEPTH = 100  # of a schema's objects and lists
 OPENS = {  # say something of other properties than those that are listed, or of all together
     *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
     *("anyOf", "allOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "dependentRequired", "enum", "const"),
@@ -39,7 +36,7 @@ def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | N
     tools = request.tools or []
     if len(tools) > MAX_TOOLS:
         raise _invalid(f"There are more than {MAX_TOOLS} tools.", "tools")
-    check_size(tools, "tools")
+    check_json(tools, "tools", SCHEMA)
     functions = [_function(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
     check_patterns((own for function in functions for own in patterns_of(function.get("parameters"))), "tools")
     names = [function["name"] for function in functions]
@@ -69,16 +66,6 @@ def _closed(schema: Object | None) -> Object:
     return {"type": "object", **({} if is_open else {"properties": {}, "additionalProperties": False}), **own}
 
 
-def check_size(value: Any, field: str) -> None:
-    """Raises InvalidRequest for JSON that is too much, or no Unicode."""
-    text = json.dumps(value, ensure_ascii=False) if _depth(value) <= MAX_DEPTH else None
-    if text is None or len(text) > MAX_LENGTH:
-        raise _invalid(
-            f"{field} is longer than {MAX_LENGTH} characters, or nested deeper than {MAX_DEPTH} levels.", field
-        )
-    check_characters(text, field)
-
-
 def check_patterns(patterns: Iterable[str], field: str) -> None:
     """Raises InvalidRequest for one that would take too much memory; the field is what they are in."""
     if any(is_too_large(pattern) for pattern in patterns):
@@ -87,20 +74,6 @@ def check_patterns(patterns: Iterable[str], field: str) -> None:
             f"{MAX_REPEATED} characters: use smaller counts.",
             field,
         )
-
-
-def _depth(value: Any) -> int:
-    """Level by level, since recursion has a limit of its own."""
-    level, depth = [value], 0
-    while level := [item for value in level for item in _items(value)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            break
-    return depth
-
-
-def _items(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def _function(tool: Object, path: str) -> Object:

@@ -1,34 +1,24 @@
-"""OpenAI messages -> canonical messages: what chat templates expect, and what they take if they expect less."""
+"""OpenAI messages -> canonical messages, which chat templates expect, and forms for templates that take less."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from errors import InvalidRequest
 from schemas import Message
-from text.tool_formats import ToolFormat
+from text.tool_calls.tool_format import ToolFormat
 
 CanonicalMessage = dict[str, Any]  # role: system, user, assistant or tool; content: text
 
 ROLES = {"developer": "system", "function": "tool"}  # other names of the roles that templates know
 
 
-def cut(value: Any, pattern: re.Pattern[str], seam: str) -> Any:
-    """The same JSON value with the seam behind the first character of each match in its texts."""
-    if isinstance(value, str):
-        return pattern.sub(lambda match: match[0][:1] + seam + match[0][1:], value)
-    if isinstance(value, list):
-        return [cut(item, pattern, seam) for item in value]
-    if isinstance(value, dict):
-        return {cut(key, pattern, seam): cut(item, pattern, seam) for key, item in value.items()}
-    return value
-
-
 def canonical(messages: Sequence[Message], image_mark: str | None = None) -> list[CanonicalMessage]:
-    """What templates expect: text content, four roles, and the arguments of tool calls as objects.
+    """Returns messages as templates expect them: text content, four roles, arguments of tool calls as objects.
 
-    image_mark: what stands for an image in the text; None: there must be none.
+    image_mark: what stands for an image in the text; None: images are refused.
+
+    Raises InvalidRequest, which names the part, for content that the model cannot take.
 
     A participant's name leads the text, since templates have no place for it; a tool's name stays apart.
     """
@@ -51,10 +41,15 @@ def canonical(messages: Sequence[Message], image_mark: str | None = None) -> lis
     return result
 
 
-def fold_tools(messages: Sequence[CanonicalMessage], style: ToolFormat, prompt: str = "") -> list[CanonicalMessage]:
-    """The same with tool calls and their results as text, for templates that would leave them out.
+def has_images(messages: Sequence[Message]) -> bool:
+    contents = [message.content for message in messages if isinstance(message.content, list)]
+    return any(part.type == "image_url" for content in contents for part in content)
 
-    prompt: what tells the model of its tools; it comes with the system's message.
+
+def fold_tools(messages: Sequence[CanonicalMessage], style: ToolFormat, prompt: str = "") -> list[CanonicalMessage]:
+    """Writes tool calls and their results as text, for templates that would leave them out.
+
+    prompt: describes the tools; it is added to the system's message.
     """
     names = {str(call.get("id")): _called(call).get("name") for m in messages for call in m.get("tool_calls", ())}
     result: list[CanonicalMessage] = []
@@ -75,7 +70,7 @@ def fold_tools(messages: Sequence[CanonicalMessage], style: ToolFormat, prompt: 
 
 
 def with_names(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """For templates that tell a result by its call: one without a call says itself what it is of."""
+    """Adds the tool's name to results that have no call, for templates that match results with calls."""
     return [
         {**m, "content": f"{m['name']}: {m['content']}"} if m.get("name") and not m.get("tool_call_id") else m
         for m in messages
@@ -100,9 +95,9 @@ def _text(message: Message, number: int, image_mark: str | None) -> str:
         if part.type == "image_url":
             raise InvalidRequest("This model does not accept images.", param=param, code="unsupported_value")
         if part.type not in ("text", "refusal"):
-            known = "'text'" if image_mark is None else "'text' and 'image_url'"
+            types = "'text'" if image_mark is None else "'text' and 'image_url'"
             raise InvalidRequest(
-                f"This model accepts content parts of type {known}, not {part.type!r}.",
+                f"This model accepts content parts of type {types}, not {part.type!r}.",
                 param=param,
                 code="unsupported_value",
             )
@@ -113,19 +108,11 @@ def _text(message: Message, number: int, image_mark: str | None) -> str:
 
 
 def _may_be_silent(message: Message) -> bool:
-    """The assistant beside something else that it said or did, and a function, as in OpenAI's API."""
+    """Whether a message needs no content, as in OpenAI's API: a function's, or the assistant's with something else."""
     if message.role != "assistant":
         return message.role == "function"
     said = (message.tool_calls, message.function_call, message.refusal, message.reasoning_content, message.reasoning)
     return any(said)
-
-
-def check_characters(text: str, param: str) -> None:
-    """JSON can hold half a character, an escape such as \\ud800; UTF-8 and tokenizers cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"The text is not valid Unicode: {error.reason}.", param=param) from error
 
 
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -137,26 +124,28 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
 
 
-def _arguments(given: Any) -> Any:
-    """An object; none, null and blanks are an empty one. What is no JSON stays as it is."""
-    if given is None or (isinstance(given, str) and given.strip() in ("", "null")):
+def _arguments(arguments: Any) -> Any:
+    """Returns arguments as an object: nothing, null and blanks are an empty one, and text that is no JSON stays."""
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         return {}
     try:
-        return json.loads(given) if isinstance(given, str) else given
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
-        return given
+        return arguments
 
 
 def is_alternating(messages: Sequence[CanonicalMessage]) -> bool:
-    """The user and the assistant in turn, beginning with the user, after the system perhaps."""
+    """Whether user and assistant take turns, beginning with the user; a system message may come before."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     return bool(turns) and turns == [("user", "assistant")[number % 2] for number in range(len(turns))]
 
 
 def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> list[CanonicalMessage]:
-    """The same text with user and assistant in turn, beginning with the user: system text leads the first turn, in the
-    form of `lead`, and neighbours of one role become one message."""
+    """Returns the same text with user and assistant in turn, beginning with the user.
+
+    The system's text leads the first turn, in the form of `lead`; neighbours of one role become one message.
+    """
     system = [m["content"] for m in messages if m["role"] == "system"]
     turns: list[CanonicalMessage] = []
     for message in messages:
@@ -175,14 +164,14 @@ def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> lis
 
 
 def gathered(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """The same with what the system says in one message at the beginning."""
+    """Puts all that the system says into one message at the beginning."""
     system = [m["content"] for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
     return [{"role": "system", "content": "\n\n".join(system)}, *others] if system else others
 
 
 def led(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """The same with what the system says at the head of the user's first message, for templates without a system."""
+    """Puts what the system says at the head of the user's first message, for templates without a system role."""
     first, *others = gathered(messages)
     if first["role"] != "system":
         return [first, *others]
@@ -192,25 +181,25 @@ def led(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
 
 
 def apart(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """The same with a message for each call, its result behind it, for templates that take no more in one."""
+    """Gives each call a message, with its result behind it, for templates that take one call in a message."""
     result: list[CanonicalMessage] = []
     for message, results in _with_results(messages):
         calls = message.get("tool_calls", ())
         said = {key: value for key, value in message.items() if key != "tool_calls"}
         pieces = [said] if message["content"].strip() or not calls else []
         for call in calls:
-            begin = {} if pieces else said  # with its thoughts
+            begin = {} if pieces else said  # with its reasoning
             pieces.append({**begin, "role": "assistant", "content": "", "tool_calls": [call]})
-            own = next((m for m in results if m.get("tool_call_id") == call.get("id")), None)
-            if own is not None:
-                pieces.append(own)
-                results = [m for m in results if m is not own]
+            answer = next((m for m in results if m.get("tool_call_id") == call.get("id")), None)
+            if answer is not None:
+                pieces.append(answer)
+                results = [m for m in results if m is not answer]
         result += [*pieces, *results]
     return result
 
 
 def _with_results(messages: Sequence[CanonicalMessage]) -> list[tuple[CanonicalMessage, list[CanonicalMessage]]]:
-    """Each message with the results of its calls that follow it."""
+    """Pairs each message with the results of its calls, which follow it."""
     pairs: list[tuple[CanonicalMessage, list[CanonicalMessage]]] = []
     for message in messages:
         if message["role"] == "tool" and pairs and pairs[-1][0].get("tool_calls"):
