@@ -96,9 +96,7 @@ class Engine:
             options.max_queued_requests + scheduler.limits.max_num_seqs, options.num_clients
         )
         self.max_queued_tokens = options.max_queued_tokens
-        self.on_failure: Callable[[], object] = lambda: (
-            None
-        )  # called on the event loop when a fatal error has ended the thread
+        self.on_failure: Callable[[], object] = lambda: None  # called on the event loop after a fatal error
         self.failure: BaseException | None = None  # the fatal error that ended the worker thread
         self._live: set[Sequence] = set()  # one for each stream() call that has not ended
         self._is_closing = False

@@ -30,9 +30,8 @@ SCORED_ROWS = 64  # rows of a prompt's logits that are in memory in float32 at a
 def input_device(model: PreTrainedModel) -> torch.device:
     """The device that token ids are put on; the model may be spread over several."""
     parameter = next(model.get_input_embeddings().parameters(), None)
-    return (
-        torch.device("cpu") if parameter is None else parameter.device
-    )  # packed weights, which are no parameters, are for CPUs
+    # packed weights, which are no parameters, are for CPUs
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def probe_layers(model: PreTrainedModel) -> dict[int, AttentionSpec]:

@@ -163,9 +163,8 @@ class Scheduler:
         sequence.status = Status.RUNNING
         if sequence.queue_time is None:
             sequence.queue_time = time.perf_counter() - sequence.added
-            sequence.num_cached_tokens = (
-                sequence.num_computed
-            )  # not after a preemption, when it may reuse its own blocks
+            # not after a preemption, when it may reuse its own blocks
+            sequence.num_cached_tokens = sequence.num_computed
         self._turn = max(self._turn, sequence.turn)
         self.waiting.remove(sequence)
         if not self.waiting:

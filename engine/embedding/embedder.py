@@ -75,7 +75,7 @@ class Scores:
 
 @dataclass(eq=False)
 class Job:
-    """The texts of one call. Once it is posted, only the worker thread changes it."""
+    """The texts of one call. Once it is posted, only the worker thread changes it, except `is_dropped`."""
 
     texts: Sequence[Any]
     prompt: Prompt
@@ -455,9 +455,8 @@ def loaded_size(directory: Path, device: str) -> int:
     total = 0
     for path in directory.rglob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
-            total += sum(
-                math.prod(file.get_slice(name).get_shape()) for name in file.keys()
-            )  # no mapping, so no iteration
+            # safe_open gives no mapping that could be iterated
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     return total * width
 
 

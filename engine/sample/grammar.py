@@ -109,9 +109,8 @@ class GrammarCompiler:
         self._tokenizer, self._num_tokens = tokenizer, num_tokens
         self._eos_token_ids = sorted(eos_token_ids)
         self._compiler: LLTokenizer | None = None
-        self._grammars: OrderedDict[str, tuple[Grammar, int]] = (
-            OrderedDict()
-        )  # with bytes; the least recently used first
+        # text -> grammar and its bytes; the least recently used first
+        self._grammars: OrderedDict[str, tuple[Grammar, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def compile(self, text: str) -> Grammar:
