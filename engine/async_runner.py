@@ -1,7 +1,7 @@
-"""AsyncRunner: on a GPU the next step begins before this one's tokens are known to the CPU.
+"""AsyncRunner: on a GPU the next step begins before the CPU has read this one's tokens.
 
-Mostly the next step has the same sequences, each one token on. That is started as a guess, its tokens taken over on
-the GPU; if the scheduler then decides otherwise, the guess is dropped, and the step computed as usual.
+Mostly the next step has the same sequences, each one token longer. That step is started as a guess, with its tokens
+copied on the GPU. If the scheduler then decides otherwise, the guess is dropped, and the step is computed as usual.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from engine.vision import Image
 
 
 class AsyncRunner:
-    """A Runner around a ModelRunner."""
+    """Runs a ModelRunner one step ahead of the scheduler."""
 
     def __init__(self, runner: ModelRunner, is_quiet: Callable[[], bool]) -> None:
-        """is_quiet: whether nothing waits that would change the next step."""
+        """is_quiet: tells whether no prompt or command waits that would change the next step."""
         self.runner = runner
         self._is_quiet = is_quiet
         self._guess: RunnerOutput | None = None
-        self.num_right = 0  # guesses since the start
+        self.num_right = 0  # right guesses since the start
 
     @property
     def num_embeddings(self) -> int:
         return self.runner.num_embeddings
 
-    def encode(self, images: list[Image], most: int) -> None:
-        self.runner.encode(images, most)
+    def encode(self, images: list[Image], limit: int) -> None:
+        self.runner.encode(images, limit)
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:
         guess, self._guess = self._guess, None
@@ -50,6 +50,10 @@ class AsyncRunner:
             self.runner.cache.rollback(span.sequence, span.start)
 
     def _start_next(self, batch: Batch, started: RunnerOutput, rows: list[int]) -> RunnerOutput | None:
+        """Starts the step of decodes that follows if no sequence ends. None where that cannot be known beforehand.
+
+        rows: for each span of the batch, its row in `started`.
+        """
         spans = []
         for span in batch.spans:
             sequence, params = span.sequence, span.sequence.params
@@ -63,7 +67,7 @@ class AsyncRunner:
 
 
 def _rows(batch: Batch, guess: Batch) -> list[int] | None:
-    """Which of the guess's rows are those of the batch; None if it has others."""
+    """Returns the guess's row for each span of the batch; None where the batch has other spans."""
     row_of = {(span.sequence.number, span.start): row for row, span in enumerate(guess.spans)}
     rows = [row_of.get((span.sequence.number, span.start)) for span in batch.spans if span.num_tokens == 1]
     return [row for row in rows if row is not None] if len(rows) == len(batch.spans) and None not in rows else None

@@ -7,12 +7,12 @@ from engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start .. start + num_tokens of a sequence, computed in one step; the last ones may be a guess."""
+    """Tokens start .. start + num_tokens of a sequence, which one step computes; the last ones may be guesses."""
 
     sequence: Sequence
     start: int
     num_tokens: int
-    draft: tuple[int, ...] = ()
+    draft: tuple[int, ...] = ()  # the guessed tokens at its end
 
     @property
     def end(self) -> int:
@@ -20,17 +20,17 @@ class Span:
 
     @property
     def is_decode(self) -> bool:
-        """One token of an answer, and what may follow it. One of a prompt is computed as the others of it are, so
-        that its logits do not depend on how the prompt was cut."""
+        """Whether it is one token of an answer, with the guesses after it. A single token of a prompt is not: it is
+        computed in the same way as the rest of the prompt, so that its logits do not depend on where that was cut."""
         return self.num_tokens - len(self.draft) == 1 and self.start >= len(self.sequence.prompt_ids)
 
     @property
     def is_complete(self) -> bool:
-        """It has the sequence's last token: the step yields the next one, or more of them."""
+        """Whether it holds the sequence's last known token, so that the step yields the next one, or several."""
         return self.end - len(self.draft) == self.sequence.num_tokens
 
-    def lesser(self) -> "Span":
-        """Fewer of its tokens, if that is possible: without the guess, else half of them."""
+    def smaller(self) -> "Span":
+        """A span of fewer tokens: without the guesses, else half of them; the span itself where neither is possible."""
         if self.draft:
             return Span(self.sequence, self.start, self.num_tokens - len(self.draft))
         if self.num_tokens > 1 and not self.sequence.whole_images_in(self.start, self.end):
@@ -38,15 +38,17 @@ class Span:
         return self
 
     def token_at(self, position: int) -> int:
-        """0 where it is not known yet."""
-        known = self.sequence.token_ids
-        if position < len(known):
-            return known[position]
-        return self.draft[position - len(known)] if self.draft else 0
+        """The token id at a position of the sequence, known or guessed; 0 where it is neither."""
+        token_ids = self.sequence.token_ids
+        if position < len(token_ids):
+            return token_ids[position]
+        return self.draft[position - len(token_ids)] if self.draft else 0
 
 
 @dataclass(frozen=True)
 class Batch:
+    """What one step computes."""
+
     spans: tuple[Span, ...]
 
     @property

@@ -1,7 +1,7 @@
-"""BlockPool: the blocks of one layer group, who holds them, and what they contain.
+"""BlockPool: the blocks of one layer group, how many sequences hold each, and the keys of what they contain.
 
-A block whose content is known by a key can be held by several sequences at once, and is kept when nobody holds it any
-more, until its room is needed: the one that was not used for the longest time goes first.
+A block with a published key can be held by several sequences at once. It is kept when none holds it any more, until a
+block for new content is needed: then the least recently used one is evicted.
 """
 
 import heapq
@@ -10,16 +10,16 @@ import heapq
 class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        # lowest number first: memory that nobody has needed yet stays untouched
+        # a heap, the lowest number first, so that memory which was never needed stays untouched
         self._unused = list(range(num_blocks))
-        self._idle: dict[int, None] = {}  # held by nobody, content known; the least recently used first
+        self._idle: dict[int, None] = {}  # published but held by no sequence; the least recently used first
         self._num_holders = [0] * num_blocks
-        self._keys: dict[int, bytes] = {}  # block -> what it contains
-        self._blocks: dict[bytes, int] = {}  # and the other way round
+        self._keys: dict[int, bytes] = {}  # block -> the key of its content
+        self._blocks: dict[bytes, int] = {}  # key -> block
 
     @property
     def num_free(self) -> int:
-        """Those that can be taken; some of them may have to be forgotten for it."""
+        """Blocks that `take` can give, those included whose content it would evict."""
         return len(self._unused) + len(self._idle)
 
     @property
@@ -27,7 +27,7 @@ class BlockPool:
         return self.num_blocks - self.num_free
 
     def take(self) -> int:
-        """A block for new content, held once."""
+        """Returns a block for new content, with one holder."""
         if self._unused:
             block = heapq.heappop(self._unused)
         else:
@@ -37,15 +37,16 @@ class BlockPool:
         return block
 
     def find(self, key: bytes) -> int | None:
-        """The block with this content."""
+        """Returns the block with this content, None where there is none."""
         return self._blocks.get(key)
 
     def hold(self, block: int) -> None:
-        """For one more holder."""
+        """Adds a holder."""
         self._idle.pop(block, None)
         self._num_holders[block] += 1
 
     def release(self, block: int) -> None:
+        """Removes a holder; after the last one, the block is free."""
         self._num_holders[block] -= 1
         if self._num_holders[block]:
             return
@@ -55,7 +56,7 @@ class BlockPool:
             heapq.heappush(self._unused, block)
 
     def publish(self, block: int, key: bytes) -> None:
-        """From now on others may find it. Where two have computed the same, the first one stays the one to find."""
+        """Registers the block under its content's key; if that is known already, the first block is kept."""
         if key not in self._blocks:
             self._blocks[key] = block
             self._keys[block] = key

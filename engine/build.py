@@ -30,10 +30,10 @@ from errors import ModelLoadError, first_line
 from vision.families import vision_family_of
 
 log = logging.getLogger(__name__)
-CPU_CACHE_MEMORY = 4 * 2**30  # bytes at most, unless set
+CPU_CACHE_MEMORY = 4 * 2**30  # bytes that the cache takes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
-BLOCK_SIZES = (16, 256)  # tokens, the first one that the device's attention takes
-GPU_RESERVE = 0.1  # of a GPU's memory, for activations
+BLOCK_SIZES = (16, 256)  # tokens; the first size that the device's attention takes is used
+GPU_RESERVE = 0.1  # share of a GPU's memory that is kept for activations
 _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
     "cpu": (32, 512, 64),
     "cuda": (256, 8192, 2048),
@@ -42,11 +42,11 @@ _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What is known of a model beside its own files."""
+    """Facts about a model that its own files may lack."""
 
-    stop_token_ids: tuple[int, ...] = ()  # end an answer beside those that its generation config names
-    context_length: int = 2048  # tokens, where its config has none
-    num_tokens: int | None = None  # of its vocabulary: ids beyond are no text, and never chosen
+    stop_token_ids: tuple[int, ...] = ()  # end an answer, as those of the generation config do
+    context_length: int = 2048  # tokens, where the config has no length
+    num_tokens: int | None = None  # in the vocabulary: higher ids stand for no text, and are never chosen
 
 
 def load_engine(
@@ -76,7 +76,7 @@ def load_engine(
         check_start(engine, checked.directory, options, report)
     except ModelLoadError:
         raise
-    except Exception as error:  # of any kind: whatever a model does in a way that nobody expects
+    except Exception as error:  # a model's own code can raise anything
         raise ModelLoadError(
             f"The model in {checked.directory} was loaded, but computing with it fails: "
             f"try another DTYPE or QUANTIZATION ({type(error).__name__}: {first_line(error).rstrip('.')})."
@@ -85,10 +85,11 @@ def load_engine(
 
 
 def _eos_of(model: PreTrainedModel) -> list[int]:
-    """As the generation config says, else the model's, else its text part's. Raises ModelLoadError."""
+    """Returns the end-of-sequence tokens of the generation config, else of the model's config, else of its text part.
+    Raises ModelLoadError where they are no token ids."""
     sources = (model.generation_config, model.config, model.config.get_text_config())
-    found = (getattr(source, "eos_token_id", None) for source in sources)
-    eos: Any = next((value for value in found if value is not None), [])
+    values = (getattr(source, "eos_token_id", None) for source in sources)
+    eos: Any = next((value for value in values if value is not None), [])
     ids = [token for token in eos if token is not None] if isinstance(eos, list | tuple) else [eos]
     if not all(isinstance(token, int) for token in ids):
         raise ModelLoadError(f"The model's eos_token_id is {eos!r}; it must be a token id or a list of token ids.")
@@ -96,8 +97,8 @@ def _eos_of(model: PreTrainedModel) -> list[int]:
 
 
 def check_start(engine: Engine, directory: Path, options: EngineOptions, report: Report) -> None:
-    """A model that cannot compute, or computes something else than in transformers, is found out before anybody asks
-    it something. Raises ModelLoadError. What was compared is remembered in `options.cache_dir`."""
+    """Raises ModelLoadError for a model that cannot compute, or whose logits differ from transformers'. A model that
+    passed is remembered in `options.cache_dir` and not compared again."""
     warm_up(engine)
     runner = _model_runner(engine)
     how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
@@ -114,8 +115,8 @@ def _model_runner(engine: Engine) -> ModelRunner:
 
 
 def warm_up(engine: Engine) -> None:
-    """A prompt and decodes, so that what is compiled when first used does not wait for somebody's stream. Raises what
-    the model raises."""
+    """Computes a few prompts and decodes, so that whatever is compiled at first use does not delay the first requests.
+    Raises what the model raises, and ModelLoadError where its logits are NaN."""
     scheduler = engine.scheduler
     greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     for params in (greedy, replace(greedy, temperature=1.0), replace(greedy, temperature=1.0, top_k=2)):
@@ -134,7 +135,7 @@ def build_engine(
     eos_token_ids: frozenset[int],
     draft: PreTrainedModel | None = None,
 ) -> Engine:
-    """The engine for a loaded model, its cache sized from free memory."""
+    """Builds the engine for a loaded model, with a cache sized from free memory. Raises ModelLoadError."""
     specs = probe_layers(model)
     max_num_seqs, batched, mixed = _DEVICE_DEFAULTS[
         "cuda" if next(iter(specs.values())).device.type == "cuda" else "cpu"
@@ -144,20 +145,27 @@ def build_engine(
     mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)
     context = _model_context(model, options.max_model_len)
     proposer = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
-    block_size, flash = _choose_attention(specs, options)
-    _fuse_layers(model, flash)
+    block_size, kernel = _choose_attention(specs, options)
+    _fuse_layers(model, kernel)
     plan, memory = _plan(specs, options, block_size, context, max_num_seqs, max(batched, mixed))
     limits = Limits(
-        max_num_seqs, batched, mixed, _fit_context(context, plan, options, memory), options.num_speculative_tokens
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=batched,
+        max_num_mixed_tokens=mixed,
+        max_model_len=_fit_context(context, plan, options, memory),
+        num_speculative_tokens=options.num_speculative_tokens,
     )
     cache = KVCache(plan, specs)
     log.info(
         "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens",
-        *(limits.max_model_len, max_num_seqs, memory / 2**30, "+".join(str(g.num_blocks) for g in plan.groups)),
+        limits.max_model_len,
+        max_num_seqs,
+        memory / 2**30,
+        "+".join(str(g.num_blocks) for g in plan.groups),
         block_size,
     )
-    runner = ModelRunner(model, cache, eos_token_ids, flash)
-    if flash is not None and len({spec.device for spec in specs.values()}) == 1:
+    runner = ModelRunner(model, cache, eos_token_ids, kernel)
+    if kernel is not None and len({spec.device for spec in specs.values()}) == 1:
         runner.record_graphs(max_num_seqs, limits.max_model_len)
     engine = Engine(runner, Scheduler(cache, limits, eos_token_ids, proposer), options)
     if runner.device.type == "cuda":
@@ -166,15 +174,15 @@ def build_engine(
 
 
 def _choose_attention(specs: dict[int, AttentionSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
-    """Tokens in a block, and the kernel that attends to such blocks on a GPU; some take only large ones."""
+    """Chooses the tokens in a block, and the kernel that attends to such blocks on a GPU: some take only large ones."""
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
-    found = ((size, flash.find(specs.values(), size)) for size in sizes)
-    return next(((size, kernel) for size, kernel in found if kernel is not None), (sizes[0], None))
+    kernels = ((size, flash.find(specs.values(), size)) for size in sizes)
+    return next(((size, kernel) for size, kernel in kernels if kernel is not None), (sizes[0], None))
 
 
-def _fuse_layers(model: PreTrainedModel, flash: Kernel | None) -> None:
-    """On a GPU that runs Triton's kernels."""
-    if flash is None or input_device(model).type != "cuda":
+def _fuse_layers(model: PreTrainedModel, kernel: Kernel | None) -> None:
+    """Replaces layers by fused ones, on a GPU that runs Triton's kernels."""
+    if kernel is None or input_device(model).type != "cuda":
         return
     try:
         from engine.gpu import triton_layers
@@ -201,7 +209,7 @@ def _plan(
     max_num_seqs: int,
     step_tokens: int,
 ) -> tuple[CachePlan, int]:
-    """The cache's blocks, and the bytes that they were fitted to."""
+    """Plans the cache. Also returns the bytes that it was fitted to."""
     bytes_per_token = sum(spec.bytes_per_token for spec in specs.values())
     memory = options.kv_cache_memory or min(
         _free_memory(specs), max_num_seqs * (context + block_size) * bytes_per_token
@@ -219,31 +227,33 @@ def _draft_model(
 ) -> DraftModel:
     specs = probe_layers(draft)
     context = min(context, _model_context(draft, None))
-    block_size, flash = _choose_attention(specs, options)
-    _fuse_layers(draft, flash)
+    block_size, kernel = _choose_attention(specs, options)
+    _fuse_layers(draft, kernel)
     plan, memory = _plan(specs, options, block_size, context, max_num_seqs, CATCH_UP)
     cache = KVCache(plan, specs)
     log.info("a draft model guesses tokens; its KV cache takes %.2f GiB", memory / 2**30)
-    runner = ModelRunner(draft, cache, eos_token_ids, flash)
+    runner = ModelRunner(draft, cache, eos_token_ids, kernel)
     num_embeddings = cast(int, model.get_input_embeddings().num_embeddings)
     return DraftModel(runner, cache, num_embeddings, min(context, plan.max_tokens))
 
 
-def _model_context(model: PreTrainedModel, wanted: int | None) -> int:
-    """Tokens; long-rope models stay within their original context, where one set of frequencies holds for all."""
+def _model_context(model: PreTrainedModel, max_model_len: int | None) -> int:
+    """Tokens of the longest sequence: max_model_len, or else the model's context. Long-rope models stay within their
+    original context, where one set of frequencies holds for all positions. Raises ModelLoadError."""
     text = model.config.get_text_config()
     context = int(getattr(text, "max_position_embeddings", None) or ModelDefaults.context_length)
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         context = min(context, int(rope.get("original_max_position_embeddings") or context))
-    if wanted is not None and wanted > context:
+    if max_model_len is not None and max_model_len > context:
         raise ModelLoadError(
-            f"MAX_MODEL_LEN={wanted} is larger than the model's context of {context} tokens: lower it."
+            f"MAX_MODEL_LEN={max_model_len} is larger than the model's context of {context} tokens: lower it."
         )
-    return wanted or context
+    return max_model_len or context
 
 
 def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: int) -> int:
+    """Shortens the context to what the cache holds. Raises ModelLoadError where the options do not allow that."""
     if plan.max_tokens >= context:
         return context
     if options.max_model_len or plan.max_tokens < 2 * plan.block_size:
@@ -256,7 +266,7 @@ def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: 
 
 
 def _free_memory(specs: dict[int, AttentionSpec]) -> int:
-    """Bytes for the cache: on GPUs what each has left for its own layers, on the CPU a share of what is free."""
+    """Bytes for the cache: on GPUs what each has left for the layers on it, on a CPU a share of the free memory."""
     devices = {spec.device for spec in specs.values()}
     total = sum(spec.bytes_per_token for spec in specs.values())
     limits = []

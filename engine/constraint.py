@@ -1,32 +1,36 @@
-"""Constraint and Matcher: what an answer must look like, as the sampler asks for it.
+"""Constraint and Matcher: which tokens an answer may have, as the sampler asks for it.
 
-Grammars and thinking budgets are constraints.
+A grammar is a constraint, and so is a budget for reasoning.
 """
 
 from typing import Protocol
 
-WORD = 32  # tokens in a word of a mask
+WORD = 32  # bits in a word of a bitmask, one for each token
 
 
 class Matcher(Protocol):
-    """One answer on its way through what it must look like."""
+    """Follows one answer through its constraint."""
 
-    num_accepted: int
-    decides_end: bool  # else the answer may end as others do
+    num_accepted: int  # tokens
+    decides_end: bool  # False: min_tokens and stop tokens apply as without a constraint
 
-    def accept(self, token_id: int) -> None: ...
+    def accept(self, token_id: int) -> None:
+        """Goes on by one token of the answer."""
+        ...
 
     @property
     def is_finished(self) -> bool:
-        """The answer is complete, and nothing can follow; or it left the grammar, which masks do not let happen."""
+        """Whether nothing can follow: the answer is complete, or has left the grammar, which the masks prevent."""
         ...
 
     def mask(self, ahead: list[int]) -> bytes | None:
-        """A bit for each token that may come after those; None if all may, or if they may not come themselves."""
+        """Bitmask of the tokens allowed after `ahead`; None: all are, or `ahead` itself is not allowed."""
         ...
 
 
 class Constraint(Protocol):
-    """What an answer must look like; any number of answers can follow it at a time."""
+    """What an answer must look like. Any number of answers can follow it at the same time."""
 
-    def matcher(self) -> Matcher: ...
+    def matcher(self) -> Matcher:
+        """Returns a matcher for a new answer."""
+        ...

@@ -1,4 +1,4 @@
-"""Engine: many callers' prompts in, their tokens out as they come. One thread steps the model; callers stay async."""
+"""Engine: prompts of many callers in, their tokens out as they come. One thread steps the model; callers are async."""
 
 import asyncio
 import gc
@@ -25,14 +25,14 @@ from errors import EngineFailure, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
-ENCODED_TOGETHER = 4  # images
-STALLED = 300.0  # seconds of a step
-ENDING = 5.0  # seconds of the step under way, once the engine closes
+ENCODED_TOGETHER = 4  # images in a step, while nothing decodes
+STALLED = 300.0  # seconds; a step that takes longer hangs
+ENDING = 5.0  # seconds that the current step has to return when the engine closes
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What can be set; names and meaning are those of the settings. None: chosen for the device and model."""
+    """The engine's settings, named as in config.py. None: chosen for the device and the model."""
 
     dtype: str = "auto"
     device_map: str = "auto"
@@ -47,22 +47,22 @@ class EngineOptions:
     kv_cache_memory: int | None = None
     kv_block_size: int | None = None
     num_speculative_tokens: int = 8
-    cache_dir: Path | None = None  # None: what the check at start found is not remembered
+    cache_dir: Path | None = None  # where the result of the check at start is kept; None: nowhere
 
 
 class Runner(Protocol):
-    """What computes the batches: a ModelRunner, or something that stands in for it."""
+    """What computes the batches: a ModelRunner, an AsyncRunner around one, or a stand-in for tests."""
 
     @property
     def num_embeddings(self) -> int: ...
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]: ...
 
-    def encode(self, images: list[Image], most: int) -> None: ...
+    def encode(self, images: list[Image], limit: int) -> None: ...
 
 
 class OutputCollector:
-    """A sequence's outputs on their way to the caller; it belongs to the event loop's thread."""
+    """Holds a sequence's outputs until its caller takes them. Only the event loop's thread uses it."""
 
     def __init__(self) -> None:
         self._outputs: list[TokenOutput] = []
@@ -78,7 +78,7 @@ class OutputCollector:
             self._waiter.set_result(None)
 
     async def take(self) -> list[TokenOutput]:
-        """All that has come, as soon as there is something; raises the error that came after the outputs."""
+        """Waits for outputs and returns all that are there; once they are taken, raises the error that ended them."""
         if not self._outputs and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -96,11 +96,11 @@ class Engine:
             options.max_queued_requests + scheduler.limits.max_num_seqs, options.num_clients
         )
         self.max_queued_tokens = options.max_queued_tokens
-        self.on_failure: Callable[[], object] = lambda: None  # called on the event loop when the thread has ended so
-        self.failure: BaseException | None = None  # set once, when the worker thread has ended by an error
-        self._live: set[Sequence] = set()  # those of stream() calls that have not ended
+        self.on_failure: Callable[[], object] = lambda: None  # called on the event loop after a fatal error
+        self.failure: BaseException | None = None  # the fatal error that ended the worker thread
+        self._live: set[Sequence] = set()  # one for each stream() call that has not ended
         self._is_closing = False
-        self._step_began: float | None = None  # of the one under way
+        self._step_began: float | None = None  # time.monotonic() at the start of the current step
         self.stalled_after = STALLED
         self.num_failed_steps = 0  # since the start
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -112,7 +112,7 @@ class Engine:
 
     @property
     def num_embeddings(self) -> int:
-        """Token ids are below it; a tokenizer may know more."""
+        """Rows of the embedding table: every token id must be below it, though a tokenizer may know more ids."""
         return self.runner.num_embeddings
 
     @property
@@ -141,12 +141,12 @@ class Engine:
 
     @property
     def is_stalled(self) -> bool:
-        """Whether a step takes longer than any should: a device that hangs does not raise."""
+        """Whether the current step has taken longer than any should: a device that hangs does not raise."""
         begin = self._step_began
         return begin is not None and time.monotonic() - begin > self.stalled_after
 
     def start(self) -> None:
-        """Starts the worker thread; outputs go to the event loop that runs now."""
+        """Starts the worker thread, whose outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._worker.start()
 
@@ -158,25 +158,27 @@ class Engine:
         images: tuple[Image, ...] = (),
         client: str = "",
     ) -> AsyncGenerator[list[TokenOutput]]:
-        """The answer as it comes: what is there whenever the caller is ready for more, mostly one token.
+        """Yields the answer as it is computed: each time all outputs that are new, mostly one token.
 
-        Its last output has a finish_reason. Leaving the iterator aborts the sequence. The prompts of a smaller
-        `priority` are computed first; among those of one priority, clients take turns.
+        The last output has a finish_reason. Leaving the iterator aborts the sequence. Prompts with a smaller `priority`
+        are computed first; within one priority, clients take turns.
 
-        Raises Overloaded while too many wait, whose tokens are the caller's to check; Unavailable while closing,
-        EngineFailure when a step failed.
+        Raises Overloaded where too many sequences wait (`check_room` also bounds their tokens), Unavailable where the
+        engine is closing or has stopped, EngineFailure where a step failed.
         """
         assert 0 < len(prompt_ids) < self.max_model_len, "the caller checks the context"
         assert max(prompt_ids) < self.num_embeddings, "the caller checks the token ids"
         self.check_open(1, client)
-        mailbox = OutputCollector()
-        sequence = Sequence(prompt_ids, params, mailbox.put, priority, images, client)
+        collector = OutputCollector()
+        sequence = Sequence(
+            prompt_ids, params, on_output=collector.put, priority=priority, images=images, client=client
+        )
         self._live.add(sequence)
         self.admission.take(client)
         self.post(partial(self.scheduler.add, sequence))
         try:
             while True:
-                outputs = await mailbox.take()
+                outputs = await collector.take()
                 yield outputs
                 if outputs[-1].finish_reason:
                     return
@@ -201,8 +203,8 @@ class Engine:
             )
 
     def check_room(self, num_sequences: int, num_tokens: int, client: str = "") -> None:
-        """As `check_open`; raises Overloaded also where prompts of so many tokens would wait behind too many others,
-        and one of the client's own is among these."""
+        """Raises what `check_open` raises, and Overloaded where `num_tokens` more tokens of prompts would exceed
+        `max_queued_tokens`, unless none of the client's own prompts waits yet."""
         self.check_open(num_sequences, client)
         waiting = [sequence for sequence in self._live if sequence.status is Status.WAITING]
         num_waiting = sum(len(sequence.prompt_ids) for sequence in waiting)
@@ -211,14 +213,14 @@ class Engine:
             raise Overloaded(f"Prompts with {num_waiting} tokens are queued already; try again later.", retry_after=5)
 
     async def close(self, timeout: float = 0.0, patience: float = ENDING) -> None:
-        """Lets running sequences finish for `timeout` seconds, ends the thread, and gives the others an error. A step
-        that takes longer than `patience` seconds more is left to itself: it may hang."""
+        """Lets sequences finish for `timeout` seconds, ends the thread, and gives the remaining ones an error. The
+        thread is abandoned where its step takes `patience` seconds more, since the device may hang."""
         self._is_closing = True
         await self._worker.close(lambda: self._live, timeout, patience)
         self._fail_all(Unavailable("The server is shutting down.", retry_after=10))
 
     def _end(self, error: BaseException | None) -> None:
-        """What escapes a step's own handling ends the engine: its callers get an error, and /health reports it."""
+        """Handles an error that no step could handle: it ends the engine, and /health reports it."""
         if error is None:
             return
         log.error("the engine stopped after an error", exc_info=error)
@@ -235,7 +237,7 @@ class Engine:
             sequence.on_output(error)
 
     def step(self) -> None:
-        """Computes one batch. Its sequences are told if that fails; the others, and the engine, live on."""
+        """Computes one batch. If that fails, its sequences get an error; the others, and the engine, go on."""
         self._step_began = time.monotonic()
         try:
             if self._encode_images() and (batch := self.scheduler.schedule()).spans:
@@ -244,15 +246,18 @@ class Engine:
             self._step_began = None
 
     def _compute(self, batch: Batch, is_last_try: bool = False) -> None:
-        """A batch that fails is computed again in halves: one sequence of it may be why, or the memory that all of
-        them take. Whoever fails alone, and again, is told."""
+        """Computes a batch, and computes it again in halves where it fails: one of its sequences may be the cause, or
+        the memory that all of them take. A sequence that fails alone, twice, gets the error."""
         start = time.perf_counter()
         try:
             sampled = self.runner.run(batch)
         except Exception as error:
             log.warning(
                 "a step with %d sequences and %d tokens failed: %s: %s",
-                *(len(batch.spans), batch.num_tokens, type(error).__name__, str(error).partition("\n")[0]),
+                len(batch.spans),
+                batch.num_tokens,
+                type(error).__name__,
+                str(error).partition("\n")[0],
             )
             if is_fatal(error):
                 raise
@@ -260,10 +265,9 @@ class Engine:
             return self._recover(batch, error, is_last_try)
         seconds = time.perf_counter() - start
         self.scheduler.prefill_budget.note(batch.num_decodes, batch.num_prompt_tokens, seconds)
-        bad = EngineFailure("The model computed a value that is not a number (NaN).")
-        self._deliver(
-            [(sequence.on_output, output or bad) for sequence, output in self.scheduler.update(batch, sampled)]
-        )
+        not_a_number = EngineFailure("The model computed a value that is not a number (NaN).")
+        outputs = self.scheduler.update(batch, sampled)
+        self._deliver([(sequence.on_output, output or not_a_number) for sequence, output in outputs])
 
     def _recover(self, batch: Batch, error: Exception, is_last_try: bool) -> None:
         release_memory(error)
@@ -276,20 +280,20 @@ class Engine:
             return
         (span,) = batch.spans
         if not is_last_try:
-            less = span.lesser()
-            return self._compute(Batch((less,)), is_last_try=less == span)
+            smaller = span.smaller()
+            return self._compute(Batch((smaller,)), is_last_try=smaller == span)
         log.error("the model failed on a sequence", exc_info=error)
         failed = EngineFailure("The model failed on this request; the error is in the server's log.")
-        self.scheduler.cache.erase(span.sequence)  # whatever of it was written
+        self.scheduler.cache.erase(span.sequence)  # the step may have written NaN
         self.scheduler.remove(span.sequence)
         self._deliver([(span.sequence.on_output, failed)])
 
     def _encode_images(self) -> bool:
-        """Of those that prompts wait for some at a time, and one while sequences decode. False if one failed."""
-        wanted = self.scheduler.wanted_images()
-        if not wanted:
+        """Encodes the next images that prompts wait for; only one while sequences decode. False where one failed."""
+        images = self.scheduler.images_to_encode()
+        if not images:
             return True
-        bad = self._encode(wanted, 1 if self.scheduler.num_decoding else ENCODED_TOGETHER)
+        bad = self._encode(images, 1 if self.scheduler.num_decoding else ENCODED_TOGETHER)
         failed = EngineFailure("The model failed on an image; the error is in the server's log.")
         owners = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if bad & {*s.images}]
         for sequence in owners:
@@ -297,39 +301,39 @@ class Engine:
         self._deliver([(sequence.on_output, failed) for sequence in owners])
         return not bad
 
-    def _encode(self, images: list[Image], most: int) -> set[Image]:
-        """Those that the model fails on."""
+    def _encode(self, images: list[Image], limit: int) -> set[Image]:
+        """Encodes at most `limit` of the images, and returns those that the model fails on."""
         try:
-            self.runner.encode(images, most)
+            self.runner.encode(images, limit)
         except Exception as error:
             if is_fatal(error):
                 raise
             release_memory(error)
             missing = [image for image in images if image.features is None]
             if len(missing) > 1:
-                return {bad for image in missing[:most] for bad in self._encode([image], 1)}
+                return {bad for image in missing[:limit] for bad in self._encode([image], 1)}
             log.exception("an image could not be encoded")
             return set(missing)
         return set()
 
     def _deliver(self, outputs: list[tuple[OutputCallback, TokenOutput | Exception]]) -> None:
         if outputs and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_call_sinks, outputs)
+            self._loop.call_soon_threadsafe(_call_back, outputs)
 
 
 def is_fatal(error: Exception) -> bool:
-    """Whether nothing can be computed any more: a GPU that reported an error reports it for ever."""
+    """Whether nothing can be computed any more: a GPU that has reported an error reports it in every later call."""
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def release_memory(error: BaseException) -> None:
-    """What a step that ran out of memory left behind: the error's traceback holds all that it had computed."""
+    """Frees what a failed step had computed, which the error's traceback still holds."""
     traceback.clear_frames(error.__traceback__)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _call_sinks(outputs: list[tuple[OutputCallback, TokenOutput | Exception]]) -> None:
+def _call_back(outputs: list[tuple[OutputCallback, TokenOutput | Exception]]) -> None:
     for on_output, output in outputs:
         on_output(output)

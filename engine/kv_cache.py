@@ -1,8 +1,8 @@
-"""KVCache: keys and values in blocks. It hands out blocks and holds the tensors; it does not compute attention.
+"""KVCache: the layers' state, keys and values, in blocks. It hands out blocks and owns the tensors; others compute.
 
-Layers with the same sliding window form a group with block tables of their own, so that a sliding layer gives back
-what its window has left. Paged blocks as in PagedAttention (Kwon et al. 2023). A full block is known by its tokens and
-all those before it, so that a prompt that begins like another one takes over what was computed for that.
+Blocks are paged as in PagedAttention (Kwon et al. 2023). Layers with the same sliding window form a group with its own
+block tables, so that a sliding layer frees the blocks that its window has passed. A full block is found by a hash of
+its tokens and all those before it, so that a prompt that begins like another one reuses what was computed for that.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,6 +21,8 @@ _UNBOUNDED = 2**40  # tokens
 
 @dataclass(frozen=True)
 class LayerGroup:
+    """Layers with the same window, and how many blocks each of them has."""
+
     window: int | None
     layers: tuple[int, ...]
     num_blocks: int
@@ -28,7 +30,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How many blocks each group gets, and the longest sequence that they hold."""
+    """The blocks of each group of layers, and the longest sequence that they hold."""
 
     groups: tuple[LayerGroup, ...]
     block_size: int
@@ -38,12 +40,12 @@ class CachePlan:
     def fit(
         cls, specs: Mapping[int, LayerSpec], memory: int, block_size: int, max_num_seqs: int, step_tokens: int
     ) -> "CachePlan":
-        """Divides `memory` bytes: an equal number of blocks for each group, but no more than a sliding one can use."""
+        """Divides `memory` bytes: every group gets the same number of blocks, but no more than its window can use."""
         windows = sorted({spec.window or _UNBOUNDED for spec in specs.values()})
         layers = {w: tuple(i for i, spec in sorted(specs.items()) if (spec.window or _UNBOUNDED) == w) for w in windows}
         cost = {w: sum(specs[i].bytes_per_token for i in layers[w]) * block_size for w in windows}  # bytes of a block
         groups = []
-        for window in windows:  # ascending: what a small window leaves goes to the larger ones
+        for window in windows:  # ascending: what small windows cannot use goes to the larger ones
             num_blocks = memory // sum(cost.values())
             # a window's tokens may begin and end inside a block
             usable = max_num_seqs * (-(-window // block_size) + 2) + -(-step_tokens // block_size)
@@ -54,7 +56,7 @@ class CachePlan:
 
     @staticmethod
     def _longest(groups: list[LayerGroup], block_size: int, step_tokens: int) -> int:
-        """Tokens of the longest sequence that fits alone; where a window and a step fit, any length does."""
+        """The most tokens of one sequence. A sliding group that holds a window and a step allows any length."""
         limits = []
         for group in groups:
             needed = None if group.window is None else -(-(group.window + step_tokens) // block_size) + 2
@@ -64,6 +66,8 @@ class CachePlan:
 
 
 class KVCache:
+    """Hands out the blocks of every group of layers, and owns the tensors that they are rows of."""
+
     def __init__(self, plan: CachePlan, specs: Mapping[int, LayerSpec]) -> None:
         self.plan = plan
         self.specs = specs
@@ -85,10 +89,10 @@ class KVCache:
         return sum(pool.num_blocks for pool in self.pools)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Makes room for the sequence's first `num_tokens` tokens; False, and nothing is taken, if there is none."""
+        """Gives the sequence blocks for its first `num_tokens` tokens. False, and none, where too few are free."""
         sequence.block_tables = sequence.block_tables or [[] for _ in self.groups]
-        wanted = -(-num_tokens // self.block_size)
-        missing = [wanted - len(table) for table in sequence.block_tables]
+        num_needed = -(-num_tokens // self.block_size)
+        missing = [num_needed - len(table) for table in sequence.block_tables]
         if any(count > pool.num_free for count, pool in zip(missing, self.pools, strict=True)):
             return False
         for table, pool, count in zip(sequence.block_tables, self.pools, missing, strict=True):
@@ -96,7 +100,7 @@ class KVCache:
         return True
 
     def can_admit(self, sequence: Sequence, running: Iterable[Sequence], step_tokens: int) -> bool:
-        """Whether the whole prompt fits beside what the running sequences still need for theirs."""
+        """Whether the free blocks hold this prompt and what the running prompts still lack."""
         for index, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
             reserved = sum(self._num_missing(index, group.window, other, step_tokens) for other in running)
             if reserved + self._num_missing(index, group.window, sequence, step_tokens) > pool.num_free:
@@ -104,7 +108,7 @@ class KVCache:
         return True
 
     def _num_missing(self, index: int, window: int | None, sequence: Sequence, step_tokens: int) -> int:
-        """Blocks that a group still lacks for all of the sequence's tokens and the next one."""
+        """Counts the blocks that a group must still get for all of the sequence's tokens and the next one."""
         held = [block for block in sequence.block_tables[index] if block != FREED] if sequence.block_tables else []
         tokens = sequence.num_tokens + 1
         if window is not None:
@@ -128,10 +132,10 @@ class KVCache:
     # --- reuse
 
     def reuse(self, sequence: Sequence) -> None:
-        """Gives a sequence without blocks those of the longest beginning of its tokens that is known; at least one
-        token is left to compute."""
+        """Gives a sequence without blocks the published ones of its longest known prefix. At least one token is left
+        to compute."""
         keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
-        length = self._num_known(keys, sequence)
+        length = self._num_reusable(keys, sequence)
         self.advance(sequence, length * self.block_size)
         sequence.num_published = length
         sequence.block_tables = []
@@ -142,26 +146,26 @@ class KVCache:
                 pool.hold(cast(int, block))
             sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
 
-    def _num_known(self, keys: list[bytes], sequence: Sequence) -> int:
-        """The largest number of leading blocks of which every group has what the next token sees. They do not end
-        inside an image, whose tokens see each other."""
+    def _num_reusable(self, keys: list[bytes], sequence: Sequence) -> int:
+        """The largest number of leading blocks such that every group still has those that the next token sees. They
+        never end inside an image, since its tokens see each other."""
         runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
         for n in range(len(keys), 0, -1):
             needed = (n - self._first_visible(group, n) for group in self.groups)
-            place = n * self.block_size
-            is_inside = any(image.start < place for image in sequence.whole_images_in(place, place + 1))
-            if not is_inside and all(run[n] >= count for run, count in zip(runs, needed, strict=True)):
+            end = n * self.block_size
+            splits_image = any(image.start < end for image in sequence.whole_images_in(end, end + 1))
+            if not splits_image and all(run[n] >= count for run, count in zip(runs, needed, strict=True)):
                 return n
         return 0
 
     def _first_visible(self, group: LayerGroup, num_blocks: int) -> int:
-        """The first block that the token after so many blocks sees."""
+        """The index of the first block that the token after `num_blocks` blocks sees."""
         return 0 if group.window is None else max(0, num_blocks * self.block_size + 1 - group.window) // self.block_size
 
     def publish(self, sequence: Sequence, is_checked: bool) -> None:
-        """Lets others find the sequence's full blocks, unless they hold values that are no numbers.
+        """Lets other sequences reuse this one's full blocks, unless they hold NaN.
 
-        is_checked: that has been seen already, by what was computed from them.
+        is_checked: logits that depend on all of them were finite, so the blocks need not be read.
         """
         num_full = sequence.num_computed // self.block_size
         if sequence.num_published >= num_full:
@@ -175,17 +179,17 @@ class KVCache:
         sequence.num_published = num_full
 
     def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:
-        """Its last layer tells: what is no number in a token's state stays so in all layers after. False also where
-        memory lacks to see that."""
+        """Whether the blocks hold no NaN. Only the group's last layer is read, since a NaN stays in a token's state in
+        all later layers. False also where there is too little memory to check."""
         try:
             return all(bool(torch.isfinite(tensor[blocks]).all()) for tensor in self.tensors[group.layers[-1]])
-        except (RuntimeError, MemoryError):  # on a CPU torch has no type of its own for it
+        except (RuntimeError, MemoryError):  # torch raises a plain RuntimeError where memory lacks on a CPU
             return False
 
-    # --- giving back
+    # --- free
 
     def free_outside_window(self, sequence: Sequence) -> None:
-        """Gives back the blocks that no later token of the sequence can see."""
+        """Frees the blocks that no later token of the sequence can see."""
         for group, table, pool in zip(self.groups, sequence.block_tables, self.pools, strict=True):
             if group.window is None:
                 continue
@@ -197,7 +201,7 @@ class KVCache:
                 table[index] = FREED
 
     def erase(self, sequence: Sequence) -> None:
-        """For blocks that may hold NaN, before they are freed: even masked it would reach their next owner."""
+        """Zeroes the sequence's unpublished blocks: a NaN in a freed block would reach its next owner, even masked."""
         for layer, group in self.group_of.items():
             pool, table = self.pools[group], sequence.block_tables[group]
             blocks = [block for block in table if block != FREED and not pool.is_published(block)]
@@ -205,7 +209,7 @@ class KVCache:
                 tensor[blocks] = 0
 
     def free(self, sequence: Sequence) -> None:
-        """All its blocks, the last ones first: they are forgotten first, and the beginning is what others share."""
+        """Frees all its blocks, the last ones first, so that these are evicted before the prefix that others share."""
         for table, pool in zip(sequence.block_tables, self.pools, strict=False):
             for block in reversed(table):
                 if block != FREED:
@@ -216,12 +220,12 @@ class KVCache:
 
 
 def first_visible(position: int, window: int | None) -> int:
-    """The first token that the one at `position` sees."""
+    """The position of the first token that the one at `position` sees."""
     return 0 if window is None else max(0, position + 1 - window)
 
 
 def _runs(flags: list[bool]) -> list[int]:
-    """How many of the flags just before each place, 0 to len(flags), are set without a gap."""
+    """Counts, for each index from 0 to len(flags), the flags set just before it without a gap."""
     runs = [0]
     for flag in flags:
         runs.append(runs[-1] + 1 if flag else 0)

@@ -1,4 +1,4 @@
-"""What the C library has given out, and what it keeps of freed memory for itself, given back."""
+"""The C library's memory: how much of it is in use, and freed memory returned to the system (malloc_trim)."""
 
 import ctypes
 import sys
@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 
-LARGE = 2**18  # bytes of a request, or of what was made for it; less is used again soon
-DELAY = 2.0  # seconds: until what uses it has ended
+LARGE = 2**18  # bytes, of a request or of what was made for it; less than that is used again soon
+DELAY = 2.0  # seconds until the request that uses the memory has ended
 
 
 class _MallInfo(ctypes.Structure):
@@ -23,19 +23,19 @@ class _MallInfo(ctypes.Structure):
 
 
 def _function(name: str) -> Any:
-    """A function of GNU's C library, or None where that is another one."""
+    """Returns a function of the C library, None where it has no such function."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 _count = _function("mallinfo2")
-IS_COUNTED = _count is not None  # by GNU's C library, 2.33 or newer
+IS_COUNTED = _count is not None  # GNU's C library has it from 2.33 on
 if IS_COUNTED:
     _count.restype = _MallInfo
 
 
 def allocated() -> int:
-    """Bytes that are in use; those that are resident where they are not counted, which do not grow by what is made in
-    memory that was freed."""
+    """Returns the bytes in use. Where the C library does not count them, returns the resident bytes, which do not grow
+    while freed memory is used again."""
     if not IS_COUNTED:
         return int(psutil.Process().memory_info().rss)
     counts = _count()
@@ -43,17 +43,17 @@ def allocated() -> int:
 
 
 def trim() -> None:
-    """Gives back what was freed, where the C library is GNU's."""
+    """Returns freed memory to the system, where the C library is GNU's."""
     give_back = _function("malloc_trim")
     if give_back is not None:
         give_back(0)
 
 
 class Trimmer:
-    """Trims once, however often it is asked meanwhile, and always once more after it was asked last."""
+    """Calls `trim` some time after the last request for it, once for all requests that came in between."""
 
     def __init__(self, trim: Callable[[], object], delay: float) -> None:
-        """delay: seconds from the last time that it is asked"""
+        """delay: seconds after the last request"""
         self._trim, self._delay = trim, delay
         self._lock = threading.Lock()
         self._due: float | None = None
@@ -81,6 +81,6 @@ trim_soon = Trimmer(trim, DELAY).ask
 
 
 def trim_after(num_bytes: int) -> None:
-    """Gives memory back soon, if so many bytes that were freed are worth it."""
+    """Returns freed memory to the system soon, if `num_bytes` of it are worth that."""
     if num_bytes > LARGE:
         trim_soon()

@@ -1,4 +1,4 @@
-"""load_model, and ModelRunner: a Batch in, the next token ids out. It does not decide what runs."""
+"""ModelRunner: a Batch in, the next token ids out. It does not decide what runs."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -17,24 +17,26 @@ from engine.layer_spec import AttentionSpec
 from engine.sample.masks import GrammarBitmasks
 from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken
+from engine.sequence import Sequence
 from engine.vision import Image, VisionEncoder
 from errors import ModelLoadError, first_line
 from vision.families import vision_family_of
 
 log = logging.getLogger(__name__)
 
-
-SCORED_ROWS = 64  # of a prompt's logits
+SCORED_ROWS = 64  # rows of a prompt's logits that are in memory in float32 at a time
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go, with the model spread over devices."""
+    """The device that token ids are put on; the model may be spread over several."""
     parameter = next(model.get_input_embeddings().parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device  # packed weights are for CPUs
+    # packed weights, which are no parameters, are for CPUs
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def probe_layers(model: PreTrainedModel) -> dict[int, AttentionSpec]:
-    """What each layer stores, noted in a forward of one token; raises ModelLoadError if a layer goes another way."""
+    """Runs one token through the model and notes what each layer stores. Raises ModelLoadError for a model with a layer
+    that does not call the attention interface."""
     probe = Probe()
     device = input_device(model)
     try:
@@ -53,9 +55,9 @@ def probe_layers(model: PreTrainedModel) -> dict[int, AttentionSpec]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A step's tokens in the order of the forward."""
+    """The order in which a step's tokens go through the model: decodes first, then prompts."""
 
-    decodes: list[Span]  # of one token each, by number of blocks; a guessed token is one more decode
+    decodes: list[Span]  # of one token each, shortest sequence first; each guessed token is one more
     prefills: list[Span]  # those with images whose tokens see each other last
 
     @classmethod
@@ -74,14 +76,14 @@ class _Layout:
         return self.decodes + self.prefills
 
     def rows(self) -> dict[tuple[int, int], int]:
-        """(sequence's number, position) -> its row in the forward."""
-        places = ((span.sequence.number, p) for span in self.spans for p in range(span.start, span.end))
-        return {place: row for row, place in enumerate(places)}
+        """Maps (number of the sequence, position) to the row of this token in the forward."""
+        tokens = ((span.sequence.number, p) for span in self.spans for p in range(span.start, span.end))
+        return {token: row for row, token in enumerate(tokens)}
 
 
 @dataclass(frozen=True)
 class RunnerOutput:
-    """A step under way."""
+    """A step that was started; its tokens may not be computed yet."""
 
     batch: Batch
     complete: list[Span]
@@ -89,13 +91,13 @@ class RunnerOutput:
 
     @torch.inference_mode()
     def tokens(self) -> list[list[SampledToken | None]]:
-        """Those of each complete span; waits for the device."""
+        """Waits for the device. Returns the tokens of each complete span: one, and one for each right guess."""
         tokens = iter([] if self.chosen is None else self.chosen.read())
         return [_confirmed([next(tokens) for _ in range(len(span.draft) + 1)], span.draft) for span in self.complete]
 
 
 def picked(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """A copy of these rows, without waiting for its device, as an index from a list would."""
+    """Copies these rows without waiting for the device, which indexing with a list would do."""
     if rows == list(range(len(rows))):
         return tensor[: len(rows)].clone()
     index = torch.tensor(rows, pin_memory=tensor.is_cuda)
@@ -103,7 +105,10 @@ def picked(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def _tokens_after(started: RunnerOutput, rows: list[int], batch: Batch, layout: _Layout) -> torch.Tensor:
-    """The tokens of a batch of decodes, in the forward's order: those that `rows` of the step before choose."""
+    """Takes a batch of decodes' tokens from the step before, in the order of the forward, on its device.
+
+    rows: for each span of the batch, its row in that step.
+    """
     assert started.chosen is not None
     row_of = {span.sequence.number: row for span, row in zip(batch.spans, rows, strict=True)}
     order = [row_of[span.sequence.number] for span in layout.spans]
@@ -116,10 +121,10 @@ class ModelRunner:
     def __init__(
         self, model: PreTrainedModel, cache: KVCache, eos_token_ids: Iterable[int] = (), flash: Kernel | None = None
     ) -> None:
-        """flash: attends to all of a step's tokens in one."""
+        """flash: a kernel that attends to all tokens of a step in one call."""
         self.model = model
         self.flash = flash
-        self.num_known: int | None = None  # tokens of the vocabulary, where the output layer is padded beyond it
+        self.num_known: int | None = None  # tokens of the vocabulary; the output layer may be padded beyond it
         self._graphs: DecodeGraphs | None = None
         self._vision_family = vision_family_of(model.config)
         self.vision: VisionEncoder | None = None
@@ -128,15 +133,15 @@ class ModelRunner:
         self.device = input_device(model)
         self.dtype = next(iter(cache.tensors.values()))[0].dtype
 
-    def encode(self, images: list[Image], most: int) -> None:
-        """Gives features to those that are known, and to the first others, `most` of them; raises what the model
+    def encode(self, images: list[Image], limit: int) -> None:
+        """Gives features to all images that were encoded before, and to `limit` of the others. Raises what the model
         raises."""
         if self.vision is None:
             self.vision = VisionEncoder(self.model)
         for image in images:
             self.vision.recall(image)
         missing = [image for image in images if image.features is None]
-        chosen = list(dict.fromkeys(image.digest for image in missing))[:most]
+        chosen = list(dict.fromkeys(image.digest for image in missing))[:limit]
         if chosen:
             self.vision.encode([image for image in missing if image.digest in chosen])
 
@@ -145,56 +150,60 @@ class ModelRunner:
         return cast(int, self.model.get_input_embeddings().num_embeddings)
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:
-        """The next tokens of each complete span, in the batch's order: one, and one for each guess that was right.
-
-        Raises what the model raises.
+        """Computes a step. Returns the next tokens of each complete span, in the batch's order: one, and one for each
+        guess that was right. Raises what the model raises.
         """
         return self.start(batch).tokens()
 
     @torch.inference_mode()
     def start(self, batch: Batch, after: "tuple[RunnerOutput, list[int]] | None" = None) -> "RunnerOutput":
-        """As `run`, without waiting for the tokens. `after`: a step that is not read yet, and which of its rows
-        choose the token of each of the batch's sequences."""
+        """Starts a step and returns without waiting for its tokens. Raises what the model raises.
+
+        after: a step of decodes whose tokens the CPU has not read yet, and for each span of the batch the row of that
+        step that chooses its token.
+        """
         layout = _Layout.of(batch)
-        row_of = layout.rows()
+        # which tokens sample: the last known one of each complete span, and each guess after it
         complete = [span for span in batch.spans if span.is_complete or after is not None]
-        places = [
+        sampling = [
             (span.sequence.number, p) for span in complete for p in range(span.end - len(span.draft) - 1, span.end)
         ]
-        prompts = {span.sequence.number: _scored_positions(span) for span in layout.spans}
-        scored = [(number, p) for number, positions in prompts.items() for p in positions]
-        known = None if after is None else _tokens_after(*after, batch, layout)
-        heirs = [
-            span.sequence.continued(span.draft[:length] or (0,) * (after is not None))
-            for span in complete
-            for length in range(len(span.draft) + 1)
-        ]
-        masks = GrammarBitmasks(heirs)
+        # which tokens of prompts have their logits scored
+        positions = {span.sequence.number: _scored_positions(span) for span in layout.spans}
+        scored = [(number, p) for number, ps in positions.items() for p in ps]
+        # what the sampler sees: a sequence for each sampling token, as it is if the guesses up to there are right
+        sequences = _sequences_to_sample(complete, is_unread=after is not None)
+        masks = GrammarBitmasks(sequences)
         if self.device.type != "cpu":
             masks.start()
+        # the forward, for the logits of both kinds of tokens
+        row_of = layout.rows()
+        token_ids = None if after is None else _tokens_after(*after, batch, layout)
         try:
-            logits = self.forward(layout, [row_of[place] for place in places + scored], known)
+            logits = self.forward(layout, [row_of[token] for token in sampling + scored], token_ids)
         except BaseException:
             masks.wait()  # the same step may be tried again
             raise
         if scored:
-            self._score_prompts(logits[len(places) :], layout.spans, prompts)
+            self._score_prompts(logits[len(sampling) :], layout.spans, positions)
         if not complete:
             return RunnerOutput(batch, [], None)
+        logits = logits[: len(sampling)]
         if self.num_known is not None:
-            logits[: len(places), self.num_known :] = -torch.inf
-        return RunnerOutput(batch, complete, self.sampler.choose(logits[: len(places)], heirs, masks))
+            logits[:, self.num_known :] = -torch.inf
+        return RunnerOutput(batch, complete, self.sampler.choose(logits, sequences, masks))
 
     @torch.inference_mode()
     def logits(self, batch: Batch, num_kept: int | None = None) -> torch.Tensor:
-        """Of the batch's tokens, or its last `num_kept` ones, in its order: (tokens, vocab)."""
+        """Returns the logits of the batch's last `num_kept` tokens, in its order: (tokens, vocab). None: of all."""
         layout = _Layout.of(batch)
         row_of = layout.rows()
-        places = [(span.sequence.number, p) for span in batch.spans for p in range(span.start, span.end)]
-        return self.forward(layout, [row_of[place] for place in places[-(num_kept or 0) :]])
+        tokens = [(span.sequence.number, p) for span in batch.spans for p in range(span.start, span.end)]
+        return self.forward(layout, [row_of[token] for token in tokens[-(num_kept or 0) :]])
 
     def forward(self, layout: _Layout, rows: list[int], known: torch.Tensor | None = None) -> torch.Tensor:
-        """The logits of the step's tokens number `rows`: (rows, vocab). known: the tokens, where the CPU lacks them."""
+        """Computes the logits of some of the step's rows: (rows, vocab). known: the token ids, if only the device has
+        them yet."""
         if self._graphs is not None and not layout.prefills:
             recorded = self._graphs.run(layout.decodes, known)
             if recorded is not None:
@@ -219,8 +228,11 @@ class ModelRunner:
         rows: torch.Tensor | int = 0,
         features: Iterable[tuple[int, torch.Tensor]] = (),
     ) -> torch.Tensor:
-        """token_ids: (1, tokens); positions: (1, tokens), or (axes, 1, tokens); rows: whose logits are wanted, 0 for
-        all of them; features: of images, and the row of the first token of each."""
+        """Runs the model.
+
+        token_ids: (1, tokens); positions: (1, tokens), or (axes, 1, tokens); rows: the tokens to give logits for, 0 for
+        all of them; features: for each image the row of its first token, and (tokens, features).
+        """
         inputs: dict[str, torch.Tensor] = {"input_ids": token_ids}
         if features:
             assert self._vision_family is not None
@@ -243,18 +255,18 @@ class ModelRunner:
         return tensor if len(axes) == 1 else tensor[:, None]
 
     @torch.inference_mode()
-    def record_graphs(self, most: int, max_model_len: int, record_graph: GraphRecorder = record_graph) -> None:
-        """Steps of up to `most` decodes, where the model can be recorded; it needs `flash`."""
+    def record_graphs(self, max_rows: int, max_model_len: int, record_graph: GraphRecorder = record_graph) -> None:
+        """Records steps of up to `max_rows` decodes, if the model can be recorded. Needs `flash`."""
         assert self.flash is not None
         try:
             self._graphs = DecodeGraphs(
-                self._compute, self.cache, self.flash, most, max_model_len, self.device, record_graph
+                self._compute, self.cache, self.flash, max_rows, max_model_len, self.device, record_graph
             )
-        except RuntimeError as error:  # it moves something to the CPU, or memory is short
+        except RuntimeError as error:  # the model moves something to the CPU, or memory is short
             log.info("CUDA graphs are off: %s", first_line(error))
 
     def _score_prompts(self, logits: torch.Tensor, spans: list[Span], positions: dict[int, range]) -> None:
-        """logits: (positions of all spans, vocab); SCORED_ROWS of them at a time in float32."""
+        """Appends the log-probabilities of prompts' tokens to their sequences. logits: (positions, vocab)."""
         owners = [span.sequence for span in spans for _ in positions[span.sequence.number]]
         targets = [s.sequence.prompt_ids[p + 1] for s in spans for p in positions[s.sequence.number]]
         for i in range(0, len(owners), SCORED_ROWS):
@@ -271,16 +283,16 @@ class ModelRunner:
             table = span.sequence.block_tables[index]
             slots += [table[p // block_size] * block_size + p % block_size for p in range(span.start, span.end)]
         decodes, prefills, start, flash = [], [], 0, None
-        apart = layout
-        if self.flash is not None:  # whose kernel knows no tokens that see later ones
+        rest = layout
+        if self.flash is not None:  # the kernel cannot let an image's tokens see later ones
             plain = [span for span in layout.spans if not _whole_images_in(span)]
             flash = self._flash_batch(index, group.window, plain) if plain else None
             start = sum(span.num_tokens for span in plain)
-            apart = _Layout([], [span for span in layout.prefills if _whole_images_in(span)])
-        for spans in _similar_lengths(apart.decodes, group.window, block_size):
+            rest = _Layout([], [span for span in layout.prefills if _whole_images_in(span)])
+        for spans in _similar_lengths(rest.decodes, group.window, block_size):
             decodes.append(self._decode_group(index, group.window, spans, start))
             start += len(spans)
-        for span in apart.prefills:
+        for span in rest.prefills:
             prefills.append(self._prefill_chunk(index, group.window, span, start))
             start += span.num_tokens
         return GroupAttention(torch.tensor(slots), tuple(decodes), tuple(prefills), flash)
@@ -297,8 +309,15 @@ class ModelRunner:
         lengths = [span.end - first * block_size for span, first in zip(spans, firsts, strict=True)]
         counts = [span.num_tokens for span in spans]
         starts = torch.tensor([0, *counts]).cumsum(0).int()
-        limits = (max(counts), width * block_size, sum(counts))
-        return FlashBatch(starts, padded, torch.tensor(lengths).int(), *limits, window)
+        return FlashBatch(
+            starts=starts,
+            tables=padded,
+            lengths=torch.tensor(lengths).int(),
+            longest_query=max(counts),
+            longest=width * block_size,
+            num_tokens=sum(counts),
+            window=window,
+        )
 
     def _decode_group(self, index: int, window: int | None, spans: list[Span], start: int) -> DecodeGroup:
         block_size = self.cache.block_size
@@ -313,7 +332,14 @@ class ModelRunner:
             (first_visible(span.start, window) - first * block_size, span.end - first * block_size)
             for span, first in zip(spans, firsts, strict=True)
         ]
-        return DecodeGroup(start, start + len(spans), padded, torch.tensor(visible), block_size, self.dtype)
+        return DecodeGroup(
+            start=start,
+            end=start + len(spans),
+            tables=padded,
+            visible=torch.tensor(visible),
+            block_size=block_size,
+            dtype=self.dtype,
+        )
 
     def _prefill_chunk(self, index: int, window: int | None, span: Span, start: int) -> PrefillChunk:
         block_size = self.cache.block_size
@@ -323,8 +349,15 @@ class ModelRunner:
         images = [(image.start, image.end) for image in _whole_images_in(span)]
         visible = visible_of(span.start, span.num_tokens, window, images) - first * block_size
         is_alone = span.start == 0 and not images and (window is None or span.num_tokens <= window)
-        place = (start, start + span.num_tokens)
-        return PrefillChunk(*place, torch.tensor(table), visible, is_alone, block_size, self.dtype)
+        return PrefillChunk(
+            start=start,
+            end=start + span.num_tokens,
+            table=torch.tensor(table),
+            visible=visible,
+            sees_only_itself=is_alone,
+            block_size=block_size,
+            dtype=self.dtype,
+        )
 
 
 def _whole_images_in(span: Span) -> tuple[Image, ...]:
@@ -332,25 +365,33 @@ def _whole_images_in(span: Span) -> tuple[Image, ...]:
 
 
 def _features(layout: _Layout) -> list[tuple[int, torch.Tensor]]:
-    """Those of the step's images, and the row of each one's first token."""
-    found, row = [], 0
+    """The features of the step's images, each with the row of its first token."""
+    features, row = [], 0
     for span in layout.spans:
         for image in span.sequence.images_in(span.start, span.end):
             assert image.features is not None, "the scheduler waits for the features"
             start, end = max(span.start, image.start), min(span.end, image.end)
-            found.append((row + start - span.start, image.features[start - image.start : end - image.start]))
+            features.append((row + start - span.start, image.features[start - image.start : end - image.start]))
         row += span.num_tokens
-    return found
+    return features
 
 
 def _scored_positions(span: Span) -> range:
-    """Those of its sequence's `next_scores` that the span computes."""
-    wanted = span.sequence.next_scores
-    return range(max(span.start, wanted.start), min(span.end, wanted.stop))
+    """The positions of the prompt that the span computes and whose logits are to be scored."""
+    scores = span.sequence.next_scores
+    return range(max(span.start, scores.start), min(span.end, scores.stop))
+
+
+def _sequences_to_sample(complete: list[Span], is_unread: bool) -> list[Sequence]:
+    """Returns for each sampling token its sequence, as it is up to that token; is_unread: plus a token that the CPU has
+    not read yet, which stands there as 0."""
+    if is_unread:
+        return [span.sequence.continued((0,)) for span in complete]
+    return [span.sequence.continued(span.draft[:n]) for span in complete for n in range(len(span.draft) + 1)]
 
 
 def _confirmed(tokens: list[SampledToken | None], draft: tuple[int, ...]) -> list[SampledToken | None]:
-    """The tokens up to the first that was guessed wrongly: what comes after it was computed for another text."""
+    """Returns the tokens up to the first wrong guess: those after it were computed for another text."""
     for index, guess in enumerate(draft):
         token = tokens[index]
         if token is None or token.token_id != guess:
@@ -359,7 +400,7 @@ def _confirmed(tokens: list[SampledToken | None], draft: tuple[int, ...]) -> lis
 
 
 def _similar_lengths(decodes: list[Span], window: int | None, block_size: int) -> Iterator[list[Span]]:
-    """Runs of decodes, shortest first, whose padding to the longest at most doubles what is read."""
+    """Groups decodes, shortest first, so that padding a group to its longest at most doubles what is read."""
     group: list[Span] = []
     for span in decodes:
         if group and _num_visible_blocks(span, window, block_size) > 2 * _num_visible_blocks(

@@ -1,4 +1,4 @@
-"""SamplingParams: how the tokens of one answer are chosen. SampledToken: one that was chosen."""
+"""SamplingParams: how the tokens of one answer are chosen. SampledToken: a token that was chosen."""
 
 import random
 from collections.abc import Mapping
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from engine.constraint import Constraint
 
-MIN_TEMPERATURE = 1e-5  # below it the division overflows, and the answer is the greedy one anyway
+MIN_TEMPERATURE = 1e-5  # below it the division would overflow, and the answer is the greedy one anyway
 _MASK64 = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class ThoughtTokens:
-    """The tokens around what a model writes for itself before its answer."""
+    """The tokens that begin and end a model's reasoning, which comes before its answer."""
 
     begin: int
     end: int
-    is_open: bool  # the prompt has begun it
+    is_open: bool  # the prompt ends inside the reasoning
 
     def are_open(self, output_ids: Rows[int]) -> bool:
-        """Whether the answer so far is still in it; blanks of a token may come before."""
+        """Whether the output ends inside the reasoning. One token, such as a line break, may come before its begin."""
         return self.end not in output_ids and (self.is_open or self.begin in output_ids[:2])
 
 
@@ -35,20 +35,20 @@ class SamplingParams:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: all
+    top_k: int = 0  # 0: all tokens
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop_token_ids: Rows[int] = ()  # these end the answer as the model's own end-of-sequence tokens do
+    stop_token_ids: Rows[int] = ()  # end the answer as the model's own end-of-sequence tokens do
     ignore_eos: bool = False
-    min_tokens: int = 0  # end-of-sequence tokens cannot be chosen before
-    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
-    num_logprobs: int | None = None  # best tokens to report beside the chosen one; None: report nothing
-    num_prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
-    grammar: Constraint | None = None  # what the answer must look like
-    thoughts: ThoughtTokens | None = None  # stop_token_ids do not end the answer inside
+    min_tokens: int = 0  # until then no end-of-sequence token can be chosen
+    logit_bias: Mapping[int, float] | None = None  # token id -> the value added to its logit
+    num_logprobs: int | None = None  # best tokens to report for each chosen one; None: no log-probabilities
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens, from its second one on
+    grammar: Constraint | None = None  # which tokens may follow which
+    thoughts: ThoughtTokens | None = None  # inside the reasoning, stop_token_ids do not end the answer
 
     @property
     def is_greedy(self) -> bool:
@@ -56,7 +56,7 @@ class SamplingParams:
 
     @property
     def is_independent(self) -> bool:
-        """Whether how a token is chosen depends on how many came before, but not on which."""
+        """Whether a token's choice depends only on how many tokens of the answer came before it, not on which."""
         return (
             self.grammar is None
             and not self.presence_penalty
@@ -71,7 +71,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """Log-probabilities are the model's own, in float32, before penalties, bias and temperature."""
+    """A token with its log-probability: the model's own, in float32, before penalties, bias and temperature."""
 
     token_id: int
     logprob: float | None = None
@@ -79,7 +79,7 @@ class SampledToken:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on the seed and the position alone, so that a row's neighbours do not matter.
+    """Returns a number in [0, 1) that depends on the seed and the position alone, not on the batch.
 
     Source: SplitMix64 (Steele, Lea, Flood 2014), its output used as the next round's input.
     """

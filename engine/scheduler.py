@@ -1,7 +1,7 @@
-"""Scheduler: which tokens of which sequences a step computes. It admits, chunks prompts, preempts and frees.
+"""Scheduler: decides which tokens of which sequences a step computes. It admits, chunks prompts, preempts and frees.
 
-Chunked prefill under a token budget as in Sarathi-Serve (Agrawal et al. 2024): decodes come first, so none of them
-waits for a long prompt.
+Prompts are computed in chunks under a token budget, as in Sarathi-Serve (Agrawal et al. 2024): decodes come first, so
+none of them waits for a long prompt.
 """
 
 import time
@@ -16,20 +16,20 @@ from engine.sequence import FinishReason, Sequence, Status, TokenOutput
 from engine.spec_decode.prompt_lookup import PromptLookup, Proposer
 from engine.vision import Image
 
-MAX_DEFERRALS = 300  # steps
-SEEN_AHEAD = 4  # waiting prompts whose images are encoded already; features take memory
-MOST_DRAFTED_ROWS = 16  # tokens in a step with guesses: beyond, a row costs about as much as a token is worth
+MAX_DEFERRALS = 300  # steps in which a prompt of low priority can be passed over
+ENCODED_AHEAD = 4  # waiting prompts whose images are encoded already; their features take memory
+MAX_DRAFTED_ROWS = 16  # tokens in a step with guesses; more of them cost about as much as they gain
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Counts per step."""
+    """The most that one step computes, and the longest sequence."""
 
     max_num_seqs: int
     max_num_batched_tokens: int  # while nothing decodes
-    max_num_mixed_tokens: int  # while sequences decode, at most: bounds how long they wait for somebody's prompt
+    max_num_mixed_tokens: int  # while sequences decode: bounds how long a prompt delays them
     max_model_len: int
-    num_speculative_tokens: int = 0  # of one sequence
+    num_speculative_tokens: int = 0  # guesses for one sequence
 
 
 class Scheduler:
@@ -40,11 +40,11 @@ class Scheduler:
         self.proposer = proposer or PromptLookup()
         self.limits = limits
         self.eos_token_ids = eos_token_ids
-        self.waiting: deque[Sequence] = deque()  # in the order of priority
+        self.waiting: deque[Sequence] = deque()  # in the order in which they will be admitted
         self.running: list[Sequence] = []  # in the order of admission
         self.num_preemptions = 0  # since the start
-        self._turn = 0  # of the sequence that was admitted last
-        self._next_turns: dict[str, int] = {}  # by client
+        self._turn = 0  # the latest one that was admitted
+        self._next_turns: dict[str, int] = {}  # client -> the turn of its next prompt
         self.prefill_budget = PrefillBudget(limits.max_num_mixed_tokens)
 
     @property
@@ -52,13 +52,13 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Behind those of its priority whose turn is before.
+        """Queues a sequence behind those of its priority that have an earlier turn.
 
-        Start-time fair queueing (Goyal et al. 1996): a client's next prompt has its turn as many tokens later as its
-        last one had, and as its answers have had meanwhile, so that whoever takes much waits behind whoever takes
-        little."""
-        own = [other.turn for other in self.waiting if other.client == sequence.client]
-        sequence.turn = max([self._next_turn(sequence.client), *own])
+        Turns count tokens, as in start-time fair queueing (Goyal et al. 1996): a client's next prompt is as many turns
+        later as its last prompt and its answers since then have tokens, so that a client that takes much waits behind
+        one that takes little."""
+        turns = [other.turn for other in self.waiting if other.client == sequence.client]
+        sequence.turn = max([self._next_turn(sequence.client), *turns])
         self._next_turns[sequence.client] = sequence.turn + len(sequence.prompt_ids)
         self._insert(sequence)
 
@@ -66,7 +66,7 @@ class Scheduler:
         return max(self._turn, self._next_turns.get(client, 0))
 
     def _settle(self, sequence: Sequence) -> None:
-        """Once it has ended: while others wait, turns are for what was computed."""
+        """Corrects the client's next turn at a sequence's end: it counts the tokens that were computed."""
         if not self.waiting:
             self._next_turns.clear()
             return
@@ -74,15 +74,27 @@ class Scheduler:
         self._next_turns[sequence.client] = self._next_turn(sequence.client) + taken
 
     def _insert(self, sequence: Sequence) -> None:
-        place = (sequence.priority, sequence.turn)
-        self.waiting.insert(sum((other.priority, other.turn) <= place for other in self.waiting), sequence)
+        rank = (sequence.priority, sequence.turn)
+        self.waiting.insert(sum((other.priority, other.turn) <= rank for other in self.waiting), sequence)
+
+    # NOTE: an example with max_num_mixed_tokens=64 while A, B and C decode, and D comes with a prompt of 200 tokens.
+    #
+    #   step  spans (sequence: tokens)      budget for prompts
+    #   1     A: 1, B: 1, C: 1, D: 61       64 - 3 decodes
+    #   2, 3  the same again                D has 183 of its 200 tokens computed
+    #   4     A: 1, B: 1, C: 1, D: 17       D's prompt is complete: the step also samples its first token
+    #   5     A: 1, B: 1, C: 1, D: 1        four decodes; were the next prompt E waiting, it would get 60 tokens
+    #
+    # Where such a step would delay the decodes too long, PrefillBudget lowers the 61. Where a decode finds no free
+    # block, the running sequence of the lowest priority that was admitted last is preempted, say D: its blocks are
+    # freed, it waits first in the queue, and its prompt and answer so far are computed again, as one prompt.
 
     def schedule(self) -> Batch:
-        """The next step: every decode that has a block, then prompts within the budget, those of one priority in the
-        order in which they came."""
+        """Chooses what the next step computes: every decode that gets a block, then chunks of prompts within the
+        budget, the most urgent first."""
         spans: list[Span] = []
         self._promote()
-        for sequence in sorted(self.running, key=lambda s: s.priority):  # whoever gives way comes after
+        for sequence in sorted(self.running, key=lambda s: s.priority):  # lowest priority last: those are preempted
             if sequence.num_uncomputed == 1 and self._make_room(sequence):
                 spans.append(Span(sequence, sequence.num_computed, 1))
         budget = self.limits.max_num_batched_tokens
@@ -99,28 +111,29 @@ class Scheduler:
                 if budget <= 0 or is_full or len(self.running) >= self.limits.max_num_seqs:
                     break
                 if self._is_being_computed(sequence):
-                    continue  # it will take that over
+                    continue  # once that is computed, it can reuse it
                 is_full = not self._admit(sequence)
                 budget -= self._prefill(sequence, budget, spans) if not is_full else 0
-        if all(span.is_decode and span.is_complete for span in spans):  # what is computed again can be in chunks of one
+        # not where a preempted sequence is computed again, whose last chunk may be of one token
+        if all(span.is_decode and span.is_complete for span in spans):
             spans = self._with_drafts(spans)
-        if not spans and len(self.running) > 1:  # prompts hold blocks that others of them lack
+        if not spans and len(self.running) > 1:  # each prompt lacks the blocks that the others hold
             self._preempt(self._least_urgent())
             return self.schedule()
         assert spans or not self.running, "a sequence that fits the cache alone cannot proceed"
         return Batch(tuple(spans))
 
     def _with_drafts(self, decodes: list[Span]) -> list[Span]:
-        """Guesses at what follows, while rows of the step are left that cost little."""
-        most = min(self.limits.num_speculative_tokens, MOST_DRAFTED_ROWS // max(1, len(decodes)) - 1)
-        if most <= 0 or not decodes:
+        """Adds guesses at the next tokens, up to MAX_DRAFTED_ROWS tokens in all."""
+        limit = min(self.limits.num_speculative_tokens, MAX_DRAFTED_ROWS // max(1, len(decodes)) - 1)
+        if limit <= 0 or not decodes:
             return decodes
-        requests = [(span.sequence, min(most, self._num_left(span.sequence) - 1)) for span in decodes]
+        requests = [(span.sequence, min(limit, self._num_left(span.sequence) - 1)) for span in decodes]
         drafts = self.proposer.propose(requests, self.prefill_budget.decode_time(len(decodes)))
         return [self._with_draft(span, draft) for span, draft in zip(decodes, drafts, strict=True)]
 
     def _num_left(self, sequence: Sequence) -> int:
-        """Tokens that its answer can still get, at least one."""
+        """Returns how many tokens the answer can still get, at least one."""
         left = sequence.params.max_tokens - sequence.num_output_tokens
         return min(left, self.limits.max_model_len - sequence.num_tokens)
 
@@ -131,7 +144,7 @@ class Scheduler:
         return Span(sequence, span.start, 1 + len(draft), draft)
 
     def _promote(self) -> None:
-        """What has let others go first for PATIENCE steps is as urgent as they are."""
+        """Gives the highest priority to prompts that others have been computed before for MAX_DEFERRALS steps."""
         for sequence in [s for s in [*self._prefilling(), *self.waiting] if s.priority > 0]:
             sequence.num_deferrals += 1
             if sequence.num_deferrals > MAX_DEFERRALS:
@@ -141,8 +154,8 @@ class Scheduler:
                     self._insert(sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Lets a waiting sequence run, if there is room for its prompt."""
-        if not sequence.scores_prompt:  # else every token is computed
+        """Lets a waiting sequence run. Returns False where the cache has no room for its prompt."""
+        if not sequence.scores_prompt:  # which needs the logits of all its tokens
             self.cache.reuse(sequence)
         if not self.cache.can_admit(sequence, self._prefilling(), self.limits.max_num_batched_tokens):
             self.cache.free(sequence)
@@ -150,7 +163,8 @@ class Scheduler:
         sequence.status = Status.RUNNING
         if sequence.queue_time is None:
             sequence.queue_time = time.perf_counter() - sequence.added
-            sequence.num_cached_tokens = sequence.num_computed  # later, after a preemption, it may find its own blocks
+            # not after a preemption, when it may reuse its own blocks
+            sequence.num_cached_tokens = sequence.num_computed
         self._turn = max(self._turn, sequence.turn)
         self.waiting.remove(sequence)
         if not self.waiting:
@@ -162,15 +176,18 @@ class Scheduler:
     def num_decoding(self) -> int:
         return sum(sequence.num_uncomputed == 1 for sequence in self.running)
 
-    def wanted_images(self) -> list[Image]:
-        """Those that the prompts under way, and those next to come, wait for, the most urgent first."""
-        room = min(SEEN_AHEAD, self.limits.max_num_seqs - len(self.running))
-        owners = [*self._prefilling(), *list(self.waiting)[: max(1, room)]]
+    def images_to_encode(self) -> list[Image]:
+        """Images without features of the prompts that are being computed, then of the next ones that wait."""
+        num_ahead = min(ENCODED_AHEAD, self.limits.max_num_seqs - len(self.running))
+        owners = [*self._prefilling(), *list(self.waiting)[: max(1, num_ahead)]]
         images = [image for owner in owners for image in owner.images_in(owner.num_computed, owner.num_tokens)]
         return [image for image in images if image.features is None]
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
-        """Whether the next block of a running prompt is one of its own."""
+        """Whether a running prompt is about to compute a block that this sequence could reuse.
+
+        For example, two chats with the same system prompt of 1,000 tokens come at once: the second one waits until the
+        first has computed these, then takes their blocks over."""
         size = self.cache.block_size
         keys = sequence.block_keys(size)[: (sequence.num_tokens - 1) // size]
         for other in [s for s in self._prefilling() if s.priority <= sequence.priority and not s.scores_prompt]:
@@ -180,14 +197,14 @@ class Scheduler:
         return False
 
     def _least_urgent(self) -> Sequence:
-        """Among those of the lowest priority, the youngest."""
+        """The running sequence to preempt next: of those with the lowest priority, the one admitted last."""
         return max(reversed(self.running), key=lambda sequence: sequence.priority)
 
     def _prefilling(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.num_uncomputed > 1]
 
     def _prefill(self, sequence: Sequence, budget: int, spans: list[Span]) -> int:
-        """Adds the next chunk of a prompt; the number of its tokens, 0 where budget or blocks are lacking."""
+        """Adds the next chunk of a prompt to the spans. Returns its length, 0 where budget or blocks are lacking."""
         end = sequence.num_computed + min(sequence.num_uncomputed, budget)
         num_tokens = sequence.whole_chunk(end) - sequence.num_computed if budget > 0 else 0
         if num_tokens <= 0 or not self.cache.allocate(sequence, sequence.num_computed + num_tokens):
@@ -196,7 +213,7 @@ class Scheduler:
         return num_tokens
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A block for the sequence's next token, taken from the youngest ones if need be."""
+        """Allocates a block for the sequence's next token, if need be by preempting others. False: it was preempted."""
         while sequence.status is Status.RUNNING:
             if self.cache.allocate(sequence, sequence.num_tokens):
                 return True
@@ -204,8 +221,8 @@ class Scheduler:
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Gives all its blocks back; it will be computed again from its tokens, before those that wait."""
-        self._erase_unseen(sequence)
+        """Frees all its blocks and queues it before the others of its priority; its tokens are computed again."""
+        self._erase_unchecked(sequence)
         self.cache.free(sequence)
         self.num_preemptions += 1
         sequence.status = Status.WAITING
@@ -215,7 +232,11 @@ class Scheduler:
     def update(
         self, batch: Batch, sampled: list[list[SampledToken | None]]
     ) -> list[tuple[Sequence, TokenOutput | None]]:
-        """Takes in a step's tokens, those of each complete span; what each gained, None where its logits were bad."""
+        """Appends the tokens that a step sampled.
+
+        sampled: for each complete span, its next token, or several where guesses were right; None instead of a token
+        where the logits were not finite. Returns the outputs in the same order, None for a sequence that failed so.
+        """
         outputs: list[tuple[Sequence, TokenOutput | None]] = []
         tokens = iter(sampled)
         for span in batch.spans:
@@ -225,19 +246,19 @@ class Scheduler:
                 self.cache.publish(sequence, is_checked=False)
                 self.cache.free_outside_window(sequence)
                 continue
-            gained = self._append_all(span, next(tokens))
-            outputs += ((sequence, output) for output in gained)
-            if gained[-1] is None:
+            added = self._append_all(span, next(tokens))
+            outputs += ((sequence, output) for output in added)
+            if added[-1] is None:
                 self.cache.erase(sequence)
             else:
                 self.cache.publish(sequence, is_checked=True)
                 self.cache.free_outside_window(sequence)
-            if gained[-1] is None or gained[-1].finish_reason:
+            if added[-1] is None or added[-1].finish_reason:
                 self.remove(sequence)
         return outputs
 
     def _append_all(self, span: Span, tokens: list[SampledToken | None]) -> list[TokenOutput | None]:
-        """Up to the one that ends the answer. Of the span's tokens those stay computed that the answer has."""
+        """Appends the tokens, up to the one that ends the answer, and takes back the guesses that were wrong."""
         sequence, num_before = span.sequence, span.sequence.num_tokens
         outputs: list[TokenOutput | None] = []
         for token in tokens:
@@ -270,7 +291,7 @@ class Scheduler:
         return TokenOutput(token_id, reason, token, *about_prompt)
 
     def remove(self, sequence: Sequence) -> None:
-        """Finishes a sequence wherever it is; nothing of it stays."""
+        """Ends a sequence, running or waiting, and frees all that it holds."""
         if sequence.status is Status.FINISHED:
             return
         if sequence.status is Status.WAITING:
@@ -278,13 +299,13 @@ class Scheduler:
                 self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-        self._erase_unseen(sequence)
+        self._erase_unchecked(sequence)
         self.cache.free(sequence)
         self.proposer.forget(sequence)
         self._settle(sequence)
         sequence.status = Status.FINISHED
 
-    def _erase_unseen(self, sequence: Sequence) -> None:
-        """Where nobody has seen whether a prompt's values are numbers."""
+    def _erase_unchecked(self, sequence: Sequence) -> None:
+        """Zeroes the blocks of a prompt that has sampled nothing yet: its values were never checked for NaN."""
         if sequence.num_computed and not sequence.num_output_tokens:
             self.cache.erase(sequence)

@@ -1,4 +1,4 @@
-"""Sequence: one prompt on its way to its answer. It knows its tokens and blocks, not the model."""
+"""Sequence: a prompt and its answer so far. It knows its tokens and blocks, not the model."""
 
 import enum
 import itertools
@@ -26,14 +26,16 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What a step added to a sequence: one token, or none beside a reason; the end-of-sequence token is not shown."""
+    """What a step added to a sequence: one token, or only a finish_reason, since no end-of-sequence token is shown."""
 
     token_id: int | None
     finish_reason: FinishReason | None = None
-    sampled: SampledToken | None = None  # with the log-probabilities that were asked for
-    num_cached_tokens: int = 0  # tokens of the prompt that were not computed; with the first output
-    prompt: tuple[SampledToken, ...] = ()  # the prompt's own, from its second token on; with the first output
-    queue_time: float = 0.0  # seconds until it ran; with the first output
+    sampled: SampledToken | None = None  # the token with the log-probabilities that were asked for
+    num_cached_tokens: int = 0  # leading tokens of the prompt that were in the cache; set in the first output
+    prompt: tuple[
+        SampledToken, ...
+    ] = ()  # the prompt's tokens with log-probabilities, from its second one on; likewise
+    queue_time: float = 0.0  # seconds until it was admitted; likewise
 
 
 OutputCallback = Callable[[TokenOutput | Exception], None]
@@ -41,26 +43,28 @@ OutputCallback = Callable[[TokenOutput | Exception], None]
 
 @dataclass(eq=False)
 class Sequence:
+    """One prompt and its answer, with what the scheduler, the cache and the sampler keep of it."""
+
     prompt_ids: list[int]
     params: SamplingParams
     on_output: OutputCallback  # called on the event loop's thread
-    priority: int = 0  # a smaller one goes first
-    images: tuple[Image, ...] = ()  # in the prompt, in their order
-    client: str = ""  # whose it is; clients take turns
-    turn: int = 0  # among those of its priority, a smaller one goes first
-    added: float = field(default_factory=time.perf_counter)
+    priority: int = 0  # the smallest is computed first
+    images: tuple[Image, ...] = ()  # of the prompt, in their order
+    client: str = ""  # who sent it; clients take turns
+    turn: int = 0  # within a priority, the smallest is admitted first
+    added: float = field(default_factory=time.perf_counter)  # when it was made
     queue_time: float | None = None  # seconds until it was first admitted
-    num_deferrals: int = 0  # steps in which its prompt could have waited for others
+    num_deferrals: int = 0  # steps in which prompts of higher priority could be computed before it
     number: int = field(default_factory=lambda: next(_numbers))
     status: Status = Status.WAITING
     token_ids: list[int] = field(init=False)  # prompt and answer
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_tables: list[list[int]] = field(default_factory=list)  # per layer group; FREED where the window has passed
-    num_cached_tokens: int = 0  # of the computed ones, those that another sequence had computed
-    num_published: int = 0  # leading blocks that others can find
+    num_cached_tokens: int = 0  # tokens of the prompt that it took over from another sequence
+    num_published: int = 0  # leading blocks that other sequences can find
     seed: int = field(init=False)
-    prompt_logprobs: list[SampledToken] = field(default_factory=list)  # so far, if they are asked for
-    matcher: Matcher | None = field(init=False)  # of its grammar
+    prompt_logprobs: list[SampledToken] = field(default_factory=list)  # those scored so far, if they were asked for
+    matcher: Matcher | None = field(init=False)  # its place in its grammar
 
     _block_keys: list[bytes] = field(default_factory=list)
 
@@ -82,19 +86,19 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_ids)
 
     def block_keys(self, block_size: int) -> list[bytes]:
-        """A name for each full block of its tokens, which stands for these, all before them, and their images."""
+        """Returns a hash for each full block, over its tokens and images and all that come before them."""
         for end in range((len(self._block_keys) + 1) * block_size, len(self.token_ids) + 1, block_size):
             before = self._block_keys[-1] if self._block_keys else b""
             tokens = array("I", self.token_ids[end - block_size : end]).tobytes()
-            shown = b"".join(
+            images = b"".join(
                 image.digest + (image.start - end).to_bytes(8, "big", signed=True)
                 for image in self.images_in(end - block_size, end)
             )
-            self._block_keys.append(blake2b(before + tokens + shown, digest_size=16).digest())
+            self._block_keys.append(blake2b(before + tokens + images, digest_size=16).digest())
         return self._block_keys
 
     def images_in(self, start: int, end: int) -> tuple[Image, ...]:
-        """Those of which some tokens are among start .. end."""
+        """The images that have a token among start .. end."""
         return tuple(image for image in self.images if image.start < end and image.end > start)
 
     def whole_images_in(self, start: int, end: int) -> tuple[Image, ...]:
@@ -102,8 +106,8 @@ class Sequence:
         return tuple(image for image in self.images_in(start, end) if not image.is_causal)
 
     def whole_chunk(self, end: int) -> int:
-        """Where a chunk of the prompt that could reach to `end` has to end: behind an image or before it, never inside
-        of it, and before one without features."""
+        """Returns where a chunk of the prompt that may reach `end` is to be cut, so that it neither splits an image
+        nor includes one that is not encoded yet."""
         for image in self.images_in(self.num_computed, end):
             if image.features is None:
                 return image.start
@@ -112,14 +116,14 @@ class Sequence:
         return end
 
     def continued(self, draft: tuple[int, ...]) -> "Sequence":
-        """What it will be if those tokens follow, for the sampler."""
+        """Returns a copy with these tokens appended, for the sampler."""
         other = copy(self)
         other.token_ids = [*self.token_ids, *draft]
         return other
 
     @property
     def is_stopped(self) -> bool:
-        """Whether its last token is one of the request's stop tokens, and not among its thoughts."""
+        """Whether its last token is one of the request's stop tokens, outside the model's reasoning."""
         thoughts = self.params.thoughts
         is_stop = self.token_ids[-1] in self.params.stop_token_ids
         return is_stop and (thoughts is None or not thoughts.are_open(self.output_ids))
@@ -130,7 +134,7 @@ class Sequence:
 
     @property
     def next_scores(self) -> range:
-        """Positions of the prompt whose logits are to be scored, each against the token after it."""
+        """Positions of the prompt that are not scored yet: each one's logits rate the token after it."""
         if not self.scores_prompt:
             return range(0)
         return range(len(self.prompt_logprobs), len(self.prompt_ids) - 1)

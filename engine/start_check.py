@@ -1,10 +1,10 @@
-"""The check at start: a model is compared with the stock forward, for a prompt and for the tokens after it.
+"""The check at start: compares a model's logits with transformers' own, for a prompt and for the tokens after it.
 
 Attention is the only part of a model that the engine computes in its own way, with its own cache. Some models use
-theirs in a way that cannot be seen from outside: then everything starts, and the text is wrong. So the same weights
+attention in a way that cannot be seen from outside: everything starts, and the text is wrong. So the same weights
 compute the same tokens twice, once through the engine and once with transformers' own attention and cache. Packed
 layers compute in both, so that the rounding of weights does not count. Each side takes two forwards, one for the prompt
-and one for what comes after it: each reads all weights once, which is what it costs.
+and one for the tokens after it: each reads all weights once, which is what the check costs.
 """
 
 import hashlib
@@ -37,15 +37,15 @@ from errors import ModelLoadError
 log = logging.getLogger(__name__)
 
 FOLDER = "checked"
-LIBRARIES = (  # that compute, or read weights
+LIBRARIES = (  # those that compute, or read weights
     *("torch", "transformers", "accelerate", "bitsandbytes", "compressed-tensors", "gptqmodel", "kernels"),
     *("triton", "flash-attn", "torchao"),
 )
 PROMPT_TOKENS = 16
-BEYOND_WINDOW = 8  # tokens of the prompt, where the window is small enough
-LARGEST_WINDOW = 64  # tokens that a prompt is made longer for
-COMPARED = 8  # the prompt's last tokens
-NUM_DECODES = 4  # in one step, as a guess makes them
+BEYOND_WINDOW = 8  # tokens that the prompt is longer than a sliding window
+LARGEST_WINDOW = 64  # tokens; the prompt is not made longer for a larger one
+COMPARED = 8  # tokens at the prompt's end
+NUM_DECODES = 4  # tokens after the prompt, computed in one step as guesses are
 PHASE = "comparing with transformers"
 # How far logits may be apart, as a part of their own spread. A rounding to bfloat16 changes a value by 1/256 at most,
 # to float16 by 1/2048, and quantized layers round what goes in to about 1/254. A model of 80 layers rounds its state
@@ -60,30 +60,30 @@ EAGER_FACTOR = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 2}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the engine's logits are from the stock forward's, in the median: 0 where they are equal, about 1 where
-    they have nothing in common. The median, as rounding alone can send a token of a mixture to another expert."""
+    """How far the engine's logits are from the stock forward's: 0 where they are equal, about 1 where they have nothing
+    in common. It is a median, since in a mixture of experts rounding alone can send a token to another expert."""
 
-    prompt: float  # over its last tokens, which see all others, or what a sliding window leaves
+    prompt: float  # over its last tokens, which see all others, or those in the sliding window
     decodes: float  # over the tokens after it
 
     @classmethod
-    def between(cls, own: torch.Tensor, stock: torch.Tensor) -> "Difference":
-        """own, stock: (COMPARED + NUM_DECODES, vocab)."""
-        own, stock = (logits - logits.mean(-1, keepdim=True) for logits in (own, stock))
-        apart = ((own - stock).norm(dim=-1) / stock.norm(dim=-1).clamp(min=1e-6)).nan_to_num(torch.inf)
-        return cls(float(apart[:-NUM_DECODES].median()), float(apart[-NUM_DECODES:].median()))
+    def between(cls, engine: torch.Tensor, stock: torch.Tensor) -> "Difference":
+        """Compares logits, both of shape (COMPARED + NUM_DECODES, vocab)."""
+        engine, stock = (logits - logits.mean(-1, keepdim=True) for logits in (engine, stock))
+        differences = ((engine - stock).norm(dim=-1) / stock.norm(dim=-1).clamp(min=1e-6)).nan_to_num(torch.inf)
+        return cls(float(differences[:-NUM_DECODES].median()), float(differences[-NUM_DECODES:].median()))
 
     def faults(self, tolerance: float) -> list[str]:
-        """What is beyond the tolerance, in words."""
-        places = {"a prompt": self.prompt, "the tokens after a prompt": self.decodes}
-        return [f"{place} by {value:.0%}" for place, value in places.items() if not value <= tolerance]
+        """Says in words what is beyond the tolerance."""
+        values = {"a prompt": self.prompt, "the tokens after a prompt": self.decodes}
+        return [f"{name} by {value:.0%}" for name, value in values.items() if not value <= tolerance]
 
 
 def check(runner: ModelRunner, max_model_len: int, report: Report = lambda phase, fraction: None) -> bool:
-    """False where there is nothing to compare: transformers itself fails, or there is no room for a few tokens. Raises
-    ModelLoadError for a model that the engine does not compute as transformers does."""
+    """Compares the model with transformers. Raises ModelLoadError where they differ. Returns False where they cannot be
+    compared: transformers itself fails, or the cache has no room for a few tokens."""
     began = time.perf_counter()
-    token_ids, kind = _tokens(runner, max_model_len), runner.model.config.model_type
+    token_ids, model_type = _tokens(runner, max_model_len), runner.model.config.model_type
     if len(token_ids) <= COMPARED + NUM_DECODES or not _fits(runner, len(token_ids)):
         log.warning(
             "the KV cache is too small to compare the model with transformers: raise MAX_MODEL_LEN or KV_CACHE_MEMORY"
@@ -92,8 +92,8 @@ def check(runner: ModelRunner, max_model_len: int, report: Report = lambda phase
     report(PHASE, 0.0)
     try:
         stock = _stock_logits(runner, token_ids)
-    except Exception as error:  # of any kind, where a model wants to be called in another way
-        log.warning("models of type %r could not be compared with transformers: %s", kind, error)
+    except Exception as error:  # a model that has to be called in another way can raise anything
+        log.warning("models of type %r could not be compared with transformers: %s", model_type, error)
         return False
     report(PHASE, 0.5)
     difference = Difference.between(_engine_logits(runner, token_ids), stock)
@@ -101,44 +101,46 @@ def check(runner: ModelRunner, max_model_len: int, report: Report = lambda phase
     tolerance = tolerance_of(runner)
     if faults := difference.faults(tolerance):
         raise ModelLoadError(
-            f"Models of type {kind!r} are not supported: the engine's logits differ from transformers' for "
+            f"Models of type {model_type!r} are not supported: the engine's logits differ from transformers' for "
             f"{' and '.join(faults)} of their spread, and rounding explains at most {tolerance:.0%}."
         )
     log.info(
         "the model was compared with transformers in %.0f ms: a prompt differs by %.2g of the "
         "logits' spread, later tokens by %.2g",
-        *((time.perf_counter() - began) * 1000, difference.prompt, difference.decodes),
+        (time.perf_counter() - began) * 1000,
+        difference.prompt,
+        difference.decodes,
     )
     return True
 
 
 def _tokens(runner: ModelRunner, max_model_len: int) -> list[int]:
-    """Ids from the whole vocabulary but those that stand for images and the like; more of them than a small window."""
+    """Chooses ids from the whole vocabulary, without placeholders for images and the like; more than a small window."""
     windows = [group.window for group in runner.cache.groups if group.window and group.window <= LARGEST_WINDOW]
     count = max([PROMPT_TOKENS, *(window + BEYOND_WINDOW for window in windows)]) + NUM_DECODES
     count = min(count, max_model_len)
-    places = _placeholders(runner.model)
+    placeholders = _placeholders(runner.model)
     spread = torch.linspace(0, runner.num_embeddings - 1, 2 * count).long().tolist()
-    return [token for token in spread if token not in places][:: 2 if len(places) < count else 1][:count]
+    return [token for token in spread if token not in placeholders][:: 2 if len(placeholders) < count else 1][:count]
 
 
 def _placeholders(model: PreTrainedModel) -> set[int]:
-    """The tokens that a model puts something else in the place of."""
+    """The token ids that a model replaces by something else, such as features of images."""
     config = model.config.to_dict()
     names = [name for name in config if name.endswith(("_token_id", "_token_index"))]
     return {config[name] for name in names if isinstance(config[name], int)}
 
 
 def reference_of(runner: ModelRunner) -> str:
-    """Which of transformers' implementations to compare with: the more exact one, where it computes all that the layers
-    ask for."""
+    """Names transformers' implementation to compare with: the more exact one, if it computes all that the layers ask
+    for."""
     specs = runner.cache.specs.values()
     has_softcap = any(isinstance(spec, AttentionSpec) and spec.softcap is not None for spec in specs)
     return SDPA if runner.model._supports_sdpa and not has_softcap else EAGER
 
 
 def tolerance_of(runner: ModelRunner) -> float:
-    """Layers that round what goes in to 8 bits decide, whatever the model computes in beside them."""
+    """The largest difference that rounding explains. Where some layers round their inputs to 8 bits, these decide."""
     model = runner.model
     rounds = any(isinstance(layer, PackedLinear | SharedLinear | FusedMLP) for layer in model.modules())
     is_rounded = rounds or getattr(model, "hf_quantizer", None) is not None
@@ -153,7 +155,7 @@ def _fits(runner: ModelRunner, num_tokens: int) -> bool:
 
 @torch.inference_mode()
 def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
-    """(COMPARED + NUM_DECODES, vocab) in float32: a step for the prompt, and one for the tokens after it."""
+    """Computes (COMPARED + NUM_DECODES, vocab) in float32: a step for the prompt, and one for the tokens after it."""
     length = len(token_ids) - NUM_DECODES
     sequence = Sequence(token_ids[:length], SamplingParams(max_tokens=NUM_DECODES), on_output=lambda output: None)
     sequence.token_ids = list(token_ids)
@@ -168,7 +170,8 @@ def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
 
 @torch.inference_mode()
 def _stock_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
-    """The same, with transformers' attention and cache: some models compute something else once it holds tokens."""
+    """Computes the same with transformers' attention and cache. The decodes go through the filled cache too, since some
+    models compute them in another way."""
     inputs = torch.tensor([token_ids], device=runner.device)
     rows, past = [], None
     with _attention(runner.model, reference_of(runner)):
@@ -182,6 +185,7 @@ def _stock_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
 
 @contextmanager
 def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Lets the model use one of transformers' implementations meanwhile."""
     config: Any = model.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation = implementation
@@ -196,9 +200,9 @@ def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Which checkpoints have passed, as empty files: a later start need not compare them again."""
+    """Remembers the checkpoints that have passed, as empty files, so that later starts do not compare them again."""
 
-    directory: Path | None  # None: none are remembered
+    directory: Path | None  # None: nothing is remembered
 
     def knows(self, key: str) -> bool:
         return self.directory is not None and (self.directory / FOLDER / key).exists()
@@ -215,35 +219,35 @@ class Memory:
 
 
 def key_of(directory: Path, runner: ModelRunner, options: dict[str, Any]) -> str:
-    """A name for all that decides about the check's outcome: the files, the libraries, our code, how it is run. Options
-    may leave the choice to the machine, so the layers that were chosen count too."""
+    """Hashes all that decides the check's outcome: the files, the libraries, our code, the options. These may leave
+    choices to the machine, so the layers that were chosen count too."""
     files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".packed", ".json"))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     layers = Counter(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in runner.model.modules())
-    known = (stats, _versions(), _code(), _machine(runner.device), str(runner.dtype), options, sorted(layers.items()))
-    return hashlib.sha256(json.dumps([str(directory.resolve()), known], default=str).encode()).hexdigest()
+    facts = (stats, _versions(), _code(), _machine(runner.device), str(runner.dtype), options, sorted(layers.items()))
+    return hashlib.sha256(json.dumps([str(directory.resolve()), facts], default=str).encode()).hexdigest()
 
 
 def _machine(device: torch.device) -> tuple[Any, ...]:
-    """What the device's kernels are chosen by."""
+    """Returns what the device's kernels are chosen by."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    can = (kernels.are_available(), kernels.has_bfloat16(), torch.backends.cpu.get_cpu_capability())
-    return (name, platform.machine(), *can)
+    features = (kernels.are_available(), kernels.has_bfloat16(), torch.backends.cpu.get_cpu_capability())
+    return (name, platform.machine(), *features)
 
 
 @cache
 def _versions() -> dict[str, str | None]:
-    """None where a library is not installed."""
-    found: dict[str, str | None] = dict.fromkeys(LIBRARIES)
+    """The libraries' versions, None where one is not installed."""
+    versions: dict[str, str | None] = dict.fromkeys(LIBRARIES)
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 @cache
 def _code() -> str:
-    """This version of the engine."""
+    """A hash of the engine's code."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Images on their way through the model: pixels in, the features that stand in for a prompt's image tokens out."""
+"""VisionEncoder: pixels of images in, features out, which take the place of a prompt's image tokens."""
 
 from collections import OrderedDict
 from collections.abc import Sequence as Images
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vision.families import vision_family_of
 
-MEMORY = 256 * 2**20  # bytes of features that are kept for later requests
+KEPT_FEATURES = 256 * 2**20  # bytes of features that are kept for later requests
 
 
 @dataclass(eq=False)
@@ -34,26 +34,26 @@ class Image:
 
 
 class VisionEncoder:
-    """The vision tower with its projector, run once for each distinct image."""
+    """Runs the vision tower and its projector, once for each distinct image."""
 
-    def __init__(self, model: PreTrainedModel, memory: int = MEMORY) -> None:
+    def __init__(self, model: PreTrainedModel, memory: int = KEPT_FEATURES) -> None:
         family = vision_family_of(model.config)
         assert family is not None, "only models that see get images"
         self.family = family
         self._model: Any = model if hasattr(model, "get_image_features") else model.model
         self._memory = memory
-        self._known: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # the least recently used first
+        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # by digest; the least recently used first
         self.num_encoded = 0  # since the start
 
     def recall(self, image: Image) -> None:
-        """Gives the image what is known of one like it."""
-        if (features := self._known.get(image.digest)) is not None:
-            self._known.move_to_end(image.digest)
+        """Gives the image its features, if an equal one was encoded before."""
+        if (features := self._features.get(image.digest)) is not None:
+            self._features.move_to_end(image.digest)
             image.features, image.pixels = features, None
 
     @torch.inference_mode()
     def encode(self, images: Images[Image]) -> None:
-        """All in one batch; raises what the model raises."""
+        """Encodes images of one size in one batch. Raises what the model raises."""
         distinct = {image.digest: image for image in images if image.features is None}
         tower: torch.nn.Module = self._model
         weight = next(p for name, p in tower.named_parameters() if "vision" in name)
@@ -62,9 +62,9 @@ class VisionEncoder:
         ]
         features = self.family.encode(self._model, pixels)
         self.num_encoded += len(distinct)
-        for digest, own in zip(distinct, features, strict=True):
-            self._known[digest] = own.clone()  # not a view, which would keep all of them
+        for digest, rows in zip(distinct, features, strict=True):
+            self._features[digest] = rows.clone()  # a view would keep the whole batch
         for image in images:
-            image.features, image.pixels = self._known[image.digest], None
-        while self._known and sum(features.nbytes for features in self._known.values()) > self._memory:
-            self._known.popitem(last=False)
+            image.features, image.pixels = self._features[image.digest], None
+        while self._features and sum(kept.nbytes for kept in self._features.values()) > self._memory:
+            self._features.popitem(last=False)

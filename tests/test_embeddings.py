@@ -33,6 +33,7 @@ from checkpoints import packages
 from checkpoints.checkpoint import Sources
 from checkpoints.demo_models import EMBEDDING_DEMOS, PackagedFiles
 from config import Settings
+from engine.embedding.argument_errors import ArgumentError, TextTooLong
 from engine.embedding.embedder import (
     CHARACTERS,
     CHARACTERS_PER_TOKEN,
@@ -423,7 +424,7 @@ def test_no_more_of_a_text_is_tokenized_than_a_model_could_read() -> None:
         echo.may_go_on.set()
         found = await embedder.embed(["x" * 10_000_000])
         assert found.vectors[0, 0] == CHARACTERS + CHARACTERS_PER_TOKEN * echo.max_length and found.num_truncated == 1
-        with pytest.raises(ContextLengthExceeded):
+        with pytest.raises(TextTooLong):
             await embedder.embed(["x" * 10_000_000], may_truncate=False)
 
     on_echo(scenario)
@@ -448,7 +449,7 @@ def test_who_left_before_the_model_was_free_costs_nothing() -> None:
 def test_a_question_that_is_too_long_leaves_no_documents_behind() -> None:
     async def scenario(embedder: Embedder, echo: Echo) -> None:
         echo.may_go_on.set()
-        with pytest.raises(ContextLengthExceeded):
+        with pytest.raises(TextTooLong):
             await embedder.score("x" * 60, ["y"] * 1000, may_truncate=False)
         assert embedder.num_waiting == 0 and not echo.batches
 
@@ -459,13 +460,13 @@ def test_prompts_truncation_and_dimensions_are_checked() -> None:
     async def scenario(embedder: Embedder, echo: Echo) -> None:
         echo.may_go_on.set()
         assert (await embedder.embed(["x"], "query")).vectors.tolist() == [[4, 1]]
-        with pytest.raises(InvalidRequest, match="query"):
+        with pytest.raises(ArgumentError, match="query"):
             await embedder.embed(["x"], "other")
         assert (await embedder.embed(["x" * 60, "y"])).num_truncated == 1
-        with pytest.raises(ContextLengthExceeded, match="60"):
+        with pytest.raises(TextTooLong, match="60"):
             await embedder.embed(["y", "x" * 60], may_truncate=False)
         for dimensions in (1, 3):
-            with pytest.raises(ValueError):
+            with pytest.raises(ArgumentError):
                 await embedder.embed(["x"], dimensions=dimensions)
         with pytest.raises(Overloaded):
             await embedder.embed(["x"] * (2**16 + 1))
@@ -833,7 +834,7 @@ def test_own_token_ids_are_read_by_the_models_tokenizer(tiny_encoder: Path) -> N
             token_ids = embedder.model.tokenizer("hello").input_ids
             found = await embedder.embed([token_ids, "hello"])
             assert close(found.vectors[0], found.vectors[1])
-            with pytest.raises(InvalidRequest):
+            with pytest.raises(ArgumentError):
                 await embedder.embed([[10_000]])
         finally:
             await embedder.close()
@@ -957,10 +958,17 @@ def test_token_ids_and_long_texts_follow_the_settings(tmp_path: Path, tiny_encod
         assert (
             await models.embed(EmbeddingRequest(model="tiny-encoder", input="x" * 100, truncate=True))
         ).num_truncated
+        for query, document, param in (("x" * 100, "y", "query"), ("x", "y" * 100, "documents")):
+            with pytest.raises(ContextLengthExceeded) as too_long:
+                await models.rerank(RerankRequest(model="tiny-encoder", query=query, documents=[document]))
+            assert too_long.value.param == param
 
     async def own(models: EmbeddingModels) -> None:
         answer = await models.embed(EmbeddingRequest(model="tiny-encoder", input=[byte_tokenizer()("hello").input_ids]))
         assert close(answer.data[0].embedding, await first_of(models, "tiny-encoder"))
+        with pytest.raises(InvalidRequest, match="do not decode") as caught:
+            await models.embed(EmbeddingRequest(model="tiny-encoder", input=[[10_000]]))
+        assert (caught.value.param, caught.value.code) == ("input", "invalid_value")
 
     settings = {"embedding_model_path": str(tiny_encoder)}
     sources = Sources(endpoint=None, hub_cache=tmp_path)

@@ -232,7 +232,7 @@ def test_a_step_that_never_ends_is_seen_and_does_not_keep_the_engine_from_closin
     hung: dict[str, Callable[[], object]] = {
         "the model": lambda: setattr(engine.runner, "run", hang),
         "the guesses": lambda: setattr(engine.scheduler.proposer, "propose", hang),
-        "an image": lambda: setattr(engine.scheduler, "wanted_images", hang),
+        "an image": lambda: setattr(engine.scheduler, "images_to_encode", hang),
     }
     hung[place]()
     engine.stalled_after = 0.05

@@ -233,7 +233,7 @@ def test_huge_schemas_are_refused_or_followed_at_once(name: str) -> None:
 
 def test_compiled_grammars_are_kept_within_bounds() -> None:
     compiler = GrammarCompiler(TOKENIZER.backend_tokenizer.to_str, len(TOKENIZER), {EOS})
-    texts = [structured_output._of_choice([str(number)]) for number in range(grammar.MOST_KEPT + 9)]
+    texts = [structured_output._of_choice([str(number)]) for number in range(grammar.MAX_KEPT + 9)]
     first = compiler.compile(texts[0])
     assert compiler.compile(texts[0]) is first
     for text in texts:
@@ -250,7 +250,7 @@ def test_large_grammars_are_kept_within_bounds_also_where_they_take_memory_that_
     before = memory.allocated()
     for number in range(12):  # of 12 MiB each
         compiler.compile(structured_output._of_choice([f"choice {number} of {other}" for other in range(10_000)]))
-    assert memory.allocated() - before < 1.5 * grammar.MOST_MEMORY
+    assert memory.allocated() - before < 1.5 * grammar.MAX_MEMORY
     del pinned
 
 

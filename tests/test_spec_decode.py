@@ -30,9 +30,9 @@ def test_the_latest_occurrence_is_the_one_that_counts() -> None:
 def test_right_guesses_make_the_next_one_longer_and_wrong_ones_shorter() -> None:
     drafter, text = Drafter(), [*range(40), 0, 1, 2]
     assert len(drafter.propose(text, 99)) == 4
-    drafter.confidence.note(4, 4, len(text))
+    drafter.draft_length.note(4, 4, len(text))
     assert len(drafter.propose(text, 99)) == 8
-    drafter.confidence.note(8, 1, len(text))
+    drafter.draft_length.note(8, 1, len(text))
     assert len(drafter.propose(text, 99)) == 2
 
 
@@ -43,7 +43,7 @@ def test_guessing_pauses_while_it_does_not_pay() -> None:
         text += [1, 2, 3] if len(text) % 3 == 0 else [random.randrange(5)]
         if guess := drafter.propose(text, 8):
             proposals += 1
-            drafter.confidence.note(len(guess), 0, len(text))
+            drafter.draft_length.note(len(guess), 0, len(text))
     assert 3 <= proposals <= 30 < LONGEST_PAUSE
 
 

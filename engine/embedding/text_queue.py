@@ -1,4 +1,4 @@
-"""TextQueue: texts that wait for a model, and which of them go together in a batch. It knows no model and no thread."""
+"""TextQueue: texts that wait for a model, and which of them form the next batch. It knows no model and no thread."""
 
 from bisect import bisect_left, insort
 from collections import deque
@@ -7,36 +7,37 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 J = TypeVar("J")
-LEAST_FILLED = 0.5  # of a batch's longest text: shorter ones would be mostly padding
+LEAST_FILLED = 0.5  # of the longest text in a batch; shorter texts would be mostly padding
 
 
 @dataclass(frozen=True, order=True)
 class Item(Generic[J]):
-    """One text of a job's, or a pair of texts."""
+    """One text of a job, or a pair of texts."""
 
     length: int  # tokens
-    serial: int
+    serial: int  # in the order of coming
     job: J = field(compare=False)
-    index: int = field(compare=False)  # in the job
+    index: int = field(compare=False)  # of the text in its job
     text: Any = field(compare=False)
-    prompt: Hashable = field(compare=False)  # what the model is told before it
+    prompt: Hashable = field(compare=False)  # only texts with equal ones form a batch
 
 
 class TextQueue(Generic[J]):
-    """Jobs take turns, so that a short one does not wait for a long one's end; every batch is filled up with the
-    texts of nearly its first one's length, whosever they are."""
+    """Jobs take turns, so that a short one does not wait until a long one ends. A batch begins with the longest text of
+    the job whose turn it is, and is filled up with texts of similar length from any job."""
 
     def __init__(self, max_batch_tokens: int) -> None:
-        """max_batch_tokens: padding included."""
+        """max_batch_tokens: tokens in a batch, padding included."""
         self.max_batch_tokens = max_batch_tokens
-        self._waiting: dict[Hashable, list[Item[J]]] = {}  # by prompt; in the order of their lengths
-        self._turns: deque[deque[Item[J]]] = deque()  # what each job has left, and maybe some that it has not
+        self._waiting: dict[Hashable, list[Item[J]]] = {}  # prompt -> texts, shortest first
+        self._turns: deque[deque[Item[J]]] = deque()  # for each job its texts, longest first; some may be taken already
         self._num_added = 0
 
     def __bool__(self) -> bool:
         return any(self._waiting.values())
 
     def add(self, job: J, texts: Sequence[Any], lengths: Sequence[int], prompt: Hashable) -> None:
+        """Queues a job's texts. lengths: tokens of each."""
         waiting = self._waiting.setdefault(prompt, [])
         items: list[Item[J]] = []
         for index, (text, length) in enumerate(zip(texts, lengths, strict=True)):
@@ -46,6 +47,7 @@ class TextQueue(Generic[J]):
         self._turns.append(deque(sorted(items, reverse=True)))
 
     def remove(self, jobs: Iterable[J]) -> None:
+        """Drops the texts of these jobs."""
         gone = {id(job) for job in jobs}
         for prompt, waiting in list(self._waiting.items()):
             self._waiting[prompt] = [item for item in waiting if id(item.job) not in gone]
@@ -54,31 +56,31 @@ class TextQueue(Generic[J]):
         self._forget_turns()
 
     def _forget_turns(self) -> None:
-        """Where nothing waits, turns hold only what was computed."""
+        """Clears the turns where nothing waits: they then hold only texts that were taken."""
         if not self._waiting:
             self._turns.clear()
 
     def take(self) -> list[Item[J]]:
-        """The next batch; all of one prompt. Empty where nothing waits."""
+        """Takes the next batch, whose texts have one prompt. Empty where nothing waits."""
         while self._turns:
             left = self._turns.popleft()
             while left:
                 first = left.popleft()
                 waiting = self._waiting.get(first.prompt, [])
-                place = bisect_left(waiting, first)
-                if place < len(waiting) and waiting[place] is first:
+                index = bisect_left(waiting, first)
+                if index < len(waiting) and waiting[index] is first:
                     self._turns.append(left)
-                    return self._cut(first.prompt, place)
+                    return self._take_around(first.prompt, index)
         return []
 
-    def _cut(self, prompt: Hashable, place: int) -> list[Item[J]]:
-        """The texts around that place, nearest length first, while they fit."""
+    def _take_around(self, prompt: Hashable, index: int) -> list[Item[J]]:
+        """Takes the text at `index` and its neighbours, nearest length first, while they fit a batch."""
         waiting = self._waiting[prompt]
-        begin, end, length = place, place + 1, waiting[place].length
+        begin, end, length = index, index + 1, waiting[index].length
         while True:
-            around = [step for step in (begin - 1, end) if 0 <= step < len(waiting)]
-            around.sort(key=lambda step: abs(waiting[step].length - length))
-            fitting = [step for step in around if self._fits(waiting, min(begin, step), max(end, step + 1))]
+            neighbours = [i for i in (begin - 1, end) if 0 <= i < len(waiting)]
+            neighbours.sort(key=lambda i: abs(waiting[i].length - length))
+            fitting = [i for i in neighbours if self._fits(waiting, min(begin, i), max(end, i + 1))]
             if not fitting:
                 break
             begin, end = min(begin, fitting[0]), max(end, fitting[0] + 1)

@@ -1,4 +1,4 @@
-"""Grammars: what an answer may look like, compiled once and then followed token by token. llguidance does the work."""
+"""Grammars: which texts an answer may be, compiled once and then followed token by token, by llguidance."""
 
 import threading
 from collections import OrderedDict
@@ -10,13 +10,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from engine import memory
 from engine.constraint import Matcher
 
-MOST_KEPT, MOST_MEMORY = 128, 32 * 2**20  # compiled grammars, and bytes that they take
+MAX_KEPT, MAX_MEMORY = 128, 32 * 2**20  # compiled grammars that are kept, and their bytes
 LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
-INDENT, MOST_QUOTED = 4, 40  # characters before a pattern in an error's text, and of the pattern in ours
+INDENT, MAX_QUOTED = 4, 40  # characters before the pattern in llguidance's message, and of the pattern in ours
 
 
 class GrammarMatcher:
-    """Follows a grammar from its beginning to its end."""
+    """A Matcher: the answer follows a grammar from its beginning to its end."""
 
     decides_end = True
 
@@ -47,7 +47,7 @@ class GrammarMatcher:
 
 
 class Grammar:
-    """A compiled one."""
+    """A compiled grammar, which is a Constraint."""
 
     def __init__(self, prototype: LLMatcher) -> None:
         self._prototype = prototype
@@ -58,17 +58,19 @@ class Grammar:
 
 @dataclass(frozen=True)
 class TriggeredGrammar:
-    """A grammar that holds from each trigger to its own end; everything else is free."""
+    """A Constraint: a grammar holds from each trigger token to the grammar's end; the rest of the answer is free."""
 
     grammar: Grammar
-    trigger: int  # a token
-    is_repeated: bool  # else the answer ends with the grammar
+    trigger: int  # token id
+    is_repeated: bool  # False: the answer ends with the grammar's end
 
     def matcher(self) -> Matcher:
         return TriggeredGrammarMatcher(self)
 
 
 class TriggeredGrammarMatcher:
+    """A Matcher that follows the grammar after a trigger, and allows everything before and behind it."""
+
     decides_end = False
 
     def __init__(self, triggered: TriggeredGrammar) -> None:
@@ -100,22 +102,24 @@ class TriggeredGrammarMatcher:
 
 
 class GrammarCompiler:
-    """A model's. Its methods may be called from any thread."""
+    """Compiles grammars for a model's vocabulary. Its methods may be called from any thread."""
 
     def __init__(self, tokenizer: Callable[[], str], num_tokens: int, eos_token_ids: Iterable[int]) -> None:
-        """tokenizer: gives the JSON of a fast one; num_tokens: columns of the logits."""
+        """tokenizer: returns the JSON of a fast tokenizer; num_tokens: columns of the logits."""
         self._tokenizer, self._num_tokens = tokenizer, num_tokens
         self._eos_token_ids = sorted(eos_token_ids)
         self._compiler: LLTokenizer | None = None
-        self._known: OrderedDict[str, tuple[Grammar, int]] = OrderedDict()  # the least recently used first
+        # text -> grammar and its bytes; the least recently used first
+        self._grammars: OrderedDict[str, tuple[Grammar, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def compile(self, text: str) -> Grammar:
-        """Milliseconds, the first time a second. Raises ValueError for what is no grammar, or too large a one."""
+        """Compiles a grammar, in milliseconds; the first one takes a second. Raises ValueError for a text that is no
+        grammar, or too large a one."""
         with self._lock:
-            if text in self._known:
-                self._known.move_to_end(text)
-                return self._known[text][0]
+            if text in self._grammars:
+                self._grammars.move_to_end(text)
+                return self._grammars[text][0]
             if self._compiler is None:
                 slices = LLTokenizer.json_slices()
                 self._compiler = LLTokenizer(self._tokenizer(), self._num_tokens, self._eos_token_ids, slices)
@@ -132,19 +136,19 @@ class GrammarCompiler:
         return grammar
 
     def _keep(self, text: str, grammar: Grammar, num_bytes: int) -> None:
-        """num_bytes: that the grammar takes, give or take what other threads made and freed meanwhile."""
+        """num_bytes: the grammar's size, measured while other threads took and freed memory too."""
         freed = 0
-        if num_bytes <= MOST_MEMORY:
+        if num_bytes <= MAX_MEMORY:
             with self._lock:
-                self._known[text] = grammar, num_bytes
-                while len(self._known) > MOST_KEPT or sum(size for _, size in self._known.values()) > MOST_MEMORY:
-                    freed += self._known.popitem(last=False)[1][1]
-        memory.trim_after(max(freed, num_bytes))  # what compiling took is more than what is kept
+                self._grammars[text] = grammar, num_bytes
+                while len(self._grammars) > MAX_KEPT or sum(size for _, size in self._grammars.values()) > MAX_MEMORY:
+                    freed += self._grammars.popitem(last=False)[1][1]
+        memory.trim_after(max(freed, num_bytes))  # compiling takes more than the grammar itself
 
 
 def _reason(error: str) -> str:
-    """In one line: what is wrong, and in a pattern where. Of a pattern there are its lines, a mark below the place, and
-    what is wrong there."""
+    """Shortens llguidance's message to one line. For a regular expression, the message has the pattern's lines, a mark
+    `^` below the place, and `error: ` with the cause."""
     lines = error.splitlines()
     at = next((number for number, line in enumerate(lines) if line.startswith("error: ")), None)
     marks = [number for number in range(at or 0) if set(lines[number].strip()) == {"^"}]
@@ -152,5 +156,5 @@ def _reason(error: str) -> str:
         return lines[0] if at is None else f"{lines[0].rstrip(':')}: {lines[at].removeprefix('error: ')}"
     pattern, mark = lines[marks[0] - 1], lines[marks[0]]
     start, what = mark.index("^"), lines[at].removeprefix("error: ")
-    cause = pattern[start : len(mark)][:MOST_QUOTED]
+    cause = pattern[start : len(mark)][:MAX_QUOTED]
     return f"the regular expression is invalid: {what}, at character {start - INDENT + 1}: {cause!r}"

@@ -1,7 +1,7 @@
-"""Masks: the tokens that each row of a step may choose.
+"""GrammarBitmasks: the tokens that grammars allow in each row of a step.
 
-They are computed by threads of their own: while a GPU computes the step's logits, or on a CPU, where the two would
-only be in each other's way, right after.
+Two threads compute them: while a GPU computes the step's logits, or on a CPU, where both would compete for the cores,
+right after the logits.
 """
 
 from collections.abc import Sequence as Rows
@@ -18,10 +18,10 @@ _pool = ThreadPoolExecutor(2, "masks")
 
 
 class GrammarBitmasks:
-    """Those of a step's rows."""
+    """The bitmasks of a step's rows."""
 
     def __init__(self, sequences: Rows[Sequence]) -> None:
-        self._rows: dict[Matcher, list[tuple[int, list[int]]]] = {}
+        self._rows: dict[Matcher, list[tuple[int, list[int]]]] = {}  # rows, with the tokens that are not accepted yet
         for row, sequence in enumerate(sequences):
             if sequence.matcher is not None:
                 ahead = sequence.output_ids[sequence.matcher.num_accepted :]
@@ -29,26 +29,26 @@ class GrammarBitmasks:
         self._futures: list[Future[list[tuple[int, bytes | None]]]] = []
 
     def start(self) -> None:
-        """Begins to compute them; where a GPU computes the model, beside it."""
+        """Begins to compute the bitmasks in the background."""
         self._futures = [_pool.submit(_masks_of, matcher, rows) for matcher, rows in self._rows.items()]
 
     def wait(self) -> None:
-        """Until nothing computes them any more; a matcher is for one thread at a time."""
+        """Waits until no thread computes them any more, since only one thread at a time may use a matcher."""
         wait(self._futures)
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Sets what may not come to -inf, in place; waits for the masks. logits: (rows, tokens), float32."""
+        """Waits for the bitmasks and sets the logits of all other tokens to -inf. logits: (rows, vocab), float32."""
         if self._rows and not self._futures:
             self.start()
-        found = [(row, mask) for future in self._futures for row, mask in future.result() if mask is not None]
-        if not found:
+        masks = [(row, mask) for future in self._futures for row, mask in future.result() if mask is not None]
+        if not masks:
             return
-        rows = torch.tensor([row for row, _ in found])
-        words = -(-logits.shape[-1] // WORD) + 1  # one more, so that whole vectors can be read at the end
-        bits = numpy.zeros((len(found), words), dtype=numpy.int32)
-        for place, (_, mask) in enumerate(found):
-            own = numpy.frombuffer(mask, dtype=numpy.int32)
-            bits[place, : len(own)] = own[:words]
+        rows = torch.tensor([row for row, _ in masks])
+        words = -(-logits.shape[-1] // WORD) + 1  # one more, since kernels read whole vectors, beyond the end too
+        bits = numpy.zeros((len(masks), words), dtype=numpy.int32)
+        for index, (_, mask) in enumerate(masks):
+            allowed = numpy.frombuffer(mask, dtype=numpy.int32)
+            bits[index, : len(allowed)] = allowed[:words]
         forbid(logits, rows, torch.from_numpy(bits))
 
 
@@ -57,7 +57,8 @@ def _masks_of(matcher: Matcher, rows: list[tuple[int, list[int]]]) -> list[tuple
 
 
 def forbid(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
-    """bits: (len(rows), words) int32, the first token's in the lowest bit; sets the others' logits to -inf."""
+    """Sets the logits of tokens without a bit to -inf. bits: (len(rows), words) int32; the first token has the lowest
+    bit."""
     if sampling_kernels.can_argmax(logits):
         sampling_kernels.forbid(logits, rows, bits)
         return

@@ -1,4 +1,4 @@
-"""Sampler: logits in, one token id per row out, as each row's SamplingParams say."""
+"""Sampler: logits in, one token id per row out, chosen as each row's SamplingParams say."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
@@ -11,14 +11,14 @@ from engine.sample.masks import GrammarBitmasks
 from engine.sampling_params import MIN_TEMPERATURE, SampledToken, uniform
 from engine.sequence import Sequence
 
-CANDIDATES = 1024  # sorted first; a row whose top_p needs more of them is sorted whole
+CANDIDATES = 1024  # best logits of a row that are sorted first; a row whose top_p needs more is sorted whole
 KEPT = 8192  # logits of a row that a kernel collects at most
-SAMPLE, SAMPLED_BEST = 2048, 32  # of so many logits of a row those that tell where about the best 2,000 begin
+SAMPLE, SAMPLED_BEST = 2048, 32  # of 2,048 logits of a row the 32nd best estimates where the best 1/64 begins
 
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """A step's choice, perhaps still on its way from the device."""
+    """A step's chosen tokens, which the device may still be computing."""
 
     token_ids: torch.Tensor  # (rows,)
     best: torch.Tensor  # (rows,), each one's largest logit
@@ -26,7 +26,7 @@ class SamplerOutput:
     sequences: Rows[Sequence]
 
     def read(self) -> list[SampledToken | None]:
-        """Waits for it. None stands for a row without a finite maximum."""
+        """Waits for the device. Returns a token for each row, None where its largest logit is not finite."""
         chosen_ids = self.token_ids.tolist()
         reports = _logprobs(self.raw, chosen_ids, self.sequences)
         finite = torch.isfinite(self.best).tolist()
@@ -42,6 +42,19 @@ class Sampler:
     def __init__(self, eos_token_ids: Iterable[int] = ()) -> None:
         self._eos_token_ids = sorted(eos_token_ids)
 
+    # NOTE: `choose` in short. A row's logits are changed first: penalties, bias and min_tokens, grammar. Then:
+    #
+    #   temperature 0                   take the largest logit
+    #   no top_k, no top_p              on a CPU with kernels `_draw`, else `_draw_from_all`:
+    #                                   weights = exp(logits / temperature), without those below min_p
+    #   top_k or top_p, CPU kernels     `_draw_few`: one pass collects the best 1/64 of the logits; sort these and draw
+    #                                   from them. A row whose top_k or top_p may reach beyond them goes on to the next
+    #   top_k or top_p otherwise        `_draw_from_sorted`: sort the 1,024 best logits (on a GPU all of them) and draw;
+    #                                   a row that may need more is sorted whole
+    #
+    # All of them draw at the random number uniform(seed, position): but for rounding they choose the same token, and no
+    # row depends on its neighbours.
+
     def choose(
         self, logits: torch.Tensor, sequences: Rows[Sequence], masks: GrammarBitmasks | None = None
     ) -> SamplerOutput:
@@ -54,24 +67,25 @@ class Sampler:
         self._bias(logits, sequences)
         (masks or GrammarBitmasks(sequences)).apply(logits)
         best, token_ids = sampling_kernels.argmax(logits) if sampling_kernels.can_argmax(logits) else logits.max(dim=-1)
-        sampled = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
+        pending = [row for row, sequence in enumerate(sequences) if not sequence.params.is_greedy]
         if sampling_kernels.can_argmax(logits):
-            plain = [row for row in sampled if not sequences[row].params.needs_sorting]
-            sampled = [row for row in sampled if sequences[row].params.needs_sorting]
+            plain = [row for row in pending if not sequences[row].params.needs_sorting]
+            pending = [row for row in pending if sequences[row].params.needs_sorting]
             if plain:
                 token_ids[plain] = _draw(logits, plain, best[plain], [sequences[row] for row in plain])
-            if sampled:
-                drawn, done = _draw_few(logits, sampled, best[sampled], [sequences[row] for row in sampled])
-                token_ids[sampled] = drawn
-                sampled = [row for row, is_done in zip(sampled, done.tolist(), strict=True) if not is_done]
-        if sampled:
-            rows = torch.tensor(sampled, device=logits.device)
-            chosen = [sequences[row] for row in sampled]
-            token_ids[rows] = self._sample(logits if len(sampled) == len(sequences) else logits[rows], chosen)
+            if pending:
+                drawn, done = _draw_few(logits, pending, best[pending], [sequences[row] for row in pending])
+                token_ids[pending] = drawn
+                pending = [row for row, is_done in zip(pending, done.tolist(), strict=True) if not is_done]
+        if pending:
+            rows = torch.tensor(pending, device=logits.device)
+            owners = [sequences[row] for row in pending]
+            token_ids[rows] = self._sample(logits if len(pending) == len(sequences) else logits[rows], owners)
         return SamplerOutput(token_ids, best, raw, sequences)
 
     def _penalize(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
-        """In place. Repetition over prompt and answer (transformers), then presence and frequency over the answer."""
+        """Applies penalties in place: repetition over prompt and answer (as transformers), then presence and frequency
+        over the answer."""
         vocab = logits.shape[-1]
         flat = logits.view(-1)
         rows = [i for i, s in enumerate(sequences) if s.params.repetition_penalty != 1.0]
@@ -88,7 +102,7 @@ class Sampler:
             flat[keys] -= presence + frequency * counts
 
     def _bias(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
-        """In place: logit_bias, and no end of the sequence before min_tokens."""
+        """Adds logit_bias in place, and forbids tokens that end the answer before min_tokens."""
         for row, sequence in enumerate(sequences):
             if bias := sequence.params.logit_bias:
                 values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
@@ -98,7 +112,8 @@ class Sampler:
                 logits[row, [*self._eos_token_ids, *sequence.params.stop_token_ids]] = -torch.inf
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-        """(rows, vocab) -> (rows,), by the inverse of the cumulative distribution at each row's own random number."""
+        """Draws a token for each row, (rows, vocab) -> (rows,): the inverse of the row's cumulative distribution at its
+        random number."""
         logits = logits / _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)[:, None]
         numbers = [uniform(s.seed, s.num_output_tokens) for s in sequences]
         at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
@@ -118,6 +133,7 @@ class Sampler:
         return token_ids
 
     def _draw_from_all(self, logits: torch.Tensor, sequences: list[Sequence], at: torch.Tensor) -> torch.Tensor:
+        """Draws without sorting, for rows without top_k and top_p."""
         weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # 1 for the best token
         if any(s.params.min_p for s in sequences):
             weights[weights < _column(sequences, "min_p", logits)[:, None]] = 0
@@ -126,7 +142,7 @@ class Sampler:
     def _draw_from_sorted(
         self, logits: torch.Tensor, sequences: list[Sequence], at: torch.Tensor, width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws from the `width` best candidates; False where a row's top_k or top_p may reach beyond them."""
+        """Draws from the `width` best logits. Returns False for rows whose top_k or top_p may reach beyond them."""
         vocab = logits.shape[-1]
         values, candidates = logits.topk(width, dim=-1) if width < vocab else logits.sort(-1, descending=True)
         total = (logits - values[:, :1]).exp().sum(-1)
@@ -138,22 +154,22 @@ class Sampler:
 def _draw_few(
     logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: list[Sequence]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Sampler._draw_from_sorted`, from what a kernel collects in one pass: (rows,), and where that is enough."""
+    """Does what `Sampler._draw_from_sorted` does, with the logits that a kernel collects in one pass."""
     temperatures = _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)
     at = torch.tensor([uniform(s.seed, s.num_output_tokens) for s in sequences], dtype=torch.float64)
-    least = _about_the_best(logits, rows)
+    threshold = _threshold(logits, rows)
     values, columns, counts, total = sampling_kernels.collect(
-        logits, torch.tensor(rows), best, temperatures, least, KEPT
+        logits, torch.tensor(rows), best, temperatures, threshold, KEPT
     )
     num_kept = max(1, min(int(counts.max()), KEPT))
-    values, places = (values[:, :num_kept] / temperatures[:, None]).topk(min(CANDIDATES, num_kept), dim=-1)
+    values, order = (values[:, :num_kept] / temperatures[:, None]).topk(min(CANDIDATES, num_kept), dim=-1)
     drawn, complete = _draw_from_best(values, total, sequences, at, counts.clamp(max=values.shape[-1]))
-    chosen = columns.gather(-1, places.gather(-1, drawn[:, None]))[:, 0]
+    chosen = columns.gather(-1, order.gather(-1, drawn[:, None]))[:, 0]
     return chosen.long(), complete & (counts <= KEPT)
 
 
-def _about_the_best(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """(rows,), a value that about 2,000 logits of each row are not below."""
+def _threshold(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Estimates for each row the value that its best 1/64 of the logits reach, from a sample of them: (rows,)."""
     vocab = logits.shape[-1]
     if vocab <= KEPT:
         return torch.full((len(rows),), -torch.inf)
@@ -163,9 +179,11 @@ def _about_the_best(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 def _draw_from_best(
     values: torch.Tensor, total: torch.Tensor, sequences: list[Sequence], at: torch.Tensor, reach: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws columns of `values` (rows, width), the largest logits over temperature, in descending order; False where
-    a row's top_k or top_p may reach beyond them. total: (rows,), the sum of all weights, float64; reach: (rows,), how
-    many of the values are there, without a gap."""
+    """Draws a column of `values` for each row, and returns False for rows whose top_k or top_p may reach beyond them.
+
+    values: (rows, width), the largest logits over temperature, in descending order; total: (rows,) float64, the sum of
+    the weights of all logits; reach: (rows,), how many of the row's values are its best ones without a gap.
+    """
     width = values.shape[-1]
     weights = (values - values[:, :1]).exp()
     top_k = _column(sequences, "top_k", values)
@@ -184,7 +202,7 @@ def _draw_from_best(
 
 
 def _draw(logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """What `Sampler._draw_from_all` does, in a kernel: (rows,)."""
+    """Does what `Sampler._draw_from_all` does, in a kernel: (rows,)."""
     numbers = torch.tensor([uniform(s.seed, s.num_output_tokens) for s in sequences], dtype=torch.float64)
     temperatures = _column(sequences, "temperature", logits).clamp(min=MIN_TEMPERATURE)
     min_p = _column(sequences, "min_p", logits)
@@ -192,7 +210,7 @@ def _draw(logits: torch.Tensor, rows: list[int], best: torch.Tensor, sequences: 
 
 
 def _invert(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """The first column whose cumulated weight exceeds `at` times the total; a column of weight 0 is never chosen."""
+    """Finds in each row the first column whose cumulated weight exceeds `at` times the total, never one of weight 0."""
     cumulated = weights.double().cumsum(-1)
     return torch.searchsorted(cumulated, (at * cumulated[:, -1])[:, None], right=True)[:, 0].clamp(
         max=weights.shape[-1] - 1
@@ -200,7 +218,7 @@ def _invert(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(raw: torch.Tensor, token_ids: list[int], sequences: Rows[Sequence]) -> dict[int, SampledToken]:
-    """The rows that want them, all in one pass: raw (rows, vocab) -> row: what it reports."""
+    """Reports log-probabilities for the rows that asked for them: raw (rows, vocab) -> {row: its token}."""
     rows = [row for row, sequence in enumerate(sequences) if sequence.params.num_logprobs is not None]
     if not rows:
         return {}
@@ -209,20 +227,23 @@ def _logprobs(raw: torch.Tensor, token_ids: list[int], sequences: Rows[Sequence]
 
 
 def score(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[SampledToken]:
-    """What each row (rows, vocab) makes of its token, and its `counts[row]` best ones."""
+    """Returns the log-probabilities of one token in each row of logits (rows, vocab), and of the row's best ones.
+
+    counts: how many of the best ones, for each row.
+    """
     logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     top = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
     return [
         SampledToken(token_id, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
         for token_id, logprob, ids, values, count in zip(
-            token_ids, own, top.indices.tolist(), top.values.tolist(), counts, strict=True
+            token_ids, chosen, top.indices.tolist(), top.values.tolist(), counts, strict=True
         )
     ]
 
 
 def _column(sequences: Rows[Sequence], name: str, like: torch.Tensor) -> torch.Tensor:
-    """One sampling parameter of all rows: (rows,)."""
+    """Returns one sampling parameter of all rows: (rows,)."""
     values = [getattr(s.params, name) for s in sequences]
     return torch.tensor(values, dtype=torch.float32, device=like.device)
 
@@ -230,7 +251,7 @@ def _column(sequences: Rows[Sequence], name: str, like: torch.Tensor) -> torch.T
 def _count_tokens(
     rows: list[tuple[int, list[int]]], vocab: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct (row, token) pairs as row * vocab + token, and how often each occurs."""
+    """Returns the distinct (row, token) pairs as row * vocab + token, and how often each occurs."""
     keys = [torch.tensor(token_ids, dtype=torch.long) + row * vocab for row, token_ids in rows]
     distinct, counts = torch.unique(torch.cat(keys), return_counts=True)
     return distinct.to(device), counts.to(device)

@@ -1,5 +1,5 @@
-"""Thinking: what a model writes for itself before its answer, between two tokens. It may have a budget, and a grammar
-holds only from its end on.
+"""Thinking: a model's reasoning before its answer, between two tokens. It may have a budget; a grammar holds only after
+it.
 """
 
 from collections.abc import Iterable
@@ -10,17 +10,17 @@ from engine.constraint import WORD, Constraint, Matcher
 
 @dataclass(frozen=True)
 class Thinking:
-    """Token ids, and how many there may be."""
+    """A Constraint: the reasoning's tokens and budget, and the constraint of the answer."""
 
-    begin: int
-    end: int
-    closing: tuple[int, ...]  # what ends it when the budget is spent, `end` among them
-    is_open: bool  # the prompt has begun it
+    begin: int  # token id
+    end: int  # token id
+    closing: tuple[int, ...]  # token ids that are forced when the budget is spent, `end` among them
+    is_open: bool  # the prompt ends inside the reasoning
     num_tokens: int  # columns of the logits
     budget: int | None = None  # tokens
-    answer: Constraint | None = None  # what follows
-    after: tuple[int, ...] = ()  # what is between `end` and the answer
-    forbidden: frozenset[int] = frozenset()  # would end it without an answer
+    answer: Constraint | None = None
+    after: tuple[int, ...] = ()  # token ids that are forced between `end` and the answer
+    forbidden: frozenset[int] = frozenset()  # token ids that would end the reasoning without an answer
 
     def matcher(self) -> Matcher:
         return ThinkingMatcher(self)
@@ -28,12 +28,14 @@ class Thinking:
 
 @dataclass(frozen=True)
 class _State:
-    num_thought: int | None = None  # tokens; None: it does not think
-    forced: tuple[int, ...] = ()  # what comes next
+    num_thought: int | None = None  # tokens of reasoning so far; None: outside of it
+    forced: tuple[int, ...] = ()  # the token ids that must come next
     is_over: bool = False  # the answer has begun
 
 
 class ThinkingMatcher:
+    """A Matcher that counts the tokens of reasoning, and hands those of the answer to the answer's matcher."""
+
     def __init__(self, thinking: Thinking) -> None:
         self._thinking = thinking
         self._inner = None if thinking.answer is None else thinking.answer.matcher()
@@ -46,8 +48,8 @@ class ThinkingMatcher:
 
     def accept(self, token_id: int) -> None:
         self.num_accepted += 1
-        self._state, is_answers = self._step(self._state, token_id)
-        if self._inner is not None and is_answers:
+        self._state, is_answer = self._step(self._state, token_id)
+        if self._inner is not None and is_answer:
             self._inner.accept(token_id)
 
     @property
@@ -57,19 +59,19 @@ class ThinkingMatcher:
     def mask(self, ahead: list[int]) -> bytes | None:
         state, answer = self._state, []
         for token_id in ahead:
-            state, is_answers = self._step(state, token_id)
-            answer += [token_id] if is_answers else []
+            state, is_answer = self._step(state, token_id)
+            answer += [token_id] if is_answer else []
         if state.forced:
             return self._bits([state.forced[0]])
         if state.num_thought is not None:
             return self._free
-        own = None if self._inner is None else self._inner.mask(answer)
-        if own is None or state.is_over:
-            return own
-        return _union(own, self._bits([self._thinking.begin]))
+        mask = None if self._inner is None else self._inner.mask(answer)
+        if mask is None or state.is_over:
+            return mask
+        return _union(mask, self._bits([self._thinking.begin]))
 
     def _step(self, state: _State, token_id: int) -> tuple[_State, bool]:
-        """What comes after a token, and whether the token is the answer's."""
+        """Returns the state after a token, and whether the token belongs to the answer."""
         if state.is_over:
             return state, True
         if state.forced:

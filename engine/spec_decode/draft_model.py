@@ -1,7 +1,7 @@
-"""DraftModel: a small model of the same vocabulary that guesses what the large one will say.
+"""DraftModel: a small model of the same vocabulary guesses the tokens that the large one will choose.
 
-Speculative decoding (Leviathan et al. 2023) with a verifier that keeps only tokens which the large model itself
-chooses. The small one samples with the same parameters and random numbers, so that it often chooses the same.
+This is speculative decoding (Leviathan et al. 2023) that keeps only tokens which the large model itself chooses. The
+small one samples with the same parameters and random numbers, so that it often chooses the same.
 """
 
 import logging
@@ -12,27 +12,30 @@ from typing import Protocol
 
 from engine.batch import Batch, Span
 from engine.kv_cache import KVCache
+from engine.prefill_budget import moving_average
 from engine.sampling_params import SampledToken
 from engine.sequence import Sequence
-from engine.spec_decode.prompt_lookup import DECAY, WORTHWHILE, DraftLength, PromptLookup
+from engine.spec_decode.prompt_lookup import WORTHWHILE, DraftLength, PromptLookup
 
 log = logging.getLogger(__name__)
 
-CATCH_UP = 256  # tokens of a prompt that it reads beside a step
+CATCH_UP = 256  # tokens of a prompt that the small model computes in a step
 
 
 class BatchRunner(Protocol):
+    """What computes the small model's batches."""
+
     def run(self, batch: Batch) -> list[list[SampledToken | None]]: ...
 
 
 @dataclass
 class DraftSequence:
-    """A sequence as the small model has it: its tokens, and guesses that the large one has not seen yet."""
+    """The small model's copy of a sequence: its tokens, and guesses that the large model has not checked yet."""
 
     sequence: Sequence
-    confidence: DraftLength = field(default_factory=DraftLength)
-    num_known: int = 0  # tokens that were the original's at the last guess
-    wanted: int = 0  # tokens of the next guess
+    draft_length: DraftLength = field(default_factory=DraftLength)
+    num_original: int = 0  # leading tokens that are the original's; the others are guesses
+    num_to_guess: int = 0  # tokens
 
     @classmethod
     def of(cls, original: Sequence) -> "DraftSequence":
@@ -40,30 +43,30 @@ class DraftSequence:
         return cls(Sequence(original.prompt_ids, params, on_output=lambda output: None))
 
     def follow(self, original: Sequence, cache: KVCache) -> None:
-        """Takes back the guesses that were wrong."""
-        own, actual, place = self.sequence.token_ids, original.token_ids, self.num_known
-        while place < min(len(own), len(actual)) and own[place] == actual[place]:
-            place += 1
-        own[place:] = actual[place:]
-        cache.rollback(self.sequence, place)
-        self.num_known = len(actual)
+        """Takes over the original's new tokens, and takes back the guesses that were wrong."""
+        guessed, actual, num_right = self.sequence.token_ids, original.token_ids, self.num_original
+        while num_right < min(len(guessed), len(actual)) and guessed[num_right] == actual[num_right]:
+            num_right += 1
+        guessed[num_right:] = actual[num_right:]
+        cache.rollback(self.sequence, num_right)
+        self.num_original = len(actual)
 
     @property
     def guess(self) -> tuple[int, ...]:
-        return tuple(self.sequence.token_ids[self.num_known :])
+        return tuple(self.sequence.token_ids[self.num_original :])
 
 
 class DraftModel:
-    """A Proposer: prompt lookup where that finds something, since it costs nothing, else the model."""
+    """A Proposer: guesses by prompt lookup where that finds something, since it costs nothing, else with the model."""
 
     def __init__(self, runner: BatchRunner, cache: KVCache, num_embeddings: int, max_model_len: int) -> None:
-        """num_embeddings: of the large model; max_model_len: of the small one, in tokens."""
+        """num_embeddings: the large model's; max_model_len: the small model's longest sequence, in tokens."""
         self._runner, self._cache = runner, cache
         self._num_embeddings, self._max_model_len = num_embeddings, max_model_len
         self._lookup = PromptLookup()
-        self._mirrors: dict[Sequence, DraftSequence] = {}
-        self._guessing: set[Sequence] = set()  # those whose last guess was the model's
-        self._token_time: float | None = None  # seconds of a guessed token
+        self._drafts: dict[Sequence, DraftSequence] = {}  # original -> its copy
+        self._guessed: set[Sequence] = set()  # those whose last guess came from the model
+        self._token_time: float | None = None  # seconds that guessing a token takes
         self._worthwhile = WORTHWHILE
         self._is_broken = False
 
@@ -73,66 +76,68 @@ class DraftModel:
 
     def propose(self, requests: Tokens[tuple[Sequence, int]], step_time: float | None = None) -> list[tuple[int, ...]]:
         guesses = self._lookup.propose(requests)
-        wanted = {
-            s: most for (s, most), guess in zip(requests, guesses, strict=True) if most and not guess and not s.images
+        limits = {
+            s: limit
+            for (s, limit), guess in zip(requests, guesses, strict=True)
+            if limit and not guess and not s.images
         }
-        wanted = {} if self._is_broken else wanted
-        mirrors = [mirror for s, most in wanted.items() if (mirror := self._prepare(s, most))]
+        limits = {} if self._is_broken else limits
+        drafts = [draft for s, limit in limits.items() if (draft := self._prepare(s, limit))]
         try:
-            self._guess(mirrors)
+            self._guess(drafts)
         except Exception:
             log.exception("the draft model failed: generation goes on without it")
             self._is_broken = True
         if step_time and self._token_time:
             self._worthwhile = min(0.9, max(WORTHWHILE, 1.2 * self._token_time / step_time))
-        own = {s: self._mirrors[s].guess for s in wanted if s in self._mirrors}
-        self._guessing = {s for s, guess in own.items() if guess}
-        return [own.get(s) or guess for (s, _), guess in zip(requests, guesses, strict=True)]
+        by_model = {s: self._drafts[s].guess for s in limits if s in self._drafts}
+        self._guessed = {s for s, guess in by_model.items() if guess}
+        return [by_model.get(s) or guess for (s, _), guess in zip(requests, guesses, strict=True)]
 
     def note(self, sequence: Sequence, num_proposed: int, num_right: int) -> None:
-        if sequence not in self._guessing:
+        if sequence not in self._guessed:
             self._lookup.note(sequence, num_proposed, num_right)
-        elif sequence in self._mirrors:
-            confidence = self._mirrors[sequence].confidence
-            confidence.note(num_proposed, num_right, sequence.num_tokens, self._worthwhile)
+        elif sequence in self._drafts:
+            draft_length = self._drafts[sequence].draft_length
+            draft_length.note(num_proposed, num_right, sequence.num_tokens, self._worthwhile)
 
     def forget(self, sequence: Sequence) -> None:
         self._lookup.forget(sequence)
-        mirror = self._mirrors.pop(sequence, None)
-        self._guessing.discard(sequence)
-        if mirror is not None:
-            self._cache.free(mirror.sequence)
+        draft = self._drafts.pop(sequence, None)
+        self._guessed.discard(sequence)
+        if draft is not None:
+            self._cache.free(draft.sequence)
 
-    def _prepare(self, original: Sequence, most: int) -> DraftSequence | None:
-        """Its mirror with room for a guess, None where there is to be none."""
-        mirror = self._mirrors.get(original) or self._mirrors.setdefault(original, DraftSequence.of(original))
-        mirror.follow(original, self._cache)
+    def _prepare(self, original: Sequence, limit: int) -> DraftSequence | None:
+        """Brings a sequence's copy up to date, with blocks for a guess; None where the model is not to guess now."""
+        draft = self._drafts.get(original) or self._drafts.setdefault(original, DraftSequence.of(original))
+        draft.follow(original, self._cache)
         num_tokens = original.num_tokens
-        mirror.wanted = mirror.confidence.length(num_tokens, min(most, self._max_model_len - num_tokens))
-        if mirror.wanted <= 0:
+        draft.num_to_guess = draft.draft_length.next(num_tokens, min(limit, self._max_model_len - num_tokens))
+        if draft.num_to_guess <= 0:
             return None
-        if mirror.sequence.block_tables:
-            self._cache.free_outside_window(mirror.sequence)
-        is_behind = mirror.sequence.num_uncomputed > CATCH_UP
-        end = mirror.sequence.num_computed + CATCH_UP if is_behind else num_tokens + mirror.wanted
-        return mirror if self._cache.allocate(mirror.sequence, end) else None
+        if draft.sequence.block_tables:
+            self._cache.free_outside_window(draft.sequence)
+        is_behind = draft.sequence.num_uncomputed > CATCH_UP
+        end = draft.sequence.num_computed + CATCH_UP if is_behind else num_tokens + draft.num_to_guess
+        return draft if self._cache.allocate(draft.sequence, end) else None
 
-    def _guess(self, mirrors: list[DraftSequence]) -> None:
-        """One token after the other, for all of them at once; who has much to catch up with gets none yet."""
-        while active := [mirror for mirror in mirrors if len(mirror.guess) < mirror.wanted]:
-            spans = [_next_span(mirror.sequence) for mirror in active]
+    def _guess(self, drafts: list[DraftSequence]) -> None:
+        """Guesses one token after the other, for all sequences at once. Sequences that are still prefilling get no
+        guess yet."""
+        while active := [draft for draft in drafts if len(draft.guess) < draft.num_to_guess]:
+            spans = [_next_span(draft.sequence) for draft in active]
             start = time.perf_counter()
             tokens = iter(self._runner.run(Batch(tuple(spans))))
             if all(span.is_decode for span in spans):
-                seconds = time.perf_counter() - start
-                self._token_time = DECAY * (self._token_time or seconds) + (1 - DECAY) * seconds
-            for mirror, span in zip(active, spans, strict=True):
-                self._cache.advance(mirror.sequence, span.end)
+                self._token_time = moving_average(self._token_time, time.perf_counter() - start)
+            for draft, span in zip(active, spans, strict=True):
+                self._cache.advance(draft.sequence, span.end)
                 (token,) = next(tokens) if span.is_complete else (None,)
                 if token is None or token.token_id >= self._num_embeddings:
-                    mirror.wanted = 0
+                    draft.num_to_guess = 0
                 else:
-                    mirror.sequence.token_ids.append(token.token_id)
+                    draft.sequence.token_ids.append(token.token_id)
 
 
 def _next_span(sequence: Sequence) -> Span:
