@@ -269,7 +269,7 @@ FAULTY = """
 import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch, main
-from providers.loading import load
+from serving.loading import load
 
 def faulty(path, settings, progress):
     loaded = load(path, settings, progress)
