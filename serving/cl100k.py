@@ -1,4 +1,4 @@
-"""Cl100k: the token ids that OpenAI's clients send in place of texts, as texts. It encodes nothing.
+"""Cl100k: decodes the token ids that OpenAI's clients may send in place of texts.
 
 Source of the file's format: https://github.com/openai/tiktoken, load.py. A line per token: its bytes in base64, its id.
 """
@@ -18,5 +18,5 @@ class Cl100k:
         return cls({int(number): base64.b64decode(token) for token, number in lines})
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Raises KeyError for an id that is no token of text. A character that is cut in two becomes U+FFFD."""
+        """Returns the text of token ids; half a character becomes U+FFFD. Raises KeyError for other ids."""
         return b"".join(self._tokens[token_id] for token_id in token_ids).decode(errors="replace")

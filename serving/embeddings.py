@@ -49,9 +49,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEMO = "demo:all-minilm-l6-v2"
-HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # of the same files
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # the same files on the Hub
 DEMO_NAMES = (DEMO, "all-minilm-l6-v2", HUB_NAME.casefold(), "huggingface/" + HUB_NAME.casefold())  # in any case
-FEW = 16  # texts; what is done for each of them takes microseconds
+FEW = 16  # texts; so many are handled on the event loop, which takes microseconds for each
 FIELDS = {"texts": "input", "question": "query"}  # parameter of the embedder -> field of a request, if named otherwise
 OWNERS = ("sentence-transformers", "BAAI")  # asked in turn for a name without one
 
@@ -168,7 +168,7 @@ class EmbeddingModels:
         return hub_snapshot.MemoryBound("EMBEDDING_MEMORY", self._settings.embedding_memory)
 
     def _directory(self, source: ModelSource) -> Path:
-        """Where the files are, once they are here. Blocks."""
+        """Returns the directory with the model's files, downloading them first if necessary. Blocks."""
         settings, sources = self._settings, self._sources()
         if source.path is not None:
             checkpoint.check(source.path)
@@ -176,7 +176,7 @@ class EmbeddingModels:
         if source.demo is not None and (directory := packages.directory_of(source.demo, settings.cache_dir)).exists():
             return directory
         if not is_reachable(sources.endpoint):
-            sources = replace(sources, endpoint=None)  # what was downloaded before is still there
+            sources = replace(sources, endpoint=None)  # files that were downloaded before can still be used
         failures: list[ModelLoadError] = []
         for hub_id in source.hub_ids:
             try:
@@ -189,7 +189,7 @@ class EmbeddingModels:
         raise next((error for error in failures if isinstance(error, SourceUnreachable)), failures[0])
 
     def _size(self, name: str, directory: Path) -> int:
-        """Bytes that the model will take."""
+        """Returns the bytes that the model will take. Raises ModelLoadError for more than EMBEDDING_MEMORY."""
         with IMPORTING:
             importlib.import_module("sentence_transformers")
             from engine.embedding.embedder import loaded_size
@@ -207,64 +207,64 @@ class EmbeddingModels:
     # --- answers
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
-        """Raises APIError."""
+        """Computes the vectors of the request's texts. Raises APIError."""
         texts = await self._texts_of(request.inputs)
         async with self._using(request.model) as embedder:
             if embedder.about.kind != "embeddings":
                 raise InvalidRequest(f"{request.model} is a reranker: use /v1/rerank.", param="model")
             try:
                 prompt_name = request.prompt_name or self._default_prompt(embedder)
-                found = await embedder.embed(texts, prompt_name, request.dimensions, self._may_truncate(request))
+                embedded = await embedder.embed(texts, prompt_name, request.dimensions, self._may_truncate(request))
             except ArgumentError as error:
                 raise _refusal(error) from error
         return EmbeddingResponse(
             model=request.model,
-            data=await off_loop(partial(_wire, found.vectors, request.encoding_format or "float"), len(texts)),
-            usage=EmbeddingUsage(prompt_tokens=found.num_tokens, total_tokens=found.num_tokens),
-            num_truncated=found.num_truncated,
+            data=await off_loop(partial(_wire, embedded.vectors, request.encoding_format or "float"), len(texts)),
+            usage=EmbeddingUsage(prompt_tokens=embedded.num_tokens, total_tokens=embedded.num_tokens),
+            num_truncated=embedded.num_truncated,
         )
 
     async def rerank(self, request: RerankRequest) -> RerankResponse:
-        """Raises APIError."""
+        """Ranks the request's documents by their relevance to its query. Raises APIError."""
         texts = [document if isinstance(document, str) else document.text for document in request.documents]
         async with self._using(request.model) as embedder:
             try:
-                found = await embedder.score(request.query, texts, self._may_truncate(request))
+                scores = await embedder.score(request.query, texts, self._may_truncate(request))
             except ArgumentError as error:
                 raise _refusal(error) from error
-        ranked = sorted(range(len(texts)), key=lambda index: -found.values[index])[: request.top_n]
+        ranked = sorted(range(len(texts)), key=lambda index: -scores.values[index])[: request.top_n]
         shown = [RerankedDocument(text=text) if request.return_documents else None for text in texts]
         return RerankResponse(
             model=request.model,
             results=[
-                RerankResult(index=index, relevance_score=found.values[index], document=shown[index])
+                RerankResult(index=index, relevance_score=scores.values[index], document=shown[index])
                 for index in ranked
             ],
-            usage=EmbeddingUsage(prompt_tokens=found.num_tokens, total_tokens=found.num_tokens),
+            usage=EmbeddingUsage(prompt_tokens=scores.num_tokens, total_tokens=scores.num_tokens),
             scored_by=embedder.about.kind,
-            num_truncated=found.num_truncated,
+            num_truncated=scores.num_truncated,
         )
 
     def _may_truncate(self, request: EmbeddingRequest | RerankRequest) -> bool:
         return self._settings.embed_truncate == "end" if request.truncate is None else request.truncate
 
     def _default_prompt(self, embedder: "Embedder") -> str | None:
-        """The operator's, for the models that have it."""
+        """Returns the operator's default prompt name, if the model has such a prompt."""
         name = self._settings.embed_default_prompt
         return name if name in embedder.about.prompts else None
 
     async def _texts_of(self, inputs: list[str | list[int]]) -> Sequence[str | list[int]]:
-        """What OpenAI's ids stand for; the model's own are left to it."""
+        """Turns OpenAI's token ids into texts, or refuses or keeps token ids, as EMBED_TOKEN_ARRAYS says."""
         if all(isinstance(text, str) for text in inputs):
             return inputs
-        kind = self._settings.embed_token_arrays
-        if kind == "refuse":
+        meaning = self._settings.embed_token_arrays
+        if meaning == "refuse":
             raise InvalidRequest(
                 "Token ids are not accepted, because their meaning depends on the model: send texts.",
                 param="input",
                 code="unsupported_value",
             )
-        if kind == "own":
+        if meaning == "own":
             return inputs
         vocabulary = await self._vocabulary()
 
@@ -301,7 +301,7 @@ def _refusal(error: ArgumentError) -> InvalidRequest:
 
 
 async def off_loop(work: Callable[[], T], num_texts: int) -> T:
-    """Off the event loop where it takes longer than to get there and back."""
+    """Calls `work` in a thread if there are so many texts that it would hold up the event loop."""
     return await asyncio.to_thread(work) if num_texts > FEW else work()
 
 
@@ -313,15 +313,15 @@ def _on_hub(model: str) -> ModelSource | None:
     owner, _, name = model.partition("/")
     hub_ids: tuple[str, ...] = ()
     if owner == "huggingface":
-        hub_ids = (name,) if "/" in name else tuple(f"{known}/{name}" for known in OWNERS)
+        hub_ids = (name,) if "/" in name else tuple(f"{owner}/{name}" for owner in OWNERS)
     elif owner == "sentence-transformers":
         hub_ids = (model,)
-    is_known = hub_ids and all(map(hub_snapshot.is_hub_id, hub_ids))
-    return ModelSource(name if owner == "huggingface" else model, hub_ids) if is_known else None
+    is_valid = hub_ids and all(map(hub_snapshot.is_hub_id, hub_ids))
+    return ModelSource(name if owner == "huggingface" else model, hub_ids) if is_valid else None
 
 
 def _wire(vectors: "Vectors", encoding: str) -> list[Embedding]:
-    """base64: of little-endian float32, as the openai SDK reads it."""
+    """Writes vectors as lists of numbers, or as base64 of little-endian float32, which the openai SDK asks for."""
     rows: list[Any] = [row.tolist() if encoding == "float" else _in_base64(row) for row in vectors.astype("<f4")]
     return [Embedding.model_construct(embedding=row, index=index) for index, row in enumerate(rows)]
 

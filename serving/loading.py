@@ -1,4 +1,4 @@
-"""Loading of the local model: files, tokenizer, engine; in a thread of its own, since it takes seconds to minutes."""
+"""Loading of the local model: its files, tokenizer and engine. It blocks for seconds to minutes."""
 
 import gc
 import json
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IMPORTING = threading.Lock()  # two threads that import torch and transformers at once meet half-made modules
-SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # where request and model are silent; the specification's
-RANGES = {  # of a recommendation
+SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # the specification's, if neither request nor model say
+RANGES = {  # within which a model's recommendation is followed
     "temperature": (0.0, 100.0),
     "top_p": (1e-9, 1.0),
     "top_k": (0, 2**31),
     "min_p": (0.0, 1.0),
     "repetition_penalty": (1e-3, 1e3),
 }
-NOT_FOLLOWED = (  # what else of a generation config would change answers
+NOT_FOLLOWED = (  # other settings of a generation config that would change answers
     "suppress_tokens",
     "begin_suppress_tokens",
     "bad_words_ids",
@@ -67,19 +67,19 @@ FOREIGN_VOCABULARIES = ("tokenizer.model", "tekken.json", "spiece.model", "tikto
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What exists once the model is ready."""
+    """A model that is ready: its engine, and what turns requests into tokens and tokens into answers."""
 
     engine: "Engine"
     template: PromptTemplate
     texts: TokenTexts
     defaults: dict[str, Any]  # sampling parameters of the model's generation config
-    image_inputs: ImageInputs | None = None  # of a model that sees
-    grammars: "GrammarCompiler | None" = None  # None: its tokenizer is none that grammars can be compiled for
+    image_inputs: ImageInputs | None = None  # None: the model takes text alone
+    grammars: "GrammarCompiler | None" = None  # None: grammars cannot be compiled for its tokenizer
 
 
-PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # that may have a chat template
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # they may have a chat template
 _REFUSED = "conversations that need them are refused"
-HIDDEN = {  # what a chat template may leave out; calls and tools are written as text where it does, as in many models
+HIDDEN = {  # what a chat template may leave out; calls and tools are not here: they are written as text instead
     "system": "has no place for a system message, which is put before the user's text instead",
     "user": f"drops parts of user messages: {_REFUSED}",
     "assistant": f"drops messages of the assistant: {_REFUSED}",
@@ -91,8 +91,11 @@ LoadModel = Callable[[str, Settings, Progress], LoadedModel]
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Loading makes a million objects, most of which stay: to look for garbage among them again and again takes a
-    second of a start, and later stalls streams."""
+    """Keeps the garbage collector away while a model loads, and from its objects later.
+
+    Loading makes a million objects, most of which stay: searching them again and again takes a second of the start, and
+    later stalls streams.
+    """
     gc.disable()
     try:
         yield
@@ -103,7 +106,7 @@ def uncollected() -> Iterator[None]:
 
 @uncollected()
 def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
-    """Finds, fetches and loads the model; seconds to minutes. Raises ModelLoadError."""
+    """Finds, fetches and loads the model, which takes seconds to minutes. Raises ModelLoadError."""
     directory = checkpoint.fetch(path, settings.cache_dir, progress.report).directory
     draft = settings.draft_model_path if settings.num_speculative_tokens else None
     draft_directory = draft and checkpoint.fetch(draft, settings.cache_dir, progress.report).directory
@@ -186,7 +189,7 @@ def open_image_inputs(directory: Path, config: Any) -> ImageInputs | None:
 
 
 def to_api_error(error: Exception, name: str, param: str = "model") -> APIError:
-    """What a client hears when a model, or a vocabulary, that its request needs cannot be loaded."""
+    """Turns an error of loading a model into the one that the client gets, about the field `param`."""
     if isinstance(error, SourceUnreachable):
         return UpstreamUnreachable(str(error), param=param)
     if isinstance(error, NotOnHub):
@@ -207,16 +210,18 @@ def load_template(
         tokenizer = by_its_file(AutoTokenizer.from_pretrained(directory, trust_remote_code=False), directory)
         tokenizer.chat_template = with_templates_beside(tokenizer.chat_template, directory)
         template = PromptTemplate(tokenizer, model_type, vision, name)
-        tell_hidden(template, directory)
-        tell_moved(template, directory)
-    except Exception as error:  # of any kind, where a file says what nobody expects
+        log_hidden(template, directory)
+        log_moved(template, directory)
+    except Exception as error:  # malformed files can raise anything
         raise ModelLoadError(f"The tokenizer in {directory} cannot be loaded: {first_line(error)}") from error
     return template
 
 
 def with_templates_beside(template: Any, directory: Path) -> Any:
-    """The tokenizer's chat template, or the one that other files have where transformers does not look for it: a
-    processor's, and the default of a tokenizer that has others in a folder."""
+    """Returns the tokenizer's chat template, or the one in a file where transformers does not look.
+
+    That is a processor's file or, if a folder has other templates, the tokenizer's config with the default one.
+    """
     if not template:
         beside = [_json_object(directory / name).get("chat_template") for name in PROCESSOR_FILES]
         return next((text for text in beside if text), template)
@@ -235,8 +240,10 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _check_vocabulary_file(directory: Path) -> None:
-    """Raises ModelLoadError where transformers would make an empty vocabulary, or convert another file and lose spaces
-    and added tokens of some models."""
+    """Raises ModelLoadError if no file has a vocabulary that transformers reads as it is.
+
+    It would make an empty vocabulary, or convert another file and lose spaces and added tokens of some models.
+    """
     if any((directory / name).exists() for name in VOCABULARIES):
         return
     others = [name for name in FOREIGN_VOCABULARIES if (directory / name).exists()]
@@ -247,8 +254,8 @@ def _check_vocabulary_file(directory: Path) -> None:
     )
 
 
-def tell_hidden(template: PromptTemplate, directory: Path) -> None:
-    """Logs what the chat template leaves out, and what becomes of it."""
+def log_hidden(template: PromptTemplate, directory: Path) -> None:
+    """Logs what the chat template leaves out, and what the server does instead."""
     hidden = template.hidden if template.is_own else ()
     if "messages" in hidden:
         try:
@@ -263,19 +270,19 @@ def tell_hidden(template: PromptTemplate, directory: Path) -> None:
         log.warning("images are refused: the chat template in %s does not show them beside the text", directory)
 
 
-def tell_moved(template: PromptTemplate, directory: Path) -> None:
-    """Logs the added tokens to which the tokenizer gives other ids than its files say: the model would read others."""
+def log_moved(template: PromptTemplate, directory: Path) -> None:
+    """Logs the added tokens whose ids differ from those in the tokenizer's files: the model was trained with these."""
     added = _json_object(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    told = {str(token.get("content")): int(number) for number, token in added.items()}
-    told |= _json_object(directory / "added_tokens.json")
-    ids = {text: template.token_id(text) for text in told}
-    moved = [f"{text} has id {ids[text]}, not {number}" for text, number in told.items() if ids[text] != number]
+    expected = {str(token.get("content")): int(number) for number, token in added.items()}
+    expected |= _json_object(directory / "added_tokens.json")
+    ids = {text: template.token_id(text) for text in expected}
+    moved = [f"{text} has id {ids[text]}, not {number}" for text, number in expected.items() if ids[text] != number]
     if moved:
         log.warning("the tokenizer in %s gives tokens other ids than its files do: %s", directory, "; ".join(moved[:5]))
 
 
 def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:
-    """Raises ModelLoadError unless both models mean the same by a token."""
+    """Raises ModelLoadError unless both models have the same tokens with the same ids."""
     if template.tokenizer.get_vocab() != draft.tokenizer.get_vocab():
         raise ModelLoadError(
             "The model at DRAFT_MODEL_PATH has a different vocabulary: use one with the vocabulary of "
@@ -284,14 +291,14 @@ def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:
 
 
 def sampling_defaults(generation_config: Any) -> dict[str, Any]:
-    """What a model's authors recommend, over the specification's defaults; what is out of range is not followed."""
-    own = {name: getattr(generation_config, name, None) for name in RANGES}
+    """Takes the recommendations of a model's authors, else the specification's defaults; bad values are ignored."""
+    recommended = {name: getattr(generation_config, name, None) for name in RANGES}
     if getattr(generation_config, "do_sample", None) is False:
-        own["temperature"] = None  # without sampling it has no meaning
-    if own["top_k"] == -1:
-        own["top_k"] = 0  # both are written for all tokens
-    given = {name: value for name, value in own.items() if value is not None}
-    bad = {name: value for name, value in given.items() if not _is_in_range(name, value)}
+        recommended["temperature"] = None  # without sampling it has no meaning
+    if recommended["top_k"] == -1:
+        recommended["top_k"] = 0  # both stand for all tokens
+    values = {name: value for name, value in recommended.items() if value is not None}
+    bad = {name: value for name, value in values.items() if not _is_in_range(name, value)}
     if bad:
         log.warning("generation_config.json: values out of range are ignored: %s", bad)
     unread = [name for name in NOT_FOLLOWED if getattr(generation_config, name, None) not in (None, False, 0, 1, [])]
@@ -299,7 +306,7 @@ def sampling_defaults(generation_config: Any) -> dict[str, Any]:
         log.warning(
             "generation_config.json: settings that this server does not support are ignored: %s", ", ".join(unread)
         )
-    return {**SAMPLING_DEFAULTS, **{name: value for name, value in given.items() if name not in bad}}
+    return {**SAMPLING_DEFAULTS, **{name: value for name, value in values.items() if name not in bad}}
 
 
 def _is_in_range(name: str, value: Any) -> bool:

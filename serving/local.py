@@ -54,7 +54,7 @@ class LocalModel:
         load: LoadModel = load,
         metrics: Metrics | None = None,
     ) -> None:
-        """`on_failure` gets one sentence if the model cannot be loaded, or its engine has ended."""
+        """`on_failure` gets one sentence if the model cannot be loaded, or if its engine stops."""
         self.settings = settings
         self._metrics = metrics or Metrics()
         self.progress = Progress()
@@ -73,7 +73,7 @@ class LocalModel:
     # --- life
 
     def start(self) -> None:
-        """Checks what can be checked at once, then loads in the background."""
+        """Checks that the model's name or path can be right, then loads the model in the background."""
         try:
             checkpoint.check(self.path)
         except ModelLoadError as error:
@@ -116,7 +116,7 @@ class LocalModel:
 
     @property
     def health(self) -> tuple[bool, dict[str, Any]]:
-        """Whether it can serve, and what to say about it."""
+        """Whether the model can answer, and the body of /health."""
         if self._failure is not None:
             return False, {"status": "failed", "model": self.name, "message": self._failure}
         if self.loaded is None:
@@ -130,7 +130,7 @@ class LocalModel:
 
     @property
     def engines(self) -> "list[tuple[str, Engine]]":
-        """With the name of its model; none while that loads."""
+        """The engine with the name of its model; empty until it is loaded."""
         return [] if self.loaded is None else [(self.name, self.loaded.engine)]
 
     # --- models
@@ -161,7 +161,7 @@ class LocalModel:
         }
 
     def _ready_for(self, request: ChatCompletionRequest | CompletionRequest) -> LoadedModel:
-        """The loaded model; raises InvalidRequest for a field that asks for what it does not do."""
+        """Returns the loaded model. Raises InvalidRequest for a field that asks for something unsupported."""
         loaded = self._ready(request.model)
         for name in request.refused_fields:
             raise unsupported(name)
