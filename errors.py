@@ -1,33 +1,54 @@
-"""What can go wrong, as exceptions: each knows its HTTP status and its OpenAI `type`, `code` and `param`.
+"""The errors of the server, as exceptions.
 
-It does not know HTTP responses: `main.py` maps these to one, in a single place.
-Source of the shape: the `Error` schema of the OpenAI OpenAPI document (message, type, param, code, all required).
+    Exception
+      APIError                    a client gets it; 500 where no other status is given
+        InvalidRequest            400
+          ContextLengthExceeded
+          ModelNotFound           404
+          NotFound                404
+          MethodNotAllowed        405
+        InvalidKey                401
+        ProviderNotConfigured     401
+        RateLimited               429
+        UpstreamUnreachable       502
+        UpstreamError             502, or the status that follows from the provider's
+        Unavailable               503
+          ModelLoading
+          Overloaded
+        RequestTimeout            504
+        EngineFailure             500
+      ModelLoadError              the person who started the server gets it
+        NotOnHub
+        SourceUnreachable
+
+Each APIError has an HTTP status and the `type`, `code` and `param` of OpenAI's protocol. How it is written on the wire
+is in server/error_formats.py, and which response it becomes in api/error_handlers.py.
 """
 
 from collections.abc import Mapping
 
 
 class APIError(Exception):
-    """An error that a client is told about."""
+    """An error that is sent to a client."""
 
     status = 500
     type = "server_error"
     code: str | None = None
-    headers: Mapping[str, str] = {}  # of the answer that says so
-    is_passing = False  # another try, or another model, may succeed
+    headers: Mapping[str, str] = {}  # of the response
+    is_passing = False  # whether another attempt, or another model, may succeed
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
     ) -> None:
         super().__init__(message)
-        self.message = _whole(message)
-        self.param = param and _whole(param)
-        self.code = _whole(code) if code else type(self).code
+        self.message = _encodable(message)
+        self.param = param and _encodable(param)
+        self.code = _encodable(code) if code else type(self).code
         self.retry_after = retry_after  # seconds
 
 
-def _whole(text: str) -> str:
-    """Without half characters, which JSON can name and UTF-8 cannot say."""
+def _encodable(text: str) -> str:
+    """Replaces unpaired surrogates, which JSON can escape but UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()
 
 
@@ -39,7 +60,7 @@ class InvalidRequest(APIError):
 
 
 def unsupported(param: str) -> InvalidRequest:
-    """For a field, or a value of it, that cannot be honoured."""
+    """Makes the error for a field, or a value of it, that is not supported."""
     return InvalidRequest(
         f"{param}, or the value that it has, is not supported: change it or leave it out.",
         param=param,
@@ -48,7 +69,10 @@ def unsupported(param: str) -> InvalidRequest:
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and answer do not fit the model's context; clients look for the sentence, LangChain for the code in it."""
+    """Prompt and answer do not fit the model's context.
+
+    Clients recognise it by the sentence; LangChain by the code in the sentence.
+    """
 
     code = "context_length_exceeded"
 
@@ -67,7 +91,7 @@ class MethodNotAllowed(InvalidRequest):
 
 
 class InvalidKey(APIError):
-    """Who calls is not known here."""
+    """The request has no valid API key."""
 
     status = 401
     type = "authentication_error"
@@ -82,7 +106,7 @@ class RateLimited(APIError):
 
 
 class RequestTimeout(APIError):
-    """The answer took longer than it may."""
+    """The answer took longer than the request's or the server's limit."""
 
     status = 504
     type = "timeout"
@@ -91,7 +115,7 @@ class RequestTimeout(APIError):
 
 
 class Unavailable(APIError):
-    """Nothing is wrong with the request, but not now; `retry_after` says when."""
+    """The request is fine but cannot be answered now; `retry_after` says when it can."""
 
     status = 503
 
@@ -105,18 +129,18 @@ class Overloaded(Unavailable):
 
 
 class UpstreamUnreachable(APIError):
-    """Another machine that the answer depends on cannot be reached."""
+    """A machine that the answer depends on cannot be reached."""
 
     status = 502
     code = "upstream_unreachable"
 
 
 class EngineFailure(APIError):
-    """A step of the engine failed; the requests that it carried get this."""
+    """A step of the engine failed; every request in the step gets this error."""
 
 
 class ProviderNotConfigured(APIError):
-    """The key of a model's provider is not set here."""
+    """The API key of the model's provider is not set on this server."""
 
     status = 401
     type = "authentication_error"
@@ -124,7 +148,7 @@ class ProviderNotConfigured(APIError):
 
 
 class UpstreamError(APIError):
-    """What a provider answered, or why there is no answer of it."""
+    """The error that a provider answered with, or the reason why it gave no valid answer."""
 
     type = "upstream_error"
 
@@ -146,15 +170,15 @@ class UpstreamError(APIError):
 
 
 class ModelLoadError(Exception):
-    """The model cannot be served; one sentence for the person who started the server."""
+    """The model cannot be served. The message is one sentence for the person who started the server."""
 
 
 class NotOnHub(ModelLoadError):
-    """The Hub answers, and does not give the model."""
+    """The Hub is reachable but refuses the model, or does not have it."""
 
 
 class SourceUnreachable(ModelLoadError):
-    """What has the model's files, the Hub say, cannot be asked for them."""
+    """The source of the model's files, such as the Hub, cannot be reached."""
 
 
 def first_line(error: BaseException) -> str:

@@ -96,10 +96,10 @@ def _add_middleware(app: FastAPI, services: Services, shutdown: Shutdown) -> Non
 
 
 def _add_cors(app: FastAPI, settings: Settings) -> None:
-    """Pages of these origins may call; by default those of this machine."""
+    """Lets web pages of the allowed origins call the server; by default those of this machine."""
     origins = settings.cors_allow_origins
-    where: dict[str, Any] = {"allow_origin_regex": LOCAL_ORIGINS} if origins is None else {"allow_origins": origins}
-    app.add_middleware(CORSMiddleware, **where, allow_methods=["GET", "POST"], allow_headers=["*"])
+    allowed: dict[str, Any] = {"allow_origin_regex": LOCAL_ORIGINS} if origins is None else {"allow_origins": origins}
+    app.add_middleware(CORSMiddleware, **allowed, allow_methods=["GET", "POST"], allow_headers=["*"])
 
 
 # --- the process
@@ -114,7 +114,7 @@ def _warn_if_open(settings: Settings) -> None:
 
 
 def _listening_host(settings: Settings) -> str:
-    """Also where `uvicorn main:app --host H` decides it."""
+    """The address to listen on, which `uvicorn main:app --host H` or UVICORN_HOST may set instead of the settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", default=os.environ.get("UVICORN_HOST", settings.host))
     return str(parser.parse_known_args()[0].host)
@@ -125,7 +125,7 @@ def _terminate() -> None:
 
 
 def main(load: LoadModel = load) -> None:
-    """Serves until a signal; exits with 1 and a sentence if the model cannot be served any more."""
+    """Serves until a signal; exits with status 1 and a sentence if the model cannot be served."""
     settings = _settings_or_exit(from_command_line)
     logs.configure(settings.log_level, settings.log_format)
     _allow_many_files()
@@ -137,13 +137,16 @@ def main(load: LoadModel = load) -> None:
         log_config=None,
         log_level=settings.log_level,
         http=with_bounds(settings),
-        timeout_keep_alive=75,  # longer than clients keep idle connections, so that none meets a closing one
+        timeout_keep_alive=75,  # clients close idle connections earlier, so that no request meets a closing one
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + 5,  # the drain comes first
     )
     server = uvicorn.Server(config)
     connections = server.server_state.connections
     services_of(app).metrics.gauge("http_connections", "Open connections", lambda: len(connections))
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended: that is all then
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # uvicorn raises its signals again at its end: ignore them
         signal.signal(number, lambda number, frame: None)
     _run(server)
     if services_of(app).local.failure is not None or not server.started:
@@ -151,25 +154,25 @@ def main(load: LoadModel = load) -> None:
 
 
 def _run(server: uvicorn.Server) -> None:
-    """uvicorn logs why it cannot listen; the last line then says what to do."""
+    """Runs the server; if it cannot listen, which uvicorn logs, the last line says what to do."""
     try:
         server.run()
     except SystemExit:
-        if server.started or server.lifespan.should_exit:  # then it is not for the address
+        if server.started or server.lifespan.should_exit:  # the address is not the reason
             raise
         host, port = server.config.host, server.config.port
         sys.exit(f"error: The server cannot listen on {host}:{port}: set another HOST or PORT, or stop what uses it.")
 
 
 def _allow_many_files() -> None:
-    """A connection is a file, and the usual bound is 1024."""
+    """Raises the limit on open files, which is usually 1024: each connection is one."""
     if sys.platform == "win32":
         return
     import resource
 
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if most == resource.RLIM_INFINITY else min(most, 65536)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_files = 65536 if limit == resource.RLIM_INFINITY else min(limit, 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, limit))
 
 
 def _settings_or_exit(read: Callable[[], Settings]) -> Settings:
@@ -181,7 +184,7 @@ def _settings_or_exit(read: Callable[[], Settings]) -> Settings:
 
 
 def __getattr__(name: str) -> FastAPI:
-    """`main:app` is made when uvicorn asks for it, so that an import does nothing."""
+    """Makes `main.app` when uvicorn asks for it, so that an import does nothing."""
     if name == "app":
         app = globals()["app"] = create_app(_settings_or_exit(Settings))
         return app

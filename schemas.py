@@ -1,8 +1,8 @@
-"""The OpenAI wire format as pydantic models, and nothing else.
+"""The wire format of OpenAI's API as pydantic models, and nothing else.
 
-Source: https://platform.openai.com/docs/api-reference (chat, completions, responses, models). As vLLM names them:
-top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, continue_final_message and
-add_generation_prompt, structured_outputs and guided_*; as llama.cpp does: timings.
+Source: https://platform.openai.com/docs/api-reference (chat, completions, responses, models). These names are vLLM's:
+top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, continue_final_message,
+add_generation_prompt, structured_outputs and guided_*; timings is llama.cpp's.
 """
 
 import json
@@ -27,22 +27,22 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
 MOST_MESSAGES = 10_000  # of a conversation
-MOST_ITEMS = 10_000  # of a list that has no bound of its own
+MOST_ITEMS = 10_000  # of every list without a limit of its own
 MOST_BIASES = 1024
 Item = TypeVar("Item")
-Items = Annotated[list[Item], Field(max_length=MOST_ITEMS, fail_fast=True)]  # one error, not one of each item
+Items = Annotated[list[Item], Field(max_length=MOST_ITEMS, fail_fast=True)]  # one error, not one for each item
 Support = Literal["honoured", "no meaning here", "refused"]  # a field's `x-support` in /openapi.json
 
 
 def _no_meaning(why: str) -> Any:
-    """A field that could not change a local model's answer."""
+    """Declares a field that cannot change the answer of a local model."""
     return Field(
         None, description=f"Accepted, but without effect: {why}", json_schema_extra={"x-support": "no meaning here"}
     )
 
 
 def _refused(*neutral: Any) -> Any:
-    """A field that would change the answer and is not honoured; `neutral` are the values that ask for nothing."""
+    """Declares a field that would change the answer but is not supported, except for the values in `neutral`."""
     return Field(
         None,
         description=f"The local model refuses other values than {', '.join(map(json.dumps, [None, *neutral]))}.",
@@ -51,23 +51,23 @@ def _refused(*neutral: Any) -> Any:
 
 
 def _mark_honoured(schema: Object) -> None:
-    """The fields that are not marked otherwise."""
+    """Marks every field of the schema that has no mark yet as honoured."""
     for field in schema.get("properties", {}).values():
         field.setdefault("x-support", "honoured")
 
 
 class RequestBody(BaseModel):
-    """What is silent is None. Unknown fields are kept, and named in the answer's `X-Ignored-Fields` header."""
+    """An object that a client sends. Fields that are absent are None; unknown ones are listed in `ignored_fields`."""
 
     model_config = ConfigDict(
         extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_mark_honoured
     )
 
-    known_inside: ClassVar[Mapping[str, frozenset[str]]] = {}  # path of an object without a model -> its fields
+    known_inside: ClassVar[Mapping[str, frozenset[str]]] = {}  # path of an object that has no class here -> its fields
 
     @classmethod
     def support(cls, name: str) -> Support:
-        """What becomes of a field."""
+        """What the server does with a field."""
         return cast(Support, cls._mark(name).get("x-support", "honoured"))
 
     @classmethod
@@ -80,7 +80,7 @@ class RequestBody(BaseModel):
 
     @property
     def refused_fields(self) -> list[str]:
-        """Those that ask for what the local model does not do, such as `audio` or `messages[0].audio`."""
+        """The paths of fields that ask for something unsupported, such as `audio` or `messages[0].audio`."""
         return sorted(
             path + name
             for path, part in self._parts()
@@ -90,7 +90,7 @@ class RequestBody(BaseModel):
 
     @property
     def ignored_fields(self) -> list[str]:
-        """Those that are sent and not known."""
+        """The paths of fields that the client sent and the server does not know."""
         return sorted(path + name for path, part in self._parts() for name in part._unknown_fields())
 
     def _unknown_fields(self) -> Iterator[str]:
@@ -102,7 +102,7 @@ class RequestBody(BaseModel):
             yield from (f"{path}.{name}" for name in value if name not in known) if isinstance(value, dict) else ()
 
     def _parts(self, path: str = "") -> Iterator[tuple[str, "RequestBody"]]:
-        """This object and those inside, each with what leads to it."""
+        """Yields this object and all objects in it, each with the path that leads to it."""
         yield path, self
         for name in self._sent_fields:
             value = getattr(self, name)
@@ -127,7 +127,7 @@ class ContentPart(RequestBody):
 
     @property
     def image(self) -> tuple[str | None, str]:
-        """Its URL and how closely to look."""
+        """The URL of the image, and its `detail`."""
         if isinstance(self.image_url, ImageURL):
             return self.image_url.url, self.image_url.detail or "auto"
         return self.image_url, "auto"
@@ -138,15 +138,15 @@ class Message(RequestBody):
     content: str | Items[ContentPart] | None = None
     name: str | None = None
     refusal: str | None = None
-    reasoning_content: str | None = None  # the assistant's thoughts, as an answer had them
-    reasoning: str | None = None  # the same, as other servers name it
+    reasoning_content: str | None = None  # the assistant's reasoning, as it was in the answer
+    reasoning: str | None = None  # another name for reasoning_content
     tool_calls: Items[Object] | None = None
     tool_call_id: str | None = None
     function_call: Object | None = None  # the older form of one tool call
 
     @property
     def texts(self) -> list[str]:
-        """What is to be read of it, but for calls."""
+        """All texts of the message, without tool calls."""
         if not isinstance(self.content, list):
             return [self.content or ""]
         return [part.text for part in self.content if part.text]
@@ -164,8 +164,11 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=2**20, fail_fast=True)]
 
 
-def _kind_of_texts(value: Any) -> str:
-    """By its first element: each other reading would complain of each element of a long list."""
+def _type_of_texts(value: Any) -> str:
+    """Tells the type of a prompt or input by its first element.
+
+    A plain union would try every type and report an error for each element of a long list.
+    """
     if not isinstance(value, list) or not value:
         return "texts" if isinstance(value, list) else "text"
     first = value[0]
@@ -200,10 +203,10 @@ class SamplingFields(RequestBody):
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _token_ids_are_numbers(cls, value: Any) -> Any:
-        """JSON has no other keys than strings."""
+        """Converts the keys to numbers, because keys in JSON are always strings."""
         if not isinstance(value, dict):
             return value
-        if len(value) > MOST_BIASES:  # before each of them has its own error
+        if len(value) > MOST_BIASES:  # checked first: else there is an error for each of them
             bounds = {"field_type": "Dictionary", "max_length": MOST_BIASES, "actual_length": len(value)}
             raise PydanticKnownError("too_long", bounds)
         return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
@@ -240,7 +243,7 @@ class _CompletionRequest(_SamplingRequest):
 
     @property
     def limit_field(self) -> str:
-        """Where `max_tokens` was sent."""
+        """The name of the field that the limit of tokens was sent in."""
         return "max_tokens"
 
     @property
@@ -249,15 +252,15 @@ class _CompletionRequest(_SamplingRequest):
 
 
 class TemplateArguments(RequestBody):
-    """What a client may say to the chat template; all else is ignored, and named so."""
+    """The arguments of the chat template that a client may set; others are ignored and listed as ignored."""
 
     enable_thinking: bool | None = None
-    thinking: bool | None = None  # the same, as other templates name it
+    thinking: bool | None = None  # another name for enable_thinking
     reasoning_effort: str | None = None
 
 
 class _RenderedRequest(RequestBody):
-    """What decides how messages become a prompt."""
+    """The fields that decide how messages become a prompt."""
 
     tools: Items[Object] | None = None
     tool_choice: str | Object | None = None
@@ -267,22 +270,24 @@ class _RenderedRequest(RequestBody):
 
     @property
     def effort(self) -> str | None:
-        """How much to think, in one word."""
-        given = self.chat_template_kwargs
-        return self.reasoning_effort or (given.reasoning_effort if given else None)
+        """The reasoning effort, wherever the request has it."""
+        arguments = self.chat_template_kwargs
+        return self.reasoning_effort or (arguments.reasoning_effort if arguments else None)
 
     @property
     def thinks(self) -> bool | None:
-        """Whether the model is to think; None: as it does by itself."""
-        given = self.chat_template_kwargs or TemplateArguments()
-        said = [value for value in (self.enable_thinking, given.enable_thinking, given.thinking) if value is not None]
-        if said or self.effort is None:
-            return said[0] if said else None
+        """Whether the model should think; None leaves it to the model's template."""
+        arguments = self.chat_template_kwargs or TemplateArguments()
+        for value in (self.enable_thinking, arguments.enable_thinking, arguments.thinking):
+            if value is not None:
+                return value
+        if self.effort is None:
+            return None
         return self.effort != "none"
 
 
 class _ConversationRequest(_RenderedRequest):
-    """What chat completions and responses share beside."""
+    """The fields that chat completions and responses share."""
 
     parallel_tool_calls: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
@@ -341,7 +346,7 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatCompletionRequest":
-        """`max_completion_tokens` is the newer name of `max_tokens`, and wins."""
+        """Copies `max_completion_tokens`, the newer name, to `max_tokens`; it has priority."""
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
         return self
@@ -355,7 +360,7 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
 
 
 class CompletionRequest(_CompletionRequest):
-    max_tokens: int | None = Field(None, ge=0)  # 0: only the prompt, for echo
+    max_tokens: int | None = Field(None, ge=0)  # 0 generates nothing; echo then returns the prompt
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=128)
@@ -365,7 +370,7 @@ class CompletionRequest(_CompletionRequest):
         | Annotated[list[str], Field(max_length=2048, fail_fast=True), Tag("texts")]
         | Annotated[TokenIds, Tag("tokens")]
         | Annotated[list[TokenIds], Field(max_length=2048, fail_fast=True), Tag("lists of tokens")]
-    ) = Field(discriminator=Discriminator(_kind_of_texts))
+    ) = Field(discriminator=Discriminator(_type_of_texts))
 
     @property
     def num_logprobs(self) -> int | None:
@@ -377,7 +382,7 @@ class CompletionRequest(_CompletionRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One element per prompt."""
+        """The prompts, one element each."""
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)
@@ -404,7 +409,7 @@ class InputPart(RequestBody):
 
 
 class InputItem(RequestBody):
-    """A message, a tool call or its result; the fields of the others are None."""
+    """A message, a tool call or its result; the fields of the other two are None."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -430,7 +435,7 @@ class ReasoningConfig(RequestBody):
 
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
     known_inside = {"tool_choice": frozenset({"type", "name", "function", "mode", "tools"})}
-    input: str | Annotated[list[InputItem], Field(max_length=MOST_MESSAGES - 1, fail_fast=True)]  # and instructions
+    input: str | Annotated[list[InputItem], Field(max_length=MOST_MESSAGES - 1, fail_fast=True)]  # 1: instructions
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -453,7 +458,7 @@ class ResponsesRequest(_SamplingRequest, _ConversationRequest):
 
 
 class TokenizeRequest(_RenderedRequest):
-    """A text, or a conversation as the model would be asked it; the shape is vLLM's."""
+    """A text, or a conversation that is rendered as for an answer. The shape is vLLM's."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
@@ -495,7 +500,7 @@ ManyTokenIds = Annotated[list[SomeTokenIds], Field(min_length=1, max_length=2048
 
 
 class EmbeddingRequest(_TimedRequest):
-    """`prompt_name` and `truncate` are as text-embeddings-inference has them."""
+    """The fields `prompt_name` and `truncate` are those of text-embeddings-inference."""
 
     model: str
     input: (
@@ -503,16 +508,16 @@ class EmbeddingRequest(_TimedRequest):
         | Annotated[SomeTexts, Tag("texts")]
         | Annotated[SomeTokenIds, Tag("tokens")]
         | Annotated[ManyTokenIds, Tag("lists of tokens")]
-    ) = Field(discriminator=Discriminator(_kind_of_texts))
+    ) = Field(discriminator=Discriminator(_type_of_texts))
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
-    prompt_name: str | None = None  # of those that the model has, such as query and document
-    truncate: bool | None = None  # whether a text that is too long is cut, or refused
+    prompt_name: str | None = None  # one of the model's prompts, such as query or document
+    truncate: bool | None = None  # whether a text that is too long is cut instead of refused
     user: str | None = _no_meaning("it is a label for the client.")
 
     @property
     def inputs(self) -> list[str | list[int]]:
-        """One element per vector."""
+        """The inputs, one element per vector."""
         if isinstance(self.input, str) or isinstance(self.input[0], int):
             return [self.input]
         return list(self.input)
@@ -525,7 +530,7 @@ class Embedding(BaseModel):
 
 
 class EmbeddingUsage(BaseModel):
-    """Counts of tokens, after truncation, the special ones included."""
+    """Counts of tokens after truncation, with special tokens."""
 
     prompt_tokens: int
     total_tokens: int
@@ -536,7 +541,7 @@ class EmbeddingResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
-    num_truncated: int = Field(0, exclude=True)  # texts; a header says it
+    num_truncated: int = Field(0, exclude=True)  # texts; it is sent as a header
 
 
 class RerankDocument(RequestBody):
@@ -544,14 +549,14 @@ class RerankDocument(RequestBody):
 
 
 class RerankRequest(_TimedRequest):
-    """The shape of Cohere's and Jina's."""
+    """The shape is that of Cohere and Jina."""
 
     model: str
     query: NonEmpty
     documents: list[NonEmpty | RerankDocument] = Field(min_length=1, max_length=2048, fail_fast=True)
     top_n: int | None = Field(None, ge=1)
     return_documents: bool | None = None
-    truncate: bool | None = None  # whether a text that is too long is cut, or refused
+    truncate: bool | None = None  # whether a text that is too long is cut instead of refused
 
 
 class RerankedDocument(BaseModel):
@@ -571,7 +576,7 @@ class RerankResponse(BaseModel):
     model: str
     usage: EmbeddingUsage
     scored_by: Literal["cross-encoder", "embeddings"]  # embeddings: by the cosine of the vectors
-    num_truncated: int = Field(0, exclude=True)  # texts; a header says it
+    num_truncated: int = Field(0, exclude=True)  # texts; it is sent as a header
 
 
 def _now() -> int:
@@ -590,11 +595,11 @@ class ErrorBody(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = 0  # not computed: another request had computed them
+    cached_tokens: int = 0  # found in the prefix cache
 
 
 class CompletionTokensDetails(BaseModel):
-    reasoning_tokens: int = 0  # of them, those that the model wrote for itself
+    reasoning_tokens: int = 0  # of the completion tokens, those of its reasoning
 
 
 class Usage(BaseModel):
@@ -608,7 +613,7 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """How long it took; from the request's arrival to the first token counts as the prompt's time."""
+    """The durations of prompt and answer; the prompt's lasts from the request's arrival to the first token."""
 
     prompt_n: int  # tokens
     prompt_ms: float
@@ -621,7 +626,7 @@ class Timings(BaseModel):
 class TopLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int]  # UTF-8; one token may be a part of a character
+    bytes: list[int]  # UTF-8; a token may be part of a character
 
 
 class TokenLogprob(TopLogprob):
@@ -648,7 +653,7 @@ class FunctionDelta(BaseModel):
 
 
 class ToolCallDelta(BaseModel):
-    """id, type and name come once, with the call's first delta."""
+    """A part of a tool call; id, type and name are only in the first part of each call."""
 
     index: int
     id: str | None = Field(None, exclude_if=_is_none)
@@ -657,7 +662,7 @@ class ToolCallDelta(BaseModel):
 
 
 class Delta(BaseModel):
-    """What a chunk adds; absent fields add nothing, and clients concatenate what is present."""
+    """What a chunk adds to the message: clients concatenate the fields that are present."""
 
     role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
     content: str | None = Field(None, exclude_if=_is_none)
@@ -695,7 +700,7 @@ class ToolCall(BaseModel):
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str | None  # None beside calls of tools alone
+    content: str | None  # None if there are only tool calls
     refusal: None = None
     reasoning_content: str | None = Field(None, exclude_if=_is_none)
     tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
@@ -726,7 +731,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """A whole completion, or one chunk of it: OpenAI uses the same object for both."""
+    """A whole completion or one chunk of it, for which OpenAI uses the same object."""
 
     id: str = Field(default_factory=lambda: f"cmpl-{uuid4().hex}")
     object: Literal["text_completion"] = "text_completion"
@@ -762,18 +767,15 @@ class Model(BaseModel):
     parent: str | None = None
     max_model_len: int | None = None  # tokens; None while loading
     family: str | None = None  # None while loading
-    chat_template: Literal["own", "family"] | None = None  # whose; a base model has none of its own
+    chat_template: Literal["own", "family"] | None = None  # whose template is used; base models have none of their own
     recommended_quantization: str | None = None
 
     @classmethod
     def of_provider(cls, owner: str, name: str) -> "Model":
-        """One that another provider has."""
+        """Makes the entry for a model of another provider."""
         return cls(id=f"{owner}/{name}", created=0, owned_by=owner, permission=[], root=name)
 
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
-
-
-# --- responses

@@ -1,1 +1,1 @@
-"""The HTTP interface: endpoints, their errors, their streams, and what is relayed to other providers."""
+"""The HTTP interface: endpoints, their errors and streams, and the relay to other providers."""

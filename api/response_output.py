@@ -1,4 +1,4 @@
-"""The output of a response as it comes, item by item: reasoning, a message, calls of functions; and its events.
+"""The output items of a response (reasoning, messages, function calls) as they grow, with their events.
 
 Source: https://platform.openai.com/docs/api-reference/responses-streaming.
 """
@@ -30,7 +30,7 @@ Status = Literal["completed", "incomplete"]
 
 
 class Output:
-    """The items of a response as they come: reasoning, calls of functions, a message."""
+    """Collects the items of a response; each change yields its events."""
 
     def __init__(self) -> None:
         self.items: list[OutputItem] = []
@@ -42,7 +42,7 @@ class Output:
         if delta.reasoning_content:
             yield from self._added(OpenReasoning, delta.reasoning_content, [])
         is_text = isinstance(self._open, OpenMessage) and not delta.reasoning_content and not delta.tool_calls
-        if delta.content or (logprobs and is_text):  # those of calls and thoughts have no place
+        if delta.content or (logprobs and is_text):  # the format has no place for logprobs of calls and reasoning
             yield from self._added(OpenMessage, delta.content or "", logprobs)
         for call in delta.tool_calls or ():
             if call.id is not None:
@@ -50,20 +50,20 @@ class Output:
             yield from self._added(OpenCall, call.function.arguments or "", [])
 
     def end(self, status: Status) -> Iterator[ResponsesEvent]:
-        """An answer of nothing is an empty message."""
+        """Closes the last item; an answer without any text gets one empty message."""
         if not self.items and self._open is None:
             yield from self._begin(OpenMessage)
         yield from self._close(status)
 
-    def _added(self, kind: "Kind", text: str, logprobs: list[TokenLogprob]) -> Iterator[ResponsesEvent]:
-        if not isinstance(self._open, kind):
-            yield from self._begin(kind)
+    def _added(self, item_class: "ItemClass", text: str, logprobs: list[TokenLogprob]) -> Iterator[ResponsesEvent]:
+        if not isinstance(self._open, item_class):
+            yield from self._begin(item_class)
         assert self._open is not None
         yield from self._open.add(text, logprobs)
 
-    def _begin(self, opened: "Callable[[int], Open]") -> Iterator[ResponsesEvent]:
+    def _begin(self, open_item: "Callable[[int], Open]") -> Iterator[ResponsesEvent]:
         yield from self._close("completed")
-        self._open = opened(len(self.items))
+        self._open = open_item(len(self.items))
         yield from self._open.opening()
 
     def _close(self, status: Status) -> Iterator[ResponsesEvent]:
@@ -90,67 +90,67 @@ class OpenMessage:
     def __init__(self, index: int) -> None:
         self.item = OutputMessage()
         self._part = OutputText()
-        self._where: dict[str, Any] = {"output_index": index, "content_index": 0, "item_id": self.item.id}
+        self._position: dict[str, Any] = {"output_index": index, "content_index": 0, "item_id": self.item.id}
 
     def opening(self) -> Iterator[ResponsesEvent]:
-        yield _item_event("added", self._where["output_index"], self.item)
-        yield ContentPartEvent(type="response.content_part.added", **self._where, part=OutputText())
+        yield _item_event("added", self._position["output_index"], self.item)
+        yield ContentPartEvent(type="response.content_part.added", **self._position, part=OutputText())
 
     def add(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[ResponsesEvent]:
         self._part.text += text
         self._part.logprobs += logprobs
         if text:
-            yield OutputTextDelta(**self._where, delta=text, logprobs=logprobs)
+            yield OutputTextDelta(**self._position, delta=text, logprobs=logprobs)
 
     def closing(self, status: Status) -> Iterator[ResponsesEvent]:
         self.item.status, self.item.content = status, [self._part]
-        yield OutputTextDone(**self._where, text=self._part.text, logprobs=self._part.logprobs)
-        yield ContentPartEvent(type="response.content_part.done", **self._where, part=self._part)
-        yield _item_event("done", self._where["output_index"], self.item)
+        yield OutputTextDone(**self._position, text=self._part.text, logprobs=self._part.logprobs)
+        yield ContentPartEvent(type="response.content_part.done", **self._position, part=self._part)
+        yield _item_event("done", self._position["output_index"], self.item)
 
 
 class OpenReasoning:
     def __init__(self, index: int) -> None:
         self.item = OutputReasoning()
         self._part = ReasoningText()
-        self._where: dict[str, Any] = {"output_index": index, "content_index": 0, "item_id": self.item.id}
+        self._position: dict[str, Any] = {"output_index": index, "content_index": 0, "item_id": self.item.id}
 
     def opening(self) -> Iterator[ResponsesEvent]:
-        yield _item_event("added", self._where["output_index"], self.item)
-        yield ContentPartEvent(type="response.content_part.added", **self._where, part=ReasoningText())
+        yield _item_event("added", self._position["output_index"], self.item)
+        yield ContentPartEvent(type="response.content_part.added", **self._position, part=ReasoningText())
 
     def add(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[ResponsesEvent]:
         self._part.text += text
-        yield ReasoningTextDelta(**self._where, delta=text)
+        yield ReasoningTextDelta(**self._position, delta=text)
 
     def closing(self, status: Status) -> Iterator[ResponsesEvent]:
         self.item.status, self.item.content = status, [self._part]
-        yield ReasoningTextDone(**self._where, text=self._part.text)
-        yield ContentPartEvent(type="response.content_part.done", **self._where, part=self._part)
-        yield _item_event("done", self._where["output_index"], self.item)
+        yield ReasoningTextDone(**self._position, text=self._part.text)
+        yield ContentPartEvent(type="response.content_part.done", **self._position, part=self._part)
+        yield _item_event("done", self._position["output_index"], self.item)
 
 
 class OpenCall:
     def __init__(self, index: int, call_id: str = "", name: str = "") -> None:
         self.item = OutputFunctionCall(call_id=call_id, name=name)
-        self._where: dict[str, Any] = {"output_index": index, "item_id": self.item.id}
+        self._position: dict[str, Any] = {"output_index": index, "item_id": self.item.id}
 
     def opening(self) -> Iterator[ResponsesEvent]:
-        yield _item_event("added", self._where["output_index"], self.item)
+        yield _item_event("added", self._position["output_index"], self.item)
 
     def add(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[ResponsesEvent]:
         self.item.arguments += text
         if text:
-            yield ArgumentsDelta(**self._where, delta=text)
+            yield ArgumentsDelta(**self._position, delta=text)
 
     def closing(self, status: Status) -> Iterator[ResponsesEvent]:
         self.item.status = status
-        yield ArgumentsDone(**self._where, name=self.item.name, arguments=self.item.arguments)
-        yield _item_event("done", self._where["output_index"], self.item)
+        yield ArgumentsDone(**self._position, name=self.item.name, arguments=self.item.arguments)
+        yield _item_event("done", self._position["output_index"], self.item)
 
 
-def _item_event(what: str, index: int, item: OutputItem) -> OutputItemEvent:
-    return OutputItemEvent(type=f"response.output_item.{what}", output_index=index, item=item.model_copy())
+def _item_event(change: str, index: int, item: OutputItem) -> OutputItemEvent:
+    return OutputItemEvent(type=f"response.output_item.{change}", output_index=index, item=item.model_copy())
 
 
-Kind = type[OpenMessage] | type[OpenReasoning] | type[OpenCall]
+ItemClass = type[OpenMessage] | type[OpenReasoning] | type[OpenCall]

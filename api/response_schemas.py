@@ -1,4 +1,4 @@
-"""What /v1/responses answers: a response, its output items, and the events of its stream."""
+"""The answers of /v1/responses as pydantic models: a response, its output items, and the events of its stream."""
 
 import time
 from typing import Literal
@@ -26,7 +26,7 @@ class ReasoningText(BaseModel):
 
 
 class OutputItem(BaseModel):
-    """What a response consists of."""
+    """One item of a response's output."""
 
     id: str
     type: str

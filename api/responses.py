@@ -1,6 +1,6 @@
 """/v1/responses as a view of chat completions: its request becomes one, and the chunks become its events.
 
-Stateless: nothing is stored, so whatever refers to an earlier response is refused by name. It knows no provider.
+Nothing is stored, so fields that refer to an earlier response are refused by name. This module knows no provider.
 """
 
 import itertools
@@ -32,14 +32,15 @@ from schemas import (
     Usage,
 )
 
-PART_TYPES = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # here -> in chat
-SENT_AS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}  # there -> here
+# Types of parts: Responses -> chat. Names of fields: chat -> Responses
+PART_TYPES = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+SENT_AS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 Content = str | Sequence[InputPart]
-LOGPROBS = "message.output_text.logprobs"  # what `include` says to ask for them
+LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
 
 
 def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
-    """The same question as a chat completion. Raises InvalidRequest, whose param names the field of this request."""
+    """Makes the equivalent chat completion request. Raises InvalidRequest with the field of this request as param."""
     for name in request.refused_fields:
         raise unsupported(name)
     shared: dict[str, Any] = request.model_dump(include=set(SAMPLING_FIELDS), exclude_none=True)
@@ -64,30 +65,30 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
 
 
 def _nested(tool: dict[str, Any]) -> dict[str, Any]:
-    """There a function is beside its type, in chat inside an object of its own."""
+    """Converts a tool: Responses puts the function's fields next to `type`, chat nests them under `function`."""
     if tool.get("type") != "function" or "function" in tool:
         return tool
     function = {key: value for key, value in tool.items() if key != "type" and (key, value) != ("strict", False)}
     return {"type": "function", "function": function}
 
 
-def _tool_choice(given: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if not isinstance(given, dict):
-        return given
-    if given.get("type") == "allowed_tools" and isinstance(given.get("tools"), list):
-        tools = [_nested(tool) if isinstance(tool, dict) else tool for tool in given["tools"]]
-        return {"type": "allowed_tools", "allowed_tools": {**given, "tools": tools}}
-    return _nested(given)
+def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
+        tools = [_nested(tool) if isinstance(tool, dict) else tool for tool in choice["tools"]]
+        return {"type": "allowed_tools", "allowed_tools": {**choice, "tools": tools}}
+    return _nested(choice)
 
 
-def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """There the schema is beside its type, in chat inside an object of its own."""
-    if given is None or given.get("type") != "json_schema" or ("json_schema" in given and "schema" not in given):
-        return given  # the last of these as chat has it
-    if given.get("schema") is None:
+def _response_format(format: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Converts the format: Responses puts the schema next to `type`, chat nests it under `json_schema`."""
+    if format is None or format.get("type") != "json_schema" or ("json_schema" in format and "schema" not in format):
+        return format  # also a json_schema that is nested already
+    if format.get("schema") is None:
         path = "text.format.schema"
         raise InvalidRequest(f"{path} is required.", param=path, code="missing_required_parameter")
-    return {"type": "json_schema", "json_schema": {key: value for key, value in given.items() if key != "type"}}
+    return {"type": "json_schema", "json_schema": {key: value for key, value in format.items() if key != "type"}}
 
 
 def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
@@ -109,16 +110,16 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
 def _add_message(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
     if item.role is None:
         raise InvalidRequest(f"{path} has no role.", param=f"{path}.role", code="missing_required_parameter")
-    content = _content(_given(item.content, f"{path}.content"), f"{path}.content")
+    content = _content(_required(item.content, f"{path}.content"), f"{path}.content")
     last = messages[-1] if messages else {}
     if item.role == "assistant" and last.get("role") == "assistant" and last["content"] is None:
-        last["content"] = content  # beside its thoughts, or calls
+        last["content"] = content  # joins the reasoning or the calls of the same turn
     else:
         messages.append({"role": item.role, "content": content})
 
 
 def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    """The calls of one turn become one message."""
+    """Adds a call; all calls of one turn become one message."""
     arguments = item.arguments or "" if item.input is None else json.dumps({"input": item.input}, ensure_ascii=False)
     function = {"name": item.name or "", "arguments": arguments}
     if not messages or messages[-1]["role"] != "assistant":
@@ -127,12 +128,12 @@ def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> Non
 
 
 def _add_result(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    content = _content(_given(item.output, f"{path}.output"), f"{path}.output")
+    content = _content(_required(item.output, f"{path}.output"), f"{path}.output")
     messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
 
 
 def _add_reasoning(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    """Thoughts of an earlier turn; they come before what was said, or called."""
+    """Adds the reasoning of an earlier turn, which comes before the text or the calls of that turn."""
     if text := "".join(part.text or "" for part in item.content or () if isinstance(part, InputPart)):
         messages.append({"role": "assistant", "content": None, "reasoning_content": text})
 
@@ -147,7 +148,7 @@ _ITEMS = {
 }
 
 
-def _given(content: Content | None, path: str) -> Content:
+def _required(content: Content | None, path: str) -> Content:
     if content is None:
         raise InvalidRequest(f"{path} is required.", param=path, code="missing_required_parameter")
     return content
@@ -161,24 +162,24 @@ def _content(content: Content, path: str) -> str | list[dict[str, Any]]:
         if part.type == "input_image" and part.image_url is not None:
             parts.append({"type": "image_url", "image_url": {"url": part.image_url, "detail": part.detail or "auto"}})
             continue
-        kind = PART_TYPES.get(part.type)
-        if kind is None:
+        chat_type = PART_TYPES.get(part.type)
+        if chat_type is None:
             raise unsupported(f"{path}[{number}].type")
-        text = part.refusal if kind == "refusal" else part.text
+        text = part.refusal if chat_type == "refusal" else part.text
         if text is None:
             raise InvalidRequest(
-                f"{path}[{number}].{kind if kind == 'refusal' else 'text'} is required.",
+                f"{path}[{number}].{chat_type if chat_type == 'refusal' else 'text'} is required.",
                 param=f"{path}[{number}]",
                 code="missing_required_parameter",
             )
-        parts.append({"type": kind, kind: text})
+        parts.append({"type": chat_type, chat_type: text})
     return parts
 
 
 async def stream(
     request: ResponsesRequest, chunks: AsyncGenerator[ChatCompletionChunk]
 ) -> AsyncGenerator[ResponsesEvent]:
-    """The events, from `response.created` on; each has the next `sequence_number`. Raises what the chunks raise."""
+    """Makes the events, from `response.created` on, with consecutive sequence numbers. Raises what the chunks raise."""
     numbers = itertools.count()
     response, output = _response(request), Output()
     usage: Usage | None = None
@@ -208,7 +209,7 @@ async def stream(
 
 
 def _naming_input(error: APIError) -> APIError:
-    """What is wrong with the messages is wrong with the input: that is the field which was sent, and so on."""
+    """Renames the param of an error of chat to the field that the client sent, such as messages to input."""
     field = (error.param or "").partition("[")[0].partition(".")[0]
     if field in SENT_AS:
         error.param = SENT_AS[field]
@@ -216,19 +217,19 @@ def _naming_input(error: APIError) -> APIError:
 
 
 def _response(request: ResponsesRequest) -> ResponseObject:
-    """With what was asked, where that means something."""
+    """Makes the response, with the fields of the request that it repeats."""
     names = (ResponseObject.model_fields.keys() & ResponsesRequest.model_fields.keys()) - {"text", "store"}
-    asked = {name: value for name in names if (value := getattr(request, name)) is not None}
-    for name, value in asked.items():
+    repeated = {name: value for name in names if (value := getattr(request, name)) is not None}
+    for name, value in repeated.items():
         try:
             to_json(value)
-        except (ValueError, RecursionError) as error:  # half a character, or nested beyond what can be written
+        except (ValueError, RecursionError) as error:  # an unpaired surrogate, or nested too deeply to be written
             raise InvalidRequest(
                 f"{name} cannot be sent back: it has an unpaired surrogate or is nested too deeply.",
                 param=name,
                 code="invalid_value",
             ) from error
-    return ResponseObject(**asked, status="in_progress")
+    return ResponseObject(**repeated, status="in_progress")
 
 
 def _usage(usage: Usage | None) -> ResponsesUsage | None:
@@ -244,7 +245,7 @@ def _usage(usage: Usage | None) -> ResponsesUsage | None:
 
 
 async def collect(events: AsyncIterator[ResponsesEvent]) -> ResponseObject:
-    """The fold of a stream: its last event holds everything."""
+    """Returns the response of the last event of a stream, which holds everything."""
     last: ResponsesEvent | None = None
     async for event in events:
         last = event

@@ -1,4 +1,4 @@
-"""Bodies as JSON, strictly: UTF-8, and no NaN or Infinity, which Python's own parser takes and no other does."""
+"""Strict JSON bodies: UTF-8, without NaN and Infinity, which Python's parser accepts and the standard does not."""
 
 import json
 import math
@@ -17,7 +17,11 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def loads(body: bytes) -> Any:
-    """Raises json.JSONDecodeError, RecursionError for what is too deep, InvalidRequest for NaN or too many values."""
+    """Parses a body.
+
+    Raises json.JSONDecodeError, RecursionError for a body nested too deeply, and InvalidRequest for NaN or too many
+    values.
+    """
     check_num_values(body)
     try:
         text = body.decode("utf-8-sig")
@@ -37,25 +41,27 @@ def loads(body: bytes) -> Any:
 
 
 def _path_of_nan(value: Any) -> str:
-    """`a.b[0]`"""
-    left: list[tuple[str, Any]] = [("", value)]
-    while left:
-        path, value = left.pop()
+    """Finds the first NaN and returns its path, such as `a.b[0]`."""
+    stack: list[tuple[str, Any]] = [("", value)]
+    while stack:
+        path, value = stack.pop()
         if isinstance(value, float) and math.isnan(value):
             return path
         if isinstance(value, dict):
-            left += [(f"{path}.{key}" if path else key, item) for key, item in value.items()]
+            stack += [(f"{path}.{key}" if path else key, item) for key, item in value.items()]
         elif isinstance(value, list):
-            left += [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+            stack += [(f"{path}[{index}]", item) for index, item in enumerate(value)]
     return ""
 
 
 def is_json(request: Request) -> bool:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return kind == "application/json" or kind.endswith("+json")
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media_type == "application/json" or media_type.endswith("+json")
 
 
 class StrictRequest(Request):
+    """A request whose JSON is parsed by `loads`."""
+
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             self._json = loads(await self.body())
@@ -63,11 +69,13 @@ class StrictRequest(Request):
 
 
 def strict(request: Request) -> StrictRequest:
-    """The same one if it is strict already: its body may have been read."""
+    """Makes a request strict; a strict one is returned as it is, because its body may have been read."""
     return request if isinstance(request, StrictRequest) else StrictRequest(request.scope, request.receive)
 
 
 class StrictRoute(APIRoute):
+    """A route whose requests are strict. It answers 499 if the client leaves before its body has arrived."""
+
     def get_route_handler(self) -> Handler:
         handler, has_body = super().get_route_handler(), self.body_field is not None
 
@@ -81,7 +89,7 @@ class StrictRoute(APIRoute):
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)
             except (ValueError, RecursionError):
-                pass  # the handler meets it again, and says what is wrong
+                pass  # the endpoint's handler raises it again, as a validation error
             return await handler(request)
 
         return handle

@@ -1,1 +1,1 @@
-"""One HTTP connection: its bounds, its keys, its time, and what becomes of it when the client leaves."""
+"""One HTTP connection: its bounds, its API key, its deadline, and what happens when the client disconnects."""

@@ -1,6 +1,6 @@
-"""Access: who may call. With API_KEYS set, every route but /health wants one of them in the Authorization header.
+"""ApiKeyAuth: with API_KEYS set, every route but /health requires one of them in the Authorization header.
 
-Pure ASGI, and decided on the path that routing sees, before anything of the body is read.
+It is pure ASGI. It looks at the path that routing sees, and decides before any of the body is read.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ MINUTE = 60.0
 
 @dataclass
 class Client:
-    """A key and what was asked with it."""
+    """A client, known by its key, with the state of its limits."""
 
     key: ApiKey
     digest: bytes
     num_running: int = 0
-    allowance: float = field(init=False)  # requests that may come at once
+    allowance: float = field(init=False)  # requests that may still come now
     counted_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.allowance = self.key.requests_per_minute or 0.0
 
     def admit(self) -> None:
-        """Counts a request. Raises RateLimited."""
+        """Counts a request, which has to be subtracted from `num_running` when it ends. Raises RateLimited."""
         if self.key.concurrent is not None and self.num_running >= self.key.concurrent:
             raise RateLimited(
                 f"This API key allows {self.key.concurrent} requests at a time; try again when one has finished.",
@@ -57,7 +57,7 @@ class Client:
 class ApiKeyAuth:
     def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self.app = app
-        self._clients = [Client(key, _digest(key.secret.get_secret_value().encode())) for key in keys]
+        self._clients = [Client(key, digest=_digest(key.secret.get_secret_value().encode())) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not self._clients or (scope["method"], scope["path"]) in OPEN:
@@ -78,13 +78,13 @@ class ApiKeyAuth:
             client.num_running -= 1
 
     def _client(self, scope: Scope) -> Client | None:
-        """In a time that does not depend on how nearly a key is right."""
-        given = _digest(_token(scope) or b"")
-        found = None
+        """Finds the client by its key, in a time that does not depend on how much of a wrong key is right."""
+        token = _token(scope)
+        digest, owner = _digest(token or b""), None
         for client in self._clients:
-            if hmac.compare_digest(client.digest, given):
-                found = client
-        return found if _token(scope) else None
+            if hmac.compare_digest(client.digest, digest):
+                owner = client
+        return owner if token else None
 
 
 def _digest(secret: bytes) -> bytes:
@@ -92,7 +92,7 @@ def _digest(secret: bytes) -> bytes:
 
 
 def _token(scope: Scope) -> bytes | None:
-    """None unless there is exactly one header, and it is a bearer's."""
+    """Reads the bearer token; None unless there is exactly one Authorization header and its scheme is Bearer."""
     values = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
     return token.strip() if scheme.lower() == b"bearer" else None
@@ -100,5 +100,5 @@ def _token(scope: Scope) -> bytes | None:
 
 def _refusal(scope: Scope) -> InvalidKey:
     is_silent = not any(name == b"authorization" for name, _ in scope["headers"])
-    what = "No API key was sent" if is_silent else "The Authorization header holds no valid API key"
-    return InvalidKey(f"{what}: send a valid key as `Authorization: Bearer KEY`.")
+    problem = "No API key was sent" if is_silent else "The Authorization header holds no valid API key"
+    return InvalidKey(f"{problem}: send a valid key as `Authorization: Bearer KEY`.")

@@ -1,7 +1,7 @@
-"""BodyLimit: a request's body beyond a size is refused with 413, before it is read if it says how long it is.
+"""BodyLimit: a body that is too large is refused with 413, before it is read if the request declares its length.
 
-Pure ASGI, as Starlette's own, which answers in plain text instead of this server's error format. All bodies together
-have a bound too: many that are each small enough could fill the memory.
+It is pure ASGI, like Starlette's own limit, which answers in plain text instead of this server's error format. The
+bodies of all requests together have a limit too, because many small ones could fill the memory.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ class BodyLimit:
         max_body_memory: int,
         on_release: Callable[[int], object] = lambda num_bytes: None,
     ) -> None:
-        """on_release: called with the number of bytes of each body that is not needed any more."""
+        """on_release: is called with the size of each body, in bytes, when the body is no longer needed."""
         self.app = app
         self.max_body_size = max_body_size  # bytes
-        self.max_body_memory = max_body_memory
+        self.max_body_memory = max_body_memory  # bytes
         self._on_release = on_release
-        self._num_held = 0  # bytes of the requests that are being answered
+        self._num_held = 0  # bytes of the bodies of all requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,14 +37,14 @@ class BodyLimit:
 
         async def receive_up_to_limit() -> Message:
             nonlocal num_read, is_whole
-            if is_whole:  # what comes is that the client left
+            if is_whole:  # the next message says that the client disconnected
                 return await receive()
-            self._check(size, 0)
+            self._check(size, num_to_come=0)
             message = await receive()
             num_new = len(message.get("body", b""))
             num_read += num_new
             self._num_held += num_new
-            self._check(num_read, size - num_read)
+            self._check(num_read, num_to_come=size - num_read)
             is_whole = not message.get("more_body", False)
             return message
 

@@ -1,6 +1,6 @@
-"""Deadlines: a request ends when its time is over, or the server's, whatever it waits for.
+"""Deadlines: a request ends when its time is over, or when the server shuts down, whatever it waits for.
 
-Pure ASGI, around all that reads a request and makes its answer, here or at a provider's.
+TimeLimit is pure ASGI, and surrounds everything that reads a request and answers it, here or at a provider.
 """
 
 import asyncio
@@ -14,23 +14,24 @@ from telemetry import request_record
 
 
 class Deadline:
-    """One request's: `scope["state"]["deadline"]`."""
+    """The deadline of one request; `deadline_of` finds it."""
 
     def __init__(self, seconds: float | None) -> None:
-        """Seconds from now on; None: any number."""
+        """seconds: the time from now; None for no limit."""
         self._begin = asyncio.get_running_loop().time()
         self._seconds = seconds
         self.timeout = asyncio.timeout(seconds)
-        # What tells a client of an error in the middle of its answer, if anything can
+        # Writes an error into an answer that has begun; None where the protocol has no way to do that
         self.failure: Callable[[APIError], bytes] | None = None
 
     def shorten(self, seconds: float | None) -> None:
-        """To so many seconds since the request began, if that is less."""
+        """Moves the deadline to `seconds` after the begin of the request, if that is earlier; None changes nothing."""
         if seconds is not None and (self._seconds is None or seconds < self._seconds):
             self._seconds = seconds
             self._move(self._begin + seconds)
 
     def end(self) -> None:
+        """Moves the deadline to now."""
         self._move(asyncio.get_running_loop().time())
 
     def _move(self, when: float) -> None:
@@ -51,7 +52,7 @@ def deadline_of(scope: Scope) -> Deadline:
 
 
 class Shutdown:
-    """The server's own deadline, which is every request's."""
+    """The end of the server's time: when it comes, every request ends."""
 
     def __init__(self) -> None:
         self.has_come = False

@@ -1,6 +1,6 @@
-"""Error formats: how the protocol of an endpoint writes an error, chosen by the path of the request.
+"""Error formats: the shape of an error on the wire, by the protocol of the endpoint that a request is for.
 
-Whoever answers with an error asks `error_format` first, also before there is an endpoint or a body.
+Everything that answers with an error asks `error_format` for the shape, also before the request has been routed.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""Protocol: uvicorn's HTTP with bounds on what a connection may send, how slowly, and how slowly it may read.
+"""BoundedHttpProtocol: uvicorn's HTTP with limits on how much and how slowly a client may send, and how slowly read.
 
-uvicorn bounds none of these. A request that says its length in two ways is refused: proxies disagree on what it means.
+uvicorn limits none of these. A request that declares its length in two ways is refused, because proxies and servers
+disagree on where it ends (request smuggling).
 """
 
 import asyncio
@@ -20,10 +21,10 @@ from server.error_formats import error_format
 from server.transport import Transport
 
 MAX_HEADERS = 1000
-OVERHEAD = 16  # bytes of chunks' heads for one of a body, at most
-BYTES_PER_SECOND = 10_000  # that a body has to come with, beside BODY_TIMEOUT
-LARGEST_REST = 2**23  # bytes behind a refusal that are still read: many clients send all before they read an answer
-BLANK_LINE = b"\r\n\r\n"  # ends a head, and a body in chunks
+OVERHEAD = 16  # most bytes of chunk framing per byte of a body
+BYTES_PER_SECOND = 10_000  # of a body, at least; BODY_TIMEOUT is added to the time for it
+LARGEST_REST = 2**23  # bytes read after a refusal: many clients send everything before they read an answer
+BLANK_LINE = b"\r\n\r\n"  # ends the headers, and a chunked body
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 _NO_UPGRADE = b"\r\nignored"
 
@@ -38,9 +39,9 @@ class TooSlow(InvalidRequest):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection, and one request at a time: what comes behind it waits until it is answered, unread.
+    """One connection with one request at a time: data behind a request waits, unparsed, until that is answered.
 
-    `with_bounds` makes the class for uvicorn.
+    `with_bounds` makes the subclass for uvicorn.
     """
 
     bounds: ClassVar[Settings]
@@ -49,11 +50,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._is_reading_head = True
         self._head_size = 0
-        self._last = b""  # bytes of this head or body, in which a blank line may have begun
-        self._length: int | None = 0  # bytes of the body; None: it comes in chunks
-        self._num_raw = self._num_received = 0  # bytes of the body, with the heads of its chunks and without
+        self._last = b""  # bytes at the end of this head or body, where a blank line may have begun
+        self._length: int | None = 0  # bytes of the body; None if it is chunked
+        self._num_raw = self._num_received = 0  # bytes of the body, with chunk framing and without
         self._num_discarded = 0
-        self._held = bytearray()  # what came behind the request that is being answered
+        self._held = bytearray()  # data that arrived behind the request that is being answered
         self._began = 0.0
         self._path = ""  # of the request, once its head is complete
         self._error: APIError | None = None
@@ -80,17 +81,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     @property
     def _is_answering(self) -> bool:
-        """Whether a whole request is, so that nothing behind it has its turn."""
+        """Whether a complete request is being answered, so that the data behind it has to wait."""
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     @property
     def _is_awaited(self) -> bool:
-        """Whether the client is still sending what will not be read."""
+        """Whether the client may still be sending data that will not be read."""
         return not self._is_reading_head or self._error is not None
 
     def data_received(self, data: bytes) -> None:
         if self._error is not None or self.transport.is_closing():
-            return self._discard(len(data))  # nothing behind a refusal is answered
+            return self._discard(len(data))  # nothing that follows a refusal is answered
         start = 0
         while start < len(data) and not self._is_answering and self._error is None:
             start = self._feed(data, start)
@@ -100,7 +101,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self.flow.pause_reading()
 
     def _feed(self, data: bytes, start: int) -> int:
-        """Gives the parser no more than the rest of one head, or one body; where that ends."""
+        """Gives the parser at most the rest of one head or one body. Returns the position behind it."""
         if self._is_reading_head:
             return self._feed_head(data, start)
         end = self._behind_blank_line(data, start) if self._length is None else start + self._length - self._num_raw
@@ -120,20 +121,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._await_head()
         end = self._behind_blank_line(data, start)
         self._head_size += end - start
-        # An offer that is not taken; the parser would take what follows for another protocol
+        # The offer of another protocol is hidden: the parser would take the rest for data of that protocol
         super().data_received(_UPGRADE.sub(_NO_UPGRADE, data[start:end]))
         if self._is_reading_head and self._head_size > self.bounds.max_header_size:
             self._refuse(self._head_too_large())
         return end
 
     def _behind_blank_line(self, data: bytes, start: int) -> int:
-        """The end of the data where there is none."""
+        """The position behind the next blank line; the end of the data if there is none."""
         before = self._last
-        if (found := (before + data[start : start + 3]).find(BLANK_LINE)) >= 0:
-            end = start + found + len(BLANK_LINE) - len(before)
+        if (index := (before + data[start : start + 3]).find(BLANK_LINE)) >= 0:
+            end = start + index + len(BLANK_LINE) - len(before)
         else:
-            found = data.find(BLANK_LINE, start)
-            end = len(data) if found < 0 else found + len(BLANK_LINE)
+            index = data.find(BLANK_LINE, start)
+            end = len(data) if index < 0 else index + len(BLANK_LINE)
         self._last = (before + data[max(start, end - 3) : end])[-3:]
         return end
 
@@ -142,29 +143,29 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._num_discarded > LARGEST_REST:
             self.transport.abort()
 
-    # --- the parser's calls
+    # --- callbacks of the parser
 
     def on_message_begin(self) -> None:
         if self._is_answering:
-            raise self._noted(InvalidRequest("The request is malformed: another one began before it ended."))
+            raise self._parser_error(InvalidRequest("The request is malformed: another one began before it ended."))
         super().on_message_begin()
         self._is_reading_head, self._path = True, ""
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._is_reading_head:
-            return  # behind a body in chunks: nobody has looked at it before the request was let in
+            return  # a trailer of a chunked body: it comes after the request was checked, and is ignored
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
-            raise self._noted(TooLarge(f"The request has more than {MAX_HEADERS} headers."))
+            raise self._parser_error(TooLarge(f"The request has more than {MAX_HEADERS} headers."))
 
     def on_headers_complete(self) -> None:
         names = [name for name, _ in self.headers]
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self.bounds.max_header_size:
-            raise self._noted(self._head_too_large())
+            raise self._parser_error(self._head_too_large())
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or b"content-length" in names):
-            raise self._noted(
+            raise self._parser_error(
                 InvalidRequest("The request's Transfer-Encoding must be chunked alone, without a Content-Length.")
             )
         lengths = [int(value) for name, value in self.headers if name == b"content-length"]
@@ -188,7 +189,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     # --- answers
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        """An answer that begins before all of its request has come is the connection's last, and says so."""
+        """Closes the connection after an answer that begins before all of its request has arrived, and says so."""
 
         async def answer(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
             async def send_as_last(message: Any) -> None:
@@ -201,7 +202,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, answer)
 
     def on_response_complete(self) -> None:
-        """The next request has its turn."""
+        """Reads the next request, if its data has arrived."""
         super().on_response_complete()
         data, self._held = bytes(self._held), bytearray()
         if data and not self.transport.is_closing():
@@ -212,9 +213,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _await_head(self) -> None:
         self._arm(self.bounds.header_timeout, self._on_slow_head)
 
-    def _arm(self, seconds: float, then: Any) -> None:
+    def _arm(self, seconds: float, action: Callable[[], None]) -> None:
         self._disarm()
-        self._timer = self.loop.call_later(seconds, then)
+        self._timer = self.loop.call_later(seconds, action)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -227,11 +228,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(
                 TooSlow(f"The request's headers did not arrive within {self.bounds.header_timeout:g} seconds.")
             )
-        else:  # it never said anything
+        else:  # the client has not begun a request
             self.transport.close()
 
     def _check_body(self) -> None:
-        """A large body may take long, one that drips may not."""
+        """Refuses a body that comes too slowly; a large one may take long."""
         self._timer = None
         deadline = self._began + self.bounds.body_timeout + self._num_received / BYTES_PER_SECOND
         left = deadline - time.monotonic()
@@ -252,18 +253,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _head_too_large(self) -> APIError:
         return TooLarge(f"The request's headers are larger than the limit of {self.bounds.max_header_size} bytes.")
 
-    def _noted(self, error: APIError) -> Exception:
-        """What ends the parser, which answers by `send_400_response`."""
+    def _parser_error(self, error: APIError) -> Exception:
+        """Makes the exception that stops the parser; uvicorn then calls `send_400_response`, which sends `error`."""
         self._error = error
         return httptools.HttpParserError(error.message)
 
     def send_400_response(self, msg: str) -> None:
-        """For uvicorn, which calls it for what is no HTTP."""
+        """Answers with the error of `_parser_error`. uvicorn also calls it for data that is not HTTP."""
         error, self._error = self._error or InvalidRequest("The request is not valid HTTP."), None
         self._refuse(error)
 
     def _refuse(self, error: APIError) -> None:
-        """Answers, if nothing else is under way, and closes when the client had time to read it."""
+        """Sends the error unless an answer has begun, and closes the connection when the client had time to read it."""
         if self._error is not None or self.transport.is_closing():
             return
         self._error = error

@@ -1,4 +1,4 @@
-"""Observer: sees each request from its first byte to its last, and tells the log, the metrics and the trace."""
+"""Observer: sees each request from its first byte to its last, and reports it to the log, metrics and trace."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +10,13 @@ from telemetry import logs, request_record, tracing
 from telemetry.metrics import Metrics, ModelMetrics
 from telemetry.request_record import RequestRecord
 
-UNKNOWN = "other"  # a path that is no route
-QUIET = ("/health", "/metrics")  # asked every few seconds
+UNKNOWN = "other"  # stands for every path without a route
+QUIET = ("/health", "/metrics")  # not logged: they are requested every few seconds
 
 
 class Observer:
     def __init__(self, app: ASGIApp, metrics: Metrics, span: Callable[[], Any] | None = None) -> None:
-        """span: the trace's current one, if there are traces."""
+        """span: returns the current span of the trace; None if there are no traces."""
         self.app = app
         self._metrics = metrics
         self._span = span
@@ -25,7 +25,7 @@ class Observer:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         seen = request_record.current()
-        status = 500  # of what ends without an answer
+        status = 500  # if the request ends without an answer
         span = None if self._span is None else self._span()
         tracing.hide_query(span)
 
@@ -33,16 +33,16 @@ class Observer:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif span is not None and not message.get("more_body"):  # it ends with the answer
+            elif span is not None and not message.get("more_body"):  # the span ends with the answer
                 _tell_span(span, seen)
             await send(message)
 
         try:
             await self.app(scope, receive, send_and_see)
         finally:
-            self._tell(seen, scope, status)
+            self._report(seen, scope, status)
 
-    def _tell(self, seen: RequestRecord, scope: Scope, status: int) -> None:
+    def _report(self, seen: RequestRecord, scope: Scope, status: int) -> None:
         path = _path(scope)
         error = _error(seen, status)
         self._metrics.answered(scope["method"], path, status)
@@ -51,41 +51,41 @@ class Observer:
         if seen.provider:
             self._metrics.relayed(seen.provider, status, seen.seconds)
         if seen.metrics is not None:
-            _tell_model(seen, seen.metrics, error)
+            _count_for_model(seen, seen.metrics, error)
         if path not in QUIET:
             logs.write(seen, scope["method"], scope["path"], status)
 
 
 def _error(seen: RequestRecord, status: int) -> str | None:
-    """The code of the one that the client was told of; who left was told of none."""
+    """The code of the error that the client was sent; None if there was none or the client disconnected."""
     if status == CLIENT_GONE:
         return None
     return seen.error or (str(status) if status >= 400 else None)
 
 
 def _path(scope: Scope) -> str:
-    """Of the route, with the prefix that it was reached by."""
+    """The path of the route, with /v1 if the request had it."""
     path = getattr(scope.get("route"), "path", UNKNOWN)
     is_bare = path.startswith("/") and scope["path"].startswith("/v1/") and not path.startswith("/v1/")
     return f"/v1{path}" if is_bare else path
 
 
-def _tell_model(seen: RequestRecord, own: ModelMetrics, error: str | None) -> None:
-    """What was refused, or failed, says nothing of how long answers and their prompts are."""
+def _count_for_model(seen: RequestRecord, metrics: ModelMetrics, error: str | None) -> None:
+    """Adds a request to the metrics of its model; a failed one counts in no histogram of times or lengths."""
     for reason in seen.finish_reasons:
-        own.success(reason).inc()
+        metrics.success(reason).inc()
     if error is not None:
         return
     if not seen.is_complete:
-        own.aborts.inc()
-    if seen.prompt_tokens:  # it came as far as the model
-        own.whole.observe(seen.seconds)
-        own.prompt_length.observe(seen.prompt_tokens)
-        own.answer_length.observe(seen.completion_tokens)
+        metrics.aborts.inc()
+    if seen.prompt_tokens:  # the request reached the model
+        metrics.whole.observe(seen.seconds)
+        metrics.prompt_length.observe(seen.prompt_tokens)
+        metrics.answer_length.observe(seen.completion_tokens)
 
 
 def _tell_span(span: Any, seen: RequestRecord) -> None:
-    """By the names of OpenTelemetry's conventions for generative models."""
+    """Sets attributes with the names of OpenTelemetry's conventions for generative models."""
     fields = {
         "gen_ai.request.model": seen.model,
         "gen_ai.usage.input_tokens": seen.prompt_tokens,

@@ -1,6 +1,6 @@
 """RequestId: every response carries an `x-request-id`, and an unforeseen exception becomes a 500 that names it.
 
-Pure ASGI, so that a client that leaves is still seen by the endpoint.
+It is pure ASGI, so that endpoints still see when their client disconnects.
 """
 
 import logging
@@ -16,21 +16,21 @@ from telemetry import request_record
 from telemetry.request_record import RequestRecord
 
 log = logging.getLogger(__name__)
-VALID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # what a client may choose: nothing that forges logs or headers
+VALID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # an id from a client; it cannot forge log lines or headers
 
 
 class RequestId:
     def __init__(self, app: ASGIApp, secrets: Sequence[str] = ()) -> None:
-        """secrets: what an id, which is logged, must not have in it."""
+        """secrets: texts that must not be part of an id, because ids are logged."""
         self.app = app
         self._secrets = [secret.encode() for secret in secrets]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        is_fine = VALID.fullmatch(given) and not any(secret in given for secret in self._secrets)
-        request_id = given if is_fine else f"req_{uuid4().hex}".encode()
+        sent_id = dict(scope["headers"]).get(b"x-request-id", b"")
+        is_valid = VALID.fullmatch(sent_id) and not any(secret in sent_id for secret in self._secrets)
+        request_id = sent_id if is_valid else f"req_{uuid4().hex}".encode()
         request_record.begin(RequestRecord(request_id=request_id.decode()))
         has_begun = False
 

@@ -18,14 +18,14 @@ class SignalDrain:
     """
 
     def __init__(self, drain: Callable[[float], Awaitable[None]], timeout: float) -> None:
-        """drain: gives requests so many seconds and returns when all have ended."""
+        """drain: is called with the seconds that requests get, and returns when all have ended."""
         self._drain = drain
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._drains: list[asyncio.Future[None]] = []
 
     def install(self) -> None:
-        """Takes the signals over, if this is the main thread: no other may."""
+        """Installs the handlers; does nothing outside of the main thread, where Python allows none."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, partial(self._on_signal, signal.getsignal(number)))

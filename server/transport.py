@@ -1,18 +1,18 @@
 """Transport: a connection that ends, whatever the other side does.
 
-asyncio's own waits for ever where a client does not read what was written, and a connection that is closed while
-something still comes is reset, so that its client may never see the answer.
+asyncio's own transport waits forever for a client that does not read its answer. And if it is closed while data still
+arrives, the system resets the connection, so that the client may never see the answer.
 """
 
 import asyncio
 from collections.abc import Callable
 from typing import Any
 
-LINGER = 5.0  # seconds that a client gets to read why it was refused
+LINGER = 5.0  # seconds in which a client can read why it was refused
 
 
 class Transport:
-    """As asyncio's, which does what is not defined here."""
+    """Wraps asyncio's transport, which handles every attribute that is not defined here."""
 
     def __init__(
         self,
@@ -21,8 +21,11 @@ class Transport:
         write_timeout: float,
         is_awaited: Callable[[], bool],
     ) -> None:
-        """write_timeout: seconds in which a client reads something of what waits for it. is_awaited: whether it may
-        still be sending when the connection ends."""
+        """Wraps `inner`.
+
+        write_timeout: the seconds within which the client must read at least some of the data that waits for it.
+        is_awaited: tells whether the client may still be sending when the connection ends.
+        """
         self._inner = inner
         self._loop = loop
         self._write_timeout = write_timeout
@@ -47,14 +50,14 @@ class Transport:
 
     @property
     def _num_taken(self) -> int:
-        """Bytes that this machine was rid of."""
+        """The number of bytes that were handed to the system."""
         return self._num_written - self._inner.get_write_buffer_size()
 
     def _watch(self, num_taken: int) -> None:
         self._timers["write"] = self._loop.call_later(self._write_timeout, self._check, num_taken)
 
     def _check(self, num_taken: int) -> None:
-        """A large answer may take long, one that nobody reads may not."""
+        """Aborts if the client has read nothing since the last check; a large answer may take long."""
         del self._timers["write"]
         if self._inner.get_write_buffer_size() == 0:
             return
@@ -79,7 +82,7 @@ class Transport:
             self._inner.write_eof()
 
     def abort(self) -> None:
-        """At once; also when it is gone already."""
+        """Ends the connection at once; does nothing to one that has ended."""
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()

@@ -1,4 +1,4 @@
-"""Logs: plain lines or JSON, one line per request, and no way for what a client sent to look like a line of its own."""
+"""Logs: plain lines or JSON, one line per request; text from clients is escaped, so that it cannot forge lines."""
 
 import json
 import logging
@@ -8,16 +8,16 @@ from typing import Any
 from telemetry.request_record import RequestRecord
 
 access = logging.getLogger("access")
-_BARE = re.compile(r"[A-Za-z0-9_.,:/@+-]+")  # what ends neither a value nor a line
+_BARE = re.compile(r"[A-Za-z0-9_.,:/@+-]+")  # characters that end neither a value nor a line
 
 
 def escaped(text: str) -> str:
-    """Without what is not seen, or changes how the rest is seen."""
+    """Escapes the characters that are invisible or that change how others are shown."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def log_value(value: Any) -> str:
-    """A value of a plain line, as one word or as a JSON string, so that none looks like the next field."""
+    """Writes a value as one word or as a JSON string, so that it cannot look like the next field of a plain line."""
     text = str(value)
     return text if _BARE.fullmatch(text) else json.dumps(text)
 
@@ -30,7 +30,7 @@ class PlainFormatter(logging.Formatter):
         return escaped(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:
-        """Set in, so that no line of a message in it looks like one of the log's own."""
+        """Indents the traceback, so that no line of it looks like a line of the log."""
         return "\n".join(f"  {escaped(line)}" for line in super().formatException(ei).split("\n"))
 
 
@@ -49,24 +49,25 @@ class JsonFormatter(logging.Formatter):
 
 
 FORMATTERS = {"plain": PlainFormatter, "json": JsonFormatter}
-FIRST = ("method", "path", "status")  # in a plain line, without their names
-QUIET = ("httpx2", "sentence_transformers")  # they write a line for each request of theirs
+FIRST = ("method", "path", "status")  # a plain line begins with these, without their names
+QUIET = ("httpx2", "sentence_transformers")  # they log a line for each request that they send
 UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access")
 
 
-def configure(level: str, kind: str) -> None:
+def configure(level: str, log_format: str) -> None:
+    """Sets up the root logger. log_format: "plain" or "json"."""
     handler = logging.StreamHandler()
-    handler.setFormatter(FORMATTERS[kind]())
+    handler.setFormatter(FORMATTERS[log_format]())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in UVICORN:  # its own handlers write what clients sent as it came
+    for name in UVICORN:  # its own handlers do not escape text from clients
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"  # that one logs query strings
 
 
 def write(record: RequestRecord, method: str, path: str, status: int) -> None:
-    """The line of a request that is over."""
+    """Logs the line of a request that has ended."""
     fields: dict[str, Any] = {
         "request_id": record.request_id,
         "method": method,
@@ -84,6 +85,6 @@ def write(record: RequestRecord, method: str, path: str, status: int) -> None:
         "finish_reason": ",".join(sorted(set(record.finish_reasons))),
         "error": record.error,
     }
-    known = {name: value for name, value in fields.items() if value not in ("", None, 0) or name == "status"}
-    line = " ".join(f"{name}={log_value(value)}" for name, value in known.items() if name not in FIRST)
-    access.info("%s %s %d %s", log_value(method), log_value(path[:200]), status, line, extra={"fields": known})
+    filled = {name: value for name, value in fields.items() if value not in ("", None, 0) or name == "status"}
+    line = " ".join(f"{name}={log_value(value)}" for name, value in filled.items() if name not in FIRST)
+    access.info("%s %s %d %s", log_value(method), log_value(path[:200]), status, line, extra={"fields": filled})

@@ -1,4 +1,4 @@
-"""Metrics: what Prometheus reads at /metrics. Names and labels are those that the field's dashboards look for.
+"""Metrics: what Prometheus reads at /metrics. Names and labels are those that common dashboards use.
 
 Sources: vLLM's metrics and https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/ for the buckets.
 """
@@ -24,13 +24,13 @@ FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 
 BETWEEN_TOKENS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
 WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
-MAX_CODES = 100  # a provider may send any
+MAX_CODES = 100  # different ones; a provider may send any code
 _CODE = re.compile(r"[a-z0-9_.-]{1,64}")
 _METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 
 
 class EngineState(Protocol):
-    """What is read of an engine when somebody asks."""
+    """The counters of an engine that /metrics reads."""
 
     @property
     def num_running(self) -> int: ...
@@ -53,7 +53,7 @@ class EngineState(Protocol):
 
 @dataclass(frozen=True)
 class ModelMetrics:
-    """One model's."""
+    """The metrics of one model."""
 
     prompt_tokens: Counter
     generation_tokens: Counter
@@ -74,7 +74,7 @@ class Metrics:
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
     def __post_init__(self) -> None:
-        disable_created_metrics()  # a second series for each, which nobody reads
+        disable_created_metrics()  # they would double the number of series
         ProcessCollector(registry=self.registry)
         self._models: dict[str, ModelMetrics] = {}
         self._codes: set[str] = set()
@@ -113,7 +113,7 @@ class Metrics:
         return Histogram(f"llm_{name}", text, labels, buckets=buckets, registry=self.registry)
 
     def of(self, model: str) -> ModelMetrics:
-        """model: one that is served here, never what a client wrote."""
+        """The metrics of a model. Its name must be that of a served model, never text from a client."""
         if model not in self._models:
             self._models[model] = ModelMetrics(
                 prompt_tokens=self._prompt_tokens.labels(model),
@@ -132,24 +132,24 @@ class Metrics:
         return self._models[model]
 
     def answered(self, method: str, path: str, status: int) -> None:
-        """path: the route's, not the request's, of which there are endlessly many."""
+        """Counts a request. path: the path of the route; those of requests would be endlessly many series."""
         self._requests.labels(method if method in _METHODS else "other", path, str(status)).inc()
 
     def failed(self, code: str) -> None:
-        self._errors.labels(self._known(code)).inc()
+        self._errors.labels(self._bounded(code)).inc()
 
     def relayed(self, provider: str, status: int, seconds: float) -> None:
         self._providers.labels(provider, str(status)).inc()
         self._provider_seconds.labels(provider).observe(seconds)
 
-    def _known(self, code: str) -> str:
+    def _bounded(self, code: str) -> str:
         if code not in self._codes and (len(self._codes) >= MAX_CODES or not _CODE.fullmatch(code)):
             return "other"
         self._codes.add(code)
         return code
 
     def watch(self, engines: Callable[[], Iterable[tuple[str, EngineState]]]) -> None:
-        """engines: (model, engine) of all that run, asked whenever somebody reads the metrics."""
+        """Reports the state of engines. `engines` returns (model, engine) pairs whenever the metrics are read."""
         self.registry.register(_Engines(engines))
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
@@ -160,7 +160,7 @@ class Metrics:
 
 
 class _Engines:
-    """A collector: engines come and go."""
+    """A collector that asks for the engines each time, because models are loaded and unloaded."""
 
     def __init__(self, engines: Callable[[], Iterable[tuple[str, EngineState]]]) -> None:
         self._engines = engines

@@ -1,4 +1,4 @@
-"""Record: what is known of a request while it is answered; its log line, the metrics and the trace are made of it."""
+"""RequestRecord: the facts of one request, which its log line, the metrics and the trace are made of."""
 
 import time
 from contextvars import ContextVar
@@ -9,22 +9,22 @@ from telemetry.metrics import ModelMetrics
 
 @dataclass
 class RequestRecord:
-    """Texts and keys are never in it."""
+    """It never holds prompts, answers or API keys."""
 
     request_id: str = ""
-    client: str = ""  # the name of the key that it came with
+    client: str = ""  # name of its API key
     model: str = ""
-    provider: str = ""  # who else answered
+    provider: str = ""  # that answered; empty for a model of this process
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of these, not computed
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     completion_tokens: int = 0
     queue_time: float | None = None  # seconds in the queue
-    first_token: float | None = None  # seconds until it came
+    first_token: float | None = None  # seconds from the begin until the first token
     finish_reasons: list[str] = field(default_factory=list)
-    is_complete: bool = False  # every answer has ended
-    error: str | None = None  # its code
+    is_complete: bool = False  # whether all choices have finished
+    error: str | None = None  # code of the error that was sent
     begin: float = field(default_factory=time.perf_counter)
-    metrics: ModelMetrics | None = None  # of the local model that answers
+    metrics: ModelMetrics | None = None  # of the model of this process that answers
 
     @property
     def seconds(self) -> float:
@@ -35,10 +35,10 @@ _current: ContextVar[RequestRecord] = ContextVar("record")
 
 
 def begin(record: RequestRecord) -> None:
-    """What runs in this task, and in those that it starts, belongs to the record."""
+    """Makes `record` the current one of this task and of the tasks that it starts."""
     _current.set(record)
 
 
 def current() -> RequestRecord:
-    """Outside of a request, one that nobody reads."""
+    """The record of the current request; outside of a request a new one, which is discarded."""
     return _current.get(None) or RequestRecord()

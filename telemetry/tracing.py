@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry: if its standard variables are set and its SDK is installed, and else none."""
+"""Traces by OpenTelemetry, if its standard environment variables are set and its SDK is installed."""
 
 import importlib.util
 import os
@@ -10,12 +10,12 @@ from fastapi.telemetry import TelemetryConfig
 VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 DISABLED = "OTEL_SDK_DISABLED"
-ADDRESSES = ("url.full", "http.url", "http.target")  # of the request; the last two in older conventions
+ADDRESSES = ("url.full", "http.url", "http.target")  # attributes; the last two are of older conventions
 QUERY = "url.query"
 HIDDEN = "REDACTED"
 
 
-def is_wanted() -> bool:
+def is_enabled() -> bool:
     is_off = os.environ.get(DISABLED, "").lower() == "true"
     return not is_off and any(os.environ.get(name) for name in VARIABLES) and all(map(_is_installed, PACKAGES))
 
@@ -28,14 +28,14 @@ def _is_installed(package: str) -> bool:
 
 
 def configuration() -> TelemetryConfig:
-    """FastAPI's own spans; not its logs, which have what clients sent in them, nor its metrics, beside /metrics."""
-    wanted = is_wanted()
-    return {"tracing": wanted, "auto_configure": wanted, "metrics": False, "logs": False, "operation_spans": False}
+    """Turns on FastAPI's spans alone: its logs hold text from clients, and /metrics has the metrics."""
+    is_on = is_enabled()
+    return {"tracing": is_on, "auto_configure": is_on, "metrics": False, "logs": False, "operation_spans": False}
 
 
 def span() -> Callable[[], Any] | None:
-    """What gives the request's span."""
-    if not is_wanted():
+    """The function that returns the span of the current request; None if there are no traces."""
+    if not is_enabled():
         return None
     from opentelemetry.trace import get_current_span
 
@@ -43,10 +43,10 @@ def span() -> Callable[[], Any] | None:
 
 
 def hide_query(span: Any) -> None:
-    """What a client wrote behind the path may be a key; the log leaves it out, too."""
-    known = getattr(span, "attributes", None) or {}
+    """Removes the query string from a span, because it may hold a key. The log leaves it out too."""
+    attributes = getattr(span, "attributes", None) or {}
     for name in ADDRESSES:
-        if name in known:
-            span.set_attribute(name, str(known[name]).partition("?")[0])
-    if QUERY in known:
+        if name in attributes:
+            span.set_attribute(name, str(attributes[name]).partition("?")[0])
+    if QUERY in attributes:
         span.set_attribute(QUERY, HIDDEN)

@@ -278,7 +278,7 @@ assert "sk-secret" not in span.to_json() and "hello" not in span.to_json()
 
 
 def test_without_the_standard_variables_there_are_no_traces() -> None:
-    assert not tracing.is_wanted() and tracing.span() is None and tracing.configuration()["tracing"] is False
+    assert not tracing.is_enabled() and tracing.span() is None and tracing.configuration()["tracing"] is False
 
 
 def test_a_request_is_a_span_with_its_model_and_tokens(tiny_checkpoint: Path) -> None:
