@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from call_forms import FORMS, TOOLS, X, marked, xml
 from models import CHATML, byte_tokenizer, save_repeating_checkpoint
 from openai import OpenAI
 from process import MAIN, serve
-from test_call_repairs import FORMS, NO_CALLS, TOOLS, X, marked, xml
+from test_call_repairs import NO_CALLS
 
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
 from text.tool_calls.json_calls import MARKED

@@ -1,7 +1,7 @@
-"""What a schema takes: the types of its values, whether one fits, and whether any text would.
+"""Argument schemas: which types a schema takes, whether a value fits it, and whether any text would.
 
 The types that a schema may take come from `type`, `enum`, `const`, `anyOf`, `oneOf`, `allOf` and local `$ref`s; other
-keywords, such as limits and patterns, are not looked at. What a schema says too deep down is not known, and nothing
+keywords, such as limits and patterns, are not looked at. What a schema says too deep down is not read, and nothing
 fits it.
 """
 
@@ -11,8 +11,8 @@ from urllib.parse import unquote
 
 from text.json_schemas import ANNOTATIONS
 
-MOST_REFERENCES = 60  # one behind the other
-MOST_DEPTH = 60  # schemas inside of each other; those of a request have less than 100 levels of JSON, two for each
+MAX_REFERENCES = 60  # one behind another
+MAX_DEPTH = 60  # schemas inside of each other; those of a request have less than 100 levels of JSON, two for each
 NULLS = {"null": "null", "None": "null"}
 OF_PARTS = {"properties", "required", "items", "additionalProperties"}  # keywords of objects and lists
 KNOWN = {  # keywords of a schema that `fits` judges rightly
@@ -23,12 +23,12 @@ KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", list: 
 
 
 def kinds_of(schema: Any, root: Mapping[str, Any]) -> list[str]:
-    """The types that a schema may take, in its order; none: it says nothing of types, or too deep down."""
+    """Returns the types that a schema may take, in its order; none if it names no types, or only too deep down."""
     return _Kinds(root).of(schema, 0)
 
 
 class _Kinds:
-    """Meets each schema once, since references can meet one often, or lead around in a circle."""
+    """Reads each schema once, since references can lead to it often, or around in a circle."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
@@ -36,7 +36,7 @@ class _Kinds:
 
     def of(self, schema: Any, depth: int) -> list[str]:
         schema = resolved(schema, self._root)
-        if depth > MOST_DEPTH:
+        if depth > MAX_DEPTH:
             return []
         if id(schema) not in self._seen:
             self._seen[id(schema)] = []
@@ -48,16 +48,16 @@ class _Kinds:
         if "const" in schema or isinstance(schema.get("enum"), list):
             found.append([_kind(value) for value in _list(schema.get("enum")) or [schema.get("const")]])
         for key in ("anyOf", "oneOf"):
-            choices = [self.of(own, depth) for own in _list(schema.get(key))]
-            found.append([kind for own in choices for kind in own] if all(choices) else [])
-        found += [self.of(own, depth) for own in _list(schema.get("allOf"))]
+            choices = [self.of(inner, depth) for inner in _list(schema.get(key))]
+            found.append([kind for inner in choices for kind in inner] if all(choices) else [])
+        found += [self.of(inner, depth) for inner in _list(schema.get("allOf"))]
         return _common(found, schema.get("nullable") is True)
 
 
 def _common(found: list[list[str]], is_nullable: bool) -> list[str]:
-    """The types that all agree on who say something."""
-    said = [own for own in found if own]
-    kinds = [kind for kind in dict.fromkeys(said[0]) if all(_has(own, kind) for own in said[1:])] if said else []
+    """Returns the types that are in all lists that are not empty."""
+    said = [inner for inner in found if inner]
+    kinds = [kind for kind in dict.fromkeys(said[0]) if all(_has(inner, kind) for inner in said[1:])] if said else []
     return [*kinds, "null"] if kinds and is_nullable else kinds
 
 
@@ -67,14 +67,14 @@ def fits(value: Any, schema: Any, root: Mapping[str, Any]) -> bool:
 
 
 class _Check:
-    """Meets each pair of a value and a schema once, however often references lead to it."""
+    """Compares each pair of a value and a schema once, however often references lead to it."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._seen: dict[tuple[int, int], bool] = {}
 
     def fits(self, value: Any, schema: Any, depth: int) -> bool:
-        if schema is False or depth > MOST_DEPTH:
+        if schema is False or depth > MAX_DEPTH:
             return False
         schema = resolved(schema, self._root)
         if not schema or (value is None and schema.get("nullable") is True):
@@ -92,9 +92,9 @@ class _Check:
         choices = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(choices, list) and not any(_is_same(value, choice) for choice in choices):
             return False
-        some = [own for key in ("anyOf", "oneOf") if (own := _list(schema.get(key)))]
-        return all(any(self.fits(value, own, depth) for own in choices) for choices in some) and all(
-            self.fits(value, own, depth) for own in _list(schema.get("allOf"))
+        some = [inner for key in ("anyOf", "oneOf") if (inner := _list(schema.get(key)))]
+        return all(any(self.fits(value, inner, depth) for inner in choices) for choices in some) and all(
+            self.fits(value, inner, depth) for inner in _list(schema.get("allOf"))
         )
 
     def _has_parts(self, value: Any, schema: Mapping[str, Any], depth: int) -> bool:
@@ -106,13 +106,13 @@ class _Check:
         known: dict[str, Any] = properties if isinstance(properties, dict) else {}
         others = True if schema.get("patternProperties") else schema.get("additionalProperties", True)
         return all(key in value for key in _list(schema.get("required")) if isinstance(key, str)) and all(
-            self.fits(own, known.get(key, others), depth) for key, own in value.items()
+            self.fits(inner, known.get(key, others), depth) for key, inner in value.items()
         )
 
 
 def resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a schema's reference leads to, in the same document; nothing if it leads nowhere."""
-    for _ in range(MOST_REFERENCES):
+    """Follows a schema's references in the same document; returns an empty schema where they lead nowhere."""
+    for _ in range(MAX_REFERENCES):
         path = schema.get("$ref") if isinstance(schema, dict) else None
         if not isinstance(path, str):
             return schema if isinstance(schema, dict) else {}
@@ -130,7 +130,7 @@ def _part(value: Any, key: str) -> Any:
 
 
 def _named(kind: Any) -> list[str]:
-    return [kind] if isinstance(kind, str) else [own for own in _list(kind) if isinstance(own, str)]
+    return [kind] if isinstance(kind, str) else [inner for inner in _list(kind) if isinstance(inner, str)]
 
 
 def _list(value: Any) -> list[Any]:
@@ -146,9 +146,9 @@ def _has(kinds: list[str], kind: str) -> bool:
 
 
 def _is(value: Any, kind: str) -> bool:
-    own = _kind(value)
+    inner = _kind(value)
     is_whole = isinstance(value, float) and value.is_integer()
-    return own == kind or (own == "integer" and kind == "number") or (kind == "integer" and is_whole)
+    return inner == kind or (inner == "integer" and kind == "number") or (kind == "integer" and is_whole)
 
 
 def _is_same(value: Any, other: Any) -> bool:
@@ -159,7 +159,7 @@ def _is_same(value: Any, other: Any) -> bool:
 
 
 def is_written_as_text(schema: Any, root: Mapping[str, Any]) -> bool:
-    """Whether a grammar lets the model write a value as it was taught to; else as JSON, quotes and all."""
+    """Whether a grammar lets the model write a value as plain text, as it was taught to, and not as JSON."""
     return takes_any_text(schema, root) or bool(choices_of(schema, root))
 
 
@@ -169,7 +169,7 @@ def takes_any_text(schema: Any, root: Mapping[str, Any]) -> bool:
 
 
 def choices_of(schema: Any, root: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts that it is a choice of, as they are written; null may be one. Empty: it takes others as well."""
+    """Returns the texts (null may be one) that a schema is a choice of, as written; none if it takes others."""
     values = _Choices(root).of(schema, 0) or []
     has_null = None in values
     texts = [value for value in values if isinstance(value, str)]
@@ -178,19 +178,19 @@ def choices_of(schema: Any, root: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_judged(schema: Any, root: Mapping[str, Any]) -> bool:
-    """Whether what `fits` is valid: the schema says nothing else."""
+    """Whether every value that `fits` is valid, since the schema says nothing that `fits` does not judge."""
     return _Known(root).holds(schema, 0)
 
 
 class _Strings:
-    """Whether every string is valid, as far as known keywords say. Meets each schema once."""
+    """Whether every string is valid as far as known keywords say. It reads each schema once."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._seen: dict[int, bool] = {}
 
     def hold_all(self, schema: Any, depth: int) -> bool:
-        if schema is False or depth > MOST_DEPTH:
+        if schema is False or depth > MAX_DEPTH:
             return False
         schema = resolved(schema, self._root)
         if id(schema) not in self._seen:
@@ -203,21 +203,21 @@ class _Strings:
         limits = {"enum", "const"} if kinds else {"enum", "const", *OF_PARTS}
         if (kinds and "string" not in kinds) or schema.keys() & limits:
             return False
-        some = [own for key in ("anyOf", "oneOf") if (own := _list(schema.get(key)))]
-        return all(any(self.hold_all(one, depth) for one in own) for own in some) and all(
+        some = [inner for key in ("anyOf", "oneOf") if (inner := _list(schema.get(key)))]
+        return all(any(self.hold_all(one, depth) for one in inner) for inner in some) and all(
             self.hold_all(one, depth) for one in _list(schema.get("allOf"))
         )
 
 
 class _Choices:
-    """The strings and null that a schema is a choice of; None if it is another. Meets each schema once."""
+    """The strings and null that a schema is a choice of; None for another schema. It reads each schema once."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._seen: dict[int, list[str | None] | None] = {}
 
     def of(self, schema: Any, depth: int) -> list[str | None] | None:
-        if depth > MOST_DEPTH or not isinstance(schema, dict):
+        if depth > MAX_DEPTH or not isinstance(schema, dict):
             return None
         if "$ref" in schema and schema.keys() - ANNOTATIONS - {"$ref"}:
             return None
@@ -238,14 +238,14 @@ class _Choices:
             case []:
                 return [None] if _named(schema.get("type")) == ["null"] else None
             case ["anyOf"] | ["allOf"]:
-                some = [self.of(own, depth) for own in _list(schema.get("anyOf", schema.get("allOf")))]
-                if all(own is not None for own in some) and ("anyOf" in schema or len(some) == 1):
-                    return [*dict.fromkeys(value for own in some for value in own or ())]
+                some = [self.of(inner, depth) for inner in _list(schema.get("anyOf", schema.get("allOf")))]
+                if all(inner is not None for inner in some) and ("anyOf" in schema or len(some) == 1):
+                    return [*dict.fromkeys(value for inner in some for value in inner or ())]
         return None
 
 
 class _Known:
-    """Whether `fits` knows all that a schema says. Meets each schema once, since references can lead in a circle."""
+    """Whether `fits` judges all that a schema says. It reads each schema once: references can lead in a circle."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
@@ -254,21 +254,21 @@ class _Known:
     def holds(self, schema: Any, depth: int) -> bool:
         if isinstance(schema, bool) or id(schema) in self._seen:
             return True
-        if not isinstance(schema, dict) or depth > MOST_DEPTH:
+        if not isinstance(schema, dict) or depth > MAX_DEPTH:
             return False
         self._seen.add(id(schema))
-        if "$ref" in schema:  # beside which nothing is looked at
+        if "$ref" in schema:  # what stands beside it is ignored
             target = resolved(schema, self._root)
             return not schema.keys() - ANNOTATIONS - {"$ref"} and bool(target) and self.holds(target, depth + 1)
         if not schema.keys() <= KNOWN or not self._are_apart(_list(schema.get("oneOf"))):
             return False
         properties = schema.get("properties", {})
-        lists = [own for key in ("anyOf", "oneOf", "allOf") for own in _list(schema.get(key))]
+        lists = [inner for key in ("anyOf", "oneOf", "allOf") for inner in _list(schema.get(key))]
         others = [schema[key] for key in ("items", "additionalProperties") if key in schema]
         named = [*properties.values()] if isinstance(properties, dict) else [None]
-        return all(self.holds(own, depth + 1) for own in [*lists, *others, *named])
+        return all(self.holds(inner, depth + 1) for inner in [*lists, *others, *named])
 
     def _are_apart(self, schemas: list[Any]) -> bool:
         """Whether no value fits two of them."""
-        kinds = [{"number" if kind == "integer" else kind for kind in kinds_of(own, self._root)} for own in schemas]
+        kinds = [{"number" if kind == "integer" else kind for kind in kinds_of(inner, self._root)} for inner in schemas]
         return len(schemas) < 2 or (all(kinds) and sum(map(len, kinds)) == len(set().union(*kinds)))

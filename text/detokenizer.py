@@ -1,6 +1,6 @@
-"""From token ids to text as early as it is certain, and text up to a stop string.
+"""Detokenizer: token ids -> text as early as it is certain, and text up to a stop string.
 
-Decoder and finder work as transformers' `TextIteratorStreamer` does: `put` for each piece, then `end()`.
+TextDecoder and StopFinder work as transformers' `TextIteratorStreamer` does: `put` for each piece, then `end()`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character
-MOST_BYTES = 64  # of a run of tokens for single bytes that are held back, in case one of them is no character's
+MAX_BYTES = 64  # length of a run of single-byte tokens that is held back, in case a byte belongs to no character
 
 
 class Detokenizer(Protocol):
@@ -18,7 +18,7 @@ class Detokenizer(Protocol):
 
 
 class MarkingDetokenizer:
-    """Shows some tokens, special ones perhaps, as characters of their own."""
+    """Shows some tokens, which may be special, each as one character that no text has."""
 
     def __init__(self, detokenizer: Detokenizer, marks: Mapping[int, str]) -> None:
         self._detokenizer, self._marks = detokenizer, marks
@@ -38,11 +38,11 @@ class MarkingDetokenizer:
 
 
 class TextDecoder:
-    """Token ids in, text out as early as it is certain; all of it is what the tokenizer decodes from all the ids.
+    """Turns token ids into text as early as it is certain; in the end that is what the tokenizer decodes from all ids.
 
-    Held back are the bytes of an incomplete character; bytes that never become one are U+FFFD. With a token for each
+    The bytes of an incomplete character are held back; bytes that never become one are U+FFFD. With a token for each
     byte beside the others (SentencePiece's byte fallback) a run of such tokens is text if all of it is valid, and else
-    one U+FFFD for each byte, so that it is certain where it ends, or is longer than MOST_BYTES.
+    one U+FFFD for each byte, so that it is certain where it ends, or is longer than MAX_BYTES.
     `prefix` is text before the answer that decides how its first token reads.
     """
 
@@ -57,14 +57,14 @@ class TextDecoder:
         self._is_in_run = False
 
     def put(self, token_id: int) -> str:
-        """The text that this token makes certain."""
+        """Returns the text that this token makes certain."""
         before, text = self._text, self._decode([*self._ids, token_id])
         if before and text == before and not self._decode([token_id]):  # a token that is never shown
             return ""
         self._ids.append(token_id)
         self._text = text
         self._is_in_run = token_id in self._byte_ids or (self._is_in_run and text == before)
-        if self._is_in_run and len(self._ids) - self._num_known < MOST_BYTES:
+        if self._is_in_run and len(self._ids) - self._num_known < MAX_BYTES:
             return ""
         certain = text if self._byte_ids else text.removesuffix(REPLACEMENT)
         new = certain[self._num_out :]
@@ -73,7 +73,7 @@ class TextDecoder:
         return self._without_prefix_end(new) if self._prefix_end else new
 
     def end(self) -> str:
-        """What was held back; no character will be completed any more."""
+        """Returns what was held back: no character will be completed any more."""
         return self._without_prefix_end(self._text[self._num_out :])
 
     def _decode(self, ids: list[int]) -> str:
@@ -88,7 +88,7 @@ class TextDecoder:
         return new
 
     def _move_window(self, before: str) -> None:
-        """To begin where no character is cut. before: the text of all its tokens but the last one."""
+        """Moves the window's beginning to where no character is cut. before: the text without the last token."""
         if self._num_out == len(self._text):
             recent = self._ids[self._num_known :]
             if text := self._decode(recent):  # else the next token would be read as a text's first
@@ -100,7 +100,7 @@ class TextDecoder:
 
 
 class StopFinder:
-    """Text in; out comes what is before the first stop string. A suffix that may become one is held back."""
+    """Passes text on up to the first stop string. A suffix that may become one is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -108,7 +108,7 @@ class StopFinder:
         self.is_stopped = False
 
     def put(self, text: str, may_stop: bool = True) -> str:
-        """may_stop: else a stop string that is completed here stays, as text."""
+        """Returns the text that is certain. Without may_stop, a stop string that is completed here is text."""
         if not self._stops or self.is_stopped:
             return "" if self.is_stopped else text
         num_before = len(self._held)
@@ -128,12 +128,12 @@ class StopFinder:
         return bool(self._held)
 
     def end(self) -> str:
-        """What was held back and has become no stop string."""
+        """Returns what was held back: it has not become a stop string."""
         return self._held
 
 
 def overlap(text: str, stop: str) -> int:
-    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 

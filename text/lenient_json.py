@@ -1,6 +1,6 @@
-"""JsonReader: JSON as models write it, piece by piece, into JSON as RFC 8259 has it.
+"""JsonReader: turns JSON as models write it, piece by piece, into JSON of RFC 8259.
 
-What is not quite JSON is put right where it can be read in one way alone: strings in single quotes, line breaks and
+What is not quite JSON is repaired where it can be read in one way alone: strings in single quotes, line breaks and
 other control characters inside of strings, backslashes that escape nothing, a comma before the closing bracket,
 Python's `True`, `False` and `None`, numbers such as `+5`, `.5` and `5.`. JSON itself passes unchanged, blanks and all.
 Everything else is broken: bare words, missing commas, NaN. What the reader has given is always the beginning of JSON.
@@ -20,7 +20,7 @@ _PLAIN = {quote: re.compile(rf'[^{quote}"\\\x00-\x1f]+') for quote in "\"'"}
 _ESCAPES = frozenset('"\\/bfnrt')
 _HEX = frozenset("0123456789abcdefABCDEF")
 _CLOSES = {"{": "}", "[": "]"}
-MOST_OF_ESCAPE = 6  # characters: a backslash, u and four digits
+MAX_ESCAPE_LENGTH = 6  # characters: a backslash, u and four digits
 
 # What may come next: a value, or the end of an empty list; a key, or the end of an object; a colon; a comma or an end
 VALUE, ITEM, KEY, COLON, NEXT = "value", "item", "key", "colon", "next"
@@ -30,7 +30,7 @@ class JsonReader:
     """Reads one value."""
 
     def __init__(self) -> None:
-        self._open: list[str] = []  # brackets
+        self._open: list[str] = []  # brackets that are not closed yet
         self._expects = VALUE
         self._quote = self._escape = ""  # of the string that it is in
         self._word: list[str] | None = None  # a number or a name, so far
@@ -40,7 +40,7 @@ class JsonReader:
         self.is_done = self.is_broken = False
 
     def feed(self, text: str) -> tuple[int, str]:
-        """How many of these characters belong to the value, and what has become certain of its JSON."""
+        """Returns how many of these characters belong to the value, and the JSON that they make certain."""
         at, given = 0, []
         while at < len(text) and not (self.is_done or self.is_broken):
             step = self._in_string if self._quote else self._between if self._word is None else self._in_word
@@ -51,7 +51,7 @@ class JsonReader:
 
     @property
     def held(self) -> str:
-        """What is not certain yet, as it was written."""
+        """The text that is not certain yet, as it was written."""
         return self._escape + "".join(self._word or ())
 
     # --- strings
@@ -82,7 +82,7 @@ class JsonReader:
             self._escape = ""
             return at + 1, escape
         if escape[1] == "u" and (len(escape) == 2 or escape[-1] in _HEX):
-            self._escape = "" if len(escape) == MOST_OF_ESCAPE else escape
+            self._escape = "" if len(escape) == MAX_ESCAPE_LENGTH else escape
             return at + 1, "" if self._escape else escape
         literal, self._escape = self._escape[1:], ""
         return at, "\\\\" + literal
@@ -97,7 +97,7 @@ class JsonReader:
         return (found.end(), "") if found.end() == len(text) else (found.end(), self.end())
 
     def end(self) -> str:
-        """There is no more text: a number or a name ends with it."""
+        """Ends a number or a name, since there is no more text; returns its JSON."""
         if self._word is None:
             return ""
         word, self._word, self._expects = "".join(self._word), None, NEXT
@@ -148,7 +148,7 @@ class JsonReader:
 
 
 def number(word: str) -> str | None:
-    """JSON's number; None for what is none."""
+    """Returns a number as JSON writes it; None if the word is not a number."""
     if _NUMBER.fullmatch(word):
         return word
     found = _LOOSE_NUMBER.fullmatch(word)
@@ -159,7 +159,7 @@ def number(word: str) -> str | None:
 
 
 def read_json(text: str) -> str | None:
-    """A text that is one value; None if it is anything else."""
+    """Returns the JSON of a text that is one value; None if it is anything else."""
     reader = JsonReader()
     length, given = reader.feed(text)
     given += reader.end()
@@ -168,7 +168,7 @@ def read_json(text: str) -> str | None:
 
 
 def is_json(text: str) -> bool:
-    """In the letter of RFC 8259, which knows no NaN and no infinity; numbers may be of any size."""
+    """Whether a text is JSON by the letter of RFC 8259: no NaN, no infinity; numbers may be of any size."""
     try:
         json.loads(text, parse_constant=_refuse, parse_int=len, parse_float=len)
     except (ValueError, RecursionError):
@@ -181,7 +181,7 @@ def _refuse(constant: str) -> None:
 
 
 def json_of(value: object) -> str:
-    """Raises ValueError for what JSON cannot say."""
+    """Returns the JSON of a value. Raises ValueError for what JSON cannot say."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()

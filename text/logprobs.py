@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-UNLIKELY = -9999.0  # what OpenAI shows instead of anything lower, minus infinity above all
+UNLIKELY = -9999.0  # OpenAI shows nothing lower, and this for minus infinity
 
 
 class Scored(Protocol):
-    """A token of the engine's."""
+    """A token with its log-probability, as the engine gives it."""
 
     @property
     def token_id(self) -> int: ...
@@ -27,7 +27,7 @@ class Scored(Protocol):
 
 
 class TokenTexts:
-    """Single tokens of one tokenizer."""
+    """Shows single tokens of one tokenizer."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
@@ -39,10 +39,10 @@ class TokenTexts:
         self.byte_ids = frozenset(ids[name] for name in names if name in ids)  # of SentencePiece's byte fallback
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What the token adds to a text, exactly; also where it is a part of a character."""
+        """Returns the exact bytes that a token adds to a text, also where it is a part of a character."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(token, str):
-            return b""  # an id that the model has and the tokenizer has not
+            return b""  # the model has more ids than the tokenizer
         if token_id in self._verbatim:
             return token.encode()
         if self._is_byte_level:
@@ -52,7 +52,7 @@ class TokenTexts:
         return token.replace("\u2581", " ").encode()
 
     def text_of(self, token_id: int) -> str:
-        """As OpenAI shows a token that is no whole character: `bytes:\\xe4\\xbd`."""
+        """Returns a token's text; a part of a character as OpenAI shows it: `bytes:\\xe4\\xbd`."""
         data = self.bytes_of(token_id)
         try:
             return data.decode()
@@ -60,7 +60,7 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def chat(self, tokens: Sequence[Scored]) -> ChoiceLogprobs:
-        """For the tokens of a chunk, all of them scored."""
+        """Returns the log-probabilities of a chunk's tokens, all of which are scored."""
         return ChoiceLogprobs(
             content=[
                 TokenLogprob(
@@ -76,8 +76,10 @@ class TokenTexts:
         return TopLogprob(token=self.text_of(token_id), logprob=max(logprob, UNLIKELY), bytes=data)
 
     def completion(self, tokens: Sequence[Scored], offsets: Sequence[int]) -> CompletionLogprobs:
-        """The legacy shape; `offsets` are characters. The chosen token is among the top ones; a token without a
-        log-probability is a prompt's first."""
+        """Returns the legacy shape; `offsets` are in characters.
+
+        The chosen token is among the top ones; a token without a log-probability is a prompt's first.
+        """
         result = CompletionLogprobs(text_offset=list(offsets))
         for token in tokens:
             text, logprob = self.text_of(token.token_id), token.logprob
@@ -91,7 +93,7 @@ class TokenTexts:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """The characters by which byte-level BPE writes bytes: printable ones as themselves, the others from U+0100 on.
+    """Returns the characters of byte-level BPE: printable bytes as themselves, the others from U+0100 on.
 
     Source: the GPT-2 encoder (Radford et al. 2019).
     """

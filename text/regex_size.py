@@ -5,12 +5,12 @@ An automaton is about that large, and takes a few hundred bytes for each of them
 
 import re
 
-MAX_REPEATED = 50_000  # characters that counts may add
+MAX_ADDED = 50_000  # characters that counts may add
 _PART = re.compile(r"\\.|\[(?:[^\]\\]|\\.){0,64}+\]|\{(\d{1,18})(?:,(\d{0,18}))?\}|.", re.DOTALL)
 
 
 def expanded_size(text: str) -> int:
-    """In a regular expression, or in a grammar, which repeats in the same way."""
+    """Returns the size in characters of a regular expression, or a grammar, which repeats in the same way."""
     sizes, last = [0], 0  # of the groups that are open, and of what a count would repeat
     for match in _PART.finditer(text):
         part = match[0]
@@ -31,4 +31,4 @@ def expanded_size(text: str) -> int:
 
 
 def is_too_large(text: str) -> bool:
-    return expanded_size(text) > MAX_REPEATED + len(text)
+    return expanded_size(text) > MAX_ADDED + len(text)

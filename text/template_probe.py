@@ -1,8 +1,8 @@
-"""What a chat template shows: it is tried once, when it is loaded, with texts that must be in the prompt.
+"""Template probe: tries a chat template once, when it is loaded, with texts that must be in the prompt.
 
 Templates differ in what they want: content as text or as a list of parts, arguments as an object or as JSON's text,
-short ids of calls. One that gets what it does not want drops it without a word. The twin of a conversation is the same
-with a text of its own for all that is said; what of the twin is not in the prompt would be lost of the conversation.
+short ids of calls. A template that gets another form silently drops it. The twin of a conversation is the same with a
+unique text (a probe) for everything that is said: a probe that is not in the prompt shows what would be lost.
 """
 
 import json
@@ -18,7 +18,7 @@ from text.canonical_messages import CanonicalMessage
 
 Render = Callable[[list[CanonicalMessage], list[dict[str, Any]] | None], str]
 ROLES = ("user", "assistant", "system", "tool")
-MESSAGES = "messages"  # all of them: the template raises
+MESSAGES = "messages"  # stands for all messages: the template raises
 ID_LENGTH = 9  # of the ids that Mistral's templates take
 USUAL = {  # what may come after what in the conversations that every template is tried with
     "": ("system", "user"),
@@ -32,24 +32,24 @@ USUAL = {  # what may come after what in the conversations that every template i
 
 @dataclass(frozen=True)
 class TemplateForm:
-    """What a template takes so that it shows what is said."""
+    """The form of messages in which a template shows what is said."""
 
     as_parts: frozenset[str] = frozenset()  # roles whose content is a list of parts
     is_text: bool = False  # the arguments of a call are JSON's text, not an object
     is_flat: bool = False  # a call has its name and arguments outside of `function`, too
     has_short_ids: bool = False
-    hidden: tuple[str, ...] = ()  # what it shows in no form
+    hidden: tuple[str, ...] = ()  # what the template shows in no form
     ends: frozenset[str] = frozenset({"user"})  # kinds of messages that a conversation was tried to end with
 
     def hides(self, messages: Sequence[CanonicalMessage]) -> bool:
-        """Whether something of these may be hidden."""
+        """Whether a part of these messages may be hidden."""
         if not self.hidden or self.hidden == ("tools",):
             return False
         kinds = {message["role"] for message in messages} | {"calls" for message in messages if "tool_calls" in message}
         return not kinds.isdisjoint(self.hidden) or MESSAGES in self.hidden
 
     def of(self, messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-        """The messages in this form."""
+        """Returns the messages in this form."""
         return [self._message(message) for message in messages]
 
     def _message(self, message: CanonicalMessage) -> CanonicalMessage:
@@ -83,7 +83,7 @@ def _short(call_id: str) -> str:
 
 @dataclass(frozen=True)
 class Probe:
-    """A text that the prompt must hold, and whose it is."""
+    """A text that the prompt must hold, and the role (or calls, tools) that it stands for."""
 
     of: str
     text: str
@@ -96,7 +96,7 @@ FOUND = re.compile(r"""(\\"|')?(probe(?:_tool_)?\d+z)""")
 
 
 def missing(probes: Sequence[Probe], prompt: str) -> tuple[str, ...]:
-    """Whose probes the prompt does not show."""
+    """Returns the roles (or calls, tools) whose probes the prompt does not show."""
     found = {(match[2], match[1] is not None) for match in FOUND.finditer(prompt)}
     shown = {text for text, _ in found}
     marred = {text for text, is_marred in found if is_marred}
@@ -105,7 +105,7 @@ def missing(probes: Sequence[Probe], prompt: str) -> tuple[str, ...]:
 
 
 def twin_of(messages: Sequence[CanonicalMessage]) -> tuple[list[CanonicalMessage], list[Probe]]:
-    """The same conversation with other texts, and these; blank text stays, and thoughts may be hidden."""
+    """Returns the conversation with probes for texts, and the probes; blank text stays, reasoning may be hidden."""
     twins: list[CanonicalMessage] = []
     probes: list[Probe] = []
 
@@ -144,7 +144,7 @@ TWIN_TOOL = {
 def hidden_by(
     render: Render, form: TemplateForm, messages: Sequence[CanonicalMessage], has_tools: bool = False
 ) -> tuple[str, ...]:
-    """Whose texts the prompt would lack: roles, calls, tools. Raises what the template raises."""
+    """Returns the roles (or calls, tools) whose texts the prompt would lack. Raises what the template raises."""
     twins, probes = twin_of(messages)
     prompt = render(form.of(twins), [TWIN_TOOL] if has_tools else None)
     if "{'type': 'text'" in prompt:  # the parts themselves, in Python's notation
@@ -153,7 +153,7 @@ def hidden_by(
 
 
 def is_usual(messages: Sequence[CanonicalMessage], ends: Collection[str]) -> bool:
-    """Whether it goes, and ends, as the conversations that the template was tried with; others are tried one by one."""
+    """Whether a conversation goes on and ends as those that the template was tried with; others are tried each time."""
     before = ""
     for message in messages:
         calls, role = message.get("tool_calls", ()), message["role"]
@@ -180,9 +180,9 @@ _TRIALS: tuple[tuple[str, list[CanonicalMessage]], ...] = (
 
 
 def try_out(render: Render, has_tools: bool) -> TemplateForm:
-    """The form in which the template shows most. It takes milliseconds.
+    """Returns the form in which the template shows most. It takes milliseconds.
 
-    has_tools: whether the prompt has tools; some templates are others then.
+    has_tools: whether the prompt has tools, which changes what some templates show.
     """
     trial = partial(_lacks, render, has_tools=has_tools)
     form, hidden = TemplateForm(), ["tools"] if has_tools else []
@@ -204,26 +204,26 @@ def try_out(render: Render, has_tools: bool) -> TemplateForm:
 
 
 def _forms_of_calls(form: TemplateForm) -> Iterator[TemplateForm]:
-    """What is usual comes first."""
+    """Yields the forms that calls may take, the usual ones first."""
     for has_short_ids, is_parts, (is_text, is_flat) in product((False, True), (False, True), _ARGUMENTS):
         parts = form.as_parts | ({"tool"} if is_parts else set())
         yield TemplateForm(parts, is_text, is_flat, has_short_ids)
 
 
 def _lacks(render: Render, form: TemplateForm, messages: list[CanonicalMessage], has_tools: bool = False) -> set[str]:
-    """What is hidden; a template that raises hides all of it."""
+    """Returns what is hidden: all of it where the template raises."""
     try:
         return set(hidden_by(render, form, messages, has_tools))
-    except Exception:  # of any kind: templates are programs
+    except Exception:  # templates are programs, and raise anything
         return {MESSAGES}
 
 
 def behind_answer(render: Callable[..., str], form: TemplateForm) -> str:
-    """What the prompt has behind an answer that another turn follows; nothing where the template does not show it."""
+    """Returns what the prompt has behind an answer that another turn follows; "" if the template hides the answer."""
     twins, probes = twin_of([_USER, _ASSISTANT, _USER])
     try:
         prompt = render(form.of(twins), None, add_generation_prompt=True)
-    except Exception:  # of any kind: templates are programs
+    except Exception:  # templates are programs, and raise anything
         return ""
     return prompt.partition(probes[1].text)[2]
 
@@ -234,6 +234,6 @@ def shows_images(render: Render, mark: str) -> bool:
     parts = [first, {"type": "image"}, second]
     try:
         prompt = render([{"role": "user", "content": parts}], None)
-    except Exception:  # of any kind: templates are programs
+    except Exception:  # templates are programs, and raise anything
         return False
     return prompt.count(mark) == 1 and all(part["text"] in prompt for part in (first, second))

@@ -1,8 +1,8 @@
-"""Whether a tokenizer does what its tokenizer.json says.
+"""Checks whether a tokenizer does what its tokenizer.json says.
 
-transformers makes some tokenizers anew from the class that tokenizer_config.json names, with that class's own rules for
-cutting text, and takes but the vocabulary from the file. Models whose files name another class than the one that they
-were trained with (`GPT2Tokenizer` with the rules of Llama 3, say) would read other tokens, without a word.
+transformers builds some tokenizers from the class that tokenizer_config.json names, with that class's rules for cutting
+text, and takes only the vocabulary from tokenizer.json. A model whose files name another class than the one that it was
+trained with (`GPT2Tokenizer` with the rules of Llama 3, say) would silently read other tokens.
 """
 
 import json
@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 FLAGS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges")
-LARGEST_HEAD = 2**22  # bytes
+MAX_HEAD_SIZE = 2**22  # bytes
 MODEL, VOCABULARY = re.compile(r'"model"\s*:\s*\{'), re.compile(r'"vocab"\s*:')
 
 
 def departures(tokenizer: Any, directory: Path) -> list[str]:
-    """The parts of the file's tokenizer, if that is of byte pairs, that the loaded one has other rules in.
+    """Returns the parts in which the loaded tokenizer has other rules than the one in the file, if that is a BPE one.
 
-    It takes milliseconds, since the vocabulary is not read; a file of another layout than the library writes has none.
+    It takes milliseconds, since the vocabulary is not read; none are found in a file that the library did not write.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     head = _head(directory / "tokenizer.json")
@@ -31,9 +31,9 @@ def departures(tokenizer: Any, directory: Path) -> list[str]:
     from tokenizers import Tokenizer
 
     empty = {"type": "BPE", "vocab": {}, "merges": []}
-    told = Tokenizer.from_str(json.dumps({**head, "added_tokens": [], "post_processor": None, "model": empty}))
-    changed = [part for part in PARTS if _state(getattr(told, part)) != _state(getattr(backend, part))]
-    if {str(_state(one.decoder).get("type")) for one in (told, backend) if one.decoder} == {"ByteLevel"}:
+    described = Tokenizer.from_str(json.dumps({**head, "added_tokens": [], "post_processor": None, "model": empty}))
+    changed = [part for part in PARTS if _state(getattr(described, part)) != _state(getattr(backend, part))]
+    if {str(_state(one.decoder).get("type")) for one in (described, backend) if one.decoder} == {"ByteLevel"}:
         changed = [part for part in changed if part != "decoder"]  # its options are those of the other direction
     flags = head["model"]
     return changed + [
@@ -44,7 +44,7 @@ def departures(tokenizer: Any, directory: Path) -> list[str]:
 
 
 def by_its_file(tokenizer: Any, directory: Path) -> Any:
-    """The same tokenizer, or the one that tokenizer.json describes where that is another one."""
+    """Returns the same tokenizer, or the one that tokenizer.json describes if that has other rules."""
     changed = departures(tokenizer, directory)
     if not changed:
         return tokenizer
@@ -64,7 +64,7 @@ def _state(part: Any) -> Any:
 
 
 def _rules(state: Any) -> Any:
-    """Without what changes no tokens: where the offsets of a token begin."""
+    """Drops what changes no tokens: where the offsets of a token begin."""
     if isinstance(state, list):
         return [_rules(item) for item in state]
     if isinstance(state, dict):
@@ -73,11 +73,11 @@ def _rules(state: Any) -> Any:
 
 
 def _head(path: Path) -> dict[str, Any] | None:
-    """All that comes before the vocabulary."""
+    """Returns all that comes before the vocabulary; None for a file of another layout or model."""
     if not path.exists():
         return None
     with path.open("rb") as file:
-        text = file.read(LARGEST_HEAD).decode(errors="ignore")
+        text = file.read(MAX_HEAD_SIZE).decode(errors="ignore")
     model = MODEL.search(text)
     vocabulary = model and VOCABULARY.search(text, model.end())
     if vocabulary is None:

@@ -1,4 +1,4 @@
-"""Toolbox: the tools of a request, and which of them may or must be called. It knows no model."""
+"""ToolSet: the tools of a request, and which of them may or must be called. It knows no model."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,11 +9,11 @@ from errors import InvalidRequest
 from schemas import ChatCompletionRequest, TokenizeRequest
 from text.json_bounds import SCHEMA, check_json
 from text.json_schemas import enforceable, patterns_of
-from text.regex_size import MAX_REPEATED, is_too_large
+from text.regex_size import MAX_ADDED, is_too_large
 
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
-MAX_TOOLS = 512  # tools
-OPENS = {  # say something of other properties than those that are listed, or of all together
+MAX_TOOLS = 512
+OPENS = {  # keywords about properties that are not listed, or about all together
     *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
     *("anyOf", "allOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "dependentRequired", "enum", "const"),
 }
@@ -23,19 +23,19 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class ToolSet:
-    shown: tuple[Object, ...]  # as they were sent
-    schemas: Mapping[str, Mapping[str, Any]]  # of the arguments of those that may be called, by name
-    fields: Mapping[str, str]  # where each schema is in the request
-    is_required: bool  # to call one at least
-    is_parallel: bool  # several calls are welcome
-    is_strict: bool  # a call that is not valid must not be made
+    shown: tuple[Object, ...]  # all tools, as they were sent
+    schemas: Mapping[str, Mapping[str, Any]]  # name of a tool that may be called -> schema of its arguments
+    fields: Mapping[str, str]  # name -> the field of the request that has the schema
+    is_required: bool  # at least one must be called
+    is_parallel: bool  # several may be called
+    is_strict: bool  # calls must be valid
 
 
 def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | None:
-    """None if no tool may be called. Raises InvalidRequest, whose param names the field."""
+    """Returns the tools of a request; None if none may be called. Raises InvalidRequest, which names the field."""
     tools = request.tools or []
     if len(tools) > MAX_TOOLS:
-        raise _invalid(f"There are more than {MAX_TOOLS} tools.", "tools")
+        raise _invalid(f"There are more than {MAX_TOOLS} tools: send fewer.", "tools")
     check_json(tools, "tools", SCHEMA)
     functions = [_function(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
     check_patterns((own for function in functions for own in patterns_of(function.get("parameters"))), "tools")
@@ -47,31 +47,33 @@ def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | N
         return None
     is_parallel = isinstance(request, TokenizeRequest) or request.parallel_tool_calls is not False
     return ToolSet(
-        tuple(tools),
-        {f["name"]: _closed(f.get("parameters")) for f in functions if f["name"] in callable_names},
-        {name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},
-        mode != "auto",
-        is_parallel and mode != "named",
-        any(function.get("strict") is True for function in functions),
+        shown=tuple(tools),
+        schemas={f["name"]: _closed(f.get("parameters")) for f in functions if f["name"] in callable_names},
+        fields={name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},
+        is_required=mode != "auto",
+        is_parallel=is_parallel and mode != "named",
+        is_strict=any(function.get("strict") is True for function in functions),
     )
 
 
 def _closed(schema: Object | None) -> Object:
-    """An object of the properties that are listed, if nothing is said of others: small models make up more, which no
-    function expects. A tool without parameters, or without properties, takes no arguments."""
-    own: Object = enforceable(schema or {})
-    listed, required = own.get("properties", {}), own.get("required", [])
+    """Allows no properties but the listed ones, if the schema is silent about others: small models make some up.
+
+    A tool without parameters, or without properties, takes no arguments.
+    """
+    open_schema: Object = enforceable(schema or {})
+    listed, required = open_schema.get("properties", {}), open_schema.get("required", [])
     is_listed = isinstance(listed, dict) and isinstance(required, list) and set(map(str, required)) <= set(listed)
-    is_open = OPENS & own.keys() or not is_listed
-    return {"type": "object", **({} if is_open else {"properties": {}, "additionalProperties": False}), **own}
+    is_open = OPENS & open_schema.keys() or not is_listed
+    return {"type": "object", **({} if is_open else {"properties": {}, "additionalProperties": False}), **open_schema}
 
 
 def check_patterns(patterns: Iterable[str], field: str) -> None:
-    """Raises InvalidRequest for one that would take too much memory; the field is what they are in."""
+    """Raises InvalidRequest, which names the field, for a regular expression that would take too much memory."""
     if any(is_too_large(pattern) for pattern in patterns):
         raise _invalid(
             f"{field} has a regular expression whose repetition counts add more than "
-            f"{MAX_REPEATED} characters: use smaller counts.",
+            f"{MAX_ADDED} characters: use smaller counts.",
             field,
         )
 
@@ -96,10 +98,10 @@ def _function(tool: Object, path: str) -> Object:
     return function
 
 
-def _choice(given: str | Object | None, names: list[str]) -> tuple[str, list[str]]:
-    """Whether tools may, must or must not be called, or one of them once; and which."""
-    if isinstance(given, str) or given is None:
-        mode = "auto" if given is None else given
+def _choice(choice: str | Object | None, names: list[str]) -> tuple[str, list[str]]:
+    """Returns the mode (none, auto, required; named: one tool, once), and the names of tools that may be called."""
+    if isinstance(choice, str) or choice is None:
+        mode = "auto" if choice is None else choice
         if mode not in ("none", "auto", "required"):
             raise _invalid(
                 "tool_choice must be none, auto, required or an object that names a function.", "tool_choice"
@@ -107,24 +109,24 @@ def _choice(given: str | Object | None, names: list[str]) -> tuple[str, list[str
         if mode == "required" and not names:
             raise _invalid("tool_choice needs tools.", "tool_choice")
         return mode, names
-    if given.get("type") == "allowed_tools":
-        return _allowed(given, names)
-    return "named", [_known(given, names, "tool_choice")]
+    if choice.get("type") == "allowed_tools":
+        return _allowed(choice, names)
+    return "named", [_name_of(choice, names, "tool_choice")]
 
 
-def _allowed(given: Object, names: list[str]) -> tuple[str, list[str]]:
-    inner = given.get("allowed_tools", given)
+def _allowed(choice: Object, names: list[str]) -> tuple[str, list[str]]:
+    inner = choice.get("allowed_tools", choice)
     tools = inner.get("tools") if isinstance(inner, dict) else None
     mode = inner.get("mode", "auto") if isinstance(inner, dict) else None
     if not isinstance(tools, list) or not tools or mode not in ("auto", "required"):
         raise _invalid("allowed_tools must have a mode, auto or required, and a list of tools.", "tool_choice")
-    return mode, [_known(tool, names, "tool_choice.allowed_tools") for tool in tools]
+    return mode, [_name_of(tool, names, "tool_choice.allowed_tools") for tool in tools]
 
 
-def _known(given: Any, names: list[str], path: str) -> str:
-    function = (
-        given.get("function") if isinstance(given, dict) and given.get("type", "function") == "function" else None
-    )
+def _name_of(choice: Any, names: list[str], path: str) -> str:
+    """Returns the name of the tool that is chosen, which must be one of the names."""
+    is_function = isinstance(choice, dict) and choice.get("type", "function") == "function"
+    function = choice.get("function") if is_function else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise _invalid(f"{path} must name a function: {{'type': 'function', 'function': {{'name': ...}}}}.", path)

@@ -336,10 +336,10 @@ class _ElementReader:
         ask for those arguments again; if they come again, these count.
         """
         is_strict = self._answer.options.is_strict or self._answer.options.is_forced
-        may_forget = takes_any_text(self._call.schema_of(key), self._call.schema)
+        may_lack_end = takes_any_text(self._call.schema_of(key), self._call.schema)
         own, *others = [
             (name, self._call.argument(name, self._answer.shown(self._call.value(text)), is_guarded=True))
-            for name, text in (self._split(key, value) if may_forget else [(key, value)])
+            for name, text in (self._split(key, value) if may_lack_end else [(key, value)])
         ]
         if all(self._call.fits(*each, is_strict) for each in others):
             self._call.spares |= dict(others)
@@ -370,7 +370,7 @@ class _ElementReader:
         comes before the next element.
         """
         own, marks = self._call.ends[0], self._call.ends if self._answer.is_held else self._call.ends[:1]
-        num_pieces, mark = None, ""  # of the value, if something is forgotten
+        num_pieces, mark = None, ""  # of the value, if something is missing
         try:
             while True:
                 mark = yield from self._answer.until(marks, value.append)
@@ -412,8 +412,8 @@ class _ElementReader:
         """Raises NoCall if neither the call's end follows nor, where that is missing, what comes after it."""
         form = self._format
         after = yield from self._answer.after_blanks(0)
-        forgotten = (form.end, form.name_begin, form.begin) if self._answer.is_held else ()
-        for mark in filter(None, (form.call_end or form.end, *forgotten)):
+        others = (form.end, form.name_begin, form.begin) if self._answer.is_held else ()
+        for mark in filter(None, (form.call_end or form.end, *others)):
             if (yield from self._answer.starts_with(mark, after)):
                 return
         raise NoCall

@@ -175,7 +175,7 @@ class JsonCallReader:
         self._answer.end_call()
 
     def _members(self, head: _Head, at: int) -> Steps[int]:
-        """Reads an object's members up to its brace, or up to the mark behind the call where that is forgotten."""
+        """Reads an object's members up to its brace, or up to the mark behind the call where the brace is missing."""
         while self._answer.text[at] != "}":
             key, at = yield from self._string(at)
             if self._answer.options.is_strict and key != (self._key if head.name else "name"):

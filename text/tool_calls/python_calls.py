@@ -8,8 +8,7 @@ from text.lenient_json import json_of
 
 
 def python_calls(code: str, tools: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]] | None:
-    """Names and arguments of calls as Python writes them, alone, in a list or printed; None if the code is anything
-    else."""
+    """Returns names and arguments of calls that stand alone, in a list or in `print`; None for any other code."""
     try:
         statements = ast.parse(code.strip()).body
         expressions = [s.value if isinstance(s, ast.Expr | ast.Assign) else None for s in statements]
@@ -30,7 +29,7 @@ def _python_call(call: ast.AST | None, tools: Mapping[str, Mapping[str, Any]]) -
     names = list(tools[name].get("properties", {}))
     if len(call.args) > len(names) or any(keyword.arg is None for keyword in call.keywords):
         raise ValueError("arguments without a name")
-    arguments = {own: ast.literal_eval(value) for own, value in zip(names, call.args, strict=False)}
+    arguments = {name: ast.literal_eval(value) for name, value in zip(names, call.args, strict=False)}
     for keyword in call.keywords:
         if keyword.arg in arguments:
             raise ValueError("two values for an argument")

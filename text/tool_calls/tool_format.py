@@ -1,6 +1,6 @@
-"""ToolFormat: how models are told of tools, how they write calls, the grammar of such calls, and how they are read.
+"""ToolFormat: how tools are described to models, how models write calls, the grammar of calls, and their parser.
 
-Each form of calls is a class in a file of its own, and each way to write that form is an object of the class (MARKED,
+Each form of calls is a class in its file, and each way to write that form is an object of the class (MARKED,
 QWEN_XML). A chat template that shows tools teaches the first format of which it has all signs (prompt_templates has
 the order); one that does not is given the format's prompt.
 """
