@@ -26,11 +26,11 @@ from pydantic_core import PydanticKnownError
 FinishReason = Literal["stop", "length", "tool_calls"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
-MOST_MESSAGES = 10_000  # of a conversation
-MOST_ITEMS = 10_000  # of every list without a limit of its own
-MOST_BIASES = 1024
+MAX_MESSAGES = 10_000  # of a conversation
+MAX_ITEMS = 10_000  # of every list without a limit of its own
+MAX_BIASES = 1024
 Item = TypeVar("Item")
-Items = Annotated[list[Item], Field(max_length=MOST_ITEMS, fail_fast=True)]  # one error, not one for each item
+Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]  # one error, not one for each item
 Support = Literal["honoured", "no meaning here", "refused"]  # a field's `x-support` in /openapi.json
 
 
@@ -193,7 +193,7 @@ class SamplingFields(RequestBody):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
 
     @property
     def sampling_values(self) -> Object:
@@ -206,8 +206,8 @@ class SamplingFields(RequestBody):
         """Converts the keys to numbers, because keys in JSON are always strings."""
         if not isinstance(value, dict):
             return value
-        if len(value) > MOST_BIASES:  # checked first: else there is an error for each of them
-            bounds = {"field_type": "Dictionary", "max_length": MOST_BIASES, "actual_length": len(value)}
+        if len(value) > MAX_BIASES:  # checked first: else there is an error for each of them
+            bounds = {"field_type": "Dictionary", "max_length": MAX_BIASES, "actual_length": len(value)}
             raise PydanticKnownError("too_long", bounds)
         return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
 
@@ -301,7 +301,7 @@ class _ConversationRequest(_RenderedRequest):
     store: bool | None = _no_meaning("nothing is stored.")
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 JSON_SCHEMA = frozenset({"name", "description", "schema", "strict"})
@@ -435,7 +435,7 @@ class ReasoningConfig(RequestBody):
 
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
     known_inside = {"tool_choice": frozenset({"type", "name", "function", "mode", "tools"})}
-    input: str | Annotated[list[InputItem], Field(max_length=MOST_MESSAGES - 1, fail_fast=True)]  # 1: instructions
+    input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES - 1, fail_fast=True)]  # 1: instructions
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
