@@ -239,6 +239,8 @@ class Generation:
 
     def _take_tokens(self, is_end: bool) -> "tuple[tuple[SampledToken, ...], tuple[int, ...]]":
         """Returns the tokens whose text has begun to show, with their offsets; at the end all but what was cut off."""
+        if not self._tokens:  # log-probabilities were not asked for
+            return (), ()
         num_shown = bisect_left(self._offsets, self._reader.num_released)
         if is_end and not self._reader.is_stopped:
             num_shown = len(self._tokens)
