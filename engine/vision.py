@@ -17,7 +17,7 @@ KEPT_FEATURES = 256 * 2**20  # bytes of features that are kept for later request
 class Image:
     """One crop of an image, and its place in a prompt."""
 
-    digest: bytes  # of the pixels
+    digest: bytes  # of the grid and the pixels
     pixels: torch.Tensor | None  # as the model's vision family takes them; None once the features are there
     start: int  # position of its first token
     grid: tuple[int, int]  # rows and columns of its tokens

@@ -24,6 +24,7 @@ from schemas import Message
 from serving.image_fetcher import ImageFetcher
 from serving.image_inputs import ImageInputs
 from serving.loading import open_image_inputs
+from vision.family import ImageCrop
 from vision.gemma3 import ELONGATED, PAN_AND_SCAN, Gemma3Vision
 
 MODEL = "Tiny-Gemma3"
@@ -137,6 +138,12 @@ def test_detail_decides_whether_an_image_is_also_shown_in_parts(
     prompt = prompt.replace("<start_of_image>", shown)
     assert token_ids == processor.tokenizer(prompt, add_special_tokens=False).input_ids
     assert torch.equal(torch.stack([image.pixels for image in images]), pictures["pixel_values"])
+
+
+def test_the_same_pixels_in_another_grid_are_another_image() -> None:
+    white = torch.ones(6, 3)
+    digests = [ImageCrop.of(white, grid).digest for grid in ((2, 3), (3, 2), (2, 3))]
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_what_a_user_writes_is_no_image(seeing_checkpoint: Path) -> None:

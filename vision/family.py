@@ -7,6 +7,7 @@ tokens see and for where they stand. To add a kind, write its class and name it 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -20,7 +21,14 @@ class ImageCrop:
 
     pixels: "torch.Tensor"  # in the shape that the family's `encode` takes
     grid: tuple[int, int]  # rows and columns of its tokens
-    digest: bytes  # of the pixels
+    digest: bytes  # of the grid and the pixels
+
+    @classmethod
+    def of(cls, pixels: "torch.Tensor", grid: tuple[int, int]) -> "ImageCrop":
+        """pixels: on the CPU."""
+        digest = blake2b(repr(grid).encode(), digest_size=16)  # pixels of one colour are the same in any grid
+        digest.update(pixels.numpy().tobytes())
+        return cls(pixels, grid, digest.digest())
 
     @property
     def num_tokens(self) -> int:

@@ -4,7 +4,6 @@ Source: transformers' processor and model of Gemma 3, and the Gemma 3 report (pa
 """
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +40,7 @@ class Gemma3Vision(VisionFamily):
         if detail in ELONGATED:
             options = {**PAN_AND_SCAN, "pan_and_scan_min_ratio_to_activate": ELONGATED[detail]}
         pixels = processor(picture, return_tensors="pt", **options)["pixel_values"]
-        return [
-            ImageCrop(crop, self._grid, blake2b(crop.numpy().tobytes(), digest_size=16).digest()) for crop in pixels
-        ]
+        return [ImageCrop.of(crop, self._grid) for crop in pixels]
 
     def prompt_text(self, crop_tokens: Sequence[int]) -> str:
         whole, *parts = [f"\n\n{self.mark}{self.token * count}<end_of_image>\n\n" for count in crop_tokens]
