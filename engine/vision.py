@@ -55,8 +55,7 @@ class VisionEncoder:
     def encode(self, images: Images[Image]) -> None:
         """Encodes images of one size in one batch. Raises what the model raises."""
         distinct = {image.digest: image for image in images if image.features is None}
-        tower: torch.nn.Module = self._model
-        weight = next(p for name, p in tower.named_parameters() if "vision" in name)
+        weight = next(self._model.get_encoder("image").parameters())
         pixels = [
             image.pixels.to(weight.device, weight.dtype) for image in distinct.values() if image.pixels is not None
         ]
