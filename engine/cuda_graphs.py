@@ -15,7 +15,8 @@ from engine.attention.paged import GroupAttention, StepAttention
 from engine.batch import Span
 from engine.kv_cache import KVCache, LayerGroup, first_visible
 
-Compute = Callable[[torch.Tensor, torch.Tensor, StepAttention], torch.Tensor]  # ids, positions (1, rows), step: logits
+Compute = Callable[[torch.Tensor, torch.Tensor, StepAttention], torch.Tensor]  # ids, positions, step: logits
+Positions = Callable[[Span], list[list[int]]]  # of a span's tokens, for each axis
 GraphRecorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
@@ -46,6 +47,8 @@ class DecodeGraphs:
     def __init__(
         self,
         compute: Compute,
+        positions: Positions,
+        num_axes: int,
         cache: KVCache,
         kernel: Kernel,
         max_num_seqs: int,
@@ -53,17 +56,17 @@ class DecodeGraphs:
         device: torch.device,
         record_graph: GraphRecorder = record_graph,
     ) -> None:
-        """record_graph: records a step; tests without a GPU pass their own."""
+        """num_axes: coordinates of a position. record_graph: records a step; tests without a GPU pass their own."""
         self._cache, self._kernel = cache, kernel
+        self._positions, self._num_axes = positions, num_axes
         self._sizes = [1]
         while self._sizes[-1] < max_num_seqs:
             self._sizes.append(2 * self._sizes[-1])
         self._widths = [_width(group, cache.block_size, max_model_len) for group in cache.groups]
-        # A row: token, position, and for each group: slot, length, table
-        self._columns = [0, *itertools.accumulate((2 + width for width in self._widths[:-1]), initial=2)]
-        self._rows = torch.zeros(
-            self._sizes[-1], 2 + sum(2 + w for w in self._widths), dtype=torch.int32, device=device
-        )
+        # A row: token, position on each axis, and for each group: slot, length, table
+        places = [*itertools.accumulate((2 + width for width in self._widths), initial=1 + num_axes)]
+        self._columns = [0, *places[:-1]]
+        self._rows = torch.zeros(self._sizes[-1], places[-1], dtype=torch.int32, device=device)
         self._fill([], self._sizes[-1])
         self._replays = {size: record_graph(partial(self._run, compute, size)) for size in reversed(self._sizes)}
 
@@ -92,7 +95,8 @@ class DecodeGraphs:
         self._rows[:size].copy_(staged, non_blocking=True)
 
     def _row(self, span: Span) -> list[list[int]]:
-        parts, size = [[span.token_at(span.start), span.start]], self._cache.block_size
+        position = [axis[0] for axis in self._positions(span)]
+        parts, size = [[span.token_at(span.start), *position]], self._cache.block_size
         for index, group in enumerate(self._cache.groups):
             table = span.sequence.block_tables[index]
             first = first_visible(span.start, group.window) // size
@@ -102,10 +106,11 @@ class DecodeGraphs:
 
     def _idle_row(self) -> list[list[int]]:
         size = self._cache.block_size
-        return [[0, 0], *([group.num_blocks * size, 1, group.num_blocks] for group in self._cache.groups)]
+        nowhere = [0] * (1 + self._num_axes)
+        return [nowhere, *([group.num_blocks * size, 1, group.num_blocks] for group in self._cache.groups)]
 
     def _run(self, compute: Compute, size: int) -> torch.Tensor:
-        rows, column = self._rows[:size], 2
+        rows, column = self._rows[:size], 1 + self._num_axes
         groups = []
         starts = torch.arange(size + 1, dtype=torch.int32, device=rows.device)
         for group, width in zip(self._cache.groups, self._widths, strict=True):
@@ -124,7 +129,8 @@ class DecodeGraphs:
             )
             groups.append(GroupAttention(slots, decodes=(), prefills=(), flash=batch))
         step = StepAttention(self._cache, groups, self._kernel)
-        return compute(rows[None, :, 0].long(), rows[None, :, 1].long(), step)
+        positions = rows[:, 1 : 1 + self._num_axes].T.long()
+        return compute(rows[None, :, 0].long(), positions if len(positions) == 1 else positions[:, None], step)
 
 
 def _width(group: LayerGroup, block_size: int, max_model_len: int) -> int:

@@ -243,16 +243,23 @@ class ModelRunner:
 
     def _positions(self, layout: _Layout) -> torch.Tensor:
         """(1, tokens), or (axes, 1, tokens) for a model whose images have positions of more coordinates than one."""
-        family = self._vision_family
-        axes: list[list[int]] = [[] for _ in range(1 if family is None else family.position_axes)]
+        axes: list[list[int]] = [[] for _ in range(self._num_axes)]
         for span in layout.spans:
-            rows: Iterable[Iterable[int]] = [range(span.start, span.end)] * len(axes)
-            if family is not None and span.sequence.images:
-                rows = family.positions(span.start, span.end, span.sequence.images)
-            for axis, positions in zip(axes, rows, strict=True):
+            for axis, positions in zip(axes, self._positions_of(span), strict=True):
                 axis += positions
         tensor = torch.tensor(axes, device=self.device)
         return tensor if len(axes) == 1 else tensor[:, None]
+
+    def _positions_of(self, span: Span) -> list[list[int]]:
+        """The positions of the span's tokens for each axis."""
+        family = self._vision_family
+        if family is None or not span.sequence.images:
+            return [list(range(span.start, span.end))] * self._num_axes
+        return family.positions(span.start, span.end, span.sequence.images)
+
+    @property
+    def _num_axes(self) -> int:
+        return 1 if self._vision_family is None else self._vision_family.position_axes
 
     @torch.inference_mode()
     def record_graphs(self, max_rows: int, max_model_len: int, record_graph: GraphRecorder = record_graph) -> None:
@@ -260,7 +267,15 @@ class ModelRunner:
         assert self.flash is not None
         try:
             self._graphs = DecodeGraphs(
-                self._compute, self.cache, self.flash, max_rows, max_model_len, self.device, record_graph
+                compute=self._compute,
+                positions=self._positions_of,
+                num_axes=self._num_axes,
+                cache=self.cache,
+                kernel=self.flash,
+                max_rows=max_rows,
+                max_model_len=max_model_len,
+                device=self.device,
+                record_graph=record_graph,
             )
         except RuntimeError as error:  # the model moves something to the CPU, or memory is short
             log.info("CUDA graphs are off: %s", first_line(error))

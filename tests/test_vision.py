@@ -21,6 +21,7 @@ from engine.quantization import QUANTIZATIONS
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.vision import Image, VisionEncoder
+from vision.gemma3 import Gemma3Vision
 
 GRID = (4, 4)  # rows and columns of an image's tokens
 IMAGE = VOCAB - 1  # the placeholder's id
@@ -142,12 +143,26 @@ def test_preempted_requests_are_computed_again() -> None:
     assert engine.scheduler.num_preemptions > 0
 
 
-def test_the_gpus_path_gives_the_same_tokens() -> None:
+def recorded_engine() -> Engine:
     engine = engine_of()
     runner = ModelRunner(tiny_gemma_that_sees(IMAGE), engine.scheduler.cache, flash=flash.reference)
     runner.record_graphs(8, engine.max_model_len, record_graph=lambda run: run)
     engine.runner = runner
+    return engine
+
+
+def test_the_gpus_path_gives_the_same_tokens() -> None:
+    engine = recorded_engine()
     assert finish(engine, [sequence_of(name) for name in LAYOUTS]) == [expected(name) for name in LAYOUTS]
+
+
+def test_recorded_steps_stand_where_the_family_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crowded(family: Gemma3Vision, start: int, end: int, images: Any) -> list[list[int]]:
+        return [[position // 2 for position in range(start, end)]]
+
+    monkeypatch.setattr(Gemma3Vision, "positions", crowded)
+    recorded, plain = (finish(engine, [sequence_of("one image")]) for engine in (recorded_engine(), engine_of()))
+    assert recorded == plain != [expected("one image")]
 
 
 def test_an_image_whose_tokens_see_only_what_is_before_them_may_be_cut() -> None:
