@@ -3,15 +3,22 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from engine import weight_files
 from errors import ModelLoadError, first_line
+from vision.families import vision_family_of
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # those that the KV cache can hold
 # Activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
@@ -80,15 +87,24 @@ def choose_dtype(setting: str, model_type: str, on_cuda: bool) -> torch.dtype:
     return dtype
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that makes the model: some models that see are only among those of images and text."""
+    return AutoModelForCausalLM if _is_causal_lm(config) else AutoModelForImageTextToText
+
+
+def _is_causal_lm(config: PreTrainedConfig) -> bool:
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def check_architecture(config: PreTrainedConfig) -> None:
     """Raises ModelLoadError for models that are not causal language models, or attend in a way that the KV cache does
     not support."""
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not _is_causal_lm(config) and vision_family_of(config) is None:
         raise ModelLoadError(
             f"Models of type {config.model_type!r} are not supported: transformers has no causal "
             "language model of this type."
         )
-    model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    model_class = cast(type[PreTrainedModel], auto_class(config)._model_mapping[type(config)])
     if not model_class._supports_attention_backend:
         raise ModelLoadError(
             f"Models of type {config.model_type!r} are not supported: transformers allows no other "

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
 from engine import memory, weight_files
 from engine.attention import fused, paged
-from engine.checked_model import CheckedModel
+from engine.checked_model import CheckedModel, auto_class
 from engine.cpu import kernels, packed_checkpoint, packed_layers
 from engine.quantization import BFLOAT16_KERNELS, FROM_FILE, NONE, STOCK, Quantization, choose
 from engine.report import Report
@@ -77,7 +77,7 @@ def _load_stock(checked: CheckedModel, weights: Quantization, report: Report) ->
             **weights.bitsandbytes, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_layers_to_keep(config)
         )
     with _weights_progress(report):
-        result = AutoModelForCausalLM.from_pretrained(
+        result = auto_class(config).from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -112,7 +112,7 @@ def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
     """The layers that bitsandbytes must not quantize: the model's routers and its own defaults. None if the model has
     no routers, so that its defaults apply."""
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = auto_class(config).from_config(config)
     routers = [name for name, _ in model.named_modules() if packed_layers.ROUTER.search(name)]
     return [*get_keys_to_not_convert(model), *routers] if routers else None
 
@@ -153,7 +153,7 @@ def _num_parameters(config: PreTrainedConfig) -> int:
     if getattr(config, "quantization_config", None) is not None:
         return 0
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = auto_class(config).from_config(config)
     return int(model.num_parameters())
 
 

@@ -272,7 +272,7 @@ class ModelRunner:
                 num_axes=self._num_axes,
                 cache=self.cache,
                 kernel=self.flash,
-                max_rows=max_rows,
+                max_num_seqs=max_rows,
                 max_model_len=max_model_len,
                 device=self.device,
                 record_graph=record_graph,

@@ -11,6 +11,7 @@ from models import VOCAB, generate
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    CLIPVisionConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
@@ -18,6 +19,9 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -26,12 +30,14 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from engine.attention import paged
 from engine.build import build_engine
 from engine.checked_model import check_architecture, check_model, choose_dtype
 from engine.engine import EngineOptions
 from engine.model_loader import load_model
 from engine.sampling_params import SamplingParams
 from errors import ModelLoadError
+from vision.families import FAMILIES
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -126,6 +132,22 @@ def check_or_probe(directory: Path) -> None:
 
     tiny = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
     build_engine(MambaForCausalLM(tiny), EngineOptions(), frozenset())
+
+
+def test_a_model_of_images_and_text_is_loaded_if_it_has_a_vision_family(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = LlamaConfig(**SMALL, head_dim=12)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**tower, image_size=28, patch_size=14)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=VOCAB - 1)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match="llava.*no causal language model"):
+        load_model(check_model(tmp_path, "float32", "cpu"), lambda phase, fraction: None)
+    monkeypatch.setitem(FAMILIES, "llava", lambda config: object())
+    model = load_model(check_model(tmp_path, "float32", "cpu"), lambda phase, fraction: None)
+    assert isinstance(model, LlavaForConditionalGeneration)
+    assert model.config.get_text_config()._attn_implementation == paged.NAME
 
 
 def test_attention_sinks_are_refused_rather_than_left_out() -> None:
