@@ -198,7 +198,7 @@ def _fuse_layers(model: PreTrainedModel, kernel: Kernel | None) -> None:
 def _tokens_per_image(model: PreTrainedModel) -> int:
     """The tokens that a step must hold for an image that it may not cut; 0 for a model without such images."""
     family = vision_family_of(model.config)
-    return 0 if family is None or family.is_causal else family.max_crop_tokens
+    return 0 if family is None else family.max_crop_tokens
 
 
 def _plan(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -233,7 +233,7 @@ class ModelRunner:
         token_ids: (1, tokens); positions: (1, tokens), or (axes, 1, tokens); rows: the tokens to give logits for, 0 for
         all of them; features: for each image the row of its first token, and (tokens, features).
         """
-        inputs: dict[str, torch.Tensor] = {"input_ids": token_ids}
+        inputs: dict[str, Any] = {"input_ids": token_ids}
         if features:
             assert self._vision_family is not None
             embeddings = cast(torch.Tensor, self.model.get_input_embeddings()(token_ids))

@@ -60,9 +60,9 @@ class VisionFamily(ABC):
         self.image_token_id: int = config.image_token_id  # stands for each token of a crop
 
     @property
-    @abstractmethod
     def max_crop_tokens(self) -> int:
-        """The largest number of tokens of one crop; a step must hold as many if the family is not causal."""
+        """The largest number of tokens of a crop that no step may cut; a causal family has none."""
+        return 0
 
     @abstractmethod
     def crops(self, processor: Any, picture: "Picture", detail: str) -> list[ImageCrop]:
@@ -76,12 +76,11 @@ class VisionFamily(ABC):
     def encode(self, model: Any, pixels: "Sequence[torch.Tensor]") -> "Sequence[torch.Tensor]":
         """The features of crops, each (num_tokens, features). Raises what the model, which is transformers', raises."""
 
-    def inputs(
-        self, embeddings: "torch.Tensor", features: "Iterable[tuple[int, torch.Tensor]]"
-    ) -> "dict[str, torch.Tensor]":
-        """What the text model is called with in place of token ids: here the features in place of the embeddings.
+    def inputs(self, embeddings: "torch.Tensor", features: "Iterable[tuple[int, torch.Tensor]]") -> dict[str, Any]:
+        """What the model is called with in place of token ids: here the features in place of the embeddings.
 
-        embeddings: (1, tokens, hidden size), may be written to; features: with the row of the first token of each.
+        embeddings: (1, tokens, hidden size), may be written to; features: of crops or parts of them, in the order of
+        their rows, with the row of the first token of each.
         """
         for first, rows in features:
             embeddings[0, first : first + len(rows)] = rows.to(embeddings)
