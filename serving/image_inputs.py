@@ -80,7 +80,13 @@ class ImageInputs:
         return crops
 
     def _process(self, data: bytes, detail: str, param: str) -> list[ImageCrop]:
-        return self.family.crops(self._processor, image_decoder.decode(data, param), detail)
+        picture = image_decoder.decode(data, param)
+        try:
+            return self.family.crops(self._processor, picture, detail)
+        except ValueError as error:
+            raise InvalidRequest(
+                f"The model cannot see the image: {error}.", param=param, code="invalid_image"
+            ) from error
 
     def place(self, token_ids: Sequence[int], crops: Sequence[ImageCrop]) -> "tuple[Image, ...]":
         """Puts each crop where the prompt has its tokens."""

@@ -172,6 +172,18 @@ def test_what_cannot_be_seen_is_refused_by_name(
     assert (refused.value.code, refused.value.param) == (code, param)
 
 
+def test_an_image_that_the_family_cannot_take_is_refused(
+    monkeypatch: pytest.MonkeyPatch, seeing_checkpoint: Path
+) -> None:
+    def refuse(*arguments: Any) -> list[ImageCrop]:
+        raise ValueError("its sides differ too much")
+
+    monkeypatch.setattr(Gemma3Vision, "crops", refuse)
+    with pytest.raises(InvalidRequest, match="cannot see the image: its sides differ") as refused:
+        rendered([{"role": "user", "content": [part(1)]}], seeing_checkpoint)
+    assert (refused.value.code, refused.value.param) == ("invalid_image", "messages[0].content[0]")
+
+
 def test_after_a_bad_image_the_others_are_given_up(seeing_checkpoint: Path) -> None:
     async def run() -> None:
         begun, ended = 0, 0

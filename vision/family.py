@@ -66,7 +66,10 @@ class VisionFamily(ABC):
 
     @abstractmethod
     def crops(self, processor: Any, picture: "Picture", detail: str) -> list[ImageCrop]:
-        """The image as the model sees it. processor: transformers' image processor of the model."""
+        """The image as the model sees it. processor: transformers' image processor of the model.
+
+        Raises ValueError for an image that the model cannot see, such as one that is far too long.
+        """
 
     @abstractmethod
     def prompt_text(self, crop_tokens: Sequence[int]) -> str:
