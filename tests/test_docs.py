@@ -191,6 +191,14 @@ def test_what_the_architecture_names_is_in_the_code() -> None:
     assert len(named) > 20 and named <= identifiers()
 
 
+def test_the_recipes_name_files_and_names_that_exist() -> None:
+    recipes = text_of("docs/architecture.md").partition("## Recipes")[2].partition("## Files")[0]
+    paths = set(re.findall(r"`([\w/]+(?:\.py|/))`", recipes))
+    assert len(paths) > 15 and all((ROOT / path).exists() for path in paths), paths
+    named = set(re.findall(r"`([A-Za-z]\w*(?:\.\w+)?)`", recipes)) - paths
+    assert len(named) > 5 and named <= identifiers() | {name.upper() for name in Settings.model_fields}
+
+
 # --- figures
 
 
