@@ -26,7 +26,7 @@ with suppress(ImportError):  # the tests for GPUs also run in a Python without h
 
 CLOCKS = (  # prefixes of files whose tests measure time or memory: they run in one worker
     *("test_hostile", "test_raw_sockets", "test_deadline", "test_memory", "test_gateway", "test_wire"),
-    *("test_embeddings", "test_fuzz"),
+    *("test_embed", "test_fuzz"),
 )
 collect_ignore = ["clients", "ray"]  # `make test-clients` and `make test-ray` run them, in other environments
 
@@ -160,3 +160,11 @@ def demo_client(demo_server: Server) -> "Iterator[OpenAI]":
 
     with OpenAI(base_url=demo_server.url + "/v1", api_key="none") as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_encoders import save_tiny_encoder
+
+    prompts = {"query": "query: ", "document": "text: "}
+    return save_tiny_encoder(tmp_path_factory.mktemp("models") / "Tiny-Encoder", prompts=prompts)
