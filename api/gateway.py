@@ -142,7 +142,7 @@ def _seconds(timeout: Any) -> float | None:
 
 
 def _with_body(request: Request, body: dict[str, Any]) -> Request:
-    """The same request with another body."""
+    """Returns the request with another body."""
     content: bytes | None = json.dumps(body).encode()
 
     async def receive() -> Any:

@@ -102,7 +102,7 @@ class Sequence:
         return tuple(image for image in self.images if image.start < end and image.end > start)
 
     def whole_images_in(self, start: int, end: int) -> tuple[Image, ...]:
-        """Those that no step may cut, since their tokens see each other."""
+        """The images of that range that no step may cut, since their tokens see each other."""
         return tuple(image for image in self.images_in(start, end) if not image.is_causal)
 
     def whole_chunk(self, end: int) -> int:

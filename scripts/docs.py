@@ -105,7 +105,7 @@ def name_of(field: str) -> str:
 
 
 def default_of(info: FieldInfo) -> str:
-    """The default as somebody would write it in .env; empty where the description has it in words, or none is."""
+    """The default as it is written in .env; empty where the description has it in words, or none is."""
     value = info.default
     if value is None or value in ((), {}):
         return ""

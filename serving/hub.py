@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "huggingface/"
 SETTLING = 2.0  # seconds that a request may take from its model's name to the engine: its prompt is rendered before
-PATIENCE = 30.0  # seconds that a request waits for a model; then it is told to come again
+PATIENCE = 30.0  # seconds that a request waits for a model before it gets a 503
 
 
 class HubModels:
