@@ -53,7 +53,7 @@ class Services:
 
     async def text_model(self, name: str) -> LocalModel:
         """Finds the model here that answers: a model of the Hub by its name, or the main one. Raises APIError."""
-        return await self.hub.provider(name) if self.hub.serves(name) and not self.local.serves(name) else self.local
+        return await self.hub.model(name) if self.hub.serves(name) and not self.local.serves(name) else self.local
 
 
 def services_of(app: FastAPI) -> Services:

@@ -49,7 +49,7 @@ class HubModels:
     def serves(self, model: str) -> bool:
         return model.startswith(PREFIX)
 
-    async def provider(self, model: str) -> LocalModel:
+    async def model(self, model: str) -> LocalModel:
         """Returns the model of that name, loading it first if necessary.
 
         Raises ModelNotFound for a name that is not a Hub id, UpstreamUnreachable while the Hub is out of reach,

@@ -47,8 +47,8 @@ def with_models(cache: Path, scenario: Callable[[HubModels], Any], **settings: A
 
 async def ask(models: HubModels, model: str) -> Any:
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
-    provider = await models.provider(model)
-    return await collect_chat(provider.stream_chat(ChatCompletionRequest.model_validate(body)))
+    model = await models.model(model)
+    return await collect_chat(model.stream_chat(ChatCompletionRequest.model_validate(body)))
 
 
 def test_a_model_of_the_hub_answers_under_its_name_and_makes_room_for_the_next(cache: Path) -> None:
@@ -56,9 +56,9 @@ def test_a_model_of_the_hub_answers_under_its_name_and_makes_room_for_the_next(c
         both = await asyncio.gather(ask(models, "huggingface/acme/one"), ask(models, "huggingface/acme/one"))
         assert {answer.model for answer in both} == {"huggingface/acme/one"}
         assert both[0].choices == both[1].choices
-        first = await models.provider("huggingface/acme/one")
+        first = await models.model("huggingface/acme/one")
         with pytest.raises(Unavailable):  # somebody may be about to ask it
-            await models.provider("huggingface/acme/two")
+            await models.model("huggingface/acme/two")
         await asyncio.sleep(SETTLING)
         other = await ask(models, "huggingface/acme/two")
         assert other.model == "huggingface/acme/two" and other.choices == both[0].choices
@@ -69,12 +69,12 @@ def test_a_model_of_the_hub_answers_under_its_name_and_makes_room_for_the_next(c
 
 def test_a_model_that_answers_is_not_pushed_out(cache: Path) -> None:
     async def scenario(models: HubModels) -> None:
-        provider = await models.provider("huggingface/acme/one")
+        model = await models.model("huggingface/acme/one")
         body = {"model": "huggingface/acme/one", "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
-        stream = provider.stream_chat(ChatCompletionRequest.model_validate(body))
+        stream = model.stream_chat(ChatCompletionRequest.model_validate(body))
         await anext(stream)
         with pytest.raises(Unavailable):
-            await models.provider("huggingface/acme/two")
+            await models.model("huggingface/acme/two")
         await stream.aclose()
 
     with_models(cache, scenario)
@@ -87,39 +87,39 @@ def fail(batch: Batch) -> None:
 @pytest.mark.parametrize("next_name", ["one", "two"])
 def test_a_model_whose_engine_died_is_in_nobodys_way_and_is_loaded_anew(cache: Path, next_name: str) -> None:
     async def scenario(models: HubModels) -> None:
-        first = await models.provider("huggingface/acme/one")
+        first = await models.model("huggingface/acme/one")
         assert first.loaded is not None
         first.loaded.engine.runner.run = fail
         with pytest.raises(EngineFailure):
             await ask(models, "huggingface/acme/one")
         assert (await ask(models, f"huggingface/acme/{next_name}")).choices
         assert first.loaded is None, "its memory is given back"
-        assert await models.provider(f"huggingface/acme/{next_name}") is not first
+        assert await models.model(f"huggingface/acme/{next_name}") is not first
 
     with_models(cache, scenario)
 
 
 def test_a_name_that_does_not_exist_pushes_nothing_out(cache: Path) -> None:
     async def scenario(models: HubModels) -> None:
-        provider = await models.provider("huggingface/acme/one")
+        model = await models.model("huggingface/acme/one")
         await asyncio.sleep(SETTLING)
         both = await asyncio.gather(
-            models.provider("huggingface/acme/none"), models.provider("huggingface/acme/none"), return_exceptions=True
+            models.model("huggingface/acme/none"), models.model("huggingface/acme/none"), return_exceptions=True
         )
         assert all(isinstance(error, UpstreamUnreachable) for error in both)
-        assert provider.loaded is not None and await models.provider("huggingface/acme/one") is provider
+        assert model.loaded is not None and await models.model("huggingface/acme/one") is model
 
     with_models(cache, scenario)
 
 
 def test_a_model_that_nobody_asks_is_unloaded(cache: Path) -> None:
     async def scenario(models: HubModels) -> None:
-        provider = await models.provider("huggingface/acme/one")
+        model = await models.model("huggingface/acme/one")
         for _ in range(100):
-            if provider.loaded is None:
+            if model.loaded is None:
                 break
             await asyncio.sleep(0.05)
-        assert provider.loaded is None
+        assert model.loaded is None
         assert (await ask(models, "huggingface/acme/one")).choices
 
     with_models(cache, scenario, huggingface_idle=0.4)
@@ -141,7 +141,7 @@ def test_what_is_not_there_is_said_at_once_and_no_path_is_a_name(
     async def scenario(models: HubModels) -> None:
         for _ in range(2):
             with pytest.raises(error) as refusal:
-                await models.provider(model)
+                await models.model(model)
             assert refusal.value.status == status
 
     with_models(cache, scenario)
@@ -150,6 +150,6 @@ def test_what_is_not_there_is_said_at_once_and_no_path_is_a_name(
 def test_a_model_beyond_the_bound_is_refused(cache: Path) -> None:
     async def scenario(models: HubModels) -> None:
         with pytest.raises(InvalidRequest, match="HUGGINGFACE_MEMORY"):
-            await models.provider("huggingface/acme/one")
+            await models.model("huggingface/acme/one")
 
     with_models(cache, scenario, huggingface_memory=1000)
