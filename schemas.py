@@ -771,6 +771,11 @@ class Model(BaseModel):
     recommended_quantization: str | None = None
 
     @classmethod
+    def of_server(cls, name: str, created: int, **known: Any) -> "Model":
+        """Makes the entry for a model of this server; `known` are further fields of it."""
+        return cls(id=name, created=created, permission=[ModelPermission(created=created)], root=name, **known)
+
+    @classmethod
     def of_provider(cls, owner: str, name: str) -> "Model":
         """Makes the entry for a model of another provider."""
         return cls(id=f"{owner}/{name}", created=0, owned_by=owner, permission=[], root=name)

@@ -31,7 +31,6 @@ from schemas import (
     EmbeddingResponse,
     EmbeddingUsage,
     Model,
-    ModelPermission,
     RerankedDocument,
     RerankRequest,
     RerankResponse,
@@ -43,7 +42,8 @@ from serving.model_pool import ModelPool
 from serving.model_slot import ModelSlot, in_daemon_thread
 
 if TYPE_CHECKING:
-    from engine.embedding.embedder import Embedder, Vectors
+    from engine.embedding.embedder import Embedder
+    from engine.embedding.text_models import Vectors
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,15 +107,7 @@ class EmbeddingModels:
 
     def models(self) -> list[Model]:
         """The models that are loaded, and the one that the settings name while it loads."""
-        return [
-            Model(
-                id=source.name,
-                created=slot.created,
-                permission=[ModelPermission(created=slot.created)],
-                root=source.name,
-            )
-            for source, slot in self._listed.items()
-        ]
+        return [Model.of_server(source.name, slot.created) for source, slot in self._listed.items()]
 
     @property
     def _listed(self) -> dict[ModelSource, "ModelSlot[Embedder]"]:
@@ -192,14 +184,14 @@ class EmbeddingModels:
         """Returns the bytes that the model will take. Raises ModelLoadError for more than EMBEDDING_MEMORY."""
         with IMPORTING:
             importlib.import_module("sentence_transformers")
-            from engine.embedding.embedder import loaded_size
+            from engine.embedding.loader import loaded_size
 
         size = loaded_size(directory, self._settings.embedding_device)
         self._bound.check(name, size)
         return size
 
     def _open(self, name: str, directory: Path) -> "Embedder":
-        from engine.embedding.embedder import load_embedder
+        from engine.embedding.loader import load_embedder
 
         settings = self._settings
         return load_embedder(directory, name, settings.embedding_device, settings.allow_truncated_dims)

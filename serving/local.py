@@ -20,7 +20,6 @@ from schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
     Model,
-    ModelPermission,
     TokenizeRequest,
     TokenizeResponse,
 )
@@ -139,15 +138,7 @@ class LocalModel:
         return model.casefold() in self._names
 
     def models(self) -> list[Model]:
-        return [
-            Model(
-                id=self.name,
-                created=self._created,
-                permission=[ModelPermission(created=self._created)],
-                root=self.name,
-                **self._about_model(),
-            )
-        ]
+        return [Model.of_server(self.name, self._created, **self._about_model())]
 
     def _about_model(self) -> dict[str, Any]:
         if self.loaded is None:

@@ -101,12 +101,12 @@ class RequestUsage:
     def timings(self) -> Timings:
         now = time.perf_counter()
         first = self._first_at or now
-        queue_time, generated = max(first - self._begin, 1e-6), max(now - first, 1e-6)
+        until_first, generated = max(first - self._begin, 1e-6), max(now - first, 1e-6)  # seconds
         num_tokens = sum(self._counts.values())
         return Timings(
             prompt_n=self._prompt_tokens,
-            prompt_ms=queue_time * 1000,
-            prompt_per_second=self._prompt_tokens / queue_time,
+            prompt_ms=until_first * 1000,
+            prompt_per_second=self._prompt_tokens / until_first,
             predicted_n=num_tokens,
             predicted_ms=generated * 1000,
             predicted_per_second=max(num_tokens - len(self._counts), 0) / generated,

@@ -168,3 +168,21 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     prompts = {"query": "query: ", "document": "text: "}
     return save_tiny_encoder(tmp_path_factory.mktemp("models") / "Tiny-Encoder", prompts=prompts)
+
+
+@pytest.fixture(scope="session")
+def bounded(tiny_checkpoint: Path) -> Iterator[Server]:
+    """A server with small bounds, for bytes over raw sockets."""
+    from raw_sockets import bounded_server
+
+    with bounded_server(tiny_checkpoint) as server:
+        yield server
+
+
+@pytest.fixture
+def served_before_and_after(bounded: Server) -> Iterator[None]:
+    """Checks that a client after the test gets the same answer as one before it."""
+    from raw_sockets import served_as_before
+
+    with served_as_before(bounded):
+        yield

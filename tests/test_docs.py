@@ -58,8 +58,8 @@ def test_the_defaults_of_env_example_are_the_defaults(tmp_path: Path, monkeypatc
     (tmp_path / ".env").write_text(re.sub(r"^#(?=[A-Z_]+=)", "", text_of(".env.example"), flags=re.MULTILINE))
     for name in NAMES | ALIASES:
         monkeypatch.delenv(name, raising=False)
-    read = Settings(_env_file=tmp_path / ".env")  # type: ignore[call-arg]
-    assert read == Settings(_env_file=None)  # type: ignore[call-arg]
+    read = Settings(_env_file=tmp_path / ".env")
+    assert read == Settings(_env_file=None)
 
 
 def test_every_setting_has_a_sentence_and_its_default() -> None:
@@ -161,7 +161,7 @@ def test_every_document_is_reached_from_the_readme() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_settings_that_are_named_exist(document: str) -> None:
-    named = {re.match(r"[A-Z_]*", span)[0] for span in code_spans(document)}  # type: ignore[index]
+    named = {re.match(r"[A-Z_]*", span)[0] for span in code_spans(document)}
     assert {name for name in named if "_" in name and len(name) > 3} <= NAMES | ALIASES | OF_OTHERS | REPLICAS
 
 

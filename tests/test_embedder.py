@@ -20,15 +20,9 @@ from transformers import (
 )
 
 from engine.embedding.argument_errors import ArgumentError, TextTooLong
-from engine.embedding.embedder import (
-    CHARACTERS,
-    CHARACTERS_PER_TOKEN,
-    About,
-    Embedder,
-    Embeddings,
-    Prompt,
-    load_embedder,
-)
+from engine.embedding.embedder import CHARACTERS, CHARACTERS_PER_TOKEN, About, Embedder, Embeddings
+from engine.embedding.loader import load_embedder
+from engine.embedding.text_models import Prompt
 from errors import (
     EngineFailure,
     ModelLoadError,

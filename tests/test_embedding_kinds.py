@@ -17,10 +17,7 @@ from transformers import (
 )
 
 from engine.embedding.argument_errors import ArgumentError
-from engine.embedding.embedder import (
-    load_embedder,
-    loaded_size,
-)
+from engine.embedding.loader import load_embedder, loaded_size
 from errors import (
     ModelLoadError,
 )

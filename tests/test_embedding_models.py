@@ -16,9 +16,7 @@ from checkpoints import packages
 from checkpoints.checkpoint import Sources
 from checkpoints.demo_models import PackagedFiles
 from config import Settings
-from engine.embedding.embedder import (
-    loaded_size,
-)
+from engine.embedding.loader import loaded_size
 from errors import (
     APIError,
     ContextLengthExceeded,

@@ -3,9 +3,7 @@
 The numbers are rows of rows.md.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from process import Server
@@ -18,24 +16,12 @@ from raw_sockets import (
     SMUGGLED,
     STATUS,
     WAITS,
-    bounded_server,
     chunked,
     converse,
     head,
-    served_as_before,
 )
 
-
-@pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path) -> Iterator[Server]:
-    with bounded_server(tiny_checkpoint) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def served_before_and_after(server: Server) -> Iterator[None]:
-    with served_as_before(server):
-        yield
+pytestmark = pytest.mark.usefixtures("served_before_and_after")
 
 
 # --- rows 24 and 25: what has two readings, or none
@@ -173,8 +159,8 @@ def check_answers(answer: bytes, case: Case) -> None:
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", [*ROW_24, *ROW_25], ids=str)
-def test_what_is_no_request_ends_the_connection(server: Server, case: Case) -> None:
-    answer, is_closed = converse(server, case.data + SMUGGLED, within=WAITS + 3)
+def test_what_is_no_request_ends_the_connection(bounded: Server, case: Case) -> None:
+    answer, is_closed = converse(bounded, case.data + SMUGGLED, within=WAITS + 3)
     if case.is_followed and b"SMUGGLED" in answer:
         assert set(map(int, STATUS.findall(answer))) <= {200, 404}, answer[:500]
         return
@@ -208,8 +194,8 @@ FINE = {
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_what_is_odd_but_has_one_reading_is_answered_or_refused(server: Server, name: str) -> None:
-    with Connection(server.url, timeout=5) as connection:
+def test_what_is_odd_but_has_one_reading_is_answered_or_refused(bounded: Server, name: str) -> None:
+    with Connection(bounded.url, timeout=5) as connection:
         connection.send(FINE[name])
         reply = connection.reply()
         assert reply.status in (200, 400, 403, 426, 505), reply

@@ -4,7 +4,6 @@ The numbers are rows of rows.md.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from process import Server
@@ -19,23 +18,11 @@ from raw_sockets import (
     SMUGGLED,
     STATUS,
     WAITS,
-    bounded_server,
     converse,
     head,
-    served_as_before,
 )
 
-
-@pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path) -> Iterator[Server]:
-    with bounded_server(tiny_checkpoint) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def served_before_and_after(server: Server) -> Iterator[None]:
-    with served_as_before(server):
-        yield
+pytestmark = pytest.mark.usefixtures("served_before_and_after")
 
 
 # --- row 23: headers
@@ -66,16 +53,16 @@ HEADERS: dict[str, Callable[[], Iterator[bytes]]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_too_many_headers_are_refused_and_take_no_memory_row23(server: Server, name: str) -> None:
-    with bounded_peak(server, 30 * 2**20), Connection(server.url, timeout=WAITS + 3) as connection:
+def test_too_many_headers_are_refused_and_take_no_memory_row23(bounded: Server, name: str) -> None:
+    with bounded_peak(bounded, 30 * 2**20), Connection(bounded.url, timeout=WAITS + 3) as connection:
         sent = connection.send_unless_closed(HEADERS[name]())
         answer = connection.rest()
     assert set(map(int, STATUS.findall(answer))) <= {400, 414, 431}, answer[:300]
     assert sent < 20 * 2**20, f"the server took {sent / 2**20:.0f} MiB"
 
 
-def test_headers_below_the_limit_are_taken_row23(server: Server) -> None:
-    with Connection(server.url) as connection:
+def test_headers_below_the_limit_are_taken_row23(bounded: Server) -> None:
+    with Connection(bounded.url) as connection:
         for lines in (["X: " + "y" * 60_000], [f"X{i}: y" for i in range(900)]):
             connection.send(head(*lines, first=GET))
             assert connection.reply().status == 200
@@ -88,8 +75,8 @@ TARGETS = (CHAT, "/v1/embeddings", "/tokenize", "/v1/responses")
 
 @pytest.mark.parametrize("path", TARGETS)
 @pytest.mark.parametrize("size", [LIMIT + 1, 2**31, 2**40, 10**18])
-def test_a_body_that_says_it_is_too_large_is_refused_unread_row21(server: Server, path: str, size: int) -> None:
-    with Connection(server.url, timeout=3) as connection:
+def test_a_body_that_says_it_is_too_large_is_refused_unread_row21(bounded: Server, path: str, size: int) -> None:
+    with Connection(bounded.url, timeout=3) as connection:
         connection.send(request("POST", path, b"", (*JSON, ("content-length", str(size)))))
         reply = connection.reply("POST")
         assert reply.status == 413 and error_of(reply), reply
@@ -116,8 +103,8 @@ BODIES: dict[str, Callable[[], Iterator[bytes]]] = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_reading_stops_at_the_limit_row21(server: Server, name: str) -> None:
-    with bounded_peak(server, 20 * 2**20 + 2 * LIMIT), Connection(server.url, timeout=10) as connection:
+def test_reading_stops_at_the_limit_row21(bounded: Server, name: str) -> None:
+    with bounded_peak(bounded, 20 * 2**20 + 2 * LIMIT), Connection(bounded.url, timeout=10) as connection:
         sent = connection.send_unless_closed(BODIES[name]())
         try:
             reply = connection.reply("POST")
@@ -129,8 +116,8 @@ def test_reading_stops_at_the_limit_row21(server: Server, name: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/v1/models", "/health"])
-def test_bodies_that_nobody_reads_take_no_memory_row21(server: Server, path: str) -> None:
-    with bounded_peak(server, 20 * 2**20), Connection(server.url, timeout=10) as connection:
+def test_bodies_that_nobody_reads_take_no_memory_row21(bounded: Server, path: str) -> None:
+    with bounded_peak(bounded, 20 * 2**20), Connection(bounded.url, timeout=10) as connection:
         connection.send_unless_closed(endless_body(50 * 2**20, path))
         try:
             assert connection.reply("POST").status in (404, 405, 413)
@@ -138,7 +125,7 @@ def test_bodies_that_nobody_reads_take_no_memory_row21(server: Server, path: str
             pass
 
 
-def test_what_follows_a_body_that_is_too_large_is_not_a_request_row21(server: Server) -> None:
+def test_what_follows_a_body_that_is_too_large_is_not_a_request_row21(bounded: Server) -> None:
     body = SMUGGLED * (3 * 2**20 // len(SMUGGLED))
-    answer, _ = converse(server, request("POST", CHAT, body), within=3)
+    answer, _ = converse(bounded, request("POST", CHAT, body), within=3)
     assert b"SMUGGLED" not in answer and len(STATUS.findall(answer)) <= 1, answer[:500]

@@ -4,59 +4,26 @@ It does not know which models there are, nor where their files come from.
 """
 
 import asyncio
-import json
 import logging
-import math
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from safetensors import safe_open
 
 from engine.embedding.argument_errors import ArgumentError, TextTooLong
+from engine.embedding.text_models import TASKS, Prompt, TextModel, Vectors
 from engine.embedding.text_queue import Item, TextQueue
-from engine.threads import set_threads
 from engine.worker import Worker
-from errors import EngineFailure, ModelLoadError, Overloaded, Unavailable, first_line
+from errors import EngineFailure, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
-
-Vectors = npt.NDArray[np.float32]
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch, padding included
 ENDING = 5.0  # seconds that the current batch has to return when the embedder closes
 MAX_WAITING = 2**16  # texts; more are refused
 CHARACTERS, CHARACTERS_PER_TOKEN = 2**16, 200  # of a text are tokenized, plus so many per token that the model reads
-TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # task -> usual names of its prompt
-TEXT_ALONE = {"text", "message"}  # kinds of input that only hold text
-LIBRARY_MODULES = "sentence_transformers."  # modules.json may name only these: any other class is third-party code
-CROSS_ENCODER = "ForSequenceClassification"
-CAUSAL = ("ForCausalLM", "LMHeadModel")
-OTHER_KINDS = {"SparseEncoder": "sparse vectors", "MultiVectorEncoder": "a vector for each token"}
-OTHER_MODULES = re.compile(r"sentence_transformers\.(sparse|multi_vector)_encoder\.")
-LATE_INTERACTION = re.compile("colbert", re.IGNORECASE)  # architectures that compare texts token by token
-POSITIVE = re.compile(
-    r"(is[_ ])?(relevant|positive|yes|true|match|matches|entailment|duplicate|related)", re.IGNORECASE
-)
-MATRYOSHKA = re.compile(  # models that were trained for shortened vectors too
-    r"embeddinggemma|qwen3-embedding|nomic-embed-text-v(1\.5|2)|text-embedding|mxbai-embed-(large|2d)|matryoshka"
-    r"|arctic-embed-(m-v1\.5|[ml]-v2)|jina-embeddings-v[345]",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a text is for, as models that distinguish queries and documents need to know."""
-
-    text: str = ""  # is put before each text
-    task: str | None = None  # query or document; some models have a module for each
 
 
 @dataclass(frozen=True)
@@ -87,91 +54,6 @@ class Job:
     is_dropped: bool = False  # the caller has left
     num_tokens: int = 0
     num_truncated: int = 0
-
-
-class TextModel(Protocol):
-    """What computes: an Encoder, a PairScorer, or a stand-in for tests."""
-
-    max_length: int  # tokens of a text
-    tokenizer: Any  # transformers'
-
-    def lengths(self, texts: Sequence[Any], prompt: Prompt) -> list[int]:
-        """Counts the tokens of each text, uncut, special tokens included."""
-        ...
-
-    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
-        """Computes a row for each text. Also returns the tokens that each took."""
-        ...
-
-    def release(self) -> None:
-        """Frees its memory."""
-        ...
-
-
-class _Modules:
-    """The base of both kinds of sentence-transformers' models."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval()
-        self.tokenizer = model.tokenizer
-        limit = model.max_seq_length
-        self.max_length = int(limit) if limit and math.isfinite(limit) else 2**31
-
-    def release(self) -> None:
-        """Frees the weights at once: these models refer to themselves, so that only a garbage collection frees them."""
-        self.model.to("meta")
-
-    def lengths(self, texts: Sequence[Any], prompt: Prompt) -> list[int]:
-        """Counts tokens. For a model with a chat template, those that the template adds are missing."""
-        lead = prompt.text
-        prompted = [(lead + text[0], text[1]) if isinstance(text, tuple) else lead + text for text in texts]
-        encoded = self.tokenizer(prompted, truncation=False, padding=False, return_attention_mask=False, verbose=False)
-        return [len(ids) for ids in encoded["input_ids"]]
-
-    def _forward(self, texts: Sequence[Any], prompt: Prompt, name: str) -> tuple[torch.Tensor, list[int]]:
-        """Computes one batch in the steps of sentence-transformers' own `encode` and `predict`."""
-        task = {} if prompt.task is None else {"task": prompt.task}
-        features = self.model.preprocess(list(texts), prompt=prompt.text or None, **task)
-        features = {
-            key: getattr(value, "to", lambda _, same=value: same)(self.model.device) for key, value in features.items()
-        }
-        num_tokens = features["attention_mask"].sum(1).tolist()
-        with torch.inference_mode():
-            return self.model(features, **task)[name], num_tokens
-
-
-class Encoder(_Modules):
-    """A bi-encoder: computes a vector for each text."""
-
-    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
-        vectors, num_tokens = self._forward(texts, prompt, "sentence_embedding")
-        return vectors.float().cpu().numpy()[:, : self.model.truncate_dim], num_tokens
-
-
-class PairScorer(_Modules):
-    """A cross-encoder: computes a score for each pair of texts; of two labels, the probability of the positive one."""
-
-    def __init__(self, model: Any, name: str) -> None:
-        """Raises ModelLoadError for a model with more than two labels."""
-        super().__init__(model)
-        self._positive = _positive_label(model, name)
-
-    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
-        scores, num_tokens = self._forward(texts, prompt, "scores")
-        scores = self.model.activation_fn(scores.double()).reshape(len(texts), -1)  # float32 rounds high scores to 1.0
-        if scores.shape[1] > 1 and isinstance(self.model.activation_fn, torch.nn.Identity):
-            scores = scores.softmax(1)
-        return scores[:, self._positive, None].cpu().numpy(), num_tokens
-
-
-def _positive_label(model: Any, name: str) -> int:
-    """Finds the label that stands for a good document: by its name, else the last one, as is usual."""
-    count = int(model.num_labels)
-    if count > 2:
-        raise ModelLoadError(f"{name} is a classifier with {count} classes, not a reranker.")
-    names = getattr(model.config, "id2label", None) or {}
-    positive = [number for number in range(count) if POSITIVE.fullmatch(str(names.get(number, "")))]
-    return positive[0] if len(positive) == 1 else count - 1
 
 
 @dataclass(frozen=True)
@@ -423,139 +305,3 @@ SIMILARITIES: dict[str, Callable[[Vectors, Vectors], Vectors]] = {
 def shortened(vectors: Vectors, dimensions: int | None) -> Vectors:
     """Cuts vectors and scales them to length 1 again; None: leaves them as they are."""
     return vectors if dimensions in (None, vectors.shape[1]) else normalised(vectors[:, :dimensions])
-
-
-# --- loading
-
-
-def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten: bool = False) -> Embedder:
-    """Loads the model in a directory and tries it. Blocks for seconds. Raises ModelLoadError.
-
-    device: auto (a GPU where there is one), cpu, cuda, cuda:0; may_shorten: lets vectors be cut even where nothing
-    says that the model was trained for it.
-    """
-    set_threads()
-    device = _device(device)
-    try:
-        text_model, about = _open(directory, name, device, may_shorten)
-        sample: Any = ("a", "a") if about.kind == "cross-encoder" else "a"
-        text_model.lengths([sample], Prompt())
-        text_model.compute([sample], Prompt())
-    except ModelLoadError:
-        raise
-    except Exception as error:  # malformed files can raise anything
-        raise ModelLoadError(f"{name} cannot be loaded as an embedding model: {first_line(error)}") from error
-    return Embedder(text_model, about, BATCH_TOKENS["cpu" if device == "cpu" else "cuda"])
-
-
-def loaded_size(directory: Path, device: str) -> int:
-    """Bytes that the weights will take in memory: on a CPU all of them are float32, whatever the files have."""
-    width = 4 if _device(device) == "cpu" or _gpu_dtype(directory) == "float32" else 2
-    total = 0
-    for path in directory.rglob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            # safe_open gives no mapping that could be iterated
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-    return total * width
-
-
-def _device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def _open(directory: Path, name: str, device: str, may_shorten: bool) -> tuple[TextModel, About]:
-    """Loads the files. Raises ModelLoadError for a kind of model that is not served."""
-    import sentence_transformers  # takes seconds
-    import transformers
-
-    _check_modules(directory)
-    _check_kind(directory)
-    is_pair_scorer = _is_cross_encoder(directory)
-    model_class = sentence_transformers.CrossEncoder if is_pair_scorer else sentence_transformers.SentenceTransformer
-    model = model_class(
-        str(directory),
-        device=device,
-        local_files_only=True,
-        trust_remote_code=False,
-        model_kwargs={"use_safetensors": True, "dtype": "float32" if device == "cpu" else _gpu_dtype(directory)},
-    )
-    if not isinstance(model.tokenizer, transformers.PreTrainedTokenizerBase):
-        raise ModelLoadError(
-            f"{name} is not supported: its first module is {type(model[0]).__name__}, and it must be a Transformer."
-        )
-    if not set(model.modalities) <= TEXT_ALONE:  # the library would load texts that are paths or URLs as images
-        raise ModelLoadError(
-            f"{name} is not supported: it takes {', '.join(map(str, model.modalities))}, and only text "
-            "models are served."
-        )
-    text_model = PairScorer(model, name) if is_pair_scorer else Encoder(model)
-    about = About(
-        kind="cross-encoder" if is_pair_scorer else "embeddings",
-        dims=0 if is_pair_scorer else int(model.truncate_dim or model.get_embedding_dimension() or 0),
-        may_shorten=may_shorten or _is_matryoshka(directory, name),
-        prompts={key: text or "" for key, text in model.prompts.items()},
-        default_prompt=model.prompts.get(model.default_prompt_name or "") or "",
-        similarity="cosine" if is_pair_scorer else str(model.similarity_fn_name),
-        num_bytes=sum(tensor.nbytes for tensor in model.parameters()),
-    )
-    return text_model, about
-
-
-def _read(path: Path) -> Any:
-    """Reads a JSON file; an empty object where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from error
-
-
-def _check_modules(directory: Path) -> None:
-    """Raises ModelLoadError for a model with third-party code."""
-    for module in _read(directory / "modules.json") or ():
-        if not str(module.get("type", "")).startswith(LIBRARY_MODULES):
-            raise ModelLoadError(
-                f"{directory.name} needs its own code ({module.get('type')}), which this server never runs."
-            )
-
-
-def _check_kind(directory: Path) -> None:
-    """Raises ModelLoadError for models that sentence-transformers would load, but compute wrongly."""
-    library, config = _read(directory / "config_sentence_transformers.json"), _read(directory / "config.json")
-    name, architecture = directory.name, str((config.get("architectures") or [""])[0])
-    kind, modules = library.get("model_type"), _read(directory / "modules.json") or ()
-    other = OTHER_KINDS.get(str(kind)) or next(
-        (str(module["type"]) for module in modules if OTHER_MODULES.match(str(module.get("type")))), None
-    )
-    if other or LATE_INTERACTION.search(architecture):
-        raise ModelLoadError(
-            f"{name} is not supported: it gives {other or 'a vector for each token'}, and only models that give one "
-            "dense vector for a text are served."
-        )
-    if architecture.endswith(CAUSAL) and not modules and kind != "CrossEncoder":
-        raise ModelLoadError(
-            f"{name} is a language model without modules.json, which would say how to make vectors or scores of texts."
-        )
-    old = config.get("sbert_ce_default_activation_function")
-    activation = (config.get("sentence_transformers") or {}).get("activation_fn") or old or library.get("activation_fn")
-    if activation and not str(activation).startswith("torch."):
-        raise ModelLoadError(f"{name} needs its own code ({activation}) for its scores, which this server never runs.")
-
-
-def _is_cross_encoder(directory: Path) -> bool:
-    kind = _read(directory / "config_sentence_transformers.json").get("model_type")
-    architectures = _read(directory / "config.json").get("architectures") or [""]
-    is_classifier = architectures[0].endswith(CROSS_ENCODER) and not (directory / "modules.json").exists()
-    return kind == "CrossEncoder" or (kind is None and is_classifier)
-
-
-def _is_matryoshka(directory: Path, name: str) -> bool:
-    library, config = _read(directory / "config_sentence_transformers.json"), _read(directory / "config.json")
-    says_so = library.get("truncate_dim") or config.get("is_matryoshka") or config.get("matryoshka_dimensions")
-    return bool(says_so) or MATRYOSHKA.search(f"{name} {config.get('_name_or_path', '')}") is not None
-
-
-def _gpu_dtype(directory: Path) -> str:
-    """Names bfloat16 for weights that are stored in it, else float32; never float16, in which some models overflow."""
-    config = _read(directory / "config.json")
-    stored = config.get("dtype") or config.get("torch_dtype")
-    return "bfloat16" if stored == "bfloat16" else "float32"
