@@ -108,10 +108,10 @@ def _api_key(row: str, default: str) -> ApiKey:
             f"the entry {default} must have the form [name:]key[;rpm=N][;concurrent=N], with N at least 1"
         ) from None
     return ApiKey(
-        name if colon else default,
-        SecretStr(secret if colon else name),
-        rate if "rpm" in given else None,
-        concurrent if "concurrent" in given else None,
+        name=name if colon else default,
+        secret=SecretStr(secret if colon else name),
+        requests_per_minute=rate if "rpm" in given else None,
+        concurrent=concurrent if "concurrent" in given else None,
     )
 
 

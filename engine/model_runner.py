@@ -63,7 +63,7 @@ class _Layout:
     @classmethod
     def of(cls, batch: Batch) -> "_Layout":
         parts = [
-            Span(span.sequence, position, 1, span.draft)
+            Span(sequence=span.sequence, start=position, num_tokens=1, draft=span.draft)
             for span in batch.spans
             if span.is_decode
             for position in range(span.start, span.end)
@@ -310,7 +310,7 @@ class ModelRunner:
         for span in rest.prefills:
             prefills.append(self._prefill_chunk(index, group.window, span, start))
             start += span.num_tokens
-        return GroupAttention(torch.tensor(slots), tuple(decodes), tuple(prefills), flash)
+        return GroupAttention(slots=torch.tensor(slots), decodes=tuple(decodes), prefills=tuple(prefills), flash=flash)
 
     def _flash_batch(self, index: int, window: int | None, spans: list[Span]) -> FlashBatch:
         block_size = self.cache.block_size

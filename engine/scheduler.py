@@ -6,7 +6,7 @@ none of them waits for a long prompt.
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.batch import Batch, Span
 from engine.kv_cache import KVCache
@@ -141,7 +141,7 @@ class Scheduler:
         sequence = span.sequence
         if not draft or not self.cache.allocate(sequence, sequence.num_tokens + len(draft)):
             return span
-        return Span(sequence, span.start, 1 + len(draft), draft)
+        return Span(sequence=sequence, start=span.start, num_tokens=1 + len(draft), draft=draft)
 
     def _promote(self) -> None:
         """Gives the highest priority to prompts that others have been computed before for MAX_DEFERRALS steps."""
@@ -272,23 +272,30 @@ class Scheduler:
         return outputs
 
     def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
-        token_id = token.token_id
-        sequence.token_ids.append(token_id)
-        is_first = sequence.num_output_tokens == 1
-        about_prompt: tuple[int, tuple[SampledToken, ...], float] = (0, (), 0.0)
-        if is_first:
-            about_prompt = (sequence.num_cached_tokens, tuple(sequence.prompt_logprobs), sequence.queue_time or 0.0)
-        is_end = token_id in self.eos_token_ids and not sequence.params.ignore_eos
+        sequence.token_ids.append(token.token_id)
+        is_end = token.token_id in self.eos_token_ids and not sequence.params.ignore_eos
         if is_end or sequence.is_stopped:
-            return TokenOutput(None, "stop", None, *about_prompt)
-        reason: FinishReason | None = None
+            output = TokenOutput(token_id=None, finish_reason="stop")
+        else:
+            reason = self._finish_reason(sequence, token.token_id)
+            output = TokenOutput(token_id=token.token_id, finish_reason=reason, sampled=token)
+        if sequence.num_output_tokens > 1:
+            return output
+        return replace(
+            output,
+            num_cached_tokens=sequence.num_cached_tokens,
+            prompt=tuple(sequence.prompt_logprobs),
+            queue_time=sequence.queue_time or 0.0,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Why the answer ends with this token, which is its last one so far; None if it goes on."""
         if sequence.matcher is not None:
             sequence.matcher.accept(token_id)
             if sequence.matcher.is_finished:
-                return TokenOutput(token_id, "stop", token, *about_prompt)
-        if sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self.limits.max_model_len:
-            reason = "length"
-        return TokenOutput(token_id, reason, token, *about_prompt)
+                return "stop"
+        is_full = sequence.num_tokens >= self.limits.max_model_len
+        return "length" if is_full or sequence.num_output_tokens >= sequence.params.max_tokens else None
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence, running or waiting, and frees all that it holds."""

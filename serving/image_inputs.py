@@ -97,7 +97,11 @@ class ImageInputs:
         for crop in crops:
             start = token_ids.index(self.family.image_token_id, end)
             end = start + crop.num_tokens
-            placed.append(Image(crop.digest, crop.pixels, start, crop.grid, self.family.is_causal))
+            placed.append(
+                Image(
+                    digest=crop.digest, pixels=crop.pixels, start=start, grid=crop.grid, is_causal=self.family.is_causal
+                )
+            )
         assert self.family.image_token_id not in token_ids[end:], "the prompt was rendered for other images"
         return tuple(placed)
 

@@ -135,7 +135,14 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
     progress.report("ready", 1.0)
     texts = TokenTexts(template.result().tokenizer)
     grammars = open_grammars(template.result(), engine)
-    return LoadedModel(engine, template.result(), texts, sampling_defaults(generation_config), image_inputs, grammars)
+    return LoadedModel(
+        engine=engine,
+        template=template.result(),
+        texts=texts,
+        defaults=sampling_defaults(generation_config),
+        image_inputs=image_inputs,
+        grammars=grammars,
+    )
 
 
 def engine_options(settings: Settings) -> "EngineOptions":

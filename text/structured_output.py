@@ -61,7 +61,12 @@ def structure_of(request: Structured, box: ToolSet | None, style: ToolFormat, li
     if box.is_strict:
         return Structure(_of_lark(style.calls_or_text_grammar(box.schemas, literals)), parts)
     if style.begin in literals:
-        return Structure(_of_lark(style.rest_of_call_grammar(box.schemas, literals)), parts, style.begin, False)
+        return Structure(
+            text=_of_lark(style.rest_of_call_grammar(box.schemas, literals)),
+            fields=parts,
+            trigger=style.begin,
+            is_needed=False,
+        )
     return None
 
 

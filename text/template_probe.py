@@ -207,7 +207,7 @@ def _forms_of_calls(form: TemplateForm) -> Iterator[TemplateForm]:
     """Yields the forms that calls may take, the usual ones first."""
     for has_short_ids, is_parts, (is_text, is_flat) in product((False, True), (False, True), _ARGUMENTS):
         parts = form.as_parts | ({"tool"} if is_parts else set())
-        yield TemplateForm(parts, is_text, is_flat, has_short_ids)
+        yield TemplateForm(as_parts=parts, is_text=is_text, is_flat=is_flat, has_short_ids=has_short_ids)
 
 
 def _lacks(render: Render, form: TemplateForm, messages: list[CanonicalMessage], has_tools: bool = False) -> set[str]:

@@ -173,11 +173,11 @@ class Trial:
             window=spec.window,
         )
         return cls(
-            numbers(sum(counts), spec.group * spec.num_kv_heads, spec.key_dim),
-            numbers(num_blocks, block_size, spec.num_kv_heads, spec.key_dim),
-            numbers(num_blocks, block_size, spec.num_kv_heads, spec.value_dim),
-            batch.to(spec.device),
-            spec.softcap,
+            query=numbers(sum(counts), spec.group * spec.num_kv_heads, spec.key_dim),
+            keys=numbers(num_blocks, block_size, spec.num_kv_heads, spec.key_dim),
+            values=numbers(num_blocks, block_size, spec.num_kv_heads, spec.value_dim),
+            batch=batch.to(spec.device),
+            softcap=spec.softcap,
         )
 
     def run(self, kernel: Kernel) -> torch.Tensor:

@@ -41,7 +41,7 @@ class TextQueue(Generic[J]):
         waiting = self._waiting.setdefault(prompt, [])
         items: list[Item[J]] = []
         for index, (text, length) in enumerate(zip(texts, lengths, strict=True)):
-            items.append(Item(length, self._num_added, job, index, text, prompt))
+            items.append(Item(length=length, serial=self._num_added, job=job, index=index, text=text, prompt=prompt))
             self._num_added += 1
             insort(waiting, items[-1])
         self._turns.append(deque(sorted(items, reverse=True)))

@@ -81,7 +81,7 @@ class Sampler:
             rows = torch.tensor(pending, device=logits.device)
             owners = [sequences[row] for row in pending]
             token_ids[rows] = self._sample(logits if len(pending) == len(sequences) else logits[rows], owners)
-        return SamplerOutput(token_ids, best, raw, sequences)
+        return SamplerOutput(token_ids=token_ids, best=best, raw=raw, sequences=sequences)
 
     def _penalize(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
         """Applies penalties in place: repetition over prompt and answer (as transformers), then presence and frequency
