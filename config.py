@@ -273,7 +273,7 @@ class ServerSettings(BaseSettings):
 
 
 def provider_fields(rows: Iterable[ProviderRow]) -> dict[str, Any]:
-    """The fields of these providers' settings, as pydantic's `create_model` takes them."""
+    """Returns the fields of these providers' settings, as pydantic's `create_model` takes them."""
     annotations: dict[Role, Any] = {
         "key": Key,
         "url": Url,
@@ -425,13 +425,13 @@ class Settings(ProviderSettings):
         return {**values, "providers": UnreadProviders(text, keys)} if isinstance(text, str) else values
 
     def provider_values(self) -> list[ProviderValues]:
-        """What is set for each provider: those of the table, then those of PROVIDERS."""
+        """Returns what is set for each provider: those of the table, then those of PROVIDERS."""
         table = [self._values(row, {each.role: self._value(each) for each in row.settings}) for row in PROVIDERS]
         added = [self._values(provider.row, {"key": provider.key, "url": provider.url}) for provider in self.providers]
         return table + added
 
     def _value(self, setting: ProviderSetting) -> Any:
-        """The value of a provider's setting; an empty URL means the default one."""
+        """Returns the value of a provider's setting; an empty URL means the default one."""
         value = getattr(self, setting.name)
         return setting.default if value is None else value
 
@@ -450,7 +450,7 @@ class Settings(ProviderSettings):
 
 
 def is_open_to_network(host: str) -> bool:
-    """Whether other machines can reach a server that listens on `host`."""
+    """Returns whether other machines can reach a server that listens on `host`."""
     return host not in ("localhost", "::1") and not host.startswith("127.")
 
 

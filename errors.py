@@ -182,5 +182,5 @@ class SourceUnreachable(ModelLoadError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its class if it has no text."""
+    """Returns the first line of an error's text, or the name of its class if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -114,7 +114,8 @@ def _warn_if_open(settings: Settings) -> None:
 
 
 def _listening_host(settings: Settings) -> str:
-    """The address to listen on, which `uvicorn main:app --host H` or UVICORN_HOST may set instead of the settings."""
+    """Returns the address to listen on, which `uvicorn main:app --host H` or UVICORN_HOST may set instead of the
+    settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", default=os.environ.get("UVICORN_HOST", settings.host))
     return str(parser.parse_known_args()[0].host)

@@ -243,11 +243,12 @@ class PromptTemplate:
         return shown if self._shows_tools or "tools" in shown else (*shown, "tools")
 
     def _is_markup(self, token: str) -> bool:
-        """Whether a token that is not special to the tokenizer is special to the model; `<h1>` is not."""
+        """Returns whether a token that is not special to the tokenizer is special to the model; `<h1>` is not."""
         return bool(MARKUP.fullmatch(token)) or (bool(token.strip()) and token in self._source and "<" in token)
 
     def _thinking_marks(self) -> tuple[str, str] | None:
-        """The marks around reasoning: tokens of the model that its template or, without one, its family uses."""
+        """Returns the marks around reasoning: tokens of the model that its template or, without one, its family
+        uses."""
         for marks in filter(None, (self.family.think, THINK)):
             is_used = marks[1] in self._source or (not self.is_own and marks == self.family.think)
             if is_used and all(mark in self._vocabulary for mark in marks):
@@ -261,7 +262,7 @@ class PromptTemplate:
         return {mark for mark in marks if not self._is_plain(mark)} | {*(self.think or ())}
 
     def _is_plain(self, token: str) -> bool:
-        """Whether a token is a piece of text like others, which other tokens spell, too.
+        """Returns whether a token is a piece of text like others, which other tokens spell, too.
 
         `>` is one: a model that writes `>` and a line break has a single token for both.
         """
@@ -294,7 +295,8 @@ class PromptTemplate:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def thinking(self, prompt_ids: Sequence[int]) -> Literal["open", "closed", "unsaid"]:
-        """Whether the prompt ends in the reasoning (open), or behind it (closed), or the model decides (unsaid)."""
+        """Returns whether the prompt ends in the reasoning (open), or behind it (closed), or the model decides
+        (unsaid)."""
         if self.think is None:
             return "closed"
         begin, end = (self._vocabulary[mark] for mark in self.think)
@@ -373,7 +375,7 @@ class PromptTemplate:
         yield alternating
 
     def _knows(self, messages: Sequence[CanonicalMessage], tools: Sequence[dict[str, Any]]) -> bool:
-        """Whether the template itself shows these tools, and the calls and results in these messages."""
+        """Returns whether the template itself shows these tools, and the calls and results in these messages."""
         if tools and not self._shows_tools:
             return False
         has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)

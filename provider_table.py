@@ -73,7 +73,7 @@ class ProviderRow:
 
 
 def key_variable(name: str) -> str:
-    """The environment variable with a provider's key: `my-groq` -> `MY_GROQ_API_KEY`."""
+    """Returns the environment variable with a provider's key: `my-groq` -> `MY_GROQ_API_KEY`."""
     return f"{_variable(name)}_API_KEY"
 
 

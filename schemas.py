@@ -67,7 +67,7 @@ class RequestBody(BaseModel):
 
     @classmethod
     def support(cls, name: str) -> Support:
-        """What the server does with a field."""
+        """Returns what the server does with a field."""
         return cast(Support, cls._mark(name).get("x-support", "honoured"))
 
     @classmethod

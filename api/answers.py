@@ -80,7 +80,7 @@ async def whole(
 
 
 def ignored_fields_header(names: Sequence[str]) -> dict[str, str]:
-    """The header that tells a client which fields of its request are unknown; empty if there are none."""
+    """Returns the header that tells a client which fields of its request are unknown; empty if there are none."""
     return {"X-Ignored-Fields": header_value(*names)} if names else {}
 
 
@@ -89,5 +89,5 @@ class _Truncatable(Protocol):
 
 
 def truncation_header(answer: _Truncatable) -> dict[str, str]:
-    """The header with the number of texts that were cut to the model's length; empty if none was."""
+    """Returns the header with the number of texts that were cut to the model's length; empty if none was."""
     return {"X-Gateway-Truncated": str(answer.num_truncated)} if answer.num_truncated else {}

@@ -40,7 +40,7 @@ def _response(request: Request, error: APIError, status: int, headers: Mapping[s
 
 
 def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:
-    """The error that tells a client of the most precise of pydantic's `problems` with its `body`."""
+    """Returns the error that tells a client of the most precise of pydantic's `problems` with its `body`."""
     problem = _most_precise(problems)
     where, is_missing = problem["loc"][1:], problem["type"] == "missing"
     if problem["type"] == "json_invalid" or not where:
@@ -54,7 +54,7 @@ def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:
 
 
 def _sentence_of(error: HTTPException, request: Request) -> str:
-    """A sentence in place of the framework's two words."""
+    """Returns a sentence in place of the framework's two words."""
     path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
     if error.status_code == 404:
         return f"The endpoint {path} does not exist: /docs shows those that do."
@@ -64,7 +64,7 @@ def _sentence_of(error: HTTPException, request: Request) -> str:
 
 
 def _most_precise(problems: Sequence[Any]) -> Any:
-    """The problem that reaches furthest into the first field that is wrong.
+    """Returns the problem that reaches furthest into the first field that is wrong.
 
     Where a field may have several types, pydantic reports a problem for each of them; the one that the client meant
     got furthest.
@@ -79,7 +79,7 @@ def _most_precise(problems: Sequence[Any]) -> Any:
 
 
 def _param_of(location: Sequence[int | str], body: Any, is_missing: bool) -> str | None:
-    """The path of a field: ("messages", 0, "content", "str") -> "messages[0].content".
+    """Returns the path of a field: ("messages", 0, "content", "str") -> "messages[0].content".
 
     pydantic also names the member of a union that it tried ("str"); such names are not in the body and are left out.
     """

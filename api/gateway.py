@@ -51,7 +51,8 @@ class GatewayRoute(StrictRoute):
 
 
 async def routed_body(request: Request, router: Router) -> dict[str, Any] | None:
-    """The parsed body if its model is served elsewhere, has an alias or has fallbacks; None for the local endpoint.
+    """Returns the parsed body if its model is served elsewhere, has an alias or has fallbacks; None for the local
+    endpoint.
 
     `{"model": "openai/gpt-4o", ...}` is parsed and returned. `{"model": "tiny", "messages": [...]}` is searched for
     names, of which none is routed, and left to the endpoint unparsed. A regex over the bytes comes before the parse
@@ -74,12 +75,12 @@ async def routed_body(request: Request, router: Router) -> dict[str, Any] | None
 
 
 def _is_routed(name: str, router: Router) -> bool:
-    """Whether a model has an alias, a provider or fallbacks."""
+    """Returns whether a model has an alias, a provider or fallbacks."""
     return router.alias(name) != name or router.gateway(name) is not None or len(router.tries(name)) > 1
 
 
 def _unquoted(quoted: bytes) -> str:
-    """The text of a JSON string; empty if it is not valid."""
+    """Returns the text of a JSON string; empty if it is not valid."""
     try:
         return str(json.loads(quoted))
     except ValueError:
@@ -87,7 +88,7 @@ def _unquoted(quoted: bytes) -> str:
 
 
 async def _answer(request: Request, router: Router, path: str, body: dict[str, Any], local: Handler) -> Response:
-    """The answer of the first model that succeeds; if all fail, the first one's error.
+    """Returns the answer of the first model that succeeds; if all fail, the first one's error.
 
     Only a passing failure of a provider is a reason to try the next model.
     """
@@ -115,7 +116,7 @@ async def _answer(request: Request, router: Router, path: str, body: dict[str, A
 async def _relayed(
     request: Request, path: str, body: dict[str, Any], route: tuple[str, Gateway, str], headers: dict[str, str]
 ) -> Response:
-    """A provider's answer, whole or as a stream; the request's record gets the provider and the model."""
+    """Returns a provider's answer, whole or as a stream; the request's record gets the provider and the model."""
     name, gateway, model = route
     record = request_record.current()
     record.provider, record.model = name, model
@@ -131,7 +132,7 @@ async def _relayed(
 
 
 def _seconds(timeout: Any) -> float | None:
-    """The request's own time-out, a field that providers do not know. Raises InvalidRequest."""
+    """Returns the request's own time-out, a field that providers do not know. Raises InvalidRequest."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:

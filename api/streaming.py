@@ -71,7 +71,7 @@ class EventWire:
 
 
 async def collect_chat(chunks: AsyncIterator[ChatCompletionChunk]) -> ChatCompletion:
-    """The whole answer of a stream: what a client that joins its chunks would hold."""
+    """Returns the whole answer of a stream: what a client that joins its chunks would hold."""
     last: ChatCompletionChunk | None = None
     usage: Usage | None = None
     answers: dict[int, _Answer] = {}
@@ -119,7 +119,7 @@ class _Answer:
 
 
 async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:
-    """The whole answer of a stream of text completions."""
+    """Returns the whole answer of a stream of text completions."""
     choices: dict[int, CompletionChoice] = {}
     last: Completion | None = None
     async for chunk in chunks:

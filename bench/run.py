@@ -7,6 +7,7 @@ right depends on the text. Steps are compared with the bare model in bfloat16, n
 PEERS="NAME=URL ..." other servers are measured beside this one (bench.peers).
 """
 
+import argparse
 import asyncio
 import json
 import os
@@ -150,7 +151,7 @@ def _of(wire: dict[str, Any]) -> str:
 
 
 def options_of(settings: Settings) -> dict[str, Any]:
-    """The engine's, but where this machine keeps its files."""
+    """Returns the settings of the engine, without where this machine keeps its files."""
     return {name: value for name, value in asdict(engine_options(settings)).items() if not isinstance(value, Path)}
 
 
@@ -164,6 +165,7 @@ def write(results: dict[str, Any]) -> Path:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     settings = Settings()
     model_path = settings.model_path or checkpoint.default_model_path()

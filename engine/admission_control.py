@@ -19,7 +19,7 @@ class AdmissionControl:
         return self._num_reserved + self._num_shared
 
     def has(self, num_more: int, client: str) -> bool:
-        """Whether the client can take `num_more` places."""
+        """Returns whether the client can take `num_more` places."""
         taken = {**self._taken, client: self._taken[client] + num_more}
         return sum(max(0, number - self._num_reserved) for number in taken.values()) <= self._num_shared
 

@@ -30,7 +30,8 @@ class Span:
         return self.end - len(self.draft) == self.sequence.num_tokens
 
     def smaller(self) -> "Span":
-        """A span of fewer tokens: without the guesses, else half of them; the span itself where neither is possible."""
+        """Returns a span of fewer tokens: without the guesses, else half of them; the span itself where neither is
+        possible."""
         if self.draft:
             return Span(self.sequence, self.start, self.num_tokens - len(self.draft))
         if self.num_tokens > 1 and not self.sequence.whole_images_in(self.start, self.end):
@@ -38,7 +39,7 @@ class Span:
         return self
 
     def token_at(self, position: int) -> int:
-        """The token id at a position of the sequence, known or guessed; 0 where it is neither."""
+        """Returns the token id at a position of the sequence, known or guessed; 0 where it is neither."""
         token_ids = self.sequence.token_ids
         if position < len(token_ids):
             return token_ids[position]

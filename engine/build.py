@@ -56,7 +56,7 @@ def load_engine(
     report: Report,
     draft: CheckedModel | None = None,
 ) -> tuple[Engine, GenerationConfig | None]:
-    """The engine for a checked model, not started, and what the model's authors recommend.
+    """Returns the engine for a checked model, not started, and what the model's authors recommend.
 
     Raises ModelLoadError. Blocks for seconds or minutes.
 
@@ -196,7 +196,7 @@ def _fuse_layers(model: PreTrainedModel, kernel: Kernel | None) -> None:
 
 
 def _tokens_per_image(model: PreTrainedModel) -> int:
-    """The tokens that a step must hold for an image that it may not cut; 0 for a model without such images."""
+    """Returns the tokens that a step must hold for an image that it may not cut; 0 for a model without such images."""
     family = vision_family_of(model.config)
     return 0 if family is None else family.max_crop_tokens
 
@@ -238,8 +238,8 @@ def _draft_model(
 
 
 def _model_context(model: PreTrainedModel, max_model_len: int | None) -> int:
-    """Tokens of the longest sequence: max_model_len, or else the model's context. Long-rope models stay within their
-    original context, where one set of frequencies holds for all positions. Raises ModelLoadError."""
+    """Returns the tokens of the longest sequence: max_model_len, or else the model's context. Long-rope models stay
+    within their original context, where one set of frequencies holds for all positions. Raises ModelLoadError."""
     text = model.config.get_text_config()
     context = int(getattr(text, "max_position_embeddings", None) or ModelDefaults.context_length)
     rope = getattr(text, "rope_parameters", None) or {}
@@ -266,7 +266,8 @@ def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: 
 
 
 def _free_memory(specs: dict[int, AttentionSpec]) -> int:
-    """Bytes for the cache: on GPUs what each has left for the layers on it, on a CPU a share of the free memory."""
+    """Returns the bytes for the cache: on GPUs what each has left for the layers on it, on a CPU a share of the free
+    memory."""
     devices = {spec.device for spec in specs.values()}
     total = sum(spec.bytes_per_token for spec in specs.values())
     limits = []

@@ -88,7 +88,8 @@ def choose_dtype(setting: str, model_type: str, on_cuda: bool) -> torch.dtype:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The class of transformers that makes the model: some models that see are only among those of images and text."""
+    """Returns the class of transformers that makes the model: some models that see are only among those of images and
+    text."""
     return AutoModelForCausalLM if _is_causal_lm(config) else AutoModelForImageTextToText
 
 

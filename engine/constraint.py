@@ -24,7 +24,7 @@ class Matcher(Protocol):
         ...
 
     def mask(self, ahead: list[int]) -> bytes | None:
-        """Bitmask of the tokens allowed after `ahead`; None: all are, or `ahead` itself is not allowed."""
+        """Returns the bitmask of the tokens allowed after `ahead`; None: all are, or `ahead` itself is not allowed."""
         ...
 
 

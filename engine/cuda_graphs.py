@@ -134,6 +134,6 @@ class DecodeGraphs:
 
 
 def _width(group: LayerGroup, block_size: int, max_model_len: int) -> int:
-    """The largest number of blocks that one query sees."""
+    """Returns the largest number of blocks that one query sees."""
     full = -(-max_model_len // block_size)
     return full if group.window is None else min(full, -(-group.window // block_size) + 1)

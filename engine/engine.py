@@ -124,7 +124,7 @@ class Engine:
         return max(0, len(self._live) - self.num_running)
 
     def is_quiet(self) -> bool:
-        """Whether no prompt waits to run, and no command waits for the worker thread."""
+        """Returns whether no prompt waits to run, and no command waits for the worker thread."""
         return not self.scheduler.waiting and not self._worker.has_commands
 
     @property
@@ -322,7 +322,8 @@ class Engine:
 
 
 def is_fatal(error: Exception) -> bool:
-    """Whether nothing can be computed any more: a GPU that has reported an error reports it in every later call."""
+    """Returns whether nothing can be computed any more: a GPU that has reported an error reports it in every later
+    call."""
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 

@@ -56,7 +56,7 @@ class CachePlan:
 
     @staticmethod
     def _longest(groups: list[LayerGroup], block_size: int, step_tokens: int) -> int:
-        """The most tokens of one sequence. A sliding group that holds a window and a step allows any length."""
+        """Returns the most tokens of one sequence. A sliding group that holds a window and a step allows any length."""
         limits = []
         for group in groups:
             needed = None if group.window is None else -(-(group.window + step_tokens) // block_size) + 2
@@ -100,7 +100,7 @@ class KVCache:
         return True
 
     def can_admit(self, sequence: Sequence, running: Iterable[Sequence], step_tokens: int) -> bool:
-        """Whether the free blocks hold this prompt and what the running prompts still lack."""
+        """Returns whether the free blocks hold this prompt and what the running prompts still lack."""
         for index, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
             reserved = sum(self._num_missing(index, group.window, other, step_tokens) for other in running)
             if reserved + self._num_missing(index, group.window, sequence, step_tokens) > pool.num_free:
@@ -147,8 +147,8 @@ class KVCache:
             sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
 
     def _num_reusable(self, keys: list[bytes], sequence: Sequence) -> int:
-        """The largest number of leading blocks such that every group still has those that the next token sees. They
-        never end inside an image, since its tokens see each other."""
+        """Returns the largest number of leading blocks such that every group still has those that the next token sees.
+        They never end inside an image, since its tokens see each other."""
         runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
         for n in range(len(keys), 0, -1):
             needed = (n - self._first_visible(group, n) for group in self.groups)
@@ -159,7 +159,7 @@ class KVCache:
         return 0
 
     def _first_visible(self, group: LayerGroup, num_blocks: int) -> int:
-        """The index of the first block that the token after `num_blocks` blocks sees."""
+        """Returns the index of the first block that the token after `num_blocks` blocks sees."""
         return 0 if group.window is None else max(0, num_blocks * self.block_size + 1 - group.window) // self.block_size
 
     def publish(self, sequence: Sequence, is_checked: bool) -> None:
@@ -179,8 +179,8 @@ class KVCache:
         sequence.num_published = num_full
 
     def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:
-        """Whether the blocks hold no NaN. Only the group's last layer is read, since a NaN stays in a token's state in
-        all later layers. False also where there is too little memory to check."""
+        """Returns whether the blocks hold no NaN. Only the group's last layer is read, since a NaN stays in a token's
+        state in all later layers. False also where there is too little memory to check."""
         try:
             return all(bool(torch.isfinite(tensor[blocks]).all()) for tensor in self.tensors[group.layers[-1]])
         except (RuntimeError, MemoryError):  # torch raises a plain RuntimeError where memory lacks on a CPU
@@ -220,7 +220,7 @@ class KVCache:
 
 
 def first_visible(position: int, window: int | None) -> int:
-    """The position of the first token that the one at `position` sees."""
+    """Returns the position of the first token that the one at `position` sees."""
     return 0 if window is None else max(0, position + 1 - window)
 
 

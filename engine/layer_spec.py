@@ -27,7 +27,8 @@ class LayerSpec(Protocol):
         ...
 
     def make_tensors(self, num_blocks: int, block_size: int) -> tuple[torch.Tensor, ...]:
-        """The layer's state, zeroed: tensors whose first dimension is the block, of `block_size` tokens each."""
+        """Returns the layer's state, zeroed: tensors whose first dimension is the block, of `block_size` tokens
+        each."""
         ...
 
 

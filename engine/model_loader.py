@@ -109,8 +109,8 @@ def _make_alike(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
-    """The layers that bitsandbytes must not quantize: the model's routers and its own defaults. None if the model has
-    no routers, so that its defaults apply."""
+    """Returns the layers that bitsandbytes must not quantize: the model's routers and its own defaults. None if the
+    model has no routers, so that its defaults apply."""
     with torch.device("meta"):
         model: Any = auto_class(config).from_config(config)
     routers = [name for name, _ in model.named_modules() if packed_layers.ROUTER.search(name)]
@@ -118,7 +118,7 @@ def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
 
 
 def choose_quantization(setting: str, dtype: str, on_cuda: bool, directory: Path) -> Quantization:
-    """The format that a setting of QUANTIZATION stands for on this machine; see `choose`."""
+    """Returns the format that a setting of QUANTIZATION stands for on this machine; see `choose`."""
     has_cpu_kernels = kernels.are_available() and not on_cuda
     return choose(setting, dtype, has_cpu_kernels, packed_checkpoint.exists(directory))
 
@@ -149,7 +149,7 @@ def _check_memory(checked: CheckedModel) -> None:
 
 
 def _num_parameters(config: PreTrainedConfig) -> int:
-    """The number of the model's parameters; 0 for a model whose files are quantized."""
+    """Returns the number of the model's parameters; 0 for a model whose files are quantized."""
     if getattr(config, "quantization_config", None) is not None:
         return 0
     with torch.device("meta"):

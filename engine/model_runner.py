@@ -28,7 +28,7 @@ SCORED_ROWS = 64  # rows of a prompt's logits that are in memory in float32 at a
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device that token ids are put on; the model may be spread over several."""
+    """Returns the device that token ids are put on; the model may be spread over several."""
     parameter = next(model.get_input_embeddings().parameters(), None)
     # packed weights, which are no parameters, are for CPUs
     return torch.device("cpu") if parameter is None else parameter.device
@@ -251,7 +251,7 @@ class ModelRunner:
         return tensor if len(axes) == 1 else tensor[:, None]
 
     def _positions_of(self, span: Span) -> list[list[int]]:
-        """The positions of the span's tokens for each axis."""
+        """Returns the positions of the span's tokens for each axis."""
         family = self._vision_family
         if family is None or not span.sequence.images:
             return [list(range(span.start, span.end))] * self._num_axes
@@ -380,7 +380,7 @@ def _whole_images_in(span: Span) -> tuple[Image, ...]:
 
 
 def _features(layout: _Layout) -> list[tuple[int, torch.Tensor]]:
-    """The features of the step's images, each with the row of its first token."""
+    """Returns the features of the step's images, each with the row of its first token."""
     features, row = [], 0
     for span in layout.spans:
         for image in span.sequence.images_in(span.start, span.end):
@@ -392,7 +392,7 @@ def _features(layout: _Layout) -> list[tuple[int, torch.Tensor]]:
 
 
 def _scored_positions(span: Span) -> range:
-    """The positions of the prompt that the span computes and whose logits are to be scored."""
+    """Returns the positions of the prompt that the span computes and whose logits are to be scored."""
     scores = span.sequence.next_scores
     return range(max(span.start, scores.start), min(span.end, scores.stop))
 

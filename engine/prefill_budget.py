@@ -14,7 +14,7 @@ class PrefillBudget:
         self._token_time: float | None = None  # seconds that a token of a prompt adds to a step
 
     def budget(self, num_decodes: int, num_prompts: int) -> int:
-        """Tokens of prompts in the next step. It grows with the number of waiting prompts per decode."""
+        """Returns the tokens of prompts in the next step. It grows with the number of waiting prompts per decode."""
         decode_time = self.decode_time(num_decodes)
         if decode_time is None or not self._token_time:
             return self.limit

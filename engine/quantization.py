@@ -62,7 +62,7 @@ SETTINGS = (AUTO, *(row.name for row in ROWS if row.is_setting))  # what QUANTIZ
 
 
 def choose(setting: str, dtype: str, has_cpu_kernels: bool, has_packed_file: bool) -> Quantization:
-    """The format that a setting of QUANTIZATION stands for.
+    """Returns the format that a setting of QUANTIZATION stands for.
 
     `auto` on a CPU keeps a GGUF file's own blocks and gives other files 8 bits, which changes the perplexity by less
     than 1 %; a data type that DTYPE asks for is kept. Raises ModelLoadError for a format that this device cannot have.

@@ -20,7 +20,8 @@ class ThoughtTokens:
     is_open: bool  # the prompt ends inside the reasoning
 
     def are_open(self, output_ids: Rows[int]) -> bool:
-        """Whether the output ends inside the reasoning. One token, such as a line break, may come before its begin."""
+        """Returns whether the output ends inside the reasoning. One token, such as a line break, may come before its
+        begin."""
         return self.end not in output_ids and (self.is_open or self.begin in output_ids[:2])
 
 

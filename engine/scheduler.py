@@ -184,7 +184,7 @@ class Scheduler:
         return [image for image in images if image.features is None]
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
-        """Whether a running prompt is about to compute a block that this sequence could reuse.
+        """Returns whether a running prompt is about to compute a block that this sequence could reuse.
 
         For example, two chats with the same system prompt of 1,000 tokens come at once: the second one waits until the
         first has computed these, then takes their blocks over."""
@@ -197,7 +197,7 @@ class Scheduler:
         return False
 
     def _least_urgent(self) -> Sequence:
-        """The running sequence to preempt next: of those with the lowest priority, the one admitted last."""
+        """Returns the running sequence to preempt next: of those with the lowest priority, the one admitted last."""
         return max(reversed(self.running), key=lambda sequence: sequence.priority)
 
     def _prefilling(self) -> list[Sequence]:
@@ -289,7 +289,7 @@ class Scheduler:
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        """Why the answer ends with this token, which is its last one so far; None if it goes on."""
+        """Returns why the answer ends with this token, which is its last one so far; None if it goes on."""
         if sequence.matcher is not None:
             sequence.matcher.accept(token_id)
             if sequence.matcher.is_finished:

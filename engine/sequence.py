@@ -98,11 +98,11 @@ class Sequence:
         return self._block_keys
 
     def images_in(self, start: int, end: int) -> tuple[Image, ...]:
-        """The images that have a token among start .. end."""
+        """Returns the images that have a token among start .. end."""
         return tuple(image for image in self.images if image.start < end and image.end > start)
 
     def whole_images_in(self, start: int, end: int) -> tuple[Image, ...]:
-        """The images of that range that no step may cut, since their tokens see each other."""
+        """Returns the images of that range that no step may cut, since their tokens see each other."""
         return tuple(image for image in self.images_in(start, end) if not image.is_causal)
 
     def whole_chunk(self, end: int) -> int:

@@ -125,7 +125,7 @@ def _tokens(runner: ModelRunner, max_model_len: int) -> list[int]:
 
 
 def _placeholders(model: PreTrainedModel) -> set[int]:
-    """The token ids that a model replaces by something else, such as features of images."""
+    """Returns the token ids that a model replaces by something else, such as features of images."""
     config = model.config.to_dict()
     names = [name for name in config if name.endswith(("_token_id", "_token_index"))]
     return {config[name] for name in names if isinstance(config[name], int)}
@@ -140,7 +140,8 @@ def reference_of(runner: ModelRunner) -> str:
 
 
 def tolerance_of(runner: ModelRunner) -> float:
-    """The largest difference that rounding explains. Where some layers round their inputs to 8 bits, these decide."""
+    """Returns the largest difference that rounding explains. Where some layers round their inputs to 8 bits, these
+    decide."""
     model = runner.model
     rounds = any(isinstance(layer, PackedLinear | SharedLinear | FusedMLP) for layer in model.modules())
     is_rounded = rounds or getattr(model, "hf_quantizer", None) is not None
@@ -237,7 +238,7 @@ def _machine(device: torch.device) -> tuple[Any, ...]:
 
 @cache
 def _versions() -> dict[str, str | None]:
-    """The libraries' versions, None where one is not installed."""
+    """Returns the libraries' versions, None where one is not installed."""
     versions: dict[str, str | None] = dict.fromkeys(LIBRARIES)
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -247,7 +248,7 @@ def _versions() -> dict[str, str | None]:
 
 @cache
 def _code() -> str:
-    """A hash of the engine's code."""
+    """Returns a hash of the engine's code."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -82,7 +82,7 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
 
 
 def weight_paths(directory: Path) -> list[Path]:
-    """The files that transformers reads. Raises ModelLoadError if it could not tell which."""
+    """Returns the files that transformers reads. Raises ModelLoadError if it could not tell which."""
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if (directory / INDEX).exists():
@@ -122,13 +122,13 @@ def check_numbers(directory: Path, tensors: dict[str, Tensor], config: PreTraine
 
 
 def scheme_of(config: PreTrainedConfig) -> Any:
-    """The quantization_config of a model whose files are quantized; None for others."""
+    """Returns the quantization_config of a model whose files are quantized; None for others."""
     scheme = getattr(config, "quantization_config", None)
     return scheme or getattr(config.get_text_config(), "quantization_config", None)
 
 
 def _method(scheme: Any) -> str:
-    """The method of a quantization_config, as transformers names it."""
+    """Returns the method of a quantization_config, as transformers names it."""
     values = scheme if isinstance(scheme, dict) else scheme.to_dict()
     bits = next((bits for bits in (8, 4) if values.get(f"load_in_{bits}bit")), None)
     method = values.get("quant_method")
@@ -159,7 +159,7 @@ def check_unread(directory: Path, names: set[str], config: PreTrainedConfig, is_
 
 
 def _reason(name: str, patterns: dict[str, str], further: set[int]) -> str | None:
-    """Why a tensor may be left unread; None if it may not."""
+    """Returns why a tensor may be left unread; None if it may not."""
     layer = LAYER.search(name)
     if layer and int(layer[1]) in further:
         return FURTHER
@@ -167,7 +167,7 @@ def _reason(name: str, patterns: dict[str, str], further: set[int]) -> str | Non
 
 
 def _further_layers(names: set[str], config: PreTrainedConfig) -> set[int]:
-    """The numbers of layers, beyond the model's own, that predict further tokens.
+    """Returns the numbers of layers, beyond the model's own, that predict further tokens.
 
     The configuration counts them, or they have parts that no other layer has. Any other layer beyond the model's own
     means that the configuration has too few.
@@ -182,7 +182,7 @@ def _further_layers(names: set[str], config: PreTrainedConfig) -> set[int]:
 
 
 def _zeros(directory: Path, names: set[str]) -> set[str]:
-    """The tensors that are zero everywhere: some quantizers write such biases for layers that have none."""
+    """Returns the tensors that are zero everywhere: some quantizers write such biases for layers that have none."""
     zeros: set[str] = set()
     for path in weight_paths(directory) if names else ():
         with safe_open(path, "pt") as file:

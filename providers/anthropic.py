@@ -85,7 +85,7 @@ class Claude:
         return ProviderResponse(await await_first(self._events(response, mapper)), headers)
 
     async def _events(self, response: httpx2.Response, mapper: StreamMapper) -> AsyncGenerator[bytes]:
-        """The answer as the events of a chat completion; one that ends too early raises APIError."""
+        """Yields the answer as the events of a chat completion; one that ends too early raises APIError."""
         async with aclosing(events_of(response, self.upstream)) as events:
             async for event in events:
                 data, name = data_of(event), name_of(event)
@@ -105,7 +105,7 @@ class Claude:
         yield DONE
 
     def _object(self, text: bytes) -> Object:
-        """The JSON object that the provider sent. Raises APIError for any other text."""
+        """Returns the JSON object that the provider sent. Raises APIError for any other text."""
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:

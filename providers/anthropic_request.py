@@ -76,7 +76,7 @@ class Mapped:
 
 
 def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str] = ()) -> Mapped:
-    """The request for a chat completion with this body, which names the model as Anthropic does.
+    """Returns the request for a chat completion with this body, which names the model as Anthropic does.
 
     `stripped` has the sampling parameters that the model is known to refuse. Raises InvalidRequest, which names the
     field.
@@ -110,13 +110,13 @@ def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str]
 
 
 def version_of(model: str) -> tuple[int, int] | None:
-    """The version in a model's name: (4, 8) for `claude-opus-4-8-20260301`; None for a name without one."""
+    """Returns the version in a model's name: (4, 8) for `claude-opus-4-8-20260301`; None for a name without one."""
     numbers = re.search(r"claude-(?:[a-z]+-)*(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)", model.lower())
     return (int(numbers[1]), int(numbers[2] or 0)) if numbers else None
 
 
 def samples(model: str) -> bool:
-    """Whether a model takes `temperature`, `top_p` and `top_k`; one whose name has no version is sent them."""
+    """Returns whether a model takes `temperature`, `top_p` and `top_k`; one whose name has no version is sent them."""
     version = version_of(model)
     return version is None or version < ENDS_SAMPLING
 
@@ -242,7 +242,7 @@ def _text_blocks(text: str) -> list[Object]:
 
 
 def _blocks(content: Any, param: str, kinds: Collection[str]) -> list[Object]:
-    """The blocks of a content, which is a string or parts of these kinds.
+    """Returns the blocks of a content, which is a string or parts of these kinds.
 
     Texts of blanks alone are dropped: Anthropic refuses them.
     """
@@ -303,7 +303,8 @@ THINKING = {"thinking": ("thinking", "signature"), "redacted_thinking": ("data",
 
 
 def _thinking_blocks(blocks: Any, param: str) -> list[Object]:
-    """The thinking blocks of an earlier answer; one without Anthropic's signature would be refused and is dropped."""
+    """Returns the thinking blocks of an earlier answer; one without Anthropic's signature would be refused and is
+    dropped."""
     kept = []
     for index, block in enumerate(require_list(blocks, param) if blocks else ()):
         path = f"{param}[{index}]"
@@ -342,7 +343,7 @@ def _arguments(text: str, param: str) -> Object:
 
 
 def _tools(body: Object) -> Object:
-    """The fields `tools` and `tool_choice`; empty if there are no tools."""
+    """Returns the fields `tools` and `tool_choice`; empty if there are no tools."""
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(optional(body, "tools", require_list, []))]
     choice = _choice(body.get("tool_choice"))
     is_parallel = optional(body, "parallel_tool_calls", require_boolean, True)
@@ -389,7 +390,7 @@ class _Reasoning:
 
 
 def _reasoning(body: Object, version: tuple[int, int] | None, tools: Object, is_thoughtless: bool) -> _Reasoning:
-    """The fields for a `reasoning_effort`: an effort for newer models, a budget of tokens for older ones.
+    """Returns the fields for a `reasoning_effort`: an effort for newer models, a budget of tokens for older ones.
 
     Thinking is left out where Anthropic refuses it: with a forced call, and after calls without thinking blocks.
     """
@@ -413,7 +414,7 @@ def _reasoning(body: Object, version: tuple[int, int] | None, tools: Object, is_
 
 
 def _budget(effort: str, max_tokens: int | None) -> int | None:
-    """The tokens of thinking for an effort; None if the client's limit leaves no room for any.
+    """Returns the tokens of thinking for an effort; None if the client's limit leaves no room for any.
 
     At least half of the client's limit is kept for the answer, unless that is less than the smallest budget.
     """
@@ -429,14 +430,15 @@ def _asked_tokens(body: Object) -> int | None:
 
 
 def _max_tokens(body: Object, default: int, thinking: Object) -> int:
-    """The limit of tokens: the client's, or the default plus the budget of thinking, which counts towards it."""
+    """Returns the limit of tokens: the client's, or the default plus the budget of thinking, which counts towards
+    it."""
     asked = _asked_tokens(body)
     budget = thinking.get("budget_tokens")
     return asked or default + (budget if isinstance(budget, int) else 0)
 
 
 def _sampling(body: Object, stripped: Collection[str]) -> Object:
-    """The sampling parameters without `stripped`, in the range that Anthropic takes.
+    """Returns the sampling parameters without `stripped`, in the range that Anthropic takes.
 
     A temperature is at most 1, and `top_p` is left out beside it, because newer models refuse the two together.
     """

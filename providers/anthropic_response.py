@@ -39,7 +39,7 @@ STATUSES = {
 
 
 def to_completion(message: Object, model: str, created: int) -> Object:
-    """A message as a `chat.completion`; `model` is for one that does not name it. Raises APIError."""
+    """Returns a message as a `chat.completion`; `model` is for one that does not name it. Raises APIError."""
     blocks = message.get("content")
     if not isinstance(blocks, list):
         raise UpstreamError("claude: the answer is not a message.", type="api_error", code="upstream_invalid_response")
@@ -74,7 +74,8 @@ def _joined(blocks: list[Object], kind: str) -> str:
 
 
 def _thinking_block(block: Object) -> Object | None:
-    """A block of thinking as the next request must send it back; None without a signature: it would be refused."""
+    """Returns a block of thinking as the next request must send it back; None without a signature: it would be
+    refused."""
     if block.get("type") == "redacted_thinking" and (data := string_or_empty(block.get("data"))):
         return {"type": "redacted_thinking", "data": data}
     if block.get("type") == "thinking" and (signature := string_or_empty(block.get("signature"))):
@@ -92,7 +93,7 @@ def _call(block: Object) -> Object:
 
 
 def _ending(message: Object) -> Object:
-    """The finish reason, and the stop string that was found as `stop_reason`, which is vLLM's extension."""
+    """Returns the finish reason, and the stop string that was found as `stop_reason`, which is vLLM's extension."""
     stop = string_or_empty(message.get("stop_sequence"))
     reason = REASONS.get(string_or_empty(message.get("stop_reason")), "stop")
     return {"finish_reason": reason, **({"stop_reason": stop} if stop else {})}
@@ -105,7 +106,8 @@ def _refusal(message: Object) -> str | None:
 
 
 def _usage(usage: Object) -> Object:
-    """The usage in OpenAI's terms: Anthropic's `input_tokens` leave out those read from or written to its cache."""
+    """Returns the usage in OpenAI's terms: Anthropic's `input_tokens` leave out those read from or written to its
+    cache."""
     cached = count_or_zero(usage.get("cache_read_input_tokens"))
     written = count_or_zero(usage.get("cache_creation_input_tokens"))
     prompt_tokens = count_or_zero(usage.get("input_tokens")) + cached + written
@@ -161,7 +163,7 @@ class StreamMapper:
         }
 
     def events(self, name: str | None, data: Object) -> list[Object]:
-        """The chunks of one event; none for an unknown one. Raises APIError for an error."""
+        """Returns the chunks of one event; none for an unknown one. Raises APIError for an error."""
         step = self._steps.get(string_or_empty(data.get("type")) or name or "")
         return step(data) if step and not self.is_complete else []
 

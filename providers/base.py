@@ -31,5 +31,5 @@ class Gateway(Protocol):
         ...
 
     async def models(self) -> list[str]:
-        """The names of the provider's models, without the prefix. Raises errors.APIError."""
+        """Returns the names of the provider's models, without the prefix. Raises errors.APIError."""
         ...

@@ -37,7 +37,8 @@ def refuse(param: str, what: str, code: str = "invalid_value") -> NoReturn:
 
 
 def optional(body: Object, name: str, read: Callable[[Any, str], T], default: Any, parent: str = "") -> T | Any:
-    """The field `name` of `body`, read by `read`; the default where it is null or absent. `parent` is body's field."""
+    """Returns the field `name` of `body`, read by `read`; the default where it is null or absent. `parent` is body's
+    field."""
     value = body.get(name)
     return default if value is None else read(value, f"{parent}.{name}" if parent else name)
 
@@ -67,7 +68,7 @@ def require_string(value: Any, param: str) -> str:
 
 
 def require_text(value: Any, param: str) -> str:
-    """A string that is not empty."""
+    """Returns a string that is not empty."""
     if not require_string(value, param):
         refuse(param, "must not be empty")
     return str(value)
@@ -80,7 +81,7 @@ def require_boolean(value: Any, param: str) -> bool:
 
 
 def require_number(value: Any, param: str) -> float:
-    """A number of at least 0; an integer stays one."""
+    """Returns a number of at least 0; an integer stays one."""
     if not _is_integer(value) and not isinstance(value, float) or value < 0:
         refuse(param, "must be a number of at least 0")
     number: float = value
@@ -94,14 +95,14 @@ def require_integer(value: Any, param: str) -> int:
 
 
 def require_count(value: Any, param: str) -> int:
-    """An integer of at least 1."""
+    """Returns an integer of at least 1."""
     if require_integer(value, param) < 1:
         refuse(param, "must be at least 1")
     return int(value)
 
 
 def is_same(value: Any, other: Any) -> bool:
-    """Whether two values are equal and of one type: 1 is not true."""
+    """Returns whether two values are equal and of one type: 1 is not true."""
     return type(value) is type(other) and bool(value == other)
 
 

@@ -41,7 +41,7 @@ class Urls:
     chat_whole: str | None = None  # of chat completions that are not streamed, if it is another one
 
     def of(self, path: str, is_stream: bool) -> str:
-        """The URL of the endpoint `path`, which is written as below /v1."""
+        """Returns the URL of the endpoint `path`, which is written as below /v1."""
         if path == "chat/completions" and not is_stream and self.chat_whole:
             return self.chat_whole
         if path == "chat/completions" and self.chat:
@@ -56,7 +56,8 @@ class Adapter:
 
     @classmethod
     def urls(cls, base: str, whole: str | None) -> Urls:
-        """The endpoints of a provider. base: the URL that is set; whole: that of chats that are not streamed."""
+        """Returns the endpoints of a provider. base: the URL that is set; whole: that of chats that are not
+        streamed."""
         return Urls(base, chat_whole=whole)
 
     def request(self, path: str, body: Object) -> Dropped:
@@ -305,7 +306,7 @@ ADAPTERS: dict[AdapterName, type[Adapter]] = {
 
 
 def failure_in(body: Object) -> Object | None:
-    """The error in an answer that came with the status of success, with a `status` beside its message."""
+    """Returns the error in an answer that came with the status of success, with a `status` beside its message."""
     minimax = body.get("base_resp")
     if isinstance(minimax, dict) and minimax.get("status_code"):
         code = minimax["status_code"]
@@ -359,7 +360,8 @@ class OpenAICompatible:
         return json.dumps(body).encode() if adapter.answer(body) else response.content.strip()
 
     def _checked(self, text: bytes) -> Object:
-        """An answer's JSON. Raises APIError for text that is not an object, and for an object that is an error."""
+        """Returns an answer's JSON. Raises APIError for text that is not an object, and for an object that is an
+        error."""
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -372,7 +374,7 @@ class OpenAICompatible:
         return body
 
     async def _stream(self, url: str, content: bytes, adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
-        """The events of an answer, of which the first one has come. Raises APIError, also while it is read."""
+        """Returns the events of an answer, of which the first one has come. Raises APIError, also while it is read."""
         response = await self.upstream.stream(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
             self._checked((await self.upstream.read(response)).content.strip())
@@ -380,7 +382,7 @@ class OpenAICompatible:
         return await await_first(self._events(events_of(response, self.upstream), adapter, path))
 
     async def _events(self, events: AsyncGenerator[bytes], adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
-        """The provider's events, put right, until the answer ends; one that ends too early raises APIError."""
+        """Yields the provider's events, put right, until the answer ends; one that ends too early raises APIError."""
         is_finished = False
         is_plain = type(adapter) is Adapter  # then only an event with an error has to be parsed
         async with aclosing(events):
@@ -401,12 +403,12 @@ class OpenAICompatible:
             yield DONE
 
     def _adapted(self, event: bytes, data: bytes, adapter: Adapter) -> bytes:
-        """The event as the adapter leaves it: byte for byte if nothing changed."""
+        """Returns the event as the adapter leaves it: byte for byte if nothing changed."""
         body = self._checked(data)
         return encode_event(json.dumps(body)) if adapter.chunk(body) else event
 
 
 def model_ids(answer: Object) -> list[str]:
-    """The names in a list of models; Gemini's begin with `models/`, which its chat does not need."""
+    """Returns the names in a list of models; Gemini's begin with `models/`, which its chat does not need."""
     ids = [model.get("id") for model in list_or_empty(answer.get("data")) if isinstance(model, dict)]
     return [name.removeprefix("models/") for name in ids if isinstance(name, str)]

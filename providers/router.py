@@ -28,7 +28,7 @@ BARE_NAMES = tuple((re.compile(row.bare_names), row.name) for row in PROVIDERS i
 
 
 def gateways_of(settings: Settings, transport: httpx2.AsyncBaseTransport | None = None) -> dict[str, Gateway]:
-    """The providers by their prefixes, without the slash; one with a synonym is there twice."""
+    """Returns the providers by their prefixes, without the slash; one with a synonym is there twice."""
     gateways: dict[str, Gateway] = {}
     for values in settings.provider_values():
         gateway = PROTOCOLS[values.row.protocol](values, transport)
@@ -57,11 +57,11 @@ class Router:
         self._refreshing: asyncio.Future[list[None]] | None = None
 
     def alias(self, model: str) -> str:
-        """The model that MODEL_ALIASES gives for a name, or the name itself."""
+        """Returns the model that MODEL_ALIASES gives for a name, or the name itself."""
         return self._aliases.get(model, model)
 
     def gateway(self, model: str) -> tuple[str, Gateway, str] | None:
-        """The provider's prefix, the provider and the model's name there; None if this server must answer."""
+        """Returns the provider's prefix, the provider and the model's name there; None if this server must answer."""
         if self._is_local(model):
             return None
         prefix, slash, name = model.partition("/")
@@ -71,7 +71,7 @@ class Router:
         return None if provider is None else (provider, self.gateways[provider], model)
 
     def tries(self, model: str) -> list[str]:
-        """The model, then those that MODEL_FALLBACKS gives for a failure of its provider."""
+        """Returns the model, then those that MODEL_FALLBACKS gives for a failure of its provider."""
         return [model, *self._fallbacks.get(model, ())]
 
     async def listed(self) -> list[tuple[str, str]]:

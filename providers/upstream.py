@@ -44,7 +44,7 @@ class UpstreamConfig:
 
     @classmethod
     def of(cls, values: ProviderValues, headers: Callable[[str], Mapping[str, str]]) -> "UpstreamConfig":
-        """The configuration from a provider's settings; `headers` makes the headers that carry its key."""
+        """Returns the configuration from a provider's settings; `headers` makes the headers that carry its key."""
         return cls(
             name=values.row.name,
             key_variable=values.row.key.name.upper(),
@@ -176,17 +176,17 @@ class Upstream:
     # --- errors
 
     def fault(self, what: str, status: int, code: str, **more: Any) -> UpstreamError:
-        """The error for what the provider did, such as `cannot be reached`."""
+        """Returns the error for what the provider did, such as `cannot be reached`."""
         return UpstreamError(f"{self.config.name} {what}.", status=status, code=code, **more)
 
     def transport_fault(self, error: Exception) -> UpstreamError:
-        """The error for a connection that failed after it was made."""
+        """Returns the error for a connection that failed after it was made."""
         if isinstance(error, httpx2.TimeoutException):
             return self.fault(f"sent nothing for {self.config.timeout:g} seconds", 504, "upstream_timeout")
         return self.fault("closed the connection too early", 502, "upstream_disconnected", is_passing=True)
 
     def _refusal(self, response: httpx2.Response) -> UpstreamError:
-        """The error for an answer whose status is not one of success."""
+        """Returns the error for an answer whose status is not one of success."""
         try:
             body = json.loads(response.content)
         except (ValueError, RecursionError):
@@ -194,7 +194,7 @@ class Upstream:
         return self.error_from(response.status_code, body, response.headers)
 
     def error_from(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> UpstreamError:
-        """The error that a provider sent, without the key, which some providers repeat."""
+        """Returns the error that a provider sent, without the key, which some providers repeat."""
         error = error_of(status, body, self.config.name, self.config.key_variable, headers)
         for secret in [value.removeprefix("Bearer ") for value in self.config.headers.values()]:
             if len(secret) >= MIN_SECRET:
@@ -203,7 +203,7 @@ class Upstream:
 
 
 def _wait(error: UpstreamError, attempt: int) -> float | None:
-    """The seconds to wait before the next attempt; None if there must be none."""
+    """Returns the seconds to wait before the next attempt; None if there must be none."""
     if not error.is_passing:
         return None
     if error.retry_after is not None:
@@ -214,7 +214,7 @@ def _wait(error: UpstreamError, attempt: int) -> float | None:
 
 
 def _plain(headers: httpx2.Headers) -> httpx2.Headers:
-    """The headers without those that described the content before it was read."""
+    """Returns the headers without those that described the content before it was read."""
     outdated = ("content-encoding", "content-length", "transfer-encoding")
     return httpx2.Headers([(name, value) for name, value in headers.items() if name.lower() not in outdated])
 
@@ -223,7 +223,7 @@ def _plain(headers: httpx2.Headers) -> httpx2.Headers:
 
 
 async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGenerator[bytes]:
-    """The events of a streamed answer, each as it came, with the blank line behind it.
+    """Yields the events of a streamed answer, each as it came, with the blank line behind it.
 
     Raises APIError; closes the response.
     """
@@ -243,6 +243,6 @@ async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGener
 
 
 def dropped_params_header(names: Collection[str]) -> dict[str, str]:
-    """The header that tells a client which parameters were left out."""
+    """Returns the header that tells a client which parameters were left out."""
     listed = header_value(*names)
     return {"x-gateway-dropped-params": listed} if listed else {}

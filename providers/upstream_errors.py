@@ -38,7 +38,7 @@ MAX_MESSAGE = 2000  # characters
 def error_of(
     status: int, body: Any, provider: str, key_variable: str, headers: Mapping[str, str] | None = None
 ) -> UpstreamError:
-    """The error for a provider's answer. body: its JSON; of any other value only the status is reported."""
+    """Returns the error for a provider's answer. body: its JSON; of any other value only the status is reported."""
     error, headers = error_in(body) or {}, headers or {}
     text = error.get("message")
     message = redact(text)[:MAX_MESSAGE] if isinstance(text, str) and text else f"it answered with status {status}."
@@ -63,12 +63,12 @@ def error_of(
 
 
 def _other(status: int) -> tuple[int, str, str | None, bool]:
-    """The row for a status that FAULTS does not list."""
+    """Returns the row for a status that FAULTS does not list."""
     return (status, "invalid_request_error", None, False) if 400 <= status < 500 else (502, "api_error", None, True)
 
 
 def _is_spent(error: Mapping[str, Any]) -> bool:
-    """Whether the limit is one of money: another try does not help before a payment."""
+    """Returns whether the limit is one of money: another try does not help before a payment."""
     details = error.get("details")
     code = details.get("error_code") if isinstance(details, dict) else None
     return "spend_limit" in str(code) or error.get("code") == "insufficient_quota"
@@ -79,7 +79,7 @@ def _text(value: Any) -> str | None:
 
 
 def _passed(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers that the client gets too; OpenAI's SDKs obey the last two."""
+    """Returns the headers that the client gets too; OpenAI's SDKs obey the last two."""
     passed = {
         "x-upstream-request-id": headers.get("x-request-id") or headers.get("request-id"),
         "x-should-retry": headers.get("x-should-retry"),
@@ -89,12 +89,12 @@ def _passed(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def redact(text: str) -> str:
-    """The text without what looks like a key: some providers repeat a part of it."""
+    """Returns the text without what looks like a key: some providers repeat a part of it."""
     return KEYS.sub("[redacted]", text)
 
 
 def error_in(answer: Any) -> dict[str, Any] | None:
-    """The error object of an answer: OpenAI's, one made of a text, or either in a list, as Gemini sends it."""
+    """Returns the error object of an answer: OpenAI's, one made of a text, or either in a list, as Gemini sends it."""
     if isinstance(answer, list) and answer:
         answer = answer[0]
     error = answer.get("error") if isinstance(answer, dict) else None
@@ -104,7 +104,7 @@ def error_in(answer: Any) -> dict[str, Any] | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds to wait, at least 0; None if no header says. Headers have milliseconds, seconds or a date."""
+    """Returns the seconds to wait, at least 0; None if no header says. Headers have milliseconds, seconds or a date."""
     if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
         return milliseconds / 1000
     text = headers.get("retry-after")
@@ -117,7 +117,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _number(text: str | None) -> float | None:
-    """A finite number of at least 0; None for any other text."""
+    """Returns a finite number of at least 0; None for any other text."""
     try:
         number = float(text or "")
     except ValueError:

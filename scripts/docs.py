@@ -82,7 +82,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def defined(name: str) -> Any:
-    """The object that one of the modules defines under this name, wherever that module is."""
+    """Returns the object that one of the modules defines under this name, wherever that module is."""
     for module, path in modules().items():
         for node in tree_of(path).body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
@@ -92,7 +92,7 @@ def defined(name: str) -> Any:
 
 
 def summary(path: Path) -> str:
-    """The first sentence of a file's docstring."""
+    """Returns the first sentence of a file's docstring."""
     paragraph = " ".join((ast.get_docstring(tree_of(path)) or "").partition("\n\n")[0].split())
     return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
 
@@ -105,7 +105,7 @@ def name_of(field: str) -> str:
 
 
 def default_of(info: FieldInfo) -> str:
-    """The default as it is written in .env; empty where the description has it in words, or none is."""
+    """Returns the default as it is written in .env; empty where the description has it in words, or none is."""
     value = info.default
     if value is None or value in ((), {}):
         return ""
@@ -124,7 +124,7 @@ def in_bytes(value: int) -> str:
 
 
 def sentence_of(info: FieldInfo) -> tuple[str, str]:
-    """What a setting is, as a sentence, and its default in words."""
+    """Returns what a setting is, as a sentence, and its default in words."""
     description = info.description or ""
     words = DEFAULT.search(description)
     text = DEFAULT.sub("", description)
@@ -140,7 +140,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def sections() -> Iterator[tuple[str, dict[str, FieldInfo]]]:
-    """The settings in their order, by section."""
+    """Yields the settings in their order, by section."""
     title, fields = "", dict[str, FieldInfo]()
     for field, info in defined("Settings").model_fields.items():
         if field in SECTIONS:
@@ -152,7 +152,7 @@ def sections() -> Iterator[tuple[str, dict[str, FieldInfo]]]:
 
 
 def settings() -> str:
-    """The tables of docs/settings.md."""
+    """Returns the tables of docs/settings.md."""
     parts = []
     for title, fields in sections():
         rows = ["| setting | default | meaning |", "|---|---|---|"]
@@ -188,7 +188,7 @@ def env_example() -> str:
 
 
 def field_table(*requests: str) -> Callable[[], str]:
-    """A table with a row per field and a column per request: what becomes of it."""
+    """Returns a table with a row per field and a column per request: what becomes of it."""
 
     def table() -> str:
         classes = [defined(name) for name in requests]
@@ -211,7 +211,7 @@ def field_table(*requests: str) -> Callable[[], str]:
 
 
 def note_of(part: dict[str, Any]) -> str:
-    """A field's description, without what the columns say already."""
+    """Returns a field's description, without what the columns say already."""
     text = str(part.get("description", ""))
     if part.get("x-support") == "refused":
         return f"other values than {listed(map(json.dumps, part['x-neutral']))} are refused"
@@ -219,7 +219,8 @@ def note_of(part: dict[str, Any]) -> str:
 
 
 def value_of(part: dict[str, Any], schema: dict[str, Any]) -> str:
-    """A field's values in a few words, from its JSON schema: `number, 0 to 2`, `list of strings, at most 16`."""
+    """Returns a field's values in a few words, from its JSON schema: `number, 0 to 2`, `list of strings, at most
+    16`."""
     options = part.get("anyOf") or part.get("oneOf")
     if options:
         kinds = (value_of(option, schema) for option in options if option.get("type") != "null")
@@ -252,7 +253,7 @@ def bounds_of(part: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """A bound; those of 32 and 64 bits as powers of two."""
+    """Returns a bound; those of 32 and 64 bits as powers of two."""
     powers = {2**31 - 1: "2^31 - 1", 2**63 - 1: "2^63 - 1", -(2**63): "-2^63"}
     return powers.get(int(value)) or f"{value:g}"
 
@@ -261,7 +262,7 @@ def number(value: float) -> str:
 
 
 def demo_models() -> str:
-    """The table of demo models in docs/models.md."""
+    """Returns the table of demo models in docs/models.md."""
     rows = ["| demo name | model | download | licence |", "|---|---|---|---|"]
     for name, demo in {**defined("DEMO_MODELS"), **defined("EMBEDDING_DEMOS")}.items():
         known = DEMOS[name]
@@ -271,7 +272,7 @@ def demo_models() -> str:
 
 
 def files() -> str:
-    """The list of packages and files in docs/architecture.md."""
+    """Returns the list of packages and files in docs/architecture.md."""
     folders = {"The top level": ROOT} | {f"`{folder_of(name)}/`": folder for name, folder in packages().items()}
     lines = []
     for title, folder in folders.items():
@@ -287,7 +288,7 @@ def files() -> str:
 
 
 def imports() -> str:
-    """Which packages import which, also within packages that have packages."""
+    """Returns which packages import which, also within packages that have packages."""
     parts = [picture(import_graph())]
     for package in sorted({name.partition(".")[0] for name in packages() if "." in name}):
         parts += [f"Inside `{package}/`:", picture(inner_graph(package))]
@@ -295,7 +296,7 @@ def imports() -> str:
 
 
 def picture(graph: dict[str, set[str]]) -> str:
-    """A line each, those that reach most first: if there is no circle, a line names only lines below it."""
+    """Returns a line each, those that reach most first: if there is no circle, a line names only lines below it."""
     width = max(map(len, graph))
     lines = []
     for name in sorted(graph, key=lambda name: (-len(reached(graph, name)), name)):
@@ -310,7 +311,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def inner_graph(package: str) -> dict[str, set[str]]:
-    """The same for the packages in one; its own files count as one."""
+    """Returns what `import_graph` does for the packages in one; its own files count as one."""
     return graph_of((name for name in modules() if name.partition(".")[0] == package), folder_of)
 
 
@@ -324,19 +325,19 @@ def graph_of(names: Iterable[str], home: Callable[[str], str]) -> dict[str, set[
 
 
 def unit(module: str) -> str:
-    """The outermost package of a module, or its file if it is on the top level."""
+    """Returns the outermost package of a module, or its file if it is on the top level."""
     name = module.partition(".")[0]
     return name if name in packages() else f"{name}.py"
 
 
 def folder_of(module: str) -> str:
-    """The package that a module is in."""
+    """Returns the package that a module is in."""
     package = module if module in packages() else module.rpartition(".")[0]
     return package.replace(".", "/")
 
 
 def imported(module: str, path: Path) -> Iterator[str]:
-    """The names of all modules that a file imports; of `from package import name`, that of the module `name`."""
+    """Yields the names of all modules that a file imports; of `from package import name`, that of the module `name`."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -350,7 +351,7 @@ def imported(module: str, path: Path) -> Iterator[str]:
 
 
 def reached(graph: dict[str, set[str]], start: str) -> set[str]:
-    """All that `start` imports, also through others."""
+    """Returns all that `start` imports, also through others."""
     found, todo = set[str](), [start]
     while todo:
         new = graph[todo.pop()] - found

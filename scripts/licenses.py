@@ -39,7 +39,7 @@ def licence(name: str) -> str:
 
 
 def _licence_in(found: PackageMetadata) -> str:
-    """The expression of newer packages, else the classifiers, else the first words of the field."""
+    """Returns the expression of newer packages, else the classifiers, else the first words of the field."""
     if expression := found.get("License-Expression"):
         return str(expression)
     named = [text.rsplit(" :: ")[-1] for text in found.get_all("Classifier", []) if text.startswith("License :: ")]

@@ -11,7 +11,7 @@ CLIENT_GONE = 499  # the status in the log: no client reads it
 
 
 async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of `work`; None, and `work` is cancelled, if the connection closes first."""
+    """Returns the result of `work`; None, and `work` is cancelled, if the connection closes first."""
 
     async def leave() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -32,7 +32,7 @@ _END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\r\n|\r\n\n|\n\n|\r\r")
 
 
 def encode_event(data: str, name: str | None = None) -> bytes:
-    """An event with these data, which are one line, and this name."""
+    """Returns an event with these data, which are one line, and this name."""
     return (f"event: {name}\n" if name else "").encode() + b"data: " + data.encode() + b"\n\n"
 
 
@@ -40,13 +40,13 @@ DONE = encode_event("[DONE]")
 
 
 def data_of(event: bytes) -> bytes | None:
-    """The text of an event's `data:` lines; None for a comment."""
+    """Returns the text of an event's `data:` lines; None for a comment."""
     lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(lines) if lines else None
 
 
 def name_of(event: bytes) -> str | None:
-    """The text of an event's last `event:` line; None if it has none."""
+    """Returns the text of an event's last `event:` line; None if it has none."""
     names = [line[6:].strip() for line in event.splitlines() if line.startswith(b"event:")]
     return names[-1].decode("utf-8", "replace") if names else None
 
@@ -65,7 +65,7 @@ class EventSplitter:
         return len(self._text)
 
     def put(self, part: bytes) -> list[bytes]:
-        """The events that end in this part."""
+        """Returns the events that end in this part."""
         self._text += part
         if self._is_first and (len(self._text) >= len(_BOM) or not _BOM.startswith(bytes(self._text))):
             self._text, self._is_first = self._text.removeprefix(_BOM), False
@@ -79,13 +79,13 @@ class EventSplitter:
         return events
 
     def end(self) -> bytes | None:
-        """The last event if no blank line came behind it, unless it was cut."""
+        """Returns the last event if no blank line came behind it, unless it was cut."""
         event = bytes(self._text)
         return event + b"\n\n" if event.strip() and _is_whole(event) else None
 
 
 def _is_whole(event: bytes) -> bool:
-    """Whether the data of an event are whole JSON, or `[DONE]`."""
+    """Returns whether the data of an event are whole JSON, or `[DONE]`."""
     data = data_of(event)
     if data is None or data == b"[DONE]":
         return data is not None
@@ -103,15 +103,15 @@ class Wire(Protocol):
     """How the items of a stream become server-sent events."""
 
     def event(self, item: Any) -> bytes:
-        """The event of an item; empty for one that the client does not get."""
+        """Returns the event of an item; empty for one that the client does not get."""
         ...
 
     def failure(self, error: APIError) -> bytes:
-        """The last event of a stream that failed."""
+        """Returns the last event of a stream that failed."""
         ...
 
     def end(self) -> bytes:
-        """The last event of a stream that did not fail; it may be empty."""
+        """Returns the last event of a stream that did not fail; it may be empty."""
         ...
 
 
@@ -129,7 +129,7 @@ class RelayWire:
 
 
 async def sse(items: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
-    """The events of a stream; if it fails, the last one says so, and the request's record has the error."""
+    """Yields the events of a stream; if it fails, the last one says so, and the request's record has the error."""
     try:
         async with aclosing(items):
             async for item in items:
@@ -163,7 +163,7 @@ async def await_first(items: AsyncGenerator[T], silence: float = SILENCE) -> Asy
 
 
 async def _after(first: "asyncio.Future[T]", rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """The stream whose first item was, or is still, awaited."""
+    """Yields the stream whose first item was, or is still, awaited."""
     try:
         yield await first
         async for item in rest:

@@ -128,7 +128,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return end
 
     def _behind_blank_line(self, data: bytes, start: int) -> int:
-        """The position behind the next blank line; the end of the data if there is none."""
+        """Returns the position behind the next blank line; the end of the data if there is none."""
         before = self._last
         if (index := (before + data[start : start + 3]).find(BLANK_LINE)) >= 0:
             end = start + index + len(BLANK_LINE) - len(before)

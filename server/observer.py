@@ -57,14 +57,14 @@ class Observer:
 
 
 def _error(seen: RequestRecord, status: int) -> str | None:
-    """The code of the error that the client was sent; None if there was none or the client disconnected."""
+    """Returns the code of the error that the client was sent; None if there was none or the client disconnected."""
     if status == CLIENT_GONE:
         return None
     return seen.error or (str(status) if status >= 400 else None)
 
 
 def _path(scope: Scope) -> str:
-    """The path of the route, with /v1 if the request had it."""
+    """Returns the path of the route, with /v1 if the request had it."""
     path = getattr(scope.get("route"), "path", UNKNOWN)
     is_bare = path.startswith("/") and scope["path"].startswith("/v1/") and not path.startswith("/v1/")
     return f"/v1{path}" if is_bare else path

@@ -110,7 +110,7 @@ def parser_options_of(
 
 
 def _guards_marks(constraint: "Constraint | None", template: PromptTemplate) -> bool:
-    """Whether a grammar keeps calls valid: it starts at the token that begins a call."""
+    """Returns whether a grammar keeps calls valid: it starts at the token that begins a call."""
     from engine.sample.thinking import Thinking
 
     answer = constraint.answer if isinstance(constraint, Thinking) else constraint
@@ -135,7 +135,7 @@ class ReasoningState:
     budget: int | None  # tokens
 
     def tokens(self, template: PromptTemplate) -> "ThoughtTokens | None":
-        """The tokens around the reasoning; None if the answer has none."""
+        """Returns the tokens around the reasoning; None if the answer has none."""
         from engine.sampling_params import ThoughtTokens
 
         if self.state == "closed" or template.think is None:

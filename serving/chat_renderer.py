@@ -40,7 +40,7 @@ class ChatRenderer:
 
 
 def is_background_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:
-    """Whether this asks for a title, for tags or the like, as Open WebUI does beside each chat.
+    """Returns whether this asks for a title, for tags or the like, as Open WebUI does beside each chat.
 
     Such a request lets chats go first, and is answered without reasoning, which no one would read.
     """

@@ -98,15 +98,16 @@ class EmbeddingModels:
     # --- names
 
     def serves(self, model: str) -> bool:
-        """Whether the name is an embedding model's, loaded or not; no file is looked at."""
+        """Returns whether the name is an embedding model's, loaded or not; no file is looked at."""
         return self._source(model) is not None
 
     def is_own(self, model: str) -> bool:
-        """Whether it is the name of a model that is listed, and not only a form of name that is tried on the Hub."""
+        """Returns whether it is the name of a model that is listed, and not only a form of name that is tried on the
+        Hub."""
         return any(source.name.casefold() == model.casefold() for source in self._listed)
 
     def models(self) -> list[Model]:
-        """The models that are loaded, and the one that the settings name while it loads."""
+        """Returns the models that are loaded, and the one that the settings name while it loads."""
         return [Model.of_server(source.name, slot.created) for source, slot in self._listed.items()]
 
     @property
@@ -133,7 +134,7 @@ class EmbeddingModels:
     # --- loading
 
     def _using(self, model: str) -> "AbstractAsyncContextManager[Embedder]":
-        """The model of that name, which is not unloaded inside the block."""
+        """Returns the model of that name, which is not unloaded inside the block."""
         source = self._source(model)
         if source is None:
             raise ModelNotFound(

@@ -266,7 +266,7 @@ async def generate(loaded: LoadedModel, index: int, request: GenerationRequest) 
 
 
 async def best(sources: Sequence[AsyncGenerator[OutputDelta]], n: int, first_index: int) -> AsyncGenerator[OutputDelta]:
-    """The `n` answers whose tokens have the highest mean log-probability, best first, each as one delta.
+    """Yields the `n` answers whose tokens have the highest mean log-probability, best first, each as one delta.
 
     The first one's `num_tokens` includes the tokens of the discarded answers, which were computed too. Tokens of the
     prompt count as cached if no answer had to compute them.

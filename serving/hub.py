@@ -110,12 +110,13 @@ async def _close(model: LocalModel, timeout: float | None) -> None:
 
 
 def _is_busy(model: LocalModel) -> bool:
-    """Whether the model is answering a request, or one waits for it."""
+    """Returns whether the model is answering a request, or one waits for it."""
     return any(engine.failure is None and engine.num_running + engine.num_waiting for _, engine in model.engines)
 
 
 def _is_free(slot: ModelSlot[LocalModel]) -> bool:
-    """Whether no request uses the model or may be about to; a model whose engine has stopped is free at once."""
+    """Returns whether no request uses the model or may be about to; a model whose engine has stopped is free at
+    once."""
     if slot.model is None or any(engine.failure is not None for _, engine in slot.model.engines):
         return True
     return not _is_busy(slot.model) and slot.is_idle(SETTLING)

@@ -146,7 +146,8 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
 
 
 def engine_options(settings: Settings) -> "EngineOptions":
-    """The settings that the engine needs. Each client, told apart by its API key's name, has its part of the queue."""
+    """Returns the settings that the engine needs. Each client, told apart by its API key's name, has its part of the
+    queue."""
     from engine.engine import EngineOptions
 
     return EngineOptions(
@@ -184,7 +185,8 @@ def open_grammars(template: PromptTemplate, engine: "Engine") -> "GrammarCompile
 
 
 def open_image_inputs(directory: Path, config: Any) -> ImageInputs | None:
-    """The image inputs of a model of a vision family; None for others, and where the image processor is missing."""
+    """Returns the image inputs of a model of a vision family; None for others, and where the image processor is
+    missing."""
     family = vision_family_of(config)
     if family is None:
         return None

@@ -40,7 +40,7 @@ class ModelPool(Generic[K, M]):
         self._is_closing = False
 
     def slot(self, key: K, load: Callable[[], Coroutine[Any, Any, M]]) -> ModelSlot[M]:
-        """The model's slot, now the most recently used one; a model that is not there begins to load.
+        """Returns the model's slot, now the most recently used one; a model that is not there begins to load.
 
         `load` waits for `room_for` the model. Raises Unavailable while closing, or while too many models load.
         """

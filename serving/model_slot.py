@@ -88,7 +88,7 @@ class ModelSlot(Generic[M]):
         self._used_at = time.monotonic()
 
     def is_idle(self, seconds: float) -> bool:
-        """Whether the model has no users, and was not used in the last `seconds`."""
+        """Returns whether the model has no users, and was not used in the last `seconds`."""
         return not self.num_users and time.monotonic() - self._used_at >= seconds
 
     async def cancel(self) -> None:

@@ -113,7 +113,7 @@ class Metrics:
         return Histogram(f"llm_{name}", text, labels, buckets=buckets, registry=self.registry)
 
     def of(self, model: str) -> ModelMetrics:
-        """The metrics of a model. Its name must be that of a served model, never text from a client."""
+        """Returns the metrics of a model. Its name must be that of a served model, never text from a client."""
         if model not in self._models:
             self._models[model] = ModelMetrics(
                 prompt_tokens=self._prompt_tokens.labels(model),

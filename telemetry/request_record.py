@@ -40,5 +40,5 @@ def begin(record: RequestRecord) -> None:
 
 
 def current() -> RequestRecord:
-    """The record of the current request; outside of a request a new one, which is discarded."""
+    """Returns the record of the current request; outside of a request a new one, which is discarded."""
     return _current.get(None) or RequestRecord()

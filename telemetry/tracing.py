@@ -34,7 +34,7 @@ def configuration() -> TelemetryConfig:
 
 
 def span() -> Callable[[], Any] | None:
-    """The function that returns the span of the current request; None if there are no traces."""
+    """Returns the function that returns the span of the current request; None if there are no traces."""
     if not is_enabled():
         return None
     from opentelemetry.trace import get_current_span

@@ -145,7 +145,8 @@ class AnswerParser(AnswerParts):
             line.add(mark)
 
     def _is_draft(self, mark: str, end: str) -> Steps[bool]:
-        """Whether the reasoning ends behind this mark: then what is between is reasoning; else nothing is taken."""
+        """Returns whether the reasoning ends behind this mark: then what is between is reasoning; else nothing is
+        taken."""
         held: list[str] = []
         try:
             yield from self.until((end,), held.append)
@@ -156,7 +157,7 @@ class AnswerParser(AnswerParts):
         return True
 
     def _begins_call(self, style: ToolFormat) -> Steps[bool]:
-        """Whether what follows a mark may be a call."""
+        """Returns whether what follows a mark may be a call."""
         with suppress(End):
             at = yield from self.after_blanks(0)
             return self.text[at] == FENCE[0] or (yield from style.begins_call(self, at))
@@ -230,7 +231,7 @@ class AnswerParser(AnswerParts):
                 raise
 
     def _has_marks_alone(self, style: ToolFormat) -> bool:
-        """Whether nothing here is a call unless it has the mark."""
+        """Returns whether nothing here is a call unless it has the mark."""
         is_inside_line = self.options.is_strict and self._ends_with_call
         return is_inside_line or (self.options.is_structured and bool(style.begin))
 
@@ -299,7 +300,7 @@ class AnswerParser(AnswerParts):
             self.end_call()
 
     def _begins_python(self, at: int) -> Steps[bool]:
-        """Whether a list of calls in Python begins here: `[weather(`."""
+        """Returns whether a list of calls in Python begins here: `[weather(`."""
         if self.options.is_strict or self.text[at] != "[":
             return False
         heads = [f"[{name}(" for name in self.options.tools]
@@ -322,7 +323,7 @@ class AnswerParser(AnswerParts):
         self._add_calls(calls)
 
     def _python_calls(self, code: str, must_fit: bool) -> list[tuple[str, str]]:
-        """The names and arguments of calls in Python; none if the code is anything else."""
+        """Returns the names and arguments of calls in Python; none if the code is anything else."""
         tools = self.options.tools
         calls = [(name, fitted(own, tools[name])) for name, own in python_calls(code, tools) or ()]
         fit = all(fits(value_of(own), tools[name], tools[name]) for name, own in calls)

@@ -70,7 +70,7 @@ class AnswerParts(AnswerText):
         return bool(self.num_complete) and not self.options.is_parallel
 
     def shown(self, text: str) -> str:
-        """The text with its marks as they look."""
+        """Returns the text with its marks as they look."""
         return text if text.isascii() else text.translate(self._restored)
 
     def _add(self, part: ContentDelta) -> None:
@@ -98,7 +98,8 @@ class AnswerParts(AnswerText):
             self._add(ContentDelta(reasoning=self.shown(shown)))
 
     def _without_blanks(self, text: str, holds: bool) -> str:
-        """The text without blanks that may be the format's: at its end (kept for what follows), and at the start."""
+        """Returns the text without blanks that may be the format's: at its end (kept for what follows), and at the
+        start."""
         text = self._blanks + text
         if self._is_at_start:
             text = text.lstrip()
@@ -187,5 +188,5 @@ class AnswerParts(AnswerText):
                 raise
 
     def may_be_name(self, text: str) -> bool:
-        """Whether a tool's name begins with this text."""
+        """Returns whether a tool's name begins with this text."""
         return any(name.startswith(text.rstrip()) for name in self.options.tools)

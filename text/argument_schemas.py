@@ -62,7 +62,7 @@ def _common(found: list[list[str]], is_nullable: bool) -> list[str]:
 
 
 def fits(value: Any, schema: Any, root: Mapping[str, Any]) -> bool:
-    """Whether a value has the types, choices and properties that a schema asks for."""
+    """Returns whether a value has the types, choices and properties that a schema asks for."""
     return _Check(root).fits(value, schema, 0)
 
 
@@ -159,12 +159,12 @@ def _is_same(value: Any, other: Any) -> bool:
 
 
 def is_written_as_text(schema: Any, root: Mapping[str, Any]) -> bool:
-    """Whether a grammar lets the model write a value as plain text, as it was taught to, and not as JSON."""
+    """Returns whether a grammar lets the model write a value as plain text, as it was taught to, and not as JSON."""
     return takes_any_text(schema, root) or bool(choices_of(schema, root))
 
 
 def takes_any_text(schema: Any, root: Mapping[str, Any]) -> bool:
-    """Whether every text is a valid value, as `argument_of` reads it."""
+    """Returns whether every text is a valid value, as `argument_of` reads it."""
     return _Strings(root).hold_all(schema, 0) and is_judged(schema, root)
 
 
@@ -178,7 +178,7 @@ def choices_of(schema: Any, root: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_judged(schema: Any, root: Mapping[str, Any]) -> bool:
-    """Whether every value that `fits` is valid, since the schema says nothing that `fits` does not judge."""
+    """Returns whether every value that `fits` is valid, since the schema says nothing that `fits` does not judge."""
     return _Known(root).holds(schema, 0)
 
 
@@ -269,6 +269,6 @@ class _Known:
         return all(self.holds(inner, depth + 1) for inner in [*lists, *others, *named])
 
     def _are_apart(self, schemas: list[Any]) -> bool:
-        """Whether no value fits two of them."""
+        """Returns whether no value fits two of the schemas."""
         kinds = [{"number" if kind == "integer" else kind for kind in kinds_of(inner, self._root)} for inner in schemas]
         return len(schemas) < 2 or (all(kinds) and sum(map(len, kinds)) == len(set().union(*kinds)))

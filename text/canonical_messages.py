@@ -108,7 +108,8 @@ def _text(message: Message, number: int, image_mark: str | None) -> str:
 
 
 def _may_be_silent(message: Message) -> bool:
-    """Whether a message needs no content, as in OpenAI's API: a function's, or the assistant's with something else."""
+    """Returns whether a message needs no content, as in OpenAI's API: a function's, or the assistant's with something
+    else."""
     if message.role != "assistant":
         return message.role == "function"
     said = (message.tool_calls, message.function_call, message.refusal, message.reasoning_content, message.reasoning)
@@ -135,7 +136,7 @@ def _arguments(arguments: Any) -> Any:
 
 
 def is_alternating(messages: Sequence[CanonicalMessage]) -> bool:
-    """Whether user and assistant take turns, beginning with the user; a system message may come before."""
+    """Returns whether user and assistant take turns, beginning with the user; a system message may come before."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     return bool(turns) and turns == [("user", "assistant")[number % 2] for number in range(len(turns))]

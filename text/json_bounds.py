@@ -57,7 +57,7 @@ def check_num_values(body: bytes) -> None:
 
 
 def _inside(value: Any) -> list[Any]:
-    """The values one level below; an object's keys are among them."""
+    """Returns the values one level below; an object's keys are among them."""
     if isinstance(value, dict):
         return [*value, *value.values()]
     return value if isinstance(value, list) else []

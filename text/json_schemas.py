@@ -22,8 +22,8 @@ ENFORCED_FORMATS = frozenset(  # that llguidance holds an answer to; the others 
 
 
 def enforceable(schema: Any) -> Any:
-    """The same in a form that llguidance holds an answer to: without formats that nothing enforces (a property may be
-    named `format`), and with the patterns of listed properties beside those."""
+    """Returns the schema in a form that llguidance holds an answer to: without formats that nothing enforces (a
+    property may be named `format`), and with the patterns of listed properties beside those."""
     values = _values_in(schema)
 
     def copied(schema: Any) -> Any:
@@ -61,7 +61,7 @@ def _with_listed_patterns(schema: Object) -> Object:
 
 
 def patterns_of(schema: Any) -> Iterator[str]:
-    """All regular expressions in it, at any level."""
+    """Yields all regular expressions in a schema, at any level."""
     values, level = _values_in(schema), [schema]
     while level:
         schemas, level = [item for item in level if isinstance(item, dict)], _inside(level, values)
@@ -73,7 +73,7 @@ def patterns_of(schema: Any) -> Iterator[str]:
 
 
 def _inside(level: list[Any], values: frozenset[str]) -> list[Any]:
-    """The schemas one level below, in objects and lists."""
+    """Returns the schemas one level below, in objects and lists."""
     found: list[Any] = []
     for item in level:
         found += item if isinstance(item, list) else ()
@@ -84,7 +84,7 @@ def _inside(level: list[Any], values: frozenset[str]) -> list[Any]:
 
 
 def _values_in(schema: Any) -> frozenset[str]:
-    """The keywords whose values are no schemas here: none if a reference may lead into one."""
+    """Returns the keywords whose values are no schemas here: none if a reference may lead into one."""
     level = [schema]
     while level:
         references = [item["$ref"] for item in level if isinstance(item, dict) and isinstance(item.get("$ref"), str)]

@@ -168,7 +168,7 @@ def read_json(text: str) -> str | None:
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is JSON by the letter of RFC 8259: no NaN, no infinity; numbers may be of any size."""
+    """Returns whether a text is JSON by the letter of RFC 8259: no NaN, no infinity; numbers may be of any size."""
     try:
         json.loads(text, parse_constant=_refuse, parse_int=len, parse_float=len)
     except (ValueError, RecursionError):

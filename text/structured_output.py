@@ -71,12 +71,12 @@ def structure_of(request: Structured, box: ToolSet | None, style: ToolFormat, li
 
 
 def is_structured(request: Structured) -> bool:
-    """Whether the request itself asks for a structure, be it with tools or without."""
+    """Returns whether the request itself asks for a structure, be it with tools or without."""
     return any(value is not None for _, _, value in _asked(request))
 
 
 def _either(calls: str, answer: str) -> str:
-    """A grammar of one or the other; `calls` is Lark, `answer` is what a kind's `grammar` returned."""
+    """Returns a grammar of one or the other; `calls` is Lark, `answer` is what a kind's `grammar` returned."""
     given = json.loads(answer) if answer.startswith("{") else {"grammars": [{"lark_grammar": answer}]}
     whole = calls.replace("start: ", "start: @answer | calls\ncalls: ", 1)
     return json.dumps({"grammars": [{"lark_grammar": whole}, {**given["grammars"][0], "name": "answer"}]})
@@ -192,7 +192,7 @@ def _of_lark(text: Any) -> str:
 
 
 def _texts(value: Any) -> list[str]:
-    """The text itself: a grammar repeats its parts as regular expressions do."""
+    """Returns the text itself: a grammar repeats its parts as regular expressions do."""
     return [value] if isinstance(value, str) else []
 
 

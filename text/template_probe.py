@@ -42,7 +42,7 @@ class TemplateForm:
     ends: frozenset[str] = frozenset({"user"})  # kinds of messages that a conversation was tried to end with
 
     def hides(self, messages: Sequence[CanonicalMessage]) -> bool:
-        """Whether a part of these messages may be hidden."""
+        """Returns whether a part of these messages may be hidden."""
         if not self.hidden or self.hidden == ("tools",):
             return False
         kinds = {message["role"] for message in messages} | {"calls" for message in messages if "tool_calls" in message}
@@ -153,7 +153,8 @@ def hidden_by(
 
 
 def is_usual(messages: Sequence[CanonicalMessage], ends: Collection[str]) -> bool:
-    """Whether a conversation goes on and ends as those that the template was tried with; others are tried each time."""
+    """Returns whether a conversation goes on and ends as those that the template was tried with; others are tried each
+    time."""
     before = ""
     for message in messages:
         calls, role = message.get("tool_calls", ()), message["role"]
@@ -229,7 +230,7 @@ def behind_answer(render: Callable[..., str], form: TemplateForm) -> str:
 
 
 def shows_images(render: Render, mark: str) -> bool:
-    """Whether an image among the user's text is shown as its mark, and the text with it."""
+    """Returns whether an image among the user's text is shown as its mark, and the text with it."""
     first, second = ({"type": "text", "text": f"probe{number}z"} for number in range(2))
     parts = [first, {"type": "image"}, second]
     try:

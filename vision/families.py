@@ -9,6 +9,7 @@ FAMILIES: dict[str, type[VisionFamily]] = {"gemma3": Gemma3Vision}  # by config.
 
 
 def vision_family_of(config: Any) -> VisionFamily | None:
-    """The family of a model with that configuration; None for a model that reads text alone, or sees in another way."""
+    """Returns the family of a model with that configuration; None for a model that reads text alone, or sees in another
+    way."""
     family = FAMILIES.get(getattr(config, "model_type", ""))
     return None if family is None or getattr(config, "vision_config", None) is None else family(config)

@@ -66,21 +66,23 @@ class VisionFamily(ABC):
 
     @abstractmethod
     def crops(self, processor: Any, picture: "Picture", detail: str) -> list[ImageCrop]:
-        """The image as the model sees it. processor: transformers' image processor of the model.
+        """Returns the image as the model sees it. processor: transformers' image processor of the model.
 
         Raises ValueError for an image that the model cannot see, such as one that is far too long.
         """
 
     @abstractmethod
     def prompt_text(self, crop_tokens: Sequence[int]) -> str:
-        """The text that stands for one image in a prompt. crop_tokens: the number of tokens of each of its crops."""
+        """Returns the text that stands for one image in a prompt. crop_tokens: the number of tokens of each of its
+        crops."""
 
     @abstractmethod
     def encode(self, model: Any, pixels: "Sequence[torch.Tensor]") -> "Sequence[torch.Tensor]":
-        """The features of crops, each (num_tokens, features). Raises what the model, which is transformers', raises."""
+        """Returns the features of crops, each (num_tokens, features). Raises what the model, which is transformers',
+        raises."""
 
     def inputs(self, embeddings: "torch.Tensor", features: "Iterable[tuple[int, torch.Tensor]]") -> dict[str, Any]:
-        """What the model is called with in place of token ids: here the features in place of the embeddings.
+        """Returns what the model is called with in place of token ids: here the features in place of the embeddings.
 
         embeddings: (1, tokens, hidden size), may be written to; features: of crops or parts of them, in the order of
         their rows, with the row of the first token of each.
@@ -90,5 +92,5 @@ class VisionFamily(ABC):
         return {"inputs_embeds": embeddings}
 
     def positions(self, start: int, end: int, images: Sequence[PlacedImage]) -> list[list[int]]:
-        """The positions of a sequence's tokens start .. end for each axis: here the places of the tokens."""
+        """Returns the positions of a sequence's tokens start .. end for each axis: here the places of the tokens."""
         return [list(range(start, end)) for _ in range(self.position_axes)]

@@ -19,6 +19,6 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, services: 
 
 
 def vectors_to_json(answer: EmbeddingResponse) -> bytes:
-    """The JSON of the answer, made row by row, so that other threads can run in between."""
+    """Returns the JSON of the answer, made row by row, so that other threads can run in between."""
     rows = ",".join(row.model_dump_json() for row in answer.data)
     return f'{answer.model_dump_json(exclude={"data"})[:-1]},"data":[{rows}]}}'.encode()

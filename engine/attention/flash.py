@@ -87,7 +87,7 @@ def find(
     candidates: Iterable[Candidate] | None = None,
     measure: Callable[[Kernel, AttentionSpec, int], float] | None = None,
 ) -> Kernel | None:
-    """The fastest kernel that computes all these layers on their device as `reference` does; None if none does.
+    """Returns the fastest kernel that computes all these layers on their device as `reference` does; None if none does.
 
     measure: gives the seconds that a kernel takes for a layer with blocks of so many tokens; tests without a GPU pass
     their own.
@@ -136,7 +136,7 @@ def known_kernels(specs: set[AttentionSpec]) -> Iterator[Candidate]:
 
 
 def is_plain(spec: AttentionSpec) -> bool:
-    """Whether a layer computes plain attention in 16 bits, on a GPU."""
+    """Returns whether a layer computes plain attention in 16 bits, on a GPU."""
     is_simple = spec.softcap is None and spec.key_dim == spec.value_dim
     return is_simple and spec.device.type == "cuda" and spec.dtype.itemsize == 2
 
@@ -186,7 +186,8 @@ class Trial:
 
 
 def agrees(kernel: Kernel, spec: AttentionSpec, block_size: int) -> bool:
-    """Whether a kernel gives what `reference` gives, for chunks of prompts and for decodes of short and long contexts.
+    """Returns whether a kernel gives what `reference` gives, for chunks of prompts and for decodes of short and long
+    contexts.
 
     Versions of a kernel differ in what they support, and a wrong one does not always raise. So it is tried:
         trial = random queries, keys and values, in blocks out of order

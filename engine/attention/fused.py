@@ -65,7 +65,7 @@ def fuse_attention(model: nn.Module) -> None:
 
 
 def fused_attention(module: nn.Module) -> FusedAttention | None:
-    """The replacement of a module whose linear layers are packed; None if the module computes something else.
+    """Returns the replacement of a module whose linear layers are packed; None if the module computes something else.
 
     Attention itself is the same function for both, so the halves before and after it are compared:
         expected = stock_module(x), run with a Probe, which records what the module hands to attention
@@ -108,8 +108,8 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
 
 
 def _norms(module: nn.Module) -> Norms:
-    """The norms of queries and keys; None if there are none. Raises ValueError unless both are plain root mean squares
-    over a head."""
+    """Returns the norms of queries and keys; None if there are none. Raises ValueError unless both are plain root mean
+    squares over a head."""
     query, key = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
     if query is None and key is None:
         return None

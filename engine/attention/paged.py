@@ -66,7 +66,8 @@ class PrefillChunk:
 
 
 def visible_of(start: int, num_tokens: int, window: int | None, images: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The range of positions, as first and end, that each of `num_tokens` tokens from `start` on sees: (tokens, 2).
+    """Returns the range of positions, as first and end, that each of `num_tokens` tokens from `start` on sees: (tokens,
+    2).
 
     A token sees itself and all before it, or as many of these as the window holds. A token of an image (start, end)
     also sees the whole image.
@@ -90,7 +91,7 @@ class GroupAttention:
     flash: FlashBatch | None = None  # on a GPU: the whole step in one kernel call, except chunks with images
 
     def to(self, device: torch.device) -> "GroupAttention":
-        """A copy whose tensors are on `device`."""
+        """Returns a copy whose tensors are on `device`."""
         return GroupAttention(
             slots=self.slots.to(device),
             decodes=tuple(replace(d, tables=d.tables.to(device), visible=d.visible.to(device)) for d in self.decodes),
@@ -109,7 +110,7 @@ class StepAttention:
     _copies: dict[tuple[int, torch.device], GroupAttention] = field(default_factory=dict)
 
     def of_layer(self, layer: int, device: torch.device) -> GroupAttention:
-        """The tensors of a layer's group, on the device."""
+        """Returns the tensors of a layer's group, on the device."""
         group = self.cache.group_of[layer]
         if (group, device) not in self._copies:
             self._copies[group, device] = self.groups[group].to(device)

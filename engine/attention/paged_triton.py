@@ -150,7 +150,8 @@ def paged_attention(
 
 
 def can_attend(spec: AttentionSpec) -> bool:
-    """Whether the kernel can be tried for a layer: Triton's products need a GPU of compute capability 8.0 or more."""
+    """Returns whether the kernel can be tried for a layer: Triton's products need a GPU of compute capability 8.0 or
+    more."""
     if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
     dim = max(spec.key_dim, spec.value_dim)
@@ -164,7 +165,7 @@ def tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
 
 
 def parts_of(num_programs: int, longest: int, num_processors: int) -> int:
-    """The number of parts that fills the device, of at least MIN_KEYS_PER_PART keys each."""
+    """Returns the number of parts that fills the device, of at least MIN_KEYS_PER_PART keys each."""
     enough = PROGRAMS_PER_PROCESSOR * num_processors // num_programs
     return max(1, min(enough, longest // MIN_KEYS_PER_PART, MAX_PARTS))
 

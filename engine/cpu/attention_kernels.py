@@ -22,7 +22,7 @@ Norms = tuple[torch.Tensor, torch.Tensor, float] | None
 
 
 def can_attend(keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether the kernels can read this cache."""
+    """Returns whether the kernels can read this cache."""
     dims = {keys.shape[-1], values.shape[-1]}
     is_here = keys.device.type == "cpu" and keys.dtype in DTYPES and are_available()
     return is_here and len(dims) == 1 and not keys.shape[-1] % LANES
@@ -116,7 +116,7 @@ def attend_chunk(
 
 
 def can_rotate(dim: int) -> bool:
-    """Whether `rotate` can handle heads of so many elements."""
+    """Returns whether `rotate` can handle heads of so many elements."""
     return not dim % (2 * LANES) and dim <= MAX_ROTATED_DIM
 
 

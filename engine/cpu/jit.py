@@ -82,7 +82,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
     # --- memory
 
     def address(self, base: Value, index: Value, size: int) -> Value:
-        """The address of element `index` of an array at `base` whose elements have `size` bytes."""
+        """Returns the address of element `index` of an array at `base` whose elements have `size` bytes."""
         return self.add(base, self.mul(index, I64(size)))
 
     def read(self, type_: Value, address: Value, align: int = 1) -> Value:
@@ -118,7 +118,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         self.write(value, address)
 
     def variable(self, initial: Value) -> "Variable":
-        """A variable that loops can change; the compiler keeps it in a register."""
+        """Returns a variable that loops can change; the compiler keeps it in a register."""
         return Variable(self, initial)
 
     def scratch(self, num_vectors: int) -> Value:
@@ -136,7 +136,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         return self.select(self.icmp_signed("<", a, b), b, a)
 
     def splat(self, value: Value, count: int = LANES) -> Value:
-        """A vector with the scalar `value` in every lane."""
+        """Returns a vector with the scalar `value` in every lane."""
         empty = ir.Constant(vector(value.type, count), ir.Undefined)
         one = self.insert_element(empty, value, I32(0))
         return self.shuffle_vector(one, empty, constant(vector(I32, count), 0))
@@ -158,7 +158,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
 
     def total(self, value: Value) -> Value:
-        """The sum of a vector's floats, in any order."""
+        """Returns the sum of a vector's floats, in any order."""
         name = f"llvm.vector.reduce.fadd.{_suffix(value.type)}"
         function = self.program.globals.get(name)
         if function is None:
@@ -244,7 +244,7 @@ class Variable:
 
 
 def constant(type_: Value, value: float) -> Value:
-    """A vector of type `type_` with `value` in every lane."""
+    """Returns a vector of type `type_` with `value` in every lane."""
     return ir.Constant(type_, [value] * type_.count)
 
 
@@ -257,7 +257,7 @@ def _suffix(type_: Value) -> str:
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch has loaded, if it is GNU's."""
+    """Returns the OpenMP library that torch has loaded, if it is GNU's."""
     paths = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     paths += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*"))
     if not paths:
@@ -271,13 +271,14 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def is_available() -> bool:
-    """Whether programs run well here: Linux, a torch that brings GNU's OpenMP, and on x86 a CPU since 2013 or so."""
+    """Returns whether programs run well here: Linux, a torch that brings GNU's OpenMP, and on x86 a CPU since 2013 or
+    so."""
     return _openmp() is not None and (platform.machine() != "x86_64" or "+avx2" in host()[1])
 
 
 @functools.cache
 def host() -> tuple[str, str]:
-    """The CPU's name and its features as LLVM writes them: `+avx2,+avx512vnni,-amx...`."""
+    """Returns the CPU's name and its features as LLVM writes them: `+avx2,+avx512vnni,-amx...`."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()

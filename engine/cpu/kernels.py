@@ -55,13 +55,13 @@ class Activations:
         return self._part(torch.int32, GROUP + 4, 8)
 
     def _part(self, dtype: torch.dtype, start: int, size: int) -> torch.Tensor:
-        """One part of the memory, `size` bytes for every group: (blocks, rows, size / bytes of dtype)."""
+        """Returns one part of the memory, `size` bytes for every group: (blocks, rows, size / bytes of dtype)."""
         groups = self.num_rows * self.blocks
         return self.memory[start * groups : (start + size) * groups].view(dtype).view(self.blocks, self.num_rows, -1)
 
 
 def are_available() -> bool:
-    """Whether this platform can run these kernels."""
+    """Returns whether this platform can run these kernels."""
     return jit.is_available()
 
 
@@ -74,7 +74,7 @@ def quantize(x: torch.Tensor) -> Activations:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in one instruction."""
+    """Returns whether the CPU multiplies bfloat16 in one instruction."""
     return are_available() and "+avx512bf16" in jit.host()[1]
 
 

@@ -30,7 +30,7 @@ def exists(directory: Path) -> bool:
 
 
 def size(directory: Path) -> int:
-    """The file's size in bytes."""
+    """Returns the file's size in bytes."""
     return (directory / FILE).stat().st_size
 
 
@@ -94,7 +94,7 @@ class _Sources:
         self._waiting = [tensor for tensor in matrices if len(tensor.shape) == 2]
 
     def find(self, weight: torch.Tensor) -> Codes | None:
-        """The codes of a layer's weight, in the order of its rows; None if the file does not have its numbers.
+        """Returns the codes of a layer's weight, in the order of its rows; None if the file does not have its numbers.
 
         weight: (rows, columns) bfloat16, as transformers dequantised it.
 

@@ -81,7 +81,7 @@ class SharedInput:
         self._outputs: list[torch.Tensor] = []
 
     def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs of all layers, each (rows, rows of its weight)."""
+        """Returns the outputs of all layers, each (rows, rows of its weight)."""
         rows = prepare(x, self._layers[0].packed.format)
         return [part for product in self._products for part in product(rows)]
 
@@ -107,7 +107,7 @@ def _joined(layers: list[PackedLinear]) -> Iterator[Callable[[Prepared], tuple[t
 
 
 def _can_join(first: PackedLinear, second: PackedLinear) -> bool:
-    """Whether both have one format and the first one's rows fill whole tiles."""
+    """Returns whether both have one format and the first one's rows fill whole tiles."""
     return first.packed.format == second.packed.format and first.packed.num_rows % LANES == 0
 
 
@@ -252,7 +252,7 @@ def fuse_layers(model: PreTrainedModel) -> None:
 
 
 def _are_alike(layers: list[PackedLinear]) -> bool:
-    """Whether all layers read the same form of input: all quantised to 8 bits, or none."""
+    """Returns whether all layers read the same form of input: all quantised to 8 bits, or none."""
     return len({layer.packed.format.is_quantized for layer in layers}) == 1
 
 
@@ -302,7 +302,7 @@ def _fused_norm(module: nn.Module) -> FusedNorm | None:
 
 
 def is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results differ by no more than rounding.
+    """Returns whether two results differ by no more than rounding.
 
     Nothing in a module's code says what it computes, only running it does. So every replacement is tried first:
         x = random inputs

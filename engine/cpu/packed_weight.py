@@ -63,8 +63,8 @@ Q4_K_M = (INT4, Format(5, offset=16), Format(6, offset=32, group=16))  # what su
 
 
 def format_of(bits: int) -> Format:
-    """The format that this server rounds weights to. Few codes are spread over a group's own range, from its minimum
-    on; 8 bits are enough to be spread evenly around zero."""
+    """Returns the format that this server rounds weights to. Few codes are spread over a group's own range, from its
+    minimum on; 8 bits are enough to be spread evenly around zero."""
     if bits == BFLOAT16.bits:
         return BFLOAT16
     return INT8 if bits == INT8.bits else Format(bits, has_minimum=True)
@@ -79,7 +79,7 @@ class Codes(NamedTuple):
     minimums: torch.Tensor | None  # (rows, columns / GROUP)
 
     def dequantize(self) -> torch.Tensor:
-        """The weights, (rows, columns) in float32."""
+        """Returns the weights, (rows, columns) in float32."""
         rows, columns = self.codes.shape
         grouped = self.codes.view(rows, -1, self.format.group).float() - self.format.offset
         weight = (grouped * self.scales.float()[..., None]).view(rows, columns)
@@ -115,7 +115,7 @@ class PackedWeight:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def tiles(self, start: int, num_rows: int) -> "PackedWeight":
-        """A view of `num_rows` rows from tile `start` on."""
+        """Returns a view of `num_rows` rows from tile `start` on."""
         part = slice(start, start - (-num_rows // LANES))
         minimums = None if self.minimums is None else self.minimums[part]
         return PackedWeight(
@@ -127,7 +127,7 @@ class PackedWeight:
         )
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """The weights of some rows, (len(index), columns), in float32."""
+        """Returns the weights of some rows, (len(index), columns), in float32."""
         tile, lane = index // LANES, index % LANES
         if not self.format.is_quantized:
             pairs = self.quants.view(torch.bfloat16).view(*self.quants.shape[:2], -1, LANES, 2)
@@ -138,7 +138,7 @@ class PackedWeight:
         return Codes(self.format, codes, scales, minimums).dequantize()
 
     def dequantize(self) -> torch.Tensor:
-        """All weights, (rows, columns) in float32."""
+        """Returns all weights, (rows, columns) in float32."""
         return self.rows(torch.arange(self.num_rows))
 
     def _codes(self, quants: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,8 @@ def pack(weight: Codes) -> PackedWeight:
 
 
 def read_codes(b: Builder, fmt: Format, start: jit.Value) -> list[jit.Value]:
-    """The codes of a tile's block at address `start`: eight vectors of bytes, each with four columns of the 16 rows."""
+    """Returns the codes of a tile's block at address `start`: eight vectors of bytes, each with four columns of the 16
+    rows."""
     codes: list[jit.Value] = [constant(BYTES, 0)] * FOURS
     for first, width in fmt.fields:
         vectors = [b.bitcast(b.read(BYTES, b.add(start, I64(64 * (first + i)))), INTS) for i in range(width)]

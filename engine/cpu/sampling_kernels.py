@@ -16,7 +16,7 @@ DRAWN_BLOCK = 512  # columns whose weights are summed up in float32
 
 
 def can_argmax(logits: torch.Tensor) -> bool:
-    """Whether the kernels of this file can read these logits."""
+    """Returns whether the kernels of this file can read these logits."""
     is_plain = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
     return is_plain and logits.shape[-1] >= LANES and are_available()
 

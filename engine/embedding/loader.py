@@ -49,7 +49,8 @@ def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten:
 
 
 def loaded_size(directory: Path, device: str) -> int:
-    """Bytes that the weights will take in memory: on a CPU all of them are float32, whatever the files have."""
+    """Returns the bytes that the weights will take in memory: on a CPU all of them are float32, whatever the files
+    have."""
     width = 4 if _device(device) == "cpu" or _gpu_dtype(directory) == "float32" else 2
     total = 0
     for path in directory.rglob("*.safetensors"):

@@ -122,7 +122,7 @@ def fuse_gpu_layers(model: nn.Module) -> int:
 
 
 def fused_norm(module: nn.Module) -> Norm | None:
-    """The replacement of a root mean square norm; None if the module computes something else."""
+    """Returns the replacement of a root mean square norm; None if the module computes something else."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
@@ -138,7 +138,7 @@ def fused_norm(module: nn.Module) -> Norm | None:
 
 
 def fused_mlp(module: nn.Module) -> MLP | None:
-    """The replacement of a gated MLP; None if the module computes something else."""
+    """Returns the replacement of a gated MLP; None if the module computes something else."""
     layers = _plain_layers(module, "gate_proj", "up_proj", "down_proj")
     if not layers or layers[0].bias is not None or layers[1].bias is not None:
         return None
@@ -155,7 +155,8 @@ def fused_mlp(module: nn.Module) -> MLP | None:
 
 
 def fused_attention(module: nn.Module) -> Attention | None:
-    """The replacement of an attention module whose norms are replaced; None if the module computes something else.
+    """Returns the replacement of an attention module whose norms are replaced; None if the module computes something
+    else.
 
     It is compared as in engine/attention/fused.py: what it hands to attention, and what it makes of the result.
     """
@@ -189,7 +190,7 @@ def fused_attention(module: nn.Module) -> Attention | None:
 
 
 def _plain_layers(module: nn.Module, *names: str) -> list[Any]:
-    """The module's layers of these names; an empty list unless all of them are plain linear layers."""
+    """Returns the module's layers of these names; an empty list unless all of them are plain linear layers."""
     layers: list[Any] = [getattr(module, name, None) for name in names]
     return layers if all(type(layer) is nn.Linear for layer in layers) else []
 
@@ -200,7 +201,7 @@ def _numbers(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether `a` differs from the stock result `b` by no more than rounding."""
+    """Returns whether `a` differs from the stock result `b` by no more than rounding."""
     tolerance = TOLERANCES[b.element_size()]
     return a.shape == b.shape and a.dtype == b.dtype and bool((a - b).float().norm() <= tolerance * b.float().norm())
 

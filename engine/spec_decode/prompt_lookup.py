@@ -45,7 +45,8 @@ class DraftLength:
         self._paused_until = 0  # tokens of the sequence
 
     def next(self, num_tokens: int, limit: int) -> int:
-        """The length of the next guess, at most `limit`; 0 during a pause. num_tokens: the sequence's length now."""
+        """Returns the length of the next guess, at most `limit`; 0 during a pause. num_tokens: the sequence's length
+        now."""
         return 0 if num_tokens < self._paused_until else min(limit, self._length)
 
     def note(self, num_proposed: int, num_right: int, num_tokens: int, worthwhile: float = WORTHWHILE) -> None:

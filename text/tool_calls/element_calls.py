@@ -67,7 +67,7 @@ class ElementFormat(JsonFormat):
         return [f"{rule}: {' '.join(parts)} {literals.of(close + self.end)}", *rules]
 
     def _has_lines_for(self, parameter: Any, schema: Schema, literals: Literals) -> bool:
-        """Whether a text has lines of its own, so that the mark of its end may stand inside of a line."""
+        """Returns whether a text has lines of its own, so that the mark of its end may stand inside of a line."""
         return self.has_lines and takes_any_text(parameter, schema) and self.value_end.strip() not in literals
 
     def _value(self, rule: str, parameter: Any, schema: Schema, literals: Literals) -> tuple[str, list[str]]:
@@ -167,7 +167,7 @@ GLM_XML = ElementFormat(
 
 
 def is_simple(schema: Schema) -> bool:
-    """Whether an object that has the right properties is valid, and these can be written as elements."""
+    """Returns whether an object that has the right properties is valid, and these can be written as elements."""
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not set(schema) <= SIMPLE or schema.get("type", "object") != "object" or not isinstance(properties, dict):
         return False
@@ -244,12 +244,13 @@ class _ElementCall:
         return argument_of(text, self.schema_of(key), self.schema, is_guarded)
 
     def fits(self, key: str, argument: str, is_strict: bool) -> bool:
-        """Whether an argument fits. is_strict: false where a schema has limits or patterns, which are not judged."""
+        """Returns whether an argument fits. is_strict: false where a schema has limits or patterns, which are not
+        judged."""
         own = self.schema_of(key)
         return fits(value_of(argument), own, self.schema) and (not is_strict or is_judged(own, self.schema))
 
     def value(self, text: str) -> str:
-        """The text without the line breaks that belong to the marks."""
+        """Returns the text without the line breaks that belong to the marks."""
         return text.removeprefix("\n").removesuffix("\n") if self.format.has_lines else text
 
 
@@ -309,7 +310,7 @@ class _ElementReader:
         self._call.is_inside = False
 
     def _split(self, key: str, value: str) -> list[tuple[str, str]]:
-        """The keys and texts of the elements in a value: where the end of one is missing, the next one begins.
+        """Returns the keys and texts of the elements in a value: where the end of one is missing, the next one begins.
 
         An element that has its end in the value, too, is quoted there: it belongs to the text.
         """
@@ -396,7 +397,7 @@ class _ElementReader:
         self._answer.put_back(rest[line:].removeprefix(own))
 
     def _is_followed(self, marks: tuple[str, ...]) -> Steps[bool]:
-        """Whether one of these marks comes next, or the model has ended the answer."""
+        """Returns whether one of these marks comes next, or the model has ended the answer."""
         try:
             after = yield from self._answer.after_blanks(0)
         except End:

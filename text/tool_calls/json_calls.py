@@ -269,7 +269,8 @@ class JsonCallReader:
 
 
 def _object_of(text: str) -> str:
-    """The object that arguments are: JSON, a string with JSON in it, or null. Raises NoCall for any other value."""
+    """Returns the object that arguments are: JSON, a string with JSON in it, or null. Raises NoCall for any other
+    value."""
     if text == "null":
         return "{}"
     if text.startswith('"'):

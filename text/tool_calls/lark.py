@@ -28,21 +28,21 @@ class Literals:
 
 
 def json_of_schema(schema: Schema) -> str:
-    """The grammar of JSON that is valid by a schema."""
+    """Returns the grammar of JSON that is valid by a schema."""
     options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
     return f"%json {json.dumps({**schema, **options})}"
 
 
 def definitions_of(schema: Schema) -> dict[str, Any]:
-    """The parts of a schema that its references lead to."""
+    """Returns the parts of a schema that its references lead to."""
     return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
 
 def lark_string(text: str) -> str:
-    """A text as a string of Lark, whose lexer takes no DEL."""
+    """Returns a text as a string of Lark, whose lexer takes no DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def in_regex(text: str) -> str:
-    """A text as a part of a regular expression between Lark's slashes."""
+    """Returns a text as a part of a regular expression between Lark's slashes."""
     return "\\n".join(re.escape(line).replace("/", "\\/") for line in text.split("\n"))

@@ -43,23 +43,23 @@ class ToolFormat(ABC):
         return {mark for field in self.MARKS if (mark := getattr(self, field).strip())}
 
     def marked(self, marks: Mapping[str, str]) -> "ToolFormat":
-        """The same format with other text for some marks."""
+        """Returns the same format with other text for some marks."""
         texts = {field: getattr(self, field) for field in self.MARKS}
         changes: dict[str, Any] = {field: marks.get(text.strip(), text) for field, text in texts.items()}
         return replace(self, **changes)
 
     @abstractmethod
     def written(self, name: str, arguments: Any) -> str:
-        """A call as the model wrote it, for templates that show no calls."""
+        """Returns a call as the model wrote it, for templates that show no calls."""
 
     # --- the grammar
 
     @abstractmethod
     def call_rules(self, rule: str, name: str, schema: Schema, literals: Literals, begin: str) -> list[str]:
-        """The rule of one tool's call, and those that it needs. begin: the mark, or "" behind the mark."""
+        """Returns the rule of one tool's call, and those that it needs. begin: the mark, or "" behind the mark."""
 
     def calls_grammar(self, tools: Mapping[str, Schema], literals: Literals, is_parallel: bool) -> str:
-        """One call or, if they may be parallel, several, and nothing else."""
+        """Returns the grammar of one call or, if they may be parallel, several, and nothing else."""
         rules, calls = self.rules(tools, literals, self.begin)
         return "\n".join([self._start(literals, is_parallel), f"call: {calls}", *rules])
 
@@ -68,16 +68,16 @@ class ToolFormat(ABC):
         return self.calls_grammar(tools, literals, is_parallel)
 
     def rest_of_call_grammar(self, tools: Mapping[str, Schema], literals: Literals) -> str:
-        """What follows the mark before a call."""
+        """Returns the grammar of what follows the mark before a call."""
         rules, calls = self.rules(tools, literals, begin="")
         return "\n".join([f"start: {calls}", *rules])
 
     @abstractmethod
     def calls_or_text_grammar(self, tools: Mapping[str, Schema], literals: Literals) -> str:
-        """Text, and valid calls wherever the parser would see one."""
+        """Returns the grammar of text, and of valid calls wherever the parser would see one."""
 
     def _bare_calls_or_text(self, bare: BareCall, tools: Mapping[str, Schema], literals: Literals) -> str:
-        """The same for a form of which the parser sees calls without their mark, too."""
+        """Returns the grammar for a form of which the parser sees calls without their mark, too."""
         names = "|".join(in_regex(name) for name in tools)
         rules = [f"TEXT: /(.|\\n)*/ & ~/{bare.before_name}({names}){bare.behind_name}(.|\\n)*/"]
         for number, (name, schema) in enumerate(tools.items()):
@@ -93,7 +93,7 @@ class ToolFormat(ABC):
         return "\n".join([f"start: call{more} TEXT?", f"call: {' | '.join(calls)}", *rules])
 
     def rules(self, tools: Mapping[str, Schema], literals: Literals, begin: str) -> tuple[list[str], str]:
-        """A rule for each tool, and the choice between them."""
+        """Returns a rule for each tool, and the choice between them."""
         rules = [
             line
             for number, (name, schema) in enumerate(tools.items())
@@ -117,18 +117,19 @@ class ToolFormat(ABC):
         """
 
     def begins_call(self, answer: AnswerParts, at: int) -> Steps[bool]:
-        """Whether a call of one of the tools may follow the mark, which has been found inside of the reasoning."""
+        """Returns whether a call of one of the tools may follow the mark, which has been found inside of the
+        reasoning."""
         yield from ()
         return True
 
     def begins_another(self, answer: AnswerParts, at: int) -> Steps[bool]:
-        """Whether another call follows the last one behind the same mark."""
+        """Returns whether another call follows the last one behind the same mark."""
         yield from ()
         return False
 
 
 def taught_by(template: str, formats: Iterable[ToolFormat]) -> ToolFormat | None:
-    """The format of a chat template that shows tools to the model; None if it does not."""
+    """Returns the format of a chat template that shows tools to the model; None if it does not."""
     if not re.search(r"{[%{].*\btools\b", template):
         return None
     spelled = template.replace('\\"', '"')
