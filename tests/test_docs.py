@@ -185,18 +185,22 @@ def identifiers() -> set[str]:
     return names
 
 
-def test_what_the_architecture_names_is_in_the_code() -> None:
-    told = text_of("docs/architecture.md").partition("## Packages")[0]
-    named = set(re.findall(r"`([A-Za-z]\w*(?:\.\w+)?)`", told))
-    assert len(named) > 20 and named <= identifiers()
+@pytest.mark.parametrize(
+    ("heading", "num_paths", "num_names"),
+    [("A streamed chat in ten hops", 15, 15), ("How a model is loaded", 10, 15), ("Recipes", 15, 5)],
+)
+def test_the_architecture_names_files_and_names_that_exist(heading: str, num_paths: int, num_names: int) -> None:
+    told = text_of("docs/architecture.md").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    paths = set(re.findall(r"`([\w/]+(?:\.py|/))`", told))
+    assert len(paths) >= num_paths and all((ROOT / path).exists() for path in paths), paths
+    named = set(re.findall(r"`([A-Za-z]\w*(?:\.\w+)?)`", told)) - paths
+    assert len(named) >= num_names, named
+    assert named <= identifiers() | {name.upper() for name in Settings.model_fields}
 
 
-def test_the_recipes_name_files_and_names_that_exist() -> None:
-    recipes = text_of("docs/architecture.md").partition("## Recipes")[2].partition("## Files")[0]
-    paths = set(re.findall(r"`([\w/]+(?:\.py|/))`", recipes))
-    assert len(paths) > 15 and all((ROOT / path).exists() for path in paths), paths
-    named = set(re.findall(r"`([A-Za-z]\w*(?:\.\w+)?)`", recipes)) - paths
-    assert len(named) > 5 and named <= identifiers() | {name.upper() for name in Settings.model_fields}
+def test_the_table_of_replacements_names_what_compares_them() -> None:
+    table = [row for row in rows(text_of("docs/architecture.md")) if len(row) == 3 and row[1].startswith("`")]
+    assert len(table) >= 5 and {row[1].strip("`") for row in table} <= identifiers()
 
 
 # --- figures
