@@ -34,7 +34,7 @@ LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 def parse_bytes(value: Any) -> Any:
-    """`"4GiB"`, `"4G"`, `"512m"` or a plain number -> bytes."""
+    """Converts a size such as `4GiB`, `512m` or `1000000` to bytes. Raises ValueError for any other text."""
     if not isinstance(value, str):
         return value
     text = value.strip().lower().removesuffix("b").removesuffix("i")
@@ -46,7 +46,7 @@ def parse_bytes(value: Any) -> Any:
 
 
 def without_comment(value: Any) -> Any:
-    """Some readers of .env files keep what follows ` #`."""
+    """Removes a comment, which some readers of .env files leave in the value; returns None if nothing is left."""
     if not isinstance(value, str):
         return value
     text = re.split(r"(?:^|\s)#", value, maxsplit=1)[0].strip()
@@ -54,7 +54,7 @@ def without_comment(value: Any) -> Any:
 
 
 def parse_pairs(value: Any) -> Any:
-    """`"a=b,c=d"` -> {"a": "b", "c": "d"}"""
+    """Parses `a=b,c=d` to {"a": "b", "c": "d"}. Raises ValueError for any other form."""
     if not isinstance(value, str):
         return value
     pairs = [pair.partition("=") for pair in (without_comment(value) or "").split(",") if pair.strip()]
@@ -64,7 +64,7 @@ def parse_pairs(value: Any) -> Any:
 
 
 def parse_fallbacks(value: Any) -> Any:
-    """`"a=b,c;d=e"` -> {"a": ["b", "c"], "d": ["e"]}"""
+    """Parses `a=b,c;d=e` to {"a": ["b", "c"], "d": ["e"]}. Raises ValueError for any other form."""
     if not isinstance(value, str):
         return value
     rows = [row.partition("=") for row in (without_comment(value) or "").split(";") if row.strip()]
@@ -84,7 +84,7 @@ class ApiKey:
 
 
 def parse_api_keys(value: Any) -> Any:
-    """`"alice:sk-1;rpm=60;concurrent=4,sk-2"` -> ApiKeys; one without a name is called by its number."""
+    """Parses `alice:sk-1;rpm=60;concurrent=4,sk-2` to ApiKeys; one without a name is called by its number."""
     if not isinstance(value, str):
         return value
     rows = [row.strip() for row in (without_comment(value) or "").split(",") if row.strip()]
@@ -137,7 +137,7 @@ class UnreadProviders:
 
 
 def parse_providers(value: Any) -> Any:
-    """`groq=https://api.groq.com/openai/v1,other=URL` -> AddedProviders with their keys."""
+    """Parses `groq=https://api.groq.com/openai/v1,other=URL` to AddedProviders with their keys."""
     if not isinstance(value, UnreadProviders):
         return value
     rows = [row.strip() for row in (without_comment(value.text) or "").split(",") if row.strip()]
@@ -405,7 +405,7 @@ class Settings(ProviderSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The keys of the providers in PROVIDERS are not fields, so they are read here, from the same places."""
+        """Adds a source for the keys of the providers in PROVIDERS, which are not fields: .env and the environment."""
         variables: dict[str, str | None] = {}
         for source in (dotenv_settings, env_settings):  # the environment wins
             variables |= source.env_vars if isinstance(source, EnvSettingsSource) else {}
@@ -420,7 +420,7 @@ class Settings(ProviderSettings):
     @model_validator(mode="before")
     @classmethod
     def _add_keys(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """PROVIDERS is read together with the keys of the providers that it names."""
+        """Puts the keys beside PROVIDERS, so that both are read together."""
         keys, text = values.get("provider_keys", {}), values.get("providers")
         return {**values, "providers": UnreadProviders(text, keys)} if isinstance(text, str) else values
 

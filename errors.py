@@ -17,7 +17,7 @@
           Overloaded
         RequestTimeout            504
         EngineFailure             500
-      ModelLoadError              the person who started the server gets it
+      ModelLoadError              whoever started the server gets it, or the client whose request loads the model
         NotOnHub
         SourceUnreachable
 
@@ -170,7 +170,10 @@ class UpstreamError(APIError):
 
 
 class ModelLoadError(Exception):
-    """The model cannot be served. The message is one sentence for the person who started the server."""
+    """The model cannot be loaded. The message is one sentence for the person who started the server.
+
+    If a request asked for the model (huggingface/, embeddings), serving.loading.to_api_error sends it to the client.
+    """
 
 
 class NotOnHub(ModelLoadError):

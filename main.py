@@ -90,7 +90,7 @@ def _add_middleware(app: FastAPI, services: Services, shutdown: Shutdown) -> Non
     )
     app.add_middleware(TimeLimit, seconds=settings.request_timeout, shutdown=shutdown)
     app.add_middleware(ApiKeyAuth, keys=settings.api_keys)
-    _add_cors(app, settings)  # before the keys: a browser sends none when it asks whether it may call
+    _add_cors(app, settings)  # what is added later runs earlier: a browser's preflight request carries no key
     app.add_middleware(Observer, metrics=services.metrics, span=tracing.span())
     app.add_middleware(RequestId, secrets=[key.secret.get_secret_value() for key in settings.api_keys])
 

@@ -167,8 +167,8 @@ Attempt = tuple[list[CanonicalMessage], list[dict[str, Any]] | None]  # messages
 class RenderOptions:
     """What a prompt depends on beside its messages; with None, the messages or the template decide."""
 
-    continues: bool | None = None  # the answer goes on where the last message ends: if that is the assistant's
-    opens: bool | None = None  # the prompt ends with the beginning of the assistant's turn: unless it continues
+    continues: bool | None = None  # the last message is continued; None: if it is the assistant's and has text
+    opens: bool | None = None  # the prompt ends with the assistant's header; None: unless it continues a message
     image_tokens: Sequence[Sequence[int]] = ()  # for each image, the number of tokens of each of its crops
     tools: Sequence[dict[str, Any]] = ()  # in OpenAI's form
     thinks: bool | None = None
@@ -396,7 +396,7 @@ class PromptTemplate:
         return self.encode(f"\n{end}\n\n" if state == "open" else f"{begin}\n\n{end}\n\n")
 
     def _with_images(self, messages: list[CanonicalMessage], mark: str) -> list[CanonicalMessage]:
-        """Content with images as the parts that a tokenizer's template expects; a family's takes text."""
+        """Returns the messages with images as parts, which a tokenizer's template expects; a family's takes text."""
         result: list[CanonicalMessage] = []
         for message in messages:
             first, *others = message["content"].split(mark)
@@ -460,7 +460,10 @@ class PromptTemplate:
         return text
 
     def render_text(self, prompt: str, has_bos: bool = True) -> list[int]:
-        """Returns the prompt of a completion, with the one beginning-of-sequence token that the tokenizer adds."""
+        """Returns the token ids of a completion's prompt. has_bos: whether the tokenizer adds its BOS token.
+
+        A BOS token that the text itself spells is not doubled.
+        """
         check_characters(prompt, "prompt")
         token_ids = list(self.tokenizer(prompt, add_special_tokens=has_bos).input_ids)
         bos = self.tokenizer.bos_token_id

@@ -1,8 +1,8 @@
 """The table of providers: one row has a provider's names, its settings and how it is spoken to.
 
 To add a provider that speaks OpenAI's protocol, add a row with its name and its URL: the settings NAME_API_KEY and
-NAME_BASE_URL, the flags, the place in /v1/models and the routing follow. This file imports nothing of the house, so
-that config.py can take its settings from here.
+NAME_BASE_URL, the flags, the place in /v1/models and the routing follow. This file imports no other module of this
+server, so that config.py can take its settings from here.
 """
 
 from dataclasses import dataclass

@@ -409,7 +409,7 @@ class InputPart(RequestBody):
 
 
 class InputItem(RequestBody):
-    """A message, a tool call or its result; the fields of the other two are None."""
+    """A message, a tool call, its result or reasoning; the fields of the other types are None."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None

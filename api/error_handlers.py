@@ -54,7 +54,7 @@ def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:
 
 
 def _sentence_of(error: HTTPException, request: Request) -> str:
-    """Returns a sentence in place of the framework's two words."""
+    """Returns a sentence for what the framework says in two words, such as `Not Found`."""
     path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
     if error.status_code == 404:
         return f"The endpoint {path} does not exist: /docs shows those that do."

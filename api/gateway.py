@@ -1,4 +1,4 @@
-"""GatewayRoute relays requests for other providers' models as they came; all others go on to their endpoint.
+"""GatewayRoute relays requests for other providers' models; all others go on to their endpoint.
 
 It reads only the model's name and the time-out of a request, so fields that this server does not know are relayed.
 """
@@ -51,13 +51,11 @@ class GatewayRoute(StrictRoute):
 
 
 async def routed_body(request: Request, router: Router) -> dict[str, Any] | None:
-    """Returns the parsed body if its model is served elsewhere, has an alias or has fallbacks; None for the local
-    endpoint.
+    """Returns the parsed body if any `"model": "name"` in it has a provider, an alias or fallbacks; else None.
 
-    `{"model": "openai/gpt-4o", ...}` is parsed and returned. `{"model": "tiny", "messages": [...]}` is searched for
-    names, of which none is routed, and left to the endpoint unparsed. A regex over the bytes comes before the parse
-    because most requests are local, and a large body would be parsed twice. The regex also
-    finds names deeper in the body, such as that of a tool's argument; the parse then decides.
+    Most requests are local, and parsing a large body twice takes time, so a regex over the bytes comes first. It also
+    finds names deeper in the body, such as that of a tool's argument. Then the body of a request for a local model is
+    returned as well, and `_answer` passes it on to the local endpoint.
     """
     if not is_json(request):
         return None  # web pages of any origin may send other types: the endpoint refuses them
@@ -90,7 +88,8 @@ def _unquoted(quoted: bytes) -> str:
 async def _answer(request: Request, router: Router, path: str, body: dict[str, Any], local: Handler) -> Response:
     """Returns the answer of the first model that succeeds; if all fail, the first one's error.
 
-    Only a passing failure of a provider is a reason to try the next model.
+    The second model is tried only after a transient failure of the first one's provider; from then on, every error
+    leads to the next model.
     """
     requested = body["model"]
     first, *others = router.tries(router.alias(requested))

@@ -36,7 +36,11 @@ def loads(body: bytes) -> Any:
     value = json.loads(text, parse_constant=noted)
     if constants:
         path = _path_of_nan(value)
-        raise InvalidRequest(f"{path}: {constants[0]} is not valid JSON.", param=path or None, code="invalid_value")
+        raise InvalidRequest(
+            f"{path}: {constants[0]} is not valid JSON: send a finite number or null.",
+            param=path or None,
+            code="invalid_value",
+        )
     return value
 
 
@@ -48,9 +52,9 @@ def _path_of_nan(value: Any) -> str:
         if isinstance(value, float) and math.isnan(value):
             return path
         if isinstance(value, dict):
-            stack += [(f"{path}.{key}" if path else key, item) for key, item in value.items()]
+            stack += [(f"{path}.{key}" if path else key, value[key]) for key in reversed(value)]
         elif isinstance(value, list):
-            stack += [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+            stack += [(f"{path}[{index}]", value[index]) for index in reversed(range(len(value)))]
     return ""
 
 

@@ -79,5 +79,6 @@ def require_room(directory: Path, size: int, name: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise errors.ModelLoadError(
-            f"{name} needs at least {size / 1e9:.1f} GB in {directory}, but only {free / 1e9:.1f} GB are free there."
+            f"{name} needs at least {size / 1e9:.1f} GB in {directory}, but only {free / 1e9:.1f} GB are free there: "
+            "free some, or set CACHE_DIR (HF_HOME for models of the Hub) to another disk."
         )

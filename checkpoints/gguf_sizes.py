@@ -47,7 +47,7 @@ def one_number_of_heads(keys: Keys, config: Attributes, factors: Factors) -> Att
 
 
 def biases(**tensors: str) -> Derive:
-    """Sets each attribute to whether the first layer has its tensor."""
+    """Returns a function that sets each attribute to whether the first layer has its tensor."""
     return lambda keys, config, factors: {name: keys.has(f"blk.0.{tensor}") for name, tensor in tensors.items()}
 
 
@@ -73,7 +73,7 @@ def dense_size(keys: Keys, config: Attributes, factors: Factors) -> Attributes:
 
 
 def expert_norm(default: bool) -> Derive:
-    """Sets whether the weights of the chosen experts are normalised; default: where the file does not say."""
+    """Returns a function that sets whether experts' weights are normalised; default: where the file does not say."""
 
     def derive(keys: Keys, config: Attributes, factors: Factors) -> Attributes:
         value = keys.value("expert_weights_norm")

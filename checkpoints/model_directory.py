@@ -35,7 +35,7 @@ def weights_size(directory: Path) -> int:
 
 
 def _check_adapter(directory: Path, name: str, files: set[str]) -> None:
-    """An adapter (LoRA) changes another model's weights: without it that model would answer as if it were this one."""
+    """Raises ModelLoadError for an adapter (LoRA), which changes another model's weights and is not applied here."""
     has_weights = any(file.startswith("adapter_model.") for file in files)
     if "config.json" in files and has_weights:
         raise errors.ModelLoadError(

@@ -1,1 +1,1 @@
-"""Token ids in, token ids out. It knows neither HTTP, nor text, nor the wire format."""
+"""The engines: token ids to token ids (engine.py), texts to vectors or scores (embedding/). They know no HTTP."""

@@ -247,7 +247,8 @@ class Engine:
 
     def _compute(self, batch: Batch, is_last_try: bool = False) -> None:
         """Computes a batch, and computes it again in halves where it fails: one of its sequences may be the cause, or
-        the memory that all of them take. A sequence that fails alone, twice, gets the error."""
+        the memory that all of them take. A sequence that fails alone is computed again with fewer and fewer tokens; it
+        gets the error when the smallest number of them has failed twice."""
         start = time.perf_counter()
         try:
             sampled = self.runner.run(batch)

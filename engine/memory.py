@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 LARGE = 2**18  # bytes, of a request or of what was made for it; less than that is used again soon
-DELAY = 2.0  # seconds until the request that uses the memory has ended
+DELAY = 2.0  # seconds; the HTTP request whose memory is to be freed has usually ended by then
 
 
 class _MallInfo(ctypes.Structure):
@@ -50,10 +50,10 @@ def trim() -> None:
 
 
 class Trimmer:
-    """Calls `trim` some time after the last request for it, once for all requests that came in between."""
+    """Calls `trim` in a thread: about every `delay` seconds while `ask` is called, and once after the last call."""
 
     def __init__(self, trim: Callable[[], object], delay: float) -> None:
-        """delay: seconds after the last request"""
+        """delay: seconds"""
         self._trim, self._delay = trim, delay
         self._lock = threading.Lock()
         self._due: float | None = None

@@ -242,7 +242,7 @@ class ModelRunner:
         return cast(torch.Tensor, output.logits[0])
 
     def _positions(self, layout: _Layout) -> torch.Tensor:
-        """(1, tokens), or (axes, 1, tokens) for a model whose images have positions of more coordinates than one."""
+        """Returns the step's positions: (1, tokens), or (axes, 1, tokens) where they have several coordinates."""
         axes: list[list[int]] = [[] for _ in range(self._num_axes)]
         for span in layout.spans:
             for axis, positions in zip(axes, self._positions_of(span), strict=True):

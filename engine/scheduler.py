@@ -16,7 +16,7 @@ from engine.sequence import FinishReason, Sequence, Status, TokenOutput
 from engine.spec_decode.prompt_lookup import PromptLookup, Proposer
 from engine.vision import Image
 
-MAX_DEFERRALS = 300  # steps in which a prompt of low priority can be passed over
+MAX_DEFERRALS = 300  # steps after which a prompt of low priority is as urgent as any
 ENCODED_AHEAD = 4  # waiting prompts whose images are encoded already; their features take memory
 MAX_DRAFTED_ROWS = 16  # tokens in a step with guesses; more of them cost about as much as they gain
 
@@ -144,7 +144,7 @@ class Scheduler:
         return Span(sequence=sequence, start=span.start, num_tokens=1 + len(draft), draft=draft)
 
     def _promote(self) -> None:
-        """Gives the highest priority to prompts that others have been computed before for MAX_DEFERRALS steps."""
+        """Gives priority 0, the highest, to prompts that have waited or been prefilled for over MAX_DEFERRALS steps."""
         for sequence in [s for s in [*self._prefilling(), *self.waiting] if s.priority > 0]:
             sequence.num_deferrals += 1
             if sequence.num_deferrals > MAX_DEFERRALS:

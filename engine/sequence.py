@@ -54,7 +54,7 @@ class Sequence:
     turn: int = 0  # within a priority, the smallest is admitted first
     added: float = field(default_factory=time.perf_counter)  # when it was made
     queue_time: float | None = None  # seconds until it was first admitted
-    num_deferrals: int = 0  # steps in which prompts of higher priority could be computed before it
+    num_deferrals: int = 0  # steps since it came, until its prompt is computed; counted for low priorities
     number: int = field(default_factory=lambda: next(_numbers))
     status: Status = Status.WAITING
     token_ids: list[int] = field(init=False)  # prompt and answer

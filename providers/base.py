@@ -9,7 +9,7 @@ from providers.upstream import Upstream
 
 @dataclass(frozen=True)
 class ProviderResponse:
-    """A provider's answer as bytes: whole JSON, or the events of a stream, of which the first one has come."""
+    """A provider's answer: whole JSON, or a stream's events once the first has come, or 15 seconds have passed."""
 
     content: bytes | AsyncGenerator[bytes]
     headers: Mapping[str, str] = field(default_factory=dict)

@@ -7,7 +7,6 @@ from errors import InvalidRequest
 
 Object = dict[str, Any]
 T = TypeVar("T")
-MAX_DEPTH = 200  # levels of nested JSON; serializers give up at about a thousand
 
 
 # --- in an answer, a value that is absent or of the wrong type counts as an empty one

@@ -1,6 +1,7 @@
 """Providers that speak OpenAI's protocol, and the adapters that put right what some of them do differently.
 
-What an adapter does not change passes byte for byte. Sources: the providers' documents on their compatible layers.
+What an adapter does not change keeps its bytes in answers and events; requests are always written anew.
+Sources: the providers' documents on their compatible layers.
 """
 
 import base64
@@ -374,7 +375,10 @@ class OpenAICompatible:
         return body
 
     async def _stream(self, url: str, content: bytes, adapter: Adapter, path: str) -> AsyncGenerator[bytes]:
-        """Returns the events of an answer, of which the first one has come. Raises APIError, also while it is read."""
+        """Returns the events of an answer when the first has come, or 15 seconds have passed without it.
+
+        Raises APIError, also while they are read.
+        """
         response = await self.upstream.stream(url, content)
         if "text/event-stream" not in response.headers.get("content-type", ""):
             self._checked((await self.upstream.read(response)).content.strip())

@@ -75,7 +75,7 @@ class Router:
         return [model, *self._fallbacks.get(model, ())]
 
     async def listed(self) -> list[tuple[str, str]]:
-        """(provider, model) of every model at the providers; only the first call waits, for LIST_TIMEOUT at most."""
+        """Returns (provider, model) of all models at the providers; only the first call waits, LIST_TIMEOUT at most."""
         usable = {name: gateway for name, gateway in self._providers.items() if gateway.upstream.config.is_usable}
         stale = [name for name in usable if self._list(name).at + LIST_AGE < time.monotonic()]
         if stale:
@@ -104,9 +104,9 @@ class Router:
 
     @property
     def health(self) -> dict[str, dict[str, object]]:
-        """How the providers fare that were sent a request."""
+        """The state of each provider that was sent a request."""
         return {
-            name: {"last_success": gateway.upstream.last_success, "resting": gateway.upstream.is_resting}
+            name: {"last_success": gateway.upstream.last_success, "circuit_open": gateway.upstream.is_circuit_open}
             for name, gateway in self._providers.items()
             if gateway.upstream.was_asked
         }

@@ -1,7 +1,7 @@
 """Upstream: HTTP to one provider, with its time-outs, retries and errors. It knows no format but server-sent events.
 
-A request is sent again only before anything of its answer was read. When the client leaves, the await here is
-cancelled, which closes the connection and ends the retries.
+A request is sent again only until a successful answer begins. When the client leaves, the await here is cancelled,
+which closes the connection and ends the retries.
 """
 
 import asyncio
@@ -68,8 +68,8 @@ class Upstream:
         self.config = config
         self._transport = transport
         self._client: httpx2.AsyncClient | None = None
-        self._num_failures, self._rests_until = 0, 0.0
-        self.last_success: float | None = None  # seconds since 1970
+        self._num_failures, self._open_until = 0, 0.0
+        self.last_success: float | None = None  # when the last answer without an error began, in seconds since 1970
 
     async def close(self) -> None:
         if self._client is not None:
@@ -81,9 +81,9 @@ class Upstream:
         return self._client is not None
 
     @property
-    def is_resting(self) -> bool:
+    def is_circuit_open(self) -> bool:
         """Whether requests are refused at once, because the last ones found no connection."""
-        return time.monotonic() < self._rests_until
+        return time.monotonic() < self._open_until
 
     async def request(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
         """Sends a request and returns its successful answer, read as a whole. Raises APIError."""
@@ -122,8 +122,8 @@ class Upstream:
         if not self.config.is_usable:
             variable = self.config.key_variable
             raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.config.name}.")
-        if self.is_resting:
-            left = max(1, round(self._rests_until - time.monotonic()))
+        if self.is_circuit_open:
+            left = max(1, round(self._open_until - time.monotonic()))
             raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_passing=True)
         num_retries = 0 if method == "GET" else self.config.num_retries  # a list of models is asked for again later
         for attempt in range(num_retries + 1):
@@ -153,9 +153,10 @@ class Upstream:
             ) from error
         except httpx2.HTTPError as error:
             raise self.transport_fault(error) from error
-        self._num_failures, self.last_success = 0, time.time()
+        self._num_failures = 0
         if response.status_code >= 300:
             raise self._refusal(await self.read(response))
+        self.last_success = time.time()
         return response
 
     def _connected(self) -> httpx2.AsyncClient:
@@ -166,12 +167,13 @@ class Upstream:
         return self._client
 
     def _note(self, error: UpstreamError) -> None:
-        """Counts a request that failed for good; after NUM_FAILURES without a connection the provider rests."""
+        """Counts a request that failed for good; after NUM_FAILURES without a connection the circuit opens for
+        COOLDOWN seconds."""
         if error.code != "upstream_unreachable" or not error.is_passing:
             return
         self._num_failures += 1
         if self._num_failures >= NUM_FAILURES:
-            self._rests_until, self._num_failures = time.monotonic() + COOLDOWN, 0
+            self._open_until, self._num_failures = time.monotonic() + COOLDOWN, 0
 
     # --- errors
 

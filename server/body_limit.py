@@ -56,9 +56,12 @@ class BodyLimit:
 
     def _check(self, size: int, num_to_come: int) -> None:
         if size > self.max_body_size:
-            raise HTTPException(413, f"The body is larger than the limit of {self.max_body_size} bytes.")
+            raise HTTPException(
+                413, f"The body is larger than the limit of {self.max_body_size} bytes: send a smaller one."
+            )
         if self._num_held + max(0, num_to_come) > self.max_body_memory:
             raise Overloaded(
-                f"The requests in progress take all of the {self.max_body_memory} bytes for bodies; try again later.",
+                f"All request bodies together may take {self.max_body_memory} bytes, and this one has no room: "
+                "try again later.",
                 retry_after=5,
             )

@@ -225,9 +225,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _on_slow_head(self) -> None:
         self._timer = None
         if self._head_size:
-            self._refuse(
-                TooSlow(f"The request's headers did not arrive within {self.bounds.header_timeout:g} seconds.")
-            )
+            seconds = self.bounds.header_timeout
+            self._refuse(TooSlow(f"The request's headers did not arrive within {seconds:g} seconds: send them faster."))
         else:  # the client has not begun a request
             self.transport.close()
 
@@ -244,14 +243,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(
                 TooSlow(
                     f"The request's body did not arrive within {self.bounds.body_timeout:g} seconds, plus one "
-                    f"for every {BYTES_PER_SECOND} bytes of it."
+                    f"for every {BYTES_PER_SECOND} bytes of it: send it faster."
                 )
             )
 
     # --- refusals
 
     def _head_too_large(self) -> APIError:
-        return TooLarge(f"The request's headers are larger than the limit of {self.bounds.max_header_size} bytes.")
+        limit = self.bounds.max_header_size
+        return TooLarge(
+            f"The request's headers are larger than the limit of {limit} bytes: send fewer or shorter ones."
+        )
 
     def _parser_error(self, error: APIError) -> Exception:
         """Makes the exception that stops the parser; uvicorn then calls `send_400_response`, which sends `error`."""

@@ -71,7 +71,8 @@ def _path(scope: Scope) -> str:
 
 
 def _count_for_model(seen: RequestRecord, metrics: ModelMetrics, error: str | None) -> None:
-    """Adds a request to the metrics of its model; a failed one counts in no histogram of times or lengths."""
+    """Adds a request to the metrics of its model. A failed one is left out of the histograms of durations and lengths;
+    RequestUsage has observed its queue time and the times of its tokens already."""
     for reason in seen.finish_reasons:
         metrics.success(reason).inc()
     if error is not None:

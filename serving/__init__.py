@@ -1,1 +1,1 @@
-"""The models of this process: prompts in, answers out, as the wire's objects."""
+"""The models of this process: they take the requests of schemas.py and return its answers or chunks."""

@@ -60,9 +60,9 @@ def check_request(
 
 
 def _check_prompt_ids(engine: "Engine", token_ids: list[int], param: str) -> None:
-    """A tokenizer may know tokens, for images say, that the model has no embedding for."""
+    """Raises InvalidRequest for no tokens, and for ones without an embedding, as a tokenizer may have for images."""
     if not token_ids:
-        raise InvalidRequest("The prompt is empty.", param=param, code="invalid_value")
+        raise InvalidRequest("The prompt is empty: send at least one token.", param=param, code="invalid_value")
     if max(token_ids) >= engine.num_embeddings:
         raise InvalidRequest(
             f"The prompt has the token id {max(token_ids)}, but the model's token ids must be less "
@@ -90,5 +90,11 @@ def _check_limits(limit: int, request: ChatCompletionRequest | CompletionRequest
             param=request.limit_field,
             code="invalid_value",
         )
-    if (request.min_tokens or 0) > (limit if request.max_tokens is None else request.max_tokens):
-        raise InvalidRequest("min_tokens must be at most max_tokens.", param="min_tokens", code="invalid_value")
+    most = limit if request.max_tokens is None else request.max_tokens
+    if (request.min_tokens or 0) > most:
+        what = "the model's context length" if request.max_tokens is None else request.limit_field
+        raise InvalidRequest(
+            f"min_tokens must be at most {most} tokens, which is {what}: lower it.",
+            param="min_tokens",
+            code="invalid_value",
+        )

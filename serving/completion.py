@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine.constraint import Constraint
     from engine.sampling_params import SampledToken, SamplingParams
 
-MAX_TOKENS = 2048  # the specification's default
+MAX_TOKENS = 2048  # of an answer, where the request sets no max_tokens; this server's own default
 PREFIX_TOKENS = 4  # at a prompt's end: how the answer's first token reads depends on them
 
 
@@ -113,7 +113,7 @@ class CompletionPlan:
         return [len(prompt.token_ids) for prompt in self.prompts]
 
     def sources(self, loaded: LoadedModel) -> list[AsyncGenerator[OutputDelta]]:
-        """Generates the answers of each prompt; equal prompts get different ones."""
+        """Returns a generator for each answer; where the request has a seed, equal prompts get different ones."""
         sources: list[AsyncGenerator[OutputDelta]] = []
         num_same: Counter[tuple[int, ...]] = Counter()  # answers so far of each prompt
         for number, request in enumerate(self.requests):

@@ -27,7 +27,7 @@ def decode(data: bytes, param: str) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise too_large(param)
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
-        raise _invalid(f"The image has more than {MAX_SCANS} scans.", param)
+        raise _invalid(f"The image has more than {MAX_SCANS} scans: save it as a baseline JPEG or as PNG.", param)
     try:
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)

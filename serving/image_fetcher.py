@@ -1,4 +1,5 @@
-"""ImageFetcher: an image's URL in, its bytes out. It reaches the public internet and nothing else.
+"""ImageFetcher: returns the bytes of an image by its URL. It connects to public addresses only, unless the setting
+ALLOW_PRIVATE_IMAGE_URLS is true.
 
 Every hop of a redirect is checked, the name is resolved once, and the connection goes to the address that was checked
 (https://owasp.org/www-community/attacks/Server_Side_Request_Forgery).
@@ -114,10 +115,10 @@ class ImageFetcher:
             raise _refused("The image's URL must be a plain http: or https: URL.", param)
         names = {parsed.host.casefold(), parsed.raw_host.decode("ascii").casefold()}
         if self._hosts is not None and not names & self._hosts:
-            raise _refused("Images from this host are not allowed.", param)
+            raise _refused("Images from this host are not allowed: send the image as a data: URL.", param)
         addresses = await self._resolve(parsed.raw_host.decode("ascii").strip("[]"), port)
         if not addresses or not (self._allows_private or all(is_public(address) for address in addresses)):
-            raise _refused("The image's URL does not lead to a public address.", param)
+            raise _refused("The image's URL does not lead to a public address: send the image as a data: URL.", param)
         return addresses[0]
 
 
@@ -143,7 +144,7 @@ async def _body(response: httpx2.Response, param: str) -> bytes:
     kind = response.headers.get("content-type", "image/").partition(";")[0].strip().casefold()
     is_plain = response.headers.get("content-encoding", "identity").casefold() == "identity"
     if not (kind.startswith("image/") or kind in ("application/octet-stream", "binary/octet-stream")) or not is_plain:
-        raise _failed("The URL did not return an image.", param)
+        raise _failed("The URL did not return an image: send the image as a data: URL.", param)
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk

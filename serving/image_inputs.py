@@ -24,7 +24,7 @@ MAX_WAITING_BYTES = 2**30  # of pixels that wait to be encoded; while there are 
 
 
 class ImageInputs:
-    """The images of requests to one model that sees, up to the engine."""
+    """Fetches and decodes a vision model's images, and places them among the prompt's tokens."""
 
     def __init__(self, family: VisionFamily, processor: Any) -> None:
         """processor: transformers' image processor of the model."""
@@ -51,7 +51,9 @@ class ImageInputs:
         parts = list(image_parts(messages))
         if len(parts) > max_images:
             raise InvalidRequest(
-                f"The request has more than {max_images} images.", param=parts[max_images][0], code="too_many_images"
+                f"The request has more than {max_images} images: send fewer.",
+                param=parts[max_images][0],
+                code="too_many_images",
             )
         tasks = [asyncio.ensure_future(self._crops(part, param, fetcher)) for param, part in parts]
         try:

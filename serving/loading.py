@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IMPORTING = threading.Lock()  # two threads that import torch and transformers at once meet half-made modules
-SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # the specification's, if neither request nor model say
+SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0}  # this server's, where neither request nor model say
 RANGES = {  # within which a model's recommendation is followed
     "temperature": (0.0, 100.0),
     "top_p": (1e-9, 1.0),
@@ -300,7 +300,7 @@ def check_vocabulary(template: PromptTemplate, draft: PromptTemplate) -> None:
 
 
 def sampling_defaults(generation_config: Any) -> dict[str, Any]:
-    """Takes the recommendations of a model's authors, else the specification's defaults; bad values are ignored."""
+    """Takes the recommendations of a model's authors, else this server's defaults; bad values are ignored."""
     recommended = {name: getattr(generation_config, name, None) for name in RANGES}
     if getattr(generation_config, "do_sample", None) is False:
         recommended["temperature"] = None  # without sampling it has no meaning

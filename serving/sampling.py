@@ -19,7 +19,7 @@ def sampling_params(
     grammar: "Constraint | None" = None,
     thoughts: "ThoughtTokens | None" = None,
 ) -> "SamplingParams":
-    """Takes the request's values, else the model's recommendations, else the specification's defaults.
+    """Takes the request's values, else the model's recommendations, else this server's defaults.
 
     An answer is no longer than the context leaves room for; without `default_max_tokens` it may fill all of that.
     """

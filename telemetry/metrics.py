@@ -1,4 +1,4 @@
-"""Metrics: what Prometheus reads at /metrics. Names and labels are those that common dashboards use.
+"""Metrics: what Prometheus reads at /metrics. Most names and labels are vLLM's, with llm_ in place of vllm:.
 
 Sources: vLLM's metrics and https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/ for the buckets.
 """
@@ -103,7 +103,7 @@ class Metrics:
         self._queue = self._histogram("request_queue_time_seconds", "Time in the queue", FIRST_TOKEN, label)
         self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS, label)
         self._answer_length = self._histogram(
-            "request_generation_tokens", "Generated tokens of an answer", TOKENS, label
+            "request_generation_tokens", "Generated tokens of a request", TOKENS, label
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

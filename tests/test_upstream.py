@@ -35,10 +35,10 @@ def test_a_provider_rests_after_requests_that_found_no_connection_not_after_atte
     async def scenario() -> None:
         theirs = Upstream(access(num_retries=1), httpx2.MockTransport(refuse))
         for number in range(NUM_FAILURES):
-            assert not theirs.is_resting, number
+            assert not theirs.is_circuit_open, number
             with pytest.raises(UpstreamError):
                 await theirs.stream(URL, b"{}")
-        assert theirs.is_resting and attempts == 2 * NUM_FAILURES
+        assert theirs.is_circuit_open and attempts == 2 * NUM_FAILURES
         with pytest.raises(UpstreamError) as refusal:
             await theirs.stream(URL, b"{}")
         assert refusal.value.status == 503 and refusal.value.retry_after and attempts == 2 * NUM_FAILURES

@@ -38,9 +38,9 @@ class CallOptions:
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the schema of each one's arguments
     is_parallel: bool = field(default=True, kw_only=True)  # else the first call ends the answer
     is_forced: bool = field(default=False, kw_only=True)  # the answer consists of calls
-    is_strict: bool = field(default=False, kw_only=True)  # without a mark, a call has the one form that is kept valid
+    is_strict: bool = field(default=False, kw_only=True)  # a grammar also keeps calls without a mark valid
     is_guarded: bool = field(default=False, kw_only=True)  # a grammar keeps valid what follows the mark of a call
-    is_structured: bool = field(default=False, kw_only=True)  # what begins as no call is JSON of another kind
+    is_structured: bool = field(default=False, kw_only=True)  # an answer without calls is the JSON that was asked for
     marks: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # characters -> the marks that they stand for
 
 

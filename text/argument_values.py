@@ -20,7 +20,7 @@ _BEFORE_KEY, _BEFORE_VALUE = re.compile(r"[\s,]*"), re.compile(r"[\s:]*")
 
 
 def argument_of(text: str, schema: Any, root: Mapping[str, Any], is_guarded: bool = False) -> str:
-    """Returns the JSON of an argument that was written as plain text: a string if it can be read as nothing else.
+    """Returns the JSON of an argument that was written as plain text: the most certain value that fits its schema.
 
     root: the document that the schema's references lead into; is_guarded: a grammar kept the text valid.
     """

@@ -53,7 +53,10 @@ def check_num_values(body: bytes) -> None:
     if body.count(b'"') // 2 + body.count(b"[") + body.count(b"{") <= MAX_VALUES:
         return  # with those that are inside of strings
     if any(True for _ in islice(_VALUE.finditer(body), MAX_VALUES, None)):
-        raise InvalidRequest(f"The body has more than {MAX_VALUES} strings, lists and objects.", code="invalid_value")
+        raise InvalidRequest(
+            f"The body has more than {MAX_VALUES} strings, lists and objects: send less in one request.",
+            code="invalid_value",
+        )
 
 
 def _inside(value: Any) -> list[Any]:

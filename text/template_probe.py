@@ -1,4 +1,6 @@
-"""Template probe: tries a chat template once, when it is loaded, with texts that must be in the prompt.
+"""Template probe: tries a chat template with texts that must be in the prompt.
+
+It does so when the template is loaded, and again for each conversation in an unusual order; see `is_usual`.
 
 Templates differ in what they want: content as text or as a list of parts, arguments as an object or as JSON's text,
 short ids of calls. A template that gets another form silently drops it. The twin of a conversation is the same with a

@@ -41,7 +41,7 @@ def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | N
     check_patterns((own for function in functions for own in patterns_of(function.get("parameters"))), "tools")
     names = [function["name"] for function in functions]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise _invalid(f"Two tools are named {min(twice)!r}.", "tools")
+        raise _invalid(f"Two tools are named {min(twice)!r}: rename or remove one.", "tools")
     mode, callable_names = _choice(request.tool_choice, names)
     if mode == "none" or not tools:
         return None
@@ -107,7 +107,9 @@ def _choice(choice: str | Object | None, names: list[str]) -> tuple[str, list[st
                 "tool_choice must be none, auto, required or an object that names a function.", "tool_choice"
             )
         if mode == "required" and not names:
-            raise _invalid("tool_choice needs tools.", "tool_choice")
+            raise _invalid(
+                "tool_choice is required, but there are no tools: send tools, or leave tool_choice out.", "tool_choice"
+            )
         return mode, names
     if choice.get("type") == "allowed_tools":
         return _allowed(choice, names)

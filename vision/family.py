@@ -48,7 +48,7 @@ class PlacedImage(Protocol):
 
 
 class VisionFamily(ABC):
-    """One model's. Methods that take pixels may run in any thread."""
+    """The vision part of one model. Methods that take pixels may run in any thread."""
 
     mark: str  # what a chat template writes for an image
     details: tuple[str, ...] = ("low", "high", "auto", "original")  # the values of OpenAI's `detail` that it takes

@@ -141,7 +141,7 @@ def join(layers: list[PackedLinear]) -> PackedLinear:
 
 
 class SharedLinear(nn.Module):
-    """Stands for one layer of a SharedInput in the stock module."""
+    """Replaces one linear layer in the stock module; its SharedInput computes it together with the others."""
 
     def __init__(self, shared: SharedInput, index: int) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from engine import memory
 from engine.constraint import Matcher
 
 MAX_KEPT, MAX_MEMORY = 128, 32 * 2**20  # compiled grammars that are kept, and their bytes
-LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # 100 ms, and as much memory
+LIMITS = LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=2_000_000)  # about 100 ms to compile one
 INDENT, MAX_QUOTED = 4, 40  # characters before the pattern in llguidance's message, and of the pattern in ours
 
 

@@ -102,7 +102,7 @@ class ToolFormat(ABC):
         return rules, " | ".join(f"call_{number}" for number in range(len(tools)))
 
     def _start(self, literals: Literals, is_parallel: bool) -> str:
-        """Models may end the last line, too, before they end the answer."""
+        """Returns the rule `start`. It allows a line break behind the last call, since models may write one."""
         is_one = self.is_whole_answer or not is_parallel
         return "start: call" if is_one else f'start: call ({literals.of(self.between)} call)* "\\n"?'
 
