@@ -27,7 +27,15 @@ from pydantic_settings import (
 )
 
 from engine import quantization
-from provider_table import DEFAULT_MAX_TOKENS, PROVIDERS, RESERVED, ProviderRow, ProviderSetting, Role, key_variable
+from provider_table import (
+    DEFAULT_MAX_TOKENS,
+    PROVIDERS,
+    RESERVED,
+    ProviderRow,
+    ProviderSetting,
+    SettingKind,
+    key_variable,
+)
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -274,7 +282,7 @@ class ServerSettings(BaseSettings):
 
 def provider_fields(rows: Iterable[ProviderRow]) -> dict[str, Any]:
     """Returns the fields of these providers' settings, as pydantic's `create_model` takes them."""
-    annotations: dict[Role, Any] = {
+    annotations: dict[SettingKind, Any] = {
         "key": Key,
         "url": Url,
         "whole_url": Url,
@@ -435,7 +443,7 @@ class Settings(ProviderSettings):
         value = getattr(self, setting.name)
         return setting.default if value is None else value
 
-    def _values(self, row: ProviderRow, values: dict[Role, Any]) -> ProviderValues:
+    def _values(self, row: ProviderRow, values: dict[SettingKind, Any]) -> ProviderValues:
         timeout = values.get("timeout")
         return ProviderValues(
             row=row,

@@ -35,7 +35,7 @@ class APIError(Exception):
     type = "server_error"
     code: str | None = None
     headers: Mapping[str, str] = {}  # of the response
-    is_passing = False  # whether another attempt, or another model, may succeed
+    is_transient = False  # whether another attempt, or another model, may succeed
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
@@ -162,10 +162,10 @@ class UpstreamError(APIError):
         param: str | None = None,
         retry_after: int | None = None,
         headers: Mapping[str, str] | None = None,
-        is_passing: bool = False,
+        is_transient: bool = False,
     ) -> None:
         super().__init__(message, param=param, code=code, retry_after=retry_after)
-        self.status, self.headers, self.is_passing = status, dict(headers or {}), is_passing
+        self.status, self.headers, self.is_transient = status, dict(headers or {}), is_transient
         self.type = type or UpstreamError.type
 
 

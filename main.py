@@ -61,7 +61,7 @@ def _lifespan(services: Services, shutdown: Shutdown) -> Callable[[FastAPI], Abs
 
     async def drain(timeout: float) -> None:
         """Gives the requests in progress `timeout` seconds to finish, and refuses new ones."""
-        asyncio.get_running_loop().call_later(timeout, shutdown.come)
+        asyncio.get_running_loop().call_later(timeout, shutdown.begin)
         await services.close_models(timeout)
 
     @asynccontextmanager

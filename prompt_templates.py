@@ -19,11 +19,11 @@ from text.canonical_messages import (
     apart,
     canonical,
     fold_tools,
-    gathered,
     has_images,
     is_alternating,
-    led,
-    with_names,
+    merge_system_messages,
+    prefix_tool_names,
+    system_into_user,
 )
 from text.detokenizer import MarkingDetokenizer, detokenizer_of
 from text.json_bounds import check_characters
@@ -367,10 +367,10 @@ class PromptTemplate:
             yield alternating
             return
         if self._knows(plain, tools):
-            native = with_names(plain)
-            for messages in (native, apart(native), gathered(native), led(native)):
+            native = prefix_tool_names(plain)
+            for messages in (native, apart(native), merge_system_messages(native), system_into_user(native)):
                 yield messages, tools or None
-        for messages in (folded, gathered(folded), led(folded)):
+        for messages in (folded, merge_system_messages(folded), system_into_user(folded)):
             yield messages, None
         yield alternating
 
@@ -469,7 +469,7 @@ class PromptTemplate:
         bos = self.tokenizer.bos_token_id
         return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
 
-    def render_gap(self, prefix: str, suffix: str) -> tuple[list[int], list[int]]:
+    def render_fill_in_the_middle(self, prefix: str, suffix: str) -> tuple[list[int], list[int]]:
         """Returns the prompt that asks for the text between two others, and the tokens that end the answer.
 
         Raises InvalidRequest for models without such a format.

@@ -10,7 +10,7 @@ from typing import Literal
 
 AdapterName = Literal["none", "gemini", "deepseek", "minimax", "ollama"]
 ProtocolName = Literal["openai", "anthropic"]
-Role = Literal["key", "url", "whole_url", "timeout", "max_tokens"]
+SettingKind = Literal["key", "url", "whole_url", "timeout", "max_tokens"]
 
 
 DEFAULT_MAX_TOKENS = 4096
@@ -20,7 +20,7 @@ DEFAULT_MAX_TOKENS = 4096
 class ProviderSetting:
     """A setting that a row brings with it."""
 
-    role: Role  # what the provider does with its value
+    role: SettingKind  # what the provider does with its value
     name: str  # its environment variable, in lower case
     description: str
     default: str | float | int | None = None

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from server.connection import CLIENT_GONE, unless_client_leaves
 from server.deadline import deadline_of
-from server.events import EventStream, Wire, await_first, sse
+from server.events import EventEncoder, EventStream, await_first, sse
 from server.headers import header_value
 from serving.embeddings import off_loop
 
@@ -37,7 +37,7 @@ async def stream_or_whole(
     body: StreamableBody,
     chunks: AsyncGenerator[Item],
     collect: Callable[[AsyncIterator[Item]], Awaitable[Answer]],
-    wire: Wire,
+    encoder: EventEncoder,
 ) -> Response:
     """Sends the chunks as server-sent events if the body asks for a stream, else what `collect` makes of them."""
     if not body.stream:
@@ -46,7 +46,7 @@ async def stream_or_whole(
     items = await unless_client_leaves(request, await_first(chunks))
     if items is None:
         return Response(status_code=CLIENT_GONE)
-    return EventStream(sse(items, wire), wire.failure, ignored_fields_header(body.ignored_fields))
+    return EventStream(sse(items, encoder), encoder.failure, ignored_fields_header(body.ignored_fields))
 
 
 def _to_json(answer: BaseModel) -> bytes:

@@ -15,12 +15,12 @@ from starlette.requests import ClientDisconnect
 from api.services import services_of
 from api.strict_json import Handler, StrictRequest, StrictRoute, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
-from providers.base import Gateway
-from providers.router import Router
+from providers.base import Provider
+from providers.router import ProviderRouter
 from server.connection import CLIENT_GONE, unless_client_leaves
 from server.deadline import deadline_of
 from server.error_formats import error_format
-from server.events import EventStream, RelayWire, sse
+from server.events import EventStream, PassThroughEncoder, sse
 from server.headers import header_value
 from telemetry import request_record
 from text.json_bounds import check_num_values
@@ -50,7 +50,7 @@ class GatewayRoute(StrictRoute):
         return handle
 
 
-async def routed_body(request: Request, router: Router) -> dict[str, Any] | None:
+async def routed_body(request: Request, router: ProviderRouter) -> dict[str, Any] | None:
     """Returns the parsed body if any `"model": "name"` in it has a provider, an alias or fallbacks; else None.
 
     Most requests are local, and parsing a large body twice takes time, so a regex over the bytes comes first. It also
@@ -72,9 +72,9 @@ async def routed_body(request: Request, router: Router) -> dict[str, Any] | None
     return body if has_model else None
 
 
-def _is_routed(name: str, router: Router) -> bool:
+def _is_routed(name: str, router: ProviderRouter) -> bool:
     """Returns whether a model has an alias, a provider or fallbacks."""
-    return router.alias(name) != name or router.gateway(name) is not None or len(router.tries(name)) > 1
+    return router.alias(name) != name or router.provider_of(name) is not None or len(router.candidates(name)) > 1
 
 
 def _unquoted(quoted: bytes) -> str:
@@ -85,19 +85,21 @@ def _unquoted(quoted: bytes) -> str:
         return ""
 
 
-async def _answer(request: Request, router: Router, path: str, body: dict[str, Any], local: Handler) -> Response:
+async def _answer(
+    request: Request, router: ProviderRouter, path: str, body: dict[str, Any], local: Handler
+) -> Response:
     """Returns the answer of the first model that succeeds; if all fail, the first one's error.
 
     The second model is tried only after a transient failure of the first one's provider; from then on, every error
     leads to the next model.
     """
     requested = body["model"]
-    first, *others = router.tries(router.alias(requested))
+    first, *others = router.candidates(router.alias(requested))
     failure: UpstreamError | None = None
     for model in (first, *others):
         headers = {"x-gateway-model": header_value(model)} if model != requested else {}
         headers |= {"x-gateway-fallback-from": header_value(first)} if failure else {}
-        route = router.gateway(model)
+        route = router.provider_of(model)
         try:
             if route is not None:
                 return await _relayed(request, path, {**body, "model": route[2]}, route, headers)
@@ -105,7 +107,7 @@ async def _answer(request: Request, router: Router, path: str, body: dict[str, A
             response.headers.update(headers)
             return response
         except (APIError, RequestValidationError) as error:
-            if failure is None and not (isinstance(error, UpstreamError) and error.is_passing):
+            if failure is None and not (isinstance(error, UpstreamError) and error.is_transient):
                 raise
             failure = failure or cast(UpstreamError, error)
     assert failure is not None
@@ -113,21 +115,21 @@ async def _answer(request: Request, router: Router, path: str, body: dict[str, A
 
 
 async def _relayed(
-    request: Request, path: str, body: dict[str, Any], route: tuple[str, Gateway, str], headers: dict[str, str]
+    request: Request, path: str, body: dict[str, Any], route: tuple[str, Provider, str], headers: dict[str, str]
 ) -> Response:
     """Returns a provider's answer, whole or as a stream; the request's record gets the provider and the model."""
-    name, gateway, model = route
+    name, provider, model = route
     record = request_record.current()
     record.provider, record.model = name, model
     deadline_of(request.scope).shorten(_seconds(body.pop("timeout", None)))
-    relayed = await unless_client_leaves(request, gateway.answer(path, body))
+    relayed = await unless_client_leaves(request, provider.answer(path, body))
     if relayed is None:
         return Response(status_code=CLIENT_GONE)
     headers = {"x-gateway-provider": name, **headers, **relayed.headers}
     if isinstance(relayed.content, bytes):
         return Response(relayed.content, media_type="application/json", headers=headers)
     failure = error_format(request.url.path).event
-    return EventStream(sse(relayed.content, RelayWire(failure)), failure, headers)
+    return EventStream(sse(relayed.content, PassThroughEncoder(failure)), failure, headers)
 
 
 def _seconds(timeout: Any) -> float | None:

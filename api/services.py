@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Request
 
 from config import Settings
-from providers.router import Router
+from providers.router import ProviderRouter
 from serving.embeddings import EmbeddingModels
 from serving.hub import HubModels
 from serving.loading import LoadModel
@@ -25,7 +25,7 @@ class Services:
     local: LocalModel
     hub: HubModels
     embeddings: EmbeddingModels
-    router: Router
+    router: ProviderRouter
 
     @classmethod
     def of(cls, settings: Settings, on_failure: Callable[[str], None], load: LoadModel) -> "Services":
@@ -40,7 +40,7 @@ class Services:
             local=local,
             hub=hub,
             embeddings=embeddings,
-            router=Router(settings, lambda name: local.serves(name) or embeddings.is_own(name)),
+            router=ProviderRouter(settings, lambda name: local.serves(name) or embeddings.lists(name)),
         )
 
     def start(self) -> None:

@@ -22,7 +22,7 @@ from server.error_formats import OPENAI
 from server.events import DONE, encode_event
 
 
-class ChunkWire:
+class ChunkEncoder:
     """Writes chunks of chat completions and completions: `data: {json}`, then `data: [DONE]` or an error.
 
     If the client asked for the usage, every chunk has it, null in all but the last; else no chunk has the key.
@@ -43,7 +43,7 @@ class ChunkWire:
         return DONE
 
 
-class EventWire:
+class ResponsesEncoder:
     """Writes the named events of Responses. An error is one of them, and a failed response follows it."""
 
     def __init__(self) -> None:

@@ -93,9 +93,9 @@ def _run(kernel: flash.Kernel, trial: Trial) -> torch.Tensor:
 def _sdpa(trial: Trial) -> torch.Tensor:
     """Attends to the blocks in the order of the cache, which takes the same time; for decodes or one whole chunk."""
     batch = trial.batch
-    sequences, queries = len(batch.lengths), batch.longest_query
+    sequences, queries = len(batch.seq_lens), batch.max_query_len
     shape = (sequences, -1, *trial.keys.shape[2:])
-    key, value = (cache.view(shape)[:, : batch.longest].transpose(1, 2) for cache in (trial.keys, trial.values))
+    key, value = (cache.view(shape)[:, : batch.max_seq_len].transpose(1, 2) for cache in (trial.keys, trial.values))
     query = trial.query.view(sequences, queries, *trial.query.shape[1:]).transpose(1, 2)
     is_causal = queries > 1 and queries == key.shape[2]
     if trial.softcap or batch.window or (queries > 1 and not is_causal):

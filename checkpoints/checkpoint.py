@@ -45,7 +45,7 @@ def served_name(model_path: str) -> str:
     return gguf_parts.stem(name)
 
 
-def is_on_hub(model_path: str) -> bool:
+def has_hub_form(model_path: str) -> bool:
     """Returns whether `model_path` is the id of a Hub model; where a local file has the same path, it is not."""
     is_path = model_path.startswith(("/", "./", "../", "~")) or os.path.exists(model_path)
     is_file = model_path.lower().endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES))
@@ -57,7 +57,7 @@ def check(model_path: str) -> None:
     if model_path.startswith("demo:"):
         if model_path not in DEMO_MODELS:
             raise errors.ModelLoadError(f"{model_path} does not exist; the demo models are {', '.join(DEMO_MODELS)}.")
-    elif not is_on_hub(model_path):
+    elif not has_hub_form(model_path):
         path = Path(model_path).expanduser()
         with load_errors(path):
             _check_path(path)
@@ -71,7 +71,7 @@ def fetch(model_path: str, cache_dir: Path, report: Report, sources: Sources | N
     check(model_path)
     sources = sources or Sources()
     path, cache_dir = Path(model_path).expanduser(), cache_dir.expanduser().absolute()
-    if is_on_hub(model_path):
+    if has_hub_form(model_path):
         return Checkpoint(hub_snapshot.fetch(model_path, report, sources))
     with load_errors(cache_dir):
         if model_path in DEMO_MODELS:

@@ -30,7 +30,7 @@ Value = int | float | bool | str | Array
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorInfo:
     name: str
     shape: tuple[int, ...]  # rows before columns, as in torch
     kind: int  # ggml's number of its type
@@ -40,7 +40,7 @@ class Tensor:
 class Header:
     is_big_endian: bool
     values: dict[str, Value]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorInfo]
 
 
 def read(path: Path, keep: frozenset[str] = frozenset()) -> Header:
@@ -73,14 +73,14 @@ class _Reader:
         tensors = [self._tensor() for _ in range(num_tensors)]
         return Header(self._order == "big", values, {tensor.name: tensor for tensor in tensors})
 
-    def _tensor(self) -> Tensor:
+    def _tensor(self) -> TensorInfo:
         name, num_dimensions = self._text(), self._size(4)
         if num_dimensions > MAX_DIMENSIONS:
             raise ValueError(f"a tensor has {num_dimensions} dimensions, and at most {MAX_DIMENSIONS} are supported")
         shape = [self._size(8) for _ in range(num_dimensions)]
         kind = self._size(4)
         self._skip(8)  # the offset of its data
-        return Tensor(name, tuple(reversed(shape)), kind)
+        return TensorInfo(name, tuple(reversed(shape)), kind)
 
     def _value(self, kind: int, depth: int = 0) -> Value:
         if kind == STRING:

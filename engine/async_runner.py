@@ -1,7 +1,7 @@
 """AsyncRunner: on a GPU the next step begins before the CPU has read this one's tokens.
 
-Mostly the next step has the same sequences, each one token longer. That step is started as a guess, with its tokens
-copied on the GPU. If the scheduler then decides otherwise, the guess is dropped, and the step is computed as usual.
+Mostly the next step has the same sequences, each one token longer. That step is started ahead of the scheduler, with
+its tokens copied on the GPU. If the scheduler then decides otherwise, the step is dropped and another one computed.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ class AsyncRunner:
         """is_quiet: tells whether no prompt or command waits that would change the next step."""
         self.runner = runner
         self._is_quiet = is_quiet
-        self._guess: RunnerOutput | None = None
-        self.num_right = 0  # right guesses since the start
+        self._started_ahead: RunnerOutput | None = None
+        self.num_steps_kept = 0  # since the start: those that the scheduler asked for
 
     @property
     def num_embeddings(self) -> int:
@@ -30,23 +30,23 @@ class AsyncRunner:
         self.runner.encode(images, limit)
 
     def run(self, batch: Batch) -> list[list[SampledToken | None]]:
-        guess, self._guess = self._guess, None
-        rows = None if guess is None else _rows(batch, guess.batch)
-        if guess is not None and rows is not None:
-            started = guess
-            self.num_right += 1
+        ahead, self._started_ahead = self._started_ahead, None
+        rows = None if ahead is None else _rows(batch, ahead.batch)
+        if ahead is not None and rows is not None:
+            started = ahead
+            self.num_steps_kept += 1
         else:
-            self._drop(guess)
+            self._drop(ahead)
             started = self.runner.start(batch)
             rows = list(range(len(batch.spans)))
         if self._is_quiet():
-            self._guess = self._start_next(batch, started, rows)
+            self._started_ahead = self._start_next(batch, started, rows)
         tokens = started.tokens()
-        return [tokens[row] for row in rows] if started is guess else tokens
+        return [tokens[row] for row in rows] if started is ahead else tokens
 
-    def _drop(self, guess: RunnerOutput | None) -> None:
-        """Forgets what a wrong guess has written to the cache."""
-        for span in () if guess is None else guess.batch.spans:
+    def _drop(self, ahead: RunnerOutput | None) -> None:
+        """Forgets what a dropped step has written to the cache."""
+        for span in () if ahead is None else ahead.batch.spans:
             self.runner.cache.rollback(span.sequence, span.start)
 
     def _start_next(self, batch: Batch, started: RunnerOutput, rows: list[int]) -> RunnerOutput | None:
@@ -66,8 +66,8 @@ class AsyncRunner:
         return self.runner.start(Batch(tuple(spans)), (started, rows))
 
 
-def _rows(batch: Batch, guess: Batch) -> list[int] | None:
-    """Returns the guess's row for each span of the batch; None where the batch has other spans."""
-    row_of = {(span.sequence.number, span.start): row for row, span in enumerate(guess.spans)}
+def _rows(batch: Batch, ahead: Batch) -> list[int] | None:
+    """Returns the row that each span of the batch has in `ahead`; None where the batch has other spans."""
+    row_of = {(span.sequence.number, span.start): row for row, span in enumerate(ahead.spans)}
     rows = [row_of.get((span.sequence.number, span.start)) for span in batch.spans if span.num_tokens == 1]
     return [row for row in rows if row is not None] if len(rows) == len(batch.spans) and None not in rows else None

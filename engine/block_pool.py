@@ -1,7 +1,7 @@
-"""BlockPool: the blocks of one layer group, how many sequences hold each, and the keys of what they contain.
+"""BlockPool: the blocks of one layer group, how many sequences use each, and the keys of what they contain.
 
-A block with a published key can be held by several sequences at once. It is kept when none holds it any more, until a
-block for new content is needed: then the least recently used one is evicted.
+A cached block can be used by several sequences at once. It is kept when none uses it any more, until a block for new
+content is needed: then the least recently used one is evicted.
 """
 
 import heapq
@@ -12,54 +12,54 @@ class BlockPool:
         self.num_blocks = num_blocks
         # a heap, the lowest number first, so that memory which was never needed stays untouched
         self._unused = list(range(num_blocks))
-        self._idle: dict[int, None] = {}  # published but held by no sequence; the least recently used first
-        self._num_holders = [0] * num_blocks
+        self._idle: dict[int, None] = {}  # cached, but in use by no sequence; the least recently used first
+        self._num_references = [0] * num_blocks
         self._keys: dict[int, bytes] = {}  # block -> the key of its content
         self._blocks: dict[bytes, int] = {}  # key -> block
 
     @property
     def num_free(self) -> int:
-        """Blocks that `take` can give, those included whose content it would evict."""
+        """Blocks that `allocate` can give, those included whose content it would evict."""
         return len(self._unused) + len(self._idle)
 
     @property
-    def num_held(self) -> int:
+    def num_used(self) -> int:
         return self.num_blocks - self.num_free
 
-    def take(self) -> int:
-        """Returns a block for new content, with one holder."""
+    def allocate(self) -> int:
+        """Returns a block for new content, with one reference."""
         if self._unused:
             block = heapq.heappop(self._unused)
         else:
             block = next(iter(self._idle))
             del self._idle[block], self._blocks[self._keys.pop(block)]
-        self._num_holders[block] = 1
+        self._num_references[block] = 1
         return block
 
     def find(self, key: bytes) -> int | None:
         """Returns the block with this content, None where there is none."""
         return self._blocks.get(key)
 
-    def hold(self, block: int) -> None:
-        """Adds a holder."""
+    def add_reference(self, block: int) -> None:
+        """Adds a reference: one more sequence uses the block."""
         self._idle.pop(block, None)
-        self._num_holders[block] += 1
+        self._num_references[block] += 1
 
-    def release(self, block: int) -> None:
-        """Removes a holder; after the last one, the block is free."""
-        self._num_holders[block] -= 1
-        if self._num_holders[block]:
+    def remove_reference(self, block: int) -> None:
+        """Removes a reference; after the last one, the block is free."""
+        self._num_references[block] -= 1
+        if self._num_references[block]:
             return
         if block in self._keys:
             self._idle[block] = None
         else:
             heapq.heappush(self._unused, block)
 
-    def publish(self, block: int, key: bytes) -> None:
+    def cache(self, block: int, key: bytes) -> None:
         """Registers the block under its content's key; if that is known already, the first block is kept."""
         if key not in self._blocks:
             self._blocks[key] = block
             self._keys[block] = key
 
-    def is_published(self, block: int) -> bool:
+    def is_cached(self, block: int) -> bool:
         return block in self._keys

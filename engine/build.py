@@ -102,10 +102,10 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions, report:
     warm_up(engine)
     runner = _model_runner(engine)
     how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
-    memory = start_check.Memory(options.cache_dir)
+    passed = start_check.PassedChecks(options.cache_dir)
     key = start_check.key_of(directory, runner, how)
-    if not memory.knows(key) and start_check.check(runner, engine.max_model_len, report):
-        memory.keep(key)
+    if not passed.contains(key) and start_check.check(runner, engine.max_model_len, report):
+        passed.add(key)
 
 
 def _model_runner(engine: Engine) -> ModelRunner:

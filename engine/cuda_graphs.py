@@ -119,11 +119,11 @@ class DecodeGraphs:
             column += 2 + width
             longest = width * self._cache.block_size
             batch = FlashBatch(
-                starts=starts,
-                tables=tables,
-                lengths=lengths,
-                longest_query=1,
-                longest=longest,
+                cu_seqlens_q=starts,
+                block_tables=tables,
+                seq_lens=lengths,
+                max_query_len=1,
+                max_seq_len=longest,
                 num_tokens=size,
                 window=group.window,
             )

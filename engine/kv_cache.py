@@ -82,7 +82,7 @@ class KVCache:
 
     @property
     def num_used_blocks(self) -> int:
-        return sum(pool.num_held for pool in self.pools)
+        return sum(pool.num_used for pool in self.pools)
 
     @property
     def num_blocks(self) -> int:
@@ -96,7 +96,7 @@ class KVCache:
         if any(count > pool.num_free for count, pool in zip(missing, self.pools, strict=True)):
             return False
         for table, pool, count in zip(sequence.block_tables, self.pools, missing, strict=True):
-            table.extend(pool.take() for _ in range(count))
+            table.extend(pool.allocate() for _ in range(count))
         return True
 
     def can_admit(self, sequence: Sequence, running: Iterable[Sequence], step_tokens: int) -> bool:
@@ -137,13 +137,13 @@ class KVCache:
         keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
         length = self._num_reusable(keys, sequence)
         self.advance(sequence, length * self.block_size)
-        sequence.num_published = length
+        sequence.num_cached_blocks = length
         sequence.block_tables = []
         for group, pool in zip(self.groups, self.pools, strict=True):
             first = self._first_visible(group, length)
             blocks = [pool.find(key) for key in keys[first:length]]
             for block in blocks:
-                pool.hold(cast(int, block))
+                pool.add_reference(cast(int, block))
             sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
 
     def _num_reusable(self, keys: list[bytes], sequence: Sequence) -> int:
@@ -168,15 +168,15 @@ class KVCache:
         is_checked: logits that depend on all of them were finite, so the blocks need not be read.
         """
         num_full = sequence.num_computed // self.block_size
-        if sequence.num_published >= num_full:
+        if sequence.num_cached_blocks >= num_full:
             return
         keys = sequence.block_keys(self.block_size)
         for group, pool, table in zip(self.groups, self.pools, sequence.block_tables, strict=True):
-            fresh = [i for i in range(sequence.num_published, num_full) if table[i] != FREED]
+            fresh = [i for i in range(sequence.num_cached_blocks, num_full) if table[i] != FREED]
             if is_checked or self._is_finite(group, [table[i] for i in fresh]):
                 for index in fresh:
-                    pool.publish(table[index], keys[index])
-        sequence.num_published = num_full
+                    pool.cache(table[index], keys[index])
+        sequence.num_cached_blocks = num_full
 
     def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:
         """Returns whether the blocks hold no NaN. Only the group's last layer is read, since a NaN stays in a token's
@@ -197,14 +197,14 @@ class KVCache:
             for index in range(first_visible // self.block_size - 1, -1, -1):
                 if table[index] == FREED:
                     break
-                pool.release(table[index])
+                pool.remove_reference(table[index])
                 table[index] = FREED
 
     def erase(self, sequence: Sequence) -> None:
         """Zeroes the sequence's unpublished blocks: a NaN in a freed block would reach its next owner, even masked."""
         for layer, group in self.group_of.items():
             pool, table = self.pools[group], sequence.block_tables[group]
-            blocks = [block for block in table if block != FREED and not pool.is_published(block)]
+            blocks = [block for block in table if block != FREED and not pool.is_cached(block)]
             for tensor in self.tensors[layer]:
                 tensor[blocks] = 0
 
@@ -213,9 +213,9 @@ class KVCache:
         for table, pool in zip(sequence.block_tables, self.pools, strict=False):
             for block in reversed(table):
                 if block != FREED:
-                    pool.release(block)
+                    pool.remove_reference(block)
         sequence.block_tables = []
-        sequence.num_published = 0
+        sequence.num_cached_blocks = 0
         self.rollback(sequence, 0)
 
 

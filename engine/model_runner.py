@@ -9,7 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.attention.flash import FlashBatch, Kernel
-from engine.attention.paged import DecodeGroup, GroupAttention, PrefillChunk, Probe, StepAttention, visible_of
+from engine.attention.paged import (
+    AttentionRecorder,
+    DecodeGroup,
+    GroupAttention,
+    PrefillChunk,
+    StepAttention,
+    visible_of,
+)
 from engine.batch import Batch, Span
 from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
 from engine.kv_cache import FREED, KVCache, LayerGroup, first_visible
@@ -37,20 +44,20 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def probe_layers(model: PreTrainedModel) -> dict[int, AttentionSpec]:
     """Runs one token through the model and notes what each layer stores. Raises ModelLoadError for a model with a layer
     that does not call the attention interface."""
-    probe = Probe()
+    recorder = AttentionRecorder()
     device = input_device(model)
     try:
         with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, step=probe)
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, step=recorder)
     except AssertionError as error:
         raise ModelLoadError(f"Models of type {model.config.model_type!r} are not supported: {error}.") from error
     num_layers = model.config.get_text_config().num_hidden_layers
-    if set(probe.calls) != set(range(num_layers)):
+    if set(recorder.calls) != set(range(num_layers)):
         raise ModelLoadError(
             f"Models of type {model.config.model_type!r} are not supported: "
             "not all of their layers use transformers' attention interface."
         )
-    return {layer: call.spec for layer, call in probe.calls.items()}
+    return {layer: call.spec for layer, call in recorder.calls.items()}
 
 
 @dataclass(frozen=True)
@@ -325,11 +332,11 @@ class ModelRunner:
         counts = [span.num_tokens for span in spans]
         starts = torch.tensor([0, *counts]).cumsum(0).int()
         return FlashBatch(
-            starts=starts,
-            tables=padded,
-            lengths=torch.tensor(lengths).int(),
-            longest_query=max(counts),
-            longest=width * block_size,
+            cu_seqlens_q=starts,
+            block_tables=padded,
+            seq_lens=torch.tensor(lengths).int(),
+            max_query_len=max(counts),
+            max_seq_len=width * block_size,
             num_tokens=sum(counts),
             window=window,
         )

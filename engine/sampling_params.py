@@ -12,7 +12,7 @@ _MASK64 = 2**64 - 1
 
 
 @dataclass(frozen=True)
-class ThoughtTokens:
+class ReasoningTokens:
     """The tokens that begin and end a model's reasoning, which comes before its answer."""
 
     begin: int
@@ -49,7 +49,7 @@ class SamplingParams:
     num_logprobs: int | None = None  # best tokens to report for each chosen one; None: no log-probabilities
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens, from its second one on
     grammar: Constraint | None = None  # which tokens may follow which
-    thoughts: ThoughtTokens | None = None  # inside the reasoning, stop_token_ids do not end the answer
+    reasoning: ReasoningTokens | None = None  # inside the reasoning, stop_token_ids do not end the answer
 
     @property
     def is_greedy(self) -> bool:

@@ -61,7 +61,7 @@ class Sequence:
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_tables: list[list[int]] = field(default_factory=list)  # per layer group; FREED where the window has passed
     num_cached_tokens: int = 0  # tokens of the prompt that it took over from another sequence
-    num_published: int = 0  # leading blocks that other sequences can find
+    num_cached_blocks: int = 0  # leading blocks that other sequences can find
     seed: int = field(init=False)
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # those scored so far, if they were asked for
     matcher: Matcher | None = field(init=False)  # its place in its grammar
@@ -124,9 +124,9 @@ class Sequence:
     @property
     def is_stopped(self) -> bool:
         """Whether its last token is one of the request's stop tokens, outside the model's reasoning."""
-        thoughts = self.params.thoughts
+        reasoning = self.params.reasoning
         is_stop = self.token_ids[-1] in self.params.stop_token_ids
-        return is_stop and (thoughts is None or not thoughts.are_open(self.output_ids))
+        return is_stop and (reasoning is None or not reasoning.are_open(self.output_ids))
 
     @property
     def scores_prompt(self) -> bool:

@@ -200,15 +200,15 @@ def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Memory:
+class PassedChecks:
     """Remembers the checkpoints that have passed, as empty files, so that later starts do not compare them again."""
 
     directory: Path | None  # None: nothing is remembered
 
-    def knows(self, key: str) -> bool:
+    def contains(self, key: str) -> bool:
         return self.directory is not None and (self.directory / FOLDER / key).exists()
 
-    def keep(self, key: str) -> None:
+    def add(self, key: str) -> None:
         if self.directory is None:
             return
         try:

@@ -90,7 +90,7 @@ def to_messages(body: Object, default_max_tokens: int, stripped: Collection[str]
     conversation = _Conversation(body.get("messages"))
     dropped = [name for name, value in body.items() if name not in KNOWN and value is not None]
     tools = _tools(body)
-    reasoning = _reasoning(body, version_of(model), tools, conversation.has_thoughtless_calls)
+    reasoning = _reasoning(body, version_of(model), tools, conversation.lacks_thinking_blocks)
     is_thinking = reasoning.thinking.get("type") in ("enabled", "adaptive")
     sampling = _sampling(body, stripped if not is_thinking and samples(model) else SAMPLING)
     request = {
@@ -156,7 +156,7 @@ class _Conversation:
         return [{"role": role, "content": _plain(blocks)} for role, blocks in self._turns]
 
     @property
-    def has_thoughtless_calls(self) -> bool:
+    def lacks_thinking_blocks(self) -> bool:
         """Whether the last turn has results of calls that came without their thinking blocks."""
         if len(self._turns) < 2 or self._turns[-1][1][0]["type"] != "tool_result":
             return False
@@ -389,7 +389,7 @@ class _Reasoning:
     is_honoured: bool = True
 
 
-def _reasoning(body: Object, version: tuple[int, int] | None, tools: Object, is_thoughtless: bool) -> _Reasoning:
+def _reasoning(body: Object, version: tuple[int, int] | None, tools: Object, lacks_thinking_blocks: bool) -> _Reasoning:
     """Returns the fields for a `reasoning_effort`: an effort for newer models, a budget of tokens for older ones.
 
     Thinking is left out where Anthropic refuses it: with a forced call, and after calls without thinking blocks.
@@ -408,7 +408,7 @@ def _reasoning(body: Object, version: tuple[int, int] | None, tools: Object, is_
         thinking = thinking or ({} if is_forced else {"type": "adaptive"})
         return _Reasoning(thinking, {"effort": effort}, is_honoured=bool(thinking))
     budget = _budget(effort, _asked_tokens(body))
-    if thinking or is_forced or is_thoughtless or budget is None:
+    if thinking or is_forced or lacks_thinking_blocks or budget is None:
         return _Reasoning(thinking, {}, is_honoured=False)
     return _Reasoning({"type": "enabled", "budget_tokens": budget}, {})
 

@@ -1,4 +1,4 @@
-"""Gateway and ProviderResponse: what the router knows of a provider, and what a provider answers."""
+"""Provider and ProviderResponse: what the router knows of a provider, and what a provider answers."""
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class ProviderResponse:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class Gateway(Protocol):
+class Provider(Protocol):
     """A provider's models over HTTP. Cancelling a call, or closing the stream that it returned, ends the work there."""
 
     @property

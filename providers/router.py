@@ -13,12 +13,12 @@ from config import ProviderValues, Settings
 from errors import APIError
 from provider_table import PROVIDERS, ProtocolName
 from providers.anthropic import Claude
-from providers.base import Gateway
+from providers.base import Provider
 from providers.openai_compatible import OpenAICompatible
 
 log = logging.getLogger(__name__)
 
-PROTOCOLS: Mapping[ProtocolName, Callable[[ProviderValues, httpx2.AsyncBaseTransport | None], Gateway]] = {
+PROTOCOLS: Mapping[ProtocolName, Callable[[ProviderValues, httpx2.AsyncBaseTransport | None], Provider]] = {
     "openai": OpenAICompatible.of,
     "anthropic": Claude.of,
 }
@@ -27,13 +27,13 @@ LIST_AGE, LIST_RETRY = 600.0, 60.0  # seconds before a list is asked for again: 
 BARE_NAMES = tuple((re.compile(row.bare_names), row.name) for row in PROVIDERS if row.bare_names)
 
 
-def gateways_of(settings: Settings, transport: httpx2.AsyncBaseTransport | None = None) -> dict[str, Gateway]:
+def providers_of(settings: Settings, transport: httpx2.AsyncBaseTransport | None = None) -> dict[str, Provider]:
     """Returns the providers by their prefixes, without the slash; one with a synonym is there twice."""
-    gateways: dict[str, Gateway] = {}
+    providers: dict[str, Provider] = {}
     for values in settings.provider_values():
-        gateway = PROTOCOLS[values.row.protocol](values, transport)
-        gateways |= dict.fromkeys(values.row.prefixes, gateway)
-    return gateways
+        provider = PROTOCOLS[values.row.protocol](values, transport)
+        providers |= dict.fromkeys(values.row.prefixes, provider)
+    return providers
 
 
 @dataclass
@@ -44,15 +44,15 @@ class CachedModelList:
     at: float = -LIST_AGE  # by time.monotonic()
 
 
-class Router:
+class ProviderRouter:
     """Decides by a model's name which provider serves it."""
 
     def __init__(self, settings: Settings, is_local: Callable[[str], bool]) -> None:
         """is_local: whether a name is exactly that of a model of this server."""
         self._is_local = is_local
         self._aliases, self._fallbacks = settings.model_aliases, settings.model_fallbacks
-        self.gateways = gateways_of(settings)
-        self._providers = {gateway.upstream.config.name: gateway for gateway in self.gateways.values()}
+        self._by_prefix = providers_of(settings)
+        self._by_name = {provider.upstream.config.name: provider for provider in self._by_prefix.values()}
         self._lists: dict[str, CachedModelList] = {}
         self._refreshing: asyncio.Future[list[None]] | None = None
 
@@ -60,23 +60,23 @@ class Router:
         """Returns the model that MODEL_ALIASES gives for a name, or the name itself."""
         return self._aliases.get(model, model)
 
-    def gateway(self, model: str) -> tuple[str, Gateway, str] | None:
+    def provider_of(self, model: str) -> tuple[str, Provider, str] | None:
         """Returns the provider's prefix, the provider and the model's name there; None if this server must answer."""
         if self._is_local(model):
             return None
         prefix, slash, name = model.partition("/")
-        if slash and prefix in self.gateways:
-            return prefix, self.gateways[prefix], name
+        if slash and prefix in self._by_prefix:
+            return prefix, self._by_prefix[prefix], name
         provider = next((provider for pattern, provider in BARE_NAMES if pattern.match(model)), None)
-        return None if provider is None else (provider, self.gateways[provider], model)
+        return None if provider is None else (provider, self._by_prefix[provider], model)
 
-    def tries(self, model: str) -> list[str]:
+    def candidates(self, model: str) -> list[str]:
         """Returns the model, then those that MODEL_FALLBACKS gives for a failure of its provider."""
         return [model, *self._fallbacks.get(model, ())]
 
     async def listed(self) -> list[tuple[str, str]]:
         """Returns (provider, model) of all models at the providers; only the first call waits, LIST_TIMEOUT at most."""
-        usable = {name: gateway for name, gateway in self._providers.items() if gateway.upstream.config.is_usable}
+        usable = {name: provider for name, provider in self._by_name.items() if provider.upstream.config.is_usable}
         stale = [name for name in usable if self._list(name).at + LIST_AGE < time.monotonic()]
         if stale:
             is_first = self._refreshing is None
@@ -90,13 +90,13 @@ class Router:
     def _list(self, name: str) -> CachedModelList:
         return self._lists.setdefault(name, CachedModelList())
 
-    async def _refresh(self, name: str, gateway: Gateway) -> None:
+    async def _refresh(self, name: str, provider: Provider) -> None:
         """Asks a provider for its models; a list that does not come is asked for again after LIST_RETRY seconds."""
         listed = self._list(name)
         listed.at = time.monotonic() - LIST_AGE + LIST_RETRY
         try:
             async with asyncio.timeout(LIST_TIMEOUT):
-                listed.names, listed.at = await gateway.models(), time.monotonic()
+                listed.names, listed.at = await provider.models(), time.monotonic()
         except (APIError, TimeoutError):
             pass
         except Exception:
@@ -106,9 +106,9 @@ class Router:
     def health(self) -> dict[str, dict[str, object]]:
         """The state of each provider that was sent a request."""
         return {
-            name: {"last_success": gateway.upstream.last_success, "circuit_open": gateway.upstream.is_circuit_open}
-            for name, gateway in self._providers.items()
-            if gateway.upstream.was_asked
+            name: {"last_success": provider.upstream.last_success, "circuit_open": provider.upstream.is_circuit_open}
+            for name, provider in self._by_name.items()
+            if provider.upstream.was_asked
         }
 
     async def close(self) -> None:
@@ -116,5 +116,5 @@ class Router:
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
-        for gateway in self._providers.values():
-            await gateway.upstream.close()
+        for provider in self._by_name.values():
+            await provider.upstream.close()

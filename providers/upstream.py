@@ -124,7 +124,7 @@ class Upstream:
             raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.config.name}.")
         if self.is_circuit_open:
             left = max(1, round(self._open_until - time.monotonic()))
-            raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_passing=True)
+            raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_transient=True)
         num_retries = 0 if method == "GET" else self.config.num_retries  # a list of models is asked for again later
         for attempt in range(num_retries + 1):
             try:
@@ -146,7 +146,7 @@ class Upstream:
         try:
             response = await client.send(client.build_request(method, url, content=body, headers=headers), stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise self.fault("cannot be reached", 502, "upstream_unreachable", is_passing=True) from error
+            raise self.fault("cannot be reached", 502, "upstream_unreachable", is_transient=True) from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
             raise self.fault(
                 "cannot be called: its base URL or API key is not valid", 502, "upstream_unreachable"
@@ -169,7 +169,7 @@ class Upstream:
     def _note(self, error: UpstreamError) -> None:
         """Counts a request that failed for good; after NUM_FAILURES without a connection the circuit opens for
         COOLDOWN seconds."""
-        if error.code != "upstream_unreachable" or not error.is_passing:
+        if error.code != "upstream_unreachable" or not error.is_transient:
             return
         self._num_failures += 1
         if self._num_failures >= NUM_FAILURES:
@@ -185,7 +185,7 @@ class Upstream:
         """Returns the error for a connection that failed after it was made."""
         if isinstance(error, httpx2.TimeoutException):
             return self.fault(f"sent nothing for {self.config.timeout:g} seconds", 504, "upstream_timeout")
-        return self.fault("closed the connection too early", 502, "upstream_disconnected", is_passing=True)
+        return self.fault("closed the connection too early", 502, "upstream_disconnected", is_transient=True)
 
     def _refusal(self, response: httpx2.Response) -> UpstreamError:
         """Returns the error for an answer whose status is not one of success."""
@@ -206,7 +206,7 @@ class Upstream:
 
 def _wait(error: UpstreamError, attempt: int) -> float | None:
     """Returns the seconds to wait before the next attempt; None if there must be none."""
-    if not error.is_passing:
+    if not error.is_transient:
         return None
     if error.retry_after is not None:
         milliseconds = error.headers.get("retry-after-ms")

@@ -42,13 +42,13 @@ def error_of(
     error, headers = error_in(body) or {}, headers or {}
     text = error.get("message")
     message = redact(text)[:MAX_MESSAGE] if isinstance(text, str) and text else f"it answered with status {status}."
-    our_status, kind, code, is_passing = FAULTS.get(status) or _other(status)
+    our_status, kind, code, is_transient = FAULTS.get(status) or _other(status)
     if our_status in (401, 403):
         message = f"the request with the key in {key_variable} was refused: {message}"
     if our_status == 400 and TOO_LONG.search(message):
         code = "context_length_exceeded"
     if status == 429 and _is_spent(error):
-        code, is_passing = "insufficient_quota", False
+        code, is_transient = "insufficient_quota", False
     wait = retry_after(headers)
     return UpstreamError(
         f"{provider}: {message}",
@@ -58,7 +58,7 @@ def error_of(
         param=_text(error.get("param")),
         retry_after=None if wait is None else max(1, round(wait)),
         headers=_passed(headers),
-        is_passing=is_passing and headers.get("x-should-retry") != "false",
+        is_transient=is_transient and headers.get("x-should-retry") != "false",
     )
 
 

@@ -11,7 +11,7 @@ from server.error_formats import error_format
 def headers_of(error: APIError) -> dict[str, str]:
     """Makes the headers that tell a client whether and when to try again; the openai SDK obeys x-should-retry."""
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
-    if error.status // 100 == 4 and not error.is_passing and not error.retry_after:
+    if error.status // 100 == 4 and not error.is_transient and not error.retry_after:
         headers["x-should-retry"] = "false"
     return {**headers, **error.headers}
 

@@ -52,20 +52,20 @@ def deadline_of(scope: Scope) -> Deadline:
 
 
 class Shutdown:
-    """The end of the server's time: when it comes, every request ends."""
+    """The deadlines of all requests in progress, which a shutdown ends."""
 
     def __init__(self) -> None:
-        self.has_come = False
+        self.has_begun = False
         self._deadlines: set[Deadline] = set()
 
-    def come(self) -> None:
-        self.has_come = True
+    def begin(self) -> None:
+        self.has_begun = True
         for deadline in list(self._deadlines):
             deadline.end()
 
     def add(self, deadline: Deadline) -> None:
         self._deadlines.add(deadline)
-        if self.has_come:
+        if self.has_begun:
             deadline.end()
 
     def remove(self, deadline: Deadline) -> None:
@@ -101,7 +101,7 @@ class TimeLimit:
             self._shutdown.remove(deadline)
 
     async def _tell(self, scope: Scope, send: Send, deadline: Deadline, last: Message | None) -> None:
-        is_over = self._shutdown.has_come
+        is_over = self._shutdown.has_begun
         error = Unavailable("The server is shutting down.", retry_after=10) if is_over else deadline.error()
         if last is None:
             request_record.current().error = error.code

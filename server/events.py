@@ -1,6 +1,6 @@
 """Server-sent events: how they are read and written, and how a stream of them begins, is kept alive and ends.
 
-Local and relayed streams share it. It does not know what an error looks like: a Wire writes the event for one.
+Local and relayed streams share it. It does not know what an error looks like: an EventEncoder writes the event for one.
 """
 
 import asyncio
@@ -99,7 +99,7 @@ def _is_whole(event: bytes) -> bool:
 # --- a stream of events
 
 
-class Wire(Protocol):
+class EventEncoder(Protocol):
     """How the items of a stream become server-sent events."""
 
     def event(self, item: Any) -> bytes:
@@ -116,7 +116,7 @@ class Wire(Protocol):
 
 
 @dataclass(frozen=True)
-class RelayWire:
+class PassThroughEncoder:
     """A stream whose items are events already; `failure` writes the event for an error."""
 
     failure: Callable[[APIError], bytes]
@@ -128,22 +128,22 @@ class RelayWire:
         return b""
 
 
-async def sse(items: AsyncGenerator[Any], wire: Wire) -> AsyncGenerator[bytes]:
+async def sse(items: AsyncGenerator[Any], encoder: EventEncoder) -> AsyncGenerator[bytes]:
     """Yields the events of a stream; if it fails, the last one says so, and the request's record has the error."""
     try:
         async with aclosing(items):
             async for item in items:
-                if event := wire.event(item):
+                if event := encoder.event(item):
                     yield event
-        if end := wire.end():
+        if end := encoder.end():
             yield end
     except APIError as error:
         request_record.current().error = error.code or error.type
-        yield wire.failure(error)
+        yield encoder.failure(error)
     except Exception:
         log.exception("a stream failed")
         request_record.current().error = "server_error"
-        yield wire.failure(APIError("The server failed; the error is in its log."))
+        yield encoder.failure(APIError("The server failed; the error is in its log."))
 
 
 async def await_first(items: AsyncGenerator[T], silence: float = SILENCE) -> AsyncGenerator[T]:

@@ -20,7 +20,7 @@ from text.tools import ToolSet, tool_set_of
 
 if TYPE_CHECKING:
     from engine.constraint import Constraint
-    from engine.sampling_params import ThoughtTokens
+    from engine.sampling_params import ReasoningTokens
 
 State = Literal["open", "closed", "unsaid"]
 LOGPROBS_ALONE = ContentDelta()
@@ -65,7 +65,7 @@ async def plan_chat(request: ChatCompletionRequest, loaded: LoadedModel, rendere
     check_request(loaded.engine, request, prompt_ids, "messages")
     reasoning = ReasoningState(template.thinking(prompt_ids), request.thinking_token_budget)
     constraint = reasoning.before(await constraint_of(loaded, request, tools), loaded)
-    params = sampling_params(loaded, request, len(prompt_ids), grammar=constraint, thoughts=reasoning.tokens(template))
+    params = sampling_params(loaded, request, len(prompt_ids), grammar=constraint, reasoning=reasoning.tokens(template))
     generation = GenerationRequest(
         prompt_ids=prompt_ids,
         params=params,
@@ -134,15 +134,15 @@ class ReasoningState:
     state: State  # at the prompt's end
     budget: int | None  # tokens
 
-    def tokens(self, template: PromptTemplate) -> "ThoughtTokens | None":
+    def tokens(self, template: PromptTemplate) -> "ReasoningTokens | None":
         """Returns the tokens around the reasoning; None if the answer has none."""
-        from engine.sampling_params import ThoughtTokens
+        from engine.sampling_params import ReasoningTokens
 
         if self.state == "closed" or template.think is None:
             return None
         begin, end = (template.token_id(mark) for mark in template.think)
         assert begin is not None and end is not None
-        return ThoughtTokens(begin=begin, end=end, is_open=self.state == "open")
+        return ReasoningTokens(begin=begin, end=end, is_open=self.state == "open")
 
     def before(self, answer: "Constraint | None", loaded: LoadedModel) -> "Constraint | None":
         """Returns the constraint of the whole output: reasoning within its budget, then the answer."""

@@ -41,7 +41,7 @@ class Prompt:
             is_too_long = len(prompt) >= loaded.engine.max_model_len  # check_request refuses it
             return cls("" if is_too_long else str(tokenizer.decode(prompt)), prompt)
         if suffix:
-            token_ids, ends = loaded.template.render_gap(prompt, suffix)
+            token_ids, ends = loaded.template.render_fill_in_the_middle(prompt, suffix)
             return cls(prompt, token_ids, stop_token_ids=tuple(ends))
         token_ids = loaded.template.render_text(prompt)
         bos = str(tokenizer.bos_token or "")

@@ -101,8 +101,8 @@ class EmbeddingModels:
         """Returns whether the name is an embedding model's, loaded or not; no file is looked at."""
         return self._source(model) is not None
 
-    def is_own(self, model: str) -> bool:
-        """Returns whether it is the name of a model that is listed, and not only a form of name that is tried on the
+    def lists(self, model: str) -> bool:
+        """Returns whether `models` lists a model of this name, in any case; others of the right form are tried on the
         Hub."""
         return any(source.name.casefold() == model.casefold() for source in self._listed)
 
@@ -120,7 +120,7 @@ class EmbeddingModels:
         if path.casefold() in DEMO_NAMES:
             return DEMO_SOURCE
         name = checkpoint.served_name(path)
-        return ModelSource(path, hub_ids=(path,)) if checkpoint.is_on_hub(path) else ModelSource(name, path=path)
+        return ModelSource(path, hub_ids=(path,)) if checkpoint.has_hub_form(path) else ModelSource(name, path=path)
 
     def _source(self, model: str) -> ModelSource | None:
         name = model.casefold()

@@ -7,7 +7,7 @@ from serving.loading import LoadedModel
 
 if TYPE_CHECKING:
     from engine.constraint import Constraint
-    from engine.sampling_params import SamplingParams, ThoughtTokens
+    from engine.sampling_params import ReasoningTokens, SamplingParams
 
 
 def sampling_params(
@@ -17,7 +17,7 @@ def sampling_params(
     *,
     default_max_tokens: int | None = None,
     grammar: "Constraint | None" = None,
-    thoughts: "ThoughtTokens | None" = None,
+    reasoning: "ReasoningTokens | None" = None,
 ) -> "SamplingParams":
     """Takes the request's values, else the model's recommendations, else this server's defaults.
 
@@ -34,5 +34,5 @@ def sampling_params(
         max_tokens=min(left, max(max_tokens, 1)),  # of 0 tokens, which ask for the prompt alone, one is computed
         num_logprobs=request.num_logprobs,
         grammar=grammar,
-        thoughts=thoughts,
+        reasoning=reasoning,
     )

@@ -39,7 +39,7 @@ def test_errors_have_counterparts(
     status: int, expected: int, kind: str, code: str | None, retryable: bool, body: Any
 ) -> None:
     fault = error_of(status, body, "claude", "ANTHROPIC_API_KEY")
-    assert (fault.status, fault.type, fault.code, fault.is_passing) == (expected, kind, code, retryable)
+    assert (fault.status, fault.type, fault.code, fault.is_transient) == (expected, kind, code, retryable)
     assert "claude" in fault.message and "html" not in fault.message
     assert ("ANTHROPIC_API_KEY" in fault.message) == (status in (401, 403))
     assert OPENAI.body(fault)["error"]["type"] == kind
@@ -54,7 +54,7 @@ def test_a_prompt_that_is_too_long_is_told_apart() -> None:
 def test_spending_limits_are_not_tried_again() -> None:
     body = body_of("rate_limit_error", details={"error_code": "enforced_spend_limit_reached"})
     fault = error_of(429, body, "claude", "K")
-    assert (fault.status, fault.code, fault.is_passing) == (429, "insufficient_quota", False)
+    assert (fault.status, fault.code, fault.is_transient) == (429, "insufficient_quota", False)
 
 
 def test_keys_are_not_shown() -> None:

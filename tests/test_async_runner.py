@@ -74,7 +74,7 @@ def answers(engine: Engine, count: int, delay: float) -> list[list[int | None]]:
 def test_answers_are_the_same(family: str, delay: float, graphs: bool) -> None:
     ahead = engine_of(family, OPTIONS, True, graphs)
     assert answers(ahead, 12, delay) == answers(engine_of(family, OPTIONS, False), 12, delay)
-    assert isinstance(ahead.runner, AsyncRunner) and ahead.runner.num_right > 0
+    assert isinstance(ahead.runner, AsyncRunner) and ahead.runner.num_steps_kept > 0
 
 
 @pytest.mark.thinned(2)
@@ -101,4 +101,4 @@ def test_one_stream_alone_is_guessed_to_its_end() -> None:
         await engine.close()
         return len(tokens)
 
-    assert asyncio.run(main()) == 50 and engine.runner.num_right == 49
+    assert asyncio.run(main()) == 50 and engine.runner.num_steps_kept == 49

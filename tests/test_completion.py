@@ -52,6 +52,7 @@ def test_no_new_tokens_are_one_step_and_one_end(server: Server) -> None:
     assert usage["usage"]["completion_tokens"] == 0 and usage["timings"]["predicted_n"] == 0
     refusal = server.post("/v1/completions", model=MODEL, prompt="x", max_tokens=0, min_tokens=1)
     assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "min_tokens"
+    assert refusal.json()["error"]["message"] == "min_tokens must be at most 0 tokens, which is max_tokens: lower it."
 
 
 def test_several_prompts_are_scored_while_others_decode(server: Server, tiny_checkpoint: Path) -> None:

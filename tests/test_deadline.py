@@ -72,7 +72,7 @@ def test_an_answer_that_never_begins_is_an_error_and_one_that_never_ends_has_one
 
 def test_a_server_that_ends_ends_what_begins_afterwards_too() -> None:
     shutdown = Shutdown()
-    shutdown.come()
+    shutdown.begin()
     start, body = answered(None, 100, shutdown=shutdown)
     assert start["status"] == 503 and b"shutting down" in body["body"]
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from engine.embedding.argument_errors import ArgumentError, TextTooLong
-from engine.embedding.embedder import CHARACTERS, CHARACTERS_PER_TOKEN, About, Embedder, Embeddings
+from engine.embedding.embedder import CHARACTERS, CHARACTERS_PER_TOKEN, Embedder, EmbedderInfo, Embeddings
 from engine.embedding.loader import load_embedder
 from engine.embedding.text_models import Prompt
 from errors import (
@@ -63,7 +63,7 @@ class Echo:
 def on_echo(scenario: Callable[[Embedder, Echo], Any], max_batch_tokens: int = 1000) -> None:
     async def run() -> None:
         echo = Echo()
-        embedder = Embedder(echo, About(dims=2, prompts={"query": "q: "}), max_batch_tokens)
+        embedder = Embedder(echo, EmbedderInfo(dims=2, prompts={"query": "q: "}), max_batch_tokens)
         try:
             await scenario(embedder, echo)
         finally:

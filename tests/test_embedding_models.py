@@ -102,8 +102,8 @@ def test_a_listed_name_can_be_asked(tmp_path: Path) -> None:
     async def scenario(models: EmbeddingModels) -> None:
         first = await first_of(models, "huggingface/acme/a")
         (listed,) = models.models()
-        assert models.is_own(listed.id) and await first_of(models, listed.id) == first
-        assert not models.is_own("acme/b")
+        assert models.lists(listed.id) and await first_of(models, listed.id) == first
+        assert not models.lists("acme/b")
 
     with_models(sources, scenario)
 

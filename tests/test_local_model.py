@@ -17,7 +17,7 @@ from config import Settings
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
 from errors import ModelLoading, ModelNotFound, Overloaded
-from providers.router import Router
+from providers.router import ProviderRouter
 from schemas import ChatCompletionRequest, CompletionRequest
 from serving.chat import with_marks
 from serving.generation import GenerationRequest, OutputDelta, generate, merge
@@ -68,7 +68,7 @@ def test_the_models_recommendation_goes_before_the_specifications(
 
 
 def test_the_prefix_decides_who_answers_unless_the_name_is_a_model_here() -> None:
-    router = Router(Settings(_env_file=None), lambda name: name in ("mine", "openai/mine"))
+    router = ProviderRouter(Settings(_env_file=None), lambda name: name in ("mine", "openai/mine"))
     owners = {
         "openai/gpt-4": ("openai", "gpt-4"),
         "ollama/org/name:tag": ("ollama", "org/name:tag"),
@@ -78,10 +78,10 @@ def test_the_prefix_decides_who_answers_unless_the_name_is_a_model_here() -> Non
         "models/embedding-001": ("gemini", "models/embedding-001"),
     }
     for model, (owner, name) in owners.items():
-        found = router.gateway(model)
+        found = router.provider_of(model)
         assert found is not None and (found[0], found[2]) == (owner, name)
     for model in ("mine", "openai/mine", "huggingface/a/b", "sentence-transformers/a", "qwen", "other/x", ""):
-        assert router.gateway(model) is None
+        assert router.provider_of(model) is None
 
 
 class Groups:

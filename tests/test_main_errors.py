@@ -155,6 +155,21 @@ def test_missing_fields_broken_json_and_unknown_routes_have_the_same_shape(serve
     assert wrong.json()["error"]["message"] == "The endpoint /v1/chat/completions does not take GET: use POST."
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "constant"),
+    [
+        ('{"a": NaN, "b": Infinity}', "a", "NaN"),
+        ('{"b": [1, {"c": -Infinity}, NaN], "a": NaN}', "b[1].c", "-Infinity"),
+    ],
+)
+def test_the_first_number_that_no_json_has_is_named(server: Server, body: str, param: str, constant: str) -> None:
+    headers = {"content-type": "application/json"}
+    refusal = httpx2.post(server.url + "/v1/chat/completions", content=body, headers=headers, trust_env=False)
+    error = refusal.json()["error"]
+    assert refusal.status_code == 400 and error["param"] == param
+    assert error["message"] == f"{param}: {constant} is not valid JSON: send a finite number or null."
+
+
 def test_every_response_has_an_id_and_says_whether_to_try_again(server: Server) -> None:
     for path, status in (("/health", 200), ("/v1/nothing", 404), ("/v1/completions", 405), ("/v1/models/none", 404)):
         answer = server.get(path)

@@ -123,7 +123,7 @@ def test_bfloat16_layers_give_the_logits_of_the_stock_model(family: str) -> None
     with torch.inference_mode():
         packed_layers.pack_model(packed, QUANTIZATIONS["bfloat16"], lambda fraction: None)
         probe = {"input_ids": torch.tensor([[5]]), "use_cache": False}
-        expected, actual = stock(**probe).logits.float(), packed(**probe, step=paged.Probe()).logits.float()
+        expected, actual = stock(**probe).logits.float(), packed(**probe, step=paged.AttentionRecorder()).logits.float()
     assert nn.Linear not in [type(module) for module in packed.modules()]
     assert (actual - expected).norm() < 0.02 * expected.norm()
 
@@ -247,7 +247,7 @@ def test_a_gguf_files_blocks_are_kept_bit_by_bit(family: str, tied: bool, tmp_pa
     ids = torch.tensor([[5, 6, 7, 8]])
     logits = stock(input_ids=ids).logits
     with torch.inference_mode():
-        packed = loaded(input_ids=ids, use_cache=False, step=paged.Probe()).logits
+        packed = loaded(input_ids=ids, use_cache=False, step=paged.AttentionRecorder()).logits
     assert packed.shape == logits.shape and packed.isfinite().all()
 
 

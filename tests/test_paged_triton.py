@@ -95,7 +95,7 @@ def _distance(spec: AttentionSpec, other: AttentionSpec) -> float:
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 16, 5]])
 def test_what_lies_behind_the_last_token_is_not_read(counts: list[int]) -> None:
     trial = Trial.of(PLAIN, 16, counts, [2, 20, 37])
-    for table, length in zip(trial.batch.tables.tolist(), trial.batch.lengths.tolist(), strict=True):
+    for table, length in zip(trial.batch.block_tables.tolist(), trial.batch.seq_lens.tolist(), strict=True):
         for index, block in enumerate(table):
             for cache in (trial.keys, trial.values):
                 cache[block, max(0, length - 16 * index) :] = torch.nan

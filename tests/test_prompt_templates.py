@@ -254,11 +254,11 @@ def test_arguments_nested_beyond_reason_are_refused_or_text() -> None:
 def test_a_gap_is_marked_for_models_that_know_it_and_refused_for_others() -> None:
     marks = {"a": "<fim_prefix>", "b": "<fim_suffix>", "c": "<fim_middle>"}
     subject = template("starcoder2", **marks)
-    token_ids, ends = subject.render_gap("x = ", "\n")
+    token_ids, ends = subject.render_fill_in_the_middle("x = ", "\n")
     assert subject.tokenizer.decode(token_ids) == "<fim_prefix>x = <fim_suffix>\n<fim_middle>"
     assert set(subject.tokenizer.convert_tokens_to_ids(["<fim_prefix>", "<|endoftext|>"])) <= set(ends)
     with pytest.raises(InvalidRequest, match="fill-in-the-middle"):
-        template().render_gap("x", "y")
+        template().render_fill_in_the_middle("x", "y")
 
 
 def test_text_of_noncharacters_is_text_and_of_all_seams_is_refused() -> None:

@@ -13,7 +13,7 @@ from openai.types.responses import Response
 from process import Server
 
 from api.responses import as_chat, collect, stream
-from api.streaming import EventWire
+from api.streaming import ResponsesEncoder
 from errors import ContextLengthExceeded, Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, ResponsesRequest, Usage
 from server.events import sse
@@ -200,7 +200,7 @@ def events(error: Exception | None = None) -> list[tuple[str, Any]]:
     """(name, data) of each."""
 
     async def read() -> bytes:
-        return b"".join([event async for event in sse(stream(request(), chunks(error)), EventWire())])
+        return b"".join([event async for event in sse(stream(request(), chunks(error)), ResponsesEncoder())])
 
     blocks = [block.split("\n") for block in asyncio.run(read()).decode().split("\n\n")[:-1]]
     assert all(name.startswith("event: ") and data.startswith("data: ") for name, data in blocks)

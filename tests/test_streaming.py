@@ -12,7 +12,7 @@ from models import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from api.streaming import ChunkWire, collect_chat
+from api.streaming import ChunkEncoder, collect_chat
 from errors import Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, Usage
 from server.events import sse
@@ -218,7 +218,7 @@ async def chunks(fail: bool = False) -> AsyncIterator[ChatCompletionChunk]:
 
 def events(include_usage: bool, fail: bool = False) -> list[str]:
     async def read() -> bytes:
-        return b"".join([event async for event in sse(chunks(fail), ChunkWire(include_usage))])
+        return b"".join([event async for event in sse(chunks(fail), ChunkEncoder(include_usage))])
 
     text = asyncio.run(read()).decode()
     assert text.endswith("\n\n")

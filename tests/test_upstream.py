@@ -1,6 +1,7 @@
-"""One provider over HTTP, with a transport in the network's place: when it rests, and where its events end."""
+"""One provider over HTTP, with a transport in the network's place: when its circuit opens, and where its events end."""
 
 import asyncio
+import time
 
 import httpx2
 import pytest
@@ -24,7 +25,7 @@ def access(num_retries: int) -> UpstreamConfig:
     )
 
 
-def test_a_provider_rests_after_requests_that_found_no_connection_not_after_attempts() -> None:
+def test_the_circuit_opens_after_requests_that_found_no_connection_not_after_attempts() -> None:
     attempts = 0
 
     def refuse(request: httpx2.Request) -> httpx2.Response:
@@ -42,6 +43,26 @@ def test_a_provider_rests_after_requests_that_found_no_connection_not_after_atte
         with pytest.raises(UpstreamError) as refusal:
             await theirs.stream(URL, b"{}")
         assert refusal.value.status == 503 and refusal.value.retry_after and attempts == 2 * NUM_FAILURES
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_with_an_error_is_no_success() -> None:
+    statuses = iter([500, 200, 401])
+
+    async def scenario() -> None:
+        answers = httpx2.MockTransport(lambda request: httpx2.Response(next(statuses), stream=Parts([b"{}"])))
+        theirs = Upstream(access(num_retries=0), answers)
+        with pytest.raises(UpstreamError):
+            await theirs.request("POST", URL, b"{}")
+        assert theirs.last_success is None
+        before = time.time()
+        await theirs.request("POST", URL, b"{}")
+        success = theirs.last_success
+        assert success is not None and before <= success <= time.time()
+        with pytest.raises(UpstreamError):
+            await theirs.request("POST", URL, b"{}")
+        assert theirs.last_success == success
 
     asyncio.run(scenario())
 

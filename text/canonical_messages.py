@@ -69,7 +69,7 @@ def fold_tools(messages: Sequence[CanonicalMessage], style: ToolFormat, prompt: 
     return [{**first, "content": f"{first['content']}\n\n{prompt}"}, *others]
 
 
-def with_names(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+def prefix_tool_names(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
     """Adds the tool's name to results that have no call, for templates that match results with calls."""
     return [
         {**m, "content": f"{m['name']}: {m['content']}"} if m.get("name") and not m.get("tool_call_id") else m
@@ -164,16 +164,16 @@ def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> lis
     return turns
 
 
-def gathered(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+def merge_system_messages(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
     """Puts all that the system says into one message at the beginning."""
     system = [m["content"] for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
     return [{"role": "system", "content": "\n\n".join(system)}, *others] if system else others
 
 
-def led(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+def system_into_user(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
     """Puts what the system says at the head of the user's first message, for templates without a system role."""
-    first, *others = gathered(messages)
+    first, *others = merge_system_messages(messages)
     if first["role"] != "system":
         return [first, *others]
     if not others or others[0]["role"] != "user":

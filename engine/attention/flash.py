@@ -29,17 +29,17 @@ TIMED_CALLS = 20
 class FlashBatch:
     """What the layers of one group share in a step: its sequences, each with one or more neighbouring queries."""
 
-    starts: torch.Tensor  # (sequences + 1,) int32, where each sequence's queries begin among the step's tokens
-    tables: torch.Tensor  # (sequences, width) int32, the blocks from the first one that the first query sees
-    lengths: torch.Tensor  # (sequences,) int32, tokens in these blocks, including the queries
-    longest_query: int
-    longest: int  # tokens that a row of `tables` can hold
+    cu_seqlens_q: torch.Tensor  # (sequences + 1,) int32, where each sequence's queries begin among the step's tokens
+    block_tables: torch.Tensor  # (sequences, width) int32, the blocks from the first one that the first query sees
+    seq_lens: torch.Tensor  # (sequences,) int32, tokens in these blocks, including the queries
+    max_query_len: int
+    max_seq_len: int  # tokens that a row of `block_tables` can hold
     num_tokens: int  # of the step, from its first token on
     window: int | None
 
     def to(self, device: torch.device) -> "FlashBatch":
-        starts, tables, lengths = (t.to(device) for t in (self.starts, self.tables, self.lengths))
-        return replace(self, starts=starts, tables=tables, lengths=lengths)
+        starts, tables, lengths = (t.to(device) for t in (self.cu_seqlens_q, self.block_tables, self.seq_lens))
+        return replace(self, cu_seqlens_q=starts, block_tables=tables, seq_lens=lengths)
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ def attend(
         query,
         keys,
         values,
-        batch.starts,
+        batch.cu_seqlens_q,
         None,
-        batch.longest_query,
-        batch.longest,
+        batch.max_query_len,
+        batch.max_seq_len,
         scale=scaling,
         window_size=(-1 if batch.window is None else batch.window - 1, 0),
         enable_gqa=True,
-        seqused_k=batch.lengths,
-        block_table=batch.tables,
+        seqused_k=batch.seq_lens,
+        block_table=batch.block_tables,
         **({} if softcap is None else {"softcap": softcap}),  # not every kernel has this argument
     )
 
@@ -164,11 +164,11 @@ class Trial:
         tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).view(len(lengths), width).int()
         starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         batch = FlashBatch(
-            starts=starts,
-            tables=tables,
-            lengths=torch.tensor(lengths, dtype=torch.int32),
-            longest_query=max(counts),
-            longest=width * block_size,
+            cu_seqlens_q=starts,
+            block_tables=tables,
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            max_query_len=max(counts),
+            max_seq_len=width * block_size,
             num_tokens=sum(counts),
             window=spec.window,
         )

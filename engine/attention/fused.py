@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from engine.attention.paged import Probe, StepAttention, attend_with_kernels
+from engine.attention.paged import AttentionRecorder, StepAttention, attend_with_kernels
 from engine.cpu import attention_kernels
 from engine.cpu.attention_kernels import Norms
 from engine.cpu.packed_layers import ATTENTION_INPUTS, FusedNorm, PackedLinear, SharedInput, SharedLinear, is_same
@@ -21,7 +21,7 @@ class FusedAttention(nn.Module):
 
     def __init__(self, stock: nn.Module, shared: SharedInput, head_dim: int, norms: Norms, scaling: float) -> None:
         super().__init__()
-        self._stock = stock  # a Probe's forward runs it, to record the layer as it is
+        self._stock = stock  # a AttentionRecorder's forward runs it, to record the layer as it is
         self._layer = cast(int, stock.layer_idx)
         self._output = cast(PackedLinear, stock.o_proj)
         self._shared, self._head_dim, self._norms, self._scaling = shared, head_dim, norms, scaling
@@ -68,7 +68,7 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
     """Returns the replacement of a module whose linear layers are packed; None if the module computes something else.
 
     Attention itself is the same function for both, so the halves before and after it are compared:
-        expected = stock_module(x), run with a Probe, which records what the module hands to attention
+        expected = stock_module(x), run with a AttentionRecorder, which records what the module hands to attention
         queries, keys and values of the replacement must equal the recorded ones
         project(stand-in for attention's result) must equal `expected`
     """
@@ -83,10 +83,10 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
     half = torch.rand(1, 3, head_dim // 2) * 6
     angles = torch.cat([half, half], dim=-1)
     places = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-    probe = Probe()
+    recorder = AttentionRecorder()
     try:
-        expected = module(hidden_states=x, position_embeddings=places, attention_mask=None, step=probe)[0]
-        (call,) = probe.calls.values()
+        expected = module(hidden_states=x, position_embeddings=places, attention_mask=None, step=recorder)[0]
+        (call,) = recorder.calls.values()
         norms = _norms(module)
     except Exception:  # the module is called in another way
         return None

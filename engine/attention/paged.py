@@ -149,7 +149,7 @@ class Call:
 
 
 @dataclass
-class Probe:
+class AttentionRecorder:
     """Replaces StepAttention in a first forward, and records what each layer asks for."""
 
     calls: dict[int, Call] = field(default_factory=dict)
@@ -164,7 +164,7 @@ def paged_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    step: StepAttention | Probe | None = None,
+    step: StepAttention | AttentionRecorder | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Writes keys and values to the cache and computes attention over it.
@@ -175,7 +175,8 @@ def paged_attention(
     assert step is not None, "the model does not pass keyword arguments on to its attention"
     layer = cast(int, module.layer_idx)
     scaling = scaling or query.shape[-1] ** -0.5
-    if isinstance(step, Probe):  # exit 1: a first forward, which only records the layers; nothing is computed
+    # exit 1: a first forward, which only records the layers; nothing is computed
+    if isinstance(step, AttentionRecorder):
         _refuse_what_is_not_computed(others)
         # the cache has one place for a layer's keys and values
         assert layer not in step.calls, "some of their layers call the attention twice"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.embedding.argument_errors import ArgumentError, TextTooLong
-from engine.embedding.text_models import TASKS, Prompt, TextModel, Vectors
+from engine.embedding.text_models import TASKS, TaskPrompt, TextModel, Vectors
 from engine.embedding.text_queue import Item, TextQueue
 from engine.worker import Worker
 from errors import EngineFailure, Overloaded, Unavailable
@@ -45,7 +45,7 @@ class Job:
     """The texts of one call. Once it is posted, only the worker thread changes it, except `is_dropped`."""
 
     texts: Sequence[Any]
-    prompt: Prompt
+    prompt: TaskPrompt
     may_truncate: bool
     argument: str  # the parameter that the texts were passed as
     deliver: Callable[["Job", Exception | None], None]  # called once, when it is complete or has failed
@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class About:
+class EmbedderInfo:
     """A model's facts beside its weights."""
 
     kind: Literal["embeddings", "cross-encoder"] = "embeddings"
@@ -72,7 +72,7 @@ class About:
 class Embedder:
     """Computes the texts of many callers in batches, on one thread."""
 
-    def __init__(self, model: TextModel, about: About, max_batch_tokens: int = BATCH_TOKENS["cpu"]) -> None:
+    def __init__(self, model: TextModel, about: EmbedderInfo, max_batch_tokens: int = BATCH_TOKENS["cpu"]) -> None:
         self.about = about
         self.model = model
         self.num_waiting = 0  # texts of calls under way
@@ -106,7 +106,7 @@ class Embedder:
         Raises what `embed` raises."""
         if self.about.kind == "cross-encoder":
             pairs = [(question, document) for document in documents]
-            job = await self._compute(pairs, Prompt(self.about.default_prompt), may_truncate, "documents")
+            job = await self._compute(pairs, TaskPrompt(self.about.default_prompt), may_truncate, "documents")
             return Scores([float(row[-1]) for row in job.rows if row is not None], job.num_tokens, job.num_truncated)
         jobs = [
             await self._compute([question], self._prompt_of("query"), may_truncate, "question"),
@@ -131,21 +131,21 @@ class Embedder:
                 "dimensions",
             )
 
-    def _prompt(self, name: str | None) -> Prompt:
+    def _prompt(self, name: str | None) -> TaskPrompt:
         if name is None:
-            return Prompt(self.about.default_prompt)
+            return TaskPrompt(self.about.default_prompt)
         if name not in self.about.prompts:
             names = ", ".join(sorted(self.about.prompts)) or "none"
             raise ArgumentError(f"prompt_name must be one of the model's prompts: {names}.", "prompt_name")
         task = next((task for task, usual in TASKS.items() if name in usual), None)
-        return Prompt(self.about.prompts[name], task)
+        return TaskPrompt(self.about.prompts[name], task)
 
-    def _prompt_of(self, task: str) -> Prompt:
+    def _prompt_of(self, task: str) -> TaskPrompt:
         """Chooses the prompt for a task as sentence-transformers' encode_query and encode_document do."""
         name = next((name for name in TASKS[task] if name in self.about.prompts), None)
-        return Prompt(self.about.default_prompt if name is None else self.about.prompts[name], task)
+        return TaskPrompt(self.about.default_prompt if name is None else self.about.prompts[name], task)
 
-    async def _compute(self, texts: Sequence[Any], prompt: Prompt, may_truncate: bool, argument: str) -> Job:
+    async def _compute(self, texts: Sequence[Any], prompt: TaskPrompt, may_truncate: bool, argument: str) -> Job:
         """Has the worker thread compute the texts, and waits for them."""
         if self._is_closing:
             raise Unavailable("The model was unloaded; try again later.", retry_after=5)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from engine.embedding.embedder import BATCH_TOKENS, About, Embedder
-from engine.embedding.text_models import Encoder, PairScorer, Prompt, TextModel
+from engine.embedding.embedder import BATCH_TOKENS, Embedder, EmbedderInfo
+from engine.embedding.text_models import Encoder, PairScorer, TaskPrompt, TextModel
 from engine.threads import set_threads
 from errors import ModelLoadError, first_line
 
@@ -39,8 +39,8 @@ def load_embedder(directory: Path, name: str, device: str = "auto", may_shorten:
     try:
         text_model, about = _open(directory, name, device, may_shorten)
         sample: Any = ("a", "a") if about.kind == "cross-encoder" else "a"
-        text_model.lengths([sample], Prompt())
-        text_model.compute([sample], Prompt())
+        text_model.lengths([sample], TaskPrompt())
+        text_model.compute([sample], TaskPrompt())
     except ModelLoadError:
         raise
     except Exception as error:  # malformed files can raise anything
@@ -64,7 +64,7 @@ def _device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _open(directory: Path, name: str, device: str, may_shorten: bool) -> tuple[TextModel, About]:
+def _open(directory: Path, name: str, device: str, may_shorten: bool) -> tuple[TextModel, EmbedderInfo]:
     """Loads the files. Raises ModelLoadError for a kind of model that is not served."""
     import sentence_transformers  # takes seconds
     import transformers
@@ -90,7 +90,7 @@ def _open(directory: Path, name: str, device: str, may_shorten: bool) -> tuple[T
             "models are served."
         )
     text_model = PairScorer(model, name) if is_pair_scorer else Encoder(model)
-    about = About(
+    about = EmbedderInfo(
         kind="cross-encoder" if is_pair_scorer else "embeddings",
         dims=0 if is_pair_scorer else int(model.truncate_dim or model.get_embedding_dimension() or 0),
         may_shorten=may_shorten or _is_matryoshka(directory, name),

@@ -20,7 +20,7 @@ POSITIVE = re.compile(
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TaskPrompt:
     """What a text is for, as models that distinguish queries and documents need to know."""
 
     text: str = ""  # is put before each text
@@ -33,11 +33,11 @@ class TextModel(Protocol):
     max_length: int  # tokens of a text
     tokenizer: Any  # transformers'
 
-    def lengths(self, texts: Sequence[Any], prompt: Prompt) -> list[int]:
+    def lengths(self, texts: Sequence[Any], prompt: TaskPrompt) -> list[int]:
         """Counts the tokens of each text, uncut, special tokens included."""
         ...
 
-    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
+    def compute(self, texts: Sequence[Any], prompt: TaskPrompt) -> tuple[Vectors, list[int]]:
         """Computes a row for each text. Also returns the tokens that each took."""
         ...
 
@@ -59,14 +59,14 @@ class _Modules:
         """Frees the weights at once: these models refer to themselves, so that only a garbage collection frees them."""
         self.model.to("meta")
 
-    def lengths(self, texts: Sequence[Any], prompt: Prompt) -> list[int]:
+    def lengths(self, texts: Sequence[Any], prompt: TaskPrompt) -> list[int]:
         """Counts tokens. For a model with a chat template, those that the template adds are missing."""
         lead = prompt.text
         prompted = [(lead + text[0], text[1]) if isinstance(text, tuple) else lead + text for text in texts]
         encoded = self.tokenizer(prompted, truncation=False, padding=False, return_attention_mask=False, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
-    def _forward(self, texts: Sequence[Any], prompt: Prompt, name: str) -> tuple[torch.Tensor, list[int]]:
+    def _forward(self, texts: Sequence[Any], prompt: TaskPrompt, name: str) -> tuple[torch.Tensor, list[int]]:
         """Computes one batch in the steps of sentence-transformers' own `encode` and `predict`."""
         task = {} if prompt.task is None else {"task": prompt.task}
         features = self.model.preprocess(list(texts), prompt=prompt.text or None, **task)
@@ -81,7 +81,7 @@ class _Modules:
 class Encoder(_Modules):
     """A bi-encoder: computes a vector for each text."""
 
-    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
+    def compute(self, texts: Sequence[Any], prompt: TaskPrompt) -> tuple[Vectors, list[int]]:
         vectors, num_tokens = self._forward(texts, prompt, "sentence_embedding")
         return vectors.float().cpu().numpy()[:, : self.model.truncate_dim], num_tokens
 
@@ -94,7 +94,7 @@ class PairScorer(_Modules):
         super().__init__(model)
         self._positive = _positive_label(model, name)
 
-    def compute(self, texts: Sequence[Any], prompt: Prompt) -> tuple[Vectors, list[int]]:
+    def compute(self, texts: Sequence[Any], prompt: TaskPrompt) -> tuple[Vectors, list[int]]:
         scores, num_tokens = self._forward(texts, prompt, "scores")
         scores = self.model.activation_fn(scores.double()).reshape(len(texts), -1)  # float32 rounds high scores to 1.0
         if scores.shape[1] > 1 and isinstance(self.model.activation_fn, torch.nn.Identity):

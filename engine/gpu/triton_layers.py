@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from engine.attention import flash
-from engine.attention.paged import Probe, StepAttention
+from engine.attention.paged import AttentionRecorder, StepAttention
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
 TOLERANCES = {2: 0.02, 4: 1e-4}  # bytes of a number -> allowed difference, as a part of a result's norm
@@ -169,10 +169,10 @@ def fused_attention(module: nn.Module) -> Attention | None:
     half = torch.rand(1, 3, head_dim // 2, device=x.device) * 6
     angles = torch.cat([half, half], dim=-1)
     places = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-    probe = Probe()
+    recorder = AttentionRecorder()
     try:
-        expected = module(hidden_states=x, position_embeddings=places, attention_mask=None, step=probe)[0]
-        (call,) = probe.calls.values()
+        expected = module(hidden_states=x, position_embeddings=places, attention_mask=None, step=recorder)[0]
+        (call,) = recorder.calls.values()
         if call.softcap is not None or call.spec.key_dim != head_dim or call.spec.value_dim != head_dim:
             return None
         fused = Attention(module, call.scaling)

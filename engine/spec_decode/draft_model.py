@@ -44,11 +44,11 @@ class DraftSequence:
 
     def follow(self, original: Sequence, cache: KVCache) -> None:
         """Takes over the original's new tokens, and takes back the guesses that were wrong."""
-        guessed, actual, num_right = self.sequence.token_ids, original.token_ids, self.num_original
-        while num_right < min(len(guessed), len(actual)) and guessed[num_right] == actual[num_right]:
-            num_right += 1
-        guessed[num_right:] = actual[num_right:]
-        cache.rollback(self.sequence, num_right)
+        guessed, actual, num_accepted = self.sequence.token_ids, original.token_ids, self.num_original
+        while num_accepted < min(len(guessed), len(actual)) and guessed[num_accepted] == actual[num_accepted]:
+            num_accepted += 1
+        guessed[num_accepted:] = actual[num_accepted:]
+        cache.rollback(self.sequence, num_accepted)
         self.num_original = len(actual)
 
     @property
@@ -94,12 +94,12 @@ class DraftModel:
         self._guessed = {s for s, guess in by_model.items() if guess}
         return [by_model.get(s) or guess for (s, _), guess in zip(requests, guesses, strict=True)]
 
-    def note(self, sequence: Sequence, num_proposed: int, num_right: int) -> None:
+    def note(self, sequence: Sequence, num_proposed: int, num_accepted: int) -> None:
         if sequence not in self._guessed:
-            self._lookup.note(sequence, num_proposed, num_right)
+            self._lookup.note(sequence, num_proposed, num_accepted)
         elif sequence in self._drafts:
             draft_length = self._drafts[sequence].draft_length
-            draft_length.note(num_proposed, num_right, sequence.num_tokens, self._worthwhile)
+            draft_length.note(num_proposed, num_accepted, sequence.num_tokens, self._worthwhile)
 
     def forget(self, sequence: Sequence) -> None:
         self._lookup.forget(sequence)

@@ -26,7 +26,7 @@ class Proposer(Protocol):
         step_time: seconds of a step without guesses, None where that is not known."""
         ...
 
-    def note(self, sequence: Sequence, num_proposed: int, num_right: int) -> None:
+    def note(self, sequence: Sequence, num_proposed: int, num_accepted: int) -> None:
         """Learns how many tokens of the sequence's last guess were right."""
         ...
 
@@ -49,15 +49,15 @@ class DraftLength:
         now."""
         return 0 if num_tokens < self._paused_until else min(limit, self._length)
 
-    def note(self, num_proposed: int, num_right: int, num_tokens: int, worthwhile: float = WORTHWHILE) -> None:
+    def note(self, num_proposed: int, num_accepted: int, num_tokens: int, worthwhile: float = WORTHWHILE) -> None:
         """Learns from a guess. num_tokens: the sequence's length; worthwhile: the share below which guessing pauses."""
-        self._share = SHARE_DECAY * self._share + (1 - SHARE_DECAY) * num_right / num_proposed
-        self._length = 2 * self._length if num_right == num_proposed else max(1, num_right + 1)
+        self._share = SHARE_DECAY * self._share + (1 - SHARE_DECAY) * num_accepted / num_proposed
+        self._length = 2 * self._length if num_accepted == num_proposed else max(1, num_accepted + 1)
         if self._share < worthwhile:
             self._paused_until = num_tokens + self._pause
             self._pause = min(LONGEST_PAUSE, 2 * self._pause)
             self._share = worthwhile  # so that one wrong guess after the pause begins the next one
-        elif num_right:
+        elif num_accepted:
             self._pause = PAUSE
 
 
@@ -88,8 +88,8 @@ class PromptLookup:
     def propose(self, requests: Tokens[tuple[Sequence, int]], step_time: float | None = None) -> list[tuple[int, ...]]:
         return [self._drafter(sequence).propose(sequence.token_ids, limit) for sequence, limit in requests]
 
-    def note(self, sequence: Sequence, num_proposed: int, num_right: int) -> None:
-        self._drafter(sequence).draft_length.note(num_proposed, num_right, sequence.num_tokens)
+    def note(self, sequence: Sequence, num_proposed: int, num_accepted: int) -> None:
+        self._drafter(sequence).draft_length.note(num_proposed, num_accepted, sequence.num_tokens)
 
     def forget(self, sequence: Sequence) -> None:
         self._drafters.pop(sequence, None)

@@ -88,7 +88,7 @@ def test_beginnings_that_were_computed_before_too(family: str, dtype: torch.dtyp
 def test_steps_begin_before_the_last_one_is_read(family: str, device: torch.device, on_gpu: None) -> None:
     engine = engine_of(family, torch.bfloat16, device, WHOLE)
     answers(engine, prompts(3))
-    assert isinstance(engine.runner, AsyncRunner) and engine.runner.num_right > 30
+    assert isinstance(engine.runner, AsyncRunner) and engine.runner.num_steps_kept > 30
 
 
 def hold(family: str, dtype: torch.dtype, device: torch.device, requests: Requests, found: Requests) -> None:
