@@ -80,7 +80,7 @@ def _count_for_model(seen: RequestRecord, metrics: ModelMetrics, error: str | No
     if not seen.is_complete:
         metrics.aborts.inc()
     if seen.prompt_tokens:  # the request reached the model
-        metrics.whole.observe(seen.seconds)
+        metrics.e2e_latency.observe(seen.seconds)
         metrics.prompt_length.observe(seen.prompt_tokens)
         metrics.answer_length.observe(seen.completion_tokens)
 

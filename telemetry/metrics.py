@@ -62,7 +62,7 @@ class ModelMetrics:
     aborts: Counter
     first_token: Histogram
     between_tokens: Histogram
-    whole: Histogram
+    e2e_latency: Histogram
     queue: Histogram
     prompt_length: Histogram
     answer_length: Histogram
@@ -99,7 +99,7 @@ class Metrics:
         self._between_tokens = self._histogram(
             "inter_token_latency_seconds", "Time between tokens", BETWEEN_TOKENS, label
         )
-        self._whole = self._histogram("e2e_request_latency_seconds", "Duration of whole requests", WHOLE, label)
+        self._e2e_latency = self._histogram("e2e_request_latency_seconds", "Duration of whole requests", WHOLE, label)
         self._queue = self._histogram("request_queue_time_seconds", "Time in the queue", FIRST_TOKEN, label)
         self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS, label)
         self._answer_length = self._histogram(
@@ -123,7 +123,7 @@ class Metrics:
                 aborts=self._aborts.labels(model),
                 first_token=self._first_token.labels(model),
                 between_tokens=self._between_tokens.labels(model),
-                whole=self._whole.labels(model),
+                e2e_latency=self._e2e_latency.labels(model),
                 queue=self._queue.labels(model),
                 prompt_length=self._prompt_length.labels(model),
                 answer_length=self._answer_length.labels(model),
