@@ -22,7 +22,7 @@ from transformers import (
 from engine.embedding.argument_errors import ArgumentError, TextTooLong
 from engine.embedding.embedder import CHARACTERS, CHARACTERS_PER_TOKEN, Embedder, EmbedderInfo, Embeddings
 from engine.embedding.loader import load_embedder
-from engine.embedding.text_models import Prompt
+from engine.embedding.text_models import TaskPrompt
 from errors import (
     EngineFailure,
     ModelLoadError,
@@ -43,11 +43,11 @@ class Echo:
         self.may_go_on = threading.Event()
         self.fails_on = "never"
 
-    def lengths(self, texts: Sequence[str], prompt: Prompt) -> list[int]:
+    def lengths(self, texts: Sequence[str], prompt: TaskPrompt) -> list[int]:
         self.tokenized += texts
         return [len(prompt.text + text) for text in texts]
 
-    def compute(self, texts: Sequence[str], prompt: Prompt) -> tuple[Any, list[int]]:
+    def compute(self, texts: Sequence[str], prompt: TaskPrompt) -> tuple[Any, list[int]]:
         self.batches.append(list(texts))
         self.may_go_on.wait(20)
         if self.fails_on in texts:

@@ -21,7 +21,7 @@ from errors import APIError, UpstreamError
 from providers import openai_compatible
 from providers.anthropic_request import to_messages
 from providers.anthropic_response import StreamMapper, to_completion
-from providers.router import gateways_of
+from providers.router import providers_of
 from providers.upstream import Upstream, UpstreamConfig, events_of
 from providers.upstream_errors import KEYS, error_of, redact, retry_after
 from server.error_formats import OPENAI
@@ -276,7 +276,7 @@ def test_answers_of_any_depth_are_relayed_or_an_error(provider: str, answer: str
     keys = dict.fromkeys(("anthropic_api_key", "minmax_api_key", "google_api_key"), "k")
 
     def answered(text: str) -> Any:
-        theirs = gateways_of(Settings(_env_file=None, **keys), Answers(text))[provider]
+        theirs = providers_of(Settings(_env_file=None, **keys), Answers(text))[provider]
         body = {"model": "x", "messages": [{"role": "user", "content": "Hi"}]}
         return asyncio.run(theirs.answer("chat/completions", body)).content
 

@@ -12,23 +12,23 @@ import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from process import MAIN, serve
-from running_gateway import HELLO, KEYS, Provider, running_gateway
+from running_gateway import HELLO, KEYS, Gateway, running_gateway
 from upstreams import Reply, chunk, event
 
 from config import Settings
 from provider_table import PROVIDERS, AdapterName, ProtocolName
 from providers.openai_compatible import ADAPTERS, GeminiAdapter, MiniMaxAdapter, OllamaAdapter
-from providers.router import PROTOCOLS, gateways_of
+from providers.router import PROTOCOLS, providers_of
 
 
 @pytest.fixture(scope="module")
-def running(tiny_checkpoint: Path) -> Iterator[Provider]:
+def running(tiny_checkpoint: Path) -> Iterator[Gateway]:
     with running_gateway(tiny_checkpoint) as gateway:
         yield gateway
 
 
 @pytest.fixture
-def gateway(running: Provider) -> Provider:
+def gateway(running: Gateway) -> Gateway:
     running.reset()
     return running
 
@@ -56,7 +56,7 @@ SAMPLES = [  # the interface document's, with what each becomes: model, body, pr
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(("model", "provider", "path", "name", "key"), SAMPLES)
 def test_a_chat_goes_to_its_provider_and_comes_back(
-    gateway: Provider, model: str, provider: str, path: str, name: str, key: str | None, is_stream: bool
+    gateway: Gateway, model: str, provider: str, path: str, name: str, key: str | None, is_stream: bool
 ) -> None:
     system = {"role": "system", "content": "你是一個有用的助手。"}
     body = {"messages": [system, *HELLO], "temperature": 0.7, **({"stream": True} if is_stream else {})}
@@ -79,7 +79,7 @@ def test_a_chat_goes_to_its_provider_and_comes_back(
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_what_openai_sends_is_relayed_to_the_byte_and_so_is_what_it_is_sent(gateway: Provider) -> None:
+def test_what_openai_sends_is_relayed_to_the_byte_and_so_is_what_it_is_sent(gateway: Gateway) -> None:
     odd = b'{"id":"x",  "choices" : [],"future":{"a":1.50}}'
     stream = [
         b": hello\n\n",
@@ -106,14 +106,14 @@ def test_what_openai_sends_is_relayed_to_the_byte_and_so_is_what_it_is_sent(gate
         ("ollama/nomic-embed-text", "ollama", "/v1/embeddings", "nomic-embed-text"),
     ],
 )
-def test_embeddings_go_to_their_provider(gateway: Provider, model: str, provider: str, path: str, name: str) -> None:
+def test_embeddings_go_to_their_provider(gateway: Gateway, model: str, provider: str, path: str, name: str) -> None:
     got = gateway.post("embeddings", model=model, input="這是一段需要嵌入的文本。")
     assert got.status_code == 200, got.text
     (asked,) = gateway.providers[provider].asked
     assert (asked.path, asked.body["model"], asked.body["input"]) == (path, name, "這是一段需要嵌入的文本。")
 
 
-def test_geminis_vectors_are_as_long_as_they_should_be_and_in_the_format_that_was_asked(gateway: Provider) -> None:
+def test_geminis_vectors_are_as_long_as_they_should_be_and_in_the_format_that_was_asked(gateway: Gateway) -> None:
     rows = [{"object": "embedding", "embedding": [3.0, 4.0]}, {"object": "embedding", "index": 1, "embedding": [0, 0]}]
     gateway.providers["gemini"].script = lambda asked: Reply.of({"object": "list", "data": rows, "model": "theirs"})
     got = gateway.post("embeddings", model="gemini/e", input=["a", "b"], dimensions=2, encoding_format="base64").json()
@@ -129,13 +129,13 @@ def test_geminis_vectors_are_as_long_as_they_should_be_and_in_the_format_that_wa
 @pytest.mark.parametrize(
     ("model", "path"), [("claude/x", "embeddings"), ("deepseek/x", "embeddings"), ("claude/x", "completions")]
 )
-def test_what_a_provider_does_not_have_is_refused_here(gateway: Provider, model: str, path: str) -> None:
+def test_what_a_provider_does_not_have_is_refused_here(gateway: Gateway, model: str, path: str) -> None:
     got = gateway.post(path, model=model, input="x", prompt="x")
     assert got.status_code == 400 and got.json()["error"]["param"] == "model"
     assert not any(provider.asked for provider in gateway.providers.values())
 
 
-def test_names_of_this_servers_models_stay_here_and_unknown_ones_are_not_found(gateway: Provider) -> None:
+def test_names_of_this_servers_models_stay_here_and_unknown_ones_are_not_found(gateway: Gateway) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"model": "openai/x"}}}
     assert gateway.chat("Tiny-Qwen3", max_tokens=2, tools=[tool], tool_choice="none").status_code == 200
     for name in ("nobody/x", "gemma", ""):
@@ -143,7 +143,7 @@ def test_names_of_this_servers_models_stay_here_and_unknown_ones_are_not_found(g
     assert not any(provider.asked for provider in gateway.providers.values())
 
 
-def test_aliases_stand_for_other_models(gateway: Provider) -> None:
+def test_aliases_stand_for_other_models(gateway: Gateway) -> None:
     got = gateway.chat("old-gpt")
     assert gateway.providers["openai"].asked[0].body["model"] == "gpt-new"
     assert got.headers["x-gateway-model"] == "openai/gpt-new"
@@ -163,10 +163,10 @@ def test_a_missing_key_is_named_at_once(tiny_checkpoint: Any) -> None:
 def test_every_row_has_its_adapter_and_its_protocol() -> None:
     assert ADAPTERS.keys() == set(get_args(AdapterName)) and PROTOCOLS.keys() == set(get_args(ProtocolName))
     prefixes = [prefix for row in PROVIDERS for prefix in row.prefixes]
-    assert gateways_of(Settings(_env_file=None)).keys() == set(prefixes) and len(prefixes) == len(set(prefixes))
+    assert providers_of(Settings(_env_file=None)).keys() == set(prefixes) and len(prefixes) == len(set(prefixes))
 
 
-def test_the_list_of_models_has_all_of_them(gateway: Provider) -> None:
+def test_the_list_of_models_has_all_of_them(gateway: Gateway) -> None:
     ids = [model["id"] for model in gateway.server.get("/v1/models").json()["data"]]
     assert ids[0] == "Tiny-Qwen3" and {"openai/two", "claude/two", "gemini/one", "ollama/two", "my-groq/two"} <= set(
         ids
@@ -194,7 +194,7 @@ def test_geminis_calls_are_numbered_and_end_as_calls() -> None:
         ChatCompletionChunk.model_validate(fixed)
 
 
-def test_minimax_errors_thoughts_and_odd_chunks_are_put_right(gateway: Provider) -> None:
+def test_minimax_errors_thoughts_and_odd_chunks_are_put_right(gateway: Gateway) -> None:
     provider = gateway.providers["minmax"]
     provider.script = lambda asked: Reply.of({"base_resp": {"status_code": 1004, "status_msg": "login fail"}})
     for is_stream in (False, True):
@@ -212,7 +212,7 @@ def test_minimax_errors_thoughts_and_odd_chunks_are_put_right(gateway: Provider)
     assert body == {"temperature": 0.01, "max_completion_tokens": 3}
 
 
-def test_ollama_is_not_sent_what_it_would_ignore(gateway: Provider) -> None:
+def test_ollama_is_not_sent_what_it_would_ignore(gateway: Gateway) -> None:
     got = gateway.chat("ollama/x", tool_choice="required", user="u")
     assert got.headers["x-gateway-dropped-params"] == "tool_choice, user"
     assert not {"tool_choice", "user"} & gateway.providers["ollama"].asked[0].body.keys()
@@ -224,7 +224,7 @@ def test_ollama_is_not_sent_what_it_would_ignore(gateway: Provider) -> None:
     assert OllamaAdapter().chunk(thought) and thought["choices"][0]["delta"]["reasoning_content"] == "Hm"
 
 
-def test_the_openai_sdk_reads_relayed_answers_and_errors(gateway: Provider) -> None:
+def test_the_openai_sdk_reads_relayed_answers_and_errors(gateway: Gateway) -> None:
     with OpenAI(base_url=gateway.server.url + "/v1", api_key="dummy-key", max_retries=0) as client:
         for model in ("openai/gpt-4", "claude/claude-3-opus-20240229", "gemini/gemini-1.5-pro-latest"):
             whole = client.chat.completions.create(model=model, messages=HELLO)
