@@ -293,7 +293,7 @@ def provider_fields(rows: Iterable[ProviderRow]) -> dict[str, Any]:
     for setting in (setting for row in rows for setting in row.settings):
         alias = AliasChoices(setting.name, setting.alias) if setting.alias else None
         info = Field(setting.default, validation_alias=alias, description=setting.description)
-        fields[setting.name] = (annotations[setting.role], info)
+        fields[setting.name] = (annotations[setting.kind], info)
     return fields
 
 
@@ -434,7 +434,7 @@ class Settings(ProviderSettings):
 
     def provider_values(self) -> list[ProviderValues]:
         """Returns what is set for each provider: those of the table, then those of PROVIDERS."""
-        table = [self._values(row, {each.role: self._value(each) for each in row.settings}) for row in PROVIDERS]
+        table = [self._values(row, {each.kind: self._value(each) for each in row.settings}) for row in PROVIDERS]
         added = [self._values(provider.row, {"key": provider.key, "url": provider.url}) for provider in self.providers]
         return table + added
 

@@ -144,10 +144,8 @@ def main(load: LoadModel = load) -> None:
     server = uvicorn.Server(config)
     connections = server.server_state.connections
     services_of(app).metrics.gauge("http_connections", "Open connections", lambda: len(connections))
-    for number in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # uvicorn raises its signals again at its end: ignore them
+    # uvicorn raises its signals again at its end: they are ignored
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
     _run(server)
     if services_of(app).local.failure is not None or not server.started:

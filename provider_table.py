@@ -20,7 +20,7 @@ DEFAULT_MAX_TOKENS = 4096
 class ProviderSetting:
     """A setting that a row brings with it."""
 
-    role: SettingKind  # what the provider does with its value
+    kind: SettingKind  # what the provider does with its value
     name: str  # its environment variable, in lower case
     description: str
     default: str | float | int | None = None
@@ -52,7 +52,7 @@ class ProviderRow:
     @property
     def key(self) -> ProviderSetting:
         return ProviderSetting(
-            role="key",
+            kind="key",
             name=(self.key_variable or key_variable(self.name)).lower(),
             description=f"the API key for {self.name}/{self.key_note}",
             alias=self.key_alias.lower(),
@@ -61,7 +61,7 @@ class ProviderRow:
     @property
     def url(self) -> ProviderSetting:
         return ProviderSetting(
-            role="url",
+            kind="url",
             name=(self.url_variable or f"{_variable(self.name)}_BASE_URL").lower(),
             description=f"the base URL of {self.name}/{self.url_note}",
             default=self.default_url,
@@ -105,7 +105,7 @@ PROVIDERS = (
         url_variable="ANTHROPIC_BASE_URL",
         more_settings=(
             ProviderSetting(
-                role="max_tokens",
+                kind="max_tokens",
                 name="anthropic_default_max_tokens",
                 description="the max_tokens of a request to claude/ that has none",
                 default=DEFAULT_MAX_TOKENS,
@@ -120,7 +120,7 @@ PROVIDERS = (
         url_note=", for streams",
         more_settings=(
             ProviderSetting(
-                role="whole_url",
+                kind="whole_url",
                 name="deepseek_api_endpoint_nonstream",
                 description=(
                     "the whole URL of deepseek/ for answers that are not streamed; default: the same as for streams"
@@ -147,7 +147,7 @@ PROVIDERS = (
         url_variable="OLLAMA_BASEURL",
         more_settings=(
             ProviderSetting(
-                role="timeout",
+                kind="timeout",
                 name="ollama_timeout",
                 description=(
                     "the seconds for which ollama/ may send nothing, and which an answer that is not streamed may take"

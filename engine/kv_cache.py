@@ -132,7 +132,7 @@ class KVCache:
     # --- reuse
 
     def reuse(self, sequence: Sequence) -> None:
-        """Gives a sequence without blocks the published ones of its longest known prefix. At least one token is left
+        """Gives a sequence without blocks the cached blocks of its longest known prefix. At least one token is left
         to compute."""
         keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
         length = self._num_reusable(keys, sequence)
@@ -162,7 +162,7 @@ class KVCache:
         """Returns the index of the first block that the token after `num_blocks` blocks sees."""
         return 0 if group.window is None else max(0, num_blocks * self.block_size + 1 - group.window) // self.block_size
 
-    def publish(self, sequence: Sequence, is_checked: bool) -> None:
+    def cache_blocks(self, sequence: Sequence, is_checked: bool) -> None:
         """Lets other sequences reuse this one's full blocks, unless they hold NaN.
 
         is_checked: logits that depend on all of them were finite, so the blocks need not be read.
@@ -201,7 +201,7 @@ class KVCache:
                 table[index] = FREED
 
     def erase(self, sequence: Sequence) -> None:
-        """Zeroes the sequence's unpublished blocks: a NaN in a freed block would reach its next owner, even masked."""
+        """Zeroes the blocks that are not cached: a NaN in a freed block would reach its next owner, even masked."""
         for layer, group in self.group_of.items():
             pool, table = self.pools[group], sequence.block_tables[group]
             blocks = [block for block in table if block != FREED and not pool.is_cached(block)]

@@ -243,7 +243,7 @@ class Scheduler:
             sequence = span.sequence
             if not span.is_complete:
                 self.cache.advance(sequence, span.end)
-                self.cache.publish(sequence, is_checked=False)
+                self.cache.cache_blocks(sequence, is_checked=False)
                 self.cache.free_outside_window(sequence)
                 continue
             added = self._append_all(span, next(tokens))
@@ -251,7 +251,7 @@ class Scheduler:
             if added[-1] is None:
                 self.cache.erase(sequence)
             else:
-                self.cache.publish(sequence, is_checked=True)
+                self.cache.cache_blocks(sequence, is_checked=True)
                 self.cache.free_outside_window(sequence)
             if added[-1] is None or added[-1].finish_reason:
                 self.remove(sequence)

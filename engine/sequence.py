@@ -32,9 +32,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     sampled: SampledToken | None = None  # the token with the log-probabilities that were asked for
     num_cached_tokens: int = 0  # leading tokens of the prompt that were in the cache; set in the first output
-    prompt: tuple[
-        SampledToken, ...
-    ] = ()  # the prompt's tokens with log-probabilities, from its second one on; likewise
+    prompt: tuple[SampledToken, ...] = ()  # the prompt's scored tokens, from its second one on; likewise
     queue_time: float = 0.0  # seconds until it was admitted; likewise
 
 

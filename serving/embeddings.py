@@ -306,7 +306,7 @@ def _on_hub(model: str) -> ModelSource | None:
     owner, _, name = model.partition("/")
     hub_ids: tuple[str, ...] = ()
     if owner == "huggingface":
-        hub_ids = (name,) if "/" in name else tuple(f"{owner}/{name}" for owner in OWNERS)
+        hub_ids = (name,) if "/" in name else tuple(f"{each}/{name}" for each in OWNERS)
     elif owner == "sentence-transformers":
         hub_ids = (model,)
     is_valid = hub_ids and all(map(hub_snapshot.is_hub_id, hub_ids))

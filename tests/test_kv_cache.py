@@ -93,7 +93,7 @@ def numbered(num_tokens: int, first: int = 0, shared: int = 0) -> Sequence:
 def compute(cache: KVCache, one: Sequence, is_checked: bool = True) -> None:
     assert cache.allocate(one, one.num_tokens)
     cache.advance(one, one.num_tokens)
-    cache.publish(one, is_checked)
+    cache.cache_blocks(one, is_checked)
     cache.free_outside_window(one)
 
 
@@ -146,7 +146,7 @@ def test_what_is_no_number_is_never_taken_over() -> None:
     assert cache.allocate(bad, 20)
     cache.tensors[1][1][bad.block_tables[0][2]] = torch.nan
     cache.advance(bad, 20)
-    cache.publish(bad, is_checked=False)
+    cache.cache_blocks(bad, is_checked=False)
     other = numbered(20, first=1)
     cache.reuse(other)
     assert other.num_computed == 0
@@ -209,7 +209,7 @@ def test_blocks_of_random_traffic_hold_what_their_sequences_have() -> None:
                         block = one.block_tables[cache.group_of[layer]][position // 4]
                         cache.tensors[layer][0][block, position % 4] = mark(one, position)
                 cache.advance(one, one.num_computed + step)
-                cache.publish(one, is_checked=rng.random() < 0.5)
+                cache.cache_blocks(one, is_checked=rng.random() < 0.5)
                 cache.free_outside_window(one)
                 check(cache, one)
     for one in alive:
@@ -240,7 +240,7 @@ def test_going_back_forgets_what_is_behind_and_going_on_computes_it_again() -> N
     cache.rollback(one, 9)
     assert one.num_computed == 7, "what is not computed cannot be gone back to"
     cache.advance(one, 20)
-    cache.publish(one, is_checked=True)
+    cache.cache_blocks(one, is_checked=True)
     cache.free(one)
     assert one.num_computed == 0
 
@@ -279,7 +279,7 @@ def test_another_kind_of_state_is_a_class_of_its_own() -> None:
     assert cache.allocate(bad, 20)
     cache.tensors[1][0][bad.block_tables[0][2]] = torch.nan
     cache.advance(bad, 20)
-    cache.publish(bad, is_checked=False)
+    cache.cache_blocks(bad, is_checked=False)
     other = numbered(20, first=1)
     cache.reuse(other)
     assert other.num_computed == 0, "its last layer's state has been looked at"

@@ -21,7 +21,7 @@ class FusedAttention(nn.Module):
 
     def __init__(self, stock: nn.Module, shared: SharedInput, head_dim: int, norms: Norms, scaling: float) -> None:
         super().__init__()
-        self._stock = stock  # a AttentionRecorder's forward runs it, to record the layer as it is
+        self._stock = stock  # an AttentionRecorder's forward runs it, to record the layer as it is
         self._layer = cast(int, stock.layer_idx)
         self._output = cast(PackedLinear, stock.o_proj)
         self._shared, self._head_dim, self._norms, self._scaling = shared, head_dim, norms, scaling
@@ -68,7 +68,7 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
     """Returns the replacement of a module whose linear layers are packed; None if the module computes something else.
 
     Attention itself is the same function for both, so the halves before and after it are compared:
-        expected = stock_module(x), run with a AttentionRecorder, which records what the module hands to attention
+        expected = stock_module(x), run with an AttentionRecorder, which records what the module hands to attention
         queries, keys and values of the replacement must equal the recorded ones
         project(stand-in for attention's result) must equal `expected`
     """
