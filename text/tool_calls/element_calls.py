@@ -244,8 +244,7 @@ class _ElementCall:
         return argument_of(text, self.schema_of(key), self.schema, is_guarded)
 
     def fits(self, key: str, argument: str, is_strict: bool) -> bool:
-        """Returns whether an argument fits. is_strict: false where a schema has limits or patterns, which are not
-        judged."""
+        """Returns whether an argument fits. is_strict: limits and patterns, which are not judged, count as misfits."""
         own = self.schema_of(key)
         return fits(value_of(argument), own, self.schema) and (not is_strict or is_judged(own, self.schema))
 
