@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engine.attention.paged import visible_of
-from engine.cpu import attention_kernels, kernels
+from engine.cpu import attention_kernels, kernels, prompt_attention
 
 pytestmark = [
     pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP"),
@@ -35,7 +35,7 @@ def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, k
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256), (4, 2, 80)])
-@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 40), (37, 30), (64, 4)])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 40), (37, 30), (64, 4), (301, 200)])
 @pytest.mark.parametrize("has_images", [False, True])
 def test_attention_of_a_chunk_is_that_of_torch(
     dtype: torch.dtype,
@@ -49,11 +49,12 @@ def test_attention_of_a_chunk_is_that_of_torch(
 ) -> None:
     images = [(start + tokens // 5, start + tokens // 2), (start + tokens // 2, start + tokens)] if has_images else []
     torch.manual_seed(tokens)
-    keys, values = (torch.randn(32, 16, kv_heads, dim).to(dtype) for _ in range(2))
-    table = torch.randperm(32)[: -(-(start + tokens) // 16)]
+    keys, values = (torch.randn(64, 16, kv_heads, dim).to(dtype) for _ in range(2))
+    table = torch.randperm(64)[: -(-(start + tokens) // 16)]
     query = torch.randn(1, tokens, heads, dim).to(dtype).transpose(1, 2)[0].unflatten(0, (kv_heads, -1))
     output = torch.empty(tokens, kv_heads, heads // kv_heads, dim, dtype=dtype)
-    attention_kernels.attend_chunk(query, keys, values, table, visible_of(start, tokens, window, images), 0.3, output)
+    slots, visible = prompt_attention.slots_of(table, 16), visible_of(start, tokens, window, images)
+    prompt_attention.attend_chunk(query, keys, values, slots, visible, 0.3, output)
     k, v = (cache[table].flatten(0, 1)[: start + tokens].transpose(0, 1).float() for cache in (keys, values))
     distance = torch.arange(start, start + tokens)[:, None] - torch.arange(start + tokens)
     mask = (distance >= 0) & (distance < (window or 10**6))

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from engine.attention import flash
 from engine.attention.flash import FlashBatch, Kernel
-from engine.cpu import attention_kernels
+from engine.cpu import attention_kernels, prompt_attention
 from engine.kv_cache import KVCache
 from engine.layer_spec import AttentionSpec
 
@@ -55,6 +55,11 @@ class PrefillChunk:
     sees_only_itself: bool  # causally, with nothing before it
     block_size: int
     dtype: torch.dtype
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """Where the tokens that the chunk sees lie in the cache, for the CPU's kernel."""
+        return prompt_attention.slots_of(self.table, self.block_size)
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -241,8 +246,8 @@ def attend_with_kernels(
         )
     for chunk in group.prefills:
         tokens = slice(chunk.start, chunk.end)
-        attention_kernels.attend_chunk(
-            query[:, :, tokens], keys, values, chunk.table, chunk.visible, scaling, output[tokens]
+        prompt_attention.attend_chunk(
+            query[:, :, tokens], keys, values, chunk.slots, chunk.visible, scaling, output[tokens]
         )
 
 

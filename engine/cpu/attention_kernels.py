@@ -1,4 +1,4 @@
-"""Kernels for attention over the paged cache on the CPU: for the heads that go in, for decodes and for prompt chunks.
+"""Kernels for attention over the paged cache on the CPU: for the heads that go in, and for decodes.
 
 They read keys and values in place in the cache, need no masks, and compute in float32 whatever the cache's data type.
 """
@@ -13,10 +13,9 @@ from llvmlite import ir
 from engine.cpu import jit
 from engine.cpu.jit import F32, FLOATS, I64, LANES, Builder, Program, constant, vector
 from engine.cpu.kernels import DTYPES, FEW_ROWS, are_available, compiled
+from engine.cpu.prompt_attention import is_inside
 
-TILE = 4  # queries for which each key and value is read once
 MAX_ROTATED_DIM = 256  # elements of a head, which must fit into the registers
-PARTS = 4  # vectors of a head that a tile sums up at a time: they take half of the registers
 
 Norms = tuple[torch.Tensor, torch.Tensor, float] | None
 
@@ -67,50 +66,6 @@ def attend(
         kv_heads * group,
         kv_heads,
         block_size,
-        num_threads=threads,
-    )
-
-
-def attend_chunk(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    ranges: torch.Tensor,
-    scaling: float,
-    output: torch.Tensor,
-) -> None:
-    """Computes attention of neighbouring queries of one sequence, and writes output.
-
-    query: (kv_heads, group, tokens, dim), its heads evenly apart; output: (tokens, kv_heads, group, dim).
-    table: (num_blocks,) int64; the blocks hold the queries' own keys too. ranges: (tokens, 2) int64, the first
-    position in the table's blocks that each query sees, and the end; neither ever decreases.
-    """
-    group, tokens, dim = query.shape[1:]
-    _, block_size, kv_heads, _ = keys.shape
-    head_stride = query.stride(0) // group
-    assert output.is_contiguous() and query.stride(3) == 1 and query.stride(0) == group * head_stride
-    threads, length = torch.get_num_threads(), int(ranges[-1, 1])
-    padded = -(-length // LANES) * LANES
-    lanes = torch.empty(kv_heads, padded // LANES, dim, LANES)  # keys side by side, as the scores are computed
-    rows = torch.empty(kv_heads, length, dim)
-    arguments = (keys.data_ptr(), values.data_ptr(), table.data_ptr(), lanes.data_ptr(), rows.data_ptr())
-    _unfold(keys.dtype, dim)(*arguments, length, padded, kv_heads, block_size, num_threads=threads)
-    scores = torch.empty(threads, TILE, padded)
-    _attend_chunk(keys.dtype, dim, scaling)(
-        query.data_ptr(),
-        head_stride,
-        query.stride(2),
-        lanes.data_ptr(),
-        rows.data_ptr(),
-        output.data_ptr(),
-        scores.data_ptr(),
-        tokens,
-        kv_heads * group,
-        group,
-        length,
-        padded,
-        ranges.data_ptr(),
         num_threads=threads,
     )
 
@@ -288,17 +243,11 @@ def _softmax(b: Builder, scores: jit.Value, visible: _Visible, best: jit.Variabl
     first = b.and_(visible.first, I64(-LANES))
     with b.loop(first, visible.end, LANES) as position:
         place = b.address(scores, position, 4)
-        inside = _is_inside(b, position, visible.first, visible.end)
+        inside = is_inside(b, position, visible.first, visible.end)
         score = b.select(inside, b.read(FLOATS, place), constant(FLOATS, float("-inf")))
         b.write(score, place)
         best.set(b.intrinsic("llvm.maximum.v16f32", FLOATS, best.get(), score))
     _exponentiate(b, scores, first, visible.end, best, total)
-
-
-def _is_inside(b: Builder, position: jit.Value, first: jit.Value, end: jit.Value) -> jit.Value:
-    """Tells which of sixteen positions are visible: the first and the last vector reach beyond the visible range."""
-    positions = b.add(b.splat(position), ir.Constant(vector(I64), list(range(LANES))))
-    return b.and_(b.icmp_signed(">=", positions, b.splat(first)), b.icmp_signed("<", positions, b.splat(end)))
 
 
 def _exponentiate(
@@ -310,125 +259,3 @@ def _exponentiate(
         weights = b.exp(b.fsub(b.read(FLOATS, place), top))
         b.write(weights, place)
         total.set(b.fadd(total.get(), weights))
-
-
-@functools.cache
-def _unfold(dtype: torch.dtype, dim: int) -> Program:
-    """Copies a sequence's keys and values as float32: sixteen keys side by side, values one after the other."""
-    names = ("keys", "values", "table", "lanes", "rows", "length", "padded", "kv_heads", "block_size")
-    b = Builder("unfold", names, jit.host()[1])
-    argument, size = b.argument, dtype.itemsize
-    with b.share(argument["length"]) as position, b.loop(I64(0), argument["kv_heads"]) as head:
-        block = b.read(I64, b.address(argument["table"], b.sdiv(position, argument["block_size"]), 8))
-        slot = b.add(b.mul(block, argument["block_size"]), b.srem(position, argument["block_size"]))
-        source = b.mul(b.add(b.mul(slot, argument["kv_heads"]), head), I64(dim * size))
-        row = b.address(argument["rows"], b.add(b.mul(head, argument["length"]), position), 4 * dim)
-        group = b.add(b.mul(head, argument["padded"]), b.and_(position, I64(-LANES)))
-        lane = b.add(b.address(argument["lanes"], group, 4 * dim), b.mul(b.and_(position, I64(LANES - 1)), I64(4)))
-        for i in range(0, dim, LANES):
-            value = b.read_floats(dtype, b.add(b.add(argument["values"], source), I64(i * size)))
-            b.write(value, b.add(row, I64(4 * i)))
-            key = b.read_floats(dtype, b.add(b.add(argument["keys"], source), I64(i * size)))
-            for j in range(LANES):
-                element = b.extract_element(key, ir.Constant(ir.IntType(32), j))
-                b.write(element, b.add(lane, I64(4 * LANES * (i + j))))
-    return compiled(b)
-
-
-_ATTEND_CHUNK = (
-    *("query", "head_stride", "token_stride", "lanes", "rows", "output", "scores"),
-    *("tokens", "heads", "group", "length", "padded", "ranges"),
-)
-
-
-@functools.cache
-def _attend_chunk(dtype: torch.dtype, dim: int, scaling: float) -> Program:
-    """Gives each thread some tiles of some heads; a tile is TILE neighbouring queries, which share what is read.
-
-    for each 16 positions that a query of the tile sees:
-        scores[query] = query . keys, for 16 keys at once; -inf outside of the query's own range
-        best[query] = max(best[query], scores[query])
-    weights[query] = exp(scores[query] - best[query]); total[query] = their sum
-    for each PARTS * 16 elements of a head:                  # as many sums as fit into the registers
-        for each position:
-            sums[query] += weights[query][position] * value[position]
-        output[query] = sums[query] / total[query]
-    """
-    b = Builder("attend_chunk", _ATTEND_CHUNK, jit.host()[1])
-    argument = b.argument
-    queries = b.scratch(TILE * dim // LANES)
-    tiles = b.sdiv(b.add(argument["tokens"], I64(TILE - 1)), I64(TILE))
-    best = [b.variable(constant(FLOATS, 0.0)) for _ in range(TILE)]
-    total = [b.variable(constant(FLOATS, 0.0)) for _ in range(TILE)]
-    products = [b.variable(constant(FLOATS, 0.0)) for _ in range(TILE)]
-    sums = [[b.variable(constant(FLOATS, 0.0)) for _ in range(PARTS)] for _ in range(TILE)]
-    scores = b.add(argument["scores"], b.mul(b.mul(b.thread, argument["padded"]), I64(4 * TILE)))
-    score_rows = [b.add(scores, b.mul(argument["padded"], I64(4 * r))) for r in range(TILE)]
-    with b.share(b.mul(argument["heads"], tiles)) as index:
-        head, tile = b.sdiv(index, tiles), b.srem(index, tiles)
-        kv_head = b.sdiv(head, argument["group"])
-        keys = b.address(argument["lanes"], b.mul(kv_head, argument["padded"]), 4 * dim)
-        values = b.address(argument["rows"], b.mul(kv_head, argument["length"]), 4 * dim)
-        # The last tile may be incomplete: it then computes the last query more than once
-        last = b.sub(argument["tokens"], I64(1))
-        tokens = [b.smaller(b.add(b.mul(tile, I64(TILE)), I64(r)), last) for r in range(TILE)]
-        places = [b.address(argument["ranges"], token, 16) for token in tokens]
-        firsts = [b.read(I64, place) for place in places]
-        ends = [b.read(I64, b.add(place, I64(8))) for place in places]
-        _copy_queries(b, dtype, dim, scaling, head, tokens, queries)
-        first, end = b.and_(firsts[0], I64(-LANES)), ends[-1]
-        for r in range(TILE):
-            best[r].set(constant(FLOATS, float("-inf")))
-            total[r].set(constant(FLOATS, 0.0))
-        with b.loop(first, end, LANES) as position:
-            for product in products:
-                product.set(constant(FLOATS, 0.0))
-            key = b.address(keys, position, 4 * dim)
-            with b.loop(I64(0), I64(dim), LANES) as i:
-                _add_products(b, dim, b.address(key, i, 4 * LANES), b.address(queries, i, 4), products)
-            for r in range(TILE):
-                inside = _is_inside(b, position, firsts[r], ends[r])
-                score = b.select(inside, products[r].get(), constant(FLOATS, float("-inf")))
-                b.write(score, b.address(score_rows[r], position, 4))
-                best[r].set(b.intrinsic("llvm.maximum.v16f32", FLOATS, best[r].get(), score))
-        for r in range(TILE):
-            _exponentiate(b, score_rows[r], first, end, best[r], total[r])
-        scales = [b.splat(b.fdiv(F32(1.0), b.total(total[r].get()))) for r in range(TILE)]
-        for start in range(0, dim, PARTS * LANES):
-            parts = range(start, min(dim, start + PARTS * LANES), LANES)
-            for row in sums:
-                for part in row:
-                    part.set(constant(FLOATS, 0.0))
-            with b.loop(firsts[0], end) as position:
-                value = b.address(values, position, 4 * dim)
-                vectors = [b.read(FLOATS, b.add(value, I64(4 * i))) for i in parts]
-                for r in range(TILE):
-                    weight = b.splat(b.read(F32, b.address(score_rows[r], position, 4)))
-                    for part, value in zip(sums[r], vectors, strict=False):
-                        part.set(b.fused(weight, value, part.get()))
-            for r in range(TILE):
-                place = b.mul(b.add(b.mul(tokens[r], argument["heads"]), head), I64(dim))
-                for i, part in zip(parts, sums[r], strict=False):
-                    address = b.address(argument["output"], b.add(place, I64(i)), dtype.itemsize)
-                    b.write_floats(b.fmul(part.get(), scales[r]), dtype, address)
-    return compiled(b)
-
-
-def _copy_queries(
-    b: Builder, dtype: torch.dtype, dim: int, scaling: float, head: jit.Value, tokens: list[jit.Value], to: jit.Value
-) -> None:
-    """Writes the tile's queries, scaled, in float32 to address `to`: (TILE, dim)."""
-    for r, token in enumerate(tokens):
-        start = b.add(b.mul(head, b.argument["head_stride"]), b.mul(token, b.argument["token_stride"]))
-        for i in range(0, dim, LANES):
-            part = b.read_floats(dtype, b.address(b.argument["query"], b.add(start, I64(i)), dtype.itemsize))
-            b.write(b.fmul(part, constant(FLOATS, scaling)), b.add(to, I64(4 * (dim * r + i))))
-
-
-def _add_products(b: Builder, dim: int, keys: jit.Value, queries: jit.Value, products: list[jit.Variable]) -> None:
-    """Adds the products of sixteen elements of sixteen keys and of each of the tile's queries."""
-    for j in range(LANES):
-        key = b.read(FLOATS, b.add(keys, I64(4 * LANES * j)))
-        for r, product in enumerate(products):
-            query = b.splat(b.read(F32, b.add(queries, I64(4 * (dim * r + j)))))
-            product.set(b.fused(query, key, product.get()))

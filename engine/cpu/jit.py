@@ -36,6 +36,7 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no types
 
 FLOATS, INTS, BYTES = vector(F32), vector(I32), vector(I8, 4 * LANES)
 PAIRS = vector(_BFloat(), 2 * LANES)
+EXP2 = (0.07802452, 0.22606716, 0.69583354, 0.99992522)  # of 2**r, 0 <= r < 1, from the third power down
 
 
 class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
@@ -56,8 +57,9 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
     # --- control
 
     @contextmanager
-    def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
+    def loop(self, start: Value, stop: Value, step: Value | int = 1) -> Iterator[Value]:
         """Writes the loop `for i in range(start, stop, step)` around the code that the caller writes."""
+        step = I64(step) if isinstance(step, int) else step
         before = self.block
         head, body, after = (self.append_basic_block(name) for name in ("head", "body", "after"))
         self.branch(head)
@@ -67,7 +69,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         self.cbranch(self.icmp_signed("<", index, stop), body, after)
         self.position_at_end(body)
         yield index
-        index.add_incoming(self.add(index, I64(step)), self.block)
+        index.add_incoming(self.add(index, step), self.block)
         self.branch(head)
         self.position_at_end(after)
 
@@ -189,6 +191,29 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
             y = self.fused(y, r, constant(FLOATS, c))
         scale = self.bitcast(self.shl(self.add(exponent, constant(INTS, 127)), constant(INTS, 23)), FLOATS)
         return self.select(underflows, constant(FLOATS, 0.0), self.fmul(y, scale))
+
+    def exp2(self, x: Value) -> Value:
+        """Computes 2**x of a vector of 16 with a relative error of 1e-4, as bfloat16 needs; NaN stays NaN. The CPU must
+        have AVX512.
+
+        2**x = 2**floor(x) * 2**r with r from 0 to 1, and 2**r by its polynomial of degree 3 with the least relative
+        error (Remez).
+        """
+        every, down = ir.IntType(16)(-1), I32(9)  # all lanes; x - floor(x), without exceptions
+        r = self.intrinsic("llvm.x86.avx512.mask.reduce.ps.512", FLOATS, x, down, x, every, I32(4))
+        y = constant(FLOATS, EXP2[0])
+        for c in EXP2[1:]:
+            y = self.fused(y, r, constant(FLOATS, c))
+        return self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", FLOATS, y, x, y, every, I32(4))
+
+    def pack_bfloat16(self, low: Value, high: Value) -> Value:
+        """Rounds two vectors of floats to bfloat16, one after the other: a vector of 16 integers."""
+        packed = self.intrinsic("llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS, high, low)
+        return self.bitcast(packed, INTS)
+
+    def largest(self, value: Value) -> Value:
+        """Returns the largest of a vector's floats; NaN are ignored where there are others."""
+        return self.intrinsic("llvm.vector.reduce.fmax.v16f32", F32, value)
 
     def sigmoid(self, x: Value) -> Value:
         one = constant(FLOATS, 1.0)
