@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from llvmlite import ir
 
 from engine.cpu import jit
-from engine.cpu.jit import F32, FLOATS, I64, LANES, Builder, Program, constant, vector
+from engine.cpu.jit import F32, FLOATS, I64, LANES, Builder, Program, constant
 from engine.cpu.kernels import DTYPES, FEW_ROWS, are_available, compiled
 from engine.cpu.prompt_attention import is_inside
 
