@@ -9,9 +9,10 @@ Prompts differ from round to round, so that no server answers from its prefix ca
 import argparse
 import asyncio
 import json
+import re
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,9 +22,13 @@ from bench import load, machine
 from bench.load import Target
 
 RESULTS = Path(__file__).parent / "results"
-LEVELS = {1: 3, 4: 8, 16: 16}  # concurrent streams -> requests
+LEVELS = {1: 3, 4: 8, 16: 16, 32: 32, 64: 64}  # concurrent streams -> requests
 CURVE = {1: 2, 2: 4, 4: 8, 8: 8, 16: 16, 32: 32, 64: 64}  # for the picture
-SHORT, LONG, LONGEST = 30, 1000, 4000  # tokens of a prompt
+LENGTHS = (30, 250, 1000, 2000, 4000, 7000)  # tokens of a prompt
+TIMES = {2000: 3, 10000: 1}  # the longest prompt -> how often its first token is measured in a round
+NEW, KNOWN = 200, 6000  # tokens of an agent's turn: what it adds, and what it has sent before
+ARRIVING = 4000  # tokens of the prompt that comes while others stream
+CROWD = 64  # requests that come at once
 
 
 @dataclass(frozen=True)
@@ -52,23 +57,31 @@ async def stream_rate(target: Target, salt: str) -> float:
 
 
 def ttft_of(prompt_tokens: int, shared_prefix: int = 0) -> Callable[[Target, str], Awaitable[float]]:
-    """Measures the median of three requests, one after the other; a shared prefix is in the server's cache by then."""
+    """Measures the median of some requests, one after the other; a shared prefix is in the server's cache by then."""
 
     async def run(target: Target, salt: str) -> float:
         asked = replace(target, prompt_tokens=prompt_tokens, shared_prefix=shared_prefix, max_tokens=2)
         if shared_prefix:
             await load.measure(asked, 1, 1, f"{salt}/first")
-        level = await load.measure(asked, 1, 3, f"{salt}/{prompt_tokens}/{shared_prefix}")
+        times = next(times for length, times in TIMES.items() if prompt_tokens <= length)
+        level = await load.measure(asked, 1, times, f"{salt}/{prompt_tokens}/{shared_prefix}")
+        _check(target, level)
         return level.ttft_p50
 
     return run
+
+
+async def ttft_of_crowd(target: Target, salt: str) -> float:
+    level = await load.measure(replace(target, max_tokens=2), CROWD, CROWD, f"{salt}/crowd")
+    _check(target, level)
+    return level.ttft_p50
 
 
 async def disturbance(target: Target, salt: str) -> float:
     """Returns the p99 of the time between tokens of four streams while a long prompt arrives, over their p50 before."""
     running = replace(target, max_tokens=160)
     prompts = load.make_prompts(running, 4, f"{salt}/running")
-    (long,) = load.make_prompts(replace(target, prompt_tokens=LONGEST, max_tokens=2), 1, f"{salt}/long")
+    (long,) = load.make_prompts(replace(target, prompt_tokens=ARRIVING, max_tokens=2), 1, f"{salt}/long")
     async with load.open_client(target) as client:
         start = time.perf_counter()
         streams = [asyncio.ensure_future(load.send(client, running, prompt)) for prompt in prompts]
@@ -85,12 +98,13 @@ async def disturbance(target: Target, salt: str) -> float:
 
 MEASURES = (
     Measure("1 stream", stream_rate, True, "tokens/s"),
-    Measure("4 streams, total", total_of(4), True, "tokens/s"),
-    Measure("16 streams, total", total_of(16), True, "tokens/s"),
-    Measure("TTFT, prompt of 30", ttft_of(SHORT)),
-    Measure("TTFT, prompt of 1000", ttft_of(LONG)),
-    Measure("TTFT, 1000 shared + 30, known", ttft_of(SHORT, LONG)),
-    Measure("p99/p50 while a prompt of 4000 comes", disturbance, unit="x"),
+    *(Measure(f"{n} streams, total", total_of(n), True, "tokens/s") for n in LEVELS if n > 1),
+    *(Measure(f"TTFT, prompt of {n}", ttft_of(n)) for n in LENGTHS),
+    Measure("TTFT, 1000 shared + 30, known", ttft_of(30, 1000)),
+    Measure(f"TTFT, {NEW} new", ttft_of(NEW)),
+    Measure(f"TTFT, {NEW} new, {KNOWN} known", ttft_of(NEW, KNOWN)),
+    Measure(f"TTFT p50, {CROWD} prompts at once", ttft_of_crowd),
+    Measure(f"p99/p50 while a prompt of {ARRIVING} comes", disturbance, unit="x"),
 )
 
 
@@ -99,13 +113,15 @@ def _check(target: Target, level: load.Level) -> None:
         raise SystemExit(f"error: {'; '.join(load.complaints(target, level))}")
 
 
-async def compare(servers: dict[str, Target], rounds: int, salt: str) -> dict[str, dict[str, list[float]]]:
+async def compare(
+    servers: dict[str, Target], measures: Sequence[Measure], rounds: int, salt: str
+) -> dict[str, dict[str, list[float]]]:
     """Returns measure -> server -> a value for each round."""
-    values: dict[str, dict[str, list[float]]] = {m.name: {name: [] for name in servers} for m in MEASURES}
+    values: dict[str, dict[str, list[float]]] = {m.name: {name: [] for name in servers} for m in measures}
     for target in servers.values():
         await load.warm_up(target)
     for number in range(rounds):
-        for measure in MEASURES:
+        for measure in measures:
             for name, target in servers.items():
                 value = await measure.run(target, f"{salt}/{number}")
                 values[measure.name][name].append(value)
@@ -113,10 +129,10 @@ async def compare(servers: dict[str, Target], rounds: int, salt: str) -> dict[st
     return values
 
 
-def medians(values: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+def medians(values: dict[str, dict[str, list[float]]], measures: Sequence[Measure]) -> list[dict[str, Any]]:
     """Returns a row for each measure; ratio: how many times better the first server is than the best other one."""
     rows = []
-    for measure in MEASURES:
+    for measure in measures:
         middle = {name: statistics.median(all_rounds) for name, all_rounds in values[measure.name].items()}
         first, *others = middle.values()
         best = (max if measure.is_better_high else min)(others, default=0.0)
@@ -173,10 +189,12 @@ def main() -> None:
     parser.add_argument("--salt", default=str(int(time.time())), help="another one gives other prompts")
     parser.add_argument("--curve", action="store_true", help="also 1 to 64 streams, and a PNG of them")
     parser.add_argument("--name", default="peers", help="of the files in bench/results")
+    parser.add_argument("--only", default="", help="a regular expression that finds the names of the measures wanted")
     arguments = parser.parse_args()
+    measures = [measure for measure in MEASURES if re.search(arguments.only, measure.name)]
     urls = dict(server.split("=", 1) for server in arguments.servers)
     servers = {name: Target(url, asyncio.run(load.first_model(url))) for name, url in urls.items()}
-    rows = medians(asyncio.run(compare(servers, arguments.rounds, arguments.salt)))
+    rows = medians(asyncio.run(compare(servers, measures, arguments.rounds, arguments.salt)), measures)
     described = machine.describe()
     print("", table(rows, list(servers)), sep="\n")
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{arguments.name}-{machine.slug(described['cpu'])}.json"

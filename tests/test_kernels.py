@@ -37,9 +37,10 @@ def test_activations_lose_at_most_half_a_step(dtype: torch.dtype) -> None:
     error = (as_floats(quantized) - x.double()).abs().view(7, -1, 32)
     assert (error <= step / 2 * (1 + 1e-5)).all()
     assert torch.equal(quantized.sums, quantized.values.int().view(3, 7, 2, 16).sum(-1).int())
+    torch.testing.assert_close(quantized.totals, quantized.values.sum(-1) * quantized.scales)
 
 
-@pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(FORMATS, (1, 3, 64, 65, 130))))
+@pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(FORMATS, (1, 3, 64, 128, 129, 300))))
 def test_a_product_is_that_of_the_dequantized_weight(fmt: Format, rows: int) -> None:
     torch.manual_seed(rows)
     weight = random_codes(fmt, 50, 160)

@@ -15,7 +15,7 @@ from engine.cpu import jit
 from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
 from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight, read_codes
 
-ROWS = 64  # rows of activations that pass a tile of weights while their sums stay in the first-level cache
+ROWS = 128  # rows of activations that pass a tile of weights while their sums stay in the first-level cache
 PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page
 FEW_ROWS = 4  # so few rows are not worth waking the other threads
 AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], None]
@@ -26,18 +26,18 @@ DTYPES = (torch.bfloat16, torch.float32)  # of activations
 class Activations:
     """Rows of 8 bits with a scale for each group of 32 columns; blocks = columns / 32."""
 
-    memory: torch.Tensor  # values, scales and sums, one after the other
+    memory: torch.Tensor  # the parts below, one after the other
     num_rows: int
     blocks: int
 
     @classmethod
     def empty(cls, num_rows: int, blocks: int) -> "Activations":
-        return cls(torch.empty(num_rows * blocks * (GROUP + 4 + 8), dtype=torch.uint8), num_rows, blocks)
+        return cls(torch.empty(num_rows * blocks * (GROUP + 4 + 8 + 4), dtype=torch.uint8), num_rows, blocks)
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
+    def addresses(self) -> tuple[int, int, int, int]:
         start, groups = self.memory.data_ptr(), self.num_rows * self.blocks
-        return start, start + GROUP * groups, start + (GROUP + 4) * groups
+        return start, start + GROUP * groups, start + (GROUP + 4) * groups, start + (GROUP + 12) * groups
 
     @property
     def values(self) -> torch.Tensor:
@@ -53,6 +53,11 @@ class Activations:
     def sums(self) -> torch.Tensor:
         """(blocks, rows, 2) int32, of the values of each half"""
         return self._part(torch.int32, GROUP + 4, 8)
+
+    @property
+    def totals(self) -> torch.Tensor:
+        """(blocks, rows) float32, the sum of all values times their scale"""
+        return self._part(torch.float32, GROUP + 12, 4)[..., 0]
 
     def _part(self, dtype: torch.dtype, start: int, size: int) -> torch.Tensor:
         """Returns one part of the memory, `size` bytes for every group: (blocks, rows, size / bytes of dtype)."""
@@ -164,7 +169,7 @@ def compiled(builder: Builder) -> Program:
 
 @functools.cache
 def _quantize(dtype: torch.dtype) -> Program:
-    b = Builder("quantize", ("x", "values", "scales", "sums", "rows", "blocks"), jit.host()[1])
+    b = Builder("quantize", ("x", "values", "scales", "sums", "totals", "rows", "blocks"), jit.host()[1])
     rows, blocks = b.argument["rows"], b.argument["blocks"]
     with b.share(blocks) as block, b.loop(I64(0), rows) as row:
         start = b.address(b.argument["x"], b.add(b.mul(row, blocks), block), GROUP * dtype.itemsize)
@@ -180,7 +185,8 @@ def _write_quantized(b: Builder, halves: list[jit.Value], place: jit.Value) -> N
     largest = b.select(b.icmp_unsigned(">", *absolute), *absolute)
     top = b.bitcast(b.intrinsic("llvm.vector.reduce.umax.v16i32", I32, largest), F32)
     inverse = b.select(b.fcmp_ordered(">", top, F32(0.0)), b.fdiv(F32(127.0), top), F32(0.0))
-    b.write(b.fdiv(top, F32(127.0)), b.address(b.argument["scales"], place, 4))
+    scale = b.fdiv(top, F32(127.0))
+    b.write(scale, b.address(b.argument["scales"], place, 4))
     sums = []
     for half, values in enumerate(halves):
         _, codes = b.round(values, b.splat(inverse))
@@ -189,9 +195,23 @@ def _write_quantized(b: Builder, halves: list[jit.Value], place: jit.Value) -> N
         sums.append(b.intrinsic("llvm.vector.reduce.add.v16i32", I32, codes))
     for half, total in enumerate(sums):
         b.write(total, b.add(b.address(b.argument["sums"], place, 8), I64(4 * half)))
+    b.write(b.fmul(b.sitofp(b.add(*sums), F32), scale), b.address(b.argument["totals"], place, 4))
 
 
-_MATMUL = ("x", "x_scales", "x_sums", "quants", "scales", "minimums", "bias", "output", "rows", "blocks", "tiles")
+_MATMUL = (
+    "x",
+    "x_scales",
+    "x_sums",
+    "x_totals",
+    "quants",
+    "scales",
+    "minimums",
+    "bias",
+    "output",
+    "rows",
+    "blocks",
+    "tiles",
+)
 
 
 @functools.cache
@@ -295,19 +315,27 @@ def _add_block(b: Builder, fmt: Format, weight: _Block, place: jit.Value, total:
     """Adds the products with one row's group of 32 to the row's sums."""
     scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
     values = b.address(b.argument["x"], place, GROUP)
-    halves = [b.read(I32, b.address(b.argument["x_sums"], b.add(b.mul(place, I64(2)), I64(i)), 4)) for i in (0, 1)]
-    parts = halves if fmt.num_scales == 2 else [b.add(*halves)]
+    if weight.minimum is not None:
+        whole = b.splat(b.read(F32, b.address(b.argument["x_totals"], place, 4)))
+        total = b.fused(weight.minimum, whole, total)
     num_fours = fmt.group // 4
-    for index, (part, weight_scale) in enumerate(zip(parts, weight.scales, strict=True)):
-        products = b.splat(b.mul(part, I32(-fmt.offset)))
+    for index, (part, weight_scale) in enumerate(zip(_offsets(b, fmt, place), weight.scales, strict=True)):
+        products = b.splat(part)
         for four in range(index * num_fours, (index + 1) * num_fours):
             x = b.bitcast(b.splat(b.read(I32, b.add(values, I64(4 * four)))), BYTES)
             products = b.dot4(products, weight.codes[four], x)
         total = b.fused(b.sitofp(products, FLOATS), b.fmul(weight_scale, scale), total)
-    if weight.minimum is not None:
-        whole = b.fmul(b.splat(b.sitofp(b.add(*halves), F32)), scale)
-        total = b.fused(weight.minimum, whole, total)
     return total
+
+
+def _offsets(b: Builder, fmt: Format, place: jit.Value) -> list[jit.Value]:
+    """Returns what is to be subtracted from the products of unsigned codes, for each scale of a block."""
+    if not fmt.offset:
+        return [I32(0)] * fmt.num_scales
+    sums = b.address(b.argument["x_sums"], place, 8)
+    halves = [b.read(I32, b.add(sums, I64(4 * half))) for half in (0, 1)]
+    parts = halves if fmt.num_scales == 2 else [b.add(*halves)]
+    return [b.mul(part, I32(-fmt.offset)) for part in parts]
 
 
 @functools.cache
@@ -374,7 +402,7 @@ ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 @functools.cache
 def _gate(dtype: torch.dtype, activation: str) -> Program:
-    b = Builder("gate", ("x", "values", "scales", "sums", "rows", "blocks"), jit.host()[1])
+    b = Builder("gate", ("x", "values", "scales", "sums", "totals", "rows", "blocks"), jit.host()[1])
     rows, blocks = b.argument["rows"], b.argument["blocks"]
     with b.share(blocks) as block, b.loop(I64(0), rows) as row:
         gates = b.add(b.mul(row, b.mul(blocks, I64(2))), block)

@@ -16,8 +16,8 @@ from engine.cpu import jit
 from engine.cpu.jit import F32, FLOATS, I32, I64, INTS, LANES, Builder, Program, constant, vector
 from engine.cpu.kernels import compiled
 
-KEYS = 128  # in a tile: as many as the first-level cache holds with their values
-ROWS = 128  # rows of an item, for which a tile is read once; a row is one head of one query
+KEYS = 256  # in a tile: as many as the first-level cache holds with their values
+ROWS = 256  # rows of an item, for which a tile is read once; a row is one head of one query
 SOFTMAX_ROWS = 4  # rows whose weights are computed side by side
 LOWEST = -1e30  # below any score; unlike -inf, it can be subtracted from itself
 
