@@ -107,13 +107,21 @@ def test_tokens_are_those_of_the_dequantized_weights(family: str, quantization: 
     prompts = [[7, 3, 9], list(range(20, 70)), [5]]
     exact = 0
     for prompt, answer in zip(prompts, engine_answers(model, prompts, 24), strict=True):
-        logits = stock(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        embeddings = stock.get_input_embeddings()(torch.tensor([prompt + answer]))
+        logits = logits_of(stock, embeddings)[len(prompt) - 1 : -1]
         short = logits.amax(-1) - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
-        # An activation half-way between two codes may fall to either, so that nearly equal logits change places: of
-        # 2,300 tokens about 8 were seen to, with stock attention and with fused, by 0.04 at most
-        assert (short <= 0.05 * logits.std(-1)).all()
+        # An activation half-way between two codes may fall to either: in the reference too, moved by a float's rounding
+        moved = (logits_of(stock, embeddings * (1 + 1e-6 * torch.randn_like(embeddings))) for _ in range(8))
+        noise = max(float((other[len(prompt) - 1 : -1] - logits).abs().max()) for other in moved)
+        assert noise < 0.3 * logits.std()
+        assert short.max() <= 2 * noise
         exact += int((short == 0).sum())
     assert exact >= 0.95 * 24 * len(prompts)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, embeddings: torch.Tensor) -> torch.Tensor:
+    return model(inputs_embeds=embeddings).logits[0]
 
 
 @pytest.mark.skipif(not kernels.has_bfloat16(), reason="needs AVX512-BF16")
