@@ -25,6 +25,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Limits, Scheduler
 from engine.sequence import Sequence
 from engine.spec_decode.draft_model import CATCH_UP, DraftModel
+from engine.step_cost import choose_num_seqs
 from engine.threads import set_threads
 from errors import ModelLoadError, first_line
 from vision.families import vision_family_of
@@ -71,6 +72,10 @@ def load_engine(
         text.max_position_embeddings = known.context_length
     eos_ids = frozenset([*known.stop_token_ids, *_eos_of(model)])
     try:
+        if options.max_num_seqs is None and input_device(model).type == "cpu":
+            specs = probe_layers(model)
+            memory = options.kv_cache_memory or _free_memory(specs)
+            options = replace(options, max_num_seqs=choose_num_seqs(model, specs, memory))
         engine = build_engine(model, options, eos_ids, small)
         _model_runner(engine).num_known = known.num_tokens
         check_start(engine, checked.directory, options, report)

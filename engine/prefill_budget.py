@@ -1,6 +1,7 @@
 """PrefillBudget: how many tokens of prompts a step may compute beside decodes, learnt from the time of past steps."""
 
 STRETCH = 1.3  # a mixed step may take this many times a decode-only step; more if many prompts wait
+FIRST_TOKENS = 16  # of prompts in the first step that also decodes, from which is learnt what a token adds
 FEWEST_TOKENS = 8  # of prompts in a step, however slow it is, so that prompts make progress
 TIME_DECAY = 0.7  # the weight of earlier measurements beside a new one
 
@@ -16,8 +17,10 @@ class PrefillBudget:
     def budget(self, num_decodes: int, num_prompts: int) -> int:
         """Returns the tokens of prompts in the next step. It grows with the number of waiting prompts per decode."""
         decode_time = self.decode_time(num_decodes)
-        if decode_time is None or not self._token_time:
+        if decode_time is None or self._token_time == 0:
             return self.limit
+        if self._token_time is None:
+            return min(FIRST_TOKENS, self.limit)
         allowed = (STRETCH * (1 + num_prompts / num_decodes) - 1) * decode_time
         return max(min(FEWEST_TOKENS, self.limit), min(self.limit, int(allowed / self._token_time)))
 
