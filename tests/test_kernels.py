@@ -3,6 +3,7 @@ import platform
 
 import pytest
 import torch
+from amx_emulator import AMXEmulator
 
 from engine.cpu import jit, kernels, sampling_kernels
 from engine.cpu.packed_weight import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
@@ -65,6 +66,17 @@ def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tu
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(FORMATS, (1, 16, 31, 128, 300))))
+def test_a_product_with_amx_is_that_without(fmt: Format, rows: int) -> None:
+    torch.manual_seed(rows)
+    weight = pack(random_codes(fmt, 50, 160))
+    x, bias = kernels.quantize(torch.randn(rows, 160)), torch.randn(64)
+    emulated = kernels.amx_matmul_program(fmt, torch.float32, *jit.host(), AMXEmulator)
+    expected = kernels.matmul(x, weight, bias, torch.float32, kernels.matmul_program(fmt, torch.float32, *jit.host()))
+    product = kernels.matmul(x, weight, bias, torch.float32, emulated)
+    torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_reaches_the_product(bad: float) -> None:
     x = torch.randn(2, 64)
@@ -72,6 +84,16 @@ def test_what_is_no_number_reaches_the_product(bad: float) -> None:
     product = kernels.matmul(kernels.quantize(x), pack(random_codes(INT8, 16, 64)), torch.zeros(16), torch.float32)
     assert product[0].isfinite().all()
     assert not product[1].isfinite().any()
+
+
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 50), (33, 16), (70, 96)])
+def test_a_product_of_bfloat16_with_amx_is_that_of_torch(rows: int, outputs: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(outputs, 96).bfloat16()
+    emulated = kernels.amx_matmul_bfloat16_program(torch.float32, *jit.host(), AMXEmulator)
+    bias = torch.nn.functional.pad(torch.randn(outputs), (0, -outputs % 16))
+    product = kernels.matmul_bfloat16(kernels.group(x), pack_bfloat16(weight), bias, torch.float32, emulated)
+    torch.testing.assert_close(product, x.float() @ weight.float().T + bias[:outputs], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not kernels.has_bfloat16(), reason="needs AVX512-BF16")

@@ -309,6 +309,11 @@ def host() -> tuple[str, str]:
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
+def features() -> list[str]:
+    """Returns the features one by one."""
+    return host()[1].split(",")
+
+
 _engines: list[Any] = []  # compiled code lives as long as these
 
 

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import torch
 from llvmlite import ir
 
-from engine.cpu import jit
+from engine.cpu import amx, jit
+from engine.cpu.amx import AMXBuilder
 from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Q4_K_M, Format, PackedWeight, read_codes
+from engine.cpu.packed_weight import BFLOAT16, FOURS, GROUP, INT8, Q4_K_M, Format, PackedWeight, read_codes
 
 ROWS = 128  # rows of activations that pass a tile of weights while their sums stay in the first-level cache
+AMX_ROWS = 12  # so many rows are faster in AMX's tiles of 16 than one by one
+PADDING = 2048  # bytes behind activations; tiles read beyond the last row
 PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page
 FEW_ROWS = 4  # so few rows are not worth waking the other threads
 AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], None]
@@ -32,7 +35,8 @@ class Activations:
 
     @classmethod
     def empty(cls, num_rows: int, blocks: int) -> "Activations":
-        return cls(torch.empty(num_rows * blocks * (GROUP + 4 + 8 + 4), dtype=torch.uint8), num_rows, blocks)
+        num_bytes = num_rows * blocks * (GROUP + 4 + 8 + 4) + PADDING
+        return cls(torch.empty(num_bytes, dtype=torch.uint8), num_rows, blocks)
 
     @property
     def addresses(self) -> tuple[int, int, int, int]:
@@ -83,13 +87,16 @@ def has_bfloat16() -> bool:
     return are_available() and "+avx512bf16" in jit.host()[1]
 
 
-def matmul_bfloat16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def matmul_bfloat16(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype, program: Program | None = None
+) -> torch.Tensor:
     """Computes what `matmul` computes, for a weight of bfloat16. x: (blocks, rows, 32) bfloat16, made by `group`."""
     blocks, num_rows, _ = x.shape
     tiles = weight.quants.shape[0]
     output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
     addresses = (x.data_ptr(), weight.quants.data_ptr(), bias.data_ptr(), output.data_ptr())
-    _matmul_bfloat16(dtype)(*addresses, num_rows, blocks, tiles, num_threads=torch.get_num_threads())
+    program = program or _matmul_bfloat16(dtype, num_rows >= AMX_ROWS and amx.is_available())
+    program(*addresses, num_rows, blocks, tiles, num_threads=torch.get_num_threads())
     return _without_padding(output, weight)
 
 
@@ -99,7 +106,9 @@ def _without_padding(output: torch.Tensor, weight: PackedWeight) -> torch.Tensor
 
 def group(x: torch.Tensor) -> torch.Tensor:
     """Reorders (rows, columns) to (blocks, rows, 32)."""
-    return x.reshape(x.shape[0], -1, GROUP).transpose(0, 1).contiguous()
+    padded = torch.empty(x.numel() + PADDING // x.itemsize, dtype=x.dtype)
+    grouped = padded[: x.numel()].view(-1, x.shape[0], GROUP)
+    return grouped.copy_(x.reshape(x.shape[0], -1, GROUP).transpose(0, 1))
 
 
 def matmul(
@@ -107,7 +116,7 @@ def matmul(
 ) -> torch.Tensor:
     """Multiplies x by the transposed weight and adds the bias: (rows, weight rows) of `dtype`. bias: float32, padded
     to whole tiles."""
-    program = program or _matmul(weight.format, dtype)
+    program = program or _matmul(weight.format, dtype, x.num_rows >= AMX_ROWS and amx.is_available())
     tiles = weight.quants.shape[0]
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
     addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
@@ -215,8 +224,9 @@ _MATMUL = (
 
 
 @functools.cache
-def _matmul(fmt: Format, dtype: torch.dtype) -> Program:
-    return matmul_program(fmt, dtype, *jit.host())
+def _matmul(fmt: Format, dtype: torch.dtype, has_amx: bool) -> Program:
+    program = amx_matmul_program if has_amx else matmul_program
+    return program(fmt, dtype, *jit.host())
 
 
 def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> Program:
@@ -243,10 +253,103 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> 
     return jit.compile_program(b, cpu)
 
 
+def amx_matmul_program(
+    fmt: Format, dtype: torch.dtype, cpu: str, features: str, builder: type[AMXBuilder] = AMXBuilder
+) -> Program:
+    """Computes what `matmul_program` computes, sixteen rows at a time, with the processor's tiles.
+
+    for each tile, block and sixteen rows:
+        products = values . codes                                # (16 rows, 16 outputs), in integers; codes are signed
+        sums[row] += products[row] * weight scale * row's scale  # in float32
+        sums[row] += minimum * sum(value) * row's scale          # in formats with minimums
+    """
+    b = builder("amx_matmul", _MATMUL, features)
+    rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
+    products, activations, weights = range(3)
+    b.configure([(amx.ROWS, amx.ROW_BYTES), (amx.ROWS, fmt.group), (fmt.group // 4, amx.ROW_BYTES)])
+    codes, stored = b.scratch(FOURS), b.scratch(amx.ROWS)
+
+    def add_block(place: jit.Value, first: jit.Value, count: jit.Value, block: jit.Value, sums: jit.Value) -> None:
+        weight = _read_block(b, fmt, place)
+        for four, vector_ in enumerate(weight.codes):
+            signed = b.sub(vector_, constant(BYTES, fmt.offset))
+            b.write(signed, b.add(codes, I64(amx.ROW_BYTES * four)), align=64)
+        for index, scale in enumerate(weight.scales):
+            part, minimum = I64(fmt.group * index), weight.minimum if index == 0 else None
+            b.load_tile(weights, b.add(codes, I64(LANES * fmt.group * index)), I64(amx.ROW_BYTES))
+            with b.loop(I64(0), count, amx.ROWS) as row:
+                start = b.add(b.add(b.mul(block, rows), first), row)
+                b.load_tile(activations, b.add(b.address(b.argument["x"], start, GROUP), part), I64(GROUP))
+                b.zero(products)
+                b.dot_tiles("tdpbssd", products, activations, weights)
+                b.store_tile(products, stored, I64(amx.ROW_BYTES))
+                _add_tile(b, stored, scale, minimum, start, b.address(sums, row, 64))
+
+    _tiled(b, rows, blocks, tiles, dtype, add_block)
+    b.release()
+    return jit.compile_program(b, cpu)
+
+
+def _add_tile(
+    b: Builder, stored: jit.Value, scale: jit.Value, minimum: jit.Value | None, start: jit.Value, sums: jit.Value
+) -> None:
+    """Adds the products of sixteen rows, from row `start` of the block's activations on, to their sums."""
+    for row in range(amx.ROWS):
+        place, address = b.add(start, I64(row)), b.add(sums, I64(64 * row))
+        total = b.read(FLOATS, address, align=64)
+        if minimum is not None:
+            whole = b.splat(b.read(F32, b.address(b.argument["x_totals"], place, 4)))
+            total = b.fused(minimum, whole, total)
+        products = b.sitofp(b.read(INTS, b.add(stored, I64(amx.ROW_BYTES * row)), align=64), FLOATS)
+        row_scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
+        b.write(b.fused(products, b.fmul(scale, row_scale), total), address, align=64)
+
+
+_MATMUL_BFLOAT16 = ("x", "quants", "bias", "output", "rows", "blocks", "tiles")
+
+
 @functools.cache
-def _matmul_bfloat16(dtype: torch.dtype) -> Program:
+def _matmul_bfloat16(dtype: torch.dtype, has_amx: bool) -> Program:
+    return (amx_matmul_bfloat16_program if has_amx else _matmul_bfloat16_program)(dtype, *jit.host())
+
+
+def amx_matmul_bfloat16_program(
+    dtype: torch.dtype, cpu: str, features: str, builder: type[AMXBuilder] = AMXBuilder
+) -> Program:
+    """Multiplies 32 rows at a time with two tiles of weights, so that each tile of AMX is read for two products."""
+    b = builder("amx_matmul_bfloat16", _MATMUL_BFLOAT16, features)
+    rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
+    b.configure([(amx.ROWS, amx.ROW_BYTES)] * 8)
+    stored, sides, row_bytes = b.scratch(amx.ROWS), (0, 1), I64(amx.ROW_BYTES)
+    with b.share(b.sdiv(b.add(tiles, I64(1)), I64(2))) as pair:
+        # where the number of tiles is odd, the last one is computed twice
+        weights = [b.smaller(b.add(b.mul(pair, I64(2)), I64(side)), b.sub(tiles, I64(1))) for side in sides]
+        with b.loop(I64(0), rows, 2 * amx.ROWS) as first:
+            for product in range(4):
+                b.zero(product)
+            with b.loop(I64(0), blocks) as block:
+                for side, weight in zip(sides, weights, strict=True):
+                    place = b.add(b.mul(weight, blocks), block)
+                    b.load_tile(6 + side, b.address(b.argument["quants"], place, BFLOAT16.block_bytes), row_bytes)
+                    start = b.add(b.add(b.mul(block, rows), first), I64(amx.ROWS * side))
+                    b.load_tile(4 + side, b.address(b.argument["x"], start, 2 * GROUP), row_bytes)
+                for product in range(4):
+                    b.dot_tiles("tdpbf16ps", product, 4 + product // 2, 6 + product % 2)
+            for product in range(4):
+                b.store_tile(product, stored, row_bytes)
+                start = b.add(first, I64(amx.ROWS * (product // 2)))
+                bias = b.read(FLOATS, b.address(b.argument["bias"], weights[product % 2], 4 * LANES))
+                with b.loop(I64(0), b.smaller(b.sub(rows, start), I64(amx.ROWS))) as row:
+                    place = b.add(b.mul(b.add(start, row), tiles), weights[product % 2])
+                    total = b.fadd(bias, b.read(FLOATS, b.address(stored, row, amx.ROW_BYTES)))
+                    b.write_floats(total, dtype, b.address(b.argument["output"], place, LANES * dtype.itemsize))
+    b.release()
+    return jit.compile_program(b, cpu)
+
+
+def _matmul_bfloat16_program(dtype: torch.dtype, cpu: str, features: str) -> Program:
     """Computes what `_matmul` computes, with sums in float32 from the start and weights in sixteen registers."""
-    b = Builder("matmul_bfloat16", ("x", "quants", "bias", "output", "rows", "blocks", "tiles"), jit.host()[1])
+    b = Builder("matmul_bfloat16", _MATMUL_BFLOAT16, features)
     rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
     num_pairs = GROUP // 2
 
@@ -265,7 +368,7 @@ def _matmul_bfloat16(dtype: torch.dtype) -> Program:
             b.write(total, address, align=64)
 
     _tiled(b, rows, blocks, tiles, dtype, add_block)
-    return compiled(b)
+    return jit.compile_program(b, cpu)
 
 
 def _tiled(
