@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from llvmlite import ir
 
-from engine.cpu import jit
+from engine.cpu import amx, jit
+from engine.cpu.amx import AMXBuilder
 from engine.cpu.jit import F32, FLOATS, I32, I64, INTS, LANES, Builder, Program, constant, vector
 from engine.cpu.kernels import compiled
 
@@ -30,6 +31,7 @@ def attend_chunk(
     ranges: torch.Tensor,
     scaling: float,
     output: torch.Tensor,
+    program: tuple["Plan", Program] | None = None,
 ) -> None:
     """Computes attention of neighbouring queries of one sequence, and writes output.
 
@@ -41,9 +43,9 @@ def attend_chunk(
     group, tokens, dim = query.shape[1:]
     head_stride, kv_heads, threads = query.stride(0) // group, keys.shape[2], torch.get_num_threads()
     assert output.is_contiguous() and query.stride(3) == 1 and query.stride(0) == group * head_stride
-    plan = _Plan.of(keys.dtype, dim)
+    plan, run = program or _program(keys.dtype, dim, scaling)
     scratch = torch.empty(threads * plan.num_bytes + 64, dtype=torch.uint8)
-    _attend_chunk(plan, scaling)(
+    run(
         query.data_ptr(),
         head_stride,
         query.stride(2),
@@ -68,7 +70,7 @@ def slots_of(table: torch.Tensor, block_size: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What a program computes with, and where an item's data lie in the scratch memory of its thread."""
 
     dtype: torch.dtype  # of the cache and the queries
@@ -78,11 +80,23 @@ class _Plan:
     key_vectors: int
     value_rows: int  # rows of queries times `value_vectors` * 16 elements of values
     value_vectors: int
+    has_amx: bool = False
 
     @classmethod
-    def of(cls, dtype: torch.dtype, dim: int) -> "_Plan":
+    def of(cls, dtype: torch.dtype, dim: int, has_amx: bool) -> "Plan":
         features = jit.host()[1]
         pair = 2 if dtype == torch.bfloat16 and "+avx512bf16" in features else 1
+        if has_amx and pair == 2 and not dim % (2 * LANES):  # whole tiles
+            return cls(
+                dtype=dtype,
+                dim=dim,
+                pair=2,
+                rows=amx.ROWS,
+                key_vectors=2,
+                value_rows=amx.ROWS,
+                value_vectors=4,
+                has_amx=True,
+            )
         if "+avx512f" in features:  # 32 registers of 16 lanes
             return cls(dtype=dtype, dim=dim, pair=pair, rows=8, key_vectors=2, value_rows=4, value_vectors=4)
         return cls(dtype=dtype, dim=dim, pair=pair, rows=4, key_vectors=1, value_rows=4, value_vectors=1)
@@ -119,7 +133,12 @@ _ATTEND_CHUNK = (
 
 
 @functools.cache
-def _attend_chunk(plan: _Plan, scaling: float) -> Program:
+def _program(dtype: torch.dtype, dim: int, scaling: float) -> tuple[Plan, Program]:
+    plan = Plan.of(dtype, dim, amx.is_available())
+    return plan, chunk_program(plan, scaling)
+
+
+def chunk_program(plan: Plan, scaling: float, builder: type[AMXBuilder] = AMXBuilder) -> Program:
     """Gives each thread some items: an item is ROWS rows of the queries that share one head of the keys.
 
     for each tile of KEYS keys that a row of the item sees:
@@ -132,15 +151,15 @@ def _attend_chunk(plan: _Plan, scaling: float) -> Program:
             sums = sums * factor + weights . values
     output = sums / total
     """
-    return compiled(_ChunkBuilder(plan, scaling).build())
+    return compiled(_ChunkBuilder(plan, scaling, builder).build())
 
 
 class _ChunkBuilder:
     """Writes the program; `at` has the addresses of the thread's scratch memory."""
 
-    def __init__(self, plan: _Plan, scaling: float) -> None:
+    def __init__(self, plan: Plan, scaling: float, builder: type[AMXBuilder]) -> None:
         self.plan, self.scaling = plan, scaling
-        self.b = Builder("attend_chunk", _ATTEND_CHUNK, jit.host()[1])
+        self.b = builder("attend_chunk", _ATTEND_CHUNK, jit.host()[1])
         place = self.b.add(self.b.argument["scratch"], self.b.mul(self.b.thread, I64(plan.num_bytes)))
         self.at: dict[str, jit.Value] = {}
         for name, size in plan.sizes.items():
@@ -149,6 +168,8 @@ class _ChunkBuilder:
 
     def build(self) -> Builder:
         b, argument = self.b, self.b.argument
+        if self.plan.has_amx:
+            b.configure([(amx.ROWS, amx.ROW_BYTES)] * 8)
         num_rows = b.mul(argument["tokens"], argument["group"])
         num_tiles = b.sdiv(b.add(num_rows, I64(ROWS - 1)), I64(ROWS))
         # in turn, since later items see more keys
@@ -156,6 +177,8 @@ class _ChunkBuilder:
             first_row = b.mul(b.sdiv(index, argument["kv_heads"]), I64(ROWS))
             count = b.smaller(b.sub(num_rows, first_row), I64(ROWS))
             self._item(first_row, count, b.srem(index, argument["kv_heads"]))
+        if self.plan.has_amx:
+            b.release()
         return b
 
     def _item(self, first_row: jit.Value, count: jit.Value, kv_head: jit.Value) -> None:
@@ -168,10 +191,10 @@ class _ChunkBuilder:
             with b.loop(I64(0), padded, self.plan.rows) as row:
                 low, high = self._within(start, *self._range(row, b.add(row, I64(self.plan.rows - 1))))
                 with b.if_then(b.icmp_signed("<", low, high)):
-                    self._scores(row, low, high)
+                    (self._scores_of_tiles if self.plan.has_amx else self._scores)(row, low, high)
                     self._mask(row, start, low, high)
                     self._softmax(row, low, high)
-                    self._add_values(row, low, high)
+                    (self._add_values_of_tiles if self.plan.has_amx else self._add_values)(row, low, high)
         self._finish(first_row, count, kv_head)
 
     def _range(self, first: jit.Value, last: jit.Value) -> tuple[jit.Value, jit.Value]:
@@ -284,6 +307,46 @@ class _ChunkBuilder:
                 for j, part in enumerate(sums[r]):
                     place = b.add(b.address(self.at["scores"], key, 4), I64(4 * KEYS * r + 64 * j))
                     b.write(part.get(), place)
+
+    def _scores_of_tiles(self, row: jit.Value, low: jit.Value, high: jit.Value) -> None:
+        """Computes what `_scores` computes, of 16 queries and 32 keys at a time, with AMX."""
+        b, plan = self.b, self.plan
+        queries = self._row("queries", row, 4 * plan.width)
+        with b.loop(low, high, 2 * LANES) as key:
+            for side in (0, 1):
+                b.zero(side)
+            with b.loop(I64(0), I64(plan.width), LANES) as first:
+                b.load_tile(2, b.address(queries, first, 4), I64(4 * plan.width))
+                keys = b.add(b.address(self.at["keys"], first, 4 * KEYS), b.mul(key, I64(4)))
+                for side in (0, 1):
+                    b.load_tile(3 + side, b.add(keys, I64(64 * side)), I64(4 * KEYS))
+                    b.dot_tiles("tdpbf16ps", side, 2, 3 + side)
+            for side in (0, 1):
+                place = b.add(b.address(self.at["scores"], key, 4), I64(64 * side))
+                b.store_tile(side, place, I64(4 * KEYS))
+
+    def _add_values_of_tiles(self, row: jit.Value, low: jit.Value, high: jit.Value) -> None:
+        """Computes what `_add_values` computes, of 16 queries, 32 keys and 16 elements at a time, with AMX."""
+        b, plan = self.b, self.plan
+        row_bytes = I64(4 * plan.dim)
+        sums = self._row("sums", row, 4 * plan.dim)
+        with b.loop(I64(0), I64(plan.rows)) as r:
+            factor = b.read(FLOATS, b.address(self.at["factors"], r, 64))
+            for i in range(0, plan.dim, LANES):
+                place = b.add(b.add(sums, b.mul(r, row_bytes)), I64(4 * i))
+                b.write(b.fmul(factor, b.read(FLOATS, place)), place)
+        for start in range(0, plan.dim, plan.value_vectors * LANES):
+            elements = range(start, min(plan.dim, start + plan.value_vectors * LANES), LANES)
+            for part, i in enumerate(elements):
+                b.load_tile(part, b.add(sums, I64(4 * i)), row_bytes)
+            with b.loop(low, high, 2 * LANES) as key:
+                b.load_tile(4, b.address(self.at["scores"], key, 2), I64(4 * KEYS))
+                values = b.address(self.at["values"], key, 2 * plan.dim)
+                for part, i in enumerate(elements):
+                    b.load_tile(5, b.add(values, I64(4 * i)), row_bytes)
+                    b.dot_tiles("tdpbf16ps", part, 4, 5)
+            for part, i in enumerate(elements):
+                b.store_tile(part, b.add(sums, I64(4 * i)), row_bytes)
 
     def _read(self, address: jit.Value) -> jit.Value:
         return self.b.read(INTS if self.plan.pair == 2 else FLOATS, address)
