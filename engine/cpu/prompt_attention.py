@@ -138,6 +138,7 @@ def _program(dtype: torch.dtype, dim: int, scaling: float) -> tuple[Plan, Progra
     return plan, chunk_program(plan, scaling)
 
 
+@functools.cache
 def chunk_program(plan: Plan, scaling: float, builder: type[AMXBuilder] = AMXBuilder) -> Program:
     """Gives each thread some items: an item is ROWS rows of the queries that share one head of the keys.
 
