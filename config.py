@@ -339,7 +339,7 @@ class Settings(ProviderSettings):
         None, gt=0, description="the largest number of tokens of prompt and answer together; default: the model's own"
     )
     max_num_seqs: int | None = Field(
-        None, gt=0, description="the most sequences in a batch; default: 256 on GPU, 16 to 256 on CPU as fast as it is"
+        None, gt=0, description="the most sequences in a batch; default: 256 on GPU, 16 to 256 by the speed of a CPU"
     )
     max_num_batched_tokens: int | None = Field(
         None, gt=0, description="the most tokens in a step that only reads prompts; default: 512 on CPU, 8192 on GPU"
