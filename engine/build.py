@@ -65,8 +65,8 @@ def load_engine(
     guesses.
     """
     set_threads()
-    model = load_model(checked, report, options.quantization)
-    small = None if draft is None else load_model(draft, report, options.quantization)
+    model = load_model(checked, report, options.quantization, options.cache_dir)
+    small = None if draft is None else load_model(draft, report, options.quantization, options.cache_dir)
     known, text = facts(), model.config.get_text_config()
     if not getattr(text, "max_position_embeddings", None):
         text.max_position_embeddings = known.context_length

@@ -18,15 +18,18 @@ from engine.checked_model import CheckedModel, auto_class
 from engine.cpu import kernels, packed_checkpoint, packed_layers
 from engine.quantization import BFLOAT16_KERNELS, FROM_FILE, NONE, STOCK, Quantization, choose
 from engine.report import Report
+from engine.rounded_weights import RoundedWeights
 from errors import ModelLoadError, first_line
 
 log = logging.getLogger(__name__)
 
 
-def load_model(checked: CheckedModel, report: Report, quantization: str = STOCK) -> PreTrainedModel:
+def load_model(
+    checked: CheckedModel, report: Report, quantization: str = STOCK, cache_dir: Path | None = None
+) -> PreTrainedModel:
     """Loads a model in evaluation mode, its text layers attending through this engine. Raises ModelLoadError.
 
-    quantization: the setting QUANTIZATION.
+    quantization: the setting QUANTIZATION. cache_dir: where rounded weights are kept for the next start; None: nowhere.
     """
     directory, config = checked.directory, checked.config
     weights = choose_quantization(quantization, checked.dtype_setting, checked.is_on_cuda, directory)
@@ -34,13 +37,15 @@ def load_model(checked: CheckedModel, report: Report, quantization: str = STOCK)
         weights = BFLOAT16_KERNELS
     log.info("weights: %s", weights.description)
     report("loading weights", 0.0)
+    rounded = _rounded_weights(checked, weights, cache_dir)
     try:
-        if not checked.is_on_cuda:
+        kept = None if rounded is None else rounded.read(_attention_names(config))
+        if not checked.is_on_cuda and kept is None:
             _check_memory(checked)
         if weights is FROM_FILE:
             model = packed_checkpoint.load(directory, config, checked.dtype, _attention_names(config))
         else:
-            model = _load_stock(checked, weights, report)
+            model = kept or _load_stock(checked, weights, report)
     except ModelLoadError:
         raise
     except ImportError as error:
@@ -59,13 +64,22 @@ def load_model(checked: CheckedModel, report: Report, quantization: str = STOCK)
             "smaller model, or set QUANTIZATION to a format with fewer bits."
         )
     model.eval()
-    if weights.packed_bits:
+    if weights.packed_bits and kept is None:
+        keep = None if rounded is None else rounded.write
         with torch.inference_mode():
-            packed_layers.pack_model(model, weights, lambda fraction: report("quantizing weights", fraction))
+            packed_layers.pack_model(model, weights, lambda part: report("quantizing weights", part), keep)
     if weights.needs_cpu_kernels:
         fused.fuse_attention(model)
     memory.trim()  # otherwise the process keeps what loading has freed
     return model
+
+
+def _rounded_weights(checked: CheckedModel, weights: Quantization, cache_dir: Path | None) -> RoundedWeights | None:
+    """Returns where the model's rounded weights are kept; None where nothing is rounded, or the files are already."""
+    is_rounded = weights.packed_bits is not None and weights is not BFLOAT16_KERNELS
+    if cache_dir is None or not is_rounded or weight_files.scheme_of(checked.config) is not None:
+        return None
+    return RoundedWeights(cache_dir, checked, weights)
 
 
 def _load_stock(checked: CheckedModel, weights: Quantization, report: Report) -> PreTrainedModel:

@@ -159,5 +159,5 @@ def test_the_converters_version_is_that_of_all_that_converts() -> None:
 NOT_CONVERTING = {  # imported by what converts, without a say in what is written
     *("errors.py", "checkpoints/__init__.py", "checkpoints/atomic_files.py", "engine/__init__.py", "engine/threads.py"),
     *("engine/memory.py", "engine/quantization.py", "engine/report.py"),
-    *("engine/cpu/__init__.py", "engine/cpu/packed_layers.py", "engine/cpu/kernels.py"),
+    *("engine/cpu/__init__.py", "engine/cpu/packed_layers.py", "engine/cpu/kernels.py", "engine/cpu/amx.py"),
 }

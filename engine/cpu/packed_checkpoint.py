@@ -1,10 +1,11 @@
-"""A model whose linear layers keep the blocks of the GGUF file that it came from: written once, loaded in a moment.
+"""A model's packed weights in a safetensors file: written once, loaded in a moment.
 
-The file is a safetensors file beside the model's own, under another name, so that transformers does not load it.
+Either its linear layers keep the blocks of the GGUF file that it came from; the file is then beside the model's own,
+under a name that transformers does not look for. Or they were rounded at a first start; see rounded_weights.py.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,30 +44,37 @@ def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
     model: the model that transformers made from the file, in bfloat16. A layer whose tensor is not in the file stays
     in bfloat16; see `_Sources.find`.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    formats: dict[str, dict[str, Any]] = {}
     sources = _Sources(gguf)
-    packed_by_storage: dict[int, str] = {}
-    same: dict[str, str] = {}
+    packed: dict[str, PackedWeight] = {}
+    by_storage: dict[int, PackedWeight] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Embedding) or not can_pack(layer.weight.shape[1]):
             continue
         storage = layer.weight.data_ptr()
-        if storage in packed_by_storage:
-            same[name] = packed_by_storage[storage]
+        if storage in by_storage:
+            packed[name] = by_storage[storage]
         elif (codes := sources.find(layer.weight.data)) is not None:
-            packed = pack(codes)
-            formats[name] = {**asdict(packed.format), "num_rows": packed.num_rows}
-            tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(packed)}
-            packed_by_storage[storage] = same[name] = name
-    plain = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in same}
+            packed[name] = by_storage[storage] = pack(codes)
+    plain = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in packed}
+    save(packed, plain, directory / FILE)
+
+
+def save(packed: Mapping[str, PackedWeight], plain: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes packed weights, by the names of their layers, and all other tensors."""
+    first: dict[int, str] = {}  # of the layers that share a weight, as tied embeddings do
+    same = {name: first.setdefault(id(weight), name) for name, weight in packed.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    formats: dict[str, dict[str, Any]] = {}
+    for name in first.values():
+        formats[name] = {**asdict(packed[name].format), "num_rows": packed[name].num_rows}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(packed[name])}
     aliases = _aliases(plain)
     tensors |= {name: value.contiguous() for name, value in plain.items() if name not in aliases}
     tables = {"layers": same, "formats": formats, "aliases": aliases}
-    save_file(tensors, directory / FILE, {name: json.dumps(table) for name, table in tables.items()})
+    save_file(tensors, path, {name: json.dumps(table) for name, table in tables.items()})
 
 
-def _aliases(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Maps the name of each tensor that shares another one's memory, as tied embeddings do, to that one's name."""
     first: dict[int, str] = {}
     result = {}
@@ -147,23 +155,38 @@ def _hashes(rows: torch.Tensor) -> torch.Tensor:
 def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: Any) -> PreTrainedModel:
     """Loads the model with packed layers; all other tensors get `dtype`. Raises ModelLoadError if the file does not
     fit the model."""
-    with safe_open(directory / FILE, "pt") as file:
+
+    def build() -> PreTrainedModel:
+        return cast(
+            PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        )
+
+    model = read(directory / FILE, build, dtype)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def read(path: Path, build: Callable[[], PreTrainedModel], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Returns the model in a file. Raises ModelLoadError if the file does not fit it.
+
+    build: makes the model, without weights. dtype: of the tensors that are not packed; None: the file's own.
+    """
+    with safe_open(path, "pt") as file:
         tables = {name: json.loads(table) for name, table in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     formats = {name: _format(tensors, name, values) for name, values in tables["formats"].items()}
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    plain = {name: value.to(dtype, copy=True) for name, value in tensors.items()}
+        model = build()
+    plain = {name: value.to(dtype or value.dtype, copy=True) for name, value in tensors.items()}
     plain |= {name: plain[source] for name, source in tables["aliases"].items()}
     result = model.load_state_dict(plain, strict=False, assign=True)
     missing = [name for name in result.missing_keys if name.removesuffix(".weight") not in tables["layers"]]
     if missing or result.unexpected_keys:
-        raise ModelLoadError(f"{directory / FILE} belongs to another model: remove {directory} and start again.")
+        raise ModelLoadError(f"{path} belongs to another model: remove {path.parent} and start again.")
     for name, source in tables["layers"].items():
         replace_layer(model, name, formats[source])
     fuse_layers(model)
-    if (directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
 
 

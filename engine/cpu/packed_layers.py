@@ -31,6 +31,7 @@ ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 ROUTER = re.compile(  # layers that choose experts: a little rounding there chooses others
     r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)"
 )
+Keep = Callable[[dict[str, PackedWeight], dict[str, torch.Tensor]], None]
 Prepared = Activations | torch.Tensor  # what `prepare` makes of a layer's input
 ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the same computation may be apart
 
@@ -195,25 +196,41 @@ class FusedNorm(nn.Module):
 # --- replacing a model's layers
 
 
-def pack_model(model: PreTrainedModel, quantization: Quantization, report: Callable[[float], None]) -> None:
-    """Quantises a stock model's linear layers, in place. Routers stay as they are.
+def pack_model(
+    model: PreTrainedModel, quantization: Quantization, report: Callable[[float], None], keep: Keep | None = None
+) -> None:
+    """Quantises a stock model's linear layers, in place.
 
-    quantization: a format with `packed_bits`. report: called with the fraction done, from 0 to 1.
+    quantization: a format with `packed_bits`. report: called with the fraction done, from 0 to 1. keep: called with the
+    packed weights, by the names of their layers, and all other tensors of the model, by their own.
     """
     bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
     assert bits is not None and head_bits is not None
-    head, embedding = model.get_output_embeddings(), cast(nn.Embedding, model.get_input_embeddings())
-    linears = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
-    for number, (name, layer) in enumerate(linears):
-        report(number / len(linears))
-        if not can_pack(layer.in_features) or ROUTER.search(name):
-            continue
-        packed = _pack(layer.weight.data, format_of(head_bits if layer is head else bits))
-        is_tied = embedding.weight is layer.weight
-        replace_layer(model, name, packed)
-        if is_tied:
-            replace_layer(model, _name_of(model, embedding), packed)
+    head, groups = model.get_output_embeddings(), _layers_to_pack(model)
+    weights = {f"{name}.weight" for names in groups for name in names}
+    plain = {} if keep is None else {name: t for name, t in model.state_dict().items() if name not in weights}
+    packed: dict[str, PackedWeight] = {}
+    for number, names in enumerate(groups):
+        report(number / len(groups))
+        layer = cast(nn.Linear, model.get_submodule(names[0]))
+        weight = _pack(layer.weight.data, format_of(head_bits if layer is head else bits))
+        for name in names:
+            replace_layer(model, name, weight)
+            packed[name] = weight
+    if keep is not None:
+        keep(packed, plain)
     fuse_layers(model)
+
+
+def _layers_to_pack(model: PreTrainedModel) -> list[list[str]]:
+    """Returns the names of the linear layers, each with that of the embedding if they share the weight. Routers stay as
+    they are."""
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    result = []
+    for name, layer in model.named_modules():
+        if type(layer) is nn.Linear and can_pack(layer.in_features) and not ROUTER.search(name):
+            result.append([name, _name_of(model, embedding)] if embedding.weight is layer.weight else [name])
+    return result
 
 
 def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
