@@ -156,11 +156,7 @@ def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attentio
     """Loads the model with packed layers; all other tensors get `dtype`. Raises ModelLoadError if the file does not
     fit the model."""
 
-    def build() -> PreTrainedModel:
-        return cast(
-            PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        )
-
+    build = partial(AutoModelForCausalLM.from_config, config, dtype=dtype, attn_implementation=attention)
     model = read(directory / FILE, build, dtype)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
