@@ -7,6 +7,7 @@ under a name that transformers does not look for. Or they were rounded at a firs
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
