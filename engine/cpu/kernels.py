@@ -160,9 +160,10 @@ def warm_up() -> None:
     if are_available():
         dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
         _quantize(dtype)
-        _matmul(INT8, torch.float32)
-        for fmt in (INT8, *Q4_K_M):
-            _matmul(fmt, dtype)
+        for has_amx in {False, amx.is_available()}:
+            _matmul(INT8, torch.float32, has_amx)
+            for fmt in (INT8, *Q4_K_M):
+                _matmul(fmt, dtype, has_amx)
 
 
 def _threads(num_rows: int) -> int:
