@@ -127,7 +127,7 @@ def test_1_tools_with_every_message_do_not_fail_it(thinking_server: Server) -> N
 
 
 def test_2_a_title_asked_for_first_does_not_hold_up_the_chat(tiny_checkpoint: Path) -> None:
-    limits = {"MAX_NUM_BATCHED_TOKENS": "32", "MAX_NUM_MIXED_TOKENS": "8", "MAX_NUM_SEQS": "4", "DTYPE": "float32"}
+    limits = {"MAX_NUM_BATCHED_TOKENS": "32", "MAX_NUM_MIXED_TOKENS": "4", "MAX_NUM_SEQS": "3", "DTYPE": "float32"}
     done: list[str] = []
     with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), **limits) as server:
         server.wait_until_healthy()
