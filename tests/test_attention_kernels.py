@@ -3,7 +3,7 @@ import torch
 from amx_emulator import AMXEmulator
 
 from engine.attention.paged import visible_of
-from engine.cpu import attention_kernels, kernels, prompt_attention
+from engine.cpu import activations, attention_kernels, kernels, prompt_attention
 from engine.cpu.prompt_attention import Plan
 
 pytestmark = [
@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", activations.DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256)])
 def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     torch.manual_seed(heads)
@@ -34,7 +34,7 @@ def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, k
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", activations.DTYPES)
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256), (4, 2, 80)])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 40), (37, 30), (64, 4), (301, 200)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from amx_emulator import AMXEmulator
 
-from engine.cpu import jit, kernels, sampling_kernels
+from engine.cpu import activations, jit, kernels, products, sampling_kernels
 from engine.cpu.packed_weight import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
 
 FORMATS = (
@@ -25,15 +25,15 @@ def random_codes(fmt: Format, rows: int, columns: int) -> Codes:
     return Codes(fmt, codes, scales, minimums)
 
 
-def as_floats(x: kernels.Activations) -> torch.Tensor:
+def as_floats(x: activations.Activations) -> torch.Tensor:
     return (x.values.double() * x.scales.double()[..., None]).transpose(0, 1).flatten(1)
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", activations.DTYPES)
 def test_activations_lose_at_most_half_a_step(dtype: torch.dtype) -> None:
     x = torch.randn(7, 96, dtype=dtype)
     x[3] = 0
-    quantized = kernels.quantize(x)
+    quantized = activations.quantize(x)
     step = x.double().view(7, -1, 32).abs().amax(-1, keepdim=True) / 127
     error = (as_floats(quantized) - x.double()).abs().view(7, -1, 32)
     assert (error <= step / 2 * (1 + 1e-5)).all()
@@ -45,9 +45,9 @@ def test_activations_lose_at_most_half_a_step(dtype: torch.dtype) -> None:
 def test_a_product_is_that_of_the_dequantized_weight(fmt: Format, rows: int) -> None:
     torch.manual_seed(rows)
     weight = random_codes(fmt, 50, 160)
-    x = kernels.quantize(torch.randn(rows, 160))
+    x = activations.quantize(torch.randn(rows, 160))
     bias = torch.cat([torch.randn(50), torch.zeros(14)])
-    product = kernels.matmul(x, pack(weight), bias, torch.float32)
+    product = products.matmul(x, pack(weight), bias, torch.float32)
     expected = as_floats(x) @ weight.dequantize().double().T + bias[:50].double()
     assert product.shape == (rows, 50)
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
@@ -59,10 +59,10 @@ def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tu
     _, features = jit.host()
     features = ",".join(f for f in features.split(",") if not f.startswith(removed))
     weight = random_codes(Format(5, 16), 32, 64)
-    x = kernels.quantize(torch.randn(3, 64))
+    x = activations.quantize(torch.randn(3, 64))
     expected = as_floats(x) @ weight.dequantize().double().T
-    program = kernels.matmul_program(weight.format, torch.float32, "x86-64-v3", features)
-    product = kernels.matmul(x, pack(weight), torch.zeros(32), torch.float32, program)
+    program = products.matmul_program(weight.format, torch.float32, "x86-64-v3", features)
+    product = products.matmul(x, pack(weight), torch.zeros(32), torch.float32, program)
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -70,10 +70,10 @@ def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tu
 def test_a_product_with_amx_is_that_without(fmt: Format, rows: int) -> None:
     torch.manual_seed(rows)
     weight = pack(random_codes(fmt, 50, 160))
-    x, bias = kernels.quantize(torch.randn(rows, 160)), torch.randn(64)
-    emulated = kernels.amx_matmul_program(fmt, torch.float32, *jit.host(), AMXEmulator)
-    expected = kernels.matmul(x, weight, bias, torch.float32, kernels.matmul_program(fmt, torch.float32, *jit.host()))
-    product = kernels.matmul(x, weight, bias, torch.float32, emulated)
+    x, bias = activations.quantize(torch.randn(rows, 160)), torch.randn(64)
+    emulated = products.amx_matmul_program(fmt, torch.float32, *jit.host(), AMXEmulator)
+    expected = products.matmul(x, weight, bias, torch.float32, products.matmul_program(fmt, torch.float32, *jit.host()))
+    product = products.matmul(x, weight, bias, torch.float32, emulated)
     torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_a_product_with_amx_is_that_without(fmt: Format, rows: int) -> None:
 def test_what_is_no_number_reaches_the_product(bad: float) -> None:
     x = torch.randn(2, 64)
     x[1, 40] = bad
-    product = kernels.matmul(kernels.quantize(x), pack(random_codes(INT8, 16, 64)), torch.zeros(16), torch.float32)
+    product = products.matmul(activations.quantize(x), pack(random_codes(INT8, 16, 64)), torch.zeros(16), torch.float32)
     assert product[0].isfinite().all()
     assert not product[1].isfinite().any()
 
@@ -90,9 +90,9 @@ def test_what_is_no_number_reaches_the_product(bad: float) -> None:
 def test_a_product_of_bfloat16_with_amx_is_that_of_torch(rows: int, outputs: int) -> None:
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(outputs, 96).bfloat16()
-    emulated = kernels.amx_matmul_bfloat16_program(torch.float32, *jit.host(), AMXEmulator)
+    emulated = products.amx_matmul_bfloat16_program(torch.float32, *jit.host(), AMXEmulator)
     bias = torch.nn.functional.pad(torch.randn(outputs), (0, -outputs % 16))
-    product = kernels.matmul_bfloat16(kernels.group(x), pack_bfloat16(weight), bias, torch.float32, emulated)
+    product = products.matmul_bfloat16(activations.group(x), pack_bfloat16(weight), bias, torch.float32, emulated)
     torch.testing.assert_close(product, x.float() @ weight.float().T + bias[:outputs], rtol=1e-4, atol=1e-4)
 
 
@@ -103,7 +103,7 @@ def test_a_product_of_bfloat16_is_that_of_torch(rows: int) -> None:
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(50, 96).bfloat16()
     packed = pack_bfloat16(weight)
     assert torch.equal(packed.dequantize(), weight.float())
-    product = kernels.matmul_bfloat16(kernels.group(x), packed, torch.ones(64), torch.float32)
+    product = products.matmul_bfloat16(activations.group(x), packed, torch.ones(64), torch.float32)
     torch.testing.assert_close(product, x.float() @ weight.float().T + 1, rtol=1e-4, atol=1e-3)
 
 
@@ -117,7 +117,7 @@ def test_packing_keeps_every_code_scale_and_minimum(fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", activations.DTYPES)
 def test_an_embedding_is_a_row_of_the_weight(fmt: Format, dtype: torch.dtype) -> None:
     weight = pack(random_codes(fmt, 37, 96))
     token_ids = torch.tensor([36, 0, 17, 16, 15, 0])
@@ -142,7 +142,7 @@ def test_columns_must_fill_the_groups() -> None:
     assert can_pack(64) and not can_pack(40)
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", activations.DTYPES)
 def test_rms_norm_is_that_of_torch(dtype: torch.dtype) -> None:
     x, weight = torch.randn(2, 9, 80, dtype=dtype), torch.randn(80)
     expected = torch.nn.functional.rms_norm(x.float(), (80,), weight, 1e-6)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 
 from engine.cpu import jit
+from engine.cpu.activations import DTYPES, FEW_ROWS
 from engine.cpu.jit import F32, FLOATS, I64, LANES, Builder, Program, constant
-from engine.cpu.kernels import DTYPES, FEW_ROWS, are_available, compiled
 from engine.cpu.prompt_attention import is_inside
 
 MAX_ROTATED_DIM = 256  # elements of a head, which must fit into the registers
@@ -22,7 +22,7 @@ Norms = tuple[torch.Tensor, torch.Tensor, float] | None
 def can_attend(keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Returns whether the kernels can read this cache."""
     dims = {keys.shape[-1], values.shape[-1]}
-    is_here = keys.device.type == "cpu" and keys.dtype in DTYPES and are_available()
+    is_here = keys.device.type == "cpu" and keys.dtype in DTYPES and jit.is_available()
     return is_here and len(dims) == 1 and not keys.shape[-1] % LANES
 
 
@@ -144,7 +144,7 @@ def _rotate(dtype: torch.dtype, dim: int, epsilon: float | None) -> Program:
         with b.loop(I64(0), b.mul(argument["kv_heads"], I64(dim)), LANES) as i:
             copied = b.read_floats(dtype, b.address(source, i, size))
             b.write_floats(copied, dtype, b.address(b.add(argument["values"], place), i, size))
-    return compiled(b)
+    return jit.compile_program(b)
 
 
 def _normalized(b: Builder, parts: list[jit.Value], weight: jit.Value, epsilon: float) -> list[jit.Value]:
@@ -208,7 +208,7 @@ def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
         for i, part in zip(parts, sums, strict=True):
             place = b.add(b.mul(index, I64(dim)), I64(i))
             b.write_floats(b.fmul(part.get(), scale), dtype, b.address(argument["output"], place, size))
-    return compiled(b)
+    return jit.compile_program(b)
 
 
 class _Visible:

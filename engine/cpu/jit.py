@@ -317,13 +317,16 @@ def features() -> list[str]:
 _engines: list[Any] = []  # compiled code lives as long as these
 
 
-def compile_program(builder: Builder, cpu: str) -> Program:
-    """Compiles the program. The result is called with its arguments, which are integers, and `num_threads`."""
+def compile_program(builder: Builder, cpu: str | None = None) -> Program:
+    """Compiles the program for a CPU, this machine's unless named. The result is called with the program's arguments,
+    which are integers, and `num_threads`."""
     builder.ret_void()
     _add_parallel_entry(builder.program)
     module = llvm.parse_assembly(str(builder.program))
     module.verify()
-    machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=builder.features, opt=2)
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=cpu or host()[0], features=builder.features, opt=2
+    )
     tuning = llvm.create_pipeline_tuning_options(speed_level=1)
     tuning.loop_unrolling = False  # the programs are unrolled as far as registers reach
     llvm.create_pass_builder(machine, tuning).getModulePassManager().run(

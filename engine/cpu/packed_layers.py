@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.cpu import kernels
+from engine.cpu import activations, kernels, products
+from engine.cpu.activations import Activations
 from engine.cpu.jit import LANES
-from engine.cpu.kernels import Activations
 from engine.cpu.packed_weight import (
     Format,
     PackedWeight,
@@ -51,14 +51,14 @@ class PackedLinear(nn.Module):
 
     def multiply(self, x: Prepared) -> torch.Tensor:
         if isinstance(x, Activations):
-            return kernels.matmul(x, self.packed, self.bias, self.dtype)
-        return kernels.matmul_bfloat16(x, self.packed, self.bias, self.dtype)
+            return products.matmul(x, self.packed, self.bias, self.dtype)
+        return products.matmul_bfloat16(x, self.packed, self.bias, self.dtype)
 
 
 def prepare(x: torch.Tensor, fmt: Format) -> Prepared:
     """Converts inputs, (..., columns), into the form that a product with a weight of that format reads."""
     rows = x.reshape(-1, x.shape[-1])
-    return kernels.quantize(rows.contiguous()) if fmt.is_quantized else kernels.group(rows)
+    return activations.quantize(rows.contiguous()) if fmt.is_quantized else activations.group(rows)
 
 
 def _padded_bias(weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

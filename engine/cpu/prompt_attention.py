@@ -15,7 +15,6 @@ from llvmlite import ir
 from engine.cpu import amx, jit
 from engine.cpu.amx import AMXBuilder
 from engine.cpu.jit import F32, FLOATS, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.cpu.kernels import compiled
 
 KEYS = 256  # in a tile: as many as the first-level cache holds with their values
 ROWS = 256  # rows of an item, for which a tile is read once; a row is one head of one query
@@ -152,7 +151,7 @@ def chunk_program(plan: Plan, scaling: float, builder: type[AMXBuilder] = AMXBui
             sums = sums * factor + weights . values
     output = sums / total
     """
-    return compiled(_ChunkBuilder(plan, scaling, builder).build())
+    return jit.compile_program(_ChunkBuilder(plan, scaling, builder).build())
 
 
 class _ChunkBuilder:

@@ -10,7 +10,6 @@ from llvmlite import ir
 
 from engine.cpu import jit
 from engine.cpu.jit import F32, F64, FLOATS, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.cpu.kernels import are_available, compiled
 
 DRAWN_BLOCK = 512  # columns whose weights are summed up in float32
 
@@ -18,7 +17,7 @@ DRAWN_BLOCK = 512  # columns whose weights are summed up in float32
 def can_argmax(logits: torch.Tensor) -> bool:
     """Returns whether the kernels of this file can read these logits."""
     is_plain = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
-    return is_plain and logits.shape[-1] >= LANES and are_available()
+    return is_plain and logits.shape[-1] >= LANES and jit.is_available()
 
 
 def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +119,7 @@ def _argmax() -> Program:
         first = b.intrinsic("llvm.vector.reduce.smin.v16i32", I32, places)
         b.write(top, b.address(b.argument["best"], row, 4))
         b.write(b.sext(first, I64), b.address(b.argument["index"], row, 8))
-    return compiled(b)
+    return jit.compile_program(b)
 
 
 _DRAW = ("x", "rows", "best", "inverse", "min_p", "numbers", "sums", "drawn", "count", "columns", "blocks")
@@ -196,7 +195,7 @@ def _draw() -> Program:
                 is_past = b.and_(b.fcmp_ordered("<=", cumulated.get(), target), b.icmp_signed(">=", index, drawn.get()))
                 drawn.set(b.select(is_past, b.add(index, I64(1)), drawn.get()))
         b.write(b.smaller(drawn.get(), last_weight.get()), b.address(b.argument["drawn"], place, 8))
-    return compiled(b)
+    return jit.compile_program(b)
 
 
 _COLLECT = (
@@ -238,7 +237,7 @@ def _collect() -> Program:
             total.set(b.fadd(total.get(), b.fpext(b.total(part.get()), F64)))
         b.write(num_found.get(), b.address(b.argument["counts"], place, 8))
         b.write(total.get(), b.address(b.argument["totals"], place, 8))
-    return compiled(b)
+    return jit.compile_program(b)
 
 
 @functools.cache
@@ -262,4 +261,4 @@ def _forbid() -> Program:
         with b.loop(I64(0), last, LANES) as column:
             cut(column)
         cut(last)  # it ends with the row, so some columns are cut twice
-    return compiled(b)
+    return jit.compile_program(b)
