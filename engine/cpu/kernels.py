@@ -5,6 +5,7 @@ attention and sampling.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from llvmlite import ir
@@ -13,6 +14,8 @@ from engine.cpu import activations, amx, jit, products
 from engine.cpu.activations import Activations, threads_for, write_quantized
 from engine.cpu.jit import F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
 from engine.cpu.packed_weight import GROUP, INT8, Q4_K_M, Format, PackedWeight
+
+Sigmoid = Callable[[jit.Value], jit.Value]
 
 
 def are_available() -> bool:
@@ -119,14 +122,14 @@ def _embed(fmt: Format, dtype: torch.dtype) -> Program:
     return jit.compile_program(b)
 
 
-def _silu(b: Builder, x: jit.Value) -> jit.Value:
-    return b.fmul(x, b.sigmoid(x))
+def _silu(x: jit.Value, b: Builder, sigmoid: Sigmoid) -> jit.Value:
+    return b.fmul(x, sigmoid(x))
 
 
-def _gelu_tanh(b: Builder, x: jit.Value) -> jit.Value:
+def _gelu_tanh(x: jit.Value, b: Builder, sigmoid: Sigmoid) -> jit.Value:
     """Computes 0.5 x (1 + tanh(u)) = x sigmoid(2 u), where u = sqrt(2 / pi) (x + 0.044715 x**3)."""
     inner = b.fused(b.fmul(x, x), constant(FLOATS, 0.044715), constant(FLOATS, 1.0))
-    return b.fmul(x, b.sigmoid(b.fmul(b.fmul(x, inner), constant(FLOATS, 1.5957691216057308))))
+    return b.fmul(x, sigmoid(b.fmul(b.fmul(x, inner), constant(FLOATS, 1.5957691216057308))))
 
 
 ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
@@ -136,12 +139,14 @@ ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 def _gate(dtype: torch.dtype, activation: str) -> Program:
     b = Builder("gate", ("x", "values", "scales", "sums", "totals", "rows", "blocks"), jit.host()[1])
     rows, blocks = b.argument["rows"], b.argument["blocks"]
+    is_rough = dtype == torch.bfloat16 and "+avx512f" in jit.features()
+    sigmoid = b.sigmoid_bfloat16 if is_rough else b.sigmoid
     with b.share(blocks) as block, b.loop(I64(0), rows) as row:
         gates = b.add(b.mul(row, b.mul(blocks, I64(2))), block)
         operands = [
             [b.read_floats(dtype, b.add(start, I64(half * LANES * dtype.itemsize))) for half in (0, 1)]
             for start in (b.address(b.argument["x"], g, GROUP * dtype.itemsize) for g in (gates, b.add(gates, blocks)))
         ]
-        halves = [b.fmul(ACTIVATIONS[activation](b, g), up) for g, up in zip(*operands, strict=True)]
+        halves = [b.fmul(ACTIVATIONS[activation](g, b, sigmoid), up) for g, up in zip(*operands, strict=True)]
         write_quantized(b, halves, b.add(b.mul(block, rows), row))
     return jit.compile_program(b)
