@@ -1,6 +1,6 @@
 import pytest
 
-from engine.prefill_budget import FEWEST_TOKENS, STRETCH, PrefillBudget
+from engine.prefill_budget import FEWEST_TOKENS, FIRST_TOKENS, MIXED_STEPS, STRETCH, PrefillBudget
 
 DECODE = 0.03  # seconds of a step of decodes
 
@@ -54,8 +54,35 @@ def test_batches_of_other_sizes_are_compared_with_their_own_like() -> None:
     assert pace.budget(16, 8) == 64  # 2.4 times the longer step
 
 
-def test_steps_without_decodes_teach_nothing() -> None:
+def test_a_size_without_a_measurement_is_measured_first() -> None:
     pace = PrefillBudget(64)
+    assert pace.budget(4, 1) == 64  # it knows nothing, as where nobody measures
     pace.note(0, 512, 9.0)
     pace.note(4, 64, 9.0)  # nothing to compare with yet
-    assert pace.budget(4, 1) == 64
+    assert pace.budget(4, 1) == 0
+    pace.note(4, 0, DECODE)
+    assert pace.budget(4, 1) == FIRST_TOKENS and pace.budget(8, 1) == 0
+
+
+def test_decodes_alone_are_measured_again_after_some_mixed_steps() -> None:
+    pace = PrefillBudget(64)
+    pace.note(4, 0, DECODE)
+    budgets = []
+    for _ in range(3 * MIXED_STEPS):
+        budgets.append(pace.budget(4, 1))
+        pace.note(4, budgets[-1], 2 * DECODE)
+    assert [place for place, budget in enumerate(budgets) if not budget] == [MIXED_STEPS, 2 * MIXED_STEPS + 1]
+
+
+@pytest.mark.parametrize("num_prompts", [64, 200])
+def test_a_crowd_decodes_together_before_its_answers_of_128_tokens_end(num_prompts: int) -> None:
+    """Each row of a step takes as long, a decode or a token of a prompt; a step of one row takes that of 12 more."""
+    pace, num_tokens = PrefillBudget(256), 60
+    left, num_steps = num_prompts * num_tokens - 60, 0
+    pace.note(0, 60, 0.06)
+    while left > 0:
+        num_decodes = num_prompts - -(-left // num_tokens)
+        chunk = min(left, pace.budget(num_decodes, -(-left // num_tokens)))
+        pace.note(num_decodes, chunk, 0.0008 * (12 + num_decodes + chunk))
+        left, num_steps = left - chunk, num_steps + 1
+    assert num_steps < 128
