@@ -220,7 +220,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         return self.fdiv(one, self.fadd(one, self.exp(self.fneg(x))))
 
     def sigmoid_bfloat16(self, x: Value) -> Value:
-        """Computes what `sigmoid` computes, with a relative error of 2e-4, as bfloat16 needs. The CPU must have AVX512."""
+        """Computes `sigmoid` with a relative error of 2e-4, as bfloat16 needs. The CPU must have AVX512."""
         e = self.exp2(self.fmul(x, constant(FLOATS, -1.4426950408889634)))
         e, every = self.fadd(e, constant(FLOATS, 1.0)), ir.IntType(16)(-1)
         return self.intrinsic("llvm.x86.avx512.rcp14.ps.512", FLOATS, e, e, every)
