@@ -6,12 +6,27 @@ import torch
 from amx_emulator import AMXEmulator
 
 from engine.cpu import activations, jit, kernels, products, sampling_kernels
-from engine.cpu.packed_weight import GROUP, INT4, INT8, Codes, Format, can_pack, pack, pack_bfloat16, quantize_weight
+from engine.cpu.packed_weight import (
+    GROUP,
+    INT4,
+    INT8,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+    SUPER_BLOCK,
+    Codes,
+    Format,
+    can_pack,
+    pack,
+    pack_bfloat16,
+    quantize_weight,
+)
 
 FORMATS = (
     *(INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16)),
-    *(Format(1, has_minimum=True), Format(3, 4, group=16), Format(7, 64)),
+    *(Format(1, has_minimum=True), Format(3, 4, group=16), Format(7, 64), Q4_K, Q5_K, Q6_K),
 )
+COLUMNS = 512  # whole super-blocks
 pytestmark = [
     pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP"),
     pytest.mark.usefixtures("threads"),
@@ -22,7 +37,11 @@ def random_codes(fmt: Format, rows: int, columns: int) -> Codes:
     codes = torch.randint(0, 2**fmt.bits, (rows, columns), dtype=torch.uint8)
     scales = (torch.rand(rows, columns // fmt.group) * 0.1).half()
     minimums = -torch.rand(rows, columns // GROUP).half() if fmt.has_minimum else None
-    return Codes(fmt, codes, scales, minimums)
+    if not fmt.has_super_blocks:
+        return Codes(fmt, codes, scales, minimums)
+    wholes = [torch.randint(-32, 64, (rows, columns // size), dtype=torch.int8) for size in (fmt.group, GROUP)]
+    supers = (torch.rand(rows, columns // SUPER_BLOCK, 1 + fmt.has_minimum) * 0.01 - 0.003).half()
+    return Codes(fmt, codes, wholes[0], wholes[1] if fmt.has_minimum else None, supers)
 
 
 def as_floats(x: activations.Activations) -> torch.Tensor:
@@ -44,8 +63,8 @@ def test_activations_lose_at_most_half_a_step(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(FORMATS, (1, 3, 64, 128, 129, 300))))
 def test_a_product_is_that_of_the_dequantized_weight(fmt: Format, rows: int) -> None:
     torch.manual_seed(rows)
-    weight = random_codes(fmt, 50, 160)
-    x = activations.quantize(torch.randn(rows, 160))
+    weight = random_codes(fmt, 50, COLUMNS)
+    x = activations.quantize(torch.randn(rows, COLUMNS))
     bias = torch.cat([torch.randn(50), torch.zeros(14)])
     product = products.matmul(x, pack(weight), bias, torch.float32)
     expected = as_floats(x) @ weight.dequantize().double().T + bias[:50].double()
@@ -69,8 +88,8 @@ def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tu
 @pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(FORMATS, (1, 16, 31, 128, 300))))
 def test_a_product_with_amx_is_that_without(fmt: Format, rows: int) -> None:
     torch.manual_seed(rows)
-    weight = pack(random_codes(fmt, 50, 160))
-    x, bias = activations.quantize(torch.randn(rows, 160)), torch.randn(64)
+    weight = pack(random_codes(fmt, 50, COLUMNS))
+    x, bias = activations.quantize(torch.randn(rows, COLUMNS)), torch.randn(64)
     emulated = products.amx_matmul_program(fmt, torch.float32, *jit.host(), AMXEmulator)
     expected = products.matmul(x, weight, bias, torch.float32, products.matmul_program(fmt, torch.float32, *jit.host()))
     product = products.matmul(x, weight, bias, torch.float32, emulated)
@@ -109,7 +128,7 @@ def test_a_product_of_bfloat16_is_that_of_torch(rows: int) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_packing_keeps_every_code_scale_and_minimum(fmt: Format) -> None:
-    weight = random_codes(fmt, 37, 96)
+    weight = random_codes(fmt, 37, COLUMNS)
     packed = pack(weight)
     assert torch.equal(packed.dequantize(), weight.dequantize())
     some = torch.tensor([36, 0, 17])
@@ -119,7 +138,7 @@ def test_packing_keeps_every_code_scale_and_minimum(fmt: Format) -> None:
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("dtype", activations.DTYPES)
 def test_an_embedding_is_a_row_of_the_weight(fmt: Format, dtype: torch.dtype) -> None:
-    weight = pack(random_codes(fmt, 37, 96))
+    weight = pack(random_codes(fmt, 37, COLUMNS))
     token_ids = torch.tensor([36, 0, 17, 16, 15, 0])
     expected = weight.rows(token_ids).to(dtype)
     torch.testing.assert_close(kernels.embed(token_ids, weight, dtype), expected, rtol=1e-2, atol=1e-5)

@@ -8,25 +8,25 @@ from collections.abc import Callable
 
 import torch
 
-from engine.cpu.packed_weight import Codes, Format
+from engine.cpu.packed_weight import Q4_K, Q5_K, Q6_K, Codes, Format
 
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
 
 Blocks = torch.Tensor  # (rows, blocks, bytes) uint8
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # codes, scales, minimums of Codes
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # of Codes, of each block
 
 
 def decode(data: torch.Tensor, type_name: str) -> Codes:
-    """Reads a tensor. Scales and minimums are float32, as ggml computes them.
+    """Reads a tensor. Scales and minimums are float32 or, in super-blocks, int8.
 
     data: (rows, bytes) uint8. type_name: one of BLOCK_BYTES.
     """
     blocks = data.view(data.shape[0], -1, BLOCK_BYTES[type_name])
     fmt, read = _TYPES[type_name]
-    codes, scales, minimums = read(blocks)
+    codes, scales, minimums, supers = read(blocks)
     rows = data.shape[0]
     flat = None if minimums is None else minimums.reshape(rows, -1)
-    return Codes(fmt, codes.reshape(rows, -1).contiguous(), scales.reshape(rows, -1), flat)
+    return Codes(fmt, codes.reshape(rows, -1).contiguous(), scales.reshape(rows, -1), flat, supers)
 
 
 def _halfs(blocks: Blocks, offset: int) -> torch.Tensor:
@@ -46,32 +46,34 @@ def _fifth_bits(data: torch.Tensor) -> torch.Tensor:
 
 
 def _q4_0(blocks: Blocks) -> Parts:
-    return _nibbles(blocks[..., 2:]), _halfs(blocks, 0), None
+    return _nibbles(blocks[..., 2:]), _halfs(blocks, 0), None, None
 
 
 def _q4_1(blocks: Blocks) -> Parts:
-    return _nibbles(blocks[..., 4:]), _halfs(blocks, 0), _halfs(blocks, 2)
+    return _nibbles(blocks[..., 4:]), _halfs(blocks, 0), _halfs(blocks, 2), None
 
 
 def _q5_0(blocks: Blocks) -> Parts:
-    return _nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6]), _halfs(blocks, 0), None
+    return _nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6]), _halfs(blocks, 0), None, None
 
 
 def _q5_1(blocks: Blocks) -> Parts:
-    return _nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8]), _halfs(blocks, 0), _halfs(blocks, 2)
+    return _nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8]), _halfs(blocks, 0), _halfs(blocks, 2), None
 
 
 def _q8_0(blocks: Blocks) -> Parts:
-    return blocks[..., 2:] ^ 128, _halfs(blocks, 0), None  # the signed byte plus 128
+    return blocks[..., 2:] ^ 128, _halfs(blocks, 0), None, None  # the signed byte plus 128
 
 
-def _k_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads the scales and minimums of eight groups: products of a float16 and 6 bits, packed into 12 bytes."""
+def _k_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reads the scales and minimums of eight groups, of 6 bits, packed into 12 bytes, and their factors. What is called
+    a minimum there is subtracted."""
     packed = blocks[..., 4:16]
     low, middle, high = packed[..., :4], packed[..., 4:8], packed[..., 8:]
     scales = torch.cat([low & 63, (high & 15) | (low >> 6 << 4)], dim=-1)
     minimums = torch.cat([middle & 63, (high >> 4) | (middle >> 6 << 4)], dim=-1)
-    return _halfs(blocks, 0) * scales.float(), -(_halfs(blocks, 2) * minimums.float())
+    supers = torch.cat([_halfs(blocks, 0), -_halfs(blocks, 2)], dim=-1)
+    return scales.view(torch.int8), minimums.view(torch.int8), supers
 
 
 def _q4_k(blocks: Blocks) -> Parts:
@@ -92,8 +94,8 @@ def _q6_k(blocks: Blocks) -> Parts:
     low = _nibbles(low).unflatten(-1, (4, 32))
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
     high = blocks[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3
-    scales = blocks[..., 192:208].contiguous().view(torch.int8).float()
-    return (low | high << 4).flatten(-3), _halfs(blocks, 208) * scales, None
+    scales = blocks[..., 192:208].contiguous().view(torch.int8)
+    return (low | high << 4).flatten(-3), scales, None, _halfs(blocks, 208)
 
 
 _TYPES: dict[str, tuple[Format, Callable[[Blocks], Parts]]] = {
@@ -102,7 +104,7 @@ _TYPES: dict[str, tuple[Format, Callable[[Blocks], Parts]]] = {
     "Q5_0": (Format(5, offset=16), _q5_0),
     "Q5_1": (Format(5, has_minimum=True), _q5_1),
     "Q8_0": (Format(8, offset=128), _q8_0),
-    "Q4_K": (Format(4, has_minimum=True), _q4_k),
-    "Q5_K": (Format(5, has_minimum=True), _q5_k),
-    "Q6_K": (Format(6, offset=32, group=16), _q6_k),
+    "Q4_K": (Q4_K, _q4_k),
+    "Q5_K": (Q5_K, _q5_k),
+    "Q6_K": (Q6_K, _q6_k),
 }

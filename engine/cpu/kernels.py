@@ -13,7 +13,7 @@ from llvmlite import ir
 from engine.cpu import activations, amx, jit, products
 from engine.cpu.activations import Activations, threads_for, write_quantized
 from engine.cpu.jit import F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.cpu.packed_weight import GROUP, INT8, Q4_K_M, Format, PackedWeight
+from engine.cpu.packed_weight import GROUP, INT8, PARTS, Q4_K_M, Format, PackedWeight
 
 Sigmoid = Callable[[jit.Value], jit.Value]
 
@@ -99,7 +99,7 @@ def _rms_norm(dtype: torch.dtype, epsilon: float) -> Program:
 @functools.cache
 def _embed(fmt: Format, dtype: torch.dtype) -> Program:
     """Reads a block's weights as a product does, and takes one lane of them."""
-    b = Builder("embed", ("ids", "quants", "scales", "minimums", "output", "rows", "blocks"), jit.host()[1])
+    b = Builder("embed", ("ids", *PARTS, "output", "rows", "blocks"), jit.host()[1])
     blocks, half = b.argument["blocks"], LANES // 4
     with b.share(b.argument["rows"]) as row:
         token = b.read(I64, b.address(b.argument["ids"], row, 8))

@@ -5,7 +5,7 @@ under a name that transformers does not look for. Or they were rounded at a firs
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from engine.cpu import gguf_blocks
 from engine.cpu.packed_layers import fuse_layers, replace_layer
-from engine.cpu.packed_weight import Codes, Format, PackedWeight, can_pack, pack
+from engine.cpu.packed_weight import PARTS, Codes, Format, PackedWeight, can_pack, pack
 from errors import ModelLoadError
 
 FILE = "weights.packed"
@@ -68,7 +68,7 @@ def save(packed: Mapping[str, PackedWeight], plain: Mapping[str, torch.Tensor], 
     formats: dict[str, dict[str, Any]] = {}
     for name in first.values():
         formats[name] = {**asdict(packed[name].format), "num_rows": packed[name].num_rows}
-        tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(packed[name])}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in packed[name].parts.items()}
     aliases = _aliases(plain)
     tensors |= {name: value.contiguous() for name, value in plain.items() if name not in aliases}
     tables = {"layers": same, "formats": formats, "aliases": aliases}
@@ -84,13 +84,6 @@ def _aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         if source != name:
             result[name] = source
     return result
-
-
-def _parts(packed: PackedWeight) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "quants", packed.quants
-    yield "scales", packed.scales
-    if packed.minimums is not None:
-        yield "minimums", packed.minimums
 
 
 class _Sources:
@@ -126,19 +119,14 @@ class _Sources:
             order = [places.get(value) for value in _hashes(weight).tolist()]
             if None not in order:
                 self._waiting.remove(tensor)
-                return _in_order(codes, torch.tensor(order))
+                return codes.select(torch.tensor(order))
         return None
-
-
-def _in_order(codes: Codes, order: torch.Tensor) -> Codes:
-    minimums = None if codes.minimums is None else codes.minimums[order]
-    return Codes(codes.format, codes.codes[order], codes.scales[order], minimums)
 
 
 def _codes_hashes(codes: Codes) -> list[int]:
     result: list[int] = []
     for start in range(0, len(codes.codes), HASHED_ROWS):
-        part = _in_order(codes, torch.arange(start, min(start + HASHED_ROWS, len(codes.codes))))
+        part = codes.select(torch.arange(start, min(start + HASHED_ROWS, len(codes.codes))))
         result += _hashes(part.dequantize().bfloat16()).tolist()
     return result
 
@@ -188,12 +176,7 @@ def read(path: Path, build: Callable[[], PreTrainedModel], dtype: torch.dtype | 
 
 
 def _format(tensors: dict[str, torch.Tensor], name: str, values: dict[str, Any]) -> PackedWeight:
-    num_rows = values.pop("num_rows")
-    minimums = tensors.pop(f"{name}.minimums", None)
-    return PackedWeight(
-        format=Format(**values),
-        num_rows=num_rows,
-        quants=tensors.pop(f"{name}.quants").clone(),  # from the mapped file into aligned memory of the process
-        scales=tensors.pop(f"{name}.scales").clone(),
-        minimums=None if minimums is None else minimums.clone(),
-    )
+    num_rows, names = values.pop("num_rows"), {part: f"{name}.{part}" for part in PARTS}
+    # cloned from the mapped file into aligned memory of the process
+    parts = {part: tensors.pop(name).clone() for part, name in names.items() if name in tensors}
+    return PackedWeight(Format(**values), num_rows, **parts)

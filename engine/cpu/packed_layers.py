@@ -123,16 +123,8 @@ def join(layers: list[PackedLinear]) -> PackedLinear:
     if len(layers) == 1:
         return layers[0]
     weights = [layer.packed for layer in layers]
-    minimums = None
-    if weights[0].minimums is not None:
-        minimums = torch.cat([cast(torch.Tensor, weight.minimums) for weight in weights])
-    whole = PackedWeight(
-        format=weights[0].format,
-        num_rows=sum(weight.num_rows for weight in weights),
-        quants=torch.cat([weight.quants for weight in weights]),
-        scales=torch.cat([weight.scales for weight in weights]),
-        minimums=minimums,
-    )
+    parts = {name: torch.cat([weight.parts[name] for weight in weights]) for name in weights[0].parts}
+    whole = PackedWeight(weights[0].format, sum(weight.num_rows for weight in weights), **parts)
     joined = PackedLinear(whole, torch.cat([layer.bias for layer in layers]), layers[0].dtype)
     start = 0
     for layer in layers:

@@ -2,7 +2,8 @@
 
 All that depends on how a format stores its codes is in this file: Format, `pack`, and the two readers, `_codes` in
 torch and `read_codes` in a kernel. Every group of 32 (or 16) columns of a row has its own scale, and in some formats a
-minimum, as in the blocks of GGUF files, whose codes are kept bit by bit.
+minimum, as in the blocks of GGUF files, whose codes are kept bit by bit. In GGUF's K formats these are whole numbers,
+times a float16 that a super-block of 256 columns shares.
 
 A tile is LANES rows, a block is GROUP columns of them. A vector of 64 bytes holds four columns of each row of a tile;
 eight such "fours" are a block. Codes of 8 bits take eight vectors. Others are cut into fields, for example 6 bits into
@@ -20,6 +21,7 @@ from engine.cpu import jit
 from engine.cpu.jit import BYTES, I64, INTS, LANES, Builder, constant
 
 GROUP = 32  # columns in a block
+SUPER_BLOCK = 256  # columns
 FOURS = GROUP // 4
 
 
@@ -31,6 +33,7 @@ class Format:
     offset: int = 0
     has_minimum: bool = False
     group: int = GROUP  # columns that share a scale
+    has_super_blocks: bool = False  # scales and minimums are whole numbers, times those of their super-block
 
     @property
     def num_scales(self) -> int:
@@ -59,7 +62,10 @@ class Format:
 INT8 = Format(8, offset=128)
 INT4 = Format(4, has_minimum=True)
 BFLOAT16 = Format(16)  # no codes and no scales: the numbers themselves
-Q4_K_M = (INT4, Format(5, offset=16), Format(6, offset=32, group=16))  # what such files consist of, beside INT8
+Q4_K = Format(4, has_minimum=True, has_super_blocks=True)
+Q5_K = Format(5, has_minimum=True, has_super_blocks=True)
+Q6_K = Format(6, offset=32, group=16, has_super_blocks=True)
+Q4_K_M = (Q4_K, Format(5, offset=16), Q6_K)  # what such files consist of, beside INT8
 
 
 def format_of(bits: int) -> Format:
@@ -75,17 +81,32 @@ class Codes(NamedTuple):
 
     format: Format
     codes: torch.Tensor  # (rows, columns) uint8
-    scales: torch.Tensor  # (rows, columns / format.group)
-    minimums: torch.Tensor | None  # (rows, columns / GROUP)
+    scales: torch.Tensor  # (rows, columns / format.group), int8 in super-blocks
+    minimums: torch.Tensor | None  # (rows, columns / GROUP), int8 in super-blocks
+    supers: torch.Tensor | None = None  # (rows, columns / SUPER_BLOCK, 1 or 2): factors of the scales and the minimums
 
     def dequantize(self) -> torch.Tensor:
         """Returns the weights, (rows, columns) in float32."""
         rows, columns = self.codes.shape
         grouped = self.codes.view(rows, -1, self.format.group).float() - self.format.offset
-        weight = (grouped * self.scales.float()[..., None]).view(rows, columns)
+        weight = (grouped * self._times_super(self.scales, 0)[..., None]).view(rows, columns)
         if self.minimums is not None:
-            weight += self.minimums.float().repeat_interleave(GROUP, dim=1)
+            weight += self._times_super(self.minimums, 1).repeat_interleave(GROUP, dim=1)
         return weight
+
+    def _times_super(self, values: torch.Tensor, index: int) -> torch.Tensor:
+        if self.supers is None:
+            return values.float()
+        per_super = values.shape[1] // self.supers.shape[1]
+        return values.float() * self.supers[..., index].float().repeat_interleave(per_super, dim=1)
+
+    def select(self, rows: torch.Tensor) -> "Codes":
+        """Returns some rows. rows: their numbers."""
+        minimums, supers = (None if part is None else part[rows] for part in (self.minimums, self.supers))
+        return Codes(self.format, self.codes[rows], self.scales[rows], minimums, supers)
+
+
+PARTS = ("quants", "scales", "minimums", "supers")
 
 
 @dataclass(frozen=True)
@@ -96,35 +117,30 @@ class PackedWeight:
     format: Format
     num_rows: int
     quants: torch.Tensor  # (tiles, blocks, block_bytes) uint8
-    scales: torch.Tensor  # (tiles, blocks, num_scales, LANES) float16
-    minimums: torch.Tensor | None  # (tiles, blocks, LANES) float16
+    scales: torch.Tensor  # (tiles, blocks, num_scales, LANES) float16, int8 in super-blocks
+    minimums: torch.Tensor | None = None  # (tiles, blocks, LANES) float16, int8 in super-blocks
+    supers: torch.Tensor | None = None  # (tiles, super-blocks, 1 or 2, LANES) float16
 
     @property
     def num_columns(self) -> int:
         return self.quants.shape[1] * GROUP
 
-    @cached_property
-    def addresses(self) -> tuple[int, int, int]:
-        """The addresses of quants, scales and minimums; 0 for a format without minimums."""
-        minimums = 0 if self.minimums is None else self.minimums.data_ptr()
-        return self.quants.data_ptr(), self.scales.data_ptr(), minimums
-
     @property
-    def num_bytes(self) -> int:
-        parts = (self.quants, self.scales, *([] if self.minimums is None else [self.minimums]))
-        return sum(part.numel() * part.element_size() for part in parts)
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that the format has, by their names."""
+        tensors = {name: getattr(self, name) for name in PARTS}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """The address of each of PARTS; 0 for what the format lacks."""
+        parts = self.parts
+        return tuple(parts[name].data_ptr() if name in parts else 0 for name in PARTS)
 
     def tiles(self, start: int, num_rows: int) -> "PackedWeight":
         """Returns a view of `num_rows` rows from tile `start` on."""
-        part = slice(start, start - (-num_rows // LANES))
-        minimums = None if self.minimums is None else self.minimums[part]
-        return PackedWeight(
-            format=self.format,
-            num_rows=num_rows,
-            quants=self.quants[part],
-            scales=self.scales[part],
-            minimums=minimums,
-        )
+        stop = start - (-num_rows // LANES)
+        return PackedWeight(self.format, num_rows, **{name: part[start:stop] for name, part in self.parts.items()})
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Returns the weights of some rows, (len(index), columns), in float32."""
@@ -135,7 +151,8 @@ class PackedWeight:
         codes = self._codes(self.quants[tile], lane)
         scales = self.scales[tile, :, :, lane].flatten(1)
         minimums = None if self.minimums is None else self.minimums[tile, :, lane]
-        return Codes(self.format, codes, scales, minimums).dequantize()
+        supers = None if self.supers is None else self.supers[tile, :, :, lane]
+        return Codes(self.format, codes, scales, minimums, supers).dequantize()
 
     def dequantize(self) -> torch.Tensor:
         """Returns all weights, (rows, columns) in float32."""
@@ -168,13 +185,18 @@ def pack(weight: Codes) -> PackedWeight:
         shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1, 1, 1)
         parts.append((field << shifts).sum(2, dtype=torch.uint8).reshape(tiles, blocks, -1))
     quants = torch.cat(parts, dim=-1)
-    scales = _padded(weight.scales).view(tiles, LANES, blocks, fmt.num_scales).permute(0, 2, 3, 1)
-    minimums = None
-    if weight.minimums is not None:
-        minimums = _padded(weight.minimums).view(tiles, LANES, blocks).permute(0, 2, 1).half().contiguous()
-    return PackedWeight(
-        format=fmt, num_rows=num_rows, quants=quants, scales=scales.half().contiguous(), minimums=minimums
-    )
+    scales = {
+        "scales": weight.scales.view(num_rows, blocks, fmt.num_scales),
+        "minimums": weight.minimums,
+        "supers": weight.supers,
+    }
+    return PackedWeight(fmt, num_rows, quants, **{k: _side_by_side(v) for k, v in scales.items() if v is not None})
+
+
+def _side_by_side(values: torch.Tensor) -> torch.Tensor:
+    """Orders scales by tiles: (rows, ...) -> (tiles, ..., LANES), whole numbers as they are, others in float16."""
+    tiles: torch.Tensor = _padded(values).unflatten(0, (-1, LANES)).movedim(1, -1)
+    return (tiles if values.dtype == torch.int8 else tiles.half()).contiguous()
 
 
 def read_codes(b: Builder, fmt: Format, start: jit.Value) -> list[jit.Value]:
@@ -201,12 +223,12 @@ def pack_bfloat16(weight: torch.Tensor) -> PackedWeight:
         num_rows=num_rows,
         quants=pairs.flatten(2).view(torch.uint8),
         scales=torch.empty(0, 0, 1, LANES),
-        minimums=None,
     )
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % LANES))
+    """Adds zeros to whole tiles. rows: (rows, ...)."""
+    return torch.cat([rows, rows.new_zeros(-rows.shape[0] % LANES, *rows.shape[1:])])
 
 
 def quantize_weight(weight: torch.Tensor, fmt: Format) -> Codes:

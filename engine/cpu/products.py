@@ -13,8 +13,8 @@ import torch
 from engine.cpu import amx, jit
 from engine.cpu.activations import Activations
 from engine.cpu.amx import AMXBuilder
-from engine.cpu.jit import BYTES, F16, F32, FLOATS, I32, I64, INTS, LANES, Builder, Program, constant, vector
-from engine.cpu.packed_weight import BFLOAT16, FOURS, GROUP, Format, PackedWeight, read_codes
+from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
+from engine.cpu.packed_weight import BFLOAT16, FOURS, GROUP, PARTS, SUPER_BLOCK, Format, PackedWeight, read_codes
 
 ROWS = 128  # rows of activations that pass a tile of weights while their sums stay in the first-level cache
 AMX_ROWS = 12  # so many rows are faster in AMX's tiles of 16 than one by one
@@ -59,9 +59,7 @@ _MATMUL = (
     "x_scales",
     "x_sums",
     "x_totals",
-    "quants",
-    "scales",
-    "minimums",
+    *PARTS,
     "bias",
     "output",
     "rows",
@@ -250,14 +248,28 @@ def read_block(b: Builder, fmt: Format, place: jit.Value) -> Block:
     for line in range(0, fmt.block_bytes, 64):
         b.prefetch(b.add(start, I64(PREFETCH + line)))
     codes = read_codes(b, fmt, start)
-    halves = [b.add(b.mul(place, I64(fmt.num_scales)), I64(index)) for index in range(fmt.num_scales)]
-    scales = [_read_halfs(b, b.address(b.argument["scales"], half, 2 * LANES)) for half in halves]
-    minimum = _read_halfs(b, b.address(b.argument["minimums"], place, 2 * LANES)) if fmt.has_minimum else None
+    indices = [b.add(b.mul(place, I64(fmt.num_scales)), I64(index)) for index in range(fmt.num_scales)]
+    scales = [_read_factors(b, fmt, "scales", index) for index in indices]
+    minimum = _read_factors(b, fmt, "minimums", place) if fmt.has_minimum else None
+    if fmt.has_super_blocks:
+        num_supers = 1 + fmt.has_minimum
+        first = b.mul(b.sdiv(place, I64(SUPER_BLOCK // GROUP)), I64(num_supers))
+        supers = [_read_halfs(b, "supers", b.add(first, I64(index))) for index in range(num_supers)]
+        scales = [b.fmul(scale, supers[0]) for scale in scales]
+        minimum = None if minimum is None else b.fmul(minimum, supers[1])
     return Block(codes, scales, minimum)
 
 
-def _read_halfs(b: Builder, address: jit.Value) -> jit.Value:
-    return b.fpext(b.read(vector(F16), address), FLOATS)
+def _read_factors(b: Builder, fmt: Format, name: str, index: jit.Value) -> jit.Value:
+    """Reads the scales or minimums of sixteen rows."""
+    if not fmt.has_super_blocks:
+        return _read_halfs(b, name, index)
+    whole = b.read(vector(I8), b.address(b.argument[name], index, LANES))
+    return b.sitofp(b.sext(whole, INTS), FLOATS)
+
+
+def _read_halfs(b: Builder, name: str, index: jit.Value) -> jit.Value:
+    return b.fpext(b.read(vector(F16), b.address(b.argument[name], index, 2 * LANES)), FLOATS)
 
 
 def _add_block(b: Builder, fmt: Format, weight: Block, place: jit.Value, total: jit.Value) -> jit.Value:
