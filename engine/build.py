@@ -36,7 +36,7 @@ CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
 BLOCK_SIZES = (16, 256)  # tokens; the first size that the device's attention takes is used
 GPU_RESERVE = 0.1  # share of a GPU's memory that is kept for activations
 _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
-    "cpu": (32, 512, 64),
+    "cpu": (32, 512, 256),
     "cuda": (256, 8192, 2048),
 }
 
