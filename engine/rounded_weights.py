@@ -38,7 +38,8 @@ class RoundedWeights:
     def __init__(self, cache_dir: Path, checked: CheckedModel, quantization: Quantization) -> None:
         self._checked = checked
         self._folder = cache_dir / FOLDER
-        self._stem = f"{checked.directory.resolve().name}-{quantization.name}"
+        place = checked.directory.resolve()
+        self._stem = f"{place.name}-{quantization.name}-{_hash(str(place))}"
         self._path = self._folder / f"{self._stem}-{_key(checked)}.safetensors"
 
     def read(self, attention: Any) -> PreTrainedModel | None:
@@ -71,8 +72,10 @@ class RoundedWeights:
             log.info("the rounded weights could not be kept: %s", first_line(error))
 
     def _remove_unused(self) -> None:
+        """Removes what the same directory had before it or the code changed, and what no start used for long."""
         for other in self._folder.glob("*"):
-            if other != self._path and other.stat().st_mtime < time.time() - MAX_UNUSED:
+            is_replaced = other.match(f"{self._stem}-*.safetensors")
+            if other != self._path and (is_replaced or other.stat().st_mtime < time.time() - MAX_UNUSED):
                 other.unlink()
 
 
@@ -81,5 +84,8 @@ def _key(checked: CheckedModel) -> str:
     files = sorted(path for path in checked.directory.iterdir() if path.suffix in (".safetensors", ".json"))
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     code = [Path(str(module.__file__)).read_text() for module in CODE]
-    facts = (str(checked.directory.resolve()), states, str(checked.dtype), transformers.__version__, code)
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return _hash(json.dumps((states, str(checked.dtype), transformers.__version__, code)))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
