@@ -345,7 +345,9 @@ class Settings(ProviderSettings):
         None, gt=0, description="the most tokens in a step that only reads prompts; default: 512 on CPU, 8192 on GPU"
     )
     max_num_mixed_tokens: int | None = Field(
-        None, gt=0, description="the most tokens in a step that also generates answers; default: 256 on CPU, 2048 on GPU"
+        None,
+        gt=0,
+        description="the most tokens in a step that also generates answers; default: 256 on CPU, 2048 on GPU",
     )
     max_queued_requests: int = Field(1024, gt=0, description="the number of answers in the queue; more get a 503")
     max_queued_tokens: int = Field(2**20, gt=0, description="the number of prompt tokens in the queue; more get a 503")

@@ -74,7 +74,7 @@ class RoundedWeights:
     def _remove_unused(self) -> None:
         """Removes what the same directory had before it or the code changed, and what no start used for long."""
         for other in self._folder.glob("*"):
-            is_replaced = other.match(f"{self._stem}-*.safetensors")
+            is_replaced = other.name.startswith(f"{self._stem}-") and other.suffix == self._path.suffix
             if other != self._path and (is_replaced or other.stat().st_mtime < time.time() - MAX_UNUSED):
                 other.unlink()
 
