@@ -18,7 +18,7 @@ from engine.cpu.packed_weight import BFLOAT16, FOURS, GROUP, PARTS, SUPER_BLOCK,
 
 ROWS = 128  # rows of activations that pass a tile of weights while their sums stay in the first-level cache
 AMX_ROWS = 12  # so many rows are faster in AMX's tiles of 16 than one by one
-PREFETCH = 4096  # bytes ahead; the processor's own prefetching ends with a page
+PREFETCH = 8192  # bytes ahead; the processor's own prefetching ends with a page
 AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], None]
 
 
