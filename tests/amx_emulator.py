@@ -1,10 +1,14 @@
-"""AMXEmulator: AMX's instructions in plain vectors, so that programs for it are tested on every processor."""
+"""AMXEmulator: AMX's instructions in plain vectors, so that programs for it are tested on every processor. BUILDERS has
+the processor's own too, where it has them."""
 
 from collections.abc import Sequence
 
 from engine.cpu import amx, jit
 from engine.cpu.amx import AMXBuilder
 from engine.cpu.jit import FLOATS, I8, I32, I64, INTS, vector
+
+SAPPHIRE_RAPIDS = "sapphirerapids"  # LLVM's name of the first processor with AMX
+FEATURES = ",".join(f"+{name}" for name in ("avx512f", "avx512bw", "avx512vnni", "amx-tile", "amx-int8", "amx-bf16"))
 
 
 class AMXEmulator(AMXBuilder):
@@ -57,3 +61,6 @@ class AMXEmulator(AMXBuilder):
             parts = (self.bitcast(self.and_(self.shl(x, jit.constant(INTS, shift)), upper), FLOATS) for x in (a, b))
             total = self.fused(*parts, total)
         self.write(total, place)
+
+
+BUILDERS = (AMXEmulator, AMXBuilder) if amx.is_available() else (AMXEmulator,)

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from amx_emulator import AMXEmulator
+from amx_emulator import BUILDERS
 
 from engine.attention.paged import visible_of
 from engine.cpu import activations, attention_kernels, kernels, prompt_attention
+from engine.cpu.amx import AMXBuilder
 from engine.cpu.prompt_attention import Plan
 
 pytestmark = [
@@ -39,7 +40,7 @@ def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, k
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (2, 1, 256), (4, 2, 80)])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 40), (37, 30), (64, 4), (301, 200)])
 @pytest.mark.parametrize("has_images", [False, True])
-@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("builder", [None, *BUILDERS])  # of programs with AMX
 def test_attention_of_a_chunk_is_that_of_torch(
     dtype: torch.dtype,
     window: int | None,
@@ -49,7 +50,7 @@ def test_attention_of_a_chunk_is_that_of_torch(
     start: int,
     tokens: int,
     has_images: bool,
-    has_amx: bool,
+    builder: type[AMXBuilder] | None,
 ) -> None:
     images = [(start + tokens // 5, start + tokens // 2), (start + tokens // 2, start + tokens)] if has_images else []
     torch.manual_seed(tokens)
@@ -58,8 +59,8 @@ def test_attention_of_a_chunk_is_that_of_torch(
     query = torch.randn(1, tokens, heads, dim).to(dtype).transpose(1, 2)[0].unflatten(0, (kv_heads, -1))
     output = torch.empty(tokens, kv_heads, heads // kv_heads, dim, dtype=dtype)
     slots, visible = prompt_attention.slots_of(table, 16), visible_of(start, tokens, window, images)
-    plan = Plan.of(dtype, dim, has_amx)
-    program = plan, prompt_attention.chunk_program(plan, 0.3, AMXEmulator)
+    plan = Plan.of(dtype, dim, builder is not None)
+    program = plan, prompt_attention.chunk_program(plan, 0.3, builder or AMXBuilder)
     prompt_attention.attend_chunk(query, keys, values, slots, visible, 0.3, output, program)
     k, v = (cache[table].flatten(0, 1)[: start + tokens].transpose(0, 1).float() for cache in (keys, values))
     distance = torch.arange(start, start + tokens)[:, None] - torch.arange(start + tokens)

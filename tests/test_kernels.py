@@ -3,9 +3,10 @@ import platform
 
 import pytest
 import torch
-from amx_emulator import AMXEmulator
+from amx_emulator import BUILDERS, FEATURES, SAPPHIRE_RAPIDS
 
 from engine.cpu import activations, jit, kernels, products, sampling_kernels
+from engine.cpu.amx import AMXBuilder
 from engine.cpu.packed_weight import (
     GROUP,
     INT4,
@@ -85,14 +86,15 @@ def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tu
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(FORMATS, (1, 16, 31, 128, 300))))
-def test_a_product_with_amx_is_that_without(fmt: Format, rows: int) -> None:
+def test_a_product_with_amx_is_that_without(fmt: Format, rows: int, builder: type[AMXBuilder]) -> None:
     torch.manual_seed(rows)
     weight = pack(random_codes(fmt, 50, COLUMNS))
     x, bias = activations.quantize(torch.randn(rows, COLUMNS)), torch.randn(64)
-    emulated = products.amx_matmul_program(fmt, torch.float32, *jit.host(), AMXEmulator)
+    program = products.amx_matmul_program(fmt, torch.float32, *jit.host(), builder)
     expected = products.matmul(x, weight, bias, torch.float32, products.matmul_program(fmt, torch.float32, *jit.host()))
-    product = products.matmul(x, weight, bias, torch.float32, emulated)
+    product = products.matmul(x, weight, bias, torch.float32, program)
     torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -105,14 +107,22 @@ def test_what_is_no_number_reaches_the_product(bad: float) -> None:
     assert not product[1].isfinite().any()
 
 
+@pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize(("rows", "outputs"), [(1, 50), (33, 16), (70, 96)])
-def test_a_product_of_bfloat16_with_amx_is_that_of_torch(rows: int, outputs: int) -> None:
+def test_a_product_of_bfloat16_with_amx_is_that_of_torch(rows: int, outputs: int, builder: type[AMXBuilder]) -> None:
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(outputs, 96).bfloat16()
-    emulated = products.amx_matmul_bfloat16_program(torch.float32, *jit.host(), AMXEmulator)
+    program = products.amx_matmul_bfloat16_program(torch.float32, *jit.host(), builder)
     bias = torch.nn.functional.pad(torch.randn(outputs), (0, -outputs % 16))
-    product = products.matmul_bfloat16(activations.group(x), pack_bfloat16(weight), bias, torch.float32, emulated)
+    product = products.matmul_bfloat16(activations.group(x), pack_bfloat16(weight), bias, torch.float32, program)
     torch.testing.assert_close(product, x.float() @ weight.float().T + bias[:outputs], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's instructions")
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_product_is_compiled_for_a_processor_with_amx(fmt: Format) -> None:
+    assert products.amx_matmul_program(fmt, torch.bfloat16, SAPPHIRE_RAPIDS, FEATURES)
+    assert products.amx_matmul_bfloat16_program(torch.bfloat16, SAPPHIRE_RAPIDS, FEATURES)
 
 
 @pytest.mark.skipif(not kernels.has_bfloat16(), reason="needs AVX512-BF16")
