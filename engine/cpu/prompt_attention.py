@@ -389,7 +389,8 @@ class _ChunkBuilder:
             now = b.splat(b.largest(top.get()))
             b.write(now, place)
             shifts.append(b.fneg(b.fmul(now, scale)))
-            factor = self._exp2(b.fused(earlier, scale, shifts[-1]))
+            # the difference first: for a row that has seen nothing, two products with LOWEST would be rounded apart
+            factor = self._exp2(b.fmul(b.fsub(earlier, now), scale))
             b.write(factor, b.add(self.at["factors"], I64(64 * r)))
             sums.append(b.variable(b.fmul(b.read(FLOATS, total), factor)))
         with b.loop(low, high, plan.pair * LANES) as key:
