@@ -40,7 +40,7 @@ class RoundedWeights:
         self._folder = cache_dir / FOLDER
         place = checked.directory.resolve()
         self._stem = f"{place.name}-{quantization.name}-{_hash(str(place))}"
-        self._path = self._folder / f"{self._stem}-{_key(checked)}.safetensors"
+        self._path = self._folder / f"{self._stem}-{_key(checked, quantization)}.safetensors"
 
     def read(self, attention: Any) -> PreTrainedModel | None:
         """Returns the model, or None where it is not kept or the file is broken. attention: names of its functions."""
@@ -79,12 +79,12 @@ class RoundedWeights:
                 other.unlink()
 
 
-def _key(checked: CheckedModel) -> str:
-    """Hashes what decides the content: the model's files, the data type, our code and transformers' version."""
+def _key(checked: CheckedModel, quantization: Quantization) -> str:
+    """Hashes what decides the content: the model's files, the format and data type, our code, transformers' version."""
     files = sorted(path for path in checked.directory.iterdir() if path.suffix in (".safetensors", ".json"))
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     code = [Path(str(module.__file__)).read_text() for module in CODE]
-    return _hash(json.dumps((states, str(checked.dtype), transformers.__version__, code)))
+    return _hash(json.dumps((states, str(quantization), str(checked.dtype), transformers.__version__, code)))
 
 
 def _hash(text: str) -> str:
