@@ -217,7 +217,7 @@ def test_the_figures_beside_other_servers_are_those_that_were_measured() -> None
         for row, measure in zip(table, measured, strict=True):
             figures = [measure[name] for name in (*head[2:-1], "ratio")]
             for shown, figure in zip(row[2:], figures, strict=True):
-                assert number(shown) == pytest.approx(figure, abs=0.501 * 10 ** -len(shown.partition(".")[2])), row
+                assert number(shown) == pytest.approx(figure, abs=0.5 * 10 ** -len(shown.partition(".")[2])), row
 
 
 def number(shown: str) -> float:

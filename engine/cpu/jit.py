@@ -194,7 +194,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
 
     def exp2(self, x: Value) -> Value:
         """Computes 2**x of a vector of 16 with a relative error of 1e-4, as bfloat16 needs; NaN stays NaN. The CPU must
-        have AVX512.
+        have AVX512-DQ.
 
         2**x = 2**floor(x) * 2**r with r from 0 to 1, and 2**r by its polynomial of degree 3 with the least relative
         error (Remez).
@@ -220,7 +220,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         return self.fdiv(one, self.fadd(one, self.exp(self.fneg(x))))
 
     def sigmoid_bfloat16(self, x: Value) -> Value:
-        """Computes `sigmoid` with a relative error of 2e-4, as bfloat16 needs. The CPU must have AVX512."""
+        """Computes `sigmoid` with a relative error of 2e-4, as bfloat16 needs. The CPU must have AVX512-DQ."""
         e = self.exp2(self.fmul(x, constant(FLOATS, -1.4426950408889634)))
         e, every = self.fadd(e, constant(FLOATS, 1.0)), ir.IntType(16)(-1)
         return self.intrinsic("llvm.x86.avx512.rcp14.ps.512", FLOATS, e, e, every)

@@ -139,7 +139,7 @@ ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 def _gate(dtype: torch.dtype, activation: str) -> Program:
     b = Builder("gate", ("x", "values", "scales", "sums", "totals", "rows", "blocks"), jit.host()[1])
     rows, blocks = b.argument["rows"], b.argument["blocks"]
-    is_rough = dtype == torch.bfloat16 and "+avx512f" in jit.features()
+    is_rough = dtype == torch.bfloat16 and {"+avx512f", "+avx512dq"} <= set(jit.features())
     sigmoid = b.sigmoid_bfloat16 if is_rough else b.sigmoid
     with b.share(blocks) as block, b.loop(I64(0), rows) as row:
         gates = b.add(b.mul(row, b.mul(blocks, I64(2))), block)
