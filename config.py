@@ -354,6 +354,13 @@ class Settings(ProviderSettings):
     kv_cache_memory: Bytes | None = Field(
         None, description="the bytes of the KV cache, such as 4GiB; default: from free memory"
     )
+    snapshot_memory: Bytes | None = Field(
+        None,
+        description=(
+            "the bytes of the KV cache that keep the recurrent state at places where other prompts may go on; only for "
+            "models with recurrent layers, such as Qwen 3.5; default: half of what running sequences leave"
+        ),
+    )
     kv_block_size: int | None = Field(
         None,
         gt=0,

@@ -141,7 +141,7 @@ def prompts_of(model: Any, count: int) -> list[list[int]]:
 def engine_of(model: Any) -> Engine:
     """Builds an engine whose cache has room for the streams and the long prompt."""
     room = LONG_PROMPT + max(STREAMS) * (PROMPT_TOKENS + NEW_TOKENS + 64)
-    memory = room * sum(spec.bytes_per_token for spec in probe_layers(model).values())
+    memory = room * probe_layers(model).bytes_per_token
     options = EngineOptions(
         max_model_len=CONTEXT, max_num_seqs=max(STREAMS), num_speculative_tokens=0, kv_cache_memory=memory
     )

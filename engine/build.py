@@ -17,9 +17,10 @@ from engine.attention.flash import Kernel
 from engine.checked_model import CheckedModel
 from engine.engine import Engine, EngineOptions
 from engine.kv_cache import CachePlan, KVCache
-from engine.layer_spec import AttentionSpec
+from engine.layer_spec import LayerSpecs
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner, input_device, probe_layers
+from engine.recurrent.state_cache import StateCache, StatePlan
 from engine.report import Report
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Limits, Scheduler
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 CPU_CACHE_MEMORY = 4 * 2**30  # bytes that the cache takes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
 BLOCK_SIZES = (16, 256)  # tokens; the first size that the device's attention takes is used
+SNAPSHOTS_EACH = 4  # of recurrent state, that memory is taken for, for each sequence that runs at once
 GPU_RESERVE = 0.1  # share of a GPU's memory that is kept for activations
 _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
     "cpu": (32, 512, 256),
@@ -143,7 +145,7 @@ def build_engine(
     """Builds the engine for a loaded model, with a cache sized from free memory. Raises ModelLoadError."""
     specs = probe_layers(model)
     max_num_seqs, batched, mixed = _DEVICE_DEFAULTS[
-        "cuda" if next(iter(specs.values())).device.type == "cuda" else "cpu"
+        "cuda" if next(iter(specs.attention.values())).device.type == "cuda" else "cpu"
     ]
     max_num_seqs = options.max_num_seqs or max_num_seqs
     batched = max(options.max_num_batched_tokens or batched, max_num_seqs, _tokens_per_image(model))
@@ -152,7 +154,12 @@ def build_engine(
     proposer = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(model, kernel)
-    plan, memory = _plan(specs, options, block_size, context, max_num_seqs, max(batched, mixed))
+    memory = _cache_memory(specs, options, context + block_size, max_num_seqs)
+    states = _state_cache(specs, memory, block_size, max_num_seqs, options)
+    if states is not None:
+        memory -= states.plan.num_bytes(specs)
+        max_num_seqs = states.plan.num_slots
+    plan = CachePlan.fit(specs.attention, memory, block_size, max_num_seqs, max(batched, mixed))
     limits = Limits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=batched,
@@ -160,7 +167,7 @@ def build_engine(
         max_model_len=_fit_context(context, plan, options, memory),
         num_speculative_tokens=options.num_speculative_tokens,
     )
-    cache = KVCache(plan, specs)
+    cache = KVCache(plan, specs.attention, states)
     log.info(
         "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens",
         limits.max_model_len,
@@ -170,18 +177,19 @@ def build_engine(
         block_size,
     )
     runner = ModelRunner(model, cache, eos_token_ids, kernel)
-    if kernel is not None and len({spec.device for spec in specs.values()}) == 1:
+    has_one_device = len({spec.device for spec in specs.attention.values()}) == 1
+    if kernel is not None and has_one_device and states is None:
         runner.record_graphs(max_num_seqs, limits.max_model_len)
     engine = Engine(runner, Scheduler(cache, limits, eos_token_ids, proposer), options)
-    if runner.device.type == "cuda":
+    if runner.device.type == "cuda" and states is None:  # whose steps cannot be taken back
         engine.runner = AsyncRunner(runner, engine.is_quiet)
     return engine
 
 
-def _choose_attention(specs: dict[int, AttentionSpec], options: EngineOptions) -> tuple[int, Kernel | None]:
+def _choose_attention(specs: LayerSpecs, options: EngineOptions) -> tuple[int, Kernel | None]:
     """Chooses the tokens in a block, and the kernel that attends to such blocks on a GPU: some take only large ones."""
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
-    kernels = ((size, flash.find(specs.values(), size)) for size in sizes)
+    kernels = ((size, flash.find(specs.attention.values(), size)) for size in sizes)
     return next(((size, kernel) for size, kernel in kernels if kernel is not None), (sizes[0], None))
 
 
@@ -206,20 +214,42 @@ def _tokens_per_image(model: PreTrainedModel) -> int:
     return 0 if family is None else family.max_crop_tokens
 
 
-def _plan(
-    specs: dict[int, AttentionSpec],
-    options: EngineOptions,
-    block_size: int,
-    context: int,
-    max_num_seqs: int,
-    step_tokens: int,
-) -> tuple[CachePlan, int]:
-    """Plans the cache. Also returns the bytes that it was fitted to."""
-    bytes_per_token = sum(spec.bytes_per_token for spec in specs.values())
-    memory = options.kv_cache_memory or min(
-        _free_memory(specs), max_num_seqs * (context + block_size) * bytes_per_token
+def _cache_memory(specs: LayerSpecs, options: EngineOptions, num_tokens: int, max_num_seqs: int) -> int:
+    """Returns the bytes for the cache: no more than `max_num_seqs` sequences of `num_tokens` tokens can use."""
+    if options.kv_cache_memory:
+        return options.kv_cache_memory
+    per_sequence = num_tokens * specs.bytes_per_token + (1 + SNAPSHOTS_EACH) * specs.bytes_per_sequence
+    return min(_free_memory(specs), max_num_seqs * per_sequence)
+
+
+def _state_cache(
+    specs: LayerSpecs, memory: int, block_size: int, max_num_seqs: int, options: EngineOptions
+) -> StateCache | None:
+    """Makes the part of the cache that recurrent layers need; None for a model without any."""
+    if not specs.recurrent:
+        return None
+    plan = StatePlan.fit(
+        specs,
+        memory,
+        max_num_seqs=max_num_seqs,
+        max_guesses=options.num_speculative_tokens,
+        snapshot_memory=options.snapshot_memory,
     )
-    return CachePlan.fit(specs, memory, block_size, max_num_seqs, step_tokens), memory
+    if plan.num_slots < max_num_seqs:
+        log.warning(
+            "%d sequences run at once, not %d: the recurrent state of each takes %.1f MiB; raise KV_CACHE_MEMORY",
+            plan.num_slots,
+            max_num_seqs,
+            specs.bytes_per_sequence / 2**20,
+        )
+    log.info(
+        "recurrent state takes %.2f GiB: %d slots and %d snapshots of %.1f MiB",
+        plan.num_bytes(specs) / 2**30,
+        plan.num_slots,
+        plan.num_snapshots,
+        specs.bytes_per_sequence / 2**20,
+    )
+    return StateCache(plan, specs.recurrent, block_size)
 
 
 def _draft_model(
@@ -234,8 +264,14 @@ def _draft_model(
     context = min(context, _model_context(draft, None))
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(draft, kernel)
-    plan, memory = _plan(specs, options, block_size, context, max_num_seqs, CATCH_UP)
-    cache = KVCache(plan, specs)
+    if specs.recurrent:
+        raise ModelLoadError(
+            f"Models of type {draft.config.model_type!r} cannot guess for another one: "
+            "the state of their recurrent layers cannot go back where a guess was wrong."
+        )
+    memory = _cache_memory(specs, options, context + block_size, max_num_seqs)
+    plan = CachePlan.fit(specs.attention, memory, block_size, max_num_seqs, CATCH_UP)
+    cache = KVCache(plan, specs.attention)
     log.info("a draft model guesses tokens; its KV cache takes %.2f GiB", memory / 2**30)
     runner = ModelRunner(draft, cache, eos_token_ids, kernel)
     num_embeddings = cast(int, model.get_input_embeddings().num_embeddings)
@@ -270,14 +306,15 @@ def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: 
     return plan.max_tokens
 
 
-def _free_memory(specs: dict[int, AttentionSpec]) -> int:
+def _free_memory(specs: LayerSpecs) -> int:
     """Returns the bytes for the cache: on GPUs what each has left for the layers on it, on a CPU a share of the free
     memory."""
-    devices = {spec.device for spec in specs.values()}
-    total = sum(spec.bytes_per_token for spec in specs.values())
+    layers = specs.attention.values()
+    devices = {spec.device for spec in layers}
+    total = specs.bytes_per_token
     limits = []
     for device in devices:
-        share = sum(spec.bytes_per_token for spec in specs.values() if spec.device == device)
+        share = sum(spec.bytes_per_token for spec in layers if spec.device == device)
         if device.type == "cuda":
             free, capacity = torch.cuda.mem_get_info(device)
             room = free - GPU_RESERVE * capacity

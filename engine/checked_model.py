@@ -20,7 +20,7 @@ from engine import weight_files
 from errors import ModelLoadError, first_line
 from vision.families import vision_family_of
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}  # those that the KV cache can hold
+LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv"}  # those that the cache can hold
 # Activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
 NEVER_FLOAT16 = ("gemma",)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -45,6 +45,7 @@ class EngineOptions:
     max_queued_tokens: int = 2**20
     num_clients: int = 1
     kv_cache_memory: int | None = None
+    snapshot_memory: int | None = None
     kv_block_size: int | None = None
     num_speculative_tokens: int = 8
     cache_dir: Path | None = None  # where the result of the check at start is kept; None: nowhere
@@ -272,6 +273,8 @@ class Engine:
 
     def _recover(self, batch: Batch, error: Exception, is_last_try: bool) -> None:
         release_memory(error)
+        if self.scheduler.cache.states is not None:
+            return self._isolate(batch, error)
         for span in batch.spans:
             self.scheduler.cache.rollback(span.sequence, span.start)
         half = len(batch.spans) // 2
@@ -283,11 +286,22 @@ class Engine:
         if not is_last_try:
             smaller = span.smaller()
             return self._compute(Batch((smaller,)), is_last_try=smaller == span)
+        self._give_up(span.sequence, error)
+
+    def _isolate(self, batch: Batch, error: Exception) -> None:
+        """Has the sequences of a failed batch computed again, since recurrent states cannot go back; gives one up that
+        has failed alone with a single token before."""
+        first = batch.spans[0]
+        if len(batch.spans) == 1 and first.smaller() == first and self.scheduler.is_suspect(first.sequence):
+            return self._give_up(first.sequence, error)
+        self.scheduler.isolate(batch)
+
+    def _give_up(self, sequence: Sequence, error: Exception) -> None:
         log.error("the model failed on a sequence", exc_info=error)
         failed = EngineFailure("The model failed on this request; the error is in the server's log.")
-        self.scheduler.cache.erase(span.sequence)  # the step may have written NaN
-        self.scheduler.remove(span.sequence)
-        self._deliver([(span.sequence.on_output, failed)])
+        self.scheduler.cache.erase(sequence)  # the step may have written NaN
+        self.scheduler.remove(sequence)
+        self._deliver([(sequence.on_output, failed)])
 
     def _encode_images(self) -> bool:
         """Encodes the next images that prompts wait for; only one while sequences decode. False where one failed."""

@@ -13,6 +13,7 @@ import torch
 
 from engine.block_pool import BlockPool
 from engine.layer_spec import LayerSpec
+from engine.recurrent.state_cache import StateCache
 from engine.sequence import Sequence
 
 FREED = -1
@@ -68,8 +69,10 @@ class CachePlan:
 class KVCache:
     """Hands out the blocks of every group of layers, and owns the tensors that they are rows of."""
 
-    def __init__(self, plan: CachePlan, specs: Mapping[int, LayerSpec]) -> None:
+    def __init__(self, plan: CachePlan, specs: Mapping[int, LayerSpec], states: StateCache | None = None) -> None:
+        """states: those of the model's recurrent layers, if it has any."""
         self.plan = plan
+        self.states = states
         self.specs = specs
         self.groups = plan.groups
         self.block_size = plan.block_size
@@ -89,11 +92,14 @@ class KVCache:
         return sum(pool.num_blocks for pool in self.pools)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Gives the sequence blocks for its first `num_tokens` tokens. False, and none, where too few are free."""
+        """Gives the sequence blocks for its first `num_tokens` tokens, and a slot for its recurrent state. False, and
+        nothing, where too few are free."""
         sequence.block_tables = sequence.block_tables or [[] for _ in self.groups]
         num_needed = -(-num_tokens // self.block_size)
         missing = [num_needed - len(table) for table in sequence.block_tables]
         if any(count > pool.num_free for count, pool in zip(missing, self.pools, strict=True)):
+            return False
+        if self.states is not None and not self.states.open(sequence):
             return False
         for table, pool, count in zip(sequence.block_tables, self.pools, missing, strict=True):
             table.extend(pool.allocate() for _ in range(count))
@@ -117,17 +123,20 @@ class KVCache:
 
     # --- progress
 
-    def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Notes that the state of the sequence's first `num_tokens` tokens is in the cache."""
+    def advance(self, sequence: Sequence, num_tokens: int, num_guesses: int = 0) -> None:
+        """Notes that the sequence's first `num_tokens` tokens are computed; the last of them may be guesses."""
         sequence.num_computed = num_tokens
+        if sequence.state is not None:
+            sequence.state.num_tokens = num_tokens - num_guesses
 
     def rollback(self, sequence: Sequence, num_tokens: int) -> None:
-        """Forgets the state of all but the sequence's first `num_tokens` tokens.
+        """Forgets all but the sequence's first `num_tokens` tokens; guesses only, if the model has recurrent layers.
 
-        Keys and values of later tokens may stay in their blocks: no query sees them before they are written again. A
-        layer whose state cannot be cut at any token would restore a snapshot here.
+        Keys and values of later tokens may stay in their blocks: no query sees them before they are written again. The
+        states of recurrent layers hold no guess.
         """
         sequence.num_computed = min(sequence.num_computed, num_tokens)
+        assert sequence.state is None or sequence.state.num_tokens <= sequence.num_computed, "a state cannot go back"
 
     # --- reuse
 
@@ -147,10 +156,13 @@ class KVCache:
             sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
 
     def _num_reusable(self, keys: list[bytes], sequence: Sequence) -> int:
-        """Returns the largest number of leading blocks such that every group still has those that the next token sees.
-        They never end inside an image, since its tokens see each other."""
+        """Returns the largest number of leading blocks such that every group still has those that the next token sees,
+        and there is a snapshot of the recurrent state after them. They never end inside an image, since its tokens see
+        each other."""
         runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
         for n in range(len(keys), 0, -1):
+            if self.states is not None and not self.states.has_snapshot(keys[n - 1]):
+                continue
             needed = (n - self._first_visible(group, n) for group in self.groups)
             end = n * self.block_size
             splits_image = any(image.start < end for image in sequence.whole_images_in(end, end + 1))
@@ -163,10 +175,12 @@ class KVCache:
         return 0 if group.window is None else max(0, num_blocks * self.block_size + 1 - group.window) // self.block_size
 
     def cache_blocks(self, sequence: Sequence, is_checked: bool) -> None:
-        """Lets other sequences reuse this one's full blocks, unless they hold NaN.
+        """Lets other sequences reuse this one's full blocks and new snapshots, unless they hold NaN.
 
         is_checked: logits that depend on all of them were finite, so the blocks need not be read.
         """
+        if self.states is not None:
+            self.states.publish(sequence, is_checked)
         num_full = sequence.num_computed // self.block_size
         if sequence.num_cached_blocks >= num_full:
             return
@@ -201,7 +215,10 @@ class KVCache:
                 table[index] = FREED
 
     def erase(self, sequence: Sequence) -> None:
-        """Zeroes the blocks that are not cached: a NaN in a freed block would reach its next owner, even masked."""
+        """Zeroes its recurrent state and the blocks that are not cached: a NaN in a freed block would reach its next
+        owner, even masked."""
+        if self.states is not None:
+            self.states.erase(sequence)
         for layer, group in self.group_of.items():
             pool, table = self.pools[group], sequence.block_tables[group]
             blocks = [block for block in table if block != FREED and not pool.is_cached(block)]
@@ -216,6 +233,8 @@ class KVCache:
                     pool.remove_reference(block)
         sequence.block_tables = []
         sequence.num_cached_blocks = 0
+        if self.states is not None:
+            self.states.close(sequence)
         self.rollback(sequence, 0)
 
 

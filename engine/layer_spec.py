@@ -1,4 +1,5 @@
-"""LayerSpec: what the cache asks of a layer's state. AttentionSpec: that of an attention layer, its keys and values."""
+"""What the cache asks of a layer's state: LayerSpec of one that grows with its tokens, such as AttentionSpec's keys and
+values; RecurrentSpec of one of fixed size."""
 
 import math
 from dataclasses import dataclass
@@ -52,11 +53,74 @@ class AttentionSpec:
     def make_tensors(self, num_blocks: int, block_size: int) -> tuple[torch.Tensor, ...]:
         """Keys (num_blocks, block_size, num_kv_heads, key_dim), and values with value_dim in its place."""
         shape = (num_blocks, block_size, self.num_kv_heads)
-        return self._zeros(*shape, self.key_dim), self._zeros(*shape, self.value_dim)
+        return tuple(_zeros((*shape, dim), self.dtype, self.device) for dim in (self.key_dim, self.value_dim))
 
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        """On a CPU these are the operating system's own zero pages, which take no memory until they are written."""
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        num_bytes = math.prod(shape) * self.dtype.itemsize
-        return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(self.dtype).view(shape)
+
+@dataclass(frozen=True)
+class StateShape:
+    """One tensor of a recurrent layer's state, as transformers' cache names it."""
+
+    kind: str  # "conv" or "recurrent"
+    index: int  # of several states of this kind
+    shape: tuple[int, ...]  # of one sequence
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RecurrentSpec:
+    """A state of fixed size for each sequence, as the layer's own forward makes it."""
+
+    states: tuple[StateShape, ...]
+    input_width: int  # numbers that the layer reads of a token, to compute it again
+    input_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        return sum(state.num_bytes for state in self.states)
+
+    @property
+    def bytes_per_input(self) -> int:
+        return self.input_width * self.input_dtype.itemsize
+
+    def make_tensors(self, num_rows: int) -> tuple[torch.Tensor, ...]:
+        """Returns the zeroed states, each (num_rows, *shape)."""
+        return tuple(_zeros((num_rows, *state.shape), state.dtype, self.device) for state in self.states)
+
+    def make_inputs(self, num_rows: int) -> torch.Tensor:
+        """Returns (num_rows, input_width)."""
+        return _zeros((num_rows, self.input_width), self.input_dtype, self.device)
+
+
+@dataclass(frozen=True)
+class LayerSpecs:
+    """What a model's layers store, by their numbers. A layer may be of both kinds."""
+
+    attention: dict[int, AttentionSpec]
+    recurrent: dict[int, RecurrentSpec]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(spec.bytes_per_token for spec in self.attention.values())
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Memory for each sequence, however long it is."""
+        return sum(spec.bytes_per_sequence for spec in self.recurrent.values())
+
+    @property
+    def bytes_per_guess(self) -> int:
+        """Memory for each guess of a sequence, until it is known to be right."""
+        return sum(spec.bytes_per_input for spec in self.recurrent.values())
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU these are the operating system's own zero pages, which take no memory until they are written."""
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(dtype).view(shape)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,8 @@ from engine.attention.paged import (
 from engine.batch import Batch, Span
 from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
 from engine.kv_cache import FREED, KVCache, LayerGroup, first_visible
-from engine.layer_spec import AttentionSpec
+from engine.layer_spec import LayerSpecs
+from engine.recurrent.layers import wrap_recurrent_layers
 from engine.sample.masks import GrammarBitmasks
 from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken
@@ -41,9 +42,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def probe_layers(model: PreTrainedModel) -> dict[int, AttentionSpec]:
-    """Runs one token through the model and notes what each layer stores. Raises ModelLoadError for a model with a layer
-    that does not call the attention interface."""
+def probe_layers(model: PreTrainedModel) -> LayerSpecs:
+    """Runs one token through the model and notes what each layer stores. Recurrent layers are wrapped before, so that
+    they take the tokens of many sequences. Raises ModelLoadError for a model with a layer that neither calls the
+    attention interface nor keeps its state in transformers' cache."""
+    wrap_recurrent_layers(model)
     recorder = AttentionRecorder()
     device = input_device(model)
     try:
@@ -52,18 +55,19 @@ def probe_layers(model: PreTrainedModel) -> dict[int, AttentionSpec]:
     except AssertionError as error:
         raise ModelLoadError(f"Models of type {model.config.model_type!r} are not supported: {error}.") from error
     num_layers = model.config.get_text_config().num_hidden_layers
-    if set(recorder.calls) != set(range(num_layers)):
+    if {*recorder.calls, *recorder.recurrent} != {*range(num_layers)} or not recorder.calls:
         raise ModelLoadError(
             f"Models of type {model.config.model_type!r} are not supported: "
             "not all of their layers use transformers' attention interface."
         )
-    return {layer: call.spec for layer, call in recorder.calls.items()}
+    return LayerSpecs({layer: call.spec for layer, call in recorder.calls.items()}, recorder.recurrent)
 
 
 @dataclass(frozen=True)
 class _Layout:
     """The order in which a step's tokens go through the model: decodes first, then prompts."""
 
+    whole: tuple[Span, ...]  # one for each sequence
     decodes: list[Span]  # of one token each, shortest sequence first; each guessed token is one more
     prefills: list[Span]  # those with images whose tokens see each other last
 
@@ -76,7 +80,7 @@ class _Layout:
             for position in range(span.start, span.end)
         ]
         prefills = sorted((s for s in batch.spans if not s.is_decode), key=lambda s: bool(_whole_images_in(s)))
-        return cls(sorted(parts, key=lambda s: s.start), prefills)
+        return cls(batch.spans, sorted(parts, key=lambda s: s.start), prefills)
 
     @property
     def spans(self) -> list[Span]:
@@ -219,10 +223,11 @@ class ModelRunner:
         for span in layout.spans:
             token_ids += [span.token_at(position) for position in range(span.start, span.end)]
         groups = [self._group_attention(index, group, layout) for index, group in enumerate(self.cache.groups)]
+        states = None if self.cache.states is None else self.cache.states.plan_step(layout.whole, layout.rows())
         return self._compute(
             torch.tensor([token_ids], device=self.device) if known is None else known[None],
             self._positions(layout),
-            StepAttention(self.cache, groups, self.flash),
+            StepAttention(self.cache, groups, self.flash, states),
             torch.tensor(rows, dtype=torch.long, device=self.device),
             _features(layout),
         )
@@ -310,7 +315,7 @@ class ModelRunner:
             plain = [span for span in layout.spans if not _whole_images_in(span)]
             flash = self._flash_batch(index, group.window, plain) if plain else None
             start = sum(span.num_tokens for span in plain)
-            rest = _Layout([], [span for span in layout.prefills if _whole_images_in(span)])
+            rest = replace(layout, decodes=[], prefills=[s for s in layout.prefills if _whole_images_in(s)])
         for spans in _similar_lengths(rest.decodes, group.window, block_size):
             decodes.append(self._decode_group(index, group.window, spans, start))
             start += len(spans)

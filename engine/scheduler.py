@@ -7,6 +7,7 @@ none of them waits for a long prompt.
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from os.path import commonprefix  # of any sequences
 
 from engine.batch import Batch, Span
 from engine.kv_cache import KVCache
@@ -46,6 +47,7 @@ class Scheduler:
         self._turn = 0  # the latest one that was admitted
         self._next_turns: dict[str, int] = {}  # client -> the turn of its next prompt
         self.prefill_budget = PrefillBudget(limits.max_num_mixed_tokens)
+        self._suspects: dict[Sequence, int] = {}  # to be computed alone -> tokens of a step, at most
 
     @property
     def has_work(self) -> bool:
@@ -92,6 +94,8 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Chooses what the next step computes: every decode that gets a block, then chunks of prompts within the
         budget, the most urgent first."""
+        if self._suspects:
+            return self._schedule_suspect()
         spans: list[Span] = []
         self._promote()
         for sequence in sorted(self.running, key=lambda s: s.priority):  # lowest priority last: those are preempted
@@ -121,6 +125,31 @@ class Scheduler:
             self._preempt(self._least_urgent())
             return self.schedule()
         assert spans or not self.running, "a sequence that fits the cache alone cannot proceed"
+        return Batch(tuple(spans))
+
+    # --- after a failed step
+
+    def isolate(self, batch: Batch) -> None:
+        """Computes the sequences of a failed step again from the start, each alone: the step may have changed their
+        recurrent states. One that has failed alone is computed with fewer tokens at a time."""
+        for span in batch.spans:
+            is_alone = len(batch.spans) == 1
+            most = span.num_tokens // 2 if is_alone else self.limits.max_num_batched_tokens
+            self._suspects[span.sequence] = max(1, most)
+            self._preempt(span.sequence)
+
+    def is_suspect(self, sequence: Sequence) -> bool:
+        return sequence in self._suspects
+
+    def _schedule_suspect(self) -> Batch:
+        sequence, budget = next(iter(self._suspects.items()))
+        while sequence.status is Status.WAITING and not self._admit(sequence):
+            self._preempt(self._least_urgent())
+        spans: list[Span] = []
+        while not spans and not self._prefill(sequence, budget, spans):
+            others = [other for other in self.running if other is not sequence]
+            assert others, "a sequence that fits the cache alone cannot proceed"
+            self._preempt(others[-1])
         return Batch(tuple(spans))
 
     def _with_drafts(self, decodes: list[Span]) -> list[Span]:
@@ -160,6 +189,7 @@ class Scheduler:
         if not self.cache.can_admit(sequence, self._prefilling(), self.limits.max_num_batched_tokens):
             self.cache.free(sequence)
             return False
+        self.cache.allocate(sequence, sequence.num_computed)  # before a snapshot that it begins from is forgotten
         sequence.status = Status.RUNNING
         if sequence.queue_time is None:
             sequence.queue_time = time.perf_counter() - sequence.added
@@ -191,8 +221,9 @@ class Scheduler:
         size = self.cache.block_size
         keys = sequence.block_keys(size)[: (sequence.num_tokens - 1) // size]
         for other in [s for s in self._prefilling() if s.priority <= sequence.priority and not s.scores_prompt]:
-            index = other.num_computed // size
-            if index < len(keys) and other.block_keys(size)[index : index + 1] == [keys[index]]:
+            index, others = other.num_computed // size, other.block_keys(size)
+            if index < len(keys) and others[index : index + 1] == [keys[index]]:
+                other.boundaries.add(size * len(commonprefix([keys, others])))
                 return not sequence.scores_prompt
         return False
 
@@ -246,6 +277,7 @@ class Scheduler:
                 self.cache.cache_blocks(sequence, is_checked=False)
                 self.cache.free_outside_window(sequence)
                 continue
+            self._suspects.pop(sequence, None)
             added = self._append_all(span, next(tokens))
             outputs += ((sequence, output) for output in added)
             if added[-1] is None:
@@ -265,7 +297,7 @@ class Scheduler:
             outputs.append(None if token is None else self._append(sequence, token))
             if outputs[-1] is None or outputs[-1].finish_reason:
                 break
-        self.cache.advance(sequence, span.end)
+        self.cache.advance(sequence, span.end, len(span.draft))
         if span.draft:
             self.cache.rollback(sequence, num_before + len(outputs) - 1)
             self.proposer.note(sequence, len(span.draft), len(tokens) - 1)
@@ -306,6 +338,7 @@ class Scheduler:
                 self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
+        self._suspects.pop(sequence, None)
         self._erase_unchecked(sequence)
         self.cache.free(sequence)
         self.proposer.forget(sequence)

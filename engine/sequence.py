@@ -36,6 +36,16 @@ class TokenOutput:
     queue_time: float = 0.0  # seconds until it was admitted; likewise
 
 
+@dataclass
+class RecurrentState:
+    """Where the state of a sequence's recurrent layers is, and what it holds."""
+
+    slot: int  # a row of the state tensors
+    num_tokens: int  # leading tokens that the state holds
+    reserved: dict[int, int] = field(default_factory=dict)  # number of tokens -> row that gets the state after them
+    answer_key: bytes | None = None  # of the latest snapshot of the answer
+
+
 OutputCallback = Callable[[TokenOutput | Exception], None]
 
 
@@ -58,6 +68,8 @@ class Sequence:
     token_ids: list[int] = field(init=False)  # prompt and answer
     num_computed: int = 0  # leading tokens whose keys and values are in the cache
     block_tables: list[list[int]] = field(default_factory=list)  # per layer group; FREED where the window has passed
+    state: RecurrentState | None = None  # while it runs, if the model has recurrent layers
+    boundaries: set[int] = field(default_factory=set)  # numbers of tokens after which another prompt may differ
     num_cached_tokens: int = 0  # tokens of the prompt that it took over from another sequence
     num_cached_blocks: int = 0  # leading blocks that other sequences can find
     seed: int = field(init=False)

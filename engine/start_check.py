@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from engine.batch import Batch, Span
 from engine.cpu import kernels
 from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
-from engine.layer_spec import AttentionSpec
 from engine.model_runner import ModelRunner
 from engine.report import Report
 from engine.sampling_params import SamplingParams
@@ -135,7 +134,7 @@ def reference_of(runner: ModelRunner) -> str:
     """Names transformers' implementation to compare with: the more exact one, if it computes all that the layers ask
     for."""
     specs = runner.cache.specs.values()
-    has_softcap = any(isinstance(spec, AttentionSpec) and spec.softcap is not None for spec in specs)
+    has_softcap = any(getattr(spec, "softcap", None) is not None for spec in specs)
     return SDPA if runner.model._supports_sdpa and not has_softcap else EAGER
 
 
@@ -160,11 +159,12 @@ def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
     length = len(token_ids) - NUM_DECODES
     sequence = Sequence(token_ids[:length], SamplingParams(max_tokens=NUM_DECODES), on_output=lambda output: None)
     sequence.token_ids = list(token_ids)
-    decodes = tuple(Span(sequence, position, 1) for position in range(length, len(token_ids)))
+    decodes = Span(sequence, start=length, num_tokens=NUM_DECODES, draft=tuple(token_ids[length + 1 :]))
     try:
         runner.cache.allocate(sequence, len(token_ids))
         prompt = runner.logits(Batch((Span(sequence, 0, length),)), num_kept=COMPARED)
-        return torch.cat([prompt, runner.logits(Batch(decodes))]).float()
+        runner.cache.advance(sequence, length)
+        return torch.cat([prompt, runner.logits(Batch((decodes,)))]).float()
     finally:
         runner.cache.free(sequence)
 

@@ -7,14 +7,14 @@ stream becomes slower than people read.
 import logging
 import math
 import time
-from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
 from engine.batch import Batch, Span
 from engine.kv_cache import CachePlan, KVCache
-from engine.layer_spec import AttentionSpec
+from engine.layer_spec import LayerSpecs
 from engine.model_runner import ModelRunner
+from engine.recurrent.state_cache import StateCache, StatePlan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
@@ -28,28 +28,30 @@ TOKENS_EACH = 512  # that the KV cache should hold for each sequence
 BLOCK_SIZE = 16  # tokens
 
 
-def choose_num_seqs(model: PreTrainedModel, specs: Mapping[int, AttentionSpec], cache_memory: int) -> int:
+def choose_num_seqs(model: PreTrainedModel, specs: LayerSpecs, cache_memory: int) -> int:
     """Returns a power of two from FEWEST to MOST. cache_memory: bytes. Raises what the model raises."""
     one, many = (decode_seconds(model, specs, count) for count in (1, ROWS))
     per_row = max(many - one, 1e-6) / (ROWS - 1)
     in_time = 1 + (max(SLOWEST, STRETCH * one) - one) / per_row
-    in_memory = cache_memory / (TOKENS_EACH * sum(spec.bytes_per_token for spec in specs.values()))
+    in_memory = cache_memory / (TOKENS_EACH * specs.bytes_per_token + specs.bytes_per_sequence)
     count = min(max(in_time, FEWEST), max(in_memory, FEWEST), MOST)
     log.info("a step of 1 sequence takes %.1f ms, of %d %.1f ms", 1e3 * one, ROWS, 1e3 * many)
     return 1 << int(math.log2(count))
 
 
-def decode_seconds(model: PreTrainedModel, specs: Mapping[int, AttentionSpec], count: int) -> float:
+def decode_seconds(model: PreTrainedModel, specs: LayerSpecs, count: int) -> float:
     """Returns the seconds of a decode step of `count` sequences, in a cache of its own."""
-    bytes_per_token = sum(spec.bytes_per_token for spec in specs.values())
-    plan = CachePlan.fit(specs, (count + 1) * BLOCK_SIZE * bytes_per_token, BLOCK_SIZE, count, count)
-    cache = KVCache(plan, specs)
+    memory = (count + 1) * BLOCK_SIZE * specs.bytes_per_token
+    plan = CachePlan.fit(specs.attention, memory, BLOCK_SIZE, count, count)
+    states = StateCache(StatePlan(count, 0, 0), specs.recurrent, BLOCK_SIZE) if specs.recurrent else None
+    cache = KVCache(plan, specs.attention, states)
     runner = ModelRunner(model, cache)
     greedy = SamplingParams(max_tokens=2, temperature=0.0)
     sequences = [Sequence([0], greedy, on_output=lambda output: None) for _ in range(count)]
     for sequence in sequences:
         sequence.token_ids.append(0)  # a token of an answer
         cache.allocate(sequence, sequence.num_tokens)
+        cache.advance(sequence, 1)
     batch = Batch(tuple(Span(sequence, 1, 1) for sequence in sequences))
     seconds = []
     for _ in range(TRIES):

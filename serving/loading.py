@@ -162,6 +162,7 @@ def engine_options(settings: Settings) -> "EngineOptions":
         max_queued_tokens=settings.max_queued_tokens,
         num_clients=max(1, len({key.name for key in settings.api_keys})),
         kv_cache_memory=settings.kv_cache_memory,
+        snapshot_memory=settings.snapshot_memory,
         kv_block_size=settings.kv_block_size,
         num_speculative_tokens=settings.num_speculative_tokens,
         cache_dir=settings.cache_dir,

@@ -15,14 +15,24 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -63,16 +73,56 @@ FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig(**_COMMON, num_hidden_layers=3)),
 }
 
-SEEDS = {"gemma3": 53, "qwen3": 0, "qwen2": 0, "llama": 0}  # with these, the two best tokens are never nearly tied
+_DELTA_NET = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}
+_EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+RECURRENT = {  # families with layers whose state has a fixed size
+    "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**_COMMON, **_DELTA_NET)),
+    "qwen3_5_moe": (Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**_COMMON, **_DELTA_NET, **_EXPERTS)),
+    "qwen3_next": (Qwen3NextForCausalLM, Qwen3NextConfig(**_COMMON, **_DELTA_NET, **_EXPERTS)),
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config(**_COMMON, num_hidden_layers=4, layer_types=["conv", "conv", "full_attention", "conv"]),
+    ),
+    "granite_hybrid": (
+        GraniteMoeHybridForCausalLM,
+        GraniteMoeHybridConfig(
+            **_COMMON,
+            num_hidden_layers=4,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            mamba_n_heads=8,
+            mamba_d_head=12,
+            mamba_d_state=16,
+            mamba_n_groups=2,
+            mamba_chunk_size=16,
+            num_local_experts=0,
+            shared_intermediate_size=64,
+        ),
+    ),
+}
+
+SEEDS = {"gemma3": 53}  # with these, or 0, the two best tokens are never nearly tied
 
 
 def tiny_model(family: str, implementation: str = paged.NAME, **changes: object) -> PreTrainedModel:
     """Returns a float32 model with the same weights for every `implementation` of attention."""
-    model_class, config = FAMILIES[family]
+    model_class, config = (FAMILIES | RECURRENT)[family]
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)
-    torch.manual_seed(SEEDS[family])
+    torch.manual_seed(SEEDS.get(family, 0))
     model = model_class(config)
     model.set_attn_implementation(implementation)
     return model.eval()

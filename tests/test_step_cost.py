@@ -12,7 +12,7 @@ from engine.step_cost import FEWEST, MOST, choose_num_seqs, decode_seconds
 def test_a_fast_model_computes_as_many_sequences_as_the_memory_holds() -> None:
     model = tiny_model("qwen2", paged.NAME)
     specs = probe_layers(model)
-    of_sequence = 512 * sum(spec.bytes_per_token for spec in specs.values())
+    of_sequence = 512 * specs.bytes_per_token
     assert choose_num_seqs(model, specs, 10**12) == MOST
     assert choose_num_seqs(model, specs, 100 * of_sequence) == 64
     assert choose_num_seqs(model, specs, of_sequence) == FEWEST

@@ -18,7 +18,8 @@ from engine.attention import flash
 from engine.attention.flash import FlashBatch, Kernel
 from engine.cpu import attention_kernels, prompt_attention
 from engine.kv_cache import KVCache
-from engine.layer_spec import AttentionSpec
+from engine.layer_spec import AttentionSpec, RecurrentSpec
+from engine.recurrent.state_cache import StateStep
 
 NAME = "paged_blocks"
 COMPUTED = ("position_ids", "is_causal")  # arguments that need nothing more than what is computed here
@@ -112,6 +113,7 @@ class StepAttention:
     cache: KVCache
     groups: list[GroupAttention]
     flash: Kernel | None = None
+    states: StateStep | None = None  # of recurrent layers, if the model has any
     _copies: dict[tuple[int, torch.device], GroupAttention] = field(default_factory=dict)
 
     def of_layer(self, layer: int, device: torch.device) -> GroupAttention:
@@ -155,9 +157,10 @@ class Call:
 
 @dataclass
 class AttentionRecorder:
-    """Replaces StepAttention in a first forward, and records what each layer asks for."""
+    """Replaces StepAttention in a first forward, and records what each layer asks for or remembers."""
 
     calls: dict[int, Call] = field(default_factory=dict)
+    recurrent: dict[int, RecurrentSpec] = field(default_factory=dict)
 
 
 def paged_attention(
