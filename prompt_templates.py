@@ -6,8 +6,9 @@ The tokenizer's own chat template always wins; a family's is for tokenizers that
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
 from errors import InvalidRequest
@@ -44,6 +45,7 @@ MARKUP = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response|tools?)>|<(star
 RENDERING_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 THINK = ("<think>", "</think>")  # the marks of most models that reason
 FIRST_MARK = 0x10FF00  # private-use characters stand for the tokens of marks, so that text spelled alike is told apart
+MOST_CLOSING = 16  # tokens that may close the reasoning behind a template's text
 NONE = "(?!)"  # a regular expression that nothing fits
 
 
@@ -173,6 +175,15 @@ class RenderOptions:
     tools: Sequence[dict[str, Any]] = ()  # in OpenAI's form
     thinks: bool | None = None
     effort: str | None = None  # of the thinking, for templates that know of it
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A conversation as text."""
+
+    text: str
+    seam: str  # a character that cuts control tokens in two which messages spell
+    opens: bool  # whether it ends with the assistant's header
 
 
 class PromptTemplate:
@@ -311,9 +322,52 @@ class PromptTemplate:
 
         Raises InvalidRequest for messages that the template takes neither as they are nor with alternating roles.
         """
+        options = options or RenderOptions()
+        text = self._text(messages, options)
+        token_ids = self._encode_parts(text)
+        return token_ids + self._closing(token_ids) if text.opens and options.thinks is False else token_ids
+
+    def turn_boundaries(
+        self, messages: Sequence[Message], options: RenderOptions, prompt_ids: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Returns how many tokens of a prompt would stay if the last message of the user were another one, and if the
+        conversation went on after it.
+
+        prompt_ids: what `render_chat` returned. Each place is at a control token; places without one are left out.
+        """
+        last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
+        if last is None or options.image_tokens:
+            return ()
+        user, assistant = (messages[last].model_copy(update={"role": r, "content": "."}) for r in ("user", "assistant"))
+        whole = self._text(messages, options)
+        places = set()
+        for others in ([*messages[:last], user], [*messages[: last + 1], assistant, user]):
+            try:
+                text = self._text(others, replace(options, continues=None, opens=None)).text
+            except InvalidRequest:
+                continue
+            places.add(self._num_before(whole, len(commonprefix([whole.text, text])), prompt_ids))
+        return tuple(sorted(places - {0}))
+
+    def _num_before(self, whole: "PromptText", num_characters: int, prompt_ids: Sequence[int]) -> int:
+        """Returns the number of tokens before the last control token that ends within the first characters; 0 if there
+        is none."""
+        matches = [match for match in self._control.finditer(whole.text, 0, num_characters) if match[0]]
+        if not matches:
+            return 0
+        rest = self._encode_parts(replace(whole, text=whole.text[matches[-1].start() :]))
+        place = len(prompt_ids) - len(rest)  # reasoning that was closed behind the text makes it a little later
+        token_id = self._vocabulary[matches[-1][0]]
+        return next((at for at in range(place, max(0, place - MOST_CLOSING), -1) if prompt_ids[at] == token_id), 0)
+
+    def _encode_parts(self, text: "PromptText") -> list[int]:
+        parts = text.text.split(text.seam)
+        encoded = {part: self.encode(part) for part in set(parts)}  # many marks make many equal parts
+        return [token_id for part in parts for token_id in encoded[part]]
+
+    def _text(self, messages: Sequence[Message], options: RenderOptions) -> "PromptText":
         from jinja2 import TemplateError
 
-        options = options or RenderOptions()
         plain, tools, seam, mark = self._disarm(messages, options.tools)
         plain, continues, opens = _ending(plain, options.continues, options.opens)
         if continues and plain[-1]["role"] not in ("assistant", "user"):
@@ -334,10 +388,7 @@ class PromptTemplate:
                 refusal = refusal or error
             else:
                 check_characters(text, "messages")
-                parts = text.split(seam)
-                encoded = {part: self.encode(part) for part in set(parts)}  # many marks make many equal parts
-                token_ids = [token_id for part in parts for token_id in encoded[part]]
-                return token_ids + self._closing(token_ids) if opens and options.thinks is False else token_ids
+                return PromptText(text, seam, opens)
         raise InvalidRequest(
             f"The model's chat template rejects these messages: {refusal}", param="messages"
         ) from refusal

@@ -5,7 +5,7 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,6 +117,11 @@ class Engine:
         return self.runner.num_embeddings
 
     @property
+    def needs_boundaries(self) -> bool:
+        """Whether a prompt's beginning can be reused only where its recurrent state was kept."""
+        return self.scheduler.cache.states is not None
+
+    @property
     def num_running(self) -> int:
         return len(self.scheduler.running)
 
@@ -158,11 +163,13 @@ class Engine:
         priority: int = 0,
         images: tuple[Image, ...] = (),
         client: str = "",
+        boundaries: Collection[int] = (),
     ) -> AsyncGenerator[list[TokenOutput]]:
         """Yields the answer as it is computed: each time all outputs that are new, mostly one token.
 
         The last output has a finish_reason. Leaving the iterator aborts the sequence. Prompts with a smaller `priority`
-        are computed first; within one priority, clients take turns.
+        are computed first; within one priority, clients take turns. `boundaries`: numbers of tokens after which other
+        prompts may go on differently, where a recurrent state is worth keeping.
 
         Raises Overloaded where too many sequences wait (`check_room` also bounds their tokens), Unavailable where the
         engine is closing or has stopped, EngineFailure where a step failed.
@@ -174,6 +181,7 @@ class Engine:
         sequence = Sequence(
             prompt_ids, params, on_output=collector.put, priority=priority, images=images, client=client
         )
+        sequence.boundaries.update(boundaries)
         self._live.add(sequence)
         self.admission.take(client)
         self.post(partial(self.scheduler.add, sequence))

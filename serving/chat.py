@@ -61,7 +61,8 @@ async def plan_chat(request: ChatCompletionRequest, loaded: LoadedModel, rendere
     num_choices, template = request.n or 1, loaded.template
     check_num_answers(loaded.engine, num_choices, "n")
     tools = tool_set_of(request)
-    prompt_ids, images = await renderer.render(loaded, request, tools)
+    prompt = await renderer.render(loaded, request, tools)
+    prompt_ids = prompt.prompt_ids
     check_request(loaded.engine, request, prompt_ids, "messages")
     reasoning = ReasoningState(template.thinking(prompt_ids), request.thinking_token_budget)
     constraint = reasoning.before(await constraint_of(loaded, request, tools), loaded)
@@ -71,7 +72,8 @@ async def plan_chat(request: ChatCompletionRequest, loaded: LoadedModel, rendere
         params=params,
         stop=with_marks(request.stop_strings, template.marks),
         priority=BACKGROUND if is_background_task(request) else 0,
-        images=images,
+        images=prompt.images,
+        boundaries=prompt.boundaries,
         parser_options=parser_options_of(template, tools, reasoning.state, is_structured(request), constraint),
     )
     return ChatPlan(

@@ -1,6 +1,7 @@
 """ChatRenderer: a conversation becomes a prompt, and its images get their places in it."""
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prompt_templates import RenderOptions
@@ -14,14 +15,23 @@ if TYPE_CHECKING:
     from engine.vision import Image
 
 
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as the model's prompt."""
+
+    prompt_ids: list[int]
+    images: "tuple[Image, ...]" = ()
+    boundaries: tuple[int, ...] = ()  # numbers of tokens after which other prompts may go on; see `Engine.stream`
+
+
 class ChatRenderer:
     def __init__(self, fetcher: ImageFetcher, max_images: int) -> None:
         self._fetcher, self._max_images = fetcher, max_images
 
     async def render(
         self, loaded: LoadedModel, request: ChatCompletionRequest | TokenizeRequest, tools: ToolSet | None
-    ) -> "tuple[list[int], tuple[Image, ...]]":
-        """Returns the prompt's token ids, and its images. A model without vision fetches no image. Raises APIError."""
+    ) -> "RenderedChat":
+        """Returns the prompt. A model without vision fetches no image. Raises APIError."""
         messages, image_inputs = request.messages or [], loaded.image_inputs
         images = [] if image_inputs is None else await image_inputs.crops_of(messages, self._fetcher, self._max_images)
         check_characters(loaded, sum(len(text) for message in messages for text in message.texts), "messages")
@@ -33,10 +43,14 @@ class ChatRenderer:
             thinks=False if request.thinks is None and is_background_task(request) else request.thinks,
             effort=request.effort,
         )
-        prompt_ids = await asyncio.to_thread(loaded.template.render_chat, messages, options)
+        template, boundaries = loaded.template, ()
+        prompt_ids = await asyncio.to_thread(template.render_chat, messages, options)
+        if loaded.engine.needs_boundaries:
+            boundaries = await asyncio.to_thread(template.turn_boundaries, messages, options, prompt_ids)
         if image_inputs is None or not images:
-            return prompt_ids, ()
-        return prompt_ids, image_inputs.place(prompt_ids, [crop for crops in images for crop in crops])
+            return RenderedChat(prompt_ids, boundaries=boundaries)
+        crops = [crop for crops in images for crop in crops]
+        return RenderedChat(prompt_ids, image_inputs.place(prompt_ids, crops), boundaries)
 
 
 def is_background_task(request: ChatCompletionRequest | TokenizeRequest) -> bool:

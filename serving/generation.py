@@ -36,6 +36,7 @@ class GenerationRequest:
     prefix: Sequence[int] = ()  # the prompt's end, if the answer continues its text
     priority: int = 0  # a smaller one goes first
     images: "tuple[Image, ...]" = ()
+    boundaries: Sequence[int] = ()  # numbers of tokens after which other prompts may go on differently
     parser_options: ParserOptions = PLAIN_TEXT
 
     def of_choice(self, number: int) -> "GenerationRequest":
@@ -255,7 +256,14 @@ async def generate(loaded: LoadedModel, index: int, request: GenerationRequest) 
     detokenizer = template.marking_detokenizer if request.parser_options.marks else template.detokenizer
     generation = Generation(index, ChoiceReader(detokenizer, loaded.texts.byte_ids, request))
     client = request_record.current().client
-    stream = loaded.engine.stream(request.prompt_ids, request.params, request.priority, request.images, client)
+    stream = loaded.engine.stream(
+        request.prompt_ids,
+        request.params,
+        priority=request.priority,
+        images=request.images,
+        client=client,
+        boundaries=request.boundaries,
+    )
     async with aclosing(stream):
         async for outputs in stream:
             delta = generation.add(outputs)

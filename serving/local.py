@@ -205,7 +205,7 @@ class LocalModel:
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either prompt or messages.", param="prompt", code="invalid_value")
         if request.messages is not None:
-            token_ids, _ = await self._renderer.render(loaded, request, tool_set_of(request))
+            token_ids = (await self._renderer.render(loaded, request, tool_set_of(request))).prompt_ids
         else:
             check_characters(loaded, len(request.prompt or ""), "prompt")
             has_bos = request.add_special_tokens is not False

@@ -1,0 +1,372 @@
+"""Recurrent state: one slot for each sequence, snapshots that prompts begin from, guesses that it never holds."""
+
+import asyncio
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import RECURRENT, VOCAB, generate, tiny_model
+from test_engine import answer, answers, engine_of, greedy, prompts, reference, run, small_cache
+
+from engine.batch import Batch, Span
+from engine.build import build_engine
+from engine.engine import Engine, EngineOptions
+from engine.layer_spec import LayerSpecs, RecurrentSpec, StateShape
+from engine.model_runner import ModelRunner, probe_layers
+from engine.recurrent.state_cache import StateCache, StatePlan
+from engine.sampling_params import SampledToken, SamplingParams
+from engine.sequence import Sequence
+from errors import EngineFailure, ModelLoadError
+
+BLOCK = 4
+ROOMY = EngineOptions(max_num_seqs=16, kv_block_size=BLOCK, max_num_batched_tokens=64, max_num_mixed_tokens=64)
+
+
+# --- the layers
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("chunk", [1, 63, 64, 65])
+def test_a_prompt_may_be_cut_anywhere(family: str, chunk: int) -> None:
+    prompt = prompts(1, longest=121)[0] * 2
+    engine = engine_of(family, EngineOptions(max_num_batched_tokens=chunk, max_num_seqs=1, kv_block_size=16))
+    assert answers(engine, [prompt[:150]], greedy(20)) == [reference(family, prompt[:150], 20)]
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("num_speculative_tokens", [0, 1, 8])
+def test_guesses_change_no_answer(family: str, num_speculative_tokens: int) -> None:
+    """Prompts that repeat themselves, and a proposer that is right for a few tokens, whatever it is asked for."""
+    requests = prompts(6, longest=60)
+    expected = [reference(family, prompt, 60) for prompt in requests]
+    proposer = HalfRight({tuple(p): e for p, e in zip(requests, expected, strict=True)})
+    for count in (1, 6):
+        engine = engine_of(family, replace(ROOMY, num_speculative_tokens=num_speculative_tokens))
+        engine.scheduler.proposer = proposer
+        assert answers(engine, requests[:count], greedy(60)) == expected[:count]
+    accepted = {num_accepted for _, num_accepted in proposer.counts}
+    assert len(accepted) >= {0: 0, 1: 2, 8: 6}[num_speculative_tokens]
+
+
+class HalfRight:
+    """Knows the answers, and is wrong after a number of tokens that differs from guess to guess."""
+
+    def __init__(self, answers: dict[tuple[int, ...], list[int]]) -> None:
+        self.answers, self.rng = answers, random.Random(0)
+        self.counts: list[tuple[int, int]] = []
+
+    def propose(self, requests: Any, step_time: float | None = None) -> list[tuple[int, ...]]:
+        return [self.guess(sequence, limit) for sequence, limit in requests]
+
+    def guess(self, sequence: Sequence, limit: int) -> tuple[int, ...]:
+        known = self.answers[tuple(sequence.prompt_ids)][sequence.num_output_tokens :][:limit]
+        right = self.rng.randrange(len(known) + 1)
+        return tuple(token if i < right else (token + 1) % VOCAB for i, token in enumerate(known))
+
+    def note(self, sequence: Sequence, num_proposed: int, num_accepted: int) -> None:
+        self.counts.append((num_proposed, num_accepted))
+
+    def forget(self, sequence: Sequence) -> None: ...
+
+
+class ReadsTheNextSlot(StateCache):
+    def plan_step(self, *arguments: Any) -> Any:
+        step = super().plan_step(*arguments)
+        runs = [replace(run, slot=(run.slot + 1) % self.plan.num_slots) for run in step.phases[0].runs]
+        return replace(step, phases=(replace(step.phases[0], runs=tuple(runs)), *step.phases[1:]))
+
+
+class KeepsOldStates(StateCache):
+    def _zero(self, slot: int) -> None: ...
+
+
+class ForgetsGuesses(StateCache):
+    def plan_step(self, *arguments: Any) -> Any:
+        return replace(super().plan_step(*arguments), kept=())
+
+
+class RestoresNothing(StateCache):
+    def _copy(self, source: int, target: int) -> None:
+        self._zero(target)
+
+
+@pytest.mark.parametrize("wrong", [ReadsTheNextSlot, KeepsOldStates, ForgetsGuesses, RestoresNothing])
+def test_a_wrong_state_gives_other_tokens(wrong: type[StateCache]) -> None:
+    """That the comparisons with `generate` can fail."""
+    requests = prompts(6, longest=60)
+    expected = [reference("qwen3_5", prompt, 60) for prompt in requests]
+    engine = engine_of("qwen3_5", ROOMY)
+    right = engine.scheduler.cache.states
+    assert right is not None
+    engine.scheduler.cache.states = wrong(right.plan, right.specs, BLOCK)
+    engine.scheduler.proposer = HalfRight({tuple(p): e for p, e in zip(requests, expected, strict=True)})
+
+    async def use(engine: Engine) -> list[list[int]]:
+        for _ in range(3):
+            tokens = await asyncio.gather(*(answer(engine, prompt, greedy(60)) for prompt in requests))
+        return tokens
+
+    assert run(engine, use) != expected
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_several_choices_begin_with_the_same_state(family: str) -> None:
+    prompt, engine = prompts(1)[0], engine_of(family, ROOMY)
+    params = [SamplingParams(max_tokens=30, temperature=1.0, seed=seed) for seed in range(4)]
+
+    async def use(engine: Engine) -> list[tuple[int, list[int]]]:
+        async def one(own: SamplingParams) -> tuple[int, list[int]]:
+            outputs = [output async for output in generate(engine, prompt, own)]
+            return outputs[0].num_cached_tokens, [o.token_id for o in outputs if o.token_id is not None]
+
+        return await asyncio.gather(*map(one, params))
+
+    together = run(engine, use)
+    assert sorted(cached for cached, _ in together)[1:] == [(len(prompt) - 1) // BLOCK * BLOCK] * 3
+    alone = [answers(engine_of(family, ROOMY), [prompt], own)[0] for own in params]
+    assert [tokens for _, tokens in together] == alone
+
+
+# --- beginnings
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_each_turn_of_a_conversation_computes_only_what_is_new(family: str) -> None:
+    """Twenty turns, each of which appends the last answer and a result to the prompt."""
+    rng = random.Random(5)
+    engine = engine_of(family, replace(ROOMY, max_num_batched_tokens=48))
+
+    async def use(engine: Engine) -> None:
+        prompt, before = [rng.randrange(VOCAB) for _ in range(30)], 0
+        for _ in range(20):
+            outputs = [output async for output in generate(engine, prompt, greedy(7))]
+            tokens = [output.token_id for output in outputs if output.token_id is not None]
+            assert tokens == reference_of_turn(family, prompt)
+            assert outputs[0].num_cached_tokens >= before - BLOCK
+            before = len(prompt) + len(tokens) - 1  # the last token was not computed
+            prompt = [*prompt, *tokens, *(rng.randrange(VOCAB) for _ in range(rng.randrange(1, 14)))]
+
+    run(engine, use)
+
+
+def reference_of_turn(family: str, prompt: list[int]) -> list[int]:
+    return reference(family, prompt, 7)
+
+
+def test_a_boundary_lets_another_prompt_begin_there() -> None:
+    common, engine = prompts(1)[0][:41], engine_of("qwen3_5", ROOMY)
+    ends = prompts(4, longest=30)
+
+    async def use(engine: Engine) -> list[int]:
+        cached = []
+        for number, end in enumerate(ends):
+            boundaries = (len(common),) if number < 2 else ()
+            stream = engine.stream([*common, *end], greedy(5), boundaries=boundaries)
+            outputs = [output async for several in stream for output in several]
+            assert [o.token_id for o in outputs] == reference("qwen3_5", [*common, *end], 5)
+            cached.append(outputs[0].num_cached_tokens)
+        return cached
+
+    assert run(engine, use) == [0, 40, 40, 40]
+
+
+def test_prompts_that_come_together_share_what_they_have_in_common() -> None:
+    common, engine = prompts(1)[0][:41], engine_of("qwen3_5", ROOMY)
+    requests = [[*common, *end] for end in prompts(5, longest=30)]
+
+    async def use(engine: Engine) -> list[int]:
+        async def one(prompt: list[int]) -> int:
+            outputs = [output async for output in generate(engine, prompt, greedy(20))]
+            assert [output.token_id for output in outputs] == reference("qwen3_5", prompt, 20)
+            return outputs[0].num_cached_tokens
+
+        return await asyncio.gather(*map(one, requests))
+
+    assert run(engine, use) == [0, 40, 40, 40, 40]
+
+
+# --- the slots
+
+
+SPEC = RecurrentSpec(
+    (StateShape("conv", 0, (3,), torch.float32), StateShape("recurrent", 0, (2, 2), torch.float32)),
+    input_width=5,
+    input_dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+
+
+def sequence(tokens: list[int]) -> Sequence:
+    return Sequence(tokens, SamplingParams(max_tokens=10), lambda output: None)
+
+
+def compute(cache: StateCache, one: Sequence, end: int, is_checked: bool = True) -> None:
+    """A step up to `end` that writes the number of tokens into the state."""
+    span = Span(one, one.num_computed, end - one.num_computed)
+    step = cache.plan_step([span], {(one.number, p): i for i, p in enumerate(range(span.start, span.end))})
+    done = one.num_computed
+    for phase in step.phases:
+        for run_ in phase.runs:
+            done += len(run_.rows)
+            for tensor in cache.tensors[0]:
+                tensor[run_.slot] = done
+        for slot, row in phase.saves:
+            for tensor in cache.tensors[0]:
+                tensor[row] = tensor[slot]
+    one.num_computed = end
+    assert one.state is not None
+    one.state.num_tokens = end
+    cache.publish(one, is_checked)
+
+
+def test_slots_are_never_shared_and_all_come_back() -> None:
+    cache, rng = StateCache(StatePlan(4, 3, 2), {0: SPEC}, BLOCK), random.Random(0)
+    alive: list[Sequence] = []
+    num_begun = 0
+    for _ in range(2000):
+        if rng.random() < 0.3:
+            one = sequence([rng.randrange(2) for _ in range(rng.randrange(1, 12))])
+            keys = one.block_keys(BLOCK)[: (one.num_tokens - 1) // BLOCK]
+            known = max((n for n in range(1, len(keys) + 1) if cache.has_snapshot(keys[n - 1])), default=0)
+            one.num_computed = BLOCK * known
+            num_begun += bool(known)
+            if cache.open(one):
+                assert all((tensor[one.state.slot] == BLOCK * known).all() for tensor in cache.tensors[0])
+                alive.append(one)
+            else:
+                assert len(alive) == 4
+        for one in list(alive):
+            if rng.random() < 0.2 or not one.num_uncomputed:
+                cache.close(one)
+                alive.remove(one)
+            else:
+                compute(cache, one, one.num_computed + rng.randrange(1, one.num_uncomputed + 1))
+        slots = [one.state.slot for one in alive]
+        assert len(slots) == len(set(slots)) == cache.num_used_slots
+        assert cache.num_snapshots <= 3
+    assert num_begun > 30
+
+
+def test_the_snapshot_that_was_used_last_is_kept() -> None:
+    cache = StateCache(StatePlan(1, 2, 0), {0: SPEC}, BLOCK)
+    ones = [sequence([number] * 9) for number in range(3)]
+    for one in ones[:2]:
+        assert cache.open(one)
+        compute(cache, one, 9)
+        cache.close(one)
+    again = sequence([0] * 9)
+    again.num_computed = 8
+    assert cache.open(again)
+    cache.close(again)
+    assert cache.open(ones[2])
+    compute(cache, ones[2], 9)
+    assert [cache.has_snapshot(one.block_keys(BLOCK)[1]) for one in ones] == [True, False, True]
+
+
+def test_a_state_that_is_no_number_is_no_snapshot_and_does_not_stay() -> None:
+    cache = StateCache(StatePlan(1, 2, 0), {0: SPEC}, BLOCK)
+    bad = sequence([1] * 9)
+    assert cache.open(bad)
+    compute(cache, bad, 4, is_checked=False)
+    assert cache.num_snapshots == 0, "not at a boundary"
+    for tensor in cache.tensors[0]:
+        tensor[:] = torch.nan
+    span = Span(bad, 4, 4)
+    cache.plan_step([span], {(bad.number, p): p - 4 for p in range(4, 8)})
+    cache.publish(bad, is_checked=False)
+    assert cache.num_snapshots == 0
+    cache.erase(bad)
+    assert all(torch.isfinite(tensor[bad.state.slot]).all() for tensor in cache.tensors[0])
+    cache.close(bad)
+    assert cache.num_used_slots == 0
+
+
+def test_slots_come_first_and_bound_the_sequences() -> None:
+    specs = LayerSpecs({}, {0: SPEC, 1: SPEC})
+    assert specs.bytes_per_sequence == 56
+    roomy = StatePlan.fit(specs, 100_000, max_num_seqs=8, max_guesses=2)
+    assert roomy.num_slots == 8 and 0.4 * 100_000 < roomy.num_bytes(specs) < 0.6 * 100_000
+    scarce = StatePlan.fit(specs, 1000, max_num_seqs=8, max_guesses=2)
+    assert scarce.num_slots == 3 and scarce.num_bytes(specs) <= 1000
+    chosen = StatePlan.fit(specs, 100_000, max_num_seqs=8, max_guesses=2, snapshot_memory=1000)
+    assert chosen.num_snapshots == 17
+
+
+def test_fewer_sequences_run_where_memory_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    specs = probe_layers(tiny_model("qwen3_5"))
+    options = EngineOptions(max_num_seqs=16, kv_cache_memory=12 * specs.bytes_per_sequence, max_model_len=64)
+    with caplog.at_level("INFO"):
+        engine = build_engine(tiny_model("qwen3_5"), options, frozenset())
+    assert engine.scheduler.limits.max_num_seqs < 16 and "raise KV_CACHE_MEMORY" in caplog.text
+    requests = prompts(12, longest=30)
+    assert answers(engine, requests, greedy(10)) == [reference("qwen3_5", prompt, 10) for prompt in requests]
+
+
+def test_a_recurrent_model_guesses_for_no_other_one() -> None:
+    with pytest.raises(ModelLoadError, match="'qwen3_5_text' cannot guess"):
+        build_engine(tiny_model("qwen3"), ROOMY, frozenset(), tiny_model("qwen3_5"))
+
+
+# --- faults
+
+
+class Fragile(ModelRunner):
+    """Fails in the middle of a step, when some layers have changed their states, or gives no number."""
+
+    def __init__(self, *arguments: Any, fails: int = -1, spoils: int = -1, most: int = 1000) -> None:
+        super().__init__(*arguments)
+        self.fails, self.spoils, self.most = fails, spoils, most
+        self.num_failures = 0
+
+    def run(self, batch: Batch) -> list[list[SampledToken | None]]:
+        first = [one.token_ids[0] for one in batch.sequences]
+        result = super().run(batch)
+        is_too_long = batch.num_tokens > self.most
+        if is_too_long or self.fails in first:
+            self.num_failures += 1
+            raise RuntimeError("a kernel failed")
+        complete = [span for span in batch.spans if span.is_complete]
+        return [[None] if s.sequence.token_ids[0] == self.spoils else t for s, t in zip(complete, result, strict=True)]
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("fault", ["fails", "spoils", "most"])
+def test_a_failed_step_is_computed_again_from_the_start(family: str, fault: str) -> None:
+    requests = [[i + 1, *prompt] for i, prompt in enumerate(prompts(6, longest=60))]
+    expected = [reference(family, prompt, 20) for prompt in requests]
+    engine = engine_of(family, ROOMY)
+    value = {"fails": 3, "spoils": 3, "most": 12}[fault]
+    engine.runner = Fragile(engine.runner.model, engine.runner.cache, **{fault: value})
+
+    async def use(engine: Engine) -> None:
+        results = await asyncio.gather(*(answer(engine, p, greedy(20)) for p in requests), return_exceptions=True)
+        for prompt, result, right in zip(requests, results, expected, strict=True):
+            if prompt[0] == value and fault != "most":
+                assert isinstance(result, EngineFailure)
+            else:
+                assert result == right
+        states = engine.scheduler.cache.states
+        assert all(torch.isfinite(t[: states.plan.num_slots]).all() for ts in states.tensors.values() for t in ts)
+        assert await answer(engine, requests[0], greedy(20)) == expected[0]
+
+    run(engine, use)
+    assert engine.scheduler.cache.states.num_used_slots == 0
+    if fault != "spoils":
+        assert engine.runner.num_failures > 1
+
+
+def test_leaving_frees_the_slot_within_a_step() -> None:
+    async def use(engine: Engine) -> None:
+        leavers = [generate(engine, prompt, greedy(300)) for prompt in prompts(16)]
+        for leaver in leavers:
+            await anext(leaver)
+        for leaver in leavers:
+            await leaver.aclose()
+        assert await answer(engine, prompts(1)[0], greedy()) == reference("qwen3_5", prompts(1)[0])
+
+    engine = engine_of("qwen3_5", small_cache("qwen3_5", 3000))
+    engine.scheduler.limits = replace(engine.scheduler.limits, max_num_seqs=16)
+    run(engine_of("qwen3_5"), use)
+    assert engine.scheduler.cache.states.num_used_slots == 0
