@@ -106,7 +106,8 @@ def check_architecture(config: PreTrainedConfig) -> None:
             "language model of this type."
         )
     model_class = cast(type[PreTrainedModel], auto_class(config)._model_mapping[type(config)])
-    if not model_class._supports_attention_backend:
+    # Qwen 3.5 does not say that it does, but those that take other kernels do so; `probe_layers` sees whether it is so
+    if not model_class._supports_attention_backend and not model_class._supports_flash_attn:
         raise ModelLoadError(
             f"Models of type {config.model_type!r} are not supported: transformers allows no other "
             "attention function for them."

@@ -43,7 +43,8 @@ class ChatRenderer:
             thinks=False if request.thinks is None and is_background_task(request) else request.thinks,
             effort=request.effort,
         )
-        template, boundaries = loaded.template, ()
+        template = loaded.template
+        boundaries: tuple[int, ...] = ()
         prompt_ids = await asyncio.to_thread(template.render_chat, messages, options)
         if loaded.engine.needs_boundaries:
             boundaries = await asyncio.to_thread(template.turn_boundaries, messages, options, prompt_ids)
