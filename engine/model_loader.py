@@ -123,12 +123,12 @@ def _make_alike(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
-    """Returns the layers that bitsandbytes must not quantize: the model's routers and its own defaults. None if the
-    model has no routers, so that its defaults apply."""
+    """Returns the layers that bitsandbytes must not quantize: those that stay EXACT and its own defaults. None if the
+    model has none of the former, so that its defaults apply."""
     with torch.device("meta"):
         model: Any = auto_class(config).from_config(config)
-    routers = [name for name, _ in model.named_modules() if packed_layers.ROUTER.search(name)]
-    return [*get_keys_to_not_convert(model), *routers] if routers else None
+    exact = [name for name, _ in model.named_modules() if packed_layers.EXACT.search(name)]
+    return [*get_keys_to_not_convert(model), *exact] if exact else None
 
 
 def choose_quantization(setting: str, dtype: str, on_cuda: bool, directory: Path) -> Quantization:

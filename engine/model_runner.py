@@ -21,7 +21,7 @@ from engine.batch import Batch, Span
 from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
 from engine.kv_cache import FREED, KVCache, LayerGroup, first_visible
 from engine.layer_spec import LayerSpecs
-from engine.recurrent.layers import wrap_recurrent_layers
+from engine.recurrent.delta_net import wrap_recurrent_layers
 from engine.sample.masks import GrammarBitmasks
 from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken

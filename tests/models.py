@@ -75,7 +75,7 @@ FAMILIES = {
 
 _DELTA_NET = {
     "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
+    "linear_value_head_dim": 32,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "head_dim": 16,
@@ -90,7 +90,10 @@ _EXPERTS = {
 }
 RECURRENT = {  # families with layers whose state has a fixed size
     "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**_COMMON, **_DELTA_NET)),
-    "qwen3_5_moe": (Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**_COMMON, **_DELTA_NET, **_EXPERTS)),
+    "qwen3_5_moe": (  # with heads that the CPU's kernels do not take
+        Qwen3_5MoeForCausalLM,
+        Qwen3_5MoeTextConfig(**_COMMON, **_DELTA_NET | {"linear_value_head_dim": 16}, **_EXPERTS),
+    ),
     "qwen3_next": (Qwen3NextForCausalLM, Qwen3NextConfig(**_COMMON, **_DELTA_NET, **_EXPERTS)),
     "lfm2": (
         Lfm2ForCausalLM,

@@ -28,8 +28,8 @@ from engine.cpu.packed_weight import (
 from engine.quantization import Quantization
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-ROUTER = re.compile(  # layers that choose experts: a little rounding there chooses others
-    r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)"
+EXACT = re.compile(  # small layers that are not rounded: routers choose experts, and gates how long a state lasts
+    r"(^|\.)(\w*router\w*|gate|shared_expert_gate|in_proj_(a|b|ba))(\.|$)"
 )
 Keep = Callable[[dict[str, PackedWeight], dict[str, torch.Tensor]], None]
 Prepared = Activations | torch.Tensor  # what `prepare` makes of a layer's input
@@ -215,12 +215,12 @@ def pack_model(
 
 
 def _layers_to_pack(model: PreTrainedModel) -> list[list[str]]:
-    """Returns the names of the linear layers, each with that of the embedding if they share the weight. Routers stay as
-    they are."""
+    """Returns the names of the linear layers, each with that of the embedding if they share the weight, without those
+    that stay EXACT."""
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     result = []
     for name, layer in model.named_modules():
-        if type(layer) is nn.Linear and can_pack(layer.in_features) and not ROUTER.search(name):
+        if type(layer) is nn.Linear and can_pack(layer.in_features) and not EXACT.search(name):
             result.append([name, _name_of(model, embedding)] if embedding.weight is layer.weight else [name])
     return result
 

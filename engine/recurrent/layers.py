@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.attention.paged import AttentionRecorder, StepAttention
 from engine.layer_spec import RecurrentSpec, StateShape
-from engine.recurrent.state_cache import Phase, StateCache, StateRun
+from engine.recurrent.state_cache import Phase, StateCache, StateRun, StateStep
 
 StateKey = tuple[str, int]  # "conv" or "recurrent", and the number among several states of a layer
 
@@ -70,23 +70,25 @@ class RecurrentLayer(nn.Module):
         """hidden_states: (1, tokens, columns)."""
         step = others.pop("step", None)
         if isinstance(step, AttentionRecorder):
-            step.recurrent[self._layer], output = self._record(hidden_states)
+            step.recurrent[self._layer], output = self.record(hidden_states)
             return output
         if not isinstance(step, StepAttention):  # transformers' own forward
             return cast(torch.Tensor, self.stock(hidden_states=hidden_states, **others))
-        states = step.cache.states
-        assert states is not None and step.states is not None
-        tokens = hidden_states[0]
-        inputs = states.inputs[self._layer]
-        rows = torch.cat([tokens, inputs[list(step.states.recalled)]]) if step.states.recalled else tokens
-        output = torch.empty_like(rows)
-        for phase in step.states.phases:
-            self._compute(phase, states, rows, output)
-        for row, place in step.states.kept:
-            inputs[place] = tokens[row]
-        return output[None, : len(tokens)]
+        assert step.cache.states is not None and step.states is not None
+        return self.compute(hidden_states[0], step.states, step.cache.states)[None]
 
-    def _record(self, hidden_states: torch.Tensor) -> tuple[RecurrentSpec, torch.Tensor]:
+    def compute(self, tokens: torch.Tensor, step: StateStep, cache: StateCache) -> torch.Tensor:
+        """Computes a step's tokens, (tokens, columns)."""
+        inputs = cache.inputs[self._layer]
+        rows = torch.cat([tokens, inputs[list(step.recalled)]]) if step.recalled else tokens
+        output = torch.empty_like(rows)
+        for phase in step.phases:
+            self._compute_phase(phase, cache, rows, output)
+        for row, place in step.kept:
+            inputs[place] = tokens[row]
+        return output[: len(tokens)]
+
+    def record(self, hidden_states: torch.Tensor) -> tuple[RecurrentSpec, torch.Tensor]:
         """Returns the spec of the layer's state, and its output for a new sequence."""
         recorded = LayerStates()
         output = self.stock(hidden_states=hidden_states, **{self._cache_name: recorded})
@@ -97,7 +99,7 @@ class RecurrentLayer(nn.Module):
         width, dtype = hidden_states.shape[-1], hidden_states.dtype
         return RecurrentSpec(shapes, input_width=width, input_dtype=dtype, device=hidden_states.device), output
 
-    def _compute(self, phase: Phase, cache: StateCache, rows: torch.Tensor, output: torch.Tensor) -> None:
+    def _compute_phase(self, phase: Phase, cache: StateCache, rows: torch.Tensor, output: torch.Tensor) -> None:
         groups: dict[tuple[int, bool], list[StateRun]] = {}
         for run in phase.runs:
             groups.setdefault((len(run.rows), run.writes), []).append(run)
@@ -113,17 +115,12 @@ class RecurrentLayer(nn.Module):
             if writes:
                 for key, tensor in zip(keys, tensors, strict=True):
                     tensor.index_copy_(0, slots, states.states[key].to(tensor.dtype))
-        for slot, row in phase.saves:
-            for tensor in tensors:
-                tensor[row] = tensor[slot]
+        phase.save(tensors)
 
 
-def wrap_recurrent_layers(model: nn.Module) -> None:
-    """Puts a RecurrentLayer in the place of every stock module that asks a cache for a recurrent state."""
-    wrapped = {module.stock for module in model.modules() if isinstance(module, RecurrentLayer)}
-    for name, module in list(model.named_modules()):
-        if module not in wrapped and _cache_name(module):
-            model.set_submodule(name, RecurrentLayer(module, cast(int, module.layer_idx)))
+def asks_for_state(module: nn.Module) -> bool:
+    """Returns whether a stock module keeps a recurrent state in its cache."""
+    return bool(_cache_name(module))
 
 
 def _cache_name(module: nn.Module) -> str:

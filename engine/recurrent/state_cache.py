@@ -14,7 +14,8 @@ nor shared. Therefore:
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import cached_property
+from itertools import accumulate, zip_longest
 
 import torch
 
@@ -66,6 +67,23 @@ class Phase:
 
     runs: tuple[StateRun, ...]
     saves: tuple[tuple[int, int], ...] = ()  # (slot, row that gets its state)
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """The runs for kernels, (runs, 4) int64: slot, the first of its tokens in `rows`, their number, writes."""
+        starts = accumulate((len(run.rows) for run in self.runs), initial=0)
+        return torch.tensor([(r.slot, start, len(r.rows), r.writes) for r, start in zip(self.runs, starts)])
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """The rows of all runs, int64."""
+        return torch.tensor([row for run in self.runs for row in run.rows])
+
+    def save(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Takes the snapshots of one layer. tensors: its states."""
+        for tensor in tensors:
+            for slot, row in self.saves:
+                tensor[row] = tensor[slot]
 
 
 @dataclass(frozen=True)
