@@ -16,6 +16,8 @@ from engine import memory, weight_files
 from engine.attention import fused, paged
 from engine.checked_model import CheckedModel, auto_class
 from engine.cpu import kernels, packed_checkpoint, packed_layers
+from engine.cpu.packing import Keep, Packer, pack_model
+from engine.packed_loading import PackingConfig
 from engine.quantization import BFLOAT16_KERNELS, FROM_FILE, NONE, STOCK, Quantization, choose
 from engine.report import Report
 from engine.rounded_weights import RoundedWeights
@@ -41,11 +43,12 @@ def load_model(
     try:
         kept = None if rounded is None else rounded.read(_attention_names(config))
         if not checked.is_on_cuda and kept is None:
-            _check_memory(checked)
+            _check_memory(checked, weights)
         if weights is FROM_FILE:
             model = packed_checkpoint.load(directory, config, checked.dtype, _attention_names(config))
         else:
-            model = kept or _load_stock(checked, weights, report)
+            keep = None if rounded is None else rounded.write
+            model = kept or _load_stock(checked, weights, report, keep)
     except ModelLoadError:
         raise
     except ImportError as error:
@@ -64,10 +67,6 @@ def load_model(
             "smaller model, or set QUANTIZATION to a format with fewer bits."
         )
     model.eval()
-    if weights.packed_bits and kept is None:
-        keep = None if rounded is None else rounded.write
-        with torch.inference_mode():
-            packed_layers.pack_model(model, weights, lambda part: report("quantizing weights", part), keep)
     if weights.needs_cpu_kernels:
         fused.fuse_attention(model)
     memory.trim()  # otherwise the process keeps what loading has freed
@@ -82,9 +81,15 @@ def _rounded_weights(checked: CheckedModel, weights: Quantization, cache_dir: Pa
     return RoundedWeights(cache_dir, checked, weights)
 
 
-def _load_stock(checked: CheckedModel, weights: Quantization, report: Report) -> PreTrainedModel:
+def _load_stock(
+    checked: CheckedModel, weights: Quantization, report: Report, keep: Keep | None = None
+) -> PreTrainedModel:
+    """Has transformers load the model. Weights to be packed are packed one by one as they are read; those of files that
+    are quantized already, once all are there."""
     directory, config, dtype = checked.directory, checked.config, checked.dtype
-    options: dict[str, Any] = {}
+    is_quantized = weight_files.scheme_of(config) is not None
+    packing = PackingConfig(lambda model: Packer(model, weights)) if weights.packed_bits and not is_quantized else None
+    options: dict[str, Any] = {} if packing is None else {"quantization_config": packing}
     if weights.bitsandbytes:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # silences a warning on every matrix product
         options["quantization_config"] = BitsAndBytesConfig(
@@ -95,7 +100,7 @@ def _load_stock(checked: CheckedModel, weights: Quantization, report: Report) ->
             directory,
             config=config,
             dtype=dtype,
-            device_map=checked.device_map,
+            device_map=checked.device_map if packing is None else "cpu",
             attn_implementation=_attention_names(config),
             trust_remote_code=False,
             use_safetensors=True,
@@ -103,14 +108,21 @@ def _load_stock(checked: CheckedModel, weights: Quantization, report: Report) ->
             **options,
         )
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], result)
+    if packing is not None:
+        model.hf_quantizer.remove_quantization_config(model)
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them at random
         raise ModelLoadError(f"The model in {directory} lacks {weight_files.some(missing)}.")
-    is_quantized = weight_files.scheme_of(config) is not None
     unread = weight_files.check_unread(directory, loaded["unexpected_keys"], config, is_quantized)
     if unread:
         log.info("weights that are not read: %s", unread)
     if is_quantized and all(p.is_floating_point() and p.dtype.itemsize > 1 for p in model.parameters()):
         _make_alike(model, dtype)
+    model.eval()
+    with torch.inference_mode():
+        if packing is not None and packing.packer is not None:
+            packing.packer.finish(model, keep)
+        elif weights.packed_bits:
+            pack_model(model, weights, keep)
     return model
 
 
@@ -147,13 +159,15 @@ def _attention_names(config: PreTrainedConfig) -> str | dict[str, str]:
     return {**parts, "text_config": paged.NAME, "": "sdpa"} if "text_config" in config.sub_configs else paged.NAME
 
 
-def _check_memory(checked: CheckedModel) -> None:
+def _check_memory(checked: CheckedModel, weights: Quantization) -> None:
     """Raises ModelLoadError if the weights need more memory than is free.
 
     The configuration counts too, not the files alone: loading makes room for the model that it describes before the
     two are compared.
     """
-    needed = max(checked.num_elements, _num_parameters(checked.config)) * checked.dtype.itemsize
+    needed = max(checked.num_elements * checked.dtype.itemsize, _num_bytes(checked, NONE))
+    if weights.packed_bits and weight_files.scheme_of(checked.config) is None:
+        needed = _num_bytes(checked, weights)
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelLoadError(
@@ -162,13 +176,15 @@ def _check_memory(checked: CheckedModel) -> None:
         )
 
 
-def _num_parameters(config: PreTrainedConfig) -> int:
-    """Returns the number of the model's parameters; 0 for a model whose files are quantized."""
+def _num_bytes(checked: CheckedModel, weights: Quantization) -> int:
+    """Returns the memory of the parameters that the configuration describes; 0 for a model whose files are
+    quantized."""
+    config = checked.config
     if getattr(config, "quantization_config", None) is not None:
         return 0
     with torch.device("meta"):
-        model: Any = auto_class(config).from_config(config)
-    return int(model.num_parameters())
+        model: Any = auto_class(config).from_config(config, dtype=checked.dtype)
+    return Packer(model, weights).num_bytes(model) if weights.packed_bits else model.get_memory_footprint()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from engine.checked_model import CheckedModel, auto_class
-from engine.cpu import packed_checkpoint, packed_layers, packed_weight
+from engine.cpu import packed_checkpoint, packed_experts, packed_layers, packed_weight, packing
 from engine.cpu.packed_weight import PackedWeight
 from engine.quantization import Quantization
 from errors import ModelLoadError, first_line
@@ -29,7 +29,7 @@ from errors import ModelLoadError, first_line
 log = logging.getLogger(__name__)
 FOLDER = "rounded"
 MAX_UNUSED = 7 * 86400.0  # seconds without use, after which what was made of other files is removed
-CODE = (packed_checkpoint, packed_layers, packed_weight)  # what decides the content of a file
+CODE = (packed_checkpoint, packed_experts, packed_layers, packed_weight, packing)  # what decides the content of a file
 
 
 class RoundedWeights:

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from engine.checked_model import check_model
-from engine.cpu import kernels, packed_layers
+from engine.cpu import kernels
+from engine.cpu.packing import pack_model
 from engine.model_loader import load_model
 from engine.quantization import QUANTIZATIONS
 from errors import ModelLoadError
@@ -276,7 +277,7 @@ def test_a_mixture_in_8_bits_moves_as_a_dense_model_does() -> None:
         token_ids = torch.arange(0, 198, 3)[None]
         with torch.inference_mode():
             before = model(token_ids).logits.log_softmax(-1)
-            packed_layers.pack_model(model, QUANTIZATIONS["int8"], lambda fraction: None)
+            pack_model(model, QUANTIZATIONS["int8"])
             after = model(token_ids).logits.log_softmax(-1)
         moved[name] = float((after - before).abs().amax(-1).median())
     assert max(moved.values()) <= 1.5 * moved["dense"], moved

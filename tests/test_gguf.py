@@ -160,5 +160,5 @@ NOT_CONVERTING = {  # imported by what converts, without a say in what is writte
     *("errors.py", "checkpoints/__init__.py", "checkpoints/atomic_files.py", "engine/__init__.py", "engine/threads.py"),
     *("engine/memory.py", "engine/quantization.py", "engine/report.py"),
     *("engine/cpu/__init__.py", "engine/cpu/packed_layers.py", "engine/cpu/kernels.py", "engine/cpu/amx.py"),
-    *("engine/cpu/activations.py", "engine/cpu/products.py"),
+    *("engine/cpu/activations.py", "engine/cpu/products.py", "engine/cpu/packing.py", "engine/cpu/packed_experts.py"),
 }

@@ -20,6 +20,7 @@ from engine.checked_model import check_model
 from engine.cpu import kernels, packed_checkpoint, packed_layers, packed_weight
 from engine.cpu.packed_layers import FusedMLP, FusedNorm, PackedEmbedding, PackedLinear, SharedInput, SharedLinear
 from engine.cpu.packed_weight import INT8, quantize_weight
+from engine.cpu.packing import pack_model
 from engine.engine import EngineOptions
 from engine.model_loader import choose_quantization, load_model
 from engine.quantization import QUANTIZATIONS
@@ -37,7 +38,7 @@ def model_of(family: str, implementation: str = paged.NAME, **changes: object) -
 def pack(model: PreTrainedModel, quantization: str) -> None:
     """As load_model does."""
     with torch.inference_mode():
-        packed_layers.pack_model(model, QUANTIZATIONS[quantization], lambda fraction: None)
+        pack_model(model, QUANTIZATIONS[quantization])
     fused.fuse_attention(model)
 
 
@@ -129,7 +130,7 @@ def logits_of(model: PreTrainedModel, embeddings: torch.Tensor) -> torch.Tensor:
 def test_bfloat16_layers_give_the_logits_of_the_stock_model(family: str) -> None:
     stock, packed = model_of(family, "eager").bfloat16(), model_of(family).bfloat16()
     with torch.inference_mode():
-        packed_layers.pack_model(packed, QUANTIZATIONS["bfloat16"], lambda fraction: None)
+        pack_model(packed, QUANTIZATIONS["bfloat16"])
         probe = {"input_ids": torch.tensor([[5]]), "use_cache": False}
         expected, actual = stock(**probe).logits.float(), packed(**probe, step=paged.AttentionRecorder()).logits.float()
     assert nn.Linear not in [type(module) for module in packed.modules()]
@@ -185,7 +186,7 @@ CHANGES = ["unrotated", "queries", "keys", "values", "softcap", "output", "posit
 def test_attention_that_differs_in_any_way_stays_as_it_is(change: str) -> None:
     model = model_of("llama")
     with torch.inference_mode():
-        packed_layers.pack_model(model, QUANTIZATIONS["int8"], lambda fraction: None)
+        pack_model(model, QUANTIZATIONS["int8"])
         made = fused.fused_attention(Gated(model.model.layers[0].self_attn, change))
     assert (made is None) == bool(change)
 

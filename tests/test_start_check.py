@@ -24,7 +24,8 @@ from engine import start_check
 from engine.attention import fused, paged
 from engine.build import ModelDefaults, build_engine, load_engine
 from engine.checked_model import check_model
-from engine.cpu import kernels, packed_layers
+from engine.cpu import kernels
+from engine.cpu.packing import pack_model
 from engine.engine import EngineOptions
 from engine.model_runner import ModelRunner
 from engine.quantization import QUANTIZATIONS
@@ -66,7 +67,7 @@ def test_what_is_computed_rightly_passes_in_milliseconds(name: str, dtype: torch
 def test_packed_layers_compute_on_both_sides(family: str, quantization: str) -> None:
     model = tiny_model(family, hidden_size=64, intermediate_size=96, head_dim=32)
     with torch.inference_mode():
-        packed_layers.pack_model(model, QUANTIZATIONS[quantization], lambda fraction: None)
+        pack_model(model, QUANTIZATIONS[quantization])
         fused.fuse_attention(model)
     assert start_check.check(runner_of(model), 256)
 
@@ -171,7 +172,7 @@ def test_what_is_remembered_is_of_the_layers_that_the_machine_has_chosen(tmp_pat
     auto = {"quantization": "auto", "dtype": "auto"}
     plain, packed = (tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32) for _ in range(2))
     with torch.inference_mode():
-        packed_layers.pack_model(packed, QUANTIZATIONS["int8"], lambda fraction: None)
+        pack_model(packed, QUANTIZATIONS["int8"])
     keys = [start_check.key_of(tmp_path, runner_of(model), auto) for model in (plain, plain, packed)]
     assert keys[0] == keys[1] != keys[2]
 

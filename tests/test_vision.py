@@ -13,8 +13,8 @@ from models import SIDE, TOKENS, VOCAB, tiny_gemma_that_sees
 from engine.attention import flash, fused
 from engine.attention.paged import PrefillChunk, visible_of
 from engine.build import build_engine
-from engine.cpu import packed_layers
 from engine.cpu.kernels import are_available
+from engine.cpu.packing import pack_model
 from engine.engine import Engine, EngineOptions
 from engine.model_runner import ModelRunner
 from engine.quantization import QUANTIZATIONS
@@ -305,7 +305,7 @@ def test_a_quantized_model_sees_too() -> None:
     """Its features and its answer are near those of the stock model: the first token's logits are."""
     model = tiny_gemma_that_sees(IMAGE)
     with torch.inference_mode():
-        packed_layers.pack_model(model, QUANTIZATIONS["int8"], lambda fraction: None)
+        pack_model(model, QUANTIZATIONS["int8"])
     fused.fuse_attention(model)
     encoder, stock = VisionEncoder(model), VisionEncoder(tiny_gemma_that_sees(IMAGE))
     one, other = (Image(b"0", pixels(0), 0, GRID) for _ in range(2))

@@ -49,6 +49,16 @@ def gate(gate_up: torch.Tensor, activation: str) -> Activations:
     return result
 
 
+def combine(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Computes sum_j weights[t, j] * rows[places[t, j]]: (tokens, columns) of `dtype`. rows: (any, columns) float32, in
+    whole vectors. places: (tokens, terms) int64. weights: (tokens, terms) float32."""
+    num_tokens, num_terms = places.shape
+    output = torch.empty(num_tokens, rows.shape[1], dtype=dtype)
+    addresses = (rows.data_ptr(), places.data_ptr(), weights.data_ptr(), output.data_ptr())
+    _combine(dtype)(*addresses, num_tokens, num_terms, rows.shape[1], num_threads=threads_for(num_tokens))
+    return output
+
+
 def embed(token_ids: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """Looks up the rows of a quantised weight with these numbers: (len(token_ids), columns). token_ids: int64, less
     than the weight's number of rows."""
@@ -93,6 +103,24 @@ def _rms_norm(dtype: torch.dtype, epsilon: float) -> Program:
             value = b.fmul(b.read_floats(dtype, b.address(x, column, dtype.itemsize)), scale)
             value = b.fmul(value, b.read(FLOATS, b.address(b.argument["weight"], column, 4)))
             b.write_floats(value, dtype, b.address(output, column, dtype.itemsize))
+    return jit.compile_program(b)
+
+
+@functools.cache
+def _combine(dtype: torch.dtype) -> Program:
+    b = Builder("combine", ("rows", "places", "weights", "output", "tokens", "terms", "columns"), jit.host()[1])
+    terms, columns = b.argument["terms"], b.argument["columns"]
+    total = b.variable(constant(FLOATS, 0.0))
+    with b.share(b.argument["tokens"]) as token, b.loop(I64(0), columns, LANES) as column:
+        total.set(constant(FLOATS, 0.0))
+        with b.loop(I64(0), terms) as term:
+            index = b.add(b.mul(token, terms), term)
+            row = b.read(I64, b.address(b.argument["places"], index, 8))
+            value = b.read(FLOATS, b.address(b.argument["rows"], b.add(b.mul(row, columns), column), 4))
+            weight = b.splat(b.read(F32, b.address(b.argument["weights"], index, 4)))
+            total.set(b.fused(weight, value, total.get()))
+        place = b.add(b.mul(token, columns), column)
+        b.write_floats(total.get(), dtype, b.address(b.argument["output"], place, dtype.itemsize))
     return jit.compile_program(b)
 
 

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from engine.cpu import gguf_blocks
-from engine.cpu.packed_layers import fuse_layers, replace_layer
+from engine.cpu import gguf_blocks, packing
 from engine.cpu.packed_weight import PARTS, Codes, Format, PackedWeight, can_pack, pack
 from errors import ModelLoadError
 
@@ -169,9 +168,7 @@ def read(path: Path, build: Callable[[], PreTrainedModel], dtype: torch.dtype | 
     missing = [name for name in result.missing_keys if name.removesuffix(".weight") not in tables["layers"]]
     if missing or result.unexpected_keys:
         raise ModelLoadError(f"{path} belongs to another model: remove {path.parent} and start again.")
-    for name, source in tables["layers"].items():
-        replace_layer(model, name, formats[source])
-    fuse_layers(model)
+    packing.install(model, {name: formats[source] for name, source in tables["layers"].items()})
     return model
 
 

@@ -1,4 +1,4 @@
-"""Layers that compute with packed weights, and pack_model, which puts them where a stock model has others.
+"""Layers that compute with packed weights, and what puts them where a stock model has others.
 
 Stock models stay in charge of their structure: a layer is replaced by one that gives the same result faster. Where
 several layers are replaced by one (norms, MLPs), the replacement is first compared with what it replaces; see
@@ -16,22 +16,12 @@ from transformers import PreTrainedModel
 from engine.cpu import activations, kernels, products
 from engine.cpu.activations import Activations
 from engine.cpu.jit import LANES
-from engine.cpu.packed_weight import (
-    Format,
-    PackedWeight,
-    can_pack,
-    format_of,
-    pack,
-    pack_bfloat16,
-    quantize_weight,
-)
-from engine.quantization import Quantization
+from engine.cpu.packed_weight import Format, PackedWeight
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 EXACT = re.compile(  # small layers that are not rounded: routers choose experts, and gates how long a state lasts
     r"(^|\.)(\w*router\w*|gate|shared_expert_gate|in_proj_(a|b|ba))(\.|$)"
 )
-Keep = Callable[[dict[str, PackedWeight], dict[str, torch.Tensor]], None]
 Prepared = Activations | torch.Tensor  # what `prepare` makes of a layer's input
 ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the same computation may be apart
 
@@ -188,52 +178,6 @@ class FusedNorm(nn.Module):
 # --- replacing a model's layers
 
 
-def pack_model(
-    model: PreTrainedModel, quantization: Quantization, report: Callable[[float], None], keep: Keep | None = None
-) -> None:
-    """Quantises a stock model's linear layers, in place.
-
-    quantization: a format with `packed_bits`. report: called with the fraction done, from 0 to 1. keep: called with the
-    packed weights, by the names of their layers, and all other tensors of the model, by their own.
-    """
-    bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
-    assert bits is not None and head_bits is not None
-    head, groups = model.get_output_embeddings(), _layers_to_pack(model)
-    weights = {f"{name}.weight" for names in groups for name in names}
-    plain = {} if keep is None else {name: t for name, t in model.state_dict().items() if name not in weights}
-    packed: dict[str, PackedWeight] = {}
-    for number, names in enumerate(groups):
-        report(number / len(groups))
-        layer = cast(nn.Linear, model.get_submodule(names[0]))
-        weight = _pack(layer.weight.data, format_of(head_bits if layer is head else bits))
-        for name in names:
-            replace_layer(model, name, weight)
-            packed[name] = weight
-    if keep is not None:
-        keep(packed, plain)
-    fuse_layers(model)
-
-
-def _layers_to_pack(model: PreTrainedModel) -> list[list[str]]:
-    """Returns the names of the linear layers, each with that of the embedding if they share the weight, without those
-    that stay EXACT."""
-    embedding = cast(nn.Embedding, model.get_input_embeddings())
-    result = []
-    for name, layer in model.named_modules():
-        if type(layer) is nn.Linear and can_pack(layer.in_features) and not EXACT.search(name):
-            result.append([name, _name_of(model, embedding)] if embedding.weight is layer.weight else [name])
-    return result
-
-
-def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
-    return pack(quantize_weight(weight, fmt)) if fmt.is_quantized else pack_bfloat16(weight)
-
-
-def _name_of(model: PreTrainedModel, module: nn.Module) -> str:
-    names: dict[nn.Module, str] = {other: name for name, other in model.named_modules()}
-    return names[module]
-
-
 def replace_layer(model: PreTrainedModel, name: str, packed: PackedWeight) -> None:
     """Replaces the linear layer or embedding `name` by one with a packed weight. The output layer gives float32."""
     layer = model.get_submodule(name)
@@ -267,7 +211,7 @@ def _are_alike(layers: list[PackedLinear]) -> bool:
 
 def _fused_mlp(module: nn.Module) -> FusedMLP | None:
     layers = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
-    activation = _activation_name(getattr(module, "act_fn", None))
+    activation = activation_name(getattr(module, "act_fn", None))
     if activation is None or not all(isinstance(layer, PackedLinear) for layer in layers):
         return None
     gate, up, down = cast(list[PackedLinear], layers)
@@ -284,7 +228,7 @@ def _fused_mlp(module: nn.Module) -> FusedMLP | None:
     return fused if is_same(fused(x), expected) else None
 
 
-def _activation_name(function: Any) -> str | None:
+def activation_name(function: Any) -> str | None:
     if not callable(function):
         return None
     points = torch.linspace(-4, 4, 64)

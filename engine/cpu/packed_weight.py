@@ -58,6 +58,12 @@ class Format:
     def block_bytes(self) -> int:
         return LANES * GROUP * self.bits // 8
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Memory of a weight and its part of the scales."""
+        num_factors = (self.num_scales + self.has_minimum) if self.is_quantized else 0
+        return self.bits / 8 + num_factors * (1 if self.has_super_blocks else 2) / GROUP
+
 
 INT8 = Format(8, offset=128)
 INT4 = Format(4, has_minimum=True)

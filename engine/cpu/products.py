@@ -5,7 +5,8 @@ A program multiplies many rows with each tile of weights, so that a step reads i
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,25 @@ def matmul(
     addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
     program(*addresses, x.num_rows, x.blocks, tiles, num_threads=torch.get_num_threads())
     return _without_padding(output, weight)
+
+
+def matmul_experts(x: Activations, weight: PackedWeight, counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Multiplies each row of x by the transposed weight of its expert: (rows, weight rows / experts) of `dtype`.
+
+    x: rows in the order of their experts. weight: those of all experts, one after the other, each of whole tiles.
+    counts: (experts,) int64, how many rows each has.
+    """
+    num_experts = len(counts)
+    tiles = weight.quants.shape[0] // num_experts
+    ends = counts.cumsum(0)
+    groups = torch.stack([ends - counts, ends], dim=1)
+    is_many = x.num_rows >= AMX_ROWS * int(counts.count_nonzero())
+    program = program_for(weight.format, dtype, is_many and amx.is_available(), has_experts=True)
+    output, bias = torch.empty(x.num_rows, tiles * LANES, dtype=dtype), torch.zeros(tiles * LANES)
+    addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
+    counted = (x.num_rows, x.blocks, tiles, groups.data_ptr(), num_experts)
+    program(*addresses, *counted, num_threads=torch.get_num_threads())
+    return output
 
 
 def matmul_bfloat16(
@@ -66,14 +86,16 @@ _MATMUL = (
     "blocks",
     "tiles",
 )
+_MATMUL_EXPERTS = (*_MATMUL, "groups", "experts")
 
 
 @functools.cache
-def program_for(fmt: Format, dtype: torch.dtype, has_amx: bool) -> Program:
-    return (amx_matmul_program if has_amx else matmul_program)(fmt, dtype, *jit.host())
+def program_for(fmt: Format, dtype: torch.dtype, has_amx: bool, has_experts: bool = False) -> Program:
+    make = amx_matmul_program if has_amx else matmul_program
+    return make(fmt, dtype, *jit.host(), has_experts=has_experts)
 
 
-def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> Program:
+def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str, has_experts: bool = False) -> Program:
     """Multiplies ROWS rows at a time with each tile: a block's weights go to eight registers once, for all rows.
 
     for each tile, block and row:
@@ -81,8 +103,10 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> 
         products -= offset * sum(value)                          # codes are unsigned, `offset` too large
         sums[row] += products * weight scale * row's scale       # in float32
         sums[row] += minimum * sum(value) * row's scale          # in formats with minimums
+
+    has_experts: the rows of each expert have weights of their own; see `matmul_experts`.
     """
-    b = Builder("matmul", _MATMUL, features)
+    b = Builder("matmul", _MATMUL_EXPERTS if has_experts else _MATMUL, features)
     rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
 
     def add_block(place: jit.Value, first: jit.Value, count: jit.Value, block: jit.Value, sums: jit.Value) -> None:
@@ -98,7 +122,12 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> 
 
 
 def amx_matmul_program(
-    fmt: Format, dtype: torch.dtype, cpu: str, features: str, builder: type[AMXBuilder] = AMXBuilder
+    fmt: Format,
+    dtype: torch.dtype,
+    cpu: str,
+    features: str,
+    builder: type[AMXBuilder] = AMXBuilder,
+    has_experts: bool = False,
 ) -> Program:
     """Computes what `matmul_program` computes, sixteen rows at a time, with the processor's tiles.
 
@@ -107,7 +136,7 @@ def amx_matmul_program(
         sums[row] += products[row] * weight scale * row's scale  # in float32
         sums[row] += minimum * sum(value) * row's scale          # in formats with minimums
     """
-    b = builder("amx_matmul", _MATMUL, features)
+    b = builder("amx_matmul", _MATMUL_EXPERTS if has_experts else _MATMUL, features)
     rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
     products, activations, weights = range(3)
     b.configure([(amx.ROWS, amx.ROW_BYTES), (amx.ROWS, fmt.group), (fmt.group // 4, amx.ROW_BYTES)])
@@ -220,18 +249,30 @@ def _tiled(
 ) -> None:
     """Writes the loops of a product: over ROWS rows at a time, this thread's tiles, and the blocks of their columns."""
     sums = b.scratch(ROWS)
-    with b.loop(I64(0), rows, ROWS) as first:
-        count = b.smaller(b.sub(rows, first), I64(ROWS))
+    with _each_expert(b, rows, tiles) as (start, end, before), b.loop(start, end, ROWS) as first:
+        count = b.smaller(b.sub(end, first), I64(ROWS))
         with b.share(tiles) as tile:
             bias = b.read(FLOATS, b.address(b.argument["bias"], tile, 4 * LANES))
             with b.loop(I64(0), count) as row:
                 b.write(bias, b.address(sums, row, 64), align=64)
             with b.loop(I64(0), blocks) as block:
-                add_block(b.add(b.mul(tile, blocks), block), first, count, block, sums)
+                add_block(b.add(b.mul(b.add(before, tile), blocks), block), first, count, block, sums)
             with b.loop(I64(0), count) as row:
                 index = b.add(b.mul(b.add(first, row), tiles), tile)
                 total = b.read(FLOATS, b.address(sums, row, 64), align=64)
                 b.write_floats(total, dtype, b.address(b.argument["output"], index, LANES * dtype.itemsize))
+
+
+@contextmanager
+def _each_expert(b: Builder, rows: jit.Value, tiles: jit.Value) -> Iterator[tuple[jit.Value, jit.Value, jit.Value]]:
+    """Writes the loop over the experts, if the program has any: the first row of each, the end of its rows, and the
+    tiles of weights before its own."""
+    if "experts" not in b.argument:
+        yield I64(0), rows, I64(0)
+        return
+    with b.loop(I64(0), b.argument["experts"]) as expert:
+        group = b.address(b.argument["groups"], expert, 16)
+        yield b.read(I64, group), b.read(I64, b.add(group, I64(8))), b.mul(expert, tiles)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""PackedExperts: the experts of a mixture with packed weights, each computed with the tokens that were sent to it.
+
+Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538. Stock modules hold the weights of all experts in two
+parameters of three dimensions. They are packed as one matrix each, whose rows are those of all experts one after the
+other, and two products multiply every token with its own experts only.
+"""
+
+from copy import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from engine.cpu import kernels, products
+from engine.cpu.activations import quantize
+from engine.cpu.packed_layers import activation_name
+from engine.cpu.packed_weight import GROUP, INT8, Format, PackedWeight, pack, quantize_weight
+
+PARAMETERS = ("gate_up_proj", "down_proj")  # (experts, 2 * inner, columns) and (experts, columns, inner)
+TRIED_EXPERTS, TRIED_SIZE = 3, 64  # of the small copy that shows what a module computes
+
+
+class PackedExperts(nn.Module):
+    """Computes sum_e weight_e * down_e(activation(gate_e(x)) * up_e(x)) over the experts of each token."""
+
+    def __init__(self, gate_up: PackedWeight, down: PackedWeight, num_experts: int, activation: str) -> None:
+        super().__init__()
+        self.packed = dict(zip(PARAMETERS, (gate_up, down), strict=True))
+        self.num_experts, self._activation = num_experts, activation
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+        """hidden_states: (tokens, columns). top_k_index, top_k_weights: (tokens, experts of a token)."""
+        gate_up, down = self.packed.values()
+        experts, num_chosen = top_k_index.flatten(), top_k_index.shape[1]
+        order = experts.argsort(stable=True)
+        counts = experts.bincount(minlength=self.num_experts)
+        rows = quantize(hidden_states.index_select(0, order // num_chosen))
+        both = products.matmul_experts(rows, gate_up, counts, hidden_states.dtype)
+        result = products.matmul_experts(kernels.gate(both, self._activation), down, counts, torch.float32)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order))
+        weights = top_k_weights.float().contiguous()
+        return kernels.combine(result, places.view_as(top_k_index), weights, hidden_states.dtype)
+
+
+def pack_experts(weight: torch.Tensor, fmt: Format) -> PackedWeight:
+    """Packs the weights of all experts, (experts, rows, columns)."""
+    parts = [pack(quantize_weight(expert, fmt)) for expert in weight]
+    names = parts[0].parts
+    joined = {name: torch.cat([part.parts[name] for part in parts]) for name in names}
+    return PackedWeight(fmt, sum(part.num_rows for part in parts), **joined)
+
+
+def can_pack_experts(module: nn.Module) -> bool:
+    """Returns whether PackedExperts computes the same as a stock module, whose parameters need no memory yet: a small
+    copy of it is computed both ways."""
+    shapes = [getattr(getattr(module, name, None), "shape", ()) for name in PARAMETERS]
+    if not all(len(shape) == 3 for shape in shapes) or activation_of(module) is None:
+        return False
+    (_, both, columns), (_, rows, inner) = shapes
+    if rows != columns or both != 2 * inner or inner % GROUP or columns % GROUP or not kernels.are_available():
+        return False
+    small, size = copy(module), TRIED_SIZE
+    small._parameters = {
+        "gate_up_proj": nn.Parameter(torch.randn(TRIED_EXPERTS, size, size)),
+        "down_proj": nn.Parameter(torch.randn(TRIED_EXPERTS, size, size // 2)),
+    }
+    small.num_experts = TRIED_EXPERTS
+    x, chosen = torch.randn(4, size), torch.tensor([[0, 2], [1, 0], [2, 1], [2, 0]])
+    weights = torch.rand(4, 2)
+    try:
+        expected = small(x, chosen, weights)
+    except Exception:  # it is called in another way
+        return False
+    packed = experts_of(module, *(pack_experts(p.data, INT8) for p in small._parameters.values()), TRIED_EXPERTS)
+    difference = (packed(x, chosen, weights) - expected).norm() / expected.norm()
+    return bool(difference < 0.05)
+
+
+def activation_of(module: nn.Module) -> str | None:
+    return activation_name(getattr(module, "act_fn", None))
+
+
+def experts_of(
+    module: nn.Module, gate_up: PackedWeight, down: PackedWeight, num_experts: int | None = None
+) -> PackedExperts:
+    """Returns what takes the place of a stock module."""
+    activation = activation_of(module)
+    assert activation is not None
+    return PackedExperts(gate_up, down, num_experts or cast(int, cast(Any, module).num_experts), activation)

@@ -1,0 +1,129 @@
+"""Packer: chooses which of a model's weights are packed, packs them one by one, and puts the packed layers in place.
+
+A stock model of any size can be packed while it is read: its weights come one after the other, and only the packed ones
+stay in memory.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine.cpu.packed_experts import PARAMETERS, can_pack_experts, experts_of, pack_experts
+from engine.cpu.packed_layers import EXACT, fuse_layers, replace_layer
+from engine.cpu.packed_weight import (
+    Format,
+    PackedWeight,
+    can_pack,
+    format_of,
+    pack,
+    pack_bfloat16,
+    quantize_weight,
+)
+from engine.quantization import Quantization
+
+# Takes the packed weights, by the names of their layers or parameters, and all other tensors of the model, by their own
+Keep = Callable[[dict[str, PackedWeight], dict[str, torch.Tensor]], None]
+ROUTERS = ("gate", "router")  # names of the layer that chooses experts, beside them
+
+
+class Packer:
+    """Packs the weights of one model, in the format that its quantization asks for."""
+
+    def __init__(
+        self, model: PreTrainedModel, quantization: Quantization, report: Callable[[float], None] = lambda part: None
+    ) -> None:
+        """model: its parameters need no memory yet. quantization: a format with `packed_bits`. report: called with the
+        part that is done, from 0 to 1."""
+        bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
+        assert bits is not None and head_bits is not None
+        self._report = report
+        self._owners = _layers_to_pack(model)
+        head = model.get_output_embeddings()
+        self._formats = {
+            name: format_of(head_bits if head in map(model.get_submodule, owners) else bits)
+            for name, owners in self._owners.items()
+        }
+        if bits < 16:
+            experts = [name for name, module in model.named_modules() if can_pack_experts(module)]
+            self._formats |= {f"{name}.{part}": format_of(bits) for name in experts for part in PARAMETERS}
+        self.packed: dict[str, PackedWeight] = {}  # by the names of layers, or of experts' parameters
+
+    def takes(self, name: str) -> bool:
+        """Returns whether the parameter of this name is to be packed."""
+        return name in self._formats
+
+    def num_bytes(self, model: PreTrainedModel) -> int:
+        """Returns the memory that all the model's weights will take."""
+        return sum(
+            int(p.numel() * (self._formats[name].bytes_per_weight if self.takes(name) else p.itemsize))
+            for name, p in model.named_parameters()
+        )
+
+    def pack(self, name: str, weight: torch.Tensor) -> None:
+        """Packs a parameter that the packer takes."""
+        with torch.inference_mode():
+            fmt = self._formats[name]
+            packed = pack_experts(weight, fmt) if weight.dim() == 3 else _pack(weight, fmt)
+        for owner in self._owners.get(name, [name]):
+            self.packed[owner] = packed
+        self._report(len(self.packed) / (len(self._formats) + len(self._owners)))
+
+    def finish(self, model: PreTrainedModel, keep: Keep | None = None) -> None:
+        """Puts the packed layers in their places. keep: gets the weights before that."""
+        if keep is not None:
+            names = {*self._formats, *(f"{name}.weight" for name in self.packed)}
+            keep(self.packed, {name: t for name, t in model.state_dict().items() if name not in names})
+        install(model, self.packed)
+
+
+def pack_model(model: PreTrainedModel, quantization: Quantization, keep: Keep | None = None) -> None:
+    """Packs the weights of a model that is in memory, in place."""
+    packer = Packer(model, quantization)
+    for name, parameter in model.named_parameters():
+        if packer.takes(name):
+            packer.pack(name, parameter.data)
+    packer.finish(model, keep)
+
+
+def install(model: PreTrainedModel, packed: Mapping[str, PackedWeight]) -> None:
+    """Replaces layers and experts by packed ones, and fuses what can be fused. packed: by the names of layers, or of
+    experts' parameters."""
+    modules = dict(model.named_modules())
+    for name, weight in packed.items():
+        parent, _, parameter = name.rpartition(".")
+        if name in modules:
+            replace_layer(model, name, weight)
+        elif parameter == PARAMETERS[0]:
+            both = (packed[f"{parent}.{part}"] for part in PARAMETERS)
+            model.set_submodule(parent, experts_of(modules[parent], *both))
+            _make_router_exact(modules[parent.rpartition(".")[0]])
+    fuse_layers(model)
+
+
+def _make_router_exact(block: nn.Module) -> None:
+    """Has the router beside a mixture's experts compute in float32: rounding would choose other experts."""
+    for router in filter(None, (getattr(block, name, None) for name in ROUTERS)):
+        router.float()
+        router.register_forward_pre_hook(lambda module, arguments: tuple(argument.float() for argument in arguments))
+
+
+def _layers_to_pack(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Returns the parameters of linear layers, each with the names of the modules that have it: the layer, and the
+    embedding where both are tied. Those that stay EXACT are left out."""
+    names = {module: name for name, module in model.named_modules()}
+    embedding, tied = cast(nn.Embedding, model.get_input_embeddings()), model.all_tied_weights_keys
+    shared = f"{names[embedding]}.weight"
+    result = {}
+    for layer, name in names.items():
+        if type(layer) is nn.Linear and can_pack(layer.in_features) and not EXACT.search(name):
+            parameter = f"{name}.weight"
+            is_tied = layer.weight is embedding.weight or tied.get(parameter) == shared
+            result[shared if is_tied else parameter] = [name, names[embedding]] if is_tied else [name]
+    return result
+
+
+def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
+    return pack(quantize_weight(weight, fmt)) if fmt.is_quantized else pack_bfloat16(weight)
