@@ -20,7 +20,8 @@ from engine import weight_files
 from errors import ModelLoadError, first_line
 from vision.families import vision_family_of
 
-LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv"}  # those that the cache can hold
+# The layers whose state the cache can hold
+ATTENTION_LAYER_TYPES, RECURRENT_LAYER_TYPES = {"full_attention", "sliding_attention"}, {"linear_attention", "conv"}
 # Activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
 NEVER_FLOAT16 = ("gemma",)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -106,15 +107,15 @@ def check_architecture(config: PreTrainedConfig) -> None:
             "language model of this type."
         )
     model_class = cast(type[PreTrainedModel], auto_class(config)._model_mapping[type(config)])
-    # Qwen 3.5 does not say that it does, but those that take other kernels do so; `probe_layers` sees whether it is so
-    if not model_class._supports_attention_backend and not model_class._supports_flash_attn:
+    text = config.get_text_config()
+    layer_types = {*(getattr(text, "layer_types", None) or ())}
+    # Qwen 3.5 takes other functions and does not say so; `probe_layers` will see whether all layers do
+    if not model_class._supports_attention_backend and not layer_types & RECURRENT_LAYER_TYPES:
         raise ModelLoadError(
             f"Models of type {config.model_type!r} are not supported: transformers allows no other "
             "attention function for them."
         )
-    text = config.get_text_config()
-    foreign = set(getattr(text, "layer_types", None) or LAYER_TYPES) - LAYER_TYPES
-    if foreign:
+    if foreign := layer_types - ATTENTION_LAYER_TYPES - RECURRENT_LAYER_TYPES:
         raise ModelLoadError(
             f"Models of type {config.model_type!r} are not supported: they have {', '.join(sorted(foreign))} layers."
         )

@@ -95,7 +95,7 @@ def _load_stock(
         options["quantization_config"] = BitsAndBytesConfig(
             **weights.bitsandbytes, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_layers_to_keep(config)
         )
-    with _weights_progress(report):
+    with _weights_progress(report, "loading weights" if packing is None else "quantizing weights"):
         result = auto_class(config).from_pretrained(
             directory,
             config=config,
@@ -109,7 +109,7 @@ def _load_stock(
         )
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], result)
     if packing is not None:
-        model.hf_quantizer.remove_quantization_config(model)
+        cast(Any, model).hf_quantizer.remove_quantization_config(model)
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them at random
         raise ModelLoadError(f"The model in {directory} lacks {weight_files.some(missing)}.")
     unread = weight_files.check_unread(directory, loaded["unexpected_keys"], config, is_quantized)
@@ -188,8 +188,9 @@ def _num_bytes(checked: CheckedModel, weights: Quantization) -> int:
 
 
 @contextmanager
-def _weights_progress(report: Report) -> Iterator[None]:
+def _weights_progress(report: Report, phase: str) -> Iterator[None]:
     """Reports the progress that transformers' own bars show, if its version has a hook for that."""
+    report(phase, 0.0)
     set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
     if set_hook is None:
         yield
@@ -202,7 +203,7 @@ def _weights_progress(report: Report) -> Iterator[None]:
         def reporting_update(count: int = 1) -> Any:
             result = update(count)
             if bar.total:
-                report("loading weights", min(1.0, bar.n / bar.total))
+                report(phase, min(1.0, bar.n / bar.total))
             return result
 
         bar.update = reporting_update

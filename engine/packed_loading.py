@@ -5,7 +5,7 @@ https://huggingface.co/docs/transformers/quantization/contribute.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -20,11 +20,11 @@ METHOD = "packed-while-loading"
 
 
 @register_quantization_config(METHOD)
-class PackingConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers' is untyped
+class PackingConfig(QuantizationConfigMixin):
     """Says that weights are packed, and holds the packer once the model's structure is known."""
 
     def __init__(self, make_packer: Callable[[PreTrainedModel], Packer]) -> None:
-        super().__init__(quant_method=METHOD)
+        super().__init__(quant_method=cast(Any, METHOD))
         self.make_packer = make_packer
         self.packer: Packer | None = None
 
@@ -33,7 +33,7 @@ class PackingConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
 
 
 @register_quantizer(METHOD)
-class PackingQuantizer(HfQuantizer):  # type: ignore[misc]  # likewise
+class PackingQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PackingConfig, **others: Any) -> None:
         super().__init__(quantization_config, **others)
         self._config = quantization_config
@@ -56,15 +56,16 @@ class PackingQuantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         return False
 
 
-class Pack(ConversionOps):  # type: ignore[misc]  # likewise
+class Pack(ConversionOps):
     """Packs a parameter; an empty one stays in the model until the packed layer takes its place."""
 
     def __init__(self, packer: Packer) -> None:
         self._packer = packer
 
-    def convert(self, input_dict: dict[str, Any], **others: Any) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *others: Any, **more: Any) -> dict[str, Any]:
         result = {}
         for name, value in input_dict.items():
-            self._packer.pack(name, value[0] if isinstance(value, list) else value)
-            result[name] = torch.empty(0)
+            weight = value[0] if isinstance(value, list) else value
+            self._packer.pack(name, weight)
+            result[name] = torch.empty(0, dtype=weight.dtype)
         return result

@@ -13,6 +13,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteMoeHybridConfig,
@@ -31,6 +33,8 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     SiglipVisionConfig,
@@ -115,13 +119,36 @@ RECURRENT = {  # families with layers whose state has a fixed size
         ),
     ),
 }
-
+MIXTURES = {  # families of experts
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**_COMMON, head_dim=16, num_hidden_layers=3, num_experts=6, num_experts_per_tok=2),
+    ),
+    "gemma4_moe": (
+        Gemma4ForCausalLM,
+        Gemma4TextConfig(
+            **_COMMON,
+            head_dim=16,
+            global_head_dim=32,
+            num_hidden_layers=4,
+            sliding_window=24,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
+            enable_moe_block=True,
+            num_experts=6,
+            top_k_experts=2,
+            moe_intermediate_size=32,
+            hidden_size_per_layer_input=0,
+            num_kv_shared_layers=0,
+            vocab_size_per_layer_input=VOCAB,
+        ),
+    ),
+}
 SEEDS = {"gemma3": 53}  # with these, or 0, the two best tokens are never nearly tied
 
 
 def tiny_model(family: str, implementation: str = paged.NAME, **changes: object) -> PreTrainedModel:
     """Returns a float32 model with the same weights for every `implementation` of attention."""
-    model_class, config = (FAMILIES | RECURRENT)[family]
+    model_class, config = (FAMILIES | RECURRENT | MIXTURES)[family]
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)

@@ -117,7 +117,7 @@ async def answers(model: PreTrainedModel, options: EngineOptions, prompts: list[
         await engine.close()
 
 
-@pytest.mark.parametrize("model_type", ["vit", "bert_unknown", "mamba", "qwen3_next", "llama4_text", "t5"])
+@pytest.mark.parametrize("model_type", ["vit", "bert_unknown", "mamba", "qwen4_exp", "llama4_text", "t5"])
 def test_models_that_cannot_be_served_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
     with pytest.raises(ModelLoadError, match=model_type):

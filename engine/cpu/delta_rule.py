@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -58,7 +59,7 @@ def convolve(
     channels), what came before. table: (runs, 4) int64. rows: int64.
     """
     width, channels = weight.shape
-    assert x.stride(1) == 1 and state.is_contiguous() and weight.is_contiguous()
+    assert x.dtype == state.dtype and x.stride(1) == 1 and state.is_contiguous() and weight.is_contiguous()
     output = torch.empty(len(x), channels)
     _convolve(x.dtype, width, TILES if channels % (TILES * LANES) == 0 else 1)(
         x.data_ptr(),
@@ -94,10 +95,11 @@ def apply_rule(
         S += k (beta * (v - S^T k))^T, with beta = sigmoid(b)
         result = S^T q
 
-    mixed: what `convolve` returned. gates: (tokens, 2 * value heads) float32, first all b, then all a. z: its rows evenly
-    apart; tokens beyond its last row get no output. constants: (2, value heads) float32, -exp(A_log) and dt_bias. norm:
-    the weight, float32, and epsilon. state: (slots, *shape.state_shape) float32.
+    mixed: what `convolve` returned. gates: (tokens, 2 * value heads) float32, first all b, then all a. z: its rows
+    evenly apart; tokens beyond its last row get no output. constants: (2, value heads) float32, -exp(A_log) and
+    dt_bias. norm: the weight, float32, and epsilon. state: (slots, *shape.state_shape) float32.
     """
+    assert z.dtype == output.dtype and mixed.dtype == gates.dtype == state.dtype == torch.float32
     assert gates.is_contiguous() and output.is_contiguous() and z.stride(1) == 1 and state.is_contiguous()
     num_pairs = shape.num_value_heads * len(table)
     threads = torch.get_num_threads() if num_pairs > 1 else 1
@@ -313,10 +315,9 @@ class _Head:
                     for part, factor in enumerate(factors):
                         half = totals[offset % 2][part]
                         half[index] = b.fused(factor, value, half[index])
-            for half, new in zip(sums, totals, strict=True):
-                for part, values in zip(half, new, strict=True):
-                    for variable, value in zip(part, values, strict=True):
-                        variable.set(value)
+            for variables, values in zip(chain(*sums), chain(*totals), strict=True):
+                for variable, value in zip(variables, values, strict=True):
+                    variable.set(value)
         recalled, read = (
             [b.fadd(sums[0][part][index].get(), sums[1][part][index].get()) for index in range(num)] for part in (0, 1)
         )

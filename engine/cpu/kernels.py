@@ -52,6 +52,7 @@ def gate(gate_up: torch.Tensor, activation: str) -> Activations:
 def combine(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Computes sum_j weights[t, j] * rows[places[t, j]]: (tokens, columns) of `dtype`. rows: (any, columns) float32, in
     whole vectors. places: (tokens, terms) int64. weights: (tokens, terms) float32."""
+    assert rows.dtype == weights.dtype == torch.float32 and places.is_contiguous() and weights.is_contiguous()
     num_tokens, num_terms = places.shape
     output = torch.empty(num_tokens, rows.shape[1], dtype=dtype)
     addresses = (rows.data_ptr(), places.data_ptr(), weights.data_ptr(), output.data_ptr())

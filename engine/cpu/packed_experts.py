@@ -18,6 +18,7 @@ from engine.cpu.packed_weight import GROUP, INT8, Format, PackedWeight, pack, qu
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # (experts, 2 * inner, columns) and (experts, columns, inner)
 TRIED_EXPERTS, TRIED_SIZE = 3, 64  # of the small copy that shows what a module computes
+ROUNDING = 0.05  # how far 8 bits may move its result
 
 
 class PackedExperts(nn.Module):
@@ -54,37 +55,40 @@ def pack_experts(weight: torch.Tensor, fmt: Format) -> PackedWeight:
 def can_pack_experts(module: nn.Module) -> bool:
     """Returns whether PackedExperts computes the same as a stock module, whose parameters need no memory yet: a small
     copy of it is computed both ways."""
-    shapes = [getattr(getattr(module, name, None), "shape", ()) for name in PARAMETERS]
-    if not all(len(shape) == 3 for shape in shapes) or activation_of(module) is None:
+    with torch.device("cpu"), torch.inference_mode():
+        return _computes_as_packed(module)
+
+
+def _computes_as_packed(module: nn.Module) -> bool:
+    shapes: list[tuple[int, ...]] = [getattr(getattr(module, name, None), "shape", ()) for name in PARAMETERS]
+    if [len(shape) for shape in shapes] != [3, 3] or activation_of(module) is None or not kernels.are_available():
         return False
-    (_, both, columns), (_, rows, inner) = shapes
-    if rows != columns or both != 2 * inner or inner % GROUP or columns % GROUP or not kernels.are_available():
+    columns, inner = shapes[1][1:]
+    if shapes[0][1:] != (2 * inner, columns) or inner % GROUP or columns % GROUP:
         return False
-    small, size = copy(module), TRIED_SIZE
+    small, size = cast(Any, copy(module)), TRIED_SIZE
     small._parameters = {
-        "gate_up_proj": nn.Parameter(torch.randn(TRIED_EXPERTS, size, size)),
-        "down_proj": nn.Parameter(torch.randn(TRIED_EXPERTS, size, size // 2)),
+        "gate_up_proj": nn.Parameter(torch.randn(TRIED_EXPERTS, size, size, dtype=torch.float32)),
+        "down_proj": nn.Parameter(torch.randn(TRIED_EXPERTS, size, size // 2, dtype=torch.float32)),
     }
     small.num_experts = TRIED_EXPERTS
-    x, chosen = torch.randn(4, size), torch.tensor([[0, 2], [1, 0], [2, 1], [2, 0]])
-    weights = torch.rand(4, 2)
+    chosen = torch.tensor([[0, 2], [1, 0], [2, 1], [2, 0]])
+    x, weights = torch.randn(4, size, dtype=torch.float32), torch.rand(4, 2, dtype=torch.float32)
     try:
         expected = small(x, chosen, weights)
     except Exception:  # it is called in another way
         return False
-    packed = experts_of(module, *(pack_experts(p.data, INT8) for p in small._parameters.values()), TRIED_EXPERTS)
-    difference = (packed(x, chosen, weights) - expected).norm() / expected.norm()
-    return bool(difference < 0.05)
+    gate_up, down = (pack_experts(small._parameters[name].data, INT8) for name in PARAMETERS)
+    difference = experts_of(small, gate_up, down)(x, chosen, weights) - expected
+    return bool(difference.norm() < ROUNDING * expected.norm())
 
 
 def activation_of(module: nn.Module) -> str | None:
     return activation_name(getattr(module, "act_fn", None))
 
 
-def experts_of(
-    module: nn.Module, gate_up: PackedWeight, down: PackedWeight, num_experts: int | None = None
-) -> PackedExperts:
+def experts_of(module: nn.Module, gate_up: PackedWeight, down: PackedWeight) -> PackedExperts:
     """Returns what takes the place of a stock module."""
     activation = activation_of(module)
     assert activation is not None
-    return PackedExperts(gate_up, down, num_experts or cast(int, cast(Any, module).num_experts), activation)
+    return PackedExperts(gate_up, down, cast(int, cast(Any, module).num_experts), activation)

@@ -231,7 +231,7 @@ def _fused_mlp(module: nn.Module) -> FusedMLP | None:
 def activation_name(function: Any) -> str | None:
     if not callable(function):
         return None
-    points = torch.linspace(-4, 4, 64)
+    points = torch.linspace(-4, 4, 64, dtype=torch.float32)
     stock: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": nn.functional.silu,
         "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),

@@ -32,14 +32,10 @@ ROUTERS = ("gate", "router")  # names of the layer that chooses experts, beside 
 class Packer:
     """Packs the weights of one model, in the format that its quantization asks for."""
 
-    def __init__(
-        self, model: PreTrainedModel, quantization: Quantization, report: Callable[[float], None] = lambda part: None
-    ) -> None:
-        """model: its parameters need no memory yet. quantization: a format with `packed_bits`. report: called with the
-        part that is done, from 0 to 1."""
+    def __init__(self, model: PreTrainedModel, quantization: Quantization) -> None:
+        """model: its parameters need no memory yet. quantization: a format with `packed_bits`."""
         bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
         assert bits is not None and head_bits is not None
-        self._report = report
         self._owners = _layers_to_pack(model)
         head = model.get_output_embeddings()
         self._formats = {
@@ -69,7 +65,6 @@ class Packer:
             packed = pack_experts(weight, fmt) if weight.dim() == 3 else _pack(weight, fmt)
         for owner in self._owners.get(name, [name]):
             self.packed[owner] = packed
-        self._report(len(self.packed) / (len(self._formats) + len(self._owners)))
 
     def finish(self, model: PreTrainedModel, keep: Keep | None = None) -> None:
         """Puts the packed layers in their places. keep: gets the weights before that."""
@@ -97,8 +92,8 @@ def install(model: PreTrainedModel, packed: Mapping[str, PackedWeight]) -> None:
         if name in modules:
             replace_layer(model, name, weight)
         elif parameter == PARAMETERS[0]:
-            both = (packed[f"{parent}.{part}"] for part in PARAMETERS)
-            model.set_submodule(parent, experts_of(modules[parent], *both))
+            gate_up, down = (packed[f"{parent}.{part}"] for part in PARAMETERS)
+            model.set_submodule(parent, experts_of(modules[parent], gate_up, down))
             _make_router_exact(modules[parent.rpartition(".")[0]])
     fuse_layers(model)
 

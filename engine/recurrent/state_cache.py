@@ -71,8 +71,9 @@ class Phase:
     @cached_property
     def table(self) -> torch.Tensor:
         """The runs for kernels, (runs, 4) int64: slot, the first of its tokens in `rows`, their number, writes."""
-        starts = accumulate((len(run.rows) for run in self.runs), initial=0)
-        return torch.tensor([(r.slot, start, len(r.rows), r.writes) for r, start in zip(self.runs, starts)])
+        ends = accumulate(len(run.rows) for run in self.runs)
+        pairs = zip(self.runs, ends, strict=True)
+        return torch.tensor([(run.slot, end - len(run.rows), len(run.rows), run.writes) for run, end in pairs])
 
     @cached_property
     def rows(self) -> torch.Tensor:
