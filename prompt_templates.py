@@ -22,7 +22,8 @@ from text.canonical_messages import (
     fold_tools,
     has_images,
     is_alternating,
-    merge_system_messages,
+    join_leading_system,
+    later_system_as_user,
     prefix_tool_names,
     system_into_user,
 )
@@ -146,6 +147,8 @@ FAMILIES = (
 )
 *KNOWN, CHATML, GENERIC = FAMILIES
 
+# How messages of the system may be changed for a template that refuses them, the least change first
+SYSTEM_CHANGES = (join_leading_system, later_system_as_user, system_into_user)
 # A template that shows tools teaches the first of these formats whose signs it has
 TOOL_FORMATS = (QWEN_XML, GLM_XML, MARKED, NAMED, PARAMETERS)
 
@@ -419,9 +422,9 @@ class PromptTemplate:
             return
         if self._knows(plain, tools):
             native = prefix_tool_names(plain)
-            for messages in (native, apart(native), merge_system_messages(native), system_into_user(native)):
+            for messages in (native, apart(native), *(change(native) for change in SYSTEM_CHANGES)):
                 yield messages, tools or None
-        for messages in (folded, merge_system_messages(folded), system_into_user(folded)):
+        for messages in (folded, *(change(folded) for change in SYSTEM_CHANGES)):
             yield messages, None
         yield alternating
 

@@ -42,7 +42,7 @@ class PackingQuantizer(HfQuantizer):
         self._config.packer = self._config.make_packer(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
-        return self._config.packer is not None and self._config.packer.takes(param_name)
+        return self._config.packer is not None and self._config.packer.format_of(param_name) is not None
 
     def get_quantize_ops(self) -> "Pack":
         assert self._config.packer is not None

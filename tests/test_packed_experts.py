@@ -141,7 +141,7 @@ def test_the_memory_of_packed_weights_is_known_beforehand() -> None:
         packer = Packer(empty, QUANTIZATIONS[name])
         expected, others = packer.num_bytes(empty), 0
         for parameter, value in tiny_model("qwen3_moe", **SIZES).named_parameters():
-            if packer.takes(parameter):
+            if packer.format_of(parameter):
                 packer.pack(parameter, value.data)
             else:
                 others += value.nbytes

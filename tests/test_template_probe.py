@@ -53,10 +53,19 @@ def test_a_system_message_that_a_template_would_drop_leads_the_users(body: str) 
     assert text(subject, *CONVERSATION) == expected
 
 
-def test_a_late_system_message_that_a_template_would_drop_comes_first() -> None:
+def test_a_late_system_message_that_a_template_would_drop_is_the_users_and_keeps_its_place() -> None:
     late = [("system", "A"), ("user", "U"), ("assistant", "B"), ("system", "C"), ("user", "V")]
-    assert text(own(NO_LATE_SYSTEM), *late).startswith("<system>A\n\nC</system><user>U</user>")
-    assert text(own(NO_LATE_SYSTEM), *late[1:]).startswith("<system>C</system><user>U</user>")
+    turns = "<user>U</user><assistant>B</assistant><user>C</user><user>V</user>"
+    assert text(own(NO_LATE_SYSTEM), *late) == f"<system>A</system>{turns}"
+    assert text(own(NO_LATE_SYSTEM), *late[1:]) == turns
+
+
+def test_a_conversations_beginning_stays_the_same_whatever_the_system_says_later() -> None:
+    late = [("system", "A"), ("system", "B"), ("user", "U"), ("assistant", "B"), ("system", "C"), ("user", "V")]
+    for subject in (own(NO_LATE_SYSTEM), own(REFUSES_SYSTEM), own(NO_SYSTEM), own("{{ m.content }}")):
+        for end in range(3, len(late)):
+            before, after = (text(subject, *late[:n]) for n in (end, end + 1))
+            assert after.startswith(before)
 
 
 def test_a_template_that_drops_what_was_said_before_takes_one_turn_and_no_more() -> None:

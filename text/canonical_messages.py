@@ -145,13 +145,13 @@ def is_alternating(messages: Sequence[CanonicalMessage]) -> bool:
 def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> list[CanonicalMessage]:
     """Returns the same text with user and assistant in turn, beginning with the user.
 
-    The system's text leads the first turn, in the form of `lead`; neighbours of one role become one message.
+    What the system says at the beginning leads the first turn, in the form of `lead`; neighbours of one role become one
+    message.
     """
-    system = [m["content"] for m in messages if m["role"] == "system"]
+    num_leading = _num_leading(messages)
+    system = [message["content"] for message in messages[:num_leading]]
     turns: list[CanonicalMessage] = []
-    for message in messages:
-        if message["role"] == "system":
-            continue
+    for message in messages[num_leading:]:
         role = "assistant" if message["role"] == "assistant" else "user"
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += "\n\n" + message["content"]
@@ -164,21 +164,33 @@ def alternate(messages: Sequence[CanonicalMessage], lead: str = "{}\n\n") -> lis
     return turns
 
 
-def merge_system_messages(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """Puts all that the system says into one message at the beginning."""
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    others = [m for m in messages if m["role"] != "system"]
-    return [{"role": "system", "content": "\n\n".join(system)}, *others] if system else others
+def join_leading_system(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """Makes one message of those of the system that the conversation begins with. Later ones keep their places: were
+    they moved, the conversation's beginning would change with each of them."""
+    num_leading = _num_leading(messages)
+    text = "\n\n".join(message["content"] for message in messages[:num_leading])
+    return [{"role": "system", "content": text}, *messages[num_leading:]] if num_leading else [*messages]
+
+
+def later_system_as_user(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """Gives what the system says later to the user, for templates that take the system's word only at the beginning."""
+    first, *others = join_leading_system(messages)
+    return [first, *({**m, "role": "user"} if m["role"] == "system" else m for m in others)]
 
 
 def system_into_user(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
     """Puts what the system says at the head of the user's first message, for templates without a system role."""
-    first, *others = merge_system_messages(messages)
+    first, *others = later_system_as_user(messages)
     if first["role"] != "system":
         return [first, *others]
     if not others or others[0]["role"] != "user":
         return [{**first, "role": "user"}, *others]
     return [{**others[0], "content": f"{first['content']}\n\n{others[0]['content'].lstrip()}"}, *others[1:]]
+
+
+def _num_leading(messages: Sequence[CanonicalMessage]) -> int:
+    """Counts the messages of the system that the conversation begins with."""
+    return next((index for index, m in enumerate(messages) if m["role"] != "system"), len(messages))
 
 
 def apart(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:

@@ -47,14 +47,14 @@ class Packer:
             self._formats |= {f"{name}.{part}": format_of(bits) for name in experts for part in PARAMETERS}
         self.packed: dict[str, PackedWeight] = {}  # by the names of layers, or of experts' parameters
 
-    def takes(self, name: str) -> bool:
-        """Returns whether the parameter of this name is to be packed."""
-        return name in self._formats
+    def format_of(self, name: str) -> Format | None:
+        """Returns the format of a parameter; None if it is not packed."""
+        return self._formats.get(name)
 
     def num_bytes(self, model: PreTrainedModel) -> int:
         """Returns the memory that all the model's weights will take."""
         return sum(
-            int(p.numel() * (self._formats[name].bytes_per_weight if self.takes(name) else p.itemsize))
+            int(p.numel() * (self._formats[name].bytes_per_weight if name in self._formats else p.itemsize))
             for name, p in model.named_parameters()
         )
 
@@ -62,7 +62,10 @@ class Packer:
         """Packs a parameter that the packer takes."""
         with torch.inference_mode():
             fmt = self._formats[name]
-            packed = pack_experts(weight, fmt) if weight.dim() == 3 else _pack(weight, fmt)
+            self.put(name, pack_experts(weight, fmt) if weight.dim() == 3 else _pack(weight, fmt))
+
+    def put(self, name: str, packed: PackedWeight) -> None:
+        """Takes a parameter that is packed already."""
         for owner in self._owners.get(name, [name]):
             self.packed[owner] = packed
 
@@ -78,7 +81,7 @@ def pack_model(model: PreTrainedModel, quantization: Quantization, keep: Keep | 
     """Packs the weights of a model that is in memory, in place."""
     packer = Packer(model, quantization)
     for name, parameter in model.named_parameters():
-        if packer.takes(name):
+        if packer.format_of(name):
             packer.pack(name, parameter.data)
     packer.finish(model, keep)
 

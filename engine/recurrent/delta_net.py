@@ -29,14 +29,14 @@ class FusedDeltaNet(RecurrentLayer):
         super().__init__(stock, layer)
         module: Any = stock
         self._shape = shape
-        self._project, self._gate_weight = _projection(module, shape), _gate_weight(module, shape)
+        self._project, self._gate_weight = _projection(module, shape), _gate_weight(module, shape).float()
         self._conv_weight = module.conv1d.weight.data[:, 0].T.float().contiguous()
         self._constants = torch.stack([-module.A_log.data.float().exp(), module.dt_bias.data.float()])
         self._norm = (module.norm.weight.data.float(), float(module.norm.variance_epsilon))
 
     @property
     def spec(self) -> RecurrentSpec:
-        dtype = self._gate_weight.dtype
+        dtype = cast(torch.dtype, cast(Any, self.stock).conv1d.weight.dtype)
         width, channels = self._conv_weight.shape
         states = (
             StateShape(kind="conv", index=0, shape=(width - 1, channels), dtype=dtype),
@@ -68,7 +68,7 @@ class FusedDeltaNet(RecurrentLayer):
         tokens: (tokens, columns). states: of all slots. recalled: what it read of the guesses before.
         """
         mixed, z = self._project(tokens)
-        gates = nn.functional.linear(tokens, self._gate_weight)
+        gates = nn.functional.linear(tokens.float(), self._gate_weight).to(tokens.dtype)  # as it is kept of guesses
         read = mixed, gates
         if recalled is not None:
             mixed = torch.cat([mixed, recalled[:, : mixed.shape[1]]])
