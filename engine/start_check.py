@@ -155,16 +155,23 @@ def _fits(runner: ModelRunner, num_tokens: int) -> bool:
 
 @torch.inference_mode()
 def _engine_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
-    """Computes (COMPARED + NUM_DECODES, vocab) in float32: a step for the prompt, and one for the tokens after it."""
+    """Computes (COMPARED + NUM_DECODES, vocab) in float32: a step for the prompt, and one for the tokens after it. With
+    recurrent layers, which take one token after the other, more steps: two for the prompt, and one for each token."""
     length = len(token_ids) - NUM_DECODES
     sequence = Sequence(token_ids[:length], SamplingParams(max_tokens=NUM_DECODES), on_output=lambda output: None)
     sequence.token_ids = list(token_ids)
-    decodes = Span(sequence, start=length, num_tokens=NUM_DECODES, draft=tuple(token_ids[length + 1 :]))
+    decodes = [Span(sequence, position, 1) for position in range(length, len(token_ids))]
+    steps = [[Span(sequence, 0, length)], decodes]
+    if runner.cache.states is not None:
+        cut = length - COMPARED
+        steps = [[Span(sequence, 0, cut)], [Span(sequence, cut, COMPARED)], *([span] for span in decodes)]
+    logits = []
     try:
         runner.cache.allocate(sequence, len(token_ids))
-        prompt = runner.logits(Batch((Span(sequence, 0, length),)), num_kept=COMPARED)
-        runner.cache.advance(sequence, length)
-        return torch.cat([prompt, runner.logits(Batch((decodes,)))]).float()
+        for spans in steps:
+            logits.append(runner.logits(Batch(tuple(spans)), num_kept=COMPARED))
+            runner.cache.advance(sequence, spans[-1].end)
+        return torch.cat(logits)[-COMPARED - NUM_DECODES :].float()
     finally:
         runner.cache.free(sequence)
 
