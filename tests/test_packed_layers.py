@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from engine import start_check
 from engine.attention import fused, paged
 from engine.attention.fused import FusedAttention
 from engine.build import build_engine
@@ -296,3 +297,12 @@ def test_layers_of_any_number_of_rows_share_their_input() -> None:
     expected = [layer(x) for layer in layers]
     for actual, own in zip(SharedInput(layers).outputs(x), expected, strict=True):
         assert torch.equal(actual, own)
+
+
+@pytest.mark.usefixtures("threads")
+def test_attention_with_gates_and_partly_rotated_heads_is_fused() -> None:
+    """As in Qwen 3.5: a quarter of each head rotates, and behind each query is a gate."""
+    model = model_of("qwen3_5", head_dim=128)
+    pack(model, "int8")
+    assert sum(isinstance(module, fused.FusedAttention) for module in model.modules()) == 1
+    assert start_check.check(build_engine(model, EngineOptions(max_num_seqs=4), frozenset()).runner, 256)

@@ -19,12 +19,16 @@ Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim
 class FusedAttention(nn.Module):
     """Computes queries, keys and values, their normalisation and rotation, attention, and the output layer."""
 
-    def __init__(self, stock: nn.Module, shared: SharedInput, head_dim: int, norms: Norms, scaling: float) -> None:
+    def __init__(
+        self, stock: nn.Module, shared: SharedInput, head_dim: int, norms: Norms, scaling: float, is_gated: bool
+    ) -> None:
+        """is_gated: behind each head's query its layer gives a gate for attention's result, as in Qwen 3.5."""
         super().__init__()
         self._stock = stock  # an AttentionRecorder's forward runs it, to record the layer as it is
         self._layer = cast(int, stock.layer_idx)
         self._output = cast(PackedLinear, stock.o_proj)
         self._shared, self._head_dim, self._norms, self._scaling = shared, head_dim, norms, scaling
+        self._is_gated = is_gated
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Angles | None = None, **others: Any
@@ -36,22 +40,28 @@ class FusedAttention(nn.Module):
             return cast(tuple[torch.Tensor, None], self._stock(hidden_states=hidden_states, **others))
         group = step.of_layer(self._layer, hidden_states.device)
         keys, values = step.cache.tensors[self._layer]
-        query = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
+        query, gate = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
         tokens, num_kv_heads = len(query), keys.shape[2]
         output = torch.empty_like(query).view(tokens, num_kv_heads, -1, self._head_dim)
         grouped = query.view(output.shape).permute(1, 2, 0, 3)
         attend_with_kernels(grouped, keys, values, group, self._scaling, output)
-        return self.project(output), None
+        return self.project(output, gate), None
 
     def heads(
         self, x: torch.Tensor, angles: Angles, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """Computes the queries, (tokens, heads, dim), and writes keys and values to the cache."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the queries and their gates, if there are any, (tokens, heads, dim), and writes keys and values to
+        the cache."""
         query, key, value = self._shared.outputs(x)
-        return attention_kernels.rotate((query, key, value), angles, self._norms, keys, values, slots)
+        step = self._head_dim * (1 + self._is_gated)
+        rotated = attention_kernels.rotate((query, key, value), angles, self._norms, keys, values, slots, step)
+        gate = query.unflatten(1, (-1, 2, self._head_dim))[:, :, 1] if self._is_gated else None
+        return rotated, gate
 
-    def project(self, output: torch.Tensor) -> torch.Tensor:
+    def project(self, output: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """Turns attention's result, (tokens, ...), into the module's output."""
+        if gate is not None:
+            output = output.view_as(gate) * gate.sigmoid()
         return cast(torch.Tensor, self._output(output.reshape(1, len(output), -1)))
 
 
@@ -76,11 +86,14 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
     head_dim, output = getattr(module, "head_dim", None), getattr(module, "o_proj", None)
     if not all(isinstance(layer, SharedLinear) for layer in layers) or not isinstance(output, PackedLinear):
         return None
-    if not isinstance(head_dim, int) or not attention_kernels.can_rotate(head_dim):
+    if not isinstance(head_dim, int):
+        return None
+    num_rotated = int(head_dim * _rotated_part(module))
+    if not attention_kernels.can_rotate(head_dim, num_rotated):
         return None
     shared = cast(SharedLinear, layers[0]).shared
     x = torch.randn(1, 3, shared.num_columns).to(output.dtype)
-    half = torch.rand(1, 3, head_dim // 2) * 6
+    half = torch.rand(1, 3, num_rotated // 2) * 6
     angles = torch.cat([half, half], dim=-1)
     places = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
     recorder = AttentionRecorder()
@@ -92,19 +105,26 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
         return None
     if call.softcap is not None:
         return None
-    fused = FusedAttention(module, shared, head_dim=head_dim, norms=norms, scaling=call.scaling)
+    is_gated = shared.num_rows(0) == 2 * output.packed.num_columns
+    fused = FusedAttention(module, shared, head_dim=head_dim, norms=norms, scaling=call.scaling, is_gated=is_gated)
     spec = call.spec
     if spec.key_dim != head_dim or spec.value_dim != head_dim or spec.dtype != x.dtype:
         return None
     keys, values = torch.empty(2, 1, 3, spec.num_kv_heads, head_dim, dtype=x.dtype)
-    query = fused.heads(x, places, keys, values, torch.arange(3))
+    query, gate = fused.heads(x, places, keys, values, torch.arange(3))
     pairs = (
         (query, call.query[0].transpose(0, 1)),
         (keys[0], call.key[0].transpose(0, 1)),
         (values[0], call.value[0].transpose(0, 1)),
-        (fused.project(call.stand_in[0]), expected),
+        (fused.project(call.stand_in[0], gate), expected),
     )
     return fused if all(a.shape == b.shape and is_same(a, b) for a, b in pairs) else None
+
+
+def _rotated_part(module: nn.Module) -> float:
+    """Returns the part of each head that the model's configuration has rotated."""
+    rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    return float(rope.get("partial_rotary_factor") or 1.0)
 
 
 def _norms(module: nn.Module) -> Norms:

@@ -69,9 +69,9 @@ def attend(
     )
 
 
-def can_rotate(dim: int) -> bool:
-    """Returns whether `rotate` can handle heads of so many elements."""
-    return not dim % (2 * LANES) and dim <= MAX_ROTATED_DIM
+def can_rotate(dim: int, num_rotated: int) -> bool:
+    """Returns whether `rotate` can handle heads of so many elements, the first of which are rotated."""
+    return not dim % LANES and dim <= MAX_ROTATED_DIM and not num_rotated % (2 * LANES) and num_rotated <= dim
 
 
 def rotate(
@@ -81,21 +81,23 @@ def rotate(
     keys: torch.Tensor,
     values: torch.Tensor,
     slots: torch.Tensor,
+    query_step: int,
 ) -> torch.Tensor:
     """Applies rotary embeddings, after a normalisation if `norms` is given, and writes keys and values to the cache.
 
-    heads: queries, keys and values, each (tokens, heads * dim); their rows may have gaps. angles: cosines and sines,
-    (1, tokens, dim) of the same dtype. norms: weights of queries and keys, (dim,) float32, and epsilon. keys, values:
-    (blocks, block_size, kv_heads, dim). slots: (tokens,) int64. Returns the queries, (tokens, heads, dim).
+    heads: queries, keys and values, each (tokens, heads * dim); their rows may have gaps. angles: cosines and sines of
+    the first elements of a head, (1, tokens, rotated) of the same dtype. norms: weights of queries and keys, (dim,)
+    float32, and epsilon. keys, values: (blocks, block_size, kv_heads, dim). slots: (tokens,) int64. query_step: from
+    one query head to the next, where something else is between them. Returns the queries, (tokens, heads, dim).
     """
     query, key, value = heads
     cosine, sine = angles
     num_tokens, dim, kv_heads = query.shape[0], keys.shape[-1], keys.shape[-2]
-    num_heads = query.shape[1] // dim
+    num_heads = query.shape[1] // query_step
     assert cosine.dtype == query.dtype == keys.dtype and cosine.is_contiguous() and sine.is_contiguous()
     output = torch.empty(num_tokens, num_heads, dim, dtype=query.dtype)
     weights = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
-    _rotate(query.dtype, dim, None if norms is None else norms[2])(
+    _rotate(query.dtype, dim, cosine.shape[-1], query_step, None if norms is None else norms[2])(
         *(address for part in heads for address in (part.data_ptr(), part.stride(0))),
         cosine.data_ptr(),
         sine.data_ptr(),
@@ -122,23 +124,25 @@ _ROTATE = (
 
 
 @functools.cache
-def _rotate(dtype: torch.dtype, dim: int, epsilon: float | None) -> Program:
-    """Gives each thread some of the tokens. The first half of a head rotates with the second, as in GPT-NeoX."""
+def _rotate(dtype: torch.dtype, dim: int, num_rotated: int, query_step: int, epsilon: float | None) -> Program:
+    """Gives each thread some of the tokens. The first half of what is rotated rotates with the second, as in
+    GPT-NeoX."""
     b = Builder("rotate", _ROTATE, jit.host()[1])
     argument, size = b.argument, dtype.itemsize
     with b.share(argument["tokens"]) as token:
         slot = b.read(I64, b.address(argument["slots"], token, 8))
         place = b.mul(b.mul(slot, argument["kv_heads"]), I64(dim * size))
-        angles = [b.address(argument[name], token, dim * size) for name in ("cosine", "sine")]
+        angles = [b.address(argument[name], token, num_rotated * size) for name in ("cosine", "sine")]
         to = b.address(argument["output"], b.mul(token, argument["heads"]), dim * size)
         for name, count, target in (("query", "heads", to), ("key", "kv_heads", b.add(argument["keys"], place))):
             source = b.address(argument[name], b.mul(token, argument[f"{name}_stride"]), size)
             with b.loop(I64(0), argument[count]) as head:
-                start = b.address(source, head, dim * size)
+                start = b.address(source, head, (query_step if name == "query" else dim) * size)
                 parts = [b.read_floats(dtype, b.add(start, I64(i * size))) for i in range(0, dim, LANES)]
                 if epsilon is not None:
                     parts = _normalized(b, parts, argument[f"{name}_weight"], epsilon)
-                for i, part in enumerate(_rotated(b, dtype, parts, *angles)):
+                parts[: num_rotated // LANES] = _rotated(b, dtype, parts[: num_rotated // LANES], *angles)
+                for i, part in enumerate(parts):
                     b.write_floats(part, dtype, b.add(b.address(target, head, dim * size), I64(i * LANES * size)))
         source = b.address(argument["value"], b.mul(token, argument["value_stride"]), size)
         with b.loop(I64(0), b.mul(argument["kv_heads"], I64(dim)), LANES) as i:

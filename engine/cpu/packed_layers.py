@@ -71,6 +71,10 @@ class SharedInput:
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
 
+    def num_rows(self, index: int) -> int:
+        """Returns the size of a layer's output."""
+        return self._layers[index].packed.num_rows
+
     def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Returns the outputs of all layers, each (rows, rows of its weight)."""
         rows = prepare(x, self._layers[0].packed.format)
