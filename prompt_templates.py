@@ -6,7 +6,7 @@ The tokenizer's own chat template always wins; a family's is for tokenizers that
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,10 +99,36 @@ FAMILIES = (
         context_length=32768,
         quantization="int4",
     ),
+    _with_gemma_turns(
+        name="Gemma 3n", model_types=r"gemma3n(_text)?", names="gemma-?3n", context_length=32768, quantization="int4"
+    ),
+    Family(
+        name="Gemma 4",
+        model_types=r"gemma4(_\w+)?",
+        names="gemma-?4",
+        marker="<|turn>",
+        template=family_templates.GEMMA_4,
+        ends=("<turn|>",),
+        tools=LINES,
+        context_length=131072,
+        quantization="int4",
+    ),
     _with_gemma_turns(name="Gemma 2", model_types="gemma2", names="gemma-?2", context_length=8192),
     _with_gemma_turns(name="Gemma", model_types="gemma.*", names="gemma", context_length=8192),
     _with_chatml(
-        name="Qwen 3", model_types=r"qwen3(_moe)?", names=r"qwen-?3(?!\.5)", context_length=32768, think=THINK
+        name="Qwen 3.5",
+        model_types=r"qwen3_5(_moe)?(_text)?",
+        names=r"qwen-?3\.[5-9]",
+        tools=QWEN_XML,
+        context_length=32768,
+        think=THINK,
+    ),
+    _with_chatml(
+        name="Qwen 3",
+        model_types=r"qwen3(_moe|_next)?",
+        names=r"qwen-?3(?!\.[5-9])",
+        context_length=32768,
+        think=THINK,
     ),
     _with_chatml(name="Qwen 2.5", model_types=r"qwen2(_moe)?", names="qwen(?!-?3)", context_length=32768),
     Family(
@@ -178,6 +204,7 @@ class RenderOptions:
     tools: Sequence[dict[str, Any]] = ()  # in OpenAI's form
     thinks: bool | None = None
     effort: str | None = None  # of the thinking, for templates that know of it
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the template, as clients send them
 
 
 @dataclass(frozen=True)
@@ -371,13 +398,14 @@ class PromptTemplate:
     def _text(self, messages: Sequence[Message], options: RenderOptions) -> "PromptText":
         from jinja2 import TemplateError
 
-        plain, tools, seam, mark = self._disarm(messages, options.tools)
+        plain, tools, arguments, seam, mark = self._disarm(messages, options)
         plain, continues, opens = _ending(plain, options.continues, options.opens)
         if continues and plain[-1]["role"] not in ("assistant", "user"):
             raise InvalidRequest(
                 "Only a message of the assistant or the user can be continued.", param="continue_final_message"
             )
-        switches = {"continue_final_message": continues, "add_generation_prompt": opens, **_switches(options)}
+        ending = {"continue_final_message": continues, "add_generation_prompt": opens}
+        switches = {**arguments, **ending, **_switches(options)}
         refusal: Exception | None = None
         tried: list[Attempt] = []
         for attempt, shown in self._attempts(plain, tools, bool(options.image_tokens)):
@@ -484,19 +512,20 @@ class PromptTemplate:
         return self._vision is not None and not self._shows_images
 
     def _disarm(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
-    ) -> tuple[list[CanonicalMessage], list[dict[str, Any]], str, str]:
-        """Cuts the control tokens that messages and tools spell in two, as text/seams.py explains.
+        self, messages: Sequence[Message], options: RenderOptions
+    ) -> tuple[list[CanonicalMessage], list[dict[str, Any]], dict[str, Any], str, str]:
+        """Cuts the control tokens that messages, tools and arguments spell in two, as text/seams.py explains.
 
-        Returns both with the seam, and a character that stands for an image in the text.
+        Returns these with the seam, and a character that stands for an image in the text.
         """
+        tools, arguments = options.tools, dict(options.arguments)
         try:
             plain = canonical(messages, "" if self.sees else None)
-            seam, mark = unused_characters(json.dumps([plain, *tools], ensure_ascii=False), 2)
+            seam, mark = unused_characters(json.dumps([plain, *tools, arguments], ensure_ascii=False), 2)
             if self.sees and has_images(messages):
                 plain = canonical(messages, mark)
-            safe_tools = [cut(tool, self._markup, seam) for tool in tools]
-            return [self._safe(message, seam) for message in plain], safe_tools, seam, mark
+            safe_tools, safe_arguments = cut([*tools], self._markup, seam), cut(arguments, self._markup, seam)
+            return [self._safe(message, seam) for message in plain], safe_tools, safe_arguments, seam, mark
         except RecursionError as error:
             raise InvalidRequest("The arguments of a tool call are nested too deeply.", param="messages") from error
 

@@ -6,6 +6,7 @@ add_generation_prompt, structured_outputs and guided_*; timings is llama.cpp's.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
@@ -251,12 +252,30 @@ class _CompletionRequest(_SamplingRequest):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
+# What no client may set: what the prompt itself is made of, and how it is rendered
+RESERVED_TEMPLATE_ARGUMENTS = re.compile(
+    r"messages|conversations?|tools|documents|chat_template|tokenize|tokenizer(_kwargs)?"
+    r"|add_generation_prompt|add_special_tokens|continue_final_message"
+    r"|padding|truncation|max_length|return_\w+|(additional_)?\w*_tokens?|self|(?!\w).*|\w*\W.*|__.*",
+    re.DOTALL,
+)
+
+
 class TemplateArguments(RequestBody):
-    """The arguments of the chat template that a client may set; others are ignored and listed as ignored."""
+    """The arguments of the chat template. All that are not reserved reach the template; a reserved one is ignored and
+    listed as ignored."""
 
     enable_thinking: bool | None = None
     thinking: bool | None = None  # another name for enable_thinking
     reasoning_effort: str | None = None
+
+    @property
+    def others(self) -> Object:
+        """The arguments without a meaning of their own here, such as preserve_thinking."""
+        return {k: v for k, v in (self.model_extra or {}).items() if not RESERVED_TEMPLATE_ARGUMENTS.fullmatch(k)}
+
+    def _unknown_fields(self) -> Iterator[str]:
+        yield from (name for name in super()._unknown_fields() if name not in self.others)
 
 
 class _RenderedRequest(RequestBody):
@@ -273,6 +292,11 @@ class _RenderedRequest(RequestBody):
         """The reasoning effort, wherever the request has it."""
         arguments = self.chat_template_kwargs
         return self.reasoning_effort or (arguments.reasoning_effort if arguments else None)
+
+    @property
+    def template_arguments(self) -> Object:
+        """What the chat template gets beside the messages, the tools and the switches of reasoning."""
+        return self.chat_template_kwargs.others if self.chat_template_kwargs else {}
 
     @property
     def thinks(self) -> bool | None:

@@ -42,6 +42,7 @@ class ChatRenderer:
             tools=tools.shown if tools else (),
             thinks=False if request.thinks is None and is_background_task(request) else request.thinks,
             effort=request.effort,
+            arguments=request.template_arguments,
         )
         template = loaded.template
         boundaries: tuple[int, ...] = ()

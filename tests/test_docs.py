@@ -116,20 +116,11 @@ def test_the_settings_in_the_readmes_exist_with_their_defaults(readme: str) -> N
         assert default == f"`{value}`" if value else not re.fullmatch("`[^`]*`", default), name
 
 
-def test_the_families_are_those_that_run() -> None:
-    """Qwen 3.5 is in no table, because the engine refuses its layers: once they run, the documents must say so."""
-    from transformers import AutoConfig
-
-    from errors import ModelLoadError
-
+def test_the_families_are_those_that_are_known() -> None:
     names = {family.name for family in docs.defined("FAMILIES")} - {"ChatML", "generic"}
     table = [row for row in rows(text_of("docs/models.md")) if len(row) == 5]
     listed = {row[0].replace("2, 2.5", "2.5").replace("Llama 3.x", "Llama 3") for row in table[1:-1]}
-    assert listed == names and "Qwen 3.5" not in names
-    config = AutoConfig.for_model("qwen3_5_text")
-    assert "linear_attention" in config.layer_types
-    with pytest.raises(ModelLoadError, match="are not supported"):
-        docs.defined("check_architecture")(config)
+    assert listed == names
 
 
 # --- what the documents name

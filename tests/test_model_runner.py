@@ -16,7 +16,11 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -66,7 +70,27 @@ def gemma3_with_vision() -> PreTrainedModel:
     )
 
 
+GEMMA_3N: dict[str, Any] = {
+    **{**SMALL, "num_hidden_layers": 5, "intermediate_size": [96] * 5, "tie_word_embeddings": True},
+    **{
+        "head_dim": 16,
+        "sliding_window": 16,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5] + [0.0] * 4,
+    },
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]
+    + ["sliding_attention"]
+    + ["full_attention"],
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "altup_num_inputs": 2, "laurel_rank": 8},
+}
+GEMMA_4: dict[str, Any] = {
+    **{**SMALL, "num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32, "sliding_window": 16},
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2},
+}
 MODELS = {
+    "gemma3n": lambda: Gemma3nForCausalLM(Gemma3nTextConfig(**GEMMA_3N)),
+    "gemma4": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA_4)),
     "gemma2-softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA, attn_logit_softcapping=5.0)),
     "gemma3-vision": gemma3_with_vision,
     "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**SMALL, head_dim=12, sliding_window=20)),

@@ -1,5 +1,12 @@
 """Chat templates of model families, in Jinja, for tokenizers that have none of their own."""
 
+GEMMA_4 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{{ m.content if loop.last and not add_generation_prompt else m.content | trim }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '<turn|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+)
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
     "{% if not loop.last or add_generation_prompt %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"

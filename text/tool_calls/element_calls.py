@@ -14,7 +14,7 @@ written so is JSON, as in JsonFormat.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,11 +25,25 @@ from text.argument_schemas import choices_of, fits, is_judged, takes_any_text
 from text.argument_values import argument_of, value_of
 from text.json_schemas import ANNOTATIONS
 from text.lenient_json import BLANKS, json_of
-from text.tool_calls.json_calls import MARKED_PROMPT, JsonFormat
+from text.tool_calls.json_calls import TOOLS_PROMPT, JsonFormat
 from text.tool_calls.lark import Literals, Schema, definitions_of, in_regex, json_of_schema
 
+HOW = """To call a function, write its name and each argument between marks. A value that is no text is JSON. The form:
+"""
+XML_PROMPT = f"""{TOOLS_PROMPT}{HOW}<tool_call>
+<function=the function's name>
+<parameter=an argument's name>
+its value
+</parameter>
+</function>
+</tool_call>"""
+ARG_KEY_PROMPT = f"""{TOOLS_PROMPT}{HOW}<tool_call>the function's name
+<arg_key>an argument's name</arg_key>
+<arg_value>its value</arg_value>
+</tool_call>"""
 MAX_NAME_LENGTH = 200  # characters
 SIMPLE = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", *ANNOTATIONS}
+WRITABLE_KEY = re.compile(r"[^\s<>]+")  # a parameter's name that can stand in a mark
 _NAME_END = re.compile(r"[^\w.:/-]", re.ASCII)
 
 
@@ -45,6 +59,17 @@ class ElementFormat(JsonFormat):
     has_lines: bool  # a value has lines of its own
 
     MARKS = (*JsonFormat.MARKS, "key_begin", "key_end", "value_begin", "value_end", "call_end")
+
+    def written(self, name: str, arguments: Any) -> str:
+        """Returns a call as elements; one whose arguments cannot be written so is JSON."""
+        texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in _items(arguments)}
+        has_marks = any(self.value_end.strip() in text for text in texts.values())
+        if not isinstance(arguments, dict) or has_marks or not all(map(WRITABLE_KEY.fullmatch, texts)):
+            return super().written(name, arguments)
+        elements = (f"{self.key_begin}{k}{self.key_end}{self.value_begin}{v}{self.value_end}" for k, v in texts.items())
+        head = f"{self.begin}\n{self.name_begin}" if self.name_begin else self.begin
+        close = f"{self.call_end}\n" if self.call_end else ""
+        return f"{head}{name}{self.name_end}{''.join(elements)}{close}{self.end}"
 
     # --- the grammar
 
@@ -138,7 +163,7 @@ class ElementFormat(JsonFormat):
 
 QWEN_XML = ElementFormat(
     name="XML",
-    prompt=MARKED_PROMPT,
+    prompt=XML_PROMPT,
     signs=("<function=", "<parameter="),
     begin="<tool_call>",
     end="</tool_call>",
@@ -153,7 +178,7 @@ QWEN_XML = ElementFormat(
 )
 GLM_XML = ElementFormat(
     name="arg_key",
-    prompt=MARKED_PROMPT,
+    prompt=ARG_KEY_PROMPT,
     signs=("<arg_key>", "<arg_value>"),
     begin="<tool_call>",
     end="</tool_call>",
@@ -166,6 +191,10 @@ GLM_XML = ElementFormat(
 )
 
 
+def _items(arguments: Any) -> Iterable[tuple[str, Any]]:
+    return arguments.items() if isinstance(arguments, dict) else ()
+
+
 def is_simple(schema: Schema) -> bool:
     """Returns whether an object that has the right properties is valid, and these can be written as elements."""
     properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -175,7 +204,7 @@ def is_simple(schema: Schema) -> bool:
         return False
     references = re.findall(r'"\$ref": "([^"]*)', json.dumps(schema))
     is_local = all(path.startswith(("#/$defs/", "#/definitions/")) for path in references)
-    can_be_written = all(re.fullmatch(r"[^\s<>]+", key) for key in properties)
+    can_be_written = all(map(WRITABLE_KEY.fullmatch, properties))
     return is_local and can_be_written and all(isinstance(own, dict) or own is True for own in properties.values())
 
 

