@@ -127,6 +127,7 @@ def convert(paths: list[Path], directory: Path, report: Callable[[float], None])
 def _convert_file(gguf: Path, directory: Path, report: Callable[[float], None]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
     from engine.cpu import packed_checkpoint
 
@@ -137,10 +138,16 @@ def _convert_file(gguf: Path, directory: Path, report: Callable[[float], None]) 
     config = AutoConfig.for_model(**gguf_metadata.attributes(header, _rope_factors(gguf, header)))
     report(0.4)
     load: Any = AutoModelForCausalLM.from_pretrained
-    options = {"gguf_file": gguf.name, "config": config, "dtype": torch.bfloat16, "output_loading_info": True}
+    is_new = header.values["general.architecture"] in GGUF_CONFIG_ARCHS  # read by transformers' newer loader
+    dtype = torch.float32 if is_new else torch.bfloat16  # the newer loader computes in it, and the blocks must be found
+    options = {"gguf_file": gguf.name, "config": config, "dtype": dtype, "output_loading_info": True}
     with _cached_name_map():
-        _check_tensors(header, config)
+        if not is_new:
+            _check_tensors(header, config)
         model, loaded = load(gguf.parent, **options)
+    if is_new and loaded["unexpected_keys"]:
+        raise _no_place(sorted(name.replace("model.layers.", "blk.") for name in loaded["unexpected_keys"]))
+    model.to(torch.bfloat16)
     if loaded["missing_keys"]:  # these weights would be random numbers, as in one file of several
         raise errors.ModelLoadError(f"it lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}")
     report(0.7)
@@ -217,7 +224,11 @@ def _check_tensors(header: gguf_header.Header, config: Any) -> None:
     names = {*get_gguf_hf_weights_map(model, processor), *gguf_rope.FACTORS}
     unread = [name for name in header.tensors if not {name, name.removesuffix(".weight")} & names]
     if unread:
-        raise errors.ModelLoadError(f"the model has no place for its tensors {', '.join(unread[:3])}")
+        raise _no_place(unread)
+
+
+def _no_place(names: list[str]) -> errors.ModelLoadError:
+    return errors.ModelLoadError(f"the model has no place for its tensors {', '.join(names[:3])}")
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoints import gguf_gemma as gemma
+from checkpoints import gguf_recurrent as recurrent
 from checkpoints import gguf_rope as rope
 from checkpoints import gguf_sizes as sizes
 from checkpoints.gguf_header import Value
@@ -35,6 +36,7 @@ GPT2 = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
 BASIC: tuple[Derive, ...] = (sizes.key_value_heads, sizes.head_dim, rope.whole_heads)
+PARTLY_ROTATED: tuple[Derive, ...] = (sizes.key_value_heads, sizes.head_dim, rope.part_of_heads)
 FIXED_HEADS: tuple[Derive, ...] = (sizes.key_value_heads, sizes.fixed_head_dim, rope.whole_heads)
 HEADS = frozenset({"attention.head_count_kv", "attention.key_length"})
 FEED_FORWARD = frozenset({"feed_forward_length"})
@@ -76,6 +78,29 @@ ARCHITECTURES: dict[str, Architecture] = {  # by general.architecture
         attributes=RMS_DECODER | EXPERTS,
         derive=(*BASIC, sizes.dense_size, sizes.moe_size, sizes.expert_norm(True)),
         optional=HEADS | FEED_FORWARD,
+    ),
+    "qwen35": Architecture(
+        model_type="qwen3_5_text",
+        attributes=RMS_DECODER,
+        derive=(*PARTLY_ROTATED, recurrent.delta_net, recurrent.sections),
+        optional=HEADS,
+    ),
+    "qwen35moe": Architecture(
+        model_type="qwen3_5_moe_text",
+        attributes=RMS_DECODER | EXPERTS,
+        derive=(
+            *(*PARTLY_ROTATED, recurrent.delta_net, recurrent.sections),
+            *(sizes.moe_size, sizes.shared_expert_size, sizes.always_normalized),
+        ),
+        optional=HEADS | FEED_FORWARD,
+    ),
+    "lfm2": Architecture(
+        model_type="lfm2",
+        attributes={key: name for key, name in DECODER.items() if key != "attention.head_count_kv"}
+        | {"attention.layer_norm_rms_epsilon": "norm_eps"},
+        derive=(recurrent.short_convolutions, sizes.fixed_head_dim, rope.whole_heads),
+        optional=HEADS,
+        constants={"block_auto_adjust_ff_dim": False},
     ),
     "phi3": Architecture(
         model_type="phi3",

@@ -72,6 +72,13 @@ def dense_size(keys: Keys, config: Attributes, factors: Factors) -> Attributes:
     return {"intermediate_size": keys.count("feed_forward_length", 1, minimum=0) or 1}
 
 
+def always_normalized(keys: Keys, config: Attributes, factors: Factors) -> Attributes:
+    """Raises ValueError for a file that asks for other weights of experts than model classes that normalise them."""
+    if keys.value("expert_weights_norm") not in (None, True):
+        raise keys.refuse("expert_weights_norm", "it must be true")
+    return {}
+
+
 def expert_norm(default: bool) -> Derive:
     """Returns a function that sets whether experts' weights are normalised; default: where the file does not say."""
 

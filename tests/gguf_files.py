@@ -10,6 +10,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel
 
+DELTA_NET = {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}  # parameters that are no weights of a layer
 Numbers = numpy.ndarray[Any, Any]
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -84,6 +85,10 @@ def tensors_of(model: PreTrainedModel, architecture: str) -> dict[str, Numbers]:
     for name, value in model.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
+        if name.rpartition(".")[2] in DELTA_NET:
+            renamed = f"blk.{name.split('.')[2]}.{DELTA_NET[name.rpartition('.')[2]]}"
+            tensors[renamed] = changed(value.float(), renamed, architecture, config).contiguous().numpy()
+            continue
         base, _, suffix = name.rpartition(".")
         if suffix not in ("weight", "bias"):
             base, suffix = name, "weight"
@@ -115,6 +120,28 @@ def changed(value: torch.Tensor, name: str, architecture: str, config: Any) -> t
         return value.T
     if name.endswith("ffn_gate_inp_shexp.weight"):
         return value.flatten()
+    if name.endswith("conv1d.weight") or name.endswith("shortconv.conv.weight"):
+        value = value.squeeze(1)
+    if architecture.startswith("qwen35"):
+        return changed_delta_net(value, name, config)
+    return value
+
+
+def changed_delta_net(value: torch.Tensor, name: str, config: Any) -> torch.Tensor:
+    """Heads of values that share a key are apart: first the first one of every key, then the second ones."""
+    if name.endswith("norm.weight") and not name.endswith("ssm_norm.weight"):
+        return value + 1
+    if name.endswith("ssm_a"):
+        value = -value.exp()
+    keys, size = config.linear_num_key_heads, config.linear_value_head_dim
+    if name.endswith(("ssm_a", "ssm_dt.bias", "ssm_alpha.weight", "ssm_beta.weight")):
+        return value.unflatten(0, (keys, -1)).transpose(0, 1).flatten(0, 1)
+    if name.endswith("ssm_out.weight"):
+        return value.unflatten(1, (keys, -1, size)).transpose(1, 2).flatten(1)
+    num_before = 2 * keys * config.linear_key_head_dim if name.endswith(("attn_qkv.weight", "conv1d.weight")) else 0
+    if num_before or name.endswith("attn_gate.weight"):
+        others, values = value[:num_before], value[num_before:]
+        return torch.cat([others, values.unflatten(0, (keys, -1, size)).transpose(0, 1).flatten(0, 2)])
     return value
 
 

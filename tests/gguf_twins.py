@@ -115,6 +115,37 @@ GEMMA3 = (
     {**GEMMA2[0], "num_hidden_layers": 7, **gemma3({"rope_type": "default"})},
     {**GEMMA2[1], "block_count": 7, "rope.freq_base": 1e6},
 )
+QWEN35 = (
+    {
+        **EPSILON,
+        **rope(1e6, partial_rotary_factor=0.25, mrope_section=[1, 1, 2], mrope_interleaved=True),
+        "head_dim": 32,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+    },
+    {
+        **RMS,
+        **{"block_count": 4, "rope.freq_base": 1e6, "attention.key_length": 32, "attention.value_length": 32},
+        **{"rope.dimension_count": 8, "rope.dimension_sections": [1, 1, 2, 0], "full_attention_interval": 4},
+        **{"attention.recurrent_layers": [1, 1, 1, 0], "ssm.conv_kernel": 4, "ssm.state_size": 16},
+        **{"ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 128},
+    },
+)
+LFM2 = (
+    {
+        **rope(1e6),
+        **{"norm_eps": 1e-3, "num_hidden_layers": 4, "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
+        "layer_types": ["conv", "conv", "full_attention", "conv"],
+    },
+    {
+        **RMS,
+        **{"block_count": 4, "rope.freq_base": 1e6, "attention.head_count_kv": [0, 0, 2, 0], "shortconv.l_cache": 3},
+    },
+)
 MINIMAX = (
     {
         **EPSILON,
@@ -196,6 +227,11 @@ TWINS = {
     "qwen3moe": twin(("qwen3moe", "qwen3_moe"), QWEN3, EXPERTS[0] | {"norm_topk_prob": True}, EXPERTS[1]),
     "qwen3moe, not normed": twin(("qwen3moe", "qwen3_moe"), QWEN3, EXPERTS[0] | {"norm_topk_prob": False},
         EXPERTS[1] | {"expert_weights_norm": False}),
+    "qwen35": twin(("qwen35", "qwen3_5_text"), QWEN35),
+    "qwen35, a head of values for each key": twin(("qwen35", "qwen3_5_text"), QWEN35, {"linear_num_key_heads": 4},
+        {"ssm.group_count": 4}),
+    "qwen35moe": twin(("qwen35moe", "qwen3_5_moe_text"), QWEN35, EXPERTS[0] | SHARED[0], EXPERTS[1] | SHARED[1]),
+    "lfm2": twin(("lfm2", "lfm2"), LFM2),
     "phi3": twin(PHI3_, PHI3),
     "phi3, window": twin(PHI3_, PHI3, {"sliding_window": 20}, {"attention.sliding_window": 20}),
     "phi3, part of the heads": twin(PHI3_, PHI3, rope(1e4, partial_rotary_factor=0.75), {"rope.dimension_count": 12}),

@@ -24,6 +24,7 @@ from gguf_twins import (
     refusal,
     twin,
 )
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from checkpoints import (
@@ -50,7 +51,8 @@ def test_each_architecture_is_served(name: str, tmp_path: Path) -> None:
     TWINS[name].write(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     conversion.convert([tmp_path / "tiny.gguf"], tmp_path / "tiny", lambda fraction: None)
     model = load_model(check_model(tmp_path / "tiny", "auto", "cpu"), lambda what, fraction: None, "auto")
-    assert len(probe_layers(model).attention) == model.config.num_hidden_layers
+    specs = probe_layers(model)
+    assert len({*specs.attention, *specs.recurrent}) == model.config.num_hidden_layers
 
 
 # --- types of tensors
@@ -162,3 +164,13 @@ NOT_CONVERTING = {  # imported by what converts, without a say in what is writte
     *("engine/cpu/__init__.py", "engine/cpu/packed_layers.py", "engine/cpu/kernels.py", "engine/cpu/amx.py"),
     *("engine/cpu/activations.py", "engine/cpu/products.py", "engine/cpu/packing.py", "engine/cpu/packed_experts.py"),
 }
+
+
+def test_layers_whose_columns_are_reordered_are_packed_too(tmp_path: Path) -> None:
+    """Qwen 3.5's heads of values are in another order in a file: rows are found there, columns are rounded anew."""
+    TWINS["qwen35"].write(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+    conversion.convert([tmp_path / "tiny.gguf"], tmp_path / "tiny", lambda fraction: None)
+    with safe_open(tmp_path / "tiny" / packed_checkpoint.FILE, "pt") as file:
+        packed = json.loads(file.metadata()["layers"])
+    layers = ("in_proj_qkv", "in_proj_z", "out_proj")
+    assert {f"model.layers.{n}.linear_attn.{layer}" for n in range(3) for layer in layers} <= packed.keys()

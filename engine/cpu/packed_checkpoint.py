@@ -19,10 +19,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from engine.cpu import gguf_blocks, packing
-from engine.cpu.packed_weight import PARTS, Codes, Format, PackedWeight, can_pack, pack
+from engine.cpu.packed_weight import INT8, PARTS, Codes, Format, PackedWeight, can_pack, pack, quantize_weight
 from errors import ModelLoadError
 
 FILE = "weights.packed"
+REORDERED = "linear_attn.out_proj"  # its columns are in the order of heads, in which files differ from transformers
 HASHED_ROWS = 4096  # at a time
 
 
@@ -42,7 +43,7 @@ def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
     """Writes each linear layer and the embedding with the GGUF file's own blocks, and all else as it is.
 
     model: the model that transformers made from the file, in bfloat16. A layer whose tensor is not in the file stays
-    in bfloat16; see `_Sources.find`.
+    in bfloat16; see `_Sources.find`. One whose columns transformers has put in another order is rounded to 8 bits.
     """
     sources = _Sources(gguf)
     packed: dict[str, PackedWeight] = {}
@@ -55,6 +56,8 @@ def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
             packed[name] = by_storage[storage]
         elif (codes := sources.find(layer.weight.data)) is not None:
             packed[name] = by_storage[storage] = pack(codes)
+        elif name.endswith(REORDERED):
+            packed[name] = pack(quantize_weight(layer.weight.data, INT8))
     plain = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in packed}
     save(packed, plain, directory / FILE)
 
