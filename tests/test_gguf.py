@@ -34,6 +34,7 @@ from checkpoints import (
     gguf_parts,
 )
 from engine.checked_model import check_model
+from engine.cpu import packed_checkpoint
 from engine.model_loader import load_model
 from engine.model_runner import probe_layers
 
