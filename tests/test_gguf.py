@@ -35,6 +35,7 @@ from checkpoints import (
 )
 from engine.checked_model import check_model
 from engine.cpu import packed_checkpoint
+from engine.cpu.packed_experts import PackedExperts
 from engine.model_loader import load_model
 from engine.model_runner import probe_layers
 
@@ -175,3 +176,24 @@ def test_layers_whose_columns_are_reordered_are_packed_too(tmp_path: Path) -> No
         packed = json.loads(file.metadata()["layers"])
     layers = ("in_proj_qkv", "in_proj_z", "out_proj")
     assert {f"model.layers.{n}.linear_attn.{layer}" for n in range(3) for layer in layers} <= packed.keys()
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen35moe"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_experts_keep_the_blocks_of_their_file(name: str, kind: str, tmp_path: Path) -> None:
+    twin, path = TWINS[name], tmp_path / "tiny.gguf"
+    larger = dataclasses.replace(
+        twin,
+        config={**twin.config, "moe_intermediate_size": 64},
+        keys={**twin.keys, "expert_feed_forward_length": 64},
+    )
+    larger.write(path, kind=gguf.GGMLQuantizationType[kind])
+    dequantized = converted(path)
+    model = load_model(check_model(tmp_path / "tiny", "auto", "cpu"), lambda phase, fraction: None, "auto")
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedExperts)}
+    assert len(packed) == dequantized.config.num_hidden_layers
+    for path_, experts in packed.items():
+        for part, weight in experts.packed.items():
+            assert weight.format.bits == (8 if kind == "Q8_0" else 4)
+            expected = dequantized.get_parameter(f"{path_}.{part}").flatten(0, 1)
+            assert torch.equal(weight.dequantize().bfloat16().float(), expected)

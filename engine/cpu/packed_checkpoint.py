@@ -5,6 +5,7 @@ under a name that transformers does not look for. Or they were rounded at a firs
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -18,8 +19,18 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from engine.cpu import gguf_blocks, packing
-from engine.cpu.packed_weight import INT8, PARTS, Codes, Format, PackedWeight, can_pack, pack, quantize_weight
+from engine.cpu import gguf_blocks, packed_experts, packing
+from engine.cpu.packed_weight import (
+    INT8,
+    PARTS,
+    Codes,
+    Format,
+    PackedWeight,
+    can_pack,
+    concatenated,
+    pack,
+    quantize_weight,
+)
 from errors import ModelLoadError
 
 FILE = "weights.packed"
@@ -40,10 +51,11 @@ def size(directory: Path) -> int:
 
 
 def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
-    """Writes each linear layer and the embedding with the GGUF file's own blocks, and all else as it is.
+    """Writes each linear layer, the embedding and the experts with the GGUF file's own blocks, and all else as it is.
 
     model: the model that transformers made from the file, in bfloat16. A layer whose tensor is not in the file stays
-    in bfloat16; see `_Sources.find`. One whose columns transformers has put in another order is rounded to 8 bits.
+    in bfloat16; see `_Sources.find`. One whose columns transformers has put in another order is rounded to 8 bits, and
+    so are experts whose parts have blocks of several types.
     """
     sources = _Sources(gguf)
     packed: dict[str, PackedWeight] = {}
@@ -58,6 +70,12 @@ def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
             packed[name] = by_storage[storage] = pack(codes)
         elif name.endswith(REORDERED):
             packed[name] = pack(quantize_weight(layer.weight.data, INT8))
+    for name, module in model.named_modules():
+        if packed_experts.can_pack_experts(module):
+            for part in packed_experts.PARAMETERS:
+                weight = module.get_parameter(part).data
+                codes = sources.find_experts(weight, num_parts=2 if part == "gate_up_proj" else 1)
+                packed[f"{name}.{part}"] = packed_experts.pack_experts(weight, INT8) if codes is None else pack(codes)
     plain = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in packed}
     save(packed, plain, directory / FILE)
 
@@ -95,7 +113,7 @@ class _Sources:
         from gguf import GGUFReader  # only the conversion needs it
 
         matrices = (t for t in GGUFReader(gguf).tensors if t.tensor_type.name in gguf_blocks.BLOCK_BYTES)
-        self._waiting = [tensor for tensor in matrices if len(tensor.shape) == 2]
+        self._waiting = [tensor for tensor in matrices if len(tensor.shape) >= 2]
 
     def find(self, weight: torch.Tensor) -> Codes | None:
         """Returns the codes of a layer's weight, in the order of its rows; None if the file does not have its numbers.
@@ -111,9 +129,10 @@ class _Sources:
         """
         first = _hashes(weight[:1])
         for tensor in self._waiting:
-            if list(tensor.shape) != [weight.shape[1], weight.shape[0]]:
+            if (math.prod(tensor.shape[1:]), tensor.shape[0]) != weight.shape:
                 continue
-            codes = gguf_blocks.decode(torch.from_numpy(tensor.data.copy()), tensor.tensor_type.name)
+            data = torch.from_numpy(tensor.data.reshape(len(weight), -1).copy())
+            codes = gguf_blocks.decode(data, tensor.tensor_type.name)
             hashes = _codes_hashes(codes)
             if first.item() not in hashes:
                 continue
@@ -123,6 +142,19 @@ class _Sources:
                 self._waiting.remove(tensor)
                 return codes.select(torch.tensor(order))
         return None
+
+    def find_experts(self, weight: torch.Tensor, num_parts: int) -> Codes | None:
+        """Returns the codes of all experts' rows, one expert after the other; None where the file does not have them.
+
+        weight: (experts, rows, columns), whose rows come from as many tensors as it has parts: gate and up are apart.
+        """
+        found = [self.find(part.flatten(0, 1)) for part in weight.chunk(num_parts, dim=1)]
+        parts = [codes for codes in found if codes is not None]
+        if len(parts) != num_parts or len({codes.format for codes in parts}) != 1:
+            return None
+        rows = torch.arange(len(parts[0].codes)).view(len(weight), -1)
+        order = torch.cat([rows + index * rows.numel() for index in range(num_parts)], dim=1).flatten()
+        return concatenated(parts).select(order)
 
 
 def _codes_hashes(codes: Codes) -> list[int]:

@@ -112,6 +112,18 @@ class Codes(NamedTuple):
         return Codes(self.format, self.codes[rows], self.scales[rows], minimums, supers)
 
 
+def concatenated(parts: list[Codes]) -> Codes:
+    """Joins the rows of weights of one format."""
+
+    def joined(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.cat(present) if present else None
+
+    scales = torch.cat([part.scales for part in parts])
+    minimums, supers = joined([part.minimums for part in parts]), joined([part.supers for part in parts])
+    return Codes(parts[0].format, torch.cat([part.codes for part in parts]), scales, minimums, supers)
+
+
 PARTS = ("quants", "scales", "minimums", "supers")
 
 
