@@ -30,6 +30,7 @@ from text.canonical_messages import (
 from text.detokenizer import MarkingDetokenizer, detokenizer_of
 from text.json_bounds import check_characters
 from text.named_templates import chosen, source_of
+from text.prompt_text import PromptText
 from text.seams import cut, unused_characters
 from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
@@ -46,7 +47,6 @@ MARKUP = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response|tools?)>|<(star
 RENDERING_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 THINK = ("<think>", "</think>")  # the marks of most models that reason
 FIRST_MARK = 0x10FF00  # private-use characters stand for the tokens of marks, so that text spelled alike is told apart
-MOST_CLOSING = 16  # tokens that may close the reasoning behind a template's text
 NONE = "(?!)"  # a regular expression that nothing fits
 
 
@@ -207,15 +207,6 @@ class RenderOptions:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the template, as clients send them
 
 
-@dataclass(frozen=True)
-class PromptText:
-    """A conversation as text."""
-
-    text: str
-    seam: str  # a character that cuts control tokens in two which messages spell
-    opens: bool  # whether it ends with the assistant's header
-
-
 class PromptTemplate:
     """Turns messages or text into token ids for one model. A call takes milliseconds, more for long prompts."""
 
@@ -354,7 +345,7 @@ class PromptTemplate:
         """
         options = options or RenderOptions()
         text = self._text(messages, options)
-        token_ids = self._encode_parts(text)
+        token_ids = text.encode(self.encode)
         return token_ids + self._closing(token_ids) if text.opens and options.thinks is False else token_ids
 
     def turn_boundaries(
@@ -376,26 +367,12 @@ class PromptTemplate:
                 text = self._text(others, replace(options, continues=None, opens=None)).text
             except InvalidRequest:
                 continue
-            places.add(self._num_before(whole, len(commonprefix([whole.text, text])), prompt_ids))
+            places.add(
+                whole.num_tokens_before(len(commonprefix([whole.text, text])), prompt_ids, self._control, self.encode)
+            )
         return tuple(sorted(places - {0}))
 
-    def _num_before(self, whole: "PromptText", num_characters: int, prompt_ids: Sequence[int]) -> int:
-        """Returns the number of tokens before the last control token that ends within the first characters; 0 if there
-        is none."""
-        matches = [match for match in self._control.finditer(whole.text, 0, num_characters) if match[0]]
-        if not matches:
-            return 0
-        rest = self._encode_parts(replace(whole, text=whole.text[matches[-1].start() :]))
-        place = len(prompt_ids) - len(rest)  # reasoning that was closed behind the text makes it a little later
-        token_id = self._vocabulary[matches[-1][0]]
-        return next((at for at in range(place, max(0, place - MOST_CLOSING), -1) if prompt_ids[at] == token_id), 0)
-
-    def _encode_parts(self, text: "PromptText") -> list[int]:
-        parts = text.text.split(text.seam)
-        encoded = {part: self.encode(part) for part in set(parts)}  # many marks make many equal parts
-        return [token_id for part in parts for token_id in encoded[part]]
-
-    def _text(self, messages: Sequence[Message], options: RenderOptions) -> "PromptText":
+    def _text(self, messages: Sequence[Message], options: RenderOptions) -> PromptText:
         from jinja2 import TemplateError
 
         plain, tools, arguments, seam, mark = self._disarm(messages, options)

@@ -5,7 +5,7 @@ block tables, so that a sliding layer frees the blocks that its window has passe
 its tokens and all those before it, so that a prompt that begins like another one reuses what was computed for that.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -144,7 +144,9 @@ class KVCache:
         """Gives a sequence without blocks the cached blocks of its longest known prefix. At least one token is left
         to compute."""
         keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
-        length = self._num_reusable(keys, sequence)
+        length = self._num_reusable(keys, sequence, None if self.states is None else self.states.snapshots)
+        if self.states is not None:  # where this prompt begins to differ from a known one, others may do so, too
+            sequence.boundaries.add(self._num_reusable(keys, sequence) * self.block_size)
         self.advance(sequence, length * self.block_size)
         sequence.num_cached_blocks = length
         sequence.block_tables = []
@@ -155,13 +157,12 @@ class KVCache:
                 pool.add_reference(cast(int, block))
             sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
 
-    def _num_reusable(self, keys: list[bytes], sequence: Sequence) -> int:
+    def _num_reusable(self, keys: list[bytes], sequence: Sequence, ends: Collection[bytes] | None = None) -> int:
         """Returns the largest number of leading blocks such that every group still has those that the next token sees,
-        and there is a snapshot of the recurrent state after them. They never end inside an image, since its tokens see
-        each other."""
+        and the last one's key is among `ends`, if these are given. They never end inside an image, since its tokens see each other."""
         runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
         for n in range(len(keys), 0, -1):
-            if self.states is not None and not self.states.has_snapshot(keys[n - 1]):
+            if ends is not None and keys[n - 1] not in ends:
                 continue
             needed = (n - self._first_visible(group, n) for group in self.groups)
             end = n * self.block_size

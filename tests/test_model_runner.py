@@ -2,12 +2,13 @@
 
 import asyncio
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import VOCAB, generate
+from models import MIXTURES, RECURRENT, VOCAB, generate, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -95,6 +96,7 @@ MODELS = {
     "gemma3-vision": gemma3_with_vision,
     "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**SMALL, head_dim=12, sliding_window=20)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL)),
+    **{family: partial(tiny_model, family, "eager") for family in (*RECURRENT, *MIXTURES)},
 }
 
 

@@ -187,6 +187,20 @@ def test_prompts_that_come_together_share_what_they_have_in_common() -> None:
     assert run(engine, use) == [0, 40, 40, 40, 40]
 
 
+def test_a_long_prompt_is_known_in_part_and_then_where_others_differ_from_it() -> None:
+    common = (prompts(1, longest=121)[0] * 20)[:1000]
+    engine = build_engine(tiny_model("qwen3_5", max_position_embeddings=2048), ROOMY, frozenset())
+
+    async def use(engine: Engine) -> list[int]:
+        cached = []
+        for end in prompts(3, longest=60):
+            outputs = [output async for output in generate(engine, [*common, *end], greedy(2))]
+            cached.append(outputs[0].num_cached_tokens)
+        return cached
+
+    assert run(engine, use) == [0, 512, len(common)]
+
+
 # --- the slots
 
 
@@ -229,7 +243,7 @@ def test_slots_are_never_shared_and_all_come_back() -> None:
         if rng.random() < 0.3:
             one = sequence([rng.randrange(2) for _ in range(rng.randrange(1, 12))])
             keys = one.block_keys(BLOCK)[: (one.num_tokens - 1) // BLOCK]
-            known = max((n for n in range(1, len(keys) + 1) if cache.has_snapshot(keys[n - 1])), default=0)
+            known = max((n for n in range(1, len(keys) + 1) if keys[n - 1] in cache.snapshots), default=0)
             one.num_computed = BLOCK * known
             num_begun += bool(known)
             if cache.open(one):
@@ -262,7 +276,7 @@ def test_the_snapshot_that_was_used_last_is_kept() -> None:
     cache.close(again)
     assert cache.open(ones[2])
     compute(cache, ones[2], 9)
-    assert [cache.has_snapshot(one.block_keys(BLOCK)[1]) for one in ones] == [True, False, True]
+    assert [one.block_keys(BLOCK)[1] in cache.snapshots for one in ones] == [True, False, True]
 
 
 def test_a_state_that_is_no_number_is_no_snapshot_and_does_not_stay() -> None:

@@ -12,7 +12,7 @@ nor shared. Therefore:
 """
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, zip_longest
@@ -23,6 +23,7 @@ from engine.batch import Span
 from engine.layer_spec import LayerSpecs, RecurrentSpec
 from engine.sequence import RecurrentState, Sequence
 
+LEAST_SPACE, MOST_SPACED = 512, 8  # tokens between snapshots in a long prompt, and how many of them there may be
 SLOTS_SHARE = 0.5  # of the cache's memory that the states of running sequences may take
 SNAPSHOTS_SHARE = 0.5  # of what these leave; the rest is for keys and values
 
@@ -207,9 +208,12 @@ class StateCache:
 
     def _positions_to_save(self, sequence: Sequence, start: int, end: int) -> set[int]:
         """Returns the ends of blocks, after `start` and up to `end`, where other prompts may begin to differ: the
-        sequence's boundaries, its prompt's last whole block, and its answer's."""
+        sequence's boundaries, its prompt's last whole block, and its answer's; in a long prompt also a few places
+        between."""
         size, num_prompt = self._block_size, len(sequence.prompt_ids)
         places = {*sequence.boundaries, num_prompt - 1}
+        if num_spaced := min(MOST_SPACED, self.plan.num_snapshots // MOST_SPACED):
+            places |= {*range(0, num_prompt, max(LEAST_SPACE, -(-num_prompt // num_spaced)))}
         if end > num_prompt:
             places.add(end)
         ends = {place // size * size for place in places}
@@ -217,9 +221,10 @@ class StateCache:
 
     # --- snapshots
 
-    def has_snapshot(self, key: bytes) -> bool:
-        """Returns whether there is a snapshot at the end of the block with this key."""
-        return key in self._snapshots
+    @property
+    def snapshots(self) -> Collection[bytes]:
+        """The keys of the blocks at whose ends there are snapshots."""
+        return self._snapshots.keys()
 
     def _key(self, sequence: Sequence, num_tokens: int) -> bytes:
         return sequence.block_keys(self._block_size)[num_tokens // self._block_size - 1]
