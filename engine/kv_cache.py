@@ -158,8 +158,11 @@ class KVCache:
             sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
 
     def _num_reusable(self, keys: list[bytes], sequence: Sequence, ends: Collection[bytes] | None = None) -> int:
-        """Returns the largest number of leading blocks such that every group still has those that the next token sees,
-        and the last one's key is among `ends`, if these are given. They never end inside an image, since its tokens see each other."""
+        """Returns the largest number of leading blocks such that every group still has those that the next token sees.
+
+        They never end inside an image, since its tokens see each other. ends: the keys of blocks, one of which must be
+        the last one; None: any.
+        """
         runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
         for n in range(len(keys), 0, -1):
             if ends is not None and keys[n - 1] not in ends:

@@ -40,8 +40,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["8", "0"], ids=["guesses", "no guesses"])
 def servers(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Server, Server]]:
     """With snapshots, and without."""
-    options = {"MODEL_PATH": str(checkpoint), "DTYPE": "float32", "NUM_SPECULATIVE_TOKENS": request.param}
-    with serve(MAIN, **options) as one, serve(MAIN, **options, SNAPSHOT_MEMORY="0KiB") as other:
+    options = {
+        "MODEL_PATH": str(checkpoint),
+        "DTYPE": "float32",
+        "NUM_SPECULATIVE_TOKENS": request.param,
+        "SERVED_MODEL_NAME": "m",
+    }
+    with serve(MAIN, **options) as one, serve(MAIN, **options, SNAPSHOT_MEMORY="1KiB") as other:
         for server in (one, other):
             server.wait_until_healthy()
         yield one, other
