@@ -200,7 +200,7 @@ def test_the_table_of_replacements_names_what_compares_them() -> None:
 def test_the_figures_beside_other_servers_are_those_that_were_measured() -> None:
     """Each table follows the link to its results."""
     _, *parts = re.split(r"\(\.\./(bench/results/\S*-peers-\S*\.json)\)", text_of("docs/performance.md"))
-    assert len(parts) == 2 * 4
+    assert len(parts) == 2 * 5
     for path, text in zip(parts[::2], parts[1::2], strict=True):
         measured = json.loads((ROOT / path).read_text())["rows"]
         head, *table = (row for row in rows(text.partition("\n\n")[2].partition("\n\n")[0]))
