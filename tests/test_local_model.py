@@ -90,7 +90,7 @@ class Groups:
     def __init__(self, groups: list[list[TokenOutput]]) -> None:
         self.groups = groups
 
-    async def stream(self, *request: Any) -> AsyncGenerator[list[TokenOutput]]:
+    async def stream(self, *request: Any, **more: Any) -> AsyncGenerator[list[TokenOutput]]:
         for group in self.groups:
             yield group
 

@@ -28,7 +28,7 @@ from text.lenient_json import BLANKS, json_of
 from text.tool_calls.json_calls import TOOLS_PROMPT, JsonFormat
 from text.tool_calls.lark import Literals, Schema, definitions_of, in_regex, json_of_schema
 
-HOW = """To call a function, write its name and each argument between marks. A value that is no text is JSON. The form:
+HOW = """To call a function, write its name and its arguments between marks, and values that are not text as JSON:
 """
 XML_PROMPT = f"""{TOOLS_PROMPT}{HOW}<tool_call>
 <function=the function's name>
