@@ -12,6 +12,7 @@ from models import MIXTURES, RECURRENT, VOCAB, generate, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -89,7 +90,25 @@ GEMMA_4: dict[str, Any] = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
     **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2},
 }
+SHORT_CONVOLUTIONS: dict[str, Any] = {**SMALL, "num_hidden_layers": 4, "conv_L_cache": 3, "sliding_window": 16}
+MAMBA: dict[str, Any] = {**SMALL, "num_hidden_layers": 4, "attn_layer_indices": [1], "mamba_chunk_size": 16}
+OTHERS: dict[str, dict[str, Any]] = {  # with recurrent layers, by model type
+    "lfm3": {**SHORT_CONVOLUTIONS, "layer_types": ["conv", "full_attention", "conv", "sliding_attention"]},
+    "lfm2_moe": {
+        **{**SHORT_CONVOLUTIONS, "layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    },
+    "bamba": {**MAMBA, "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16, "mamba_n_groups": 2},
+    "olmo_hybrid": {**SMALL, "num_hidden_layers": 4},
+}
+
+
+def other(model_type: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **OTHERS[model_type]))
+
+
 MODELS = {
+    **{model_type: partial(other, model_type) for model_type in OTHERS},
     "gemma3n": lambda: Gemma3nForCausalLM(Gemma3nTextConfig(**GEMMA_3N)),
     "gemma4": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA_4)),
     "gemma2-softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA, attn_logit_softcapping=5.0)),
