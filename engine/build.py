@@ -20,7 +20,7 @@ from engine.kv_cache import CachePlan, KVCache
 from engine.layer_spec import LayerSpecs
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner, input_device, probe_layers
-from engine.recurrent.state_cache import StateCache, StatePlan
+from engine.recurrent.state_cache import StateCache, StatePlan, most_snapshots, slot_bytes
 from engine.report import Report
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Limits, Scheduler
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 CPU_CACHE_MEMORY = 4 * 2**30  # bytes that the cache takes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
 BLOCK_SIZES = (16, 256)  # tokens; the first size that the device's attention takes is used
-SNAPSHOTS_EACH = 4  # of recurrent state, that memory is taken for, for each sequence that runs at once
 GPU_RESERVE = 0.1  # share of a GPU's memory that is kept for activations
 _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
     "cpu": (32, 512, 256),
@@ -155,7 +154,9 @@ def build_engine(
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(model, kernel)
     memory = _cache_memory(specs, options, context + block_size, max_num_seqs)
-    states = _state_cache(specs, memory, block_size, max_num_seqs, options)
+    states = _state_cache(
+        specs, options, memory=memory, block_size=block_size, max_num_seqs=max_num_seqs, context=context
+    )
     if states is not None:
         memory -= states.plan.num_bytes(specs)
         max_num_seqs = states.plan.num_slots
@@ -218,36 +219,45 @@ def _cache_memory(specs: LayerSpecs, options: EngineOptions, num_tokens: int, ma
     """Returns the bytes for the cache: no more than `max_num_seqs` sequences of `num_tokens` tokens can use."""
     if options.kv_cache_memory:
         return options.kv_cache_memory
-    per_sequence = num_tokens * specs.bytes_per_token + (1 + SNAPSHOTS_EACH) * specs.bytes_per_sequence
-    return min(_free_memory(specs), max_num_seqs * per_sequence)
+    per_sequence = num_tokens * specs.bytes_per_token + slot_bytes(specs, options.num_speculative_tokens)
+    snapshots = options.snapshot_memory or most_snapshots(max_num_seqs) * specs.bytes_per_sequence
+    return min(_free_memory(specs), max_num_seqs * per_sequence + snapshots)
 
 
 def _state_cache(
-    specs: LayerSpecs, memory: int, block_size: int, max_num_seqs: int, options: EngineOptions
+    specs: LayerSpecs, options: EngineOptions, *, memory: int, block_size: int, max_num_seqs: int, context: int
 ) -> StateCache | None:
-    """Makes the part of the cache that recurrent layers need; None for a model without any."""
+    """Makes the part of the cache that recurrent layers need; None for a model without any. Raises ModelLoadError."""
     if not specs.recurrent:
         return None
+    size = specs.bytes_per_sequence / 2**20
     plan = StatePlan.fit(
         specs,
         memory,
         max_num_seqs=max_num_seqs,
         max_guesses=options.num_speculative_tokens,
+        context_memory=(context + block_size) * specs.bytes_per_token,
+        may_shorten=options.max_model_len is None,
         snapshot_memory=options.snapshot_memory,
     )
+    if plan.num_bytes(specs) >= memory:
+        raise ModelLoadError(
+            f"The recurrent state of a sequence takes {size:.1f} MiB, and the KV cache only "
+            f"{memory / 2**20:.1f} MiB in all: raise KV_CACHE_MEMORY."
+        )
     if plan.num_slots < max_num_seqs:
         log.warning(
             "%d sequences run at once, not %d: the recurrent state of each takes %.1f MiB; raise KV_CACHE_MEMORY",
             plan.num_slots,
             max_num_seqs,
-            specs.bytes_per_sequence / 2**20,
+            size,
         )
     log.info(
         "recurrent state takes %.2f GiB: %d slots and %d snapshots of %.1f MiB",
         plan.num_bytes(specs) / 2**30,
         plan.num_slots,
         plan.num_snapshots,
-        specs.bytes_per_sequence / 2**20,
+        size,
     )
     return StateCache(plan, specs.recurrent, block_size)
 

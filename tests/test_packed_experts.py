@@ -16,10 +16,10 @@ from engine import start_check
 from engine.attention.paged import AttentionRecorder
 from engine.build import build_engine
 from engine.checked_model import check_model
-from engine.cpu import kernels, products
+from engine.cpu import kernels, packed_weight, products
 from engine.cpu.activations import quantize
-from engine.cpu.packed_experts import PackedExperts, can_pack_experts, pack_experts
-from engine.cpu.packed_weight import INT8, Format, format_of
+from engine.cpu.packed_experts import PackedExperts, can_pack_experts
+from engine.cpu.packed_weight import INT8, Format, format_of, pack, quantize_weight, round_and_pack
 from engine.cpu.packing import Packer
 from engine.engine import EngineOptions
 from engine.model_loader import load_model
@@ -37,13 +37,23 @@ SILENT: Report = lambda phase, fraction: None  # noqa: E731
 @pytest.mark.usefixtures("threads")
 def test_each_row_is_multiplied_with_its_own_expert(fmt: Format, dtype: torch.dtype) -> None:
     weights = torch.randn(5, 48, 64)
-    packed, counts = pack_experts(weights, fmt), torch.tensor([3, 0, 150, 1, 17])
+    packed, counts = round_and_pack(weights.flatten(0, 1), fmt), torch.tensor([3, 0, 150, 1, 17])
     x = quantize(torch.randn(int(counts.sum()), 64))
     rounded = (x.values.float() * x.scales[..., None]).transpose(0, 1).flatten(1)
     of_experts = packed.dequantize().view_as(weights).repeat_interleave(counts, dim=0)
     expected = torch.einsum("tc,trc->tr", rounded, of_experts)
     actual = products.matmul_experts(x, packed, counts, dtype).float()
     assert (actual - expected).norm() < (1e-5 if dtype == torch.float32 else 5e-3) * expected.norm()
+
+
+@pytest.mark.parametrize("num_rows", [16, 40, 50, 64, 200])
+@pytest.mark.parametrize("fmt", [INT8, format_of(4)], ids=["int8", "int4"])
+def test_a_weight_is_the_same_packed_in_parts(fmt: Format, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weight, "PART", 64 * 50)
+    weight = torch.randn(num_rows, 64)
+    parts, whole = round_and_pack(weight, fmt), pack(quantize_weight(weight, fmt))
+    assert parts.num_rows == num_rows and parts.parts.keys() == whole.parts.keys()
+    assert all(torch.equal(parts.parts[name], part) for name, part in whole.parts.items())
 
 
 def test_terms_are_summed_by_their_weights() -> None:
@@ -139,7 +149,7 @@ def test_the_memory_of_packed_weights_is_known_beforehand() -> None:
         empty = tiny_model("qwen3_moe", **SIZES)
     for name in ("int8", "int4"):
         packer = Packer(empty, QUANTIZATIONS[name])
-        expected, others = packer.num_bytes(empty), 0
+        expected, others = packer.num_packed_bytes(empty), 0
         for parameter, value in tiny_model("qwen3_moe", **SIZES).named_parameters():
             if packer.format_of(parameter):
                 packer.pack(parameter, value.data)

@@ -297,15 +297,40 @@ def test_a_state_that_is_no_number_is_no_snapshot_and_does_not_stay() -> None:
     assert cache.num_used_slots == 0
 
 
-def test_slots_come_first_and_bound_the_sequences() -> None:
+def fitted(memory: int, **options: Any) -> StatePlan:
     specs = LayerSpecs({}, {0: SPEC, 1: SPEC})
     assert specs.bytes_per_sequence == 56
-    roomy = StatePlan.fit(specs, 100_000, max_num_seqs=8, max_guesses=2)
-    assert roomy.num_slots == 8 and 0.4 * 100_000 < roomy.num_bytes(specs) < 0.6 * 100_000
-    scarce = StatePlan.fit(specs, 1000, max_num_seqs=8, max_guesses=2)
-    assert scarce.num_slots == 3 and scarce.num_bytes(specs) <= 1000
-    chosen = StatePlan.fit(specs, 100_000, max_num_seqs=8, max_guesses=2, snapshot_memory=1000)
-    assert chosen.num_snapshots == 17
+    plan = StatePlan.fit(specs, memory, **{"max_num_seqs": 8, "max_guesses": 2, "context_memory": 500, **options})
+    assert plan.num_bytes(specs) <= memory
+    return plan
+
+
+def test_slots_come_first_and_bound_the_sequences() -> None:
+    roomy = fitted(100_000)
+    assert roomy.num_slots == 8 and roomy.num_snapshots == 32, "more are of no use"
+    assert fitted(1000).num_slots == 3
+    assert fitted(100_000, snapshot_memory=1000).num_snapshots == 17
+
+
+def test_snapshots_leave_room_for_the_longest_sequence() -> None:
+    rest = 3000 - 8 * (56 + 2 * 40)
+    assert fitted(3000, context_memory=rest - 100).num_snapshots == rest // 4 // 56
+    assert fitted(3000, context_memory=rest - 100, may_shorten=False).num_snapshots == 1
+    assert fitted(3000, context_memory=10 * rest, may_shorten=False).num_snapshots == 0
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 16])
+@pytest.mark.parametrize("snapshot_memory", [None, 2**20])
+def test_the_whole_context_fits_where_memory_does_not_lack(max_num_seqs: int, snapshot_memory: int | None) -> None:
+    options = EngineOptions(max_num_seqs=max_num_seqs, snapshot_memory=snapshot_memory)
+    for max_model_len in (None, 512):
+        engine = build_engine(tiny_model("qwen3_5"), replace(options, max_model_len=max_model_len), frozenset())
+        assert engine.max_model_len == 512 and engine.scheduler.limits.max_num_seqs == max_num_seqs
+
+
+def test_a_cache_that_holds_no_state_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match=r"state of a sequence takes .* MiB.*raise KV_CACHE_MEMORY"):
+        build_engine(tiny_model("qwen3_5"), EngineOptions(kv_cache_memory=10_000), frozenset())
 
 
 def test_fewer_sequences_run_where_memory_lacks(caplog: pytest.LogCaptureFixture) -> None:

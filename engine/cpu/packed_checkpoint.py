@@ -29,7 +29,7 @@ from engine.cpu.packed_weight import (
     can_pack,
     concatenated,
     pack,
-    quantize_weight,
+    round_and_pack,
 )
 from errors import ModelLoadError
 
@@ -69,13 +69,13 @@ def write(model: PreTrainedModel, gguf: Path, directory: Path) -> None:
         elif (codes := sources.find(layer.weight.data)) is not None:
             packed[name] = by_storage[storage] = pack(codes)
         elif name.endswith(REORDERED):
-            packed[name] = pack(quantize_weight(layer.weight.data, INT8))
+            packed[name] = round_and_pack(layer.weight.data, INT8)
     for name, module in model.named_modules():
         if packed_experts.can_pack_experts(module):
             for part in packed_experts.PARAMETERS:
                 weight = module.get_parameter(part).data
                 codes = sources.find_experts(weight, num_parts=2 if part == "gate_up_proj" else 1)
-                packed[f"{name}.{part}"] = packed_experts.pack_experts(weight, INT8) if codes is None else pack(codes)
+                packed[f"{name}.{part}"] = round_and_pack(weight.flatten(0, 1), INT8) if codes is None else pack(codes)
     plain = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in packed}
     save(packed, plain, directory / FILE)
 

@@ -14,7 +14,7 @@ from torch import nn
 from engine.cpu import kernels, products
 from engine.cpu.activations import quantize
 from engine.cpu.packed_layers import activation_name
-from engine.cpu.packed_weight import GROUP, INT8, Format, PackedWeight, pack, quantize_weight
+from engine.cpu.packed_weight import GROUP, INT8, PackedWeight, round_and_pack
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # (experts, 2 * inner, columns) and (experts, columns, inner)
 TRIED_EXPERTS, TRIED_SIZE = 3, 64  # of the small copy that shows what a module computes
@@ -44,14 +44,6 @@ class PackedExperts(nn.Module):
         return kernels.combine(result, places.view_as(top_k_index), weights, hidden_states.dtype)
 
 
-def pack_experts(weight: torch.Tensor, fmt: Format) -> PackedWeight:
-    """Packs the weights of all experts, (experts, rows, columns)."""
-    parts = [pack(quantize_weight(expert, fmt)) for expert in weight]
-    names = parts[0].parts
-    joined = {name: torch.cat([part.parts[name] for part in parts]) for name in names}
-    return PackedWeight(fmt, sum(part.num_rows for part in parts), **joined)
-
-
 def can_pack_experts(module: nn.Module) -> bool:
     """Returns whether PackedExperts computes the same as a stock module, whose parameters need no memory yet: a small
     copy of it is computed both ways."""
@@ -78,7 +70,7 @@ def _computes_as_packed(module: nn.Module) -> bool:
         expected = small(x, chosen, weights)
     except Exception:  # it is called in another way
         return False
-    gate_up, down = (pack_experts(small._parameters[name].data, INT8) for name in PARAMETERS)
+    gate_up, down = (round_and_pack(small._parameters[name].data.flatten(0, 1), INT8) for name in PARAMETERS)
     difference = experts_of(small, gate_up, down)(x, chosen, weights) - expected
     return bool(difference.norm() < ROUNDING * expected.norm())
 

@@ -23,6 +23,7 @@ from engine.cpu.jit import BYTES, I64, INTS, LANES, Builder, constant
 GROUP = 32  # columns in a block
 SUPER_BLOCK = 256  # columns
 FOURS = GROUP // 4
+PART = 2**22  # numbers of a weight that are rounded at a time; each takes some 20 bytes meanwhile
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,21 @@ def quantize_weight(weight: torch.Tensor, fmt: Format) -> Codes:
             torch.where(better, other[2], best[2]),
         )
     return Codes(fmt, best[0].to(torch.uint8).view(weight.shape), best[1], best[2])
+
+
+def round_and_pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
+    """Rounds a weight, (rows, columns), and puts it in the kernels' order, PART numbers at a time: rounding takes many
+    times the memory of the result."""
+    num_rows, columns = weight.shape
+    step = max(1, PART // columns // LANES) * LANES
+    whole: dict[str, torch.Tensor] = {}
+    for start in range(0, num_rows, step):
+        packed = pack(quantize_weight(weight[start : start + step], fmt))
+        for name, part in packed.parts.items():
+            if name not in whole:
+                whole[name] = part.new_empty(-(-num_rows // LANES), *part.shape[1:])
+            whole[name][start // LANES : start // LANES + len(part)] = part
+    return PackedWeight(fmt, num_rows, **whole)
 
 
 def _affine(

@@ -11,16 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.cpu.packed_experts import PARAMETERS, can_pack_experts, experts_of, pack_experts
+from engine.cpu.packed_experts import PARAMETERS, can_pack_experts, experts_of
 from engine.cpu.packed_layers import EXACT, fuse_layers, replace_layer
 from engine.cpu.packed_weight import (
     Format,
     PackedWeight,
     can_pack,
     format_of,
-    pack,
     pack_bfloat16,
-    quantize_weight,
+    round_and_pack,
 )
 from engine.quantization import Quantization
 
@@ -52,7 +51,13 @@ class Packer:
         return self._formats.get(name)
 
     def num_bytes(self, model: PreTrainedModel) -> int:
-        """Returns the memory that all the model's weights will take."""
+        """Returns the memory that all the model's weights will take, and the largest of them while it is packed: as it
+        is read, and joined of what was read."""
+        largest = max(p.numel() * p.itemsize for p in model.parameters())
+        return 2 * largest + self.num_packed_bytes(model)
+
+    def num_packed_bytes(self, model: PreTrainedModel) -> int:
+        """Returns the memory that all the model's weights will take in the end."""
         return sum(
             int(p.numel() * (self._formats[name].bytes_per_weight if name in self._formats else p.itemsize))
             for name, p in model.named_parameters()
@@ -62,7 +67,7 @@ class Packer:
         """Packs a parameter that the packer takes."""
         with torch.inference_mode():
             fmt = self._formats[name]
-            self.put(name, pack_experts(weight, fmt) if weight.dim() == 3 else _pack(weight, fmt))
+            self.put(name, _pack(weight.flatten(0, -2), fmt))
 
     def put(self, name: str, packed: PackedWeight) -> None:
         """Takes a parameter that is packed already."""
@@ -124,4 +129,4 @@ def _layers_to_pack(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
-    return pack(quantize_weight(weight, fmt)) if fmt.is_quantized else pack_bfloat16(weight)
+    return round_and_pack(weight, fmt) if fmt.is_quantized else pack_bfloat16(weight)

@@ -25,7 +25,19 @@ from engine.sequence import RecurrentState, Sequence
 
 LEAST_SPACE, MOST_SPACED = 512, 8  # tokens between snapshots in a long prompt, and how many of them there may be
 SLOTS_SHARE = 0.5  # of the cache's memory that the states of running sequences may take
-SNAPSHOTS_SHARE = 0.5  # of what these leave; the rest is for keys and values
+SNAPSHOTS_SHARE = 0.5  # of what these leave, that snapshots may take
+SCARCE_SHARE = 0.25  # of it, where it is too little for the longest sequence
+SNAPSHOTS_EACH, FEWEST_SNAPSHOTS = 4, 32  # of use for each sequence that runs at once, and in all
+
+
+def slot_bytes(specs: LayerSpecs, max_guesses: int) -> int:
+    """Returns the memory of a running sequence's state, and of what is kept of its guesses."""
+    return specs.bytes_per_sequence + max_guesses * specs.bytes_per_guess
+
+
+def most_snapshots(num_slots: int) -> int:
+    """Returns how many snapshots memory is taken for."""
+    return max(FEWEST_SNAPSHOTS, SNAPSHOTS_EACH * num_slots)
 
 
 @dataclass(frozen=True)
@@ -38,15 +50,31 @@ class StatePlan:
 
     @classmethod
     def fit(
-        cls, specs: LayerSpecs, memory: int, max_num_seqs: int, max_guesses: int, snapshot_memory: int | None = None
+        cls,
+        specs: LayerSpecs,
+        memory: int,
+        *,
+        max_num_seqs: int,
+        max_guesses: int,
+        context_memory: int,
+        may_shorten: bool = True,
+        snapshot_memory: int | None = None,
     ) -> "StatePlan":
-        """Divides `memory` bytes: first a slot for each sequence, as far as SLOTS_SHARE reaches, then snapshots, for
-        `snapshot_memory` bytes or SNAPSHOTS_SHARE of what is left."""
-        per_slot = specs.bytes_per_sequence + max_guesses * specs.bytes_per_guess
+        """Divides `memory` bytes: first a slot for each sequence, as far as SLOTS_SHARE reaches, then snapshots. Keys and
+        values get the rest.
+
+        context_memory: bytes of the keys and values of the longest sequence, which go before snapshots. may_shorten:
+        whether the context may be shortened for a few of them. snapshot_memory: their bytes; None: chosen here.
+        """
+        per_slot = slot_bytes(specs, max_guesses)
         num_slots = min(max_num_seqs, max(1, int(SLOTS_SHARE * memory) // per_slot))
         rest = max(0, memory - num_slots * per_slot)
-        rest = int(SNAPSHOTS_SHARE * rest) if snapshot_memory is None else min(rest, snapshot_memory)
-        return cls(num_slots, rest // specs.bytes_per_sequence, max_guesses)
+        if snapshot_memory is None:
+            spare = max(rest - context_memory, int(SCARCE_SHARE * rest) if may_shorten else 0)
+            room = min(int(SNAPSHOTS_SHARE * rest), spare, most_snapshots(num_slots) * specs.bytes_per_sequence)
+        else:
+            room = min(rest, snapshot_memory)
+        return cls(num_slots, room // specs.bytes_per_sequence, max_guesses)
 
     def num_bytes(self, specs: LayerSpecs) -> int:
         inputs = self.num_slots * self.max_guesses * specs.bytes_per_guess
