@@ -358,7 +358,7 @@ class Settings(ProviderSettings):
         None,
         description=(
             "the bytes of the KV cache that keep the recurrent state at places where other prompts may go on; only for "
-            "models with recurrent layers, such as Qwen 3.5; default: half of what running sequences leave"
+            "models with recurrent layers, such as Qwen 3.5; default: up to half of what running sequences leave"
         ),
     )
     kv_block_size: int | None = Field(

@@ -344,33 +344,33 @@ class PromptTemplate:
         Raises InvalidRequest for messages that the template takes neither as they are nor with alternating roles.
         """
         options = options or RenderOptions()
-        text = self._text(messages, options)
-        token_ids = text.encode(self.encode)
-        return token_ids + self._closing(token_ids) if text.opens and options.thinks is False else token_ids
+        return self._prompt_ids(self._text(messages, options), options)
 
-    def turn_boundaries(
-        self, messages: Sequence[Message], options: RenderOptions, prompt_ids: Sequence[int]
-    ) -> tuple[int, ...]:
-        """Returns how many tokens of a prompt would stay if the last message of the user were another one, and if the
-        conversation went on after it.
+    def render_turns(self, messages: Sequence[Message], options: RenderOptions) -> tuple[list[int], tuple[int, ...]]:
+        """Returns the prompt, and how many of its tokens would stay if the last message of the user were another one,
+        and if the conversation went on after it.
 
-        prompt_ids: what `render_chat` returned. Each place is at a control token; places without one are left out.
+        Each of these places is at a control token; places without one are left out. Raises what `render_chat` raises.
         """
+        whole = self._text(messages, options)
+        prompt_ids = self._prompt_ids(whole, options)
         last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
         if last is None or options.image_tokens:
-            return ()
+            return prompt_ids, ()
         user, assistant = (messages[last].model_copy(update={"role": r, "content": "."}) for r in ("user", "assistant"))
-        whole = self._text(messages, options)
         places = set()
         for others in ([*messages[:last], user], [*messages[: last + 1], assistant, user]):
             try:
                 text = self._text(others, replace(options, continues=None, opens=None)).text
             except InvalidRequest:
                 continue
-            places.add(
-                whole.num_tokens_before(len(commonprefix([whole.text, text])), prompt_ids, self._control, self.encode)
-            )
-        return tuple(sorted(places - {0}))
+            num_same = len(commonprefix([whole.text, text]))
+            places.add(whole.num_tokens_before(num_same, prompt_ids, self._control, self.encode))
+        return prompt_ids, tuple(sorted(places - {0}))
+
+    def _prompt_ids(self, text: PromptText, options: RenderOptions) -> list[int]:
+        token_ids = text.encode(self.encode)
+        return token_ids + self._closing(token_ids) if text.opens and options.thinks is False else token_ids
 
     def _text(self, messages: Sequence[Message], options: RenderOptions) -> PromptText:
         from jinja2 import TemplateError
@@ -495,7 +495,8 @@ class PromptTemplate:
 
         Returns these with the seam, and a character that stands for an image in the text.
         """
-        tools, arguments = options.tools, dict(options.arguments)
+        effort = {} if options.effort is None else {"reasoning_effort": options.effort}
+        tools, arguments = options.tools, {**options.arguments, **effort}
         try:
             plain = canonical(messages, "" if self.sees else None)
             seam, mark = unused_characters(json.dumps([plain, *tools, arguments], ensure_ascii=False), 2)
@@ -548,9 +549,8 @@ class PromptTemplate:
 
 
 def _switches(options: RenderOptions) -> dict[str, Any]:
-    """Returns the switches of reasoning under the names that several families' templates use."""
-    thinks = {} if options.thinks is None else {"enable_thinking": options.thinks, "thinking": options.thinks}
-    return thinks | ({} if options.effort is None else {"reasoning_effort": options.effort})
+    """Returns the switch of reasoning under the names that several families' templates use."""
+    return {} if options.thinks is None else {"enable_thinking": options.thinks, "thinking": options.thinks}
 
 
 def _last(token_ids: Sequence[int], token_id: int) -> int:

@@ -53,10 +53,10 @@ def short_convolutions(keys: Keys, config: Attributes, factors: Factors) -> Attr
     counts = keys.value("attention.head_count_kv")
     items = counts.items if isinstance(counts, Array) else (counts,) * config["num_hidden_layers"]
     heads = [count for count in items if isinstance(count, int)]
-    if len(heads) != config["num_hidden_layers"] or not any(heads):
-        raise keys.refuse("attention.head_count_kv", "it must be a number for each layer, and not 0 for all")
+    if len(heads) != config["num_hidden_layers"] or len({*heads} - {0}) != 1:
+        raise keys.refuse("attention.head_count_kv", "it must be a number for each layer, of which all but 0 are equal")
     return {
-        "num_key_value_heads": max(count for count in heads),
+        "num_key_value_heads": max(heads),
         "layer_types": ["full_attention" if count else "conv" for count in heads],
         "conv_L_cache": keys.count("shortconv.l_cache"),
         "conv_bias": any(name.endswith("shortconv.in_proj.bias") for name in keys.tensors),

@@ -55,11 +55,16 @@ class BlockPool:
         else:
             heapq.heappush(self._unused, block)
 
-    def cache(self, block: int, key: bytes) -> None:
-        """Registers the block under its content's key; if that is known already, the first block is kept."""
-        if key not in self._blocks:
-            self._blocks[key] = block
+    def share(self, block: int, key: bytes) -> int:
+        """Registers the block under its content's key. If another one has this content already, that one is returned
+        and takes over the reference."""
+        known = self._blocks.setdefault(key, block)
+        if known == block:
             self._keys[block] = key
+        else:
+            self.add_reference(known)
+            self.remove_reference(block)
+        return known
 
     def is_cached(self, block: int) -> bool:
         return block in self._keys

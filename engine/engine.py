@@ -181,7 +181,8 @@ class Engine:
         sequence = Sequence(
             prompt_ids, params, on_output=collector.put, priority=priority, images=images, client=client
         )
-        sequence.boundaries.update(boundaries)
+        for place in boundaries:
+            sequence.add_boundary(place)
         self._live.add(sequence)
         self.admission.take(client)
         self.post(partial(self.scheduler.add, sequence))
@@ -298,7 +299,7 @@ class Engine:
 
     def _isolate(self, batch: Batch, error: Exception) -> None:
         """Has the sequences of a failed batch computed again, since recurrent states cannot go back; gives one up that
-        has failed alone with a single token before."""
+        has failed before and now fails alone with a single token."""
         first = batch.spans[0]
         if len(batch.spans) == 1 and first.smaller() == first and self.scheduler.is_suspect(first.sequence):
             return self._give_up(first.sequence, error)

@@ -140,13 +140,18 @@ class KVCache:
 
     # --- reuse
 
+    @property
+    def can_reuse(self) -> bool:
+        """Whether a sequence can begin with what another one has computed."""
+        return self.states is None or self.states.plan.num_snapshots > 0
+
     def reuse(self, sequence: Sequence) -> None:
         """Gives a sequence without blocks the cached blocks of its longest known prefix. At least one token is left
         to compute."""
         keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
         length = self._num_reusable(keys, sequence, None if self.states is None else self.states.snapshots)
         if self.states is not None:  # where this prompt begins to differ from a known one, others may do so, too
-            sequence.boundaries.add(self._num_reusable(keys, sequence) * self.block_size)
+            sequence.add_boundary(self._num_reusable(keys, sequence) * self.block_size)
         self.advance(sequence, length * self.block_size)
         sequence.num_cached_blocks = length
         sequence.block_tables = []
@@ -193,7 +198,7 @@ class KVCache:
             fresh = [i for i in range(sequence.num_cached_blocks, num_full) if table[i] != FREED]
             if is_checked or self._is_finite(group, [table[i] for i in fresh]):
                 for index in fresh:
-                    pool.cache(table[index], keys[index])
+                    table[index] = pool.share(table[index], keys[index])
         sequence.num_cached_blocks = num_full
 
     def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:

@@ -55,7 +55,11 @@ def probe_layers(model: PreTrainedModel) -> LayerSpecs:
     except AssertionError as error:
         raise ModelLoadError(f"Models of type {model.config.model_type!r} are not supported: {error}.") from error
     num_layers = model.config.get_text_config().num_hidden_layers
-    if {*recorder.calls, *recorder.recurrent} != {*range(num_layers)} or not recorder.calls:
+    if not recorder.calls:
+        raise ModelLoadError(
+            f"Models of type {model.config.model_type!r} are not supported: none of their layers is seen to attend."
+        )
+    if {*recorder.calls, *recorder.recurrent} != {*range(num_layers)}:
         raise ModelLoadError(
             f"Models of type {model.config.model_type!r} are not supported: "
             "not all of their layers use transformers' attention interface."

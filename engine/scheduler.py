@@ -33,6 +33,14 @@ class Limits:
     num_speculative_tokens: int = 0  # guesses for one sequence
 
 
+@dataclass(frozen=True)
+class Suspect:
+    """A sequence of a failed step, which is computed again, alone."""
+
+    failed_at: int  # tokens before the step
+    most: int  # tokens of a step from there on
+
+
 class Scheduler:
     def __init__(
         self, cache: KVCache, limits: Limits, eos_token_ids: frozenset[int], proposer: Proposer | None = None
@@ -47,7 +55,8 @@ class Scheduler:
         self._turn = 0  # the latest one that was admitted
         self._next_turns: dict[str, int] = {}  # client -> the turn of its next prompt
         self.prefill_budget = PrefillBudget(limits.max_num_mixed_tokens)
-        self._suspects: dict[Sequence, int] = {}  # to be computed alone -> tokens of a step, at most
+        self._suspects: dict[Sequence, Suspect] = {}
+        self._is_suspects_turn = False
 
     @property
     def has_work(self) -> bool:
@@ -93,13 +102,18 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Chooses what the next step computes: every decode that gets a block, then chunks of prompts within the
-        budget, the most urgent first."""
-        if self._suspects:
-            return self._schedule_suspect()
+        budget, the most urgent first. Sequences of a failed step and all others take turns."""
+        self._is_suspects_turn = bool(self._suspects) and not self._is_suspects_turn
+        batch = self._schedule_suspect() if self._is_suspects_turn else Batch(())
+        return batch if batch.spans else self._schedule_others() or self._schedule_suspect()
+
+    def _schedule_others(self) -> Batch | None:
+        """Schedules all but suspects; None where there are no others."""
         spans: list[Span] = []
         self._promote()
         for sequence in sorted(self.running, key=lambda s: s.priority):  # lowest priority last: those are preempted
-            if sequence.num_uncomputed == 1 and self._make_room(sequence):
+            is_decode = sequence.num_uncomputed == 1 and sequence not in self._suspects
+            if is_decode and self._make_room(sequence):
                 spans.append(Span(sequence, sequence.num_computed, 1))
         budget = self.limits.max_num_batched_tokens
         if spans:
@@ -107,11 +121,12 @@ class Scheduler:
             budget = min(
                 self.prefill_budget.budget(len(spans), num_prompts), self.limits.max_num_mixed_tokens - len(spans)
             )
-        prefilling, is_full = self._prefilling(), False
-        for priority in sorted({s.priority for s in [*prefilling, *self.waiting]}):
+        prefilling, is_full = [s for s in self._prefilling() if s not in self._suspects], False
+        waiting = [sequence for sequence in self.waiting if sequence not in self._suspects]
+        for priority in sorted({s.priority for s in [*prefilling, *waiting]}):
             for sequence in [s for s in prefilling if s.priority == priority]:
                 budget -= self._prefill(sequence, budget, spans)
-            for sequence in [s for s in self.waiting if s.priority == priority]:
+            for sequence in [s for s in waiting if s.priority == priority]:
                 if budget <= 0 or is_full or len(self.running) >= self.limits.max_num_seqs:
                     break
                 if self._is_being_computed(sequence):
@@ -123,33 +138,37 @@ class Scheduler:
             spans = self._with_drafts(spans)
         if not spans and len(self.running) > 1:  # each prompt lacks the blocks that the others hold
             self._preempt(self._least_urgent())
-            return self.schedule()
-        assert spans or not self.running, "a sequence that fits the cache alone cannot proceed"
-        return Batch(tuple(spans))
+            return self._schedule_others()
+        is_alone = all(sequence in self._suspects for sequence in self.running)
+        assert spans or is_alone, "a sequence that fits the cache alone cannot proceed"
+        return Batch(tuple(spans)) if spans or not self._suspects else None
 
     # --- after a failed step
 
     def isolate(self, batch: Batch) -> None:
-        """Computes the sequences of a failed step again from the start, each alone: the step may have changed their
-        recurrent states. One that has failed alone is computed with fewer tokens at a time."""
+        """Computes the sequences of a failed step again, each alone, from the start or a snapshot: the step may have
+        changed their recurrent states. One that has failed alone is computed with fewer tokens from there on."""
+        is_alone = len(batch.spans) == 1
         for span in batch.spans:
-            is_alone = len(batch.spans) == 1
             most = span.num_tokens // 2 if is_alone else self.limits.max_num_batched_tokens
-            self._suspects[span.sequence] = max(1, most)
+            self._suspects[span.sequence] = Suspect(span.start, max(1, most))
+            span.sequence.add_boundary(span.start)  # to begin from, if it fails again
+            self.cache.erase(span.sequence)  # the step may have written NaN
             self._preempt(span.sequence)
 
     def is_suspect(self, sequence: Sequence) -> bool:
         return sequence in self._suspects
 
     def _schedule_suspect(self) -> Batch:
-        sequence, budget = next(iter(self._suspects.items()))
-        while sequence.status is Status.WAITING and not self._admit(sequence):
-            self._preempt(self._least_urgent())
+        """Schedules the first suspect; nothing where it must wait for what others hold."""
+        sequence, suspect = next(iter(self._suspects.items()))
+        is_full = len(self.running) >= self.limits.max_num_seqs
+        if sequence.status is Status.WAITING and (is_full or not self._admit(sequence)):
+            return Batch(())
+        before = suspect.failed_at - sequence.num_computed
+        budget = min(before, self.limits.max_num_batched_tokens) if before > 0 else suspect.most
         spans: list[Span] = []
-        while not spans and not self._prefill(sequence, budget, spans):
-            others = [other for other in self.running if other is not sequence]
-            assert others, "a sequence that fits the cache alone cannot proceed"
-            self._preempt(others[-1])
+        self._prefill(sequence, budget, spans)
         return Batch(tuple(spans))
 
     def _with_drafts(self, decodes: list[Span]) -> list[Span]:
@@ -218,12 +237,14 @@ class Scheduler:
 
         For example, two chats with the same system prompt of 1,000 tokens come at once: the second one waits until the
         first has computed these, then takes their blocks over."""
+        if not self.cache.can_reuse:
+            return False
         size = self.cache.block_size
         keys = sequence.block_keys(size)[: (sequence.num_tokens - 1) // size]
         for other in [s for s in self._prefilling() if s.priority <= sequence.priority and not s.scores_prompt]:
             index, others = other.num_computed // size, other.block_keys(size)
             if index < len(keys) and others[index : index + 1] == [keys[index]]:
-                other.boundaries.add(size * len(commonprefix([keys, others])))
+                other.add_boundary(size * len(commonprefix([keys, others])))
                 return not sequence.scores_prompt
         return False
 

@@ -14,6 +14,7 @@ from engine.constraint import Matcher
 from engine.sampling_params import SampledToken, SamplingParams, fresh_seed
 from engine.vision import Image
 
+MOST_BOUNDARIES = 16
 FinishReason = Literal["stop", "length"]
 _numbers = itertools.count()
 
@@ -124,6 +125,11 @@ class Sequence:
             if image.end > end and not image.is_causal:
                 return image.start if image.start > self.num_computed else image.end
         return end
+
+    def add_boundary(self, num_tokens: int) -> None:
+        """Notes that another prompt may differ after that many tokens; not of more than MOST_BOUNDARIES such places."""
+        if len(self.boundaries) < MOST_BOUNDARIES:
+            self.boundaries.add(num_tokens)
 
     def continued(self, draft: tuple[int, ...]) -> "Sequence":
         """Returns a copy with these tokens appended, for the sampler."""

@@ -44,11 +44,11 @@ class ChatRenderer:
             effort=request.effort,
             arguments=request.template_arguments,
         )
-        template = loaded.template
-        boundaries: tuple[int, ...] = ()
-        prompt_ids = await asyncio.to_thread(template.render_chat, messages, options)
-        if loaded.engine.needs_boundaries:
-            boundaries = await asyncio.to_thread(template.turn_boundaries, messages, options, prompt_ids)
+        template, boundaries = loaded.template, tuple[int, ...]()
+        if loaded.engine.needs_boundaries and isinstance(request, ChatCompletionRequest):
+            prompt_ids, boundaries = await asyncio.to_thread(template.render_turns, messages, options)
+        else:
+            prompt_ids = await asyncio.to_thread(template.render_chat, messages, options)
         if image_inputs is None or not images:
             return RenderedChat(prompt_ids, boundaries=boundaries)
         crops = [crop for crops in images for crop in crops]

@@ -116,6 +116,13 @@ def test_the_settings_in_the_readmes_exist_with_their_defaults(readme: str) -> N
         assert default == f"`{value}`" if value else not re.fullmatch("`[^`]*`", default), name
 
 
+def test_the_architectures_of_gguf_files_are_those_that_are_read() -> None:
+    from checkpoints.gguf_architectures import ARCHITECTURES
+
+    listed = re.search(r"These architectures are read: ([^.]*)\.", text_of("docs/models.md"))
+    assert listed and set(re.split(r",? and |,\s+|\s+and\s+", listed[1])) == ARCHITECTURES.keys()
+
+
 def test_the_families_are_those_that_are_known() -> None:
     names = {family.name for family in docs.defined("FAMILIES")} - {"ChatML", "generic"}
     table = [row for row in rows(text_of("docs/models.md")) if len(row) == 5]

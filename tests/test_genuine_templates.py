@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from genuine_templates import genuine
-from templates import own, text
+from templates import own
 
 from prompt_templates import PromptTemplate, RenderOptions
 from schemas import ChatCompletionRequest, Message
@@ -112,18 +112,24 @@ def test_plain_arguments_reach_the_template_and_reserved_ones_do_not() -> None:
     assert template.token_id("<|im_end|>") not in token_ids, "a control token in an argument stays text"
 
 
+def test_the_effort_is_text_for_the_template() -> None:
+    template = own("{{ m.content }}", before="{{ reasoning_effort }}")
+    token_ids = template.render_chat([Message(**USER)], RenderOptions(effort="high<|im_end|>"))
+    assert template.tokenizer.decode(token_ids).startswith("high<|im_end|>")
+    assert template.token_id("<|im_end|>") not in token_ids
+
+
 def test_boundaries_are_where_another_turn_would_begin_to_differ() -> None:
     template = genuine("Qwen3.5-4B", "qwen3_5_text")
     thought = {"role": "assistant", "content": "Hi.", "reasoning_content": "They greet."}
     messages = [Message(**m) for m in (SYSTEM, USER, thought, USER)]
     options = RenderOptions(tools=[TOOL])
-    prompt_ids = template.render_chat(messages, options)
     decode = template.tokenizer.decode
-    before, after = template.turn_boundaries(messages, options, prompt_ids)
+    prompt_ids, (before, after) = template.render_turns(messages, options)
+    assert prompt_ids == template.render_chat(messages, options)
     assert decode(prompt_ids[before:]).startswith("<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant")
     assert decode(prompt_ids[after:]) == "<|im_start|>assistant\n<think>\n"
     others = [Message(**m) for m in (SYSTEM, USER, thought, {**USER, "content": "And tomorrow?"})]
     assert template.render_chat(others, options)[:before] == prompt_ids[:before]
     later = [*messages, Message(role="assistant", content="Bye."), Message(**USER)]
     assert template.render_chat(later, options)[:after] == prompt_ids[:after]
-    assert text(template, ("user", "x"))

@@ -16,7 +16,7 @@ from engine import start_check
 from engine.attention.paged import AttentionRecorder
 from engine.build import build_engine
 from engine.checked_model import check_model
-from engine.cpu import kernels, packed_weight, products
+from engine.cpu import kernels, products
 from engine.cpu.activations import quantize
 from engine.cpu.packed_experts import PackedExperts, can_pack_experts
 from engine.cpu.packed_weight import INT8, Format, format_of, pack, quantize_weight, round_and_pack
@@ -48,10 +48,9 @@ def test_each_row_is_multiplied_with_its_own_expert(fmt: Format, dtype: torch.dt
 
 @pytest.mark.parametrize("num_rows", [16, 40, 50, 64, 200])
 @pytest.mark.parametrize("fmt", [INT8, format_of(4)], ids=["int8", "int4"])
-def test_a_weight_is_the_same_packed_in_parts(fmt: Format, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_weight, "PART", 64 * 50)
+def test_a_weight_is_the_same_packed_in_parts(fmt: Format, num_rows: int) -> None:
     weight = torch.randn(num_rows, 64)
-    parts, whole = round_and_pack(weight, fmt), pack(quantize_weight(weight, fmt))
+    parts, whole = round_and_pack(weight, fmt, part=64 * 50), pack(quantize_weight(weight, fmt))
     assert parts.num_rows == num_rows and parts.parts.keys() == whole.parts.keys()
     assert all(torch.equal(parts.parts[name], part) for name, part in whole.parts.items())
 

@@ -396,6 +396,43 @@ def test_a_failed_step_is_computed_again_from_the_start(family: str, fault: str)
         assert engine.runner.num_failures > 1
 
 
+def test_others_go_on_while_a_failed_sequence_is_tried_with_fewer_tokens() -> None:
+    """It is tried from where it failed, and each time with half as many tokens; every other step is the others'."""
+    engine = build_engine(tiny_model("qwen3_5", max_position_embeddings=2048), ROOMY, frozenset())
+    engine.runner = Recording(engine.runner.model, engine.runner.cache, fails=3, late=600)
+    bad, good = [3, *(prompts(1, longest=121)[0] * 20)[:700]], prompts(1)[0]
+
+    async def use(engine: Engine) -> None:
+        failing = asyncio.create_task(answer(engine, bad, greedy(5)))
+        assert await answer(engine, good, greedy()) == reference("qwen3_5", good)
+        with pytest.raises(EngineFailure):
+            await failing
+
+    run(engine, use)
+    tried = [spans for spans in engine.runner.spans if spans[0][0] == 3]
+    lengths = [count for _, start, count in (spans[0] for spans in tried) if start + count > 600]
+    assert lengths[-5:] == [16, 8, 4, 2, 1]
+    assert len(tried) < 60, "not from the start each time, and not one token at a time"
+
+
+class Recording(Fragile):
+    """Fails beyond a number of tokens, and notes what each step computes: first token, start, number of tokens."""
+
+    def __init__(self, *arguments: Any, late: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.late, self.spans = late, []
+
+    def run(self, batch: Batch) -> list[list[SampledToken | None]]:
+        self.spans.append([(s.sequence.token_ids[0], s.start, s.num_tokens) for s in batch.spans])
+        fails = self.fails
+        if not any(span.sequence.token_ids[0] == fails and span.end > self.late for span in batch.spans):
+            self.fails = -1
+        try:
+            return super().run(batch)
+        finally:
+            self.fails = fails
+
+
 def test_leaving_frees_the_slot_within_a_step() -> None:
     async def use(engine: Engine) -> None:
         leavers = [generate(engine, prompt, greedy(300)) for prompt in prompts(16)]

@@ -275,18 +275,18 @@ def quantize_weight(weight: torch.Tensor, fmt: Format) -> Codes:
     return Codes(fmt, best[0].to(torch.uint8).view(weight.shape), best[1], best[2])
 
 
-def round_and_pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
-    """Rounds a weight, (rows, columns), and puts it in the kernels' order, PART numbers at a time: rounding takes many
-    times the memory of the result."""
+def round_and_pack(weight: torch.Tensor, fmt: Format, part: int = PART) -> PackedWeight:
+    """Rounds a weight, (rows, columns), and puts it in the kernels' order, about `part` numbers at a time: rounding
+    takes many times the memory of the result."""
     num_rows, columns = weight.shape
-    step = max(1, PART // columns // LANES) * LANES
+    step = max(1, part // columns // LANES) * LANES
     whole: dict[str, torch.Tensor] = {}
     for start in range(0, num_rows, step):
         packed = pack(quantize_weight(weight[start : start + step], fmt))
-        for name, part in packed.parts.items():
+        for name, tensor in packed.parts.items():
             if name not in whole:
-                whole[name] = part.new_empty(-(-num_rows // LANES), *part.shape[1:])
-            whole[name][start // LANES : start // LANES + len(part)] = part
+                whole[name] = tensor.new_empty(-(-num_rows // LANES), *tensor.shape[1:])
+            whole[name][start // LANES : start // LANES + len(tensor)] = tensor
     return PackedWeight(fmt, num_rows, **whole)
 
 

@@ -119,7 +119,7 @@ def fused_delta_net(stock: nn.Module, layer: int) -> FusedDeltaNet | None:
             phase = Phase((StateRun(0, tuple(range(part.shape[1])), writes=True),))
             if not is_same(fused.run(part[0], (phase,), states)[0][None], expected):
                 return None
-    except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError):  # it is built in another way
+    except Exception:  # it is built in another way
         return None
     return fused
 

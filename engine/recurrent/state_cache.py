@@ -60,8 +60,8 @@ class StatePlan:
         may_shorten: bool = True,
         snapshot_memory: int | None = None,
     ) -> "StatePlan":
-        """Divides `memory` bytes: first a slot for each sequence, as far as SLOTS_SHARE reaches, then snapshots. Keys and
-        values get the rest.
+        """Divides `memory` bytes: first a slot for each sequence, as far as SLOTS_SHARE reaches, then snapshots, then
+        keys and values.
 
         context_memory: bytes of the keys and values of the longest sequence, which go before snapshots. may_shorten:
         whether the context may be shortened for a few of them. snapshot_memory: their bytes; None: chosen here.
