@@ -15,10 +15,7 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
-from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench.machine import describe
 from engine.attention import fused, paged
@@ -34,45 +31,25 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.threads import set_threads
 
-SHAPES: dict[str, Any] = {
-    "Qwen3.5-0.8B": Qwen3_5TextConfig(
-        vocab_size=248320,
-        hidden_size=1024,
-        intermediate_size=3584,
-        num_hidden_layers=24,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        linear_num_value_heads=16,
-        tie_word_embeddings=True,
+QWEN: dict[str, Any] = {"max_position_embeddings": 32768, "vocab_size": 248320}
+SMALL: dict[str, Any] = {**QWEN, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2}
+MIXTURE: dict[str, Any] = {**QWEN, "hidden_size": 2048, "num_experts_per_tok": 8, "norm_topk_prob": True}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> model type and the sizes that are not its defaults
+    "Qwen3.5-0.8B": (
+        "qwen3_5_text",
+        {**SMALL, "hidden_size": 1024, "intermediate_size": 3584, "linear_num_value_heads": 16}
+        | {"tie_word_embeddings": True},
     ),
-    "Qwen3.5-9B": Qwen3_5TextConfig(vocab_size=248320),  # transformers' defaults are this model's
-    "Qwen3-30B-A3B": Qwen3MoeConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,  # type: ignore[call-arg]
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        max_position_embeddings=32768,
+    "Qwen3.5-9B": ("qwen3_5_text", QWEN),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        {**MIXTURE, "vocab_size": 151936, "num_hidden_layers": 48, "num_experts": 128, "moe_intermediate_size": 768}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
     ),
-    "Qwen3.5-35B-A3B": Qwen3_5MoeTextConfig(
-        vocab_size=248320,
-        hidden_size=2048,
-        moe_intermediate_size=512,
-        shared_expert_intermediate_size=512,
-        num_hidden_layers=40,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        head_dim=256,
-        num_experts=256,
-        num_experts_per_tok=8,
-        linear_num_value_heads=32,
-        max_position_embeddings=32768,
+    "Qwen3.5-35B-A3B": (
+        "qwen3_5_moe_text",
+        {**MIXTURE, "num_hidden_layers": 40, "num_experts": 256, "moe_intermediate_size": 512}
+        | {"num_attention_heads": 16, "num_key_value_heads": 2, "shared_expert_intermediate_size": 512},
     ),
 }
 SEQUENCES = (1, 4, 16)
@@ -168,7 +145,8 @@ def main() -> None:
     arguments = parser.parse_args()
     set_threads()
     torch.manual_seed(0)
-    model = random_model(SHAPES[arguments.shape], arguments.quantization)
+    model_type, sizes = SHAPES[arguments.shape]
+    model = random_model(AutoConfig.for_model(model_type, **sizes), arguments.quantization)
     options = EngineOptions(max_num_seqs=16, kv_cache_memory=2**31, max_model_len=2048, num_speculative_tokens=0)
     with torch.inference_mode():
         engine = build_engine(model, options, frozenset())

@@ -141,13 +141,11 @@ def _projection(stock: Any, shape: DeltaShape) -> Projection:
         shared = SharedInput(layers)
         return lambda tokens: cast(tuple[torch.Tensor, torch.Tensor], tuple(shared.outputs(tokens)))
     order = _order(shape, [shape.key_dim] * 2 + [shape.value_dim * shape.num_value_heads // shape.num_key_heads] * 2)
-    if isinstance(stock.in_proj_qkvz, PackedLinear):
-        stock.in_proj_qkvz = Reordered(stock.in_proj_qkvz, order)
-        joined = stock.in_proj_qkvz.layer
-    else:
-        joined = lambda tokens: stock.in_proj_qkvz(tokens)[:, order]  # noqa: E731
     sizes = (shape.channels, shape.num_value_heads * shape.value_dim)
-    return lambda tokens: cast(tuple[torch.Tensor, torch.Tensor], joined(tokens).split(sizes, dim=-1))
+    if not isinstance(stock.in_proj_qkvz, PackedLinear):
+        return lambda tokens: stock.in_proj_qkvz(tokens)[:, order].split(sizes, dim=-1)
+    stock.in_proj_qkvz = Reordered(stock.in_proj_qkvz, order)
+    return lambda tokens: stock.in_proj_qkvz.layer(tokens).split(sizes, dim=-1)
 
 
 def _gate_weight(stock: Any, shape: DeltaShape) -> torch.Tensor:
