@@ -244,7 +244,8 @@ class Scheduler:
         for other in [s for s in self._prefilling() if s.priority <= sequence.priority and not s.scores_prompt]:
             index, others = other.num_computed // size, other.block_keys(size)
             if index < len(keys) and others[index : index + 1] == [keys[index]]:
-                other.add_boundary(size * len(commonprefix([keys, others])))
+                if self.cache.states is not None:  # it must keep its state there
+                    other.add_boundary(size * len(commonprefix([keys, others])))
                 return not sequence.scores_prompt
         return False
 
