@@ -55,16 +55,18 @@ class BlockPool:
         else:
             heapq.heappush(self._unused, block)
 
-    def share(self, block: int, key: bytes) -> int:
-        """Registers the block under its content's key. If another one has this content already, that one is returned
-        and takes over the reference."""
+    def cache(self, block: int, key: bytes) -> int:
+        """Registers the block under its content's key; if that is known already, the first block is kept. Returns the
+        one that is kept."""
         known = self._blocks.setdefault(key, block)
         if known == block:
             self._keys[block] = key
-        else:
-            self.add_reference(known)
-            self.remove_reference(block)
         return known
+
+    def move_reference(self, block: int, other: int) -> None:
+        """Has a sequence use `other`, which has the same content, in the place of `block`."""
+        self.add_reference(other)
+        self.remove_reference(block)
 
     def is_cached(self, block: int) -> bool:
         return block in self._keys

@@ -198,7 +198,11 @@ class KVCache:
             fresh = [i for i in range(sequence.num_cached_blocks, num_full) if table[i] != FREED]
             if is_checked or self._is_finite(group, [table[i] for i in fresh]):
                 for index in fresh:
-                    table[index] = pool.share(table[index], keys[index])
+                    known = pool.cache(table[index], keys[index])
+                    # a beginning without a snapshot was computed again: one copy of it is enough, used just now
+                    if self.states is not None and known != table[index]:
+                        pool.move_reference(table[index], known)
+                        table[index] = known
         sequence.num_cached_blocks = num_full
 
     def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:

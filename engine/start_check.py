@@ -181,11 +181,15 @@ def _stock_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
     """Computes the same with transformers' attention and cache. The decodes go through the filled cache too, since some
     models compute them in another way."""
     inputs = torch.tensor([token_ids], device=runner.device)
+    positions = torch.arange(len(token_ids), device=runner.device)[None]
+    cuts = (len(token_ids) - NUM_DECODES,)
     rows, past = [], None
     with _attention(runner.model, reference_of(runner)):
-        for part in inputs.tensor_split((len(token_ids) - NUM_DECODES,), dim=1):
+        for part, places in zip(inputs.tensor_split(cuts, dim=1), positions.tensor_split(cuts, dim=1), strict=True):
             kept = min(part.shape[1], COMPARED)
-            output = runner.model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=kept)
+            # some models count the tokens of a cache wrongly if its first layer is recurrent
+            said = {} if past is None or runner.cache.states is None else {"position_ids": places}
+            output = runner.model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=kept, **said)
             past = output.past_key_values
             rows.append(output.logits[0].float())
     return torch.cat(rows)

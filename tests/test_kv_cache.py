@@ -189,7 +189,7 @@ def test_blocks_of_random_traffic_hold_what_their_sequences_have() -> None:
     rng = random.Random(3)
     alive: list[Sequence] = []
     num_cached_tokens = 0
-    for _ in range(4000):
+    for _ in range(3000):
         if rng.random() < 0.3 and len(alive) < 6:
             tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 60))]
             one = Sequence(tokens, SamplingParams(max_tokens=1), lambda output: None)

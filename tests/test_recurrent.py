@@ -199,6 +199,10 @@ def test_a_long_prompt_is_known_in_part_and_then_where_others_differ_from_it() -
         return cached
 
     assert run(engine, use) == [0, 512, len(common)]
+    keys = Sequence(common, greedy(), lambda output: None).block_keys(BLOCK)
+    pool = engine.scheduler.cache.pools[0]
+    assert len({pool.find(key) for key in keys}) == len(keys) == len(common) // BLOCK
+    assert pool.num_used == 0 and len(pool._keys) < len(common) // BLOCK + 4 * 60 // BLOCK, "there is one copy of it"
 
 
 # --- the slots
