@@ -188,7 +188,7 @@ def _stock_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
         for part, places in zip(inputs.tensor_split(cuts, dim=1), positions.tensor_split(cuts, dim=1), strict=True):
             kept = min(part.shape[1], COMPARED)
             # some models count the tokens of a cache wrongly if its first layer is recurrent
-            said = {} if past is None or runner.cache.states is None else {"position_ids": places}
+            said: dict[str, Any] = {} if past is None or runner.cache.states is None else {"position_ids": places}
             output = runner.model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=kept, **said)
             past = output.past_key_values
             rows.append(output.logits[0].float())
