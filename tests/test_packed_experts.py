@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from amx_emulator import BUILDERS
 from models import MIXTURES, RECURRENT, tiny_model
+from test_kernels import random_codes
 from torch import nn
 from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -16,10 +18,11 @@ from engine import start_check
 from engine.attention.paged import AttentionRecorder
 from engine.build import build_engine
 from engine.checked_model import check_model
-from engine.cpu import kernels, products
+from engine.cpu import jit, kernels, products
 from engine.cpu.activations import quantize
+from engine.cpu.amx import AMXBuilder
 from engine.cpu.packed_experts import PackedExperts, can_pack_experts
-from engine.cpu.packed_weight import INT8, Format, format_of, pack, quantize_weight, round_and_pack
+from engine.cpu.packed_weight import INT8, Q6_K, Format, format_of, pack, quantize_weight, round_and_pack
 from engine.cpu.packing import Packer
 from engine.engine import EngineOptions
 from engine.model_loader import load_model
@@ -47,6 +50,20 @@ def test_each_row_is_multiplied_with_its_own_expert(fmt: Format, dtype: torch.dt
     expected = torch.einsum("tc,trc->tr", rounded, of_experts)
     actual = products.matmul_experts(x, packed, counts, dtype).float()
     assert (actual - expected).norm() < (1e-5 if dtype == torch.float32 else 5e-3) * expected.norm()
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("fmt", [INT8, format_of(4), Q6_K])
+def test_a_product_of_experts_with_amx_is_that_without(fmt: Format, builder: type[AMXBuilder]) -> None:
+    """Tiles of sixteen rows reach into the next expert's, whose results are left out."""
+    packed, counts = pack(random_codes(fmt, 3 * 48, 256)), torch.tensor([5, 150, 17])
+    x = quantize(torch.randn(int(counts.sum()), 256))
+    programs = (
+        products.amx_matmul_program(fmt, torch.float32, *jit.host(), builder, has_experts=True),
+        products.matmul_program(fmt, torch.float32, *jit.host(), has_experts=True),
+    )
+    product, expected = (products.matmul_experts(x, packed, counts, torch.float32, program) for program in programs)
+    torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_rows", [16, 40, 50, 64, 200])

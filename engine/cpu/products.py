@@ -36,7 +36,9 @@ def matmul(
     return _without_padding(output, weight)
 
 
-def matmul_experts(x: Activations, weight: PackedWeight, counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def matmul_experts(
+    x: Activations, weight: PackedWeight, counts: torch.Tensor, dtype: torch.dtype, program: Program | None = None
+) -> torch.Tensor:
     """Multiplies each row of x by the transposed weight of its expert: (rows, weight rows / experts) of `dtype`.
 
     x: rows in the order of their experts. weight: those of all experts, one after the other, each of whole tiles.
@@ -47,7 +49,7 @@ def matmul_experts(x: Activations, weight: PackedWeight, counts: torch.Tensor, d
     ends = counts.cumsum(0)
     groups = torch.stack([ends - counts, ends], dim=1)
     is_many = x.num_rows >= AMX_ROWS * int(counts.count_nonzero())
-    program = program_for(weight.format, dtype, is_many and amx.is_available(), has_experts=True)
+    program = program or program_for(weight.format, dtype, is_many and amx.is_available(), has_experts=True)
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
     bias = torch.zeros(tiles * LANES, dtype=torch.float32)
     addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
