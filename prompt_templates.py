@@ -168,6 +168,17 @@ FAMILIES = (
         tools=LINES,
     ),
     _with_chatml(name="SmolLM", model_types="smollm.*", names="smollm", context_length=2048, think=THINK),
+    _with_chatml(name="LFM2", model_types=r"lfm[23](_moe)?", names=r"lfm-?[23]", context_length=32768),
+    Family(
+        name="Granite",
+        model_types="granite.*",
+        names="granite",
+        marker="<|start_of_role|>",
+        template=family_templates.GRANITE,
+        ends=("<|end_of_text|>",),
+        tools=MARKED,
+        context_length=4096,
+    ),
     _with_chatml(name="ChatML", context_length=2048),
     Family(name="generic", template=family_templates.PLAIN, ends=("<|end|>",), tools=LINES, context_length=2048),
 )

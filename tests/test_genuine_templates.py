@@ -10,6 +10,7 @@ from templates import own
 from prompt_templates import PromptTemplate, RenderOptions
 from schemas import ChatCompletionRequest, Message
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.json_calls import MARKED
 
 TOOL = {
     "type": "function",
@@ -24,7 +25,11 @@ SENT = {**CALL, "function": {"name": "weather", "arguments": json.dumps({"city":
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather in Oslo?"}
 CALLED = {"role": "assistant", "content": "", "reasoning_content": "I look it up."}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
-FAMILIES = {"Qwen3.5-4B": "qwen3_5_text", "Qwen3-Coder": "qwen3_moe"}
+FAMILIES = {  # by template: type of the model, family, format of calls
+    "Qwen3.5-4B": ("qwen3_5_text", "Qwen 3.5", QWEN_XML),
+    "Qwen3-Coder": ("qwen3_moe", "Qwen 3", QWEN_XML),
+    "ibm-granite-granite-4.0": ("granitemoehybrid", "Granite", MARKED),
+}
 Messages = list[dict[str, Any]]
 
 
@@ -36,7 +41,8 @@ def rendered(template: PromptTemplate, messages: Messages, **options: Any) -> st
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("thinks", [None, False])
 def test_a_conversation_with_tools_is_rendered_as_the_template_does(name: str, thinks: bool | None) -> None:
-    template = genuine(name, FAMILIES[name])
+    model_type, family, tool_format = FAMILIES[name]
+    template = genuine(name, model_type)
     sent = [SYSTEM, USER, {**CALLED, "tool_calls": [SENT]}, RESULT]
     expected = template.tokenizer.apply_chat_template(
         [SYSTEM, USER, {**CALLED, "tool_calls": [CALL]}, RESULT],
@@ -46,8 +52,8 @@ def test_a_conversation_with_tools_is_rendered_as_the_template_does(name: str, t
         **({} if thinks is None else {"enable_thinking": thinks}),
     )
     prompt = rendered(template, sent, tools=[TOOL], thinks=thinks)
-    assert prompt.startswith(expected) and template.tool_format is QWEN_XML
-    assert template.family.name == ("Qwen 3.5" if name == "Qwen3.5-4B" else "Qwen 3")
+    assert prompt.startswith(expected) and template.tool_format is tool_format
+    assert template.family.name == family
 
 
 def test_two_developer_messages_at_the_beginning_are_one_and_the_tools_stay_native() -> None:

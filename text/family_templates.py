@@ -26,6 +26,11 @@ LLAMA = (
     "{% if not loop.last or add_generation_prompt %}{{ '<|eot_id|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+GRANITE = (
+    "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '<|end_of_text|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
 LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
     "{% elif loop.last and not add_generation_prompt %}{{ ' ' + m.content }}"
