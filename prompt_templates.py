@@ -475,7 +475,7 @@ class PromptTemplate:
                 parts += [{"type": "image"}, {"type": "text", "text": text}]
             content: Any = [part for part in parts if part.get("text") != ""]
             if self._template is not None and self._vision is not None:
-                content = self._vision.mark.join([first, *others])
+                content = self._vision.mark.join(self._vision.frame).join([first, *others])
             result.append({**message, "content": content if others else message["content"]})
         return result
 

@@ -168,7 +168,7 @@ def build_engine(
         max_model_len=_fit_context(context, plan, options, memory),
         num_speculative_tokens=options.num_speculative_tokens,
     )
-    cache = KVCache(plan, specs.attention, states)
+    cache = KVCache(plan, specs.attention, states, specs.shared)
     log.info(
         "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens",
         limits.max_model_len,
@@ -281,7 +281,7 @@ def _draft_model(
         )
     memory = _cache_memory(specs, options, context + block_size, max_num_seqs)
     plan = CachePlan.fit(specs.attention, memory, block_size, max_num_seqs, CATCH_UP)
-    cache = KVCache(plan, specs.attention)
+    cache = KVCache(plan, specs.attention, shared=specs.shared)
     log.info("a draft model guesses tokens; its KV cache takes %.2f GiB", memory / 2**30)
     runner = ModelRunner(draft, cache, eos_token_ids, kernel)
     num_embeddings = cast(int, model.get_input_embeddings().num_embeddings)

@@ -1,6 +1,7 @@
 """CheckedModel: a model's directory that can be served, as `check_model` found by its configuration and headers."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,6 +54,7 @@ def check_model(directory: Path, dtype: str, device_map: str) -> CheckedModel:
         tensors = weight_files.read_headers(directory)
         _check_layers(directory, len(tensors))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        _leave_out_parts(config, tensors)
         check_architecture(config)
         _check_generation_config(directory)
         weight_files.check_numbers(directory, tensors, config)
@@ -89,9 +91,8 @@ def choose_dtype(setting: str, model_type: str, on_cuda: bool) -> torch.dtype:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Returns the class of transformers that makes the model: some models that see are only among those of images and
-    text."""
-    return AutoModelForCausalLM if _is_causal_lm(config) else AutoModelForImageTextToText
+    """Returns the class of transformers that makes the model; that of images and text for models that see."""
+    return AutoModelForCausalLM if vision_family_of(config) is None else AutoModelForImageTextToText
 
 
 def _is_causal_lm(config: PreTrainedConfig) -> bool:
@@ -131,6 +132,16 @@ def check_architecture(config: PreTrainedConfig) -> None:
             f"Rotary embeddings of type {', '.join(sorted(map(repr, unknown)))} are not supported; "
             f"the supported types are {', '.join(sorted(ROPE_INIT_FUNCTIONS))}."
         )
+
+
+def _leave_out_parts(config: PreTrainedConfig, tensors: Iterable[str]) -> None:
+    """Leaves out of the configuration the parts that hear, which this server does not use, and those that see, where the
+    files lack them: they would take memory, or be missing."""
+    family = vision_family_of(config)
+    if getattr(config, "audio_config", None) is not None and family is not None:
+        cast(Any, config).audio_config = None
+    if family is not None and not family.needs_tower and not any(map(weight_files.VISION.search, tensors)):
+        cast(Any, config).vision_config = None
 
 
 def _check_layers(directory: Path, num_tensors: int) -> None:

@@ -7,6 +7,7 @@ its tokens and all those before it, so that a prompt that begins like another on
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -69,8 +70,15 @@ class CachePlan:
 class KVCache:
     """Hands out the blocks of every group of layers, and owns the tensors that they are rows of."""
 
-    def __init__(self, plan: CachePlan, specs: Mapping[int, LayerSpec], states: StateCache | None = None) -> None:
-        """states: those of the model's recurrent layers, if it has any."""
+    def __init__(
+        self,
+        plan: CachePlan,
+        specs: Mapping[int, LayerSpec],
+        states: StateCache | None = None,
+        shared: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """states: those of the model's recurrent layers, if it has any. shared: layers that read what another one
+        stores, each with that one."""
         self.plan = plan
         self.states = states
         self.specs = specs
@@ -81,6 +89,9 @@ class KVCache:
         for layer, spec in specs.items():
             num_blocks = plan.groups[self.group_of[layer]].num_blocks + 1  # the last one is scratch for padding rows
             self.tensors[layer] = spec.make_tensors(num_blocks, plan.block_size)
+        self.shared = shared
+        for layer, owner in shared.items():
+            self.group_of[layer], self.tensors[layer] = self.group_of[owner], self.tensors[owner]
         self.pools = [BlockPool(group.num_blocks) for group in plan.groups]
 
     @property

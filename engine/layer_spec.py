@@ -2,7 +2,7 @@
 values; RecurrentSpec of one of fixed size."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy
@@ -102,6 +102,7 @@ class LayerSpecs:
 
     attention: dict[int, AttentionSpec]
     recurrent: dict[int, RecurrentSpec]
+    shared: dict[int, int] = field(default_factory=dict)  # layer that stores nothing -> the one whose keys it reads
 
     @property
     def bytes_per_token(self) -> int:

@@ -1,8 +1,10 @@
 """ModelRunner: a Batch in, the next token ids out. It does not decide what runs."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,6 +34,7 @@ from vision.families import vision_family_of
 
 log = logging.getLogger(__name__)
 
+Features = Items[tuple[int, torch.Tensor]]  # of images, each with the row of its first token
 SCORED_ROWS = 64  # rows of a prompt's logits that are in memory in float32 at a time
 
 
@@ -40,6 +43,12 @@ def input_device(model: PreTrainedModel) -> torch.device:
     parameter = next(model.get_input_embeddings().parameters(), None)
     # packed weights, which are no parameters, are for CPUs
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def forward_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """Returns what computes a step of text: the model's own forward, or that of its vision family."""
+    family = vision_family_of(model.config)
+    return model if family is None else partial(family.forward, model)
 
 
 def probe_layers(model: PreTrainedModel) -> LayerSpecs:
@@ -51,7 +60,8 @@ def probe_layers(model: PreTrainedModel) -> LayerSpecs:
     device = input_device(model)
     try:
         with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, step=recorder)
+            ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+            forward_of(model)(input_ids=ids, use_cache=False, step=recorder)
     except AssertionError as error:
         raise ModelLoadError(f"Models of type {model.config.model_type!r} are not supported: {error}.") from error
     num_layers = model.config.get_text_config().num_hidden_layers
@@ -64,7 +74,9 @@ def probe_layers(model: PreTrainedModel) -> LayerSpecs:
             f"Models of type {model.config.model_type!r} are not supported: "
             "not all of their layers use transformers' attention interface."
         )
-    return LayerSpecs({layer: call.spec for layer, call in recorder.calls.items()}, recorder.recurrent)
+    shared = recorder.shared
+    stored = {layer: call.spec for layer, call in recorder.calls.items() if layer not in shared}
+    return LayerSpecs(stored, recorder.recurrent, shared)
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,7 @@ class ModelRunner:
         self.flash = flash
         self.num_known: int | None = None  # tokens of the vocabulary; the output layer may be padded beyond it
         self._graphs: DecodeGraphs | None = None
+        self._forward = forward_of(model)
         self._vision_family = vision_family_of(model.config)
         self.vision: VisionEncoder | None = None
         self.cache = cache
@@ -242,19 +255,16 @@ class ModelRunner:
         positions: torch.Tensor,
         step: StepAttention,
         rows: torch.Tensor | int = 0,
-        features: Iterable[tuple[int, torch.Tensor]] = (),
+        features: Features = (),
     ) -> torch.Tensor:
         """Runs the model.
 
         token_ids: (1, tokens); positions: (1, tokens), or (axes, 1, tokens); rows: the tokens to give logits for, 0 for
         all of them; features: for each image the row of its first token, and (tokens, features).
         """
-        inputs: dict[str, Any] = {"input_ids": token_ids}
-        if features:
-            assert self._vision_family is not None
-            embeddings = cast(torch.Tensor, self.model.get_input_embeddings()(token_ids))
-            inputs = self._vision_family.inputs(embeddings, features)
-        output = self.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=rows, step=step)
+        family = self._vision_family
+        inputs = {"input_ids": token_ids} if family is None else family.inputs(self.model, token_ids, features)
+        output = self._forward(**inputs, position_ids=positions, use_cache=False, logits_to_keep=rows, step=step)
         return cast(torch.Tensor, output.logits[0])
 
     def _positions(self, layout: _Layout) -> torch.Tensor:
@@ -377,8 +387,11 @@ class ModelRunner:
         first = first_visible(span.start, window) // block_size
         table = span.sequence.block_tables[index][first : -(-span.end // block_size)]
         assert FREED not in table
-        images = [(image.start, image.end) for image in _whole_images_in(span)]
-        visible = visible_of(span.start, span.num_tokens, window, images) - first * block_size
+        images, family = [(image.start, image.end) for image in _whole_images_in(span)], self._vision_family
+        if family is not None and not family.looks_ahead(window):
+            images = []
+        reach = family is not None and family.sees_beyond_window
+        visible = visible_of(span.start, span.num_tokens, window, images, reach) - first * block_size
         is_alone = span.start == 0 and not images and (window is None or span.num_tokens <= window)
         return PrefillChunk(
             start=start,

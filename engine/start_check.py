@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from engine.batch import Batch, Span
 from engine.cpu import kernels
 from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
-from engine.model_runner import ModelRunner
+from engine.model_runner import ModelRunner, forward_of
 from engine.report import Report
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -183,13 +183,13 @@ def _stock_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
     inputs = torch.tensor([token_ids], device=runner.device)
     positions = torch.arange(len(token_ids), device=runner.device)[None]
     cuts = (len(token_ids) - NUM_DECODES,)
-    rows, past = [], None
+    rows, past, forward = [], None, forward_of(runner.model)
     with _attention(runner.model, reference_of(runner)):
         for part, places in zip(inputs.tensor_split(cuts, dim=1), positions.tensor_split(cuts, dim=1), strict=True):
             kept = min(part.shape[1], COMPARED)
             # some models count the tokens of a cache wrongly if its first layer is recurrent
             said: dict[str, Any] = {} if past is None or runner.cache.states is None else {"position_ids": places}
-            output = runner.model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=kept, **said)
+            output = forward(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=kept, **said)
             past = output.past_key_values
             rows.append(output.logits[0].float())
     return torch.cat(rows)

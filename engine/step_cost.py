@@ -44,7 +44,7 @@ def decode_seconds(model: PreTrainedModel, specs: LayerSpecs, count: int) -> flo
     memory = (count + 1) * BLOCK_SIZE * specs.bytes_per_token
     plan = CachePlan.fit(specs.attention, memory, BLOCK_SIZE, count, count)
     states = StateCache(StatePlan(count, 0, 0), specs.recurrent, BLOCK_SIZE) if specs.recurrent else None
-    cache = KVCache(plan, specs.attention, states)
+    cache = KVCache(plan, specs.attention, states, specs.shared)
     runner = ModelRunner(model, cache)
     greedy = SamplingParams(max_tokens=2, temperature=0.0)
     sequences = [Sequence([0], greedy, on_output=lambda output: None) for _ in range(count)]

@@ -53,13 +53,13 @@ class VisionEncoder:
 
     @torch.inference_mode()
     def encode(self, images: Images[Image]) -> None:
-        """Encodes images of one size in one batch. Raises what the model raises."""
+        """Encodes images together. Raises what the model raises."""
         distinct = {image.digest: image for image in images if image.features is None}
-        weight = next(self._model.get_encoder("image").parameters())
+        weight = next(self.family.tower(self._model).parameters())
         pixels = [
             image.pixels.to(weight.device, weight.dtype) for image in distinct.values() if image.pixels is not None
         ]
-        features = self.family.encode(self._model, pixels)
+        features = self.family.encode(self._model, pixels, [image.grid for image in distinct.values()])
         self.num_encoded += len(distinct)
         for digest, rows in zip(distinct, features, strict=True):
             self._features[digest] = rows.clone()  # a view would keep the whole batch

@@ -36,10 +36,8 @@ class ImageInputs:
 
     @classmethod
     def open(cls, directory: Path, family: VisionFamily) -> "ImageInputs":
-        """Takes Pillow's image processor, which needs no torchvision. Raises OSError or ValueError."""
-        from transformers import AutoImageProcessor
-
-        return cls(family, AutoImageProcessor.from_pretrained(directory, backend="pil"))
+        """Raises what the family's `open_processor` raises."""
+        return cls(family, family.open_processor(directory))
 
     async def crops_of(
         self, messages: Sequence[Message], fetcher: ImageFetcher, max_images: int

@@ -4,8 +4,19 @@ from typing import Any
 
 from vision.family import VisionFamily
 from vision.gemma3 import Gemma3Vision
+from vision.gemma4 import Gemma4UnifiedVision, Gemma4Vision
+from vision.qwen_vl import Qwen3VLVision, QwenVision
 
-FAMILIES: dict[str, type[VisionFamily]] = {"gemma3": Gemma3Vision}  # by config.model_type
+FAMILIES: dict[str, type[VisionFamily]] = {  # by config.model_type
+    "gemma3": Gemma3Vision,
+    "gemma4": Gemma4Vision,
+    "gemma4_unified": Gemma4UnifiedVision,
+    "qwen2_5_vl": QwenVision,
+    "qwen3_5": QwenVision,
+    "qwen3_5_moe": QwenVision,
+    "qwen3_vl": Qwen3VLVision,
+    "qwen3_vl_moe": Qwen3VLVision,
+}
 
 
 def vision_family_of(config: Any) -> VisionFamily | None:

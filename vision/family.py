@@ -5,9 +5,10 @@ tokens see and for where they stand. To add a kind, write its class and name it 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -51,9 +52,12 @@ class VisionFamily(ABC):
     """The vision part of one model. Methods that take pixels may run in any thread."""
 
     mark: str  # what a chat template writes for an image
+    frame: tuple[str, str] = ("", "")  # what it writes around that
     details: tuple[str, ...] = ("low", "high", "auto", "original")  # the values of OpenAI's `detail` that it takes
     is_causal: bool  # a token of an image sees what comes before it; if not, all tokens of an image see each other
+    sees_beyond_window = False  # a token of an image sees the whole image also where a layer's window is shorter
     position_axes = 1  # coordinates of a token's position
+    needs_tower = True  # its class in transformers cannot be made without one
 
     def __init__(self, config: Any) -> None:
         """config: the model's, as transformers reads it."""
@@ -63,6 +67,17 @@ class VisionFamily(ABC):
     def max_crop_tokens(self) -> int:
         """The largest number of tokens of a crop that no step may cut; a causal family has none."""
         return 0
+
+    def open_processor(self, directory: Path) -> Any:
+        """Returns the image processor of the model in the directory. Pillow's needs no torchvision. Raises OSError,
+        ValueError or KeyError."""
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(directory, backend="pil")
+
+    def tower(self, model: Any) -> Any:
+        """Returns the module that encodes images."""
+        return model.get_encoder("image")
 
     @abstractmethod
     def crops(self, processor: Any, picture: "Picture", detail: str) -> list[ImageCrop]:
@@ -76,21 +91,56 @@ class VisionFamily(ABC):
         """Returns the text that stands for one image in a prompt. crop_tokens: the number of tokens of each of its
         crops."""
 
+    def looks_ahead(self, window: int | None) -> bool:
+        """Returns whether a token of an image sees the later ones of it in layers with that window (None: without
+        one)."""
+        return not self.is_causal
+
     @abstractmethod
-    def encode(self, model: Any, pixels: "Sequence[torch.Tensor]") -> "Sequence[torch.Tensor]":
+    def encode(
+        self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[tuple[int, int]]
+    ) -> "Sequence[torch.Tensor]":
         """Returns the features of crops, each (num_tokens, features). Raises what the model, which is transformers',
-        raises."""
+        raises.
 
-    def inputs(self, embeddings: "torch.Tensor", features: "Iterable[tuple[int, torch.Tensor]]") -> dict[str, Any]:
-        """Returns what the model is called with in place of token ids: here the features in place of the embeddings.
-
-        embeddings: (1, tokens, hidden size), may be written to; features: of crops or parts of them, in the order of
-        their rows, with the row of the first token of each.
+        pixels, grids: of the crops, as `crops` made them; the pixels on the model's device and in its data type.
         """
+
+    def inputs(
+        self, model: Any, token_ids: "torch.Tensor", features: "Sequence[tuple[int, torch.Tensor]]"
+    ) -> dict[str, Any]:
+        """Returns what the model is called with for a step: here its token ids, or embeddings with features in them.
+
+        token_ids: (1, tokens). features: of crops or parts of them, in the order of their rows, with the row of the
+        first token of each.
+        """
+        if not features:
+            return {"input_ids": token_ids}
+        embeddings = model.get_input_embeddings()(token_ids)
         for first, rows in features:
             embeddings[0, first : first + len(rows)] = rows.to(embeddings)
         return {"inputs_embeds": embeddings}
 
+    def forward(self, model: Any, **inputs: Any) -> Any:
+        """Computes a step: returns an output with `logits` and `past_key_values`, as the model's own `forward`, which
+        is used here. Raises what the model raises."""
+        return model(**inputs)
+
     def positions(self, start: int, end: int, images: Sequence[PlacedImage]) -> list[list[int]]:
         """Returns the positions of a sequence's tokens start .. end for each axis: here the places of the tokens."""
-        return [list(range(start, end)) for _ in range(self.position_axes)]
+        return [list(range(start, end))] * self.position_axes
+
+
+def forward_text(model: Any, *, logits_to_keep: "int | torch.Tensor" = 0, **inputs: Any) -> Any:
+    """Computes what `VisionFamily.forward` does by the text model and the head alone, past the class around them.
+
+    Some of these classes search each step for images, or pass on less than the text model takes.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    output = model.model.language_model(**inputs)
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = model.lm_head(output.last_hidden_state[:, kept])
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    logits = logits if cap is None else (logits / cap).tanh() * cap
+    return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)

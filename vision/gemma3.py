@@ -25,6 +25,7 @@ class Gemma3Vision(VisionFamily):
     mark = "<start_of_image>"
     token = "<image_soft_token>"
     is_causal = False
+    sees_beyond_window = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -48,7 +49,9 @@ class Gemma3Vision(VisionFamily):
             return whole
         return f"Here is the original image {whole} and here are some crops to help you see better {' '.join(parts)}"
 
-    def encode(self, model: Any, pixels: "Sequence[torch.Tensor]") -> "Sequence[torch.Tensor]":
+    def encode(
+        self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[tuple[int, int]]
+    ) -> "Sequence[torch.Tensor]":
         """pixels: each (channels, height, width)."""
         import torch
 

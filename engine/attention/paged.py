@@ -71,19 +71,22 @@ class PrefillChunk:
         return mask.masked_fill_(hidden, -torch.inf)
 
 
-def visible_of(start: int, num_tokens: int, window: int | None, images: Sequence[tuple[int, int]]) -> torch.Tensor:
+def visible_of(
+    start: int, num_tokens: int, window: int | None, images: Sequence[tuple[int, int]], reaches_back: bool = True
+) -> torch.Tensor:
     """Returns the range of positions, as first and end, that each of `num_tokens` tokens from `start` on sees: (tokens,
     2).
 
     A token sees itself and all before it, or as many of these as the window holds. A token of an image (start, end)
-    also sees the whole image.
+    also sees what follows in the image and, if it reaches back, what is in the image before the window.
     """
     ends = torch.arange(start + 1, start + num_tokens + 1)
     firsts = torch.zeros_like(ends) if window is None else (ends - window).clamp(min=0)
     for image_start, image_end in images:
         tokens = slice(max(image_start - start, 0), image_end - start)
         ends[tokens] = image_end
-        firsts[tokens].clamp_(max=image_start)
+        if reaches_back:
+            firsts[tokens].clamp_(max=image_start)
     return torch.stack([firsts, ends], dim=1)
 
 
@@ -162,6 +165,16 @@ class AttentionRecorder:
     calls: dict[int, Call] = field(default_factory=dict)
     recurrent: dict[int, RecurrentSpec] = field(default_factory=dict)
 
+    @property
+    def shared(self) -> dict[int, int]:
+        """The layers that were given the keys and values of an earlier layer, each with that layer."""
+        shared = {}
+        for layer, call in self.calls.items():
+            owners = (other for other, its in self.calls.items() if its.key is call.key and its.window == call.window)
+            if (owner := next(owners)) != layer:
+                shared[layer] = owner
+        return shared
+
 
 def paged_attention(
     module: torch.nn.Module,
@@ -194,8 +207,9 @@ def paged_attention(
         return step.calls[layer].stand_in, None
     group = step.of_layer(layer, key.device)
     keys, values = step.cache.tensors[layer]  # (num_blocks, block_size, kv_heads, dim)
-    keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
-    values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
+    if layer not in step.cache.shared:
+        keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
+        values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
     flat = query[0].transpose(0, 1)  # (tokens, heads, dim)
     if step.flash is not None and group.flash is not None and not group.prefills:
         # exit 2: on a GPU without images, one kernel computes the whole step
