@@ -81,7 +81,10 @@ class Gemma4Vision(VisionFamily):
 
 
 class Gemma4UnifiedVision(Gemma4Vision):
-    """Gemma 4 12B: it has no tower, and a token is one large patch."""
+    """Gemma 4 12B: it has no tower, and a token is one large patch. All layers let the tokens of an image see each other,
+    as in Gemma 3."""
+
+    sees_beyond_window = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -94,6 +97,9 @@ class Gemma4UnifiedVision(Gemma4Vision):
         processor = Gemma4ImageProcessorPil.from_pretrained(directory)
         processor.patch_size, processor.pooling_kernel_size = processor.patch_size * processor.pooling_kernel_size, 1
         return processor
+
+    def looks_ahead(self, window: int | None) -> bool:
+        return not self.is_causal
 
     def tower(self, model: Any) -> Any:
         return model.model.embed_vision
