@@ -135,8 +135,8 @@ def check_architecture(config: PreTrainedConfig) -> None:
 
 
 def _leave_out_parts(config: PreTrainedConfig, tensors: Iterable[str]) -> None:
-    """Leaves out of the configuration the parts that hear, which this server does not use, and those that see, where the
-    files lack them: they would take memory, or be missing."""
+    """Leaves out of the configuration the parts that hear, which this server does not use, and those that see, where
+    the files lack them: they would take memory, or be missing."""
     family = vision_family_of(config)
     if getattr(config, "audio_config", None) is not None and family is not None:
         cast(Any, config).audio_config = None

@@ -58,7 +58,7 @@ _GEMMA_TOWER = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "patch_size": 2,
+    "patch_size": 8,
     "position_embedding_size": 2048,
     "initializer_range": 0.3,
 }
@@ -79,7 +79,7 @@ _DELTA_NET = {
     **_TEXT,
     "head_dim": 16,
     "num_hidden_layers": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
     "linear_num_key_heads": 2,
@@ -105,17 +105,15 @@ def _gemma4(**text: Any) -> Any:
 
 
 def _gemma_processor() -> Any:
-    return Gemma4ImageProcessorPil(patch_size=2, max_soft_tokens=70)
+    return Gemma4ImageProcessorPil(patch_size=8, max_soft_tokens=70)
 
 
 def _unified_processor() -> Any:
-    return Gemma4ImageProcessorPil(patch_size=6, pooling_kernel_size=1, max_soft_tokens=70)
+    return Gemma4ImageProcessorPil(patch_size=24, pooling_kernel_size=1, max_soft_tokens=70)
 
 
 def _qwen_processor() -> Any:
-    return Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, size={"shortest_edge": 4 * 64, "longest_edge": 40 * 64}
-    )
+    return Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 4 * 64, "longest_edge": 40 * 64})
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ KINDS: dict[str, SeeingKind] = {
         config=lambda: Gemma4UnifiedConfig(
             text_config={**_GEMMA, "use_bidirectional_attention": "vision"},
             vision_config={
-                "patch_size": 2,
+                "patch_size": 8,
                 "mm_embed_dim": 32,
                 "output_proj_dims": 32,
                 "initializer_range": 0.3,

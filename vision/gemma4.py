@@ -66,8 +66,8 @@ class Gemma4Vision(VisionFamily):
     def inputs(
         self, model: Any, token_ids: "torch.Tensor", features: "Sequence[tuple[int, torch.Tensor]]"
     ) -> dict[str, Any]:
-        """Layers with embeddings of their own read padding in the place of images, and the model wherever a prompt has a
-        placeholder without an image."""
+        """Layers with embeddings of their own read padding in the place of images, and the whole model wherever a
+        prompt has a placeholder without an image."""
         is_placeholder = sum(token_ids == token for token in self._placeholders).bool()
         token_ids = token_ids.masked_fill(is_placeholder, self._pad)
         inputs = super().inputs(model, token_ids, features)
@@ -81,8 +81,8 @@ class Gemma4Vision(VisionFamily):
 
 
 class Gemma4UnifiedVision(Gemma4Vision):
-    """Gemma 4 12B: it has no tower, and a token is one large patch. All layers let the tokens of an image see each other,
-    as in Gemma 3."""
+    """Gemma 4 12B: it has no tower, and a token is one large patch. In all layers the tokens of an image see each
+    other, as in Gemma 3."""
 
     sees_beyond_window = True
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image as Picture
 
-MOST_TOKENS = {"low": 256, "auto": 1280}  # of an image; with another `detail`, as many as the processor's files allow
+MOST_TOKENS = {"low": 256, "auto": 1280, "high": 4096, "original": 4096}  # of an image, if the model's files allow them
 
 
 class QwenVision(VisionFamily):
@@ -28,8 +28,7 @@ class QwenVision(VisionFamily):
 
     def crops(self, processor: Any, picture: "Picture", detail: str) -> list[ImageCrop]:
         least, most = processor.size["shortest_edge"], processor.size["longest_edge"]  # pixels of the whole image
-        if detail in MOST_TOKENS:
-            most = min(most, MOST_TOKENS[detail] * (processor.patch_size * processor.merge_size) ** 2)
+        most = min(most, MOST_TOKENS[detail] * (processor.patch_size * processor.merge_size) ** 2)
         size = {"shortest_edge": min(least, most), "longest_edge": most}
         found = processor(picture, return_tensors="pt", size=size)
         _, rows, columns = found["image_grid_thw"][0].tolist()

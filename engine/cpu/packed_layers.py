@@ -36,6 +36,11 @@ class PackedLinear(nn.Module):
         self.bias = _padded_bias(weight, bias)
         self.dtype = dtype  # of the output
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """An empty tensor: some modules ask the weights of their layers for the data type."""
+        return torch.empty(0, dtype=self.dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(prepare(x, self.packed.format)).view(*x.shape[:-1], self.packed.num_rows)
 
