@@ -4,16 +4,20 @@ pictures."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import genuine_templates
 import torch
 from models import VOCAB
 from PIL import Image as Pillow
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     Gemma4Config,
     Gemma4UnifiedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen3_5Config,
     Qwen3_5MoeConfig,
@@ -209,7 +213,7 @@ def family_of(kind: str) -> VisionFamily:
 def seeing_model(kind: str, implementation: str = paged.NAME) -> PreTrainedModel:
     """Returns a float32 model with the same weights for every `implementation` of attention of its text layers."""
     torch.manual_seed(SEEDS.get(kind, 0))
-    parts = {"text_config": implementation, "vision_config": "eager", "": "eager"}
+    parts = {"text_config": implementation, "vision_config": "sdpa", "": "eager"}
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(KINDS[kind].config(), attn_implementation=parts)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -254,3 +258,113 @@ def expected_tokens(
     )
     tokens: list[int] = output[0, len(token_ids) :].tolist()
     return tokens
+
+
+# --- checkpoints, as a server loads them
+
+QWEN_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+]
+GEMMA_TOKENS = [
+    *("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>"),
+    *("<|tool_response>", "<tool_response|>", '<|"|>', "<|think|>", "<|channel>", "<channel|>"),
+    *("<|image>", "<|image|>", "<image|>", "<|video|>", "<|audio|>"),
+]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The tokens and the genuine chat template that a model's tokenizer has."""
+
+    tokens: list[str]
+    template: str  # its name among the genuine ones
+    image: str
+    end: str
+    bos: str | None = None
+    around: tuple[str, str] = ("", "")  # what the processor puts around a picture's tokens
+
+
+DIALECTS = {
+    "qwen": Dialect(QWEN_TOKENS, "Qwen3.5-4B", "<|image_pad|>", "<|im_end|>"),
+    "gemma": Dialect(GEMMA_TOKENS, "google-gemma-4-31B-it", "<|image|>", "<turn|>", "<bos>", ("<|image>", "<image|>")),
+}
+
+
+def dialect_of(kind: str) -> Dialect:
+    return DIALECTS["gemma" if kind.startswith("gemma") else "qwen"]
+
+
+def seeing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer with a token per byte, and those of the model's dialect."""
+    dialect = dialect_of(kind)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(dialect.tokens)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=dialect.bos,
+        eos_token=dialect.end,
+        pad_token=dialect.tokens[0],
+        chat_template=genuine_templates.source_of(dialect.template),
+    )
+
+
+def save_seeing_checkpoint(directory: Path, kind: str) -> Path:
+    """Saves a tiny model that sees, with its processor; returns the directory, for `MODEL_PATH`."""
+    tokenizer, dialect, config = seeing_tokenizer(kind), dialect_of(kind), KINDS[kind].config()
+    config.image_token_id = tokenizer.convert_tokens_to_ids(dialect.image)
+    config.video_token_id = tokenizer.convert_tokens_to_ids({"qwen": "<|video_pad|>"}.get(kind[:4], "<|video|>"))
+    if dialect.bos:
+        config.audio_token_id = tokenizer.convert_tokens_to_ids("<|audio|>")
+    text = config.text_config
+    text.vocab_size = len(tokenizer)
+    if hasattr(text, "vocab_size_per_layer_input"):
+        text.vocab_size_per_layer_input = len(tokenizer)
+    text.eos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    text.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    KINDS[kind].processor().save_pretrained(directory)
+    return directory
+
+
+def processed(kind: str, messages: list[dict[str, Any]], detail: str = "auto") -> dict[str, torch.Tensor]:
+    """Returns what transformers' own `generate` takes for a conversation, whose pictures are Pillow's."""
+    tokenizer, dialect, chosen = seeing_tokenizer(kind), dialect_of(kind), KINDS[kind]
+    pictures = [
+        part["image"] for m in messages if isinstance(m["content"], list) for part in m["content"] if "image" in part
+    ]
+    plain = [
+        {**m, "content": [{"type": "image"} if "image" in part else part for part in m["content"]]}
+        if isinstance(m["content"], list)
+        else m
+        for m in messages
+    ]
+    text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    found: dict[str, torch.Tensor] = {}
+    if pictures:
+        seen = chosen.processor()(pictures, return_tensors="pt", **chosen.details[detail])
+        counts = seen.get("num_soft_tokens_per_image")
+        if counts is None:
+            counts = [int(grid.prod()) // 4 for grid in seen["image_grid_thw"]]
+        first, *others = text.split(dialect.image)
+        before, behind = dialect.around
+        shown = (f"{before}{dialect.image * int(count)}{behind}" for count in counts)
+        text = first + "".join(picture + rest for picture, rest in zip(shown, others, strict=True))
+        found = {name: seen[name] for name in ("pixel_values", chosen.places)}
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    is_image = ids == tokenizer.convert_tokens_to_ids(dialect.image)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": is_image.long(), **found}
+
+
+def generated(kind: str, directory: Path, inputs: dict[str, torch.Tensor], count: int) -> str:
+    """Returns the text that `generate` adds to the prompt."""
+    model = AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager").eval()
+    output = model.generate(**inputs, max_new_tokens=count, do_sample=False)
+    text: str = seeing_tokenizer(kind).decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text

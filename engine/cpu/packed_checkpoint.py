@@ -35,6 +35,7 @@ from errors import ModelLoadError
 
 FILE = "weights.packed"
 REORDERED = "linear_attn.out_proj"  # its columns are in the order of heads, in which files differ from transformers
+MAPPED_BYTES = 2**26  # of a tensor that is not packed, from which on it is not copied into the process's own memory
 HASHED_ROWS = 4096  # at a time
 
 
@@ -197,7 +198,8 @@ def read(path: Path, build: Callable[[], PreTrainedModel], dtype: torch.dtype | 
     formats = {name: _format(tensors, name, values) for name, values in tables["formats"].items()}
     with init_empty_weights(include_buffers=False):
         model = build()
-    plain = {name: value.to(dtype or value.dtype, copy=True) for name, value in tensors.items()}
+    # a large table, of which few rows are read, stays in the mapped file
+    plain = {n: v.to(dtype or v.dtype, copy=v.nbytes < MAPPED_BYTES) for n, v in tensors.items()}
     plain |= {name: plain[source] for name, source in tables["aliases"].items()}
     result = model.load_state_dict(plain, strict=False, assign=True)
     missing = [name for name in result.missing_keys if name.removesuffix(".weight") not in tables["layers"]]
