@@ -20,10 +20,10 @@ from text.canonical_messages import (
     apart,
     canonical,
     fold_tools,
-    has_images,
     is_alternating,
     join_leading_system,
     later_system_as_user,
+    num_images,
     prefix_tool_names,
     system_into_user,
 )
@@ -366,13 +366,14 @@ class PromptTemplate:
         whole = self._text(messages, options)
         prompt_ids = self._prompt_ids(whole, options)
         last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
-        if last is None or options.image_tokens:
+        if last is None:
             return prompt_ids, ()
         user, assistant = (messages[last].model_copy(update={"role": r, "content": "."}) for r in ("user", "assistant"))
         places = set()
         for others in ([*messages[:last], user], [*messages[: last + 1], assistant, user]):
+            shown = options.image_tokens[: num_images(others)]
             try:
-                text = self._text(others, replace(options, continues=None, opens=None)).text
+                text = self._text(others, replace(options, continues=None, opens=None, image_tokens=shown)).text
             except InvalidRequest:
                 continue
             num_same = len(commonprefix([whole.text, text]))
@@ -511,7 +512,7 @@ class PromptTemplate:
         try:
             plain = canonical(messages, "" if self.sees else None)
             seam, mark = unused_characters(json.dumps([plain, *tools, arguments], ensure_ascii=False), 2)
-            if self.sees and has_images(messages):
+            if self.sees and num_images(messages):
                 plain = canonical(messages, mark)
             safe_tools, safe_arguments = cut([*tools], self._markup, seam), cut(arguments, self._markup, seam)
             return [self._safe(message, seam) for message in plain], safe_tools, safe_arguments, seam, mark

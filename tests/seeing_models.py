@@ -336,15 +336,10 @@ def save_seeing_checkpoint(directory: Path, kind: str) -> Path:
 def processed(kind: str, messages: list[dict[str, Any]], detail: str = "auto") -> dict[str, torch.Tensor]:
     """Returns what transformers' own `generate` takes for a conversation, whose pictures are Pillow's."""
     tokenizer, dialect, chosen = seeing_tokenizer(kind), dialect_of(kind), KINDS[kind]
-    pictures = [
-        part["image"] for m in messages if isinstance(m["content"], list) for part in m["content"] if "image" in part
-    ]
-    plain = [
-        {**m, "content": [{"type": "image"} if "image" in part else part for part in m["content"]]}
-        if isinstance(m["content"], list)
-        else m
-        for m in messages
-    ]
+    contents = [m["content"] if isinstance(m["content"], list) else [] for m in messages]
+    pictures = [part["image"] for content in contents for part in content if "image" in part]
+    marked = [[{"type": "image"} if "image" in part else part for part in content] for content in contents]
+    plain = [{**m, "content": parts or m["content"]} for m, parts in zip(messages, marked, strict=True)]
     text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     found: dict[str, torch.Tensor] = {}
     if pictures:

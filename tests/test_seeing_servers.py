@@ -1,8 +1,9 @@
-"""A tiny Qwen 3 VL, Qwen 3.5 and Gemma 4 that see, through the server: answers are transformers' own, the rest a 400."""
+"""Tiny models that see, of Qwen 3 VL, Qwen 3.5 and Gemma 4, through the server: answers are transformers' own."""
 
 import base64
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from seeing_models import generated, picture, processed, save_seeing_checkpoint
 KINDS = ("qwen3_vl", "qwen3_5", "gemma4_small", "gemma4")
 MODEL = "Tiny"
 COUNT = 12  # tokens of an answer
+Seeing = tuple[str, Path, Server]  # the kind of model, its folder, and the server that has loaded it
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def seeing(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, Path, Server]]:
+def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeing]:
     directory = save_seeing_checkpoint(tmp_path_factory.mktemp("models") / MODEL, request.param)
     settings = {"MODEL_PATH": str(directory), "DTYPE": "float32", "MAX_MODEL_LEN": "2048"}
     with serve(MAIN, **settings) as server:
@@ -67,7 +67,7 @@ def sent(messages: list[dict[str, Any]], **options: str) -> Any:
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_answers_are_transformers_own(seeing: tuple[str, Path, Server], name: str) -> None:
+def test_answers_are_transformers_own(seeing: Seeing, name: str) -> None:
     kind, directory, server = seeing
     inputs = processed(kind, CONVERSATIONS[name])
     expected = generated(kind, directory, inputs, COUNT)
@@ -80,7 +80,7 @@ def test_answers_are_transformers_own(seeing: tuple[str, Path, Server], name: st
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
 
 
-def test_responses_see_the_same(seeing: tuple[str, Path, Server]) -> None:
+def test_responses_see_the_same(seeing: Seeing) -> None:
     kind, directory, server = seeing
     expected = generated(kind, directory, processed(kind, CONVERSATIONS["one"]), COUNT)
     given: Any = [
@@ -94,7 +94,7 @@ def test_responses_see_the_same(seeing: tuple[str, Path, Server]) -> None:
     assert response.output_text == expected
 
 
-def test_a_second_turn_takes_over_the_first_ones_picture(seeing: tuple[str, Path, Server]) -> None:
+def test_a_second_turn_takes_over_the_first_ones_picture(seeing: Seeing) -> None:
     """As Open WebUI sends it: a streamed chat, the pictures of all turns again, text beside them, and no detail."""
     _, _, server = seeing
     first = sent([{"role": "user", "content": [text("What colour? " * 20), seen(7)]}])
@@ -116,9 +116,7 @@ def test_a_second_turn_takes_over_the_first_ones_picture(seeing: tuple[str, Path
         ({"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}, "file"),
     ],
 )
-def test_other_kinds_of_parts_are_refused_by_name(
-    seeing: tuple[str, Path, Server], part: dict[str, Any], name: str
-) -> None:
+def test_other_kinds_of_parts_are_refused_by_name(seeing: Seeing, part: dict[str, Any], name: str) -> None:
     _, _, server = seeing
     messages = [{"role": "user", "content": [text("What is this?"), part]}]
     answer = server.post("/v1/chat/completions", model=MODEL, messages=messages)
@@ -127,7 +125,7 @@ def test_other_kinds_of_parts_are_refused_by_name(
     assert error["param"] == "messages[0].content[1]"
 
 
-def test_extreme_pictures_are_answered_or_refused_and_the_server_lives_on(seeing: tuple[str, Path, Server]) -> None:
+def test_extreme_pictures_are_answered_or_refused_and_the_server_lives_on(seeing: Seeing) -> None:
     kind, _, server = seeing
 
     def ask(size: tuple[int, int], detail: str = "auto") -> Any:
@@ -147,7 +145,7 @@ def test_extreme_pictures_are_answered_or_refused_and_the_server_lives_on(seeing
     assert ask((40, 30)).json()["choices"] == before
 
 
-def test_pictures_that_do_not_fit_are_refused_before_they_are_encoded(seeing: tuple[str, Path, Server]) -> None:
+def test_pictures_that_do_not_fit_are_refused_before_they_are_encoded(seeing: Seeing) -> None:
     kind, _, server = seeing
     detail = "high" if kind.startswith("gemma") else "auto"
     parts = [{"image": Image.effect_noise((256, 200 + n), 90).convert("RGB")} for n in range(16)]
@@ -156,7 +154,7 @@ def test_pictures_that_do_not_fit_are_refused_before_they_are_encoded(seeing: tu
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded", answer.text
 
 
-def test_a_placeholder_in_a_raw_prompt_is_only_a_token(seeing: tuple[str, Path, Server]) -> None:
+def test_a_placeholder_in_a_raw_prompt_is_only_a_token(seeing: Seeing) -> None:
     """Also beside requests with pictures, whose steps it shares."""
     kind, directory, server = seeing
     mark = "<|image|>" if kind.startswith("gemma") else "<|image_pad|>"
@@ -164,8 +162,6 @@ def test_a_placeholder_in_a_raw_prompt_is_only_a_token(seeing: tuple[str, Path, 
     alone = server.post("/v1/completions", **raw).json()["choices"][0]["text"]
     inputs = processed(kind, CONVERSATIONS["one"])
     expected = generated(kind, directory, inputs, COUNT)
-    from concurrent.futures import ThreadPoolExecutor
-
     messages = sent(CONVERSATIONS["one"])
     chat = {"model": MODEL, "messages": messages, "max_tokens": COUNT, "temperature": 0}
     with ThreadPoolExecutor(8) as pool:

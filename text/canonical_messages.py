@@ -41,9 +41,9 @@ def canonical(messages: Sequence[Message], image_mark: str | None = None) -> lis
     return result
 
 
-def has_images(messages: Sequence[Message]) -> bool:
+def num_images(messages: Sequence[Message]) -> int:
     contents = [message.content for message in messages if isinstance(message.content, list)]
-    return any(part.type == "image_url" for content in contents for part in content)
+    return sum(part.type == "image_url" for content in contents for part in content)
 
 
 def fold_tools(messages: Sequence[CanonicalMessage], style: ToolFormat, prompt: str = "") -> list[CanonicalMessage]:
