@@ -24,12 +24,12 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
 )
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from engine.attention import paged
 from vision.families import vision_family_of
 from vision.family import ImageCrop, VisionFamily
+from vision.image_processors import Gemma4ImageProcessor, resizing
 
 IMAGE, VIDEO, AUDIO = VOCAB - 1, VOCAB - 2, VOCAB - 3  # ids of placeholders
 _TEXT = {
@@ -109,15 +109,17 @@ def _gemma4(**text: Any) -> Any:
 
 
 def _gemma_processor() -> Any:
-    return Gemma4ImageProcessorPil(patch_size=8, max_soft_tokens=70)
+    return Gemma4ImageProcessor(patch_size=8, max_soft_tokens=70)
 
 
 def _unified_processor() -> Any:
-    return Gemma4ImageProcessorPil(patch_size=24, pooling_kernel_size=1, max_soft_tokens=70)
+    return Gemma4ImageProcessor(patch_size=24, pooling_kernel_size=1, max_soft_tokens=70)
 
 
 def _qwen_processor() -> Any:
-    return Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 4 * 64, "longest_edge": 40 * 64})
+    return resizing(Qwen2VLImageProcessorPil)(
+        patch_size=4, merge_size=2, size={"shortest_edge": 4 * 64, "longest_edge": 40 * 64}
+    )
 
 
 @dataclass(frozen=True)

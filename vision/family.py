@@ -69,11 +69,10 @@ class VisionFamily(ABC):
         return 0
 
     def open_processor(self, directory: Path) -> Any:
-        """Returns the image processor of the model in the directory. Pillow's needs no torchvision. Raises OSError,
-        ValueError or KeyError."""
-        from transformers import AutoImageProcessor
+        """Returns the image processor of the model in the directory. Raises OSError, ValueError or KeyError."""
+        from vision import image_processors
 
-        return AutoImageProcessor.from_pretrained(directory, backend="pil")
+        return image_processors.open_processor(directory)
 
     def tower(self, model: Any) -> Any:
         """Returns the module that encodes images."""

@@ -37,6 +37,11 @@ class Gemma4Vision(VisionFamily):
         """Only sliding layers let an image's tokens see later ones, within their window."""
         return not self.is_causal and window is not None
 
+    def open_processor(self, directory: Path) -> Any:
+        from vision.image_processors import Gemma4ImageProcessor
+
+        return Gemma4ImageProcessor.from_pretrained(directory)
+
     def crops(self, processor: Any, picture: "Picture", detail: str) -> list[ImageCrop]:
         options = {"max_soft_tokens": MOST_TOKENS[detail]} if detail in MOST_TOKENS else {}
         found = processor(picture, return_tensors="pt", **options)
@@ -91,10 +96,8 @@ class Gemma4UnifiedVision(Gemma4Vision):
         self._pool = 1
 
     def open_processor(self, directory: Path) -> Any:
-        """Takes Gemma 4's with larger patches, which cuts images alike: transformers' own needs torchvision."""
-        from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
-
-        processor = Gemma4ImageProcessorPil.from_pretrained(directory)
+        """Takes that of the other sizes with larger patches, which cuts images alike: its own needs torchvision."""
+        processor = super().open_processor(directory)
         processor.patch_size, processor.pooling_kernel_size = processor.patch_size * processor.pooling_kernel_size, 1
         return processor
 
