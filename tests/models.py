@@ -119,6 +119,22 @@ RECURRENT = {  # families with layers whose state has a fixed size
         ),
     ),
 }
+SHARING = {  # families with layers that read the keys and values of earlier ones
+    "gemma4": (  # as E2B, which also has embeddings for each layer
+        Gemma4ForCausalLM,
+        Gemma4TextConfig(
+            **_COMMON,
+            head_dim=16,
+            global_head_dim=32,
+            num_hidden_layers=6,
+            sliding_window=24,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=3,
+            vocab_size_per_layer_input=VOCAB,
+        ),
+    ),
+}
 MIXTURES = {  # families of experts
     "qwen3_moe": (
         Qwen3MoeForCausalLM,
@@ -148,7 +164,7 @@ SEEDS = {"gemma3": 53}  # with these, or 0, the two best tokens are never nearly
 
 def tiny_model(family: str, implementation: str = paged.NAME, **changes: object) -> PreTrainedModel:
     """Returns a float32 model with the same weights for every `implementation` of attention."""
-    model_class, config = (FAMILIES | RECURRENT | MIXTURES)[family]
+    model_class, config = (FAMILIES | RECURRENT | MIXTURES | SHARING)[family]
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)

@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from models import FAMILIES, VOCAB, generate, tiny_model
+from models import FAMILIES, SHARING, VOCAB, generate, tiny_model
 
 from engine.async_runner import AsyncRunner
 from engine.attention import flash
@@ -69,7 +69,7 @@ def answers(engine: Engine, count: int, delay: float) -> list[list[int | None]]:
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | SHARING)
 @pytest.mark.parametrize(("delay", "graphs"), [(0.0, False), (0.02, False), (0.02, True)])
 def test_answers_are_the_same(family: str, delay: float, graphs: bool) -> None:
     ahead = engine_of(family, OPTIONS, True, graphs)

@@ -1,18 +1,23 @@
 """What can be loaded and how: types of numbers, kinds of layers, and families beside the four of the engine's tests."""
 
 import asyncio
+import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from models import MIXTURES, RECURRENT, VOCAB, generate, tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from seeing_models import KINDS
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -21,6 +26,7 @@ from transformers import (
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4AudioConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
     GptOssConfig,
@@ -33,6 +39,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen3_5ForCausalLM,
     SiglipVisionConfig,
 )
 
@@ -41,6 +48,7 @@ from engine.build import build_engine
 from engine.checked_model import check_architecture, check_model, choose_dtype
 from engine.engine import EngineOptions
 from engine.model_loader import load_model
+from engine.model_runner import probe_layers
 from engine.sampling_params import SamplingParams
 from errors import ModelLoadError
 from vision.families import FAMILIES
@@ -189,10 +197,40 @@ def test_a_model_of_images_and_text_is_loaded_if_it_has_a_vision_family(
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match="llava.*no causal language model"):
         load_model(check_model(tmp_path, "float32", "cpu"), lambda phase, fraction: None)
-    monkeypatch.setitem(FAMILIES, "llava", lambda config: object())
+    monkeypatch.setitem(FAMILIES, "llava", cast(Any, lambda config: SimpleNamespace(needs_tower=True)))
     model = load_model(check_model(tmp_path, "float32", "cpu"), lambda phase, fraction: None)
     assert isinstance(model, LlavaForConditionalGeneration)
     assert model.config.get_text_config()._attn_implementation == paged.NAME
+
+
+def test_layers_that_read_another_ones_keys_store_nothing() -> None:
+    specs = probe_layers(tiny_model("gemma4"))
+    assert specs.shared == {3: 1, 4: 1, 5: 2} and [*specs.attention] == [0, 1, 2]
+    alone = probe_layers(tiny_model("gemma4", num_kv_shared_layers=0))
+    assert not alone.shared and alone.bytes_per_token == 2 * specs.bytes_per_token
+    engine = build_engine(tiny_model("gemma4"), EngineOptions(), frozenset())
+    tensors = engine.scheduler.cache.tensors
+    assert all(tensors[layer] is tensors[owner] for layer, owner in specs.shared.items())
+
+
+def test_a_model_is_loaded_without_the_parts_that_it_lacks_or_that_are_not_served(tmp_path: Path) -> None:
+    """A text model of a type that sees, as fine-tuning leaves it; and a tower that hears."""
+    config = KINDS["qwen3_5"].config()
+    tiny = Qwen3_5ForCausalLM(config.text_config)
+    tiny.save_pretrained(tmp_path / "text")
+    (tmp_path / "text" / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "float32"}))
+    names = {name.replace("model.", "model.language_model.", 1): t for name, t in tiny.state_dict().items()}
+    save_file({name: t.contiguous() for name, t in names.items()}, tmp_path / "text" / "model.safetensors")
+    model = load_model(check_model(tmp_path / "text", "float32", "cpu"), lambda phase, fraction: None)
+    assert isinstance(model, Qwen3_5ForCausalLM)
+    hearing = KINDS["gemma4_small"].config()
+    hearing.audio_config = Gemma4AudioConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    AutoModelForImageTextToText.from_config(hearing).save_pretrained(tmp_path / "audio")
+    with safe_open(tmp_path / "audio" / "model.safetensors", "pt") as file:
+        assert any("audio_tower" in name for name in file.keys())
+    model = load_model(check_model(tmp_path / "audio", "float32", "cpu"), lambda phase, fraction: None)
+    assert not any("audio" in name for name, _ in model.named_parameters())
+    assert any("vision_tower" in name for name, _ in model.named_parameters())
 
 
 def test_attention_sinks_are_refused_rather_than_left_out() -> None:

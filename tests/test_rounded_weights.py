@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from engine.attention.paged import AttentionRecorder
 from engine.checked_model import check_model
 from engine.cpu import kernels
+from engine.cpu.packed_checkpoint import MAPPED_BYTES
 from engine.model_loader import load_model
 from engine.rounded_weights import FOLDER, MAX_UNUSED
 
@@ -52,6 +53,19 @@ def test_a_second_start_reads_what_the_first_has_rounded(
     assert {type(m).__name__ for m in second.modules()} == {type(m).__name__ for m in first.modules()}
     assert second.generation_config.to_dict() == first.generation_config.to_dict()
     assert not second.training and len(files(tmp_path)) == 1
+
+
+def test_a_large_table_stays_in_the_file(tmp_path: Path) -> None:
+    """The embeddings that Gemma 4 has for each layer are larger than all else, and few of them are read."""
+    rows = 2 * MAPPED_BYTES // (4 * 6 * 8)
+    directory = save(tmp_path / "model", "gemma4", vocab_size_per_layer_input=rows)
+    load(directory, tmp_path, [])
+    model = load(directory, tmp_path, [])
+    address = model.get_submodule("model.embed_tokens_per_layer").weight.data_ptr()
+    (kept,) = files(tmp_path)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(kept))]
+    ranges = [[int(end, 16) for end in place.split("-")] for place, *_ in maps]
+    assert any(start <= address < end for start, end in ranges)
 
 
 def test_other_weights_types_and_formats_are_rounded_anew(tmp_path: Path) -> None:

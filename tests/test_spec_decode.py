@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from models import FAMILIES, VOCAB, tiny_model
+from models import FAMILIES, SHARING, VOCAB, tiny_model
 from transformers import PreTrainedModel
 
 from engine.build import build_engine
@@ -103,7 +103,7 @@ def assert_same(actual: list[list[TokenOutput]], expected: list[list[TokenOutput
 
 
 @pytest.mark.thinned(2)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | SHARING)
 @pytest.mark.parametrize("count", [1, 3])
 def test_greedy_answers_are_the_same_in_fewer_steps(family: str, count: int) -> None:
     few = dict.fromkeys((5, 6, 7), 60.0)  # so that the answer repeats itself
@@ -115,7 +115,7 @@ def test_greedy_answers_are_the_same_in_fewer_steps(family: str, count: int) -> 
 
 
 @pytest.mark.thinned(2)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | SHARING)
 def test_sampled_answers_with_all_parameters_are_the_same(family: str) -> None:
     params = [
         SamplingParams(max_tokens=60, temperature=0.3, seed=1, num_logprobs=2),
@@ -162,7 +162,7 @@ def other_model(family: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | SHARING)
 def test_a_model_that_guesses_right_saves_steps(family: str) -> None:
     for params in ([VARIED[0]], VARIED):
         alike, fewer = answers(family, 4, params, draft=tiny_model(family))
@@ -172,7 +172,7 @@ def test_a_model_that_guesses_right_saves_steps(family: str) -> None:
 
 
 @pytest.mark.thinned(2)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | SHARING)
 def test_a_model_that_is_often_wrong_changes_no_answer(family: str) -> None:
     with_guesses, fewer = answers(family, 4, VARIED, draft=other_model(family))
     without, steps = answers(family, 0, VARIED)
