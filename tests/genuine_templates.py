@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import httpx2
-from test_genuine_prompts import fetch
 from transformers import AutoTokenizer
 
 from prompt_templates import PromptTemplate
@@ -42,6 +41,8 @@ def _fetch() -> None:
 @cache
 def genuine(name: str, model_type: str) -> PromptTemplate:
     """The template with the tokenizer of Qwen 3, and the control tokens that it writes."""
+    from test_genuine_prompts import fetch  # which needs pytest; the sources above do not
+
     tokenizer = AutoTokenizer.from_pretrained(fetch("qwen3"))
     tokenizer.chat_template = source_of(name)
     tokenizer.add_tokens(sorted({*re.findall(r"<\|\w+\|>", source_of(name))}), special_tokens=True)

@@ -1,4 +1,4 @@
-"""Images as LangChain and the openai SDK send them, to a tiny Gemma 3 that sees."""
+"""Images as LangChain and the openai SDK send them, to tiny models that see."""
 
 import base64
 import os
@@ -15,19 +15,26 @@ from langchain_openai import ChatOpenAI
 from openai import OpenAI
 from process import ROOT, Server, serve
 
-MODEL, TOKENS = "Tiny-Gemma3", 16  # of an image
+MODEL = "Tiny-Vision"
+SAVED = {  # kind of model -> what saves it in a directory, and the fewest tokens of an image
+    "gemma3": ("from models import *; save_checkpoint_that_sees(directory)", 16),
+    "gemma4": ("from seeing_models import *; save_seeing_checkpoint(directory, 'gemma4_small')", 60),
+    "qwen3_vl": ("from seeing_models import *; save_seeing_checkpoint(directory, 'qwen3_vl')", 4),
+}
+Seeing = tuple[Server, int]
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=SAVED)
+def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeing]:
     python = interpreter("SERVER_PYTHON")
     directory = tmp_path_factory.mktemp("models") / MODEL
-    code = "import sys; from pathlib import Path; from models import *; save_checkpoint_that_sees(Path(sys.argv[1]))"
+    save, tokens = SAVED[request.param]
+    code = f"import sys; from pathlib import Path; directory = Path(sys.argv[1]); {save}"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     subprocess.run([python, "-c", code, str(directory)], env={**os.environ, "PYTHONPATH": paths}, check=True)
     with serve([python, "main.py", "--port", "0"], MODEL_PATH=str(directory)) as server:
         server.wait_until_healthy()
-        yield server
+        yield server, tokens
 
 
 def png(colour: bytes) -> str:
@@ -49,10 +56,11 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("responses", [False, True])
-def test_a_langchain_image_message_is_answered(seeing: Server, kind: str, responses: bool) -> None:
+def test_a_langchain_image_message_is_answered(seeing: Seeing, kind: str, responses: bool) -> None:
+    server, tokens = seeing
     llm = ChatOpenAI(
         model=MODEL,
-        base_url=seeing.url + "/v1",
+        base_url=server.url + "/v1",
         api_key="none",
         max_tokens=8,
         use_responses_api=responses,
@@ -60,11 +68,12 @@ def test_a_langchain_image_message_is_answered(seeing: Server, kind: str, respon
     plain = llm.invoke([HumanMessage("What is this?")])
     seen = llm.invoke([HumanMessage([{"type": "text", "text": "What is this?"}, BLOCKS[kind]])])
     assert plain.usage_metadata and seen.usage_metadata
-    assert seen.usage_metadata["input_tokens"] >= plain.usage_metadata["input_tokens"] + TOKENS
+    assert seen.usage_metadata["input_tokens"] >= plain.usage_metadata["input_tokens"] + tokens
 
 
-def test_the_sdks_vision_sample_is_answered(seeing: Server) -> None:
-    with OpenAI(base_url=seeing.url + "/v1", api_key="none") as client:
+def test_the_sdks_vision_sample_is_answered(seeing: Seeing) -> None:
+    server, tokens = seeing
+    with OpenAI(base_url=server.url + "/v1", api_key="none") as client:
         response = client.chat.completions.create(
             model=MODEL,
             messages=[
@@ -78,4 +87,4 @@ def test_the_sdks_vision_sample_is_answered(seeing: Server) -> None:
             ],
             max_tokens=8,
         )
-    assert response.usage and response.usage.prompt_tokens > TOKENS and response.choices[0].finish_reason
+    assert response.usage and response.usage.prompt_tokens > tokens and response.choices[0].finish_reason
