@@ -1,7 +1,7 @@
 """Vision: how much the images of some clients slow down the streams of others.
 
-    python -m bench.vision --build DIRECTORY             builds a checkpoint to serve: the demo Gemma 3 270M with a
-                                                         vision tower of random weights
+    python -m bench.vision --build DIRECTORY             builds a checkpoint to serve: a demo model with a vision tower
+                           [--kind qwen2_5_vl]           of random weights; Gemma 3 270M, or Qwen 2.5 Coder 0.5B
     python -m bench.vision --base-url http://127.0.0.1:8000/v1
 
 Sixteen clients stream text, first alone and then while sixteen others send an image each.
@@ -59,23 +59,24 @@ async def measure(target: Target, images: int, salt: str) -> tuple[Level, Level]
     return load.summarize(target, CLIENTS, list(read), 1.0), load.summarize(seeing, images, shown, 1.0)
 
 
-def build(directory: Path) -> None:
+def demo(name: str) -> tuple[Any, Any]:
+    """Returns a demo's model and tokenizer."""
     import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        Gemma3Config,
-        Gemma3ForConditionalGeneration,
-        SiglipVisionConfig,
-    )
-    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from checkpoints import checkpoint
     from config import Settings
 
-    source = checkpoint.fetch("demo:gemma-3-270m", Settings().cache_dir, lambda phase, fraction: None).directory
-    text = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    source = checkpoint.fetch(f"demo:{name}", Settings().cache_dir, lambda phase, fraction: None).directory
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(source)
+
+
+def build_gemma3(directory: Path) -> None:
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    text, tokenizer = demo("gemma-3-270m")
     tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)  # the text model has no such token
     text.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     vision = SiglipVisionConfig(
@@ -104,14 +105,46 @@ def build(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+def build_qwen2_5_vl(directory: Path) -> None:
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    text, tokenizer = demo("qwen2.5-coder-0.5b")
+    shape = text.config.to_dict()
+    sections = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    more = ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "eos_token_id")
+    tower = {"depth": 12, "hidden_size": 768, "intermediate_size": 3072, "num_heads": 12, "patch_size": PATCH}
+    config = Qwen2_5_VLConfig(
+        text_config={**{name: shape[name] for name in (*names, *more)}, "rope_parameters": sections},
+        vision_config={**tower, "out_hidden_size": shape["hidden_size"], "fullatt_block_indexes": [2, 5, 8, 11]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        tie_word_embeddings=shape["tie_word_embeddings"],
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config).bfloat16()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.save_pretrained(directory)
+    tokenizer.chat_template = None  # the demo's shows no images
+    tokenizer.save_pretrained(directory)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": SIDE * SIDE}).save_pretrained(directory)
+
+
+BUILDERS = {"gemma3": build_gemma3, "qwen2_5_vl": build_qwen2_5_vl}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, metavar="DIRECTORY")
+    parser.add_argument("--kind", choices=BUILDERS, default="gemma3")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--salt", default="0", help="another one gives other prompts and images")
     arguments = parser.parse_args()
     if arguments.build:
-        build(arguments.build)
+        BUILDERS[arguments.kind](arguments.build)
         return
     target = Target(arguments.base_url, asyncio.run(load.first_model(arguments.base_url)), is_chat=True)
     print(load.HEAD)
