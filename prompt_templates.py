@@ -38,7 +38,7 @@ from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
 from text.tool_calls.lark import Literals
 from text.tool_calls.named_calls import NAMED
 from text.tool_calls.tool_format import ToolFormat, taught_by
-from vision.family import VisionFamily
+from vision.family import Grid, VisionFamily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,7 +211,7 @@ class RenderOptions:
 
     continues: bool | None = None  # the last message is continued; None: if it is the assistant's and has text
     opens: bool | None = None  # the prompt ends with the assistant's header; None: unless it continues a message
-    image_tokens: Sequence[Sequence[int]] = ()  # for each image, the number of tokens of each of its crops
+    image_grids: Sequence[Sequence[Grid]] = ()  # of the tokens of each image's crops
     tools: Sequence[dict[str, Any]] = ()  # in OpenAI's form
     thinks: bool | None = None
     effort: str | None = None  # of the thinking, for templates that know of it
@@ -371,9 +371,9 @@ class PromptTemplate:
         user, assistant = (messages[last].model_copy(update={"role": r, "content": "."}) for r in ("user", "assistant"))
         places = set()
         for others in ([*messages[:last], user], [*messages[: last + 1], assistant, user]):
-            shown = options.image_tokens[: num_images(others)]
+            shown = options.image_grids[: num_images(others)]
             try:
-                text = self._text(others, replace(options, continues=None, opens=None, image_tokens=shown)).text
+                text = self._text(others, replace(options, continues=None, opens=None, image_grids=shown)).text
             except InvalidRequest:
                 continue
             num_same = len(commonprefix([whole.text, text]))
@@ -397,13 +397,13 @@ class PromptTemplate:
         switches = {**arguments, **ending, **_switches(options)}
         refusal: Exception | None = None
         tried: list[Attempt] = []
-        for attempt, shown in self._attempts(plain, tools, bool(options.image_tokens)):
+        for attempt, shown in self._attempts(plain, tools, bool(options.image_grids)):
             if (attempt, shown) in tried:
                 continue
             tried.append((attempt, shown))
             try:
                 text = self._rendered(attempt, shown, mark, switches)
-                text = self._show(text, options.image_tokens)
+                text = self._show(text, options.image_grids)
             except (TemplateError, *RENDERING_ERRORS) as error:
                 refusal = refusal or error
             else:
@@ -480,15 +480,15 @@ class PromptTemplate:
             result.append({**message, "content": content if others else message["content"]})
         return result
 
-    def _show(self, text: str, image_tokens: Sequence[Sequence[int]]) -> str:
+    def _show(self, text: str, image_grids: Sequence[Sequence[Grid]]) -> str:
         """Puts each image's tokens in the place of its mark, which only the template writes."""
-        if not image_tokens:
+        if not image_grids:
             return text
         assert self._vision is not None
         between = text.split(self._vision.mark)
-        if len(between) != len(image_tokens) + 1:
+        if len(between) != len(image_grids) + 1:
             raise ValueError("it shows a different number of images")
-        shown = [self._vision.prompt_text(crop_tokens) for crop_tokens in image_tokens]
+        shown = [self._vision.prompt_text(grids) for grids in image_grids]
         return between[0] + "".join(image + rest for image, rest in zip(shown, between[1:], strict=True))
 
     @property

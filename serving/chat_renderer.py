@@ -38,7 +38,7 @@ class ChatRenderer:
         options = RenderOptions(
             continues=request.continue_final_message,
             opens=request.add_generation_prompt,
-            image_tokens=[[crop.num_tokens for crop in crops] for crops in images],
+            image_grids=[[crop.grid for crop in crops] for crops in images],
             tools=tools.shown if tools else (),
             thinks=False if request.thinks is None and is_background_task(request) else request.thinks,
             effort=request.effort,

@@ -97,7 +97,7 @@ def rendered(messages: list[dict[str, Any]], directory: Path, most: int = 9) -> 
 
     crops = asyncio.run(see())
     token_ids = PromptTemplate(tokenizer, "gemma3", image_inputs.family).render_chat(
-        asked, RenderOptions(image_tokens=[[crop.num_tokens for crop in image] for image in crops])
+        asked, RenderOptions(image_grids=[[crop.grid for crop in image] for image in crops])
     )
     return token_ids, image_inputs.place(token_ids, [crop for image in crops for crop in image])
 

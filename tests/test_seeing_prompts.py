@@ -38,7 +38,7 @@ def test_the_text_of_a_picture_is_the_genuine_processors(kind: str) -> None:
         processor = SimpleNamespace(image_processor=SimpleNamespace(merge_size=2), image_token=dialect.image)
         grid = {"image_grid_thw": torch.tensor([[1, 4, 6]])}
         expected = Qwen3VLProcessor.replace_image_token(processor, grid, 0)
-    assert family_of(kind).prompt_text([6]) == expected
+    assert family_of(kind).prompt_text([(2, 3)]) == expected
 
 
 @pytest.mark.parametrize("kind", ["gemma4", "qwen3_vl"])
@@ -98,7 +98,7 @@ def test_a_template_without_pictures_gets_them_in_the_familys_own_form(kind: str
     tokenizer.chat_template = None
     plain = PromptTemplate(tokenizer, kind, family_of(kind))
     assert plain.sees and genuine.sees
-    options = RenderOptions(image_tokens=[[5]])
+    options = RenderOptions(image_grids=[[(1, 5)]])
     shown = [
         template.tokenizer.decode(template.render_chat([Message.model_validate(USER)], options))
         for template in (plain, genuine)
@@ -111,7 +111,7 @@ def test_boundaries_are_where_another_turn_would_differ_also_beside_pictures() -
     template = PromptTemplate(seeing_tokenizer("qwen3_5"), "qwen3_5", family_of("qwen3_5"))
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "A cat."}
     messages = [Message.model_validate(m) for m in (system, USER, answer, USER)]
-    options = RenderOptions(image_tokens=[[5], [7]])
+    options = RenderOptions(image_grids=[[(1, 5)], [(7, 1)]])
     prompt_ids, (before, after) = template.render_turns(messages, options)
     assert prompt_ids == template.render_chat(messages, options)
     pads = "<|image_pad|>" * 7

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 
+Grid = tuple[int, int]  # rows and columns of an image's tokens
+
+
 @dataclass(frozen=True)
 class ImageCrop:
     """An image, or a part of it, as the model sees it."""
 
     pixels: "torch.Tensor"  # in the shape that the family's `encode` takes
-    grid: tuple[int, int]  # rows and columns of its tokens
+    grid: Grid
     digest: bytes  # of the grid and the pixels
 
     @classmethod
-    def of(cls, pixels: "torch.Tensor", grid: tuple[int, int]) -> "ImageCrop":
+    def of(cls, pixels: "torch.Tensor", grid: Grid) -> "ImageCrop":
         """pixels: on the CPU."""
         digest = blake2b(repr(grid).encode(), digest_size=16)  # pixels of one colour are the same in any grid
         digest.update(pixels.numpy().tobytes())
@@ -45,7 +48,7 @@ class PlacedImage(Protocol):
         ...
 
     @property
-    def grid(self) -> tuple[int, int]: ...
+    def grid(self) -> Grid: ...
 
 
 class VisionFamily(ABC):
@@ -86,9 +89,8 @@ class VisionFamily(ABC):
         """
 
     @abstractmethod
-    def prompt_text(self, crop_tokens: Sequence[int]) -> str:
-        """Returns the text that stands for one image in a prompt. crop_tokens: the number of tokens of each of its
-        crops."""
+    def prompt_text(self, grids: Sequence[Grid]) -> str:
+        """Returns the text that stands for one image in a prompt. grids: those of its crops' tokens."""
 
     def looks_ahead(self, window: int | None) -> bool:
         """Returns whether a token of an image sees the later ones of it in layers with that window (None: without
@@ -96,9 +98,7 @@ class VisionFamily(ABC):
         return not self.is_causal
 
     @abstractmethod
-    def encode(
-        self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[tuple[int, int]]
-    ) -> "Sequence[torch.Tensor]":
+    def encode(self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[Grid]) -> "Sequence[torch.Tensor]":
         """Returns the features of crops, each (num_tokens, features). Raises what the model, which is transformers',
         raises.
 

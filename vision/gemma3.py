@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
-from vision.family import ImageCrop, VisionFamily
+from vision.family import Grid, ImageCrop, VisionFamily
 
 if TYPE_CHECKING:
     import torch
@@ -43,15 +43,13 @@ class Gemma3Vision(VisionFamily):
         pixels = processor(picture, return_tensors="pt", **options)["pixel_values"]
         return [ImageCrop.of(crop, self._grid) for crop in pixels]
 
-    def prompt_text(self, crop_tokens: Sequence[int]) -> str:
-        whole, *parts = [f"\n\n{self.mark}{self.token * count}<end_of_image>\n\n" for count in crop_tokens]
+    def prompt_text(self, grids: Sequence[Grid]) -> str:
+        whole, *parts = [f"\n\n{self.mark}{self.token * rows * columns}<end_of_image>\n\n" for rows, columns in grids]
         if not parts:
             return whole
         return f"Here is the original image {whole} and here are some crops to help you see better {' '.join(parts)}"
 
-    def encode(
-        self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[tuple[int, int]]
-    ) -> "Sequence[torch.Tensor]":
+    def encode(self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[Grid]) -> "Sequence[torch.Tensor]":
         """pixels: each (channels, height, width)."""
         import torch
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vision.family import ImageCrop, VisionFamily, forward_text
+from vision.family import Grid, ImageCrop, VisionFamily, forward_text
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +49,15 @@ class Gemma4Vision(VisionFamily):
         pixels = found["pixel_values"][0, : rows * columns].clone()  # behind them is padding
         return [ImageCrop.of(pixels, (rows // self._pool, columns // self._pool))]
 
-    def prompt_text(self, crop_tokens: Sequence[int]) -> str:
-        return f"<|image>{self.mark * sum(crop_tokens)}<image|>"
+    def prompt_text(self, grids: Sequence[Grid]) -> str:
+        ((rows, columns),) = grids
+        return f"<|image>{self.mark * rows * columns}<image|>"
 
-    def encode(
-        self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[tuple[int, int]]
-    ) -> "Sequence[torch.Tensor]":
+    def encode(self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[Grid]) -> "Sequence[torch.Tensor]":
         """pixels: each (patches, numbers of a patch). One image after the other, so that none has to be padded."""
         return [self._encoded(model, *crop) for crop in zip(pixels, grids, strict=True)]
 
-    def _encoded(self, model: Any, pixels: "torch.Tensor", grid: tuple[int, int]) -> "torch.Tensor":
+    def _encoded(self, model: Any, pixels: "torch.Tensor", grid: Grid) -> "torch.Tensor":
         import torch
 
         rows, columns = (side * self._pool for side in grid)

@@ -6,7 +6,7 @@ Source: transformers' processors and models of these families; DeepStack (Meng e
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vision.family import ImageCrop, PlacedImage, VisionFamily, forward_text
+from vision.family import Grid, ImageCrop, PlacedImage, VisionFamily, forward_text
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +34,11 @@ class QwenVision(VisionFamily):
         _, rows, columns = found["image_grid_thw"][0].tolist()
         return [ImageCrop.of(found["pixel_values"], (rows // self._merge, columns // self._merge))]
 
-    def prompt_text(self, crop_tokens: Sequence[int]) -> str:
-        return self.mark * sum(crop_tokens)
+    def prompt_text(self, grids: Sequence[Grid]) -> str:
+        ((rows, columns),) = grids
+        return self.mark * rows * columns
 
-    def encode(
-        self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[tuple[int, int]]
-    ) -> "Sequence[torch.Tensor]":
+    def encode(self, model: Any, pixels: "Sequence[torch.Tensor]", grids: Sequence[Grid]) -> "Sequence[torch.Tensor]":
         """pixels: each (patches, numbers of a patch)."""
         import torch
 
