@@ -26,7 +26,6 @@ TOOLS: dict[str, dict[str, Any]] = {
     },
     "g": {"type": "object", "properties": {}, "additionalProperties": False},
 }
-THINK = ("<think>", "</think>")
 
 
 def read(pieces: list[str], style: ToolFormat, is_whole: bool = True, **reading: Any) -> Answer:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from text.answer_parser import AnswerParser, CallDelta, ContentDelta, ParserOptions
+from text.reasoning_format import THINK
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
 from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
 from text.tool_calls.named_calls import NAMED
@@ -18,7 +19,6 @@ TOOLS: dict[str, dict[str, Any]] = {
     "weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
     "now": {"type": "object", "properties": {}},
 }
-THINK = ("<think>", "</think>")
 
 
 @dataclass
@@ -262,8 +262,9 @@ def test_marks_that_are_tokens_are_not_their_spelling() -> None:
         "\U0010ff02": "<think>",
         "\U0010ff03": "</think>",
     }
-    style = MARKED.marked({text: character for character, text in marks.items()})
-    reading: dict[str, Any] = {"marks": marks, "think": ("\U0010ff02", "\U0010ff03"), "is_thinking": True}
+    own = {text: character for character, text in marks.items()}
+    style = MARKED.marked(own)
+    reading: dict[str, Any] = {"marks": marks, "think": THINK.marked(own), "is_thinking": True}
     call = marked("now", "{}").replace("\n", "")
     spelled = f"Is </think> a mark?\U0010ff03\nNo. {call} \U0010ff00 \U0010ff03"
     answer = whole(spelled, style, **reading)

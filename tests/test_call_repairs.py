@@ -12,10 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from call_forms import ENDLESS, FORMS, GLM_ONE, JSON_ONE, OPENAI, THINK, X, called, marked, read, xml
+from call_forms import ENDLESS, FORMS, GLM_ONE, JSON_ONE, OPENAI, X, called, marked, read, xml
 from test_answer_parser import Answer
 
 from text.lenient_json import JsonReader, is_json, read_json
+from text.reasoning_format import THINK
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
 from text.tool_calls.json_calls import LINES, MARKED
 from text.tool_calls.named_calls import NAMED

@@ -13,6 +13,7 @@ from test_answer_parser import CALLS, TOOLS, read
 
 from prompt_templates import TOOL_FORMATS
 from text.answer_parser import AnswerParser, ParserOptions
+from text.reasoning_format import CHANNEL, THINK
 from text.tool_calls.json_calls import LINES
 from text.tool_calls.tool_format import ToolFormat
 
@@ -31,7 +32,7 @@ READINGS = st.fixed_dictionaries(
         "is_forced": st.booleans(),
         "is_strict": st.booleans(),
         "is_structured": st.booleans(),
-        "think": st.just(("<think>", "</think>")),
+        "think": st.sampled_from([THINK, CHANNEL]),
         "is_thinking": st.booleans(),
     },
 )
@@ -72,7 +73,7 @@ def test_text_around_calls_is_kept(before: str, behind: str, known: tuple[Any, .
 
 def seconds_to_read(style: ToolFormat | None, begin: str, unit: str, count: int) -> float:
     """Of the processor."""
-    parser, start = AnswerParser(ParserOptions(TOOLS, style, think=("<think>", "</think>"))), time.process_time()
+    parser, start = AnswerParser(ParserOptions(TOOLS, style, think=THINK)), time.process_time()
     for piece in [begin, *[unit] * count]:
         parser.put(piece)
     parser.end()
