@@ -429,7 +429,19 @@ class PromptTemplate:
             lost = hidden_by(lambda twin, shown: self._apply(twin, shown, **switches), form, messages, bool(tools))
             if lost:
                 raise ValueError(f"it drops parts of these messages: {', '.join(lost)}")
-        return self._apply(form.of(self._with_images(messages, image_mark)), tools, **switches)
+        text = self._apply(form.of(self._with_images(messages, image_mark)), tools, **switches)
+        goes_on = form.has_responses and switches["add_generation_prompt"] and messages[-1]["role"] == "tool"
+        return self._with_header(text, switches) if goes_on else text
+
+    def _with_header(self, text: str, switches: Mapping[str, Any]) -> str:
+        """Opens a turn that such a template leaves closed: where calls have text beside them, it ends the turn behind
+        their results."""
+        user = self._forms[False].of([{"role": "user", "content": "."}])
+        closed, opened = (self._apply(user, None, **{**switches, "add_generation_prompt": o}) for o in (False, True))
+        before, end, behind = text.rpartition(self._end_of_turn or "\0")
+        header, tail = opened.removeprefix(closed), behind.lstrip()
+        is_closed = bool(end) and len(tail) < len(header) < len(opened) and header.endswith(tail)
+        return f"{before}{end}{behind[: len(behind) - len(tail)]}{header}" if is_closed else text
 
     def _attempts(
         self, plain: list[CanonicalMessage], tools: list[dict[str, Any]], has_images: bool

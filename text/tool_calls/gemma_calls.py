@@ -77,7 +77,8 @@ class GemmaFormat(ToolFormat):
         has_braces = yield from answer.starts_with("{", end)
         if not has_braces and (not is_marked or is_strict or not (yield from answer.starts_with(self.end, end))):
             raise NoCall
-        yield from answer.deliver(self._call(answer, name, end, is_marked), is_marked, is_strict)
+        call = self._call(answer, name, end, is_marked) if has_braces else _empty_call(answer, name, end)
+        yield from answer.deliver(call, is_marked, is_strict)
 
     def begins_call(self, answer: AnswerParts, at: int) -> Steps[bool]:
         if answer.text[at] in "{[":
@@ -106,7 +107,7 @@ class GemmaFormat(ToolFormat):
         answer.take(at)
         answer.begin_call(name)
         try:
-            while not reader.is_done and not answer.text.startswith(self.end):  # instead of braces
+            while not reader.is_done:
                 length, arguments = reader.feed(answer.text)
                 answer.take(length)
                 answer.add_arguments(arguments)
@@ -122,6 +123,13 @@ class GemmaFormat(ToolFormat):
                 answer.end_call()
             raise
         answer.end_call()
+
+
+def _empty_call(answer: AnswerParts, name: str, at: int) -> Steps[None]:
+    yield from ()
+    answer.take(at)
+    answer.begin_call(name)
+    answer.end_call()
 
 
 def _end_of_name(text: str, at: int) -> int:

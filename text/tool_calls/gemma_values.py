@@ -146,7 +146,7 @@ class GemmaReader:
 
     def _beginning(self, rest: str) -> str:
         if self._is_in_text or self._json is not None:
-            self.is_broken = self._has_quote
+            self.is_broken = self._has_quote or self._has_end
             return _escaped("".join(self._pieces)) if self._is_held_back else ""
         if not rest or self._expects not in (KEY, VALUE, ITEM):
             return ""
