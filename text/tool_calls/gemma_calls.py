@@ -45,22 +45,27 @@ class GemmaFormat(ToolFormat):
         return [f"{rule}: {head} {arguments.start} {end}", *arguments.rules]
 
     def calls_or_text_grammar(self, tools: Mapping[str, Schema], literals: Literals) -> str:
-        """A bare call begins a line, or follows a mark that is no token of the model."""
-        mark = "" if self.begin in literals else f"|{in_regex(self.begin)}"
-        line = rf"((.|\n)*(\n{mark}))?[ \t\r\n]*{PREFIX}"
-        end = f"{literals.of(self.end)}?" if self.end in literals else ""
-        names = "|".join(map(in_regex, tools))
-        rules = [rf"TEXT: /(.|\n)*/ & ~/{line}({names})\{{(.|\n)*/"]
+        """A bare call begins a line, or follows a mark that is no token of the model.
+
+        So the text is read piece by piece: each ends with a line or such a mark, and none begins as a call.
+        """
+        mark, names = in_regex(self.begin), "|".join(map(in_regex, tools))
+        is_token, end = self.begin in literals, f"{literals.of(self.end)}?" if self.end in literals else ""
+        no_call = rf"~/[ \t\r]*{PREFIX}({names})\{{(.|\n)*/"
+        rules = [
+            rf"PIECE: /.*\n/ & {no_call}" if is_token else rf"PIECE: /.*(\n|{mark})/ & ~/.*{mark}(.|\n)+/ & {no_call}",
+            rf"REST: /.*/ & {no_call}" if is_token else rf"REST: /.*/ & ~/.*{mark}.*/ & {no_call}",
+        ]
         for number, (name, schema) in enumerate(tools.items()):
             arguments = GemmaGrammar(f"bare_{number}", schema, self.quote, literals)
-            rules.append(f"HEAD_{number}: /{line}{in_regex(name)}/ & TEXT")
+            rules.append(rf"HEAD_{number}: /[ \t\r]*{PREFIX}{in_regex(name)}/")
             rules += [f"bare_{number}: HEAD_{number} {arguments.start} {end}", *arguments.rules]
         calls = [f"bare_{number}" for number in range(len(tools))]
-        if self.begin in literals:
+        if is_token:
             marked, choice = self.rules(tools, literals, self.begin)
             rules += marked
-            calls.append(f"TEXT? ({choice})")
-        return "\n".join(["start: call* TEXT?", f"call: {' | '.join(calls)}", *rules])
+            calls.append(f"REST? ({choice})")
+        return "\n".join(["start: (PIECE | call)* REST?", f"call: {' | '.join(calls)}", *rules])
 
     # --- the parser
 

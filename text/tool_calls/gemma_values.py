@@ -150,9 +150,9 @@ class GemmaReader:
             return _escaped("".join(self._pieces)) if self._is_held_back else ""
         if not rest or self._expects not in (KEY, VALUE, ITEM):
             return ""
-        if self._expects != KEY and (number(rest) or any(word.startswith(rest) for word in WORDS)):
-            return self._behind_comma(rest if number(rest) else "")
-        return self._behind_comma(json_of(rest)[:-1])
+        if self._expects == KEY or (self._is_loose and not _may_be_literal(rest)):
+            return self._behind_comma(json_of(rest)[:-1])
+        return self._behind_comma(number(rest) or "")
 
     @property
     def _is_held_back(self) -> bool:
@@ -335,6 +335,10 @@ class GemmaReader:
     def _broken(self, at: int) -> Found:
         self.is_broken = True
         return at, ""
+
+
+def _may_be_literal(word: str) -> bool:
+    return number(word) is not None or any(name.startswith(word) for name in WORDS)
 
 
 def _without_halves(text: str) -> str:
