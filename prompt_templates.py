@@ -325,7 +325,8 @@ class PromptTemplate:
         """The tokens that end an answer beside those that the model's generation config names."""
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         common = [token for family in FAMILIES if not family.ends_begin_turns for token in family.ends]
-        used = [token for token in (*common, *self.family.ends) if token in self._source]
+        known = () if self.is_own else self.family.ends
+        used = [token for token in (*common, *self.family.ends) if token in self._source or token in known]
         used += [] if self._end_of_turn is None else [self._end_of_turn]
         return list(dict.fromkeys(end + [self._vocabulary[token] for token in used if token in self._vocabulary]))
 

@@ -62,5 +62,5 @@ def genuine(name: str, model_type: str) -> PromptTemplate:
     """The template with the tokenizer of Qwen 3, and the control tokens that it writes."""
     tokenizer = AutoTokenizer.from_pretrained(fetch("qwen3"))
     tokenizer.chat_template = source_of(name)
-    tokenizer.add_tokens(sorted({*re.findall(r"<\|\w+\|>", source_of(name))}), special_tokens=True)
+    tokenizer.add_tokens(sorted({*re.findall(r"<\|\w+\|?>", source_of(name))}), special_tokens=True)
     return PromptTemplate(tokenizer, model_type)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -152,10 +153,13 @@ def allowed(mask: bytes | None) -> list[int]:
 CLOSING = [*MARKS[1:], '"', "}", "]", ","]
 
 
-def walk(grammar: Grammar, has_tokens: bool, rng: random.Random, most: int = 700) -> str | None:
+def walk(
+    grammar: Grammar, has_tokens: bool, rng: random.Random, likely: Sequence[str] = (), most: int = 700
+) -> str | None:
     """A random answer; None if it does not end. What closes something is taken more often, lest nothing ends."""
     tokenizer, token_ids, matcher = tokens_and_compiler(has_tokens)[0], list[int](), grammar.matcher()
-    closing = [tokenizer(text, add_special_tokens=False).input_ids for text in CLOSING] + [[tokenizer.eos_token_id]]
+    closing = [tokenizer(text, add_special_tokens=False).input_ids for text in (*CLOSING, *likely)]
+    closing += [[tokenizer.eos_token_id]]
     while len(token_ids) < most and not matcher.is_finished:
         short = [own for own in closing if rng.random() < 0.5 and takes(matcher, own)]
         for token_id in rng.choice(short or [[rng.choice(allowed(matcher.mask([])))]]):
@@ -351,6 +355,27 @@ def test_strict_calls_are_valid_with_their_mark_and_without_and_text_is_free(has
             assert not follows(grammar, f"{begin}call:{call}<tool_call|>", has_tokens), (begin, call)
     for text in ("Hello {}", "call:f is a call", "a call:f{}", "call:", "call:x{}", "{n:1}", "f{}"):
         assert follows(grammar, text, has_tokens), text
+
+
+@pytest.mark.parametrize("has_tokens", [True, False], ids=["tokens", "text"])
+def test_what_the_parser_sees_as_a_call_of_strict_tools_is_valid(has_tokens: bool) -> None:
+    rng, num_calls = random.Random(3), 0
+    likely = ["call:f{", "call:", "<|tool_call>", "\n", " ", "g.h{", 'v:<|"|>', "```", '{"name": "f"']
+    for _ in range(30):
+        schemas = {name: {**objects(rng, 1), **DEFINITIONS} for name in ("f", "g.h")}
+        tools = {name: {"parameters": own, "strict": True} for name, own in schemas.items()}
+        box, _, grammar = forced(has_tokens, tools)
+        options = reading(has_tokens, tools=box.schemas, is_strict=True, is_guarded=has_tokens)
+        for _ in range(6):
+            text = walk(grammar, has_tokens, rng, likely)
+            if text is None:
+                continue
+            answer = fold(AnswerParser(options), [text], True)
+            assert fold(AnswerParser(options), list(text), True) == answer
+            for name, arguments in called(answer):
+                jsonschema.validate(arguments, schemas[name])
+                num_calls += 1
+    assert num_calls > 30
 
 
 def test_many_tools_with_many_parameters_are_a_grammar() -> None:
