@@ -90,9 +90,12 @@ class GemmaGrammar:
             target = resolved(schema, self._root)
             return self._value(target, depth) if target else None
         if keys & {"enum", "const"}:
-            return self._constants(schema) if keys <= {"enum", "const", "type"} else None
+            return self._constants(schema) if keys - {"type"} in ({"enum"}, {"const"}) else None
         if key := next((key for key in ("anyOf", "oneOf", "allOf") if keys in ({key}, {key, "type"})), None):
             return self._combined(key, schema, depth)
+        return self._typed(schema, keys, depth)
+
+    def _typed(self, schema: Schema, keys: set[str], depth: int) -> str | None:
         kinds = schema.get("type", "object" if "properties" in keys else "array" if "items" in keys else None)
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if not kinds or not all(isinstance(kind, str) and kind in self._kinds for kind in kinds):
@@ -167,13 +170,11 @@ class GemmaGrammar:
         """Members come in the order in which the template writes them."""
         properties, required = schema.get("properties", {}), schema.get("required", [])
         others = schema.get("additionalProperties")
-        if schema.keys() - IGNORED - OF_OBJECTS - {"type"} or not isinstance(properties, dict):
-            return None
-        if not isinstance(required, list) or not all(isinstance(key, str) and key in properties for key in required):
+        if schema.keys() - IGNORED - OF_OBJECTS - {"type"} or not _are_listed(required, properties):
             return None
         if not properties and others is not False:
-            return f"{self._anything()}_object" if others in (None, True, {}) else None
-        if others not in (None, False) or not all(map(BARE_KEY.fullmatch, properties)):
+            return f"{self._anything()}_object" if others is None or others is True or others == {} else None
+        if (others is not None and others is not False) or not all(map(BARE_KEY.fullmatch, properties)):
             return None
         members = [
             (f"{self._literals.of(f'{key}:')} {self._value(properties[key], depth)}", key in required)
@@ -194,7 +195,13 @@ class GemmaGrammar:
         return f"({' | '.join(firsts)}){'' if must_come else '?'}" if members else ""
 
 
+def _are_listed(required: Any, properties: Any) -> bool:
+    """Returns whether the first is a list of keys of the second."""
+    are_lists = isinstance(properties, dict) and isinstance(required, list)
+    return are_lists and all(isinstance(key, str) and key in properties for key in required)
+
+
 def _are_counts(least: Any, most: Any) -> bool:
     """Returns whether the rules of a list can count from the first number to the second."""
-    is_known = all(isinstance(number, int) and 0 <= number <= MAX_ITEMS for number in (least, most))
+    is_known = all(type(number) is int and 0 <= number <= MAX_ITEMS for number in (least, most))
     return is_known and max(least, 1) <= most

@@ -311,13 +311,14 @@ class GemmaReader:
 
     def _begun(self, text: str, at: int) -> Found:
         quote, character = self._notation.quote, text[at]
-        if text.startswith(quote, at):
-            self._is_in_text, self._has_end, self._has_quote, self._pieces = True, False, False, []
-            return at + len(quote), self._behind_comma('"')
-        if quote.startswith(text[at:]) and not self._ended:
+        if quote.startswith(text[at:]) and text[at:] != quote and not self._ended:
             return None
+        self._has_end, self._has_quote, self._pieces = False, False, []
+        if text.startswith(quote, at):
+            self._is_in_text = True
+            return at + len(quote), self._behind_comma('"')
         if character in "\"'":
-            self._json, self._has_quote, self._pieces = JsonReader(), False, []
+            self._json = JsonReader()
             return at, self._behind_comma("")
         if self._expects == KEY:
             return self._bare_key(text, at)
