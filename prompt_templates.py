@@ -31,9 +31,11 @@ from text.detokenizer import MarkingDetokenizer, detokenizer_of
 from text.json_bounds import check_characters
 from text.named_templates import chosen, source_of
 from text.prompt_text import PromptText
+from text.reasoning_format import CHANNEL, THINK, ReasoningFormat
 from text.seams import cut, unused_characters
 from text.template_probe import TemplateForm, behind_answer, hidden_by, is_usual, shows_images, try_out
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.gemma_calls import GEMMA_CALLS
 from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
 from text.tool_calls.lark import Literals
 from text.tool_calls.named_calls import NAMED
@@ -43,9 +45,10 @@ from vision.family import Grid, VisionFamily
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARKUP = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response|tools?)>|<(start|end)_of_\w+>|<\w+_soft_token>")
+MARKUP = re.compile(
+    r"<\|.*\|>|<\|\w+>|<\w+\|>|</?(think|tool_call|tool_response|tools?)>|<(start|end)_of_\w+>|<\w+_soft_token>"
+)
 RENDERING_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-THINK = ("<think>", "</think>")  # the marks of most models that reason
 FIRST_MARK = 0x10FF00  # private-use characters stand for the tokens of marks, so that text spelled alike is told apart
 NONE = "(?!)"  # a regular expression that nothing fits
 
@@ -64,7 +67,7 @@ class Family:
     tools: ToolFormat
     context_length: int  # tokens, where the model's config has none
     quantization: str = "int8"  # the fewest bits that cost it little, see docs/models.md
-    think: tuple[str, str] | None = None  # marks around reasoning
+    think: ReasoningFormat | None = None
     alternates: bool = False  # its templates want user and assistant in turn, and know no system role
     lead: str = "{}\n\n"  # the system's text before the user's, if they alternate
 
@@ -108,10 +111,11 @@ FAMILIES = (
         names="gemma-?4",
         marker="<|turn>",
         template=family_templates.GEMMA_4,
-        ends=("<turn|>",),
-        tools=LINES,
+        ends=("<turn|>", "<|tool_response>"),  # the second one waits for the results of calls
+        tools=GEMMA_CALLS,
         context_length=131072,
         quantization="int4",
+        think=CHANNEL,
     ),
     _with_gemma_turns(name="Gemma 2", model_types="gemma2", names="gemma-?2", context_length=8192),
     _with_gemma_turns(name="Gemma", model_types="gemma.*", names="gemma", context_length=8192),
@@ -125,12 +129,14 @@ FAMILIES = (
     ),
     _with_chatml(
         name="Qwen 3",
-        model_types=r"qwen3(_moe|_next)?",
+        model_types=r"qwen3(_moe|_next|_vl|_vl_moe)?(_text)?",
         names=r"qwen-?3(?!\.[5-9])",
         context_length=32768,
         think=THINK,
     ),
-    _with_chatml(name="Qwen 2.5", model_types=r"qwen2(_moe)?", names="qwen(?!-?3)", context_length=32768),
+    _with_chatml(
+        name="Qwen 2.5", model_types=r"qwen2(_moe|_vl|_5_vl)?(_text)?", names="qwen(?!-?3)", context_length=32768
+    ),
     Family(
         name="Llama 3",
         model_types="m?llama",
@@ -187,7 +193,7 @@ FAMILIES = (
 # How messages of the system may be changed for a template that refuses them, the least change first
 SYSTEM_CHANGES = (join_leading_system, later_system_as_user, system_into_user)
 # A template that shows tools teaches the first of these formats whose signs it has
-TOOL_FORMATS = (QWEN_XML, GLM_XML, MARKED, NAMED, PARAMETERS)
+TOOL_FORMATS = (GEMMA_CALLS, QWEN_XML, GLM_XML, MARKED, NAMED, PARAMETERS)
 
 
 def family_of(model_type: str, vocabulary: Collection[str], name: str = "") -> Family:
@@ -244,7 +250,7 @@ class PromptTemplate:
         self._forms = {has_tools: self._tried(has_tools) for has_tools in (False, True)}
         taught = None if "tools" in self._forms[True].hidden else taught_by(self._source, TOOL_FORMATS)
         self._shows_tools, self.tool_format = taught is not None, taught or self.family.tools
-        self.think = self._thinking_marks()
+        self.think = self._reasoning_format()
         self.detokenizer = detokenizer_of(tokenizer)
         self.marks = {mark: chr(FIRST_MARK + number) for number, mark in enumerate(sorted(self._marks))}
         self.marking_detokenizer = MarkingDetokenizer(
@@ -289,20 +295,20 @@ class PromptTemplate:
         """Returns whether a token that is not special to the tokenizer is special to the model; `<h1>` is not."""
         return bool(MARKUP.fullmatch(token)) or (bool(token.strip()) and token in self._source and "<" in token)
 
-    def _thinking_marks(self) -> tuple[str, str] | None:
-        """Returns the marks around reasoning: tokens of the model that its template or, without one, its family
-        uses."""
-        for marks in filter(None, (self.family.think, THINK)):
-            is_used = marks[1] in self._source or (not self.is_own and marks == self.family.think)
-            if is_used and all(mark in self._vocabulary for mark in marks):
-                return marks
+    def _reasoning_format(self) -> ReasoningFormat | None:
+        """Returns the format of reasoning whose marks are tokens of the model, and which its template or, without one,
+        its family uses."""
+        for think in filter(None, (self.family.think, THINK)):
+            is_used = think.end in self._source or (not self.is_own and think is self.family.think)
+            if is_used and all(mark in self._vocabulary for mark in think.marks):
+                return think
         return None
 
     @property
     def _marks(self) -> set[str]:
         """The tokens that the parser of answers has to see."""
         marks = self.tool_format.marks & self._vocabulary.keys()
-        return {mark for mark in marks if not self._is_plain(mark)} | {*(self.think or ())}
+        return {mark for mark in marks if not self._is_plain(mark)} | {*(self.think.marks if self.think else ())}
 
     def _is_plain(self, token: str) -> bool:
         """Returns whether a token is a piece of text like others, which other tokens spell, too.
@@ -321,7 +327,8 @@ class PromptTemplate:
         """The tokens that end an answer beside those that the model's generation config names."""
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         common = [token for family in FAMILIES if not family.ends_begin_turns for token in family.ends]
-        used = [token for token in (*common, *self.family.ends) if token in self._source]
+        known = () if self.is_own else self.family.ends
+        used = [token for token in (*common, *self.family.ends) if token in self._source or token in known]
         used += [] if self._end_of_turn is None else [self._end_of_turn]
         return list(dict.fromkeys(end + [self._vocabulary[token] for token in used if token in self._vocabulary]))
 
@@ -342,7 +349,7 @@ class PromptTemplate:
         (unsaid)."""
         if self.think is None:
             return "closed"
-        begin, end = (self._vocabulary[mark] for mark in self.think)
+        begin, end = (self._vocabulary[mark] for mark in self.think.marks)
         last_end = max((at for stop in self.stop_token_ids if (at := _last(prompt_ids, stop)) >= 0), default=-1)
         begun, ended = _last(prompt_ids, begin), _last(prompt_ids, end)
         if max(begun, ended) <= last_end:
@@ -426,7 +433,19 @@ class PromptTemplate:
             lost = hidden_by(lambda twin, shown: self._apply(twin, shown, **switches), form, messages, bool(tools))
             if lost:
                 raise ValueError(f"it drops parts of these messages: {', '.join(lost)}")
-        return self._apply(form.of(self._with_images(messages, image_mark)), tools, **switches)
+        text = self._apply(form.of(self._with_images(messages, image_mark)), tools, **switches)
+        goes_on = form.has_responses and switches["add_generation_prompt"] and messages[-1]["role"] == "tool"
+        return self._with_header(text, switches) if goes_on else text
+
+    def _with_header(self, text: str, switches: Mapping[str, Any]) -> str:
+        """Opens a turn that such a template leaves closed: where calls have text beside them, it ends the turn behind
+        their results."""
+        user = self._forms[False].of([{"role": "user", "content": "."}])
+        closed, opened = (self._apply(user, None, **{**switches, "add_generation_prompt": o}) for o in (False, True))
+        before, end, behind = text.rpartition(self._end_of_turn or "\0")
+        header, tail = opened.removeprefix(closed), behind.lstrip()
+        is_closed = bool(end) and len(tail) < len(header) < len(opened) and header.endswith(tail)
+        return f"{before}{end}{behind[: len(behind) - len(tail)]}{header}" if is_closed else text
 
     def _attempts(
         self, plain: list[CanonicalMessage], tools: list[dict[str, Any]], has_images: bool
@@ -463,8 +482,7 @@ class PromptTemplate:
         state = self.thinking(token_ids)
         if self.think is None or state == "closed":
             return []
-        begin, end = self.think
-        return self.encode(f"\n{end}\n\n" if state == "open" else f"{begin}\n\n{end}\n\n")
+        return self.encode(self.think.closing if state == "open" else self.think.off)
 
     def _with_images(self, messages: list[CanonicalMessage], mark: str) -> list[CanonicalMessage]:
         """Returns the messages with images as parts, which a tokenizer's template expects; a family's takes text."""

@@ -26,6 +26,7 @@ from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, 
 from providers.upstream_errors import error_in
 from server.events import DONE, await_first, data_of, encode_event
 from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
+from text.reasoning_format import THINK
 
 Dropped = list[str]
 MINIMAX_STATUSES = {1002: 429, 1004: 401, 1008: 402, 2049: 401}  # its codes -> those of HTTP; others are a 502
@@ -282,7 +283,7 @@ class MiniMaxAdapter(Adapter):
         return is_changed
 
     def _parser(self) -> AnswerParser:
-        return AnswerParser(ParserOptions(think=("<think>", "</think>")))
+        return AnswerParser(ParserOptions(think=THINK))
 
 
 def _put(item: Object, parts: list[ContentDelta]) -> bool:

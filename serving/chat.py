@@ -93,9 +93,10 @@ def parser_options_of(
     what the answer must look like.
     """
     marks = template.marks
-    think = None if template.think is None else (marks[template.think[0]], marks[template.think[1]])
     options = ParserOptions(
-        think=think, is_thinking=state == "open", marks={character: mark for mark, character in marks.items()}
+        think=None if template.think is None else template.think.marked(marks),
+        is_thinking=state == "open",
+        marks={character: mark for mark, character in marks.items()},
     )
     if tools is None:
         return options
@@ -142,7 +143,7 @@ class ReasoningState:
 
         if self.state == "closed" or template.think is None:
             return None
-        begin, end = (template.token_id(mark) for mark in template.think)
+        begin, end = (template.token_id(mark) for mark in template.think.marks)
         assert begin is not None and end is not None
         return ReasoningTokens(begin=begin, end=end, is_open=self.state == "open")
 
@@ -153,21 +154,24 @@ class ReasoningState:
 
         template = loaded.template
         tokens = self.tokens(template)
-        if tokens is None or (answer is None and self.budget is None):
+        think = template.think
+        if think is None or tokens is None or (answer is None and self.budget is None):
             return answer
+        before_end, behind, label = map(template.encode, (think.before_end, think.behind, think.label))
+        num_label = 0 if tokens.is_open else len(label)  # tokens that are no thought
         thinking = Thinking(
             begin=tokens.begin,
             end=tokens.end,
-            closing=(*template.encode("\n"), tokens.end, *template.encode("\n\n")),
+            closing=(*before_end, tokens.end, *behind),
             is_open=tokens.is_open,
             num_tokens=loaded.engine.num_embeddings,
-            budget=self.budget,
+            budget=None if self.budget is None else self.budget + num_label,
             answer=answer,
         )
         if answer is None or isinstance(answer, TriggeredGrammar):
             return thinking
         stops = frozenset(loaded.engine.scheduler.eos_token_ids)
-        return replace(thinking, after=tuple(template.encode("\n\n")), forbidden=stops)
+        return replace(thinking, after=tuple(behind), forbidden=stops)
 
 
 class ChoiceChunks:

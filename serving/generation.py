@@ -160,7 +160,7 @@ class ChoiceReader:
         """Releases reasoning and the blanks around it, and returns the rest, which is content."""
         new, self._blanks = self._blanks + new, ""
         if self._is_at_start and (beginning := new.lstrip(BLANKS)[:1]):
-            self._is_at_start, self._is_thinking = False, self._think is not None and beginning == self._think[0]
+            self._is_at_start, self._is_thinking = False, self._think is not None and beginning == self._think.begin
         if self._is_at_start:
             self._blanks = new
             return ""
@@ -171,7 +171,7 @@ class ChoiceReader:
     def _after_reasoning(self, new: str) -> str:
         """Returns the text after the mark that ends reasoning; the parser knows whether something else has ended it."""
         assert self._think is not None
-        reasoning, end, rest = new.partition(self._think[1])
+        reasoning, end, rest = new.partition(self._think.end)
         self._release(reasoning)
         self._is_thinking = not end and (self._parser.is_reasoning or not reasoning)
         self._release(self._stops.put(end, self._may_stop))

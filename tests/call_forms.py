@@ -7,6 +7,7 @@ from test_answer_parser import Answer, fold
 
 from text.answer_parser import AnswerParser, ParserOptions
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.gemma_calls import GEMMA_CALLS
 from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
 from text.tool_calls.named_calls import NAMED
 from text.tool_calls.tool_format import ToolFormat
@@ -26,7 +27,6 @@ TOOLS: dict[str, dict[str, Any]] = {
     },
     "g": {"type": "object", "properties": {}, "additionalProperties": False},
 }
-THINK = ("<think>", "</think>")
 
 
 def read(pieces: list[str], style: ToolFormat, is_whole: bool = True, **reading: Any) -> Answer:
@@ -40,6 +40,11 @@ def xml(*parameters: tuple[str, str], name: str = "f") -> str:
 
 def marked(call: str) -> str:
     return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def gemma(arguments: str, name: str = "f") -> str:
+    """A call in Gemma's notation; ~ stands for the mark around texts."""
+    return f"<|tool_call>call:{name}{{{arguments}}}<tool_call|>".replace("~", '<|"|>')
 
 
 X = ("f", {"x": "123"})
@@ -137,10 +142,47 @@ BARE_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("[f(x='a, b', n=2), g()]", "", [("f", {"x": "a, b", "n": 2}), ("g", {})]),
     ("So:\n[g()]\nDone.", "So:\nDone.", [("g", {})]),
 ]
+GEMMA_ONE = gemma("x:~123~")
+GEMMA_QUOTED = "a}],{[: \"'\\ \n<tool_call|><|tool_call>call:g{}"  # what is of no meaning in a text
+GEMMA_FORMS: list[tuple[str, str, list[tuple[str, Any]]]] = [
+    (GEMMA_ONE, "", [X]),
+    (GEMMA_ONE + gemma("", "g") + GEMMA_ONE, "", [X, ("g", {}), X]),
+    (f"I will look.\n\n{GEMMA_ONE} Done.", "I will look. Done.", [X]),
+    (gemma(f"list:[~a~,~{GEMMA_QUOTED}~],map:{{k:{{a:[1,true,null],b:-1.5e+16}}}},n:5,x:~{GEMMA_QUOTED}~"), "",
+     [("f", {"list": ["a", GEMMA_QUOTED], "map": {"k": {"a": [1, True, None], "b": -1.5e16}}, "n": 5,
+             "x": GEMMA_QUOTED})]),
+    (gemma("x:~~,list:[],map:{}"), "", [("f", {"x": "", "list": [], "map": {}})]),
+    (gemma('"x":"1","list":["a", "b\\n"],map:{"k": "it\'s"}'), "",
+     [("f", {"x": "1", "list": ["a", "b\n"], "map": {"k": "it's"}})]),
+    (gemma("x:'1',list:['a',],map:{'k': True, k2:None},"), "",
+     [("f", {"x": "1", "list": ["a"], "map": {"k": True, "k2": None}})]),
+    (gemma(" x : ~1~ ,\n n : 5 \n"), "", [("f", {"x": "1", "n": 5})]),
+    (gemma("~x~:~1~"), "", [("f", {"x": "1"})]),
+    (gemma("x:New York,n:+5,list:a,map:{k:some words}"), "",
+     [("f", {"x": "New York", "n": 5, "list": ["a"], "map": {"k": "some words"}})]),
+    (gemma("x:123"), "", [X]),
+    (gemma("n:~5~,x:~1~,maybe:null"), "", [("f", {"n": 5, "x": "1", "maybe": None})]),
+    (gemma("x:~123~").replace("}", ""), "", [X]),
+    (gemma("x:~1~,map:{k:1"), "", [("f", {"x": "1", "map": {"k": 1}})]),
+    (gemma("x:~123~").replace("}<tool_call|>", ""), "", [X]),
+    (gemma("x:~123~").replace("<tool_call|>", ""), "", [X]),
+    (GEMMA_ONE.replace("<tool_call|>", "") + GEMMA_ONE, "", [X, X]),
+    (GEMMA_ONE.replace("<|tool_call>", ""), "", [X]),
+    (GEMMA_ONE.replace("<|tool_call>", "So:\n"), "So:", [X]),
+    (GEMMA_ONE.replace("call:", ":"), "", [X]),
+    (GEMMA_ONE.replace("call:", ""), "", [X]),
+    (GEMMA_ONE.replace("}<", "}call:g{}<"), "", [X, ("g", {})]),
+    (gemma("", "g").replace("{}", ""), "", [("g", {})]),
+    (gemma("x:~f(~a~) or ~~~b~~~ {~k~: 1}~,n:1"), "", [("f", {"x": 'f("a") or """b""" {"k": 1}', "n": 1})]),
+    (gemma("x:~code }],maybe:~file~"), "", [("f", {"x": "code }]", "maybe": "file"})]),
+    (f"<|tool_call>\n{JSON_ONE}\n<tool_call|>", "", [X]),
+    (JSON_ONE, "", [X]),
+]  # fmt: skip
 FORMS = [
     *((QWEN_XML, *form) for form in XML_FORMS),
     *((MARKED, *form) for form in JSON_FORMS),
     *((GLM_XML, *form) for form in GLM_FORMS),
+    *((GEMMA_CALLS, *form) for form in GEMMA_FORMS),
     *((style, *form) for style in (PARAMETERS, LINES) for form in BARE_FORMS),
     (NAMED, "f\n{'x': '123',}", "", [X]),
 ]

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import httpx2
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from prompt_templates import PromptTemplate
@@ -38,12 +39,31 @@ def _fetch() -> None:
                 (DIRECTORY / Path(member.name).name).write_bytes(file.read())
 
 
+GEMMA_4_TOKENS = (
+    *("<|turn>", "<turn|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"),
+    *("<tool_response|>", '<|"|>', "<|channel>", "<channel|>", "<|think|>", "<|image>", "<image|>", "<|image|>"),
+    *("<|audio|>", "<|video|>"),
+)
+
+
+@cache
+def gemma_4(name: str = "google-gemma-4-31B-it", is_special: bool = True, has_template: bool = True) -> PromptTemplate:
+    """A template of Gemma 4 with the tokenizer of Gemma 3, and the tokens that Gemma 4's has beside."""
+    from test_genuine_prompts import fetch  # which needs pytest; the sources above do not
+
+    tokenizer = AutoTokenizer.from_pretrained(fetch("gemma3"))
+    tokenizer.eos_token = "<eos>"
+    tokenizer.chat_template = source_of(name) if has_template else None
+    tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=False) for token in GEMMA_4_TOKENS])
+    return PromptTemplate(tokenizer, "gemma4_text")
+
+
 @cache
 def genuine(name: str, model_type: str) -> PromptTemplate:
     """The template with the tokenizer of Qwen 3, and the control tokens that it writes."""
-    from test_genuine_prompts import fetch  # which needs pytest; the sources above do not
+    from test_genuine_prompts import fetch
 
     tokenizer = AutoTokenizer.from_pretrained(fetch("qwen3"))
     tokenizer.chat_template = source_of(name)
-    tokenizer.add_tokens(sorted({*re.findall(r"<\|\w+\|>", source_of(name))}), special_tokens=True)
+    tokenizer.add_tokens(sorted({*re.findall(r"<\|\w+\|?>", source_of(name))}), special_tokens=True)
     return PromptTemplate(tokenizer, model_type)

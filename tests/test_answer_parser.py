@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from text.answer_parser import AnswerParser, CallDelta, ContentDelta, ParserOptions
+from text.reasoning_format import THINK
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.gemma_calls import GEMMA_CALLS
 from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
 from text.tool_calls.named_calls import NAMED
 from text.tool_calls.tool_format import ToolFormat
@@ -18,7 +20,6 @@ TOOLS: dict[str, dict[str, Any]] = {
     "weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
     "now": {"type": "object", "properties": {}},
 }
-THINK = ("<think>", "</think>")
 
 
 @dataclass
@@ -69,6 +70,8 @@ QWEN = (
 )
 GLM = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"
 
+GEMMA = '<|tool_call>call:weather{city:<|"|>Pa"} <tool_call|>\n ris<|"|>,days:2}<tool_call|>'
+
 CALLS: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [  # format, answer, content, calls
     (MARKED, marked("weather", PARIS), "", [("weather", PARIS)]),
     (MARKED, marked("weather", FAKE), "", [("weather", FAKE)]),
@@ -111,6 +114,13 @@ CALLS: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [  # format, a
     (QWEN_XML, marked("now", "{}"), "", [("now", {})]),
     (GLM_XML, GLM, "", [("weather", {"city": "Paris"})]),
     (GLM_XML, "<tool_call>now\n</tool_call>\n" + GLM, "", [("now", {}), ("weather", {"city": "Paris"})]),
+    (GEMMA_CALLS, GEMMA, "", [("weather", {"city": 'Pa"} <tool_call|>\n ris', "days": 2})]),
+    (
+        GEMMA_CALLS,
+        f"Well.\n<|tool_call>call:now{{}}<tool_call|>{GEMMA.replace('days:2', 'days:two')}",
+        "Well.",
+        [("now", {}), ("weather", {"city": 'Pa"} <tool_call|>\n ris', "days": "two"})],
+    ),
 ]
 
 
@@ -155,6 +165,8 @@ NO_CALLS = [
     (NAMED, "we"),
     (QWEN_XML, "<tool_call>\n<function=unknown>\n</function>\n</tool_call>"),
     (GLM_XML, "<tool_call>unknown\n</tool_call>"),
+    (GEMMA_CALLS, "<|tool_call>call:unknown{}<tool_call|>"),
+    (GEMMA_CALLS, "call:now is a call, and a < b <|tool"),
 ]
 
 
@@ -169,6 +181,7 @@ CUT = [
     (NAMED, f"weather\n{PARIS}"),
     (QWEN_XML, QWEN),
     (GLM_XML, GLM),
+    (GEMMA_CALLS, GEMMA),
 ]
 
 
@@ -262,8 +275,9 @@ def test_marks_that_are_tokens_are_not_their_spelling() -> None:
         "\U0010ff02": "<think>",
         "\U0010ff03": "</think>",
     }
-    style = MARKED.marked({text: character for character, text in marks.items()})
-    reading: dict[str, Any] = {"marks": marks, "think": ("\U0010ff02", "\U0010ff03"), "is_thinking": True}
+    own = {text: character for character, text in marks.items()}
+    style = MARKED.marked(own)
+    reading: dict[str, Any] = {"marks": marks, "think": THINK.marked(own), "is_thinking": True}
     call = marked("now", "{}").replace("\n", "")
     spelled = f"Is </think> a mark?\U0010ff03\nNo. {call} \U0010ff00 \U0010ff03"
     answer = whole(spelled, style, **reading)
@@ -372,10 +386,13 @@ def test_text_of_marks_in_any_order_is_read_without_loss_or_error() -> None:
         ";",
         "<parameter=",
         ">",
+        "<|tool_call>call:",
+        "now{",
+        '<|"|>',
         "é",
     ]
     rng = random.Random(1)
-    for style in (None, MARKED, PARAMETERS, LINES, NAMED, QWEN_XML, GLM_XML):
+    for style in (None, MARKED, PARAMETERS, LINES, NAMED, QWEN_XML, GLM_XML, GEMMA_CALLS):
         for _ in range(400):
             text = [rng.choice(pieces) for _ in range(rng.randrange(1, 14))]
             reading = {"think": rng.choice([None, THINK]), "is_thinking": False}

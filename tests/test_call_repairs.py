@@ -12,11 +12,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from call_forms import ENDLESS, FORMS, GLM_ONE, JSON_ONE, OPENAI, THINK, X, called, marked, read, xml
+from call_forms import ENDLESS, FORMS, GEMMA_ONE, GLM_ONE, JSON_ONE, OPENAI, X, called, gemma, marked, read, xml
 from test_answer_parser import Answer
 
 from text.lenient_json import JsonReader, is_json, read_json
+from text.reasoning_format import THINK
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.gemma_calls import GEMMA_CALLS
 from text.tool_calls.json_calls import LINES, MARKED
 from text.tool_calls.named_calls import NAMED
 from text.tool_calls.tool_format import ToolFormat
@@ -67,6 +69,13 @@ NO_CALLS = [
     *((style, marked(f'{{{names}, "arguments": {{"x": "1"}}}}')) for style in (MARKED, QWEN_XML) for names in (
         '"name": "f", "name": "g"', '"name": "g", "name": "f"', '"name": "f", "function": "h"')),
     (MARKED, marked('{"name": "f", "arguments": {"x": "1"}, "name": "g"}')),
+    *((GEMMA_CALLS, gemma(arguments)) for arguments in (
+        "x:", "x:,n:1", "x", "x:~1~ n:2", "x:10:30", "x:[~1~}", "x:1,x:2", "x:~1~,,n:2", ",x:~1~", ":~1~", "x:'it's'",
+        "x:~abc", "x:~a~~b", "map:{k:{a:1", "[1]", "x:{1}", "x:~1~]", "x:a{b}", "x:a\nb", f"x:{'y' * 500}")),
+    *((GEMMA_CALLS, text) for text in (
+        gemma("x:~1~", "F"), gemma("x:~1~", "f x"), "It is call:g{}", "call:f{n:1}", "call:f{x:5}".replace("5", "[]"),
+        "call:f", "<|tool_call>call:f", "<|tool_call>call:f is", "<|tool_call> is a mark", "call:f(x=1)",
+        gemma("x:~1~").replace("call:", "call "))),
 ]  # fmt: skip
 
 
@@ -96,7 +105,7 @@ def test_every_cut_of_a_repaired_call_gives_the_same() -> None:
 
 def test_a_call_in_thoughts_that_are_not_closed_ends_them() -> None:
     for style, text, _, calls in FORMS:
-        if not text.startswith("<tool_call>"):
+        if not style.begin or not text.startswith(style.begin):
             continue
         for choice in ({}, {"is_forced": True}):
             open_ = read([f"Hm.\n\n{text}"], style, think=THINK, is_thinking=True, **choice)
@@ -104,9 +113,9 @@ def test_a_call_in_thoughts_that_are_not_closed_ends_them() -> None:
         closed = read([f"Hm.\n{text}\n</think>\n\nNo."], style, think=THINK, is_thinking=True)
         assert (closed.reasoning, closed.calls, closed.content) == (f"Hm.\n{text}".rstrip(), [], "No.")
         inline = read([f"I could write {text}"], style, think=THINK, is_thinking=True)
-        assert (inline.reasoning.startswith("I could write <tool_call>"), inline.content) == (True, "")
+        assert (inline.reasoning.startswith(f"I could write {style.begin}"), inline.content) == (True, "")
     for style, text in NO_CALLS:
-        if text.startswith("<tool_call>"):
+        if style.begin and text.startswith(style.begin):
             answer = read([f"Hm.\n{text}"], style, think=THINK, is_thinking=True)
             assert answer == Answer(reasoning=f"Hm.\n{text}", reason="stop")
 
@@ -153,14 +162,15 @@ PIECES = [
     '"name"', ": ", '"f"', "'f'", '"arguments"', '{"x": "1"}', '{"name": "f", "arguments": ', '{"x": "1",', ",",
     "[", "]", "text", "<function=f>", "<function=g>\n", "</function>", "f\n", "\\", "<arg_key>x</arg_key>",
     "<arg_value>", "</arg_value>", "f(x='1')", "[g()]", "[f(", ";", "<parameter=x>\n", "\n<parameter=n>",
-    "</parameter>", ">", "é", "None", "+5", "NaN", '{"function": ',
+    "</parameter>", ">", "é", "None", "+5", "NaN", '{"function": ', "<|tool_call>", "<tool_call|>", '<|"|>', "call:f{",
+    'x:<|"|>', "n:", "call:g{}",
 ]  # fmt: skip
 
 
 def test_nothing_that_a_model_writes_is_lost_and_complete_calls_are_json() -> None:
     """Markup of calls aside: what is no markup shows up, whatever the order."""
     rng = random.Random(3)
-    for style in (MARKED, QWEN_XML, GLM_XML, LINES, NAMED):
+    for style in (MARKED, QWEN_XML, GLM_XML, GEMMA_CALLS, LINES, NAMED):
         for number in range(1500):
             words = [rng.choice([*PIECES, f"word{i}"]) for i in range(rng.randrange(1, 16))]
             reading: dict[str, Any] = {"think": rng.choice([None, THINK]), "is_thinking": False}
@@ -208,6 +218,7 @@ def test_long_calls_are_read_in_linear_time() -> None:
         GLM_XML: f"<tool_call>f<arg_key>x</arg_key><arg_value>{long}</arg_value></tool_call>",
         MARKED: marked(f"{{'name': 'f', 'arguments': {{'x': '{long}'}}}}"),
         LINES: OPENAI.replace("123", long),
+        GEMMA_CALLS: GEMMA_ONE.replace("123", long),
     }
     for style, text in texts.items():
         pieces = [text[start : start + 3] for start in range(0, len(text), 3)]
@@ -226,6 +237,19 @@ HOSTILE: list[tuple[ToolFormat, str, int]] = [
     (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</parameter>\n", 8000),
     (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=x>\n1\n</function>\n</tool_call>\n", 8000),
     (GLM_XML, "<tool_call>f<arg_key>x</arg_key><arg_value>1</tool_call>", 8000),
+    *(
+        (GEMMA_CALLS, text, 8000)
+        for text in (
+            "<|tool_call>call:f{x:",
+            '<|tool_call>call:f{x:<|"|>',
+            '<|"|>',
+            "call:f{x:[",
+            "<|tool_call>call:f{map:{a:",
+            "call:f",
+            '<|tool_call>call:f{x:<|"|>a<|"|>b',
+            'x:<|"|>a,n:<|"|>',
+        )
+    ),
 ]
 
 

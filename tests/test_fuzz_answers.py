@@ -13,6 +13,7 @@ from test_answer_parser import CALLS, TOOLS, read
 
 from prompt_templates import TOOL_FORMATS
 from text.answer_parser import AnswerParser, ParserOptions
+from text.reasoning_format import CHANNEL, THINK
 from text.tool_calls.json_calls import LINES
 from text.tool_calls.tool_format import ToolFormat
 
@@ -22,7 +23,8 @@ ANSWER_PIECES = (
     *("\n</parameter>\n", "weather", "now", "<arg_key>city</arg_key>", "\n<arg_value>", "</arg_value>\n"),
     *("<think>", "</think>", "```", "```json\n", "```tool_code\n", "weather('x')", '{"name": "weather"', "}", "{", "["),
     *("]", ", ", ": ", '"arguments": ', '"parameters": ', '{"city": "Paris"}', '"', "\\", "\n", " ", ";", "null"),
-    *('{"name": "now", "arguments": {}}', "\ud800", "\\ud800", "é", "\u2028", "1e999", "-", "NaN"),
+    *("<|tool_call>", "<tool_call|>", "call:weather{", "call:now{}", 'city:<|"|>', '<|"|>', "<|channel>", "thought\n"),
+    *("<channel|>", '{"name": "now", "arguments": {}}', "\ud800", "\\ud800", "é", "\u2028", "1e999", "-", "NaN"),
 )
 READINGS = st.fixed_dictionaries(
     {},
@@ -31,7 +33,7 @@ READINGS = st.fixed_dictionaries(
         "is_forced": st.booleans(),
         "is_strict": st.booleans(),
         "is_structured": st.booleans(),
-        "think": st.just(("<think>", "</think>")),
+        "think": st.sampled_from([THINK, CHANNEL]),
         "is_thinking": st.booleans(),
     },
 )
@@ -72,7 +74,7 @@ def test_text_around_calls_is_kept(before: str, behind: str, known: tuple[Any, .
 
 def seconds_to_read(style: ToolFormat | None, begin: str, unit: str, count: int) -> float:
     """Of the processor."""
-    parser, start = AnswerParser(ParserOptions(TOOLS, style, think=("<think>", "</think>"))), time.process_time()
+    parser, start = AnswerParser(ParserOptions(TOOLS, style, think=THINK)), time.process_time()
     for piece in [begin, *[unit] * count]:
         parser.put(piece)
     parser.end()
@@ -83,7 +85,9 @@ def seconds_to_read(style: ToolFormat | None, begin: str, unit: str, count: int)
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name if style else "none")
 def test_reading_takes_linear_time(style: ToolFormat | None) -> None:
     units = ["\n", "<tool_call>", "{", '{"name": "', "```", "```\n", "<think>", '"\\', " ", "[", "now\n", "<arg_key>"]
+    units += ['<|"|>', "<|tool_call>call:weather{city:", "call:now{", "city:", ",", "call:"]
     begins = ["", '{"name": "', '<tool_call>{"name": "now", "arguments": "', "```tool_code\n", "[", "now\n"]
     begins += ["<tool_call>\n<function=weather>\n<parameter=city>\n", "<tool_call>weather\n<arg_key>city</arg_key>"]
+    begins += ['<|tool_call>call:weather{city:<|"|>', "<|tool_call>call:weather{", "<|tool_call>call:weather{city:"]
     slowest = max((seconds_to_read(style, begin, unit, 2_000), begin, unit) for begin in begins for unit in units)
     assert slowest[0] < 0.3, slowest

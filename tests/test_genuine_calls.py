@@ -5,7 +5,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from call_forms import BARE_FORMS, GLM_FORMS, JSON_FORMS, TOOLS, XML_FORMS, called, marked, xml
+from call_forms import BARE_FORMS, GEMMA_FORMS, GLM_FORMS, JSON_FORMS, TOOLS, XML_FORMS, called, gemma, marked, xml
+from genuine_templates import gemma_4
 from test_answer_parser import Answer, fold
 from test_genuine_prompts import MODELS, fetch
 from transformers import AutoTokenizer
@@ -19,6 +20,7 @@ from text.answer_parser import AnswerParser, ParserOptions
 from text.detokenizer import TextDecoder
 from text.structured_output import Structure, structure_of
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.gemma_calls import GEMMA_CALLS
 from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS
 from text.tool_calls.tool_format import ToolFormat
 from text.tools import ToolSet, tool_set_of
@@ -33,6 +35,8 @@ BOX = ToolSet(shown=(), schemas=TOOLS, fields={}, is_required=False, is_parallel
 
 @cache
 def template_of(model: str, style: ToolFormat) -> PromptTemplate:
+    if style is GEMMA_CALLS:
+        return gemma_4()
     tokenizer = AutoTokenizer.from_pretrained(fetch(model))
     if style in (QWEN_XML, GLM_XML):
         tokenizer.chat_template = XML_TEMPLATE if style is QWEN_XML else GLM_TEMPLATE
@@ -61,6 +65,7 @@ MODEL_FORMS = [
     *(("qwen2_5", MARKED, *form) for form in JSON_FORMS),
     *(("llama3_2", PARAMETERS, *form) for form in BARE_FORMS),
     *(("gemma3", LINES, *form) for form in BARE_FORMS),
+    *(("gemma4", GEMMA_CALLS, *form) for form in GEMMA_FORMS),
 ]
 
 
@@ -73,7 +78,7 @@ def test_calls_are_read_from_the_tokens_of_genuine_models(
     assert template.tool_format is style
     answer = through_tokens(template, text)
     assert (called(answer), answer.content, answer.reason) == (calls, content, "tool_calls")
-    if template.think is not None and text.startswith("<tool_call>"):
+    if template.think is not None and style.begin and text.startswith(style.begin):
         answer = through_tokens(template, f"Hm.\n\n{text}", "open")
         assert (answer.reasoning, called(answer), answer.reason) == ("Hm.", calls, "tool_calls")
         answer = through_tokens(template, f"Hm. I call it: {text}", "open")
@@ -115,7 +120,8 @@ def is_taken(template: PromptTemplate, structure: Structure, grammar: Grammar, t
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(("style", "text"), [(QWEN_XML, marked(xml(("x", LONG), ("n", "2")))), (MARKED, marked(
-    json.dumps({"name": "f", "arguments": {"x": LONG, "n": 2}})))], ids=["XML", "JSON"])  # fmt: skip
+    json.dumps({"name": "f", "arguments": {"x": LONG, "n": 2}}))), (GEMMA_CALLS, gemma(f"n:2,x:~{LONG}~"))],
+    ids=["XML", "JSON", "Gemma"])  # fmt: skip
 def test_grammars_take_what_genuine_models_write_and_it_is_read_as_it_comes(
     style: ToolFormat, text: str, choice: Any
 ) -> None:

@@ -10,6 +10,7 @@ from templates import own
 from prompt_templates import PromptTemplate, RenderOptions
 from schemas import ChatCompletionRequest, Message
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML
+from text.tool_calls.gemma_calls import GEMMA_CALLS
 from text.tool_calls.json_calls import MARKED
 
 TOOL = {
@@ -29,6 +30,7 @@ FAMILIES = {  # by template: type of the model, family, format of calls
     "Qwen3.5-4B": ("qwen3_5_text", "Qwen 3.5", QWEN_XML),
     "Qwen3-Coder": ("qwen3_moe", "Qwen 3", QWEN_XML),
     "ibm-granite-granite-4.0": ("granitemoehybrid", "Granite", MARKED),
+    "google-gemma-4-31B-it": ("gemma4", "Gemma 4", GEMMA_CALLS),
 }
 Messages = list[dict[str, Any]]
 

@@ -26,6 +26,7 @@ from serving.local import LocalModel
 from text.answer_parser import ParserOptions
 from text.detokenizer import MarkingDetokenizer
 from text.logprobs import TokenTexts
+from text.reasoning_format import THINK
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -97,7 +98,7 @@ class Groups:
 
 MARKED = byte_tokenizer(has_marks=True)
 MARKS = {mark: chr(0x10FF00 + number) for number, mark in enumerate(("<think>", "</think>", "<tool_call>"))}
-THINKING = ParserOptions(think=(MARKS["<think>"], MARKS["</think>"]), marks={own: mark for mark, own in MARKS.items()})
+THINKING = ParserOptions(think=THINK.marked(MARKS), marks={own: mark for mark, own in MARKS.items()})
 
 
 def deltas_of(groups: list[list[TokenOutput]], request: GenerationRequest) -> list[OutputDelta]:

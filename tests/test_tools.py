@@ -23,13 +23,14 @@ from schemas import ChatCompletionRequest
 from text.answer_parser import AnswerParser, ParserOptions
 from text.structured_output import structure_of
 from text.tool_calls.element_calls import GLM_XML, QWEN_XML, ElementFormat
+from text.tool_calls.gemma_calls import GEMMA_CALLS
 from text.tool_calls.json_calls import LINES, MARKED, PARAMETERS, JsonFormat
 from text.tool_calls.lark import Literals
 from text.tool_calls.named_calls import NAMED
 from text.tool_calls.tool_format import ToolFormat
 from text.tools import tool_set_of
 
-FORMATS = {style.name: style for style in (MARKED, PARAMETERS, LINES, NAMED, QWEN_XML, GLM_XML)}
+FORMATS = {style.name: style for style in (MARKED, PARAMETERS, LINES, NAMED, QWEN_XML, GLM_XML, GEMMA_CALLS)}
 TOKENIZER = byte_tokenizer(has_marks=True)
 TOKENIZER.add_tokens([AddedToken(mark, normalized=False) for mark in ("<arg_key>", "</arg_key>", "</arg_value>")])
 EOS, BEGIN, END, CALL = TOKENIZER.convert_tokens_to_ids(["<|im_end|>", "<think>", "</think>", "<tool_call>"])
@@ -139,6 +140,8 @@ def test_calls_as_models_write_them_follow_the_grammar(name: str) -> None:
         "celsius\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
         "arg_key": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>New\nYork</arg_value>\n"
         "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+        "Gemma's notation": '<|tool_call>call:weather{at:"10:30",city:<|"|>New\nYork<|"|>,days:3,near:[{x:1}]}'
+        "<tool_call|>",
     }
     style, arguments = FORMATS[name], {"city": "New\nYork", "days": 3, "at": "10:30", "near": [{"x": 1}]}
     call = written.get(name) or style.written("weather", arguments)

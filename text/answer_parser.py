@@ -37,6 +37,7 @@ from text.answer_text import End, NoCall, Steps
 from text.argument_schemas import fits
 from text.argument_values import fitted, value_of
 from text.lenient_json import BLANKS
+from text.reasoning_format import ReasoningFormat
 from text.tool_calls.python_calls import python_calls
 from text.tool_calls.tool_format import ToolFormat
 
@@ -51,7 +52,7 @@ class ParserOptions(CallOptions):
     """How an answer is to be read."""
 
     format: ToolFormat | None = None  # None: there are no calls
-    think: tuple[str, str] | None = None  # the marks around reasoning
+    think: ReasoningFormat | None = None
     is_thinking: bool = False  # the prompt ends inside of the reasoning
 
 
@@ -88,7 +89,7 @@ class AnswerParser(AnswerParts):
     def _answer(self) -> Steps[None]:
         try:
             if self._think is not None:
-                yield from self._thinking(*self._think)
+                yield from self._thinking(self._think)
             yield from self._after_thinking()
         except End:
             if self._blanks and not self._num_calls and not self.is_reasoning:
@@ -103,19 +104,30 @@ class AnswerParser(AnswerParts):
         else:
             yield from self._lines(style)
 
-    def _thinking(self, begin: str, end: str) -> Steps[None]:
-        if not self.is_reasoning:
+    def _thinking(self, think: ReasoningFormat) -> Steps[None]:
+        has_begun = self.is_reasoning
+        if not has_begun:
             try:
                 at = yield from self.after_blanks(0)
-                if not (yield from self.starts_with(begin, at)):
+                if not (yield from self.starts_with(think.begin, at)):
                     return
             except End:
                 self._add_content(self.take(len(self.text)))
                 raise
-            self.take(at + len(begin))
+            self.take(at + len(think.begin))
         self.is_reasoning = self._is_at_start = True
-        yield from self._thoughts(end)
+        if think.label and not has_begun:
+            yield from self._label(think)
+        yield from self._thoughts(think.end)
         self.is_reasoning, self._blanks, self._is_at_start = False, "", not self._has_content
+
+    def _label(self, think: ReasoningFormat) -> Steps[None]:
+        """Takes what stands for the kind of reasoning; an answer that ends in it has none."""
+        label = think.label.rstrip()
+        if (yield from self.starts_with(label, 0)):
+            at = yield from self.after_blanks(len(label))
+            if "\n" in self.text[:at] or (yield from self.starts_with(think.end, at)):
+                self.take(at)
 
     def _thoughts(self, end: str) -> Steps[None]:
         """Takes the reasoning up to its end mark.

@@ -77,6 +77,19 @@ def prefix_tool_names(messages: Sequence[CanonicalMessage]) -> list[CanonicalMes
     ]
 
 
+def as_responses(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
+    """Puts results into the message of their calls, for templates whose turn goes on behind them."""
+    result: list[CanonicalMessage] = []
+    for message, results in with_results(messages):
+        names = {str(call.get("id")): _called(call).get("name") for call in message.get("tool_calls", ())}
+        responses = [
+            {"name": names.get(str(m.get("tool_call_id"))) or m.get("name") or "unknown", "response": m["content"]}
+            for m in results
+        ]
+        result.append({**message, "tool_responses": responses} if responses else message)
+    return result
+
+
 def _called(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     return function if isinstance(function, dict) else {}
@@ -196,7 +209,7 @@ def _num_leading(messages: Sequence[CanonicalMessage]) -> int:
 def apart(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
     """Gives each call a message, with its result behind it, for templates that take one call in a message."""
     result: list[CanonicalMessage] = []
-    for message, results in _with_results(messages):
+    for message, results in with_results(messages):
         calls = message.get("tool_calls", ())
         said = {key: value for key, value in message.items() if key != "tool_calls"}
         pieces = [said] if message["content"].strip() or not calls else []
@@ -211,7 +224,7 @@ def apart(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
     return result
 
 
-def _with_results(messages: Sequence[CanonicalMessage]) -> list[tuple[CanonicalMessage, list[CanonicalMessage]]]:
+def with_results(messages: Sequence[CanonicalMessage]) -> list[tuple[CanonicalMessage, list[CanonicalMessage]]]:
     """Pairs each message with the results of its calls, which follow it."""
     pairs: list[tuple[CanonicalMessage, list[CanonicalMessage]]] = []
     for message in messages:

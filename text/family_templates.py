@@ -1,11 +1,14 @@
 """Chat templates of model families, in Jinja, for tokenizers that have none of their own."""
 
-GEMMA_4 = (
-    "{{ bos_token }}{% for m in messages %}"
+GEMMA_4 = (  # a vocabulary that has <|turn> has the tokens of thoughts, too, whose empty channel switches them off
+    "{{ bos_token }}{% if enable_thinking and messages[0].role != 'system' %}"
+    "{{ '<|turn>system\n<|think|>\n<turn|>\n' }}{% endif %}{% for m in messages %}"
     "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{% if enable_thinking and loop.first and m.role == 'system' %}{{ '<|think|>\n' }}{% endif %}"
     "{{ m.content if loop.last and not add_generation_prompt else m.content | trim }}"
     "{% if not loop.last or add_generation_prompt %}{{ '<turn|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}"
+    "{% if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif %}{% endif %}"
 )
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"

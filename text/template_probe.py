@@ -16,7 +16,7 @@ from hashlib import sha256
 from itertools import product
 from typing import Any
 
-from text.canonical_messages import CanonicalMessage
+from text.canonical_messages import CanonicalMessage, as_responses
 
 Render = Callable[[list[CanonicalMessage], list[dict[str, Any]] | None], str]
 ROLES = ("user", "assistant", "system", "tool")
@@ -40,6 +40,7 @@ class TemplateForm:
     is_text: bool = False  # the arguments of a call are JSON's text, not an object
     is_flat: bool = False  # a call has its name and arguments outside of `function`, too
     has_short_ids: bool = False
+    has_responses: bool = False  # results are in the message of their calls
     hidden: tuple[str, ...] = ()  # what the template shows in no form
     ends: frozenset[str] = frozenset({"user"})  # kinds of messages that a conversation was tried to end with
 
@@ -52,7 +53,7 @@ class TemplateForm:
 
     def of(self, messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
         """Returns the messages in this form."""
-        return [self._message(message) for message in messages]
+        return [self._message(message) for message in (as_responses(messages) if self.has_responses else messages)]
 
     def _message(self, message: CanonicalMessage) -> CanonicalMessage:
         result = dict(message)
@@ -207,7 +208,8 @@ def try_out(render: Render, has_tools: bool) -> TemplateForm:
 
 
 def _forms_of_calls(form: TemplateForm) -> Iterator[TemplateForm]:
-    """Yields the forms that calls may take, the usual ones first."""
+    """Yields the forms that calls may take, the most telling first, then the usual ones."""
+    yield replace(form, has_responses=True)
     for has_short_ids, is_parts, (is_text, is_flat) in product((False, True), (False, True), _ARGUMENTS):
         parts = form.as_parts | ({"tool"} if is_parts else set())
         yield TemplateForm(as_parts=parts, is_text=is_text, is_flat=is_flat, has_short_ids=has_short_ids)

@@ -1,1 +1,1 @@
-"""Calls of tools as models write them; each form is one file with its prompt, its grammar and its parser."""
+"""Calls of tools as models write them; each form is a class, with its prompt, its grammar and its parser."""

@@ -26,7 +26,7 @@ from text.argument_values import argument_of, value_of
 from text.json_schemas import ANNOTATIONS
 from text.lenient_json import BLANKS, json_of
 from text.tool_calls.json_calls import TOOLS_PROMPT, JsonFormat
-from text.tool_calls.lark import Literals, Schema, definitions_of, in_regex, json_of_schema
+from text.tool_calls.lark import Literals, Schema, definitions_of, in_regex, json_of_schema, leads_to_definitions
 
 HOW = """To call a function, write its name and its arguments between marks, and values that are not text as JSON:
 """
@@ -202,10 +202,8 @@ def is_simple(schema: Schema) -> bool:
         return False
     if not isinstance(required, list) or not all(isinstance(key, str) and key in properties for key in required):
         return False
-    references = re.findall(r'"\$ref": "([^"]*)', json.dumps(schema))
-    is_local = all(path.startswith(("#/$defs/", "#/definitions/")) for path in references)
-    can_be_written = all(map(WRITABLE_KEY.fullmatch, properties))
-    return is_local and can_be_written and all(isinstance(own, dict) or own is True for own in properties.values())
+    can_be_written = leads_to_definitions(schema) and all(map(WRITABLE_KEY.fullmatch, properties))
+    return can_be_written and all(isinstance(own, dict) or own is True for own in properties.values())
 
 
 @dataclass

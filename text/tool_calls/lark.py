@@ -8,7 +8,7 @@ from typing import Any
 Schema = Mapping[str, Any]
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,20}"  # between JSON's tokens: else it could go on for ever
-_TOKEN = re.compile(r"<(/|\|)?[a-z_]+\|?>")  # what a grammar can name as a token of the model
+_TOKEN = re.compile(r'<(/|\|)?([a-z_]+|")\|?>')  # what a grammar can name as a token of the model
 
 
 class Literals:
@@ -36,6 +36,12 @@ def json_of_schema(schema: Schema) -> str:
 def definitions_of(schema: Schema) -> dict[str, Any]:
     """Returns the parts of a schema that its references lead to."""
     return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+
+
+def leads_to_definitions(schema: Schema) -> bool:
+    """Returns whether these are all that its references lead to, so that each part of it can stand alone with them."""
+    references = re.findall(r'"\$ref": "([^"]*)', json.dumps(schema))
+    return all(path.startswith(("#/$defs/", "#/definitions/")) for path in references)
 
 
 def lark_string(text: str) -> str:
