@@ -112,6 +112,47 @@ def test_what_the_notation_cannot_say_is_json_in_its_place(key: str, value: Any)
         assert called(fold(AnswerParser(options), list(text), True)) == [("f", {key: value, "z": "1"})]
 
 
+PIECES = [
+    *CHARACTERS.values(),
+    "call:f{",
+    "call:",
+    "f{",
+    "x",
+    ":",
+    ",",
+    "}",
+    "]",
+    "[",
+    "{",
+    '"',
+    "'",
+    "\\",
+    "\n",
+    " ",
+    "5",
+    "null",
+]
+PIECES += [CHARACTERS['<|"|>'] + text for text in (",", "}", "x", ",x:", "]}")]
+
+
+@examples(400)
+@given(splits(mixed(PIECES, 20)), st.sampled_from([{}, {"is_guarded": True}, {"is_strict": True}, {"is_forced": True}]))
+def test_any_answer_with_tokens_of_marks_means_the_same_however_it_comes(
+    pieces: list[str], how: dict[str, Any]
+) -> None:
+    begun = [CHARACTERS["<|tool_call>"], "call:f{x:", *pieces]
+    for own in (pieces, begun):
+        answer = fold(AnswerParser(reading(True, **how)), own, True)
+        assert answer == fold(AnswerParser(reading(True, **how)), ["".join(own)], True)
+        if answer.reason == "tool_calls":
+            assert all(isinstance(arguments, dict) for _, arguments in called(answer))
+        if not answer.calls and not how:
+            shown = "".join(own)
+            for mark, character in CHARACTERS.items():
+                shown = shown.replace(character, mark)
+            assert answer.content == shown
+
+
 # --- what a grammar forces
 
 
