@@ -101,6 +101,7 @@ class Engine:
         self.failure: BaseException | None = None  # the fatal error that ended the worker thread
         self._live: set[Sequence] = set()  # one for each stream() call that has not ended
         self._is_closing = False
+        self._has_encoded = False  # the last step, an image beside decodes
         self._step_began: float | None = None  # time.monotonic() at the start of the current step
         self.stalled_after = STALLED
         self.num_failed_steps = 0  # since the start
@@ -247,10 +248,18 @@ class Engine:
             sequence.on_output(error)
 
     def step(self) -> None:
-        """Computes one batch. If that fails, its sequences get an error; the others, and the engine, go on."""
+        """Computes one batch. If that fails, its sequences get an error; the others, and the engine, go on.
+
+        Beside decodes, at most every second step encodes an image, and such a step computes no prompts: answers wait
+        for one of them at a time.
+        """
         self._step_began = time.monotonic()
+        is_beside = self.scheduler.num_decoding > 0
         try:
-            if self._encode_images() and (batch := self.scheduler.schedule()).spans:
+            images = [] if is_beside and self._has_encoded else self.scheduler.images_to_encode()
+            self._has_encoded = is_beside and bool(images)
+            is_well = self._encode_images(images)
+            if is_well and (batch := self.scheduler.schedule(has_prompts=not self._has_encoded)).spans:
                 self._compute(batch)
         finally:
             self._step_began = None
@@ -312,9 +321,8 @@ class Engine:
         self.scheduler.remove(sequence)
         self._deliver([(sequence.on_output, failed)])
 
-    def _encode_images(self) -> bool:
-        """Encodes the next images that prompts wait for; only one while sequences decode. False where one failed."""
-        images = self.scheduler.images_to_encode()
+    def _encode_images(self, images: list[Image]) -> bool:
+        """Encodes the first of the images; only one while sequences decode. False where one failed."""
         if not images:
             return True
         bad = self._encode(images, 1 if self.scheduler.num_decoding else ENCODED_TOGETHER)

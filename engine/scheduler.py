@@ -100,14 +100,17 @@ class Scheduler:
     # block, the running sequence of the lowest priority that was admitted last is preempted, say D: its blocks are
     # freed, it waits first in the queue, and its prompt and answer so far are computed again, as one prompt.
 
-    def schedule(self) -> Batch:
+    def schedule(self, has_prompts: bool = True) -> Batch:
         """Chooses what the next step computes: every decode that gets a block, then chunks of prompts within the
-        budget, the most urgent first. Sequences of a failed step and all others take turns."""
+        budget, the most urgent first. Sequences of a failed step and all others take turns.
+
+        has_prompts: whether there may be prompts beside decodes.
+        """
         self._is_suspects_turn = bool(self._suspects) and not self._is_suspects_turn
         batch = self._schedule_suspect() if self._is_suspects_turn else Batch(())
-        return batch if batch.spans else self._schedule_others() or self._schedule_suspect()
+        return batch if batch.spans else self._schedule_others(has_prompts) or self._schedule_suspect()
 
-    def _schedule_others(self) -> Batch | None:
+    def _schedule_others(self, has_prompts: bool) -> Batch | None:
         """Schedules all but suspects; None where there are no others."""
         spans: list[Span] = []
         self._promote()
@@ -121,6 +124,7 @@ class Scheduler:
             budget = min(
                 self.prefill_budget.budget(len(spans), num_prompts), self.limits.max_num_mixed_tokens - len(spans)
             )
+            budget = budget if has_prompts else 0
         prefilling, is_full = [s for s in self._prefilling() if s not in self._suspects], False
         waiting = [sequence for sequence in self.waiting if sequence not in self._suspects]
         for priority in sorted({s.priority for s in [*prefilling, *waiting]}):
@@ -138,7 +142,7 @@ class Scheduler:
             spans = self._with_drafts(spans)
         if not spans and len(self.running) > 1:  # each prompt lacks the blocks that the others hold
             self._preempt(self._least_urgent())
-            return self._schedule_others()
+            return self._schedule_others(has_prompts)
         is_alone = all(sequence in self._suspects for sequence in self.running)
         assert spans or is_alone, "a sequence that fits the cache alone cannot proceed"
         return Batch(tuple(spans)) if spans or not self._suspects else None
