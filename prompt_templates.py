@@ -353,7 +353,8 @@ class PromptTemplate:
         last_end = max((at for stop in self.stop_token_ids if (at := _last(prompt_ids, stop)) >= 0), default=-1)
         begun, ended = _last(prompt_ids, begin), _last(prompt_ids, end)
         if max(begun, ended) <= last_end:
-            return "unsaid"
+            switch = self._vocabulary.get(self.think.switch)
+            return "unsaid" if switch is None or switch in prompt_ids else "closed"
         return "open" if begun > ended else "closed"
 
     def render_chat(self, messages: Sequence[Message], options: RenderOptions | None = None) -> list[int]:

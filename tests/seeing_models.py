@@ -363,5 +363,8 @@ def generated(kind: str, directory: Path, inputs: dict[str, torch.Tensor], count
     """Returns the text that `generate` adds to the prompt."""
     model = AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager").eval()
     output = model.generate(**inputs, max_new_tokens=count, do_sample=False)
-    text: str = seeing_tokenizer(kind).decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokenizer = seeing_tokenizer(kind)
+    shown = tokenizer.convert_tokens_to_ids(["<|channel>", "<channel|>"])  # where they enclose no thoughts
+    hidden = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {*shown}
+    text: str = tokenizer.decode([i for i in output[0, inputs["input_ids"].shape[1] :].tolist() if i not in hidden])
     return text

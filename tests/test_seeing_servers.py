@@ -2,8 +2,11 @@
 
 import base64
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,30 @@ COUNT = 12  # tokens of an answer
 Seeing = tuple[str, Path, Server]  # the kind of model, its folder, and the server that has loaded it
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeing]:
-    directory = save_seeing_checkpoint(tmp_path_factory.mktemp("models") / MODEL, request.param)
-    settings = {"MODEL_PATH": str(directory), "DTYPE": "float32", "MAX_MODEL_LEN": "2048"}
-    with serve(MAIN, **settings) as server:
-        server.wait_until_healthy()
-        yield request.param, directory, server
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Seeing]]:
+    """Starts the server of a kind of model when it is first asked for."""
+    with ExitStack() as stack:
+
+        @cache
+        def start(kind: str) -> Seeing:
+            directory = save_seeing_checkpoint(tmp_path_factory.mktemp("models") / MODEL, kind)
+            settings = {"MODEL_PATH": str(directory), "DTYPE": "float32", "MAX_MODEL_LEN": "2048"}
+            server = stack.enter_context(serve(MAIN, **settings))
+            server.wait_until_healthy()
+            return kind, directory, server
+
+        yield start
+
+
+@pytest.fixture(params=KINDS)
+def seeing(request: pytest.FixtureRequest, opened: Callable[[str], Seeing]) -> Seeing:
+    return opened(request.param)
+
+
+@pytest.fixture(params=[kind for kind in KINDS if kind.startswith("gemma")])
+def gemma(request: pytest.FixtureRequest, opened: Callable[[str], Seeing]) -> Server:
+    return opened(request.param)[2]
 
 
 def url_of(image: Image.Image) -> str:
@@ -169,3 +189,63 @@ def test_a_placeholder_in_a_raw_prompt_is_only_a_token(seeing: Seeing) -> None:
         chats = [pool.submit(server.post, "/v1/chat/completions", **chat) for _ in range(4)]
     assert {answer.result().json()["choices"][0]["text"] for answer in raws} == {alone}
     assert {answer.result().json()["choices"][0]["message"]["content"] for answer in chats} == {expected}
+
+
+# --- tools and thoughts of Gemma 4
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "required": ["city", "days"],
+        },
+    },
+}
+
+
+def test_gemma_4_is_a_family_whose_calls_are_its_own(gemma: Server) -> None:
+    """A picture, a forced call, its result, and the turn that goes on behind it."""
+    (listed,) = gemma.get("/v1/models").json()["data"]
+    assert listed["family"] == "Gemma 4"
+    asked: Any = {"model": MODEL, "tools": [TOOL], "temperature": 0, "max_tokens": 200}
+    messages = [*sent(CONVERSATIONS["one"])]
+    for _ in range(2):
+        with OpenAI(base_url=gemma.url + "/v1", api_key="none", max_retries=0) as client:
+            answer = client.chat.completions.create(messages=messages, tool_choice="required", **asked)
+            chunks = list(
+                client.chat.completions.create(messages=messages, tool_choice="required", stream=True, **asked)
+            )
+        calls = answer.choices[0].message.tool_calls
+        assert calls and answer.choices[0].finish_reason == "tool_calls"
+        arguments = json.loads(calls[0].function.arguments)
+        assert arguments["city"] in ("Oslo", "Rome") and 1 <= arguments["days"] <= 9
+        pieces = [call for chunk in chunks if chunk.choices for call in chunk.choices[0].delta.tool_calls or ()]
+        streamed = "".join(piece.function.arguments or "" for piece in pieces if piece.index == 0 and piece.function)
+        assert json.loads(streamed) == arguments
+        messages.append(answer.choices[0].message.model_dump(exclude_none=True))
+        messages += [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in calls]
+    tokens = gemma.post("/tokenize", model=MODEL, messages=messages, tools=[TOOL], return_token_strs=True).json()
+    prompt = "".join(tokens["token_strs"])
+    assert prompt.count("<|tool_response>response:weather{") == prompt.count("<|tool_call>call:weather{") >= 2
+    assert prompt.endswith("<tool_response|>") and "<|tool>declaration:weather{" in prompt
+
+
+@pytest.mark.parametrize(
+    ("body", "thinks"),
+    [
+        ({}, False),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "high"}, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+    ],
+)
+def test_gemma_4_thinks_where_it_is_asked_to(gemma: Server, body: dict[str, Any], thinks: bool) -> None:
+    messages = sent(CONVERSATIONS["turns"])
+    tokens = gemma.post("/tokenize", model=MODEL, messages=messages, return_token_strs=True, **body).json()
+    prompt = "".join(tokens["token_strs"])
+    assert ("<|turn>system\n<|think|>\nBe brief.<turn|>" in prompt) == thinks
+    assert prompt.endswith("<|turn>model\n" if thinks else "<|turn>model\n<|channel>thought\n<channel|>")

@@ -13,6 +13,7 @@ class ReasoningFormat:
     label: str = ""  # behind the mark of the beginning; it is no reasoning
     before_end: str = ""  # between the reasoning and the mark of its end
     behind: str = ""  # between that mark and the answer
+    switch: str = ""  # a token of the prompt, without which the model does not reason
     off: str = ""  # what a prompt ends with, so that the model does not reason; "": only its template can tell it so
 
     @property
@@ -32,4 +33,4 @@ class ReasoningFormat:
 THINK = ReasoningFormat(
     begin="<think>", end="</think>", before_end="\n", behind="\n\n", off="<think>\n\n</think>\n\n"
 )  # of most models that reason
-CHANNEL = ReasoningFormat(begin="<|channel>", end="<channel|>", label="thought\n")  # of Gemma 4
+CHANNEL = ReasoningFormat(begin="<|channel>", end="<channel|>", label="thought\n", switch="<|think|>")  # of Gemma 4
