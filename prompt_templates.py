@@ -435,18 +435,32 @@ class PromptTemplate:
             if lost:
                 raise ValueError(f"it drops parts of these messages: {', '.join(lost)}")
         text = self._apply(form.of(self._with_images(messages, image_mark)), tools, **switches)
-        goes_on = form.has_responses and switches["add_generation_prompt"] and messages[-1]["role"] == "tool"
-        return self._with_header(text, switches) if goes_on else text
+        if not form.has_responses or self._end_of_turn is None:
+            return text
+        text = self._with_headers(text, self._end_of_turn)
+        goes_on = switches["add_generation_prompt"] and messages[-1]["role"] == "tool"
+        return self._with_last_header(text, self._end_of_turn, switches) if goes_on else text
 
-    def _with_header(self, text: str, switches: Mapping[str, Any]) -> str:
-        """Opens a turn that such a template leaves closed: where calls have text beside them, it ends the turn behind
-        their results."""
+    def _with_headers(self, text: str, end: str) -> str:
+        """Opens the turns that such a template leaves closed: where calls have text beside them, it ends the turn
+        behind their results, and goes on without a header."""
+        header = self._header(enable_thinking=True)
+        if (begin := self._control.match(header)) is None:
+            return text
+        return re.sub(rf"({re.escape(end)}\s*)(?!{re.escape(begin[0])}|\s|\Z)", lambda match: match[1] + header, text)
+
+    def _with_last_header(self, text: str, end: str, switches: Mapping[str, Any]) -> str:
+        """Does the same at the text's end, where the template may have written what follows the header."""
+        before, _, behind = text.rpartition(end)
+        header, tail = self._header(**switches), behind.lstrip()
+        is_closed = bool(before) and len(tail) < len(header) and header.endswith(tail)
+        return f"{before}{end}{behind[: len(behind) - len(tail)]}{header}" if is_closed else text
+
+    def _header(self, **switches: Any) -> str:
+        """Returns what the template opens the assistant's turn with."""
         user = self._forms[False].of([{"role": "user", "content": "."}])
         closed, opened = (self._apply(user, None, **{**switches, "add_generation_prompt": o}) for o in (False, True))
-        before, end, behind = text.rpartition(self._end_of_turn or "\0")
-        header, tail = opened.removeprefix(closed), behind.lstrip()
-        is_closed = bool(end) and len(tail) < len(header) < len(opened) and header.endswith(tail)
-        return f"{before}{end}{behind[: len(behind) - len(tail)]}{header}" if is_closed else text
+        return opened.removeprefix(closed) if opened.startswith(closed) else ""
 
     def _attempts(
         self, plain: list[CanonicalMessage], tools: list[dict[str, Any]], has_images: bool

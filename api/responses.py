@@ -159,12 +159,22 @@ def _content(content: Content, path: str) -> str | list[dict[str, Any]]:
         return content
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
-        if part.type == "input_image" and part.image_url is not None:
+        if part.type == "input_image":
+            if part.image_url is None:
+                raise InvalidRequest(
+                    f"{path}[{number}].image_url is required: this server stores no files.",
+                    param=f"{path}[{number}].image_url",
+                    code="missing_required_parameter",
+                )
             parts.append({"type": "image_url", "image_url": {"url": part.image_url, "detail": part.detail or "auto"}})
             continue
         chat_type = PART_TYPES.get(part.type)
         if chat_type is None:
-            raise unsupported(f"{path}[{number}].type")
+            raise InvalidRequest(
+                f"{path}[{number}].type must be one of {', '.join((*PART_TYPES, 'input_image'))}, not {part.type!r}.",
+                param=f"{path}[{number}].type",
+                code="unsupported_value",
+            )
         text = part.refusal if chat_type == "refusal" else part.text
         if text is None:
             raise InvalidRequest(

@@ -135,11 +135,12 @@ def _make_alike(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
-    """Returns the layers that bitsandbytes must not quantize: those that stay EXACT and its own defaults. None if the
-    model has none of the former, so that its defaults apply."""
+    """Returns the layers that bitsandbytes must not quantize: those that stay EXACT, those that see, and its own
+    defaults. None if the model has none of the former, so that its defaults apply."""
     with torch.device("meta"):
         model: Any = auto_class(config).from_config(config)
-    exact = [name for name, _ in model.named_modules() if packed_layers.EXACT.search(name)]
+    kept = (packed_layers.EXACT, weight_files.VISION)
+    exact = [name for name, _ in model.named_modules() if any(pattern.search(name) for pattern in kept)]
     return [*get_keys_to_not_convert(model), *exact] if exact else None
 
 

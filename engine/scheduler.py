@@ -19,6 +19,7 @@ from engine.vision import Image
 
 MAX_DEFERRALS = 300  # steps after which a prompt of low priority is as urgent as any
 ENCODED_AHEAD = 4  # waiting prompts whose images are encoded already; their features take memory
+AHEAD_BYTES = 256 * 2**20  # of those features, beyond which only the next prompt's images are encoded
 MAX_DRAFTED_ROWS = 16  # tokens in a step with guesses; more of them cost about as much as they gain
 
 
@@ -232,7 +233,10 @@ class Scheduler:
     def images_to_encode(self) -> list[Image]:
         """Images without features of the prompts that are being computed, then of the next ones that wait."""
         num_ahead = min(ENCODED_AHEAD, self.limits.max_num_seqs - len(self.running))
-        owners = [*self._prefilling(), *list(self.waiting)[: max(1, num_ahead)]]
+        ahead = list(self.waiting)[: max(1, num_ahead)]
+        features = [image.features for owner in ahead for image in owner.images if image.features is not None]
+        is_full = sum(rows.nbytes for rows in features) > AHEAD_BYTES
+        owners = [*self._prefilling(), *ahead[: 1 if is_full else None]]
         images = [image for owner in owners for image in owner.images_in(owner.num_computed, owner.num_tokens)]
         return [image for image in images if image.features is None]
 

@@ -1,6 +1,7 @@
 """Gemma 4's turns: thoughts, end tokens, tools and their results in the prompt, and what messages cannot spell."""
 
 import json
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -117,6 +118,17 @@ def test_the_system_turn_switches_thoughts_and_nothing_is_added_to_the_prompt() 
         assert rendered(called, tools=[TOOL], thinks=thinks).endswith("<tool_response|>")
         token_ids = template.render_chat([Message(**own) for own in called], RenderOptions(thinks=thinks))
         assert template.thinking(token_ids) == state
+
+
+def test_every_turn_has_a_header_also_behind_text_beside_calls() -> None:
+    """The template ends a turn behind such text, and goes on without a header."""
+    said = {**calls(call(1, "weather", {"city": "Oslo"})), "content": "I look."}
+    again = {**calls(call(2, "weather", {"city": "Rome"})), "content": "Once more."}
+    prompt = rendered([USER, said, result(1), again, result(2)], tools=[TOOL], thinks=True)
+    assert "I look.<turn|>\n<|turn>model\n<|tool_call>call:weather" in prompt
+    assert prompt.endswith("Once more.<turn|>\n<|turn>model\n")
+    ends = [at.end() for at in re.finditer(r"<turn\|>\s*", prompt)]
+    assert all(prompt.startswith("<|turn>", at) for at in ends)
 
 
 @pytest.mark.parametrize("budget", [None, 0, 5])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from genuine_templates import source_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,10 +21,8 @@ from schemas import Message
 from vision.gemma4 import MOST_TOKENS as GEMMA_TOKENS
 from vision.qwen_vl import MOST_TOKENS as QWEN_TOKENS
 
-USER = {
-    "role": "user",
-    "content": [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": "?"}],
-}
+PICTURE = {"type": "image_url", "image_url": {"url": "data:,"}}
+USER = {"role": "user", "content": [PICTURE, {"type": "text", "text": "?"}]}
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
@@ -118,3 +117,21 @@ def test_boundaries_are_where_another_turn_would_differ_also_beside_pictures() -
     shown = template.tokenizer.decode(prompt_ids[before:])
     assert shown.startswith(f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>?<|im_end|>\n")
     assert template.tokenizer.decode(prompt_ids[after:]).startswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("name", ["google-gemma-4-31B-it", "google-gemma-4-31B-it-interleaved"])
+def test_a_picture_in_a_result_leaves_gemma_4_its_native_calls(name: str) -> None:
+    """As an agent returns a screenshot."""
+    tokenizer = seeing_tokenizer("gemma4")
+    tokenizer.chat_template = source_of(name)
+    template = PromptTemplate(tokenizer, "gemma4", family_of("gemma4"))
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "here"}, PICTURE]}
+    messages = [{"role": "user", "content": "Look."}, {"role": "assistant", "tool_calls": [call]}, result]
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}
+    options = RenderOptions(tools=[tool], image_grids=[[(1, 3)]])
+    prompt = template.tokenizer.decode(template.render_chat([Message.model_validate(m) for m in messages], options))
+    response = '<|tool_response>response:look{value:<|"|>here<|"|>}<tool_response|>'
+    assert "<|tool>declaration:look" in prompt and f"<|tool_call>call:look{{}}<tool_call|>{response}" in prompt
+    shown = "<|image><|image|><|image|><|image|><image|><turn|>\n<|turn>model\n"
+    assert prompt.partition(response)[2].startswith(shown)

@@ -17,6 +17,7 @@ from engine.cpu.kernels import are_available
 from engine.cpu.packing import pack_model
 from engine.engine import Engine, EngineOptions
 from engine.model_runner import ModelRunner
+from engine.prefill_budget import PrefillBudget
 from engine.quantization import QUANTIZATIONS
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -134,10 +135,18 @@ def test_another_image_in_the_same_place_shares_only_what_comes_before(block_siz
     del LAYOUTS["other"]
 
 
+class Unmeasured(PrefillBudget):
+    """Has prompts in steps whatever the time of earlier ones, so that steps are the same on a busy machine."""
+
+    def note(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
+        pass
+
+
 def test_preempted_requests_are_computed_again() -> None:
     layers, per_token = 7, 2 * 2 * 32 * 4
     options = replace(SMALL_STEPS, kv_cache_memory=150 * layers * per_token, max_model_len=140)
     engine = engine_of(options)
+    engine.scheduler.prefill_budget = Unmeasured(24)
     names = ["one image", "an image first", "the same image twice"] * 3
     assert finish(engine, [sequence_of(name) for name in names]) == [expected(name) for name in names]
     assert engine.scheduler.num_preemptions > 0

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from seeing_models import IMAGE, KINDS, crop, expected_tokens, family_of, seeing_model
+from test_vision import Unmeasured
 
 from engine.attention import flash, fused
 from engine.attention.paged import PrefillChunk, visible_of
@@ -21,6 +22,7 @@ from engine.engine import Engine, EngineOptions
 from engine.model_runner import ModelRunner, probe_layers
 from engine.quantization import BFLOAT16_KERNELS, QUANTIZATIONS
 from engine.sampling_params import SamplingParams
+from engine.scheduler import AHEAD_BYTES
 from engine.sequence import Sequence
 from engine.vision import Image, VisionEncoder
 
@@ -124,6 +126,7 @@ def test_preempted_requests_are_computed_again(kind: str) -> None:
         memory = int((share * longest + 16) * specs.bytes_per_token) + 6 * specs.bytes_per_sequence
         options = replace(SMALL_STEPS, kv_cache_memory=memory, max_model_len=longest, num_speculative_tokens=0)
         engine = engine_of(kind, replace(options, snapshot_memory=2 * specs.bytes_per_sequence or None))
+        engine.scheduler.prefill_budget = Unmeasured(24)
         assert finish(engine, [sequence_of(kind, name) for name in names]) == [expected(kind, name) for name in names]
         num_preemptions += engine.scheduler.num_preemptions
     assert num_preemptions > 0
@@ -221,13 +224,13 @@ def test_positions_are_those_of_transformers_however_a_prompt_is_cut(kind: str, 
 
 
 @pytest.mark.skipif(not are_available(), reason="needs torch with GNU's OpenMP")
-@pytest.mark.parametrize("bits", ["int8", "bfloat16"])
+@pytest.mark.parametrize("bits", ["int8", "int4", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_model_sees_too(kind: str, bits: str) -> None:
     """Its features are near those of the stock model, and it answers."""
-    model = seeing_model.__wrapped__(kind).to({"int8": torch.float32, "bfloat16": torch.bfloat16}[bits])
+    model = seeing_model.__wrapped__(kind).to(torch.bfloat16 if bits == "bfloat16" else torch.float32)
     with torch.inference_mode():
-        pack_model(model, QUANTIZATIONS[bits] if bits == "int8" else BFLOAT16_KERNELS)
+        pack_model(model, BFLOAT16_KERNELS if bits == "bfloat16" else QUANTIZATIONS[bits])
     fused.fuse_attention(model)
     encoder, stock = VisionEncoder(model), VisionEncoder(seeing_model(kind))
     seen = crop(kind, 0)
@@ -238,3 +241,16 @@ def test_a_packed_model_sees_too(kind: str, bits: str) -> None:
     assert (one.features - other.features).norm() < 0.1 * other.features.norm()
     engine = build_engine(model, SMALL_STEPS, frozenset())
     assert len(finish(engine, [sequence_of(kind, "many turns")])[0]) == NUM_NEW
+
+
+def test_the_features_of_waiting_prompts_are_few() -> None:
+    """Beyond their limit only those of the next prompt are made ahead."""
+    engine = engine_of("qwen3_vl", replace(SMALL_STEPS, max_num_seqs=8))
+    sequences = [sequence_of("qwen3_vl", "many turns") for _ in range(4)]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    waiting = [image for sequence in sequences for image in sequence.images]
+    assert len(engine.scheduler.images_to_encode()) == len(waiting)
+    first = sequences[0].images
+    first[0].features = torch.empty(AHEAD_BYTES // 4 + 1, 1)  # memory that is never written
+    assert engine.scheduler.images_to_encode() == [*first[1:]]

@@ -116,11 +116,16 @@ def resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
         path = schema.get("$ref") if isinstance(schema, dict) else None
         if not isinstance(path, str):
             return schema if isinstance(schema, dict) else {}
-        target: Any = root if path.startswith("#") else None
-        for step in filter(None, unquote(path.removeprefix("#")).split("/")):
-            target = _part(target, step.replace("~1", "/").replace("~0", "~"))
-        schema = target
+        schema = target_of(path, root)
     return {}
+
+
+def target_of(path: str, root: Mapping[str, Any]) -> Any:
+    """Returns what a reference leads to in the same document; None where it leads nowhere."""
+    target: Any = root if path.startswith("#") else None
+    for step in filter(None, unquote(path.removeprefix("#")).split("/")):
+        target = _part(target, step.replace("~1", "/").replace("~0", "~"))
+    return target
 
 
 def _part(value: Any, key: str) -> Any:

@@ -78,16 +78,29 @@ def prefix_tool_names(messages: Sequence[CanonicalMessage]) -> list[CanonicalMes
 
 
 def as_responses(messages: Sequence[CanonicalMessage]) -> list[CanonicalMessage]:
-    """Puts results into the message of their calls, for templates whose turn goes on behind them."""
+    """Puts results into the message of their calls, for templates whose turn goes on behind them. The images of
+    results are before the message's text, which such templates write behind all results."""
     result: list[CanonicalMessage] = []
     for message, results in with_results(messages):
         names = {str(call.get("id")): _called(call).get("name") for call in message.get("tool_calls", ())}
         responses = [
-            {"name": names.get(str(m.get("tool_call_id"))) or m.get("name") or "unknown", "response": m["content"]}
+            {"name": names.get(str(m.get("tool_call_id"))) or m.get("name") or "unknown", "response": _said(m)}
             for m in results
         ]
+        shown = [m["content"] for m in results if not isinstance(m["content"], str)]
+        images = [part for content in shown for part in content if part["type"] == "image"]
+        if images:
+            said = message["content"]
+            said = [{"type": "text", "text": said}] if isinstance(said, str) and said else said or []
+            message = {**message, "content": [*images, *said]}
         result.append({**message, "tool_responses": responses} if responses else message)
     return result
+
+
+def _said(message: CanonicalMessage) -> str:
+    """Returns a message's text without its images."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _called(call: dict[str, Any]) -> dict[str, Any]:

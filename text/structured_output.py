@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from errors import InvalidRequest, first_line
 from schemas import ChatCompletionRequest, CompletionRequest
+from text.endless_schemas import is_endless
 from text.json_bounds import SCHEMA, check_json
 from text.json_schemas import enforceable, patterns_of
 from text.tool_calls.lark import WHITESPACE, Literals, lark_string
@@ -51,6 +52,8 @@ def structure_of(request: Structured, box: ToolSet | None, style: ToolFormat, li
     if box is None:
         return None if asked is None else Structure(asked[0], {asked[1]: asked[0]})
     is_needed = box.is_required or box.is_strict
+    if not is_needed and asked is None and any(map(is_endless, box.schemas.values())):
+        return None
     parts = {box.fields[name]: _part(schema, box.fields[name], is_needed) for name, schema in box.schemas.items()}
     if box.is_required:
         text = style.calls_grammar(box.schemas, literals, box.is_parallel)
@@ -94,6 +97,8 @@ def _grammar_of(request: Structured) -> tuple[str, str] | None:
         if kind == "json" and isinstance(value, str):
             value = json.loads(value)
         check_json(value, field, SCHEMA)
+        if kind == "json":
+            _check_endless(value)
         patterns = [*KINDS[kind].patterns(value)]
         check_patterns(patterns, field)
         _check_ends(patterns)
@@ -105,6 +110,12 @@ def _check_ends(patterns: Iterable[str]) -> None:
     for pattern in patterns:
         if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
             raise ValueError("a pattern must not end in a single backslash")
+
+
+def _check_endless(schema: Any) -> None:
+    """Raises ValueError for a schema that no answer can come to the end of."""
+    if is_endless(schema):
+        raise ValueError("it asks for values without an end: a required part of it needs another such part")
 
 
 @contextmanager
@@ -121,6 +132,7 @@ def _refusing(field: str) -> Iterator[None]:
 def _part(schema: Any, field: str, is_needed: bool) -> str:
     with _refusing(field):
         _check_ends(patterns_of(schema) if is_needed else ())
+        _check_endless(schema)
         return _of_json(schema)
 
 

@@ -5,15 +5,15 @@ from typing import Any
 from vision.family import VisionFamily
 from vision.gemma3 import Gemma3Vision
 from vision.gemma4 import Gemma4UnifiedVision, Gemma4Vision
-from vision.qwen_vl import Qwen3VLVision, QwenVision
+from vision.qwen_vl import Qwen3_5Vision, Qwen3VLVision, QwenVision
 
 FAMILIES: dict[str, type[VisionFamily]] = {  # by config.model_type
     "gemma3": Gemma3Vision,
     "gemma4": Gemma4Vision,
     "gemma4_unified": Gemma4UnifiedVision,
     "qwen2_5_vl": QwenVision,
-    "qwen3_5": QwenVision,
-    "qwen3_5_moe": QwenVision,
+    "qwen3_5": Qwen3_5Vision,
+    "qwen3_5_moe": Qwen3_5Vision,
     "qwen3_vl": Qwen3VLVision,
     "qwen3_vl_moe": Qwen3VLVision,
 }

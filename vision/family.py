@@ -60,7 +60,7 @@ class VisionFamily(ABC):
     is_causal: bool  # a token of an image sees what comes before it; if not, all tokens of an image see each other
     sees_beyond_window = False  # a token of an image sees the whole image also where a layer's window is shorter
     position_axes = 1  # coordinates of a token's position
-    needs_tower = True  # its class in transformers cannot be made without one
+    needs_tower = True  # transformers has no text model of its type, or cannot make it without a tower
 
     def __init__(self, config: Any) -> None:
         """config: the model's, as transformers reads it."""
@@ -138,8 +138,12 @@ def forward_text(model: Any, *, logits_to_keep: "int | torch.Tensor" = 0, **inpu
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     output = model.model.language_model(**inputs)
-    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    logits = model.lm_head(output.last_hidden_state[:, kept])
+    hidden = output.last_hidden_state
+    if isinstance(logits_to_keep, int):
+        kept: Any = slice(-logits_to_keep, None)
+    else:
+        kept = logits_to_keep.to(hidden.device)  # layers may be on several devices
+    logits = model.lm_head(hidden[:, kept])
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     logits = logits if cap is None else (logits / cap).tanh() * cap
     return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)

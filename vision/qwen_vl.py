@@ -20,7 +20,6 @@ class QwenVision(VisionFamily):
     frame = ("<|vision_start|>", "<|vision_end|>")
     is_causal = True
     position_axes = 3  # time, row and column
-    needs_tower = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -75,6 +74,10 @@ def _go_on(axes: list[list[int]], positions: range) -> None:
     """Adds positions of text, which are the same on all axes."""
     for axis in axes:
         axis += positions
+
+
+class Qwen3_5Vision(QwenVision):
+    needs_tower = False
 
 
 class Qwen3VLVision(QwenVision):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine import weight_files
 from engine.cpu.packed_experts import PARAMETERS, can_pack_experts, experts_of
 from engine.cpu.packed_layers import EXACT, fuse_layers, replace_layer
 from engine.cpu.packed_weight import (
@@ -38,7 +39,7 @@ class Packer:
         self._owners = _layers_to_pack(model)
         head = model.get_output_embeddings()
         self._formats = {
-            name: format_of(head_bits if head in map(model.get_submodule, owners) else bits)
+            name: format_of(head_bits if head in map(model.get_submodule, owners) else _bits_of(name, bits))
             for name, owners in self._owners.items()
         }
         if bits < 16:
@@ -80,6 +81,11 @@ class Packer:
             names = {*self._formats, *(f"{name}.weight" for name in self.packed)}
             keep(self.packed, {name: t for name, t in model.state_dict().items() if name not in names})
         install(model, self.packed)
+
+
+def _bits_of(name: str, bits: int) -> int:
+    """Returns the bits of a parameter: parts that see are small, and suffer from fewer than 8."""
+    return max(bits, 8) if weight_files.VISION.search(name) else bits
 
 
 def pack_model(model: PreTrainedModel, quantization: Quantization, keep: Keep | None = None) -> None:

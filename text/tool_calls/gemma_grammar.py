@@ -75,7 +75,8 @@ class GemmaGrammar:
         if id(schema) not in self._names:
             self._names[id(schema)] = name = f"{self._rule}_{len(self._names)}"
             choices = self._choices(schema, depth + 1) or self._json(schema)
-            self.rules.append(f"{name}: {choices}" + (' | "null"' if schema.get("nullable") is True else ""))
+            may_be_null = schema.get("nullable") is True and not schema.keys() & {"enum", "const"}
+            self.rules.append(f"{name}: {choices}" + (' | "null"' if may_be_null else ""))
         return self._names[id(schema)]
 
     def _json(self, schema: Schema) -> str:
