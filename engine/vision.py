@@ -56,9 +56,8 @@ class VisionEncoder:
         """Encodes images together. Raises what the model raises."""
         distinct = {image.digest: image for image in images if image.features is None}
         weight = next(self.family.tower(self._model).parameters())
-        pixels = [
-            image.pixels.to(weight.device, weight.dtype) for image in distinct.values() if image.pixels is not None
-        ]
+        # in float32: some towers scale pixels before they round them
+        pixels = [image.pixels.to(weight.device) for image in distinct.values() if image.pixels is not None]
         features = self.family.encode(self._model, pixels, [image.grid for image in distinct.values()])
         self.num_encoded += len(distinct)
         for digest, rows in zip(distinct, features, strict=True):

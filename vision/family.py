@@ -102,7 +102,7 @@ class VisionFamily(ABC):
         """Returns the features of crops, each (num_tokens, features). Raises what the model, which is transformers',
         raises.
 
-        pixels, grids: of the crops, as `crops` made them; the pixels on the model's device and in its data type.
+        pixels, grids: of the crops, as `crops` made them; the pixels on the model's device.
         """
 
     def inputs(
