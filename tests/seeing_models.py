@@ -148,6 +148,12 @@ KINDS: dict[str, SeeingKind] = {
     "gemma4_small": SeeingKind(  # as E2B: embeddings for each layer, and layers that share keys
         config=lambda: _gemma4(hidden_size_per_layer_input=8, num_kv_shared_layers=3), **_seeing_gemma
     ),
+    "gemma4_wide": SeeingKind(  # with heads that the CPU's attention kernels do not take
+        config=lambda: _gemma4(
+            hidden_size_per_layer_input=0, use_bidirectional_attention="vision", head_dim=24, global_head_dim=40
+        ),
+        **_seeing_gemma,
+    ),
     "gemma4_unified": SeeingKind(
         config=lambda: Gemma4UnifiedConfig(
             text_config={**_GEMMA, "use_bidirectional_attention": "vision"},
