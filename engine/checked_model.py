@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from engine import weight_files
+from engine.cpu import packed_layers
 from errors import ModelLoadError, first_line
 from vision.families import vision_family_of
 
@@ -140,7 +141,7 @@ def _leave_out_parts(config: PreTrainedConfig, tensors: Iterable[str]) -> None:
     family = vision_family_of(config)
     if getattr(config, "audio_config", None) is not None and family is not None:
         cast(Any, config).audio_config = None
-    if family is not None and not family.needs_tower and not any(map(weight_files.VISION.search, tensors)):
+    if family is not None and not family.needs_tower and not any(map(packed_layers.SEEING.search, tensors)):
         cast(Any, config).vision_config = None
 
 

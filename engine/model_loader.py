@@ -139,7 +139,7 @@ def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
     defaults. None if the model has none of the former, so that its defaults apply."""
     with torch.device("meta"):
         model: Any = auto_class(config).from_config(config)
-    kept = (packed_layers.EXACT, weight_files.VISION)
+    kept = (packed_layers.EXACT, packed_layers.SEEING)
     exact = [name for name, _ in model.named_modules() if any(pattern.search(name) for pattern in kept)]
     return [*get_keys_to_not_convert(model), *exact] if exact else None
 

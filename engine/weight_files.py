@@ -27,7 +27,6 @@ FURTHER_COUNTS = (  # settings that give the number of such layers
     *("num_mtp_modules", "mtp_num_layers", "n_predict_layers", "num_multi_token_layers"),
 )
 FURTHER_PARTS = re.compile(r"(eh_proj|enorm|hnorm|shared_head|mtp|nextn)\b|mtp_|nextn_")  # parts only such layers have
-VISION = re.compile(r"(^|\.)(vision|visual|image|embed_vision)\w*\.")  # a part that sees
 BIAS = re.compile(r"(\.|_)bias$")
 NAMED = 3  # tensors that an error lists
 CODES = re.compile(

@@ -22,6 +22,7 @@ ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 EXACT = re.compile(  # small layers that are not rounded: routers choose experts, and gates how long a state lasts
     r"(^|\.)(\w*router\w*|gate|shared_expert_gate|in_proj_(a|b|ba))(\.|$)"
 )
+SEEING = re.compile(r"(^|\.)(vision|visual|image|embed_vision)\w*\.")  # layers that see
 Prepared = Activations | torch.Tensor  # what `prepare` makes of a layer's input
 ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the same computation may be apart
 

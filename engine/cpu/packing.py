@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine import weight_files
 from engine.cpu.packed_experts import PARAMETERS, can_pack_experts, experts_of
-from engine.cpu.packed_layers import EXACT, fuse_layers, replace_layer
+from engine.cpu.packed_layers import EXACT, SEEING, fuse_layers, replace_layer
 from engine.cpu.packed_weight import (
     Format,
     PackedWeight,
@@ -85,7 +84,7 @@ class Packer:
 
 def _bits_of(name: str, bits: int) -> int:
     """Returns the bits of a parameter: parts that see are small, and suffer from fewer than 8."""
-    return max(bits, 8) if weight_files.VISION.search(name) else bits
+    return max(bits, 8) if SEEING.search(name) else bits
 
 
 def pack_model(model: PreTrainedModel, quantization: Quantization, keep: Keep | None = None) -> None:
