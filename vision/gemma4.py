@@ -25,7 +25,7 @@ class Gemma4Vision(VisionFamily):
         text = config.get_text_config()
         self.is_causal = text.use_bidirectional_attention != "vision"  # E2B and E4B
         self._pool: int = config.vision_config.pooling_kernel_size  # patches on a side of a token
-        self._pad: int = text.pad_token_id
+        self._pad: int = text.pad_token_id or 0
         ids = (config.image_token_id, config.video_token_id, config.audio_token_id)
         self._placeholders = [token for token in ids if token is not None]
 

@@ -49,6 +49,8 @@ class Gemma4ImageProcessor(Gemma4ImageProcessorPil):
     def aspect_ratio_preserving_resize(
         self, image: Any, patch_size: int, max_patches: int, pooling_kernel_size: int, resample: Any
     ) -> Any:
+        if resample not in MODES:
+            return super().aspect_ratio_preserving_resize(image, patch_size, max_patches, pooling_kernel_size, resample)
         height, width = image.shape[-2:]
         size = get_aspect_ratio_preserving_size(height, width, patch_size, max_patches, pooling_kernel_size)
         return _resized(image, *size, resample)
