@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from seeing_models import IMAGE, KINDS, crop, expected_tokens, family_of, picture, seeing_model
-from test_vision import Unmeasured
+from test_vision import Unmeasured, finish
 
 from engine.attention import flash, fused
 from engine.attention.paged import PrefillChunk, visible_of
@@ -71,15 +71,6 @@ def engine_of(kind: str, options: EngineOptions = SMALL_STEPS) -> Engine:
 def sequence_of(kind: str, name: str, detail: str = "auto") -> Sequence:
     token_ids, images = prompt_of(kind, LAYOUTS[name], detail)
     return Sequence(token_ids, GREEDY, on_output=lambda output: None, images=images)
-
-
-def finish(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
-    for sequence in sequences:
-        engine.scheduler.add(sequence)
-    while engine.scheduler.has_work:
-        engine.step()
-    assert engine.num_used_blocks == 0
-    return [sequence.output_ids for sequence in sequences]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
