@@ -25,7 +25,7 @@ from engine.cpu.packed_layers import PackedEmbedding
 from engine.cpu.packed_weight import Format, PackedWeight, pack, quantize_weight
 from engine.cpu.packing import Packer
 from engine.engine import Engine, EngineOptions
-from engine.model_runner import probe_layers
+from engine.layer_probe import probe_layers
 from engine.quantization import QUANTIZATIONS
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence

@@ -40,7 +40,8 @@ from engine.async_runner import AsyncRunner
 from engine.attention import paged
 from engine.build import build_engine, warm_up
 from engine.engine import Engine, EngineOptions
-from engine.model_runner import ModelRunner, probe_layers
+from engine.layer_probe import probe_layers
+from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from errors import first_line

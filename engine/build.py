@@ -17,9 +17,10 @@ from engine.attention.flash import Kernel
 from engine.checked_model import CheckedModel
 from engine.engine import Engine, EngineOptions
 from engine.kv_cache import CachePlan, KVCache
+from engine.layer_probe import input_device, probe_layers
 from engine.layer_spec import LayerSpecs
 from engine.model_loader import load_model
-from engine.model_runner import ModelRunner, input_device, probe_layers
+from engine.model_runner import ModelRunner
 from engine.recurrent.state_cache import StateCache, StatePlan, most_snapshots, slot_bytes
 from engine.report import Report
 from engine.sampling_params import SamplingParams

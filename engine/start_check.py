@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from engine.batch import Batch, Span
 from engine.cpu import kernels
 from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
-from engine.model_runner import ModelRunner, forward_of
+from engine.layer_probe import forward_of
+from engine.model_runner import ModelRunner
 from engine.report import Report
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence

@@ -256,7 +256,7 @@ def expected_tokens(
     if pictures:
         seen = chosen.processor()([picture(n) for n in pictures], return_tensors="pt", **chosen.details[detail])
         found = {name: seen[name] for name in ("pixel_values", chosen.places)}
-    output: Any = seeing_model(kind, "eager").generate(  # type: ignore[operator]
+    output: Any = seeing_model(kind, "eager").generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         mm_token_type_ids=(ids == IMAGE).long(),

@@ -15,7 +15,8 @@ from engine.attention.paged import PrefillChunk
 from engine.batch import Batch
 from engine.build import build_engine
 from engine.engine import Engine, EngineOptions
-from engine.model_runner import ModelRunner, probe_layers
+from engine.layer_probe import probe_layers
+from engine.model_runner import ModelRunner
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
 from errors import EngineFailure, Overloaded, Unavailable

@@ -36,8 +36,8 @@ from checkpoints import (
 from engine.checked_model import check_model
 from engine.cpu import packed_checkpoint
 from engine.cpu.packed_experts import PackedExperts
+from engine.layer_probe import probe_layers
 from engine.model_loader import load_model
-from engine.model_runner import probe_layers
 
 
 @pytest.mark.thinned(3)

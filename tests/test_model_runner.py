@@ -47,8 +47,8 @@ from engine.attention import paged
 from engine.build import build_engine
 from engine.checked_model import check_architecture, check_model, choose_dtype
 from engine.engine import EngineOptions
+from engine.layer_probe import probe_layers
 from engine.model_loader import load_model
-from engine.model_runner import probe_layers
 from engine.sampling_params import SamplingParams
 from errors import ModelLoadError
 from vision.families import FAMILIES

@@ -13,7 +13,8 @@ from test_engine import answer, answers, engine_of, greedy, prompts, reference, 
 from engine.batch import Batch
 from engine.build import build_engine
 from engine.engine import Engine, EngineOptions
-from engine.model_runner import ModelRunner, probe_layers
+from engine.layer_probe import probe_layers
+from engine.model_runner import ModelRunner
 from engine.recurrent.state_cache import StateCache
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import Sequence

@@ -15,6 +15,7 @@ from openai import OpenAI
 from PIL import Image
 from process import MAIN, Server, serve
 from seeing_models import generated, picture, processed, save_seeing_checkpoint
+from test_agent_conversation import CITIES, TOOL
 
 KINDS = ("qwen3_vl", "qwen3_5", "gemma4_small", "gemma4")
 MODEL = "Tiny"
@@ -193,19 +194,6 @@ def test_a_placeholder_in_a_raw_prompt_is_only_a_token(seeing: Seeing) -> None:
 
 # --- tools and thoughts of Gemma 4
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-            "required": ["city", "days"],
-        },
-    },
-}
-
 
 def test_gemma_4_is_a_family_whose_calls_are_its_own(gemma: Server) -> None:
     """A picture, a forced call, its result, and the turn that goes on behind it."""
@@ -222,7 +210,7 @@ def test_gemma_4_is_a_family_whose_calls_are_its_own(gemma: Server) -> None:
         calls = answer.choices[0].message.tool_calls
         assert calls and answer.choices[0].finish_reason == "tool_calls"
         arguments = json.loads(calls[0].function.arguments)
-        assert arguments["city"] in ("Oslo", "Rome") and 1 <= arguments["days"] <= 9
+        assert arguments["city"] in CITIES and 1 <= arguments["days"] <= 9
         pieces = [call for chunk in chunks if chunk.choices for call in chunk.choices[0].delta.tool_calls or ()]
         streamed = "".join(piece.function.arguments or "" for piece in pieces if piece.index == 0 and piece.function)
         assert json.loads(streamed) == arguments

@@ -5,7 +5,7 @@ import torch
 from models import tiny_model
 
 from engine.attention import paged
-from engine.model_runner import probe_layers
+from engine.layer_probe import probe_layers
 from engine.step_cost import FEWEST, MOST, choose_num_seqs, decode_seconds
 
 

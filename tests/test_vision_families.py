@@ -19,7 +19,8 @@ from engine.build import build_engine
 from engine.cpu.kernels import are_available
 from engine.cpu.packing import pack_model
 from engine.engine import Engine, EngineOptions
-from engine.model_runner import ModelRunner, probe_layers
+from engine.layer_probe import probe_layers
+from engine.model_runner import ModelRunner
 from engine.quantization import BFLOAT16_KERNELS, QUANTIZATIONS
 from engine.sampling_params import SamplingParams
 from engine.scheduler import AHEAD_BYTES

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from engine.async_runner import AsyncRunner
 from engine.build import build_engine
 from engine.engine import Engine, EngineOptions
-from engine.model_runner import ModelRunner, probe_layers
+from engine.layer_probe import probe_layers
+from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
