@@ -154,6 +154,18 @@ KINDS: dict[str, SeeingKind] = {
         ),
         **_seeing_gemma,
     ),
+    "gemma4_moe": SeeingKind(  # as 26B-A4B
+        config=lambda: _gemma4(
+            hidden_size_per_layer_input=0,
+            use_bidirectional_attention="vision",
+            attention_k_eq_v=True,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=32,
+        ),
+        **_seeing_gemma,
+    ),
     "gemma4_unified": SeeingKind(
         config=lambda: Gemma4UnifiedConfig(
             text_config={**_GEMMA, "use_bidirectional_attention": "vision"},
