@@ -444,10 +444,15 @@ class PromptTemplate:
     def _with_headers(self, text: str, end: str) -> str:
         """Opens the turns that such a template leaves closed: where calls have text beside them, it ends the turn
         behind their results, and goes on without a header."""
-        header = self._header(enable_thinking=True)
+        header = self._plain_header
         if (begin := self._control.match(header)) is None:
             return text
         return re.sub(rf"({re.escape(end)}\s*)(?!{re.escape(begin[0])}|\s|\Z)", lambda match: match[1] + header, text)
+
+    @cached_property
+    def _plain_header(self) -> str:
+        """The header with nothing behind it that would switch reasoning off."""
+        return self._header(enable_thinking=True)
 
     def _with_last_header(self, text: str, end: str, switches: Mapping[str, Any]) -> str:
         """Does the same at the text's end, where the template may have written what follows the header."""
