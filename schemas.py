@@ -32,13 +32,23 @@ MAX_ITEMS = 10_000  # of every list without a limit of its own
 MAX_BIASES = 1024
 Item = TypeVar("Item")
 Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]  # one error, not one for each item
-Support = Literal["honoured", "no meaning here", "refused"]  # a field's `x-support` in /openapi.json
+Support = Literal["honoured", "no meaning here", "ignored", "refused"]  # a field's `x-support` in /openapi.json
 
 
 def _no_meaning(why: str) -> Any:
     """Declares a field that cannot change the answer of a local model."""
     return Field(
         None, description=f"Accepted, but without effect: {why}", json_schema_extra={"x-support": "no meaning here"}
+    )
+
+
+def _ignored(why: str, *neutral: Any) -> Any:
+    """Declares a field that could change the answer but cannot here; the client is told, unless the value is in
+    `neutral`."""
+    return Field(
+        None,
+        description=f"Accepted, but without effect, and named as ignored: {why}",
+        json_schema_extra={"x-support": "ignored", "x-neutral": [None, *neutral]},
     )
 
 
@@ -82,17 +92,20 @@ class RequestBody(BaseModel):
     @property
     def refused_fields(self) -> list[str]:
         """The paths of fields that ask for something unsupported, such as `audio` or `messages[0].audio`."""
-        return sorted(
-            path + name
-            for path, part in self._parts()
-            for name in part._sent_fields
-            if part.support(name) == "refused" and getattr(part, name) not in part._mark(name)["x-neutral"]
-        )
+        return sorted(path + name for path, part in self._parts() for name in part._without("refused"))
 
     @property
     def ignored_fields(self) -> list[str]:
-        """The paths of fields that the client sent and the server does not know."""
-        return sorted(path + name for path, part in self._parts() for name in part._unknown_fields())
+        """The paths of fields that the client sent and the server does not know, or has no means for."""
+        return sorted(
+            path + name for path, part in self._parts() for name in (*part._unknown_fields(), *part._without("ignored"))
+        )
+
+    def _without(self, support: Support) -> Iterator[str]:
+        """Yields the fields with this support whose values ask for something."""
+        for name in self._sent_fields:
+            if self.support(name) == support and getattr(self, name) not in self._mark(name)["x-neutral"]:
+                yield name
 
     def _unknown_fields(self) -> Iterator[str]:
         yield from self.model_extra or ()
@@ -328,6 +341,7 @@ class _ConversationRequest(_RenderedRequest):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
+Verbosity = Literal["low", "medium", "high"]
 JSON_SCHEMA = frozenset({"name", "description", "schema", "strict"})
 
 
@@ -349,7 +363,7 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     response_format: Object | None = None
     audio: Object | None = _refused()
     modalities: Items[str] | None = _refused(["text"])
-    verbosity: str | None = _refused("medium")
+    verbosity: Verbosity | None = _ignored("no chat template knows it.", "medium")
     web_search_options: Object | None = _refused()
     prediction: Object | None = _no_meaning("it can only make an answer faster.")
 
