@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
 MAX_MESSAGES = 10_000  # of a conversation
@@ -358,8 +358,8 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    functions: Items[Object] | None = _refused([])
-    function_call: str | Object | None = _refused("none", "auto")
+    functions: Items[Object] | None = None  # the form of 2023 of tools
+    function_call: str | Object | None = None  # of 2023, too: none, auto, or the name of a function
     response_format: Object | None = None
     audio: Object | None = _refused()
     modalities: Items[str] | None = _refused(["text"])
@@ -706,6 +706,7 @@ class Delta(BaseModel):
     content: str | None = Field(None, exclude_if=_is_none)
     reasoning_content: str | None = Field(None, exclude_if=_is_none)
     tool_calls: list[ToolCallDelta] | None = Field(None, exclude_if=_is_none)
+    function_call: FunctionDelta | None = Field(None, exclude_if=_is_none)  # a call in the form of 2023
 
 
 class ChunkChoice(BaseModel):
@@ -742,6 +743,7 @@ class AssistantMessage(BaseModel):
     refusal: None = None
     reasoning_content: str | None = Field(None, exclude_if=_is_none)
     tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
+    function_call: FunctionCall | None = Field(None, exclude_if=_is_none)  # a call in the form of 2023
 
 
 class Choice(BaseModel):
