@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]  # the last only of other providers
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
 MAX_MESSAGES = 10_000  # of a conversation
@@ -699,6 +699,7 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | None = Field(None, exclude_if=_is_none)  # the stop string that came; the name is vLLM's
 
 
 class ChatCompletionChunk(BaseModel):
@@ -708,6 +709,9 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    known_usage: Usage | None = Field(
+        None, exclude=True
+    )  # with a choice's first token, for protocols that send it first
     timings: Timings | None = Field(None, exclude_if=_is_none)
 
 
@@ -735,6 +739,7 @@ class Choice(BaseModel):
     message: AssistantMessage
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
+    stop_reason: str | None = Field(None, exclude_if=_is_none)
 
 
 class ChatCompletion(BaseModel):

@@ -191,10 +191,11 @@ class LocalModel:
         async with aclosing(merge(plan.sources(loaded))) as deltas:
             async for delta in deltas:
                 is_first = usage.add(delta)
+                known = usage.usage if is_first else None
                 for choice in choices_of(delta, is_first):
                     if usage.is_complete and choice.finish_reason is not None:
                         timings = usage.timings
-                    yield head.model_copy(update={"choices": [choice], "timings": timings})
+                    yield head.model_copy(update={"choices": [choice], "timings": timings, "known_usage": known})
         yield head.model_copy(update={"usage": usage.usage, "timings": timings})
 
     # --- tokens
