@@ -563,6 +563,11 @@ class PromptTemplate:
             key: cut(value, self._markup if key == "tool_calls" else tokens, seam) for key, value in message.items()
         }
 
+    @property
+    def chat_template(self) -> str:
+        """The text of the template for conversations without tools."""
+        return self._template or chosen(self.tokenizer.chat_template, False)
+
     def _apply(self, messages: list[CanonicalMessage], tools: list[dict[str, Any]] | None, **switches: Any) -> str:
         template = self._template or chosen(self.tokenizer.chat_template, tools is not None)
         switches |= {"tools": tools, "chat_template": template}

@@ -24,7 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
+# content_filter comes from other providers only, and function_call where a request has functions
+FinishReason = Literal["stop", "length", "tool_calls", "function_call", "content_filter"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
 MAX_MESSAGES = 10_000  # of a conversation
@@ -516,6 +517,20 @@ class TokenizeResponse(BaseModel):
     token_strs: list[str] | None
 
 
+class TokenizerInfo(BaseModel):
+    """What tokenizer_config.json says of the tokenizer. The shape is vLLM's; tokens are texts, null for none."""
+
+    tokenizer_class: str
+    chat_template: str  # the one that is used, in Jinja: the tokenizer's own, or that of the model's family
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    additional_special_tokens: list[str]  # special to the tokenizer, and none of those above
+    added_tokens_decoder: dict[int, str]  # all tokens that are whole texts to it, by their ids
+    model_max_length: int
+
+
 class DetokenizeRequest(RequestBody):
     model: str | None = None
     tokens: TokenIds
@@ -714,6 +729,7 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | None = Field(None, exclude_if=_is_none)  # the stop string that came; the name is vLLM's
 
 
 class ChatCompletionChunk(BaseModel):
@@ -723,6 +739,9 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    known_usage: Usage | None = Field(
+        None, exclude=True
+    )  # with a choice's first token, for protocols that send it first
     timings: Timings | None = Field(None, exclude_if=_is_none)
 
 
@@ -751,6 +770,7 @@ class Choice(BaseModel):
     message: AssistantMessage
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
+    stop_reason: str | None = Field(None, exclude_if=_is_none)
 
 
 class ChatCompletion(BaseModel):

@@ -46,7 +46,8 @@ async def stream_or_whole(
     items = await unless_client_leaves(request, await_first(chunks))
     if items is None:
         return Response(status_code=CLIENT_GONE)
-    return EventStream(sse(items, encoder), encoder.failure, ignored_fields_header(body.ignored_fields))
+    headers = ignored_fields_header(body.ignored_fields)
+    return EventStream(sse(items, encoder), encoder.failure, headers, format=encoder.format)
 
 
 def _to_json(answer: BaseModel) -> bytes:

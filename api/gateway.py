@@ -25,7 +25,8 @@ from server.headers import header_value
 from telemetry import request_record
 from text.json_bounds import check_num_values
 
-PATHS = ("chat/completions", "completions", "embeddings", "responses")
+TRANSLATED = ("responses", "messages", "messages/count_tokens")  # a provider without them answers by chat completions
+PATHS = ("chat/completions", "completions", "embeddings", *TRANSLATED)
 # A name in `"model": "name"`, wherever it is; its parts are bounded, so that a long string costs no time
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')
 
@@ -101,10 +102,10 @@ async def _answer(
         headers |= {"x-gateway-fallback-from": header_value(first)} if failure else {}
         route = router.provider_of(model)
         try:
-            if route is not None:
+            if route is not None and (route[1].speaks(path) or path not in TRANSLATED):
                 return await _relayed(request, path, {**body, "model": route[2]}, route, headers)
             response = await local(_with_body(request, {**body, "model": model}))
-            response.headers.update(headers)
+            response.headers.update(headers if route is None else {"x-gateway-provider": route[0], **headers})
             return response
         except (APIError, RequestValidationError) as error:
             if failure is None and not (isinstance(error, UpstreamError) and error.is_transient):

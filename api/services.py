@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 
 from config import Settings
 from providers.router import ProviderRouter
+from providers.translated_chat import TranslatedChats
 from serving.embeddings import EmbeddingModels
 from serving.hub import HubModels
 from serving.loading import LoadModel
@@ -26,6 +27,7 @@ class Services:
     hub: HubModels
     embeddings: EmbeddingModels
     router: ProviderRouter
+    translated: TranslatedChats = field(default_factory=TranslatedChats)
 
     @classmethod
     def of(cls, settings: Settings, on_failure: Callable[[str], None], load: LoadModel) -> "Services":

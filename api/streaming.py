@@ -1,6 +1,7 @@
 """Chunks become server-sent events, or the one answer that a client which joins them would hold."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 from api.response_schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from errors import APIError
@@ -21,7 +22,7 @@ from schemas import (
     Usage,
 )
 from server.error_formats import OPENAI
-from server.events import DONE, encode_event
+from server.events import DONE, EVENTS, encode_event
 
 
 class ChunkEncoder:
@@ -29,6 +30,8 @@ class ChunkEncoder:
 
     If the client asked for the usage, every chunk has it, null in all but the last; else no chunk has the key.
     """
+
+    format = EVENTS
 
     def __init__(self, include_usage: bool) -> None:
         self._include_usage = include_usage
@@ -47,6 +50,8 @@ class ChunkEncoder:
 
 class ResponsesEncoder:
     """Writes the named events of Responses. An error is one of them, and a failed response follows it."""
+
+    format = EVENTS
 
     def __init__(self) -> None:
         self._number = 0
@@ -97,11 +102,12 @@ class _Answer:
         self._older_call: FunctionCall | None = None
         self._logprobs: ChoiceLogprobs | None = None
         self._reason: FinishReason | None = None
+        self._stop: str | None = None
 
     def add(self, choice: ChunkChoice) -> None:
         self._content += choice.delta.content or ""
         self._reasoning += choice.delta.reasoning_content or ""
-        self._reason = choice.finish_reason or self._reason
+        self._reason, self._stop = choice.finish_reason or self._reason, choice.stop_reason or self._stop
         for delta in choice.delta.tool_calls or ():
             if delta.index == len(self._calls):
                 self._calls.append(ToolCall(id=delta.id or ""))
@@ -122,7 +128,8 @@ class _Answer:
             tool_calls=self._calls or None,
             function_call=self._older_call,
         )
-        return Choice(index=index, message=message, logprobs=self._logprobs, finish_reason=self._reason)
+        end: dict[str, Any] = {"finish_reason": self._reason, "stop_reason": self._stop}
+        return Choice(index=index, message=message, logprobs=self._logprobs, **end)
 
 
 def _extend(call: FunctionCall, delta: FunctionDelta) -> None:

@@ -1,7 +1,6 @@
 """Claude by Anthropic's Messages API. The formats are mapped in anthropic_request.py and anthropic_response.py."""
 
 import json
-import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -14,14 +13,14 @@ from providers.anthropic_request import SAMPLING, Mapped, to_messages
 from providers.anthropic_response import STATUSES, StreamMapper, to_completion
 from providers.base import ProviderResponse
 from providers.json_values import Object, list_or_empty
+from providers.refused_parameters import RefusedParameters
 from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, events_of
 from providers.upstream_errors import error_in
 from server.events import DONE, await_first, data_of, encode_event, name_of
 
 VERSION = "2023-06-01"  # later versions refuse what clients of chat completions send
-MAX_REMEMBERED = 1000  # models
+PATHS = ("chat/completions",)
 PING = b": ping\n\n"  # a comment: chat completions have no such event
-_REFUSES = re.compile(r"deprecated|not (supported|permitted|allowed)|unsupported", re.IGNORECASE)
 
 
 class Claude:
@@ -31,7 +30,7 @@ class Claude:
         """base: the URL above /messages; default_max_tokens: for requests without a limit, which the API refuses."""
         self.upstream = upstream
         self._base, self._default_max_tokens = base, default_max_tokens
-        self._refused: dict[str, frozenset[str]] = {}  # model -> the parameters that it refused
+        self._refused = RefusedParameters()
 
     @classmethod
     def of(cls, values: ProviderValues, transport: httpx2.AsyncBaseTransport | None) -> "Claude":
@@ -45,25 +44,27 @@ class Claude:
         ids = [model.get("id") for model in models if isinstance(model, dict)]
         return [name for name in ids if isinstance(name, str)]
 
+    def speaks(self, path: str) -> bool:
+        return path in PATHS
+
     async def answer(self, path: str, body: Object) -> ProviderResponse:
         """Sends a chat completion request on and returns the answer. Raises APIError.
 
         A model that refuses sampling parameters is asked again without them, and from then on never sent them.
         """
-        if path != "chat/completions":
+        if path not in PATHS:
             raise InvalidRequest(f"claude does not support /{path}.", param="model", code="unsupported_value")
         model = str(body["model"])
-        refused = self._refused.get(model, frozenset())
+        refused = self._refused.of(model)
         mapped = to_messages(body, self._default_max_tokens, refused)
         try:
             return await self._ask(mapped, body)
         except UpstreamError as error:
-            named = {name for name in SAMPLING if name in mapped.body and f"`{name}`" in error.message}
-            if error.status != 400 or not named or not _REFUSES.search(error.message):
+            named = self._refused.named_in(error, [name for name in SAMPLING if name in mapped.body])
+            if not named:
                 raise
         answer = await self._ask(to_messages(body, self._default_max_tokens, refused | named), body)
-        if len(self._refused) < MAX_REMEMBERED:
-            self._refused[model] = refused | named
+        self._refused.remember(model, named)
         return answer
 
     async def _ask(self, mapped: Mapped, body: Object) -> ProviderResponse:

@@ -23,6 +23,10 @@ class Provider(Protocol):
         """The connections to the provider, and how they fared."""
         ...
 
+    def speaks(self, path: str) -> bool:
+        """Returns whether the provider has the endpoint `path`, which is written as below /v1."""
+        ...
+
     async def answer(self, path: str, body: dict[str, Any]) -> ProviderResponse:
         """Sends a request on and returns the provider's answer. Raises errors.APIError, also while a stream runs.
 

@@ -338,10 +338,13 @@ class OpenAICompatible:
         adapter = ADAPTERS[values.row.adapter]
         return cls(Upstream(config, transport), adapter.urls(values.url, values.whole_url), adapter)
 
+    def speaks(self, path: str) -> bool:
+        return path in self.adapter.paths
+
     async def answer(self, path: str, body: Object) -> ProviderResponse:
         """Sends a request on, changed by the adapter, and returns the answer. Raises APIError."""
         adapter, is_stream = self.adapter(), body.get("stream") is True
-        if path not in adapter.paths:
+        if not self.speaks(path):
             raise InvalidRequest(
                 f"{self.upstream.config.name} does not support /{path}.", param="model", code="unsupported_value"
             )

@@ -99,8 +99,22 @@ def _is_whole(event: bytes) -> bool:
 # --- a stream of events
 
 
+@dataclass(frozen=True)
+class StreamFormat:
+    """What a protocol's streams are called, and what is sent where nothing has come for a while."""
+
+    media_type: str = "text/event-stream"
+    keep_alive: bytes = KEEP_ALIVE  # empty: nothing is sent
+
+
+EVENTS = StreamFormat()
+
+
 class EventEncoder(Protocol):
-    """How the items of a stream become server-sent events."""
+    """How the items of a stream become server-sent events, or the lines of another format."""
+
+    @property
+    def format(self) -> StreamFormat: ...
 
     def event(self, item: Any) -> bytes:
         """Returns the event of an item; empty for one that the client does not get."""
@@ -120,6 +134,7 @@ class PassThroughEncoder:
     """A stream whose items are events already; `failure` writes the event for an error."""
 
     failure: Callable[[APIError], bytes]
+    format = EVENTS
 
     def event(self, item: bytes) -> bytes:
         return item
@@ -183,12 +198,13 @@ class EventStream(StreamingResponse):
         failure: Callable[[APIError], bytes],
         headers: Mapping[str, str],
         silence: float = SILENCE,
+        format: StreamFormat = EVENTS,
     ) -> None:
         """failure: writes the event for an error; silence: seconds."""
-        super().__init__(events, media_type="text/event-stream", headers={**headers, **STREAM_HEADERS})
+        super().__init__(events, media_type=format.media_type, headers={**headers, **STREAM_HEADERS})
         self._events = events
         self._failure = failure
-        self._silence = silence
+        self._silence, self._keep_alive = silence, format.keep_alive
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         scope["state"]["deadline"].failure = self._failure
@@ -204,11 +220,12 @@ class EventStream(StreamingResponse):
             while True:
                 await asyncio.sleep(max(0.01, sent + self._silence - time.monotonic()))
                 if time.monotonic() - sent >= self._silence:
-                    await send_and_note({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    await send_and_note({"type": "http.response.body", "body": self._keep_alive, "more_body": True})
 
-        keeper = asyncio.create_task(keep_alive())
+        keeper = asyncio.create_task(keep_alive()) if self._keep_alive else None
         try:
             await super().__call__(scope, receive, send_and_note)
         finally:
-            keeper.cancel()
+            if keeper is not None:
+                keeper.cancel()
             await self._events.aclose()

@@ -193,7 +193,8 @@ class ChoiceChunks:
             shown = self._empty if part is LOGPROBS_ALONE else _delta(part)
             yield ChunkChoice(index=self._index, delta=shown, logprobs=logprobs if number == 0 else None)
         if delta.finish_reason:
-            yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=delta.finish_reason)
+            end = {"finish_reason": delta.finish_reason, "stop_reason": delta.stopped_by}
+            yield ChunkChoice(index=self._index, delta=Delta(), **end)
 
 
 def _delta(part: ContentDelta) -> Delta:

@@ -58,6 +58,7 @@ class OutputDelta:
     text: str
     num_tokens: int  # generated so far
     finish_reason: FinishReason | None = None
+    stopped_by: str | None = None  # the stop string that ended it
     tokens: tuple["SampledToken", ...] = ()  # those that the text came from
     offsets: tuple[int, ...] = ()  # characters of the answer before each of them
     prompt: tuple["SampledToken", ...] = ()  # the prompt's, from its second token on, if they are scored
@@ -97,6 +98,7 @@ class ChoiceReader:
         self._decoder = TextDecoder(detokenizer, request.prefix, byte_ids)
         self._stops, self._has_stops = StopFinder(request.stop), bool(request.stop)
         self._parser = AnswerParser(options)
+        self._marks = options.marks
         self._think, self._min_tokens = options.think, request.params.min_tokens
         self._is_at_start = self._think is not None and not options.is_thinking
         self._is_thinking = options.is_thinking
@@ -116,6 +118,12 @@ class ChoiceReader:
     def is_stopped(self) -> bool:
         """Whether a stop string ended the answer; it is cut off."""
         return self._stops.is_stopped
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the answer, as the request has it."""
+        stop = self._stops.stopped_by
+        return stop and "".join(self._marks.get(character, character) for character in stop)
 
     def put(self, token_id: int | None) -> None:
         """Reads the next token; None stands for the end-of-sequence token, which has no text."""
@@ -215,6 +223,7 @@ class Generation:
             text=text,
             num_tokens=self._reader.num_tokens,
             finish_reason=reason and self._reader.finish_reason(reason),
+            stopped_by=self._reader.stopped_by if reason else None,
             tokens=tokens,
             offsets=offsets,
             prompt=outputs[0].prompt,

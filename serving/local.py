@@ -22,6 +22,7 @@ from schemas import (
     Model,
     TokenizeRequest,
     TokenizeResponse,
+    TokenizerInfo,
 )
 from serving.admission import check_characters
 from serving.chat import plan_chat
@@ -31,6 +32,7 @@ from serving.generation import Plan, merge
 from serving.image_fetcher import ImageFetcher
 from serving.loading import LoadedModel, LoadModel, load
 from serving.model_slot import ModelSlot, in_daemon_thread
+from serving.tokenizer_info import tokenizer_info
 from serving.usage import RequestUsage
 from telemetry import request_record
 from telemetry.metrics import Metrics
@@ -191,10 +193,11 @@ class LocalModel:
         async with aclosing(merge(plan.sources(loaded))) as deltas:
             async for delta in deltas:
                 is_first = usage.add(delta)
+                known = usage.usage if is_first else None
                 for choice in choices_of(delta, is_first):
                     if usage.is_complete and choice.finish_reason is not None:
                         timings = usage.timings
-                    yield head.model_copy(update={"choices": [choice], "timings": timings})
+                    yield head.model_copy(update={"choices": [choice], "timings": timings, "known_usage": known})
         yield head.model_copy(update={"usage": usage.usage, "timings": timings})
 
     # --- tokens
@@ -222,3 +225,7 @@ class LocalModel:
             )
         text = await asyncio.to_thread(loaded.template.tokenizer.decode, request.tokens)
         return DetokenizeResponse(prompt=str(text))
+
+    @property
+    def tokenizer_info(self) -> TokenizerInfo:
+        return tokenizer_info(self._ready(self.name))

@@ -105,7 +105,7 @@ class StopFinder:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.is_stopped = False
+        self.stopped_by: str | None = None  # the stop string that came
 
     def put(self, text: str, may_stop: bool = True) -> str:
         """Returns the text that is certain. Without may_stop, a stop string that is completed here is text."""
@@ -116,11 +116,17 @@ class StopFinder:
         begins = [(stop, self._held.find(stop, max(num_before + 1 - len(stop), 0))) for stop in self._stops]
         ends = [(at + len(stop), at) for stop, at in begins if at >= 0]
         if ends and may_stop:  # the one that was complete first, so that it does not matter how the text was split
-            text, self._held, self.is_stopped = self._held[: min(ends)[1]], "", True
+            at = min(ends)[1]
+            self.stopped_by = next(stop for stop, begin in begins if (begin + len(stop), begin) == min(ends))
+            text, self._held = self._held[:at], ""
             return text
         cut = len(self._held) - max(overlap(self._held, stop) for stop in self._stops)
         text, self._held = self._held[:cut], self._held[cut:]
         return text
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stopped_by is not None
 
     @property
     def is_holding(self) -> bool:

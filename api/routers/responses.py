@@ -1,9 +1,11 @@
 """POST /v1/responses."""
 
+from functools import partial
+
 from fastapi import Request, Response
 
 from api import responses
-from api.answers import stream_or_whole
+from api.chat_source import answer_view
 from api.response_schemas import ResponseObject
 from api.routing import STREAM, V1Router
 from api.services import UsesServices
@@ -15,7 +17,12 @@ router = V1Router()
 
 @router.post("/responses", response_model=ResponseObject, responses=STREAM)
 async def create_response(body: ResponsesRequest, request: Request, services: UsesServices) -> Response:
-    chat = responses.as_chat(body)
-    model = await services.text_model(body.model)
-    events = responses.stream(body, model.stream_chat(chat))
-    return await stream_or_whole(request, body, events, responses.collect, ResponsesEncoder())
+    return await answer_view(
+        request,
+        services,
+        body,
+        responses.as_chat(body),
+        view=partial(responses.stream, body),
+        collect=responses.collect,
+        encoder=ResponsesEncoder(),
+    )

@@ -1,0 +1,27 @@
+"""RefusedParameters: which parameters a model refused, so that it is not sent them again."""
+
+import re
+from collections.abc import Iterable
+
+from errors import UpstreamError
+
+MAX_REMEMBERED = 1000  # models
+_REFUSES = re.compile(r"deprecated|unsupported|unrecognized|unexpected|unknown|not (supported|permitted|allowed)", re.I)
+
+
+class RefusedParameters:
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}  # by the model
+
+    def of(self, model: str) -> frozenset[str]:
+        return self._names.get(model, frozenset())
+
+    def named_in(self, error: UpstreamError, names: Iterable[str]) -> frozenset[str]:
+        """Returns those of the parameters that a provider's error says it does not take."""
+        if error.status != 400 or not _REFUSES.search(error.message):
+            return frozenset()
+        return frozenset(name for name in names if re.search(rf"\b{name}\b", error.message) or error.param == name)
+
+    def remember(self, model: str, names: frozenset[str]) -> None:
+        if len(self._names) < MAX_REMEMBERED or model in self._names:
+            self._names[model] = self.of(model) | names
