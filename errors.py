@@ -71,10 +71,11 @@ def unsupported(param: str) -> InvalidRequest:
 class ContextLengthExceeded(InvalidRequest):
     """Prompt and answer do not fit the model's context.
 
-    Clients recognise it by the sentence; LangChain by the code in the sentence.
+    Clients recognise it by the sentence; LangChain by the code in the sentence; Claude Code by the two counts.
     """
 
     code = "context_length_exceeded"
+    counts: tuple[int, int] | None = None  # tokens of the prompt, and how many the context has
 
 
 class ModelNotFound(InvalidRequest):

@@ -36,14 +36,14 @@ Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]  # on
 Support = Literal["honoured", "no meaning here", "ignored", "refused"]  # a field's `x-support` in /openapi.json
 
 
-def _no_meaning(why: str) -> Any:
+def no_meaning(why: str) -> Any:
     """Declares a field that cannot change the answer of a local model."""
     return Field(
         None, description=f"Accepted, but without effect: {why}", json_schema_extra={"x-support": "no meaning here"}
     )
 
 
-def _ignored(why: str, *neutral: Any) -> Any:
+def ignored(why: str, *neutral: Any) -> Any:
     """Declares a field that could change the answer but cannot here; the client is told, unless the value is in
     `neutral`."""
     return Field(
@@ -53,7 +53,7 @@ def _ignored(why: str, *neutral: Any) -> Any:
     )
 
 
-def _refused(*neutral: Any) -> Any:
+def refused(*neutral: Any) -> Any:
     """Declares a field that would change the answer but is not supported, except for the values in `neutral`."""
     return Field(
         None,
@@ -166,12 +166,12 @@ class Message(RequestBody):
             return [self.content or ""]
         return [part.text for part in self.content if part.text]
 
-    audio: Object | None = _refused()
+    audio: Object | None = refused()
 
 
 class StreamOptions(RequestBody):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = _no_meaning("nothing is added to the chunks.")
+    include_obfuscation: bool | None = no_meaning("nothing is added to the chunks.")
 
 
 StopString = Annotated[str, Field(max_length=1024)]
@@ -233,7 +233,7 @@ class _SamplingRequest(SamplingFields, _TimedRequest):
     model: str
     stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None  # OpenAI takes 4
     stream: bool | None = None
-    user: str | None = _no_meaning("it is a label for the client.")
+    user: str | None = no_meaning("it is a label for the client.")
 
 
 SAMPLING_FIELDS = tuple(_SamplingRequest.model_fields)
@@ -241,6 +241,8 @@ SAMPLING_FIELDS = tuple(_SamplingRequest.model_fields)
 
 class _CompletionRequest(_SamplingRequest):
     """The fields that chat completions and completions share."""
+
+    is_capped: ClassVar[bool] = False
 
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=128)
@@ -329,14 +331,14 @@ class _ConversationRequest(_RenderedRequest):
 
     parallel_tool_calls: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
-    moderation: Object | None = _refused()
-    metadata: Object | None = _no_meaning("it is returned by /v1/responses and not stored.")
-    prompt_cache_key: str | None = _no_meaning("cached prompts are found by their tokens.")
-    prompt_cache_options: Object | None = _no_meaning("cached prompts are found by their tokens.")
-    prompt_cache_retention: str | None = _no_meaning("cached prompts are kept while there is room.")
-    safety_identifier: str | None = _no_meaning("it is a label for the client.")
-    service_tier: str | None = _no_meaning("there is one tier.")
-    store: bool | None = _no_meaning("nothing is stored.")
+    moderation: Object | None = refused()
+    metadata: Object | None = no_meaning("it is returned by /v1/responses and not stored.")
+    prompt_cache_key: str | None = no_meaning("cached prompts are found by their tokens.")
+    prompt_cache_options: Object | None = no_meaning("cached prompts are found by their tokens.")
+    prompt_cache_retention: str | None = no_meaning("cached prompts are kept while there is room.")
+    safety_identifier: str | None = no_meaning("it is a label for the client.")
+    service_tier: str | None = no_meaning("there is one tier.")
+    store: bool | None = no_meaning("nothing is stored.")
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -362,11 +364,11 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     functions: Items[Object] | None = None  # the form of 2023 of tools
     function_call: str | Object | None = None  # of 2023, too: none, auto, or the name of a function
     response_format: Object | None = None
-    audio: Object | None = _refused()
-    modalities: Items[str] | None = _refused(["text"])
-    verbosity: Verbosity | None = _ignored("no chat template knows it.", "medium")
-    web_search_options: Object | None = _refused()
-    prediction: Object | None = _no_meaning("it can only make an answer faster.")
+    audio: Object | None = refused()
+    modalities: Items[str] | None = refused(["text"])
+    verbosity: Verbosity | None = ignored("no chat template knows it.", "medium")
+    web_search_options: Object | None = refused()
+    prediction: Object | None = no_meaning("it can only make an answer faster.")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -396,6 +398,12 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
         if value and info.data.get("continue_final_message"):
             raise ValueError("it cannot be true together with continue_final_message")
         return value
+
+
+class CappedChatRequest(ChatCompletionRequest):
+    """A request of another protocol, in which `max_tokens` is a bound that may be larger than the context."""
+
+    is_capped = True
 
 
 class CompletionRequest(_CompletionRequest):
@@ -463,13 +471,13 @@ class InputItem(RequestBody):
 class TextConfig(RequestBody):
     known_inside = {"format": frozenset({"type", "json_schema", *JSON_SCHEMA})}
     format: Object | None = None
-    verbosity: str | None = _refused("medium")
+    verbosity: str | None = refused("medium")
 
 
 class ReasoningConfig(RequestBody):
     effort: str | None = None
-    summary: str | None = _no_meaning("the reasoning itself is in the response.")
-    generate_summary: str | None = _no_meaning("the reasoning itself is in the response.")
+    summary: str | None = no_meaning("the reasoning itself is in the response.")
+    generate_summary: str | None = no_meaning("the reasoning itself is in the response.")
 
 
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
@@ -482,18 +490,18 @@ class ResponsesRequest(_SamplingRequest, _ConversationRequest):
         None, description="Only message.output_text.logprobs has an effect: it adds log-probabilities."
     )
     text: TextConfig | None = None
-    background: bool | None = _refused(False)
-    context_management: Items[Object] | None = _refused([])
-    conversation: str | Object | None = _refused()
-    previous_response_id: str | None = _refused()
-    prompt: Object | None = _refused()
-    truncation: str | None = _refused("disabled")
-    access_programs: Object | None = _no_meaning("there are no access programs.")
-    background_options: Object | None = _no_meaning("nothing runs in the background.")
-    image: Object | None = _no_meaning("no image is made.")
-    max_tool_calls: int | None = _no_meaning("the server calls no tools.")
+    background: bool | None = refused(False)
+    context_management: Items[Object] | None = refused([])
+    conversation: str | Object | None = refused()
+    previous_response_id: str | None = refused()
+    prompt: Object | None = refused()
+    truncation: str | None = refused("disabled")
+    access_programs: Object | None = no_meaning("there are no access programs.")
+    background_options: Object | None = no_meaning("nothing runs in the background.")
+    image: Object | None = no_meaning("no image is made.")
+    max_tool_calls: int | None = no_meaning("the server calls no tools.")
     reasoning: ReasoningConfig | None = None
-    stream_options: StreamOptions | None = _no_meaning("nothing is added to the events.")
+    stream_options: StreamOptions | None = no_meaning("nothing is added to the events.")
 
 
 class TokenizeRequest(_RenderedRequest):
@@ -566,7 +574,7 @@ class EmbeddingRequest(_TimedRequest):
     dimensions: int | None = Field(None, ge=1)
     prompt_name: str | None = None  # one of the model's prompts, such as query or document
     truncate: bool | None = None  # whether a text that is too long is cut instead of refused
-    user: str | None = _no_meaning("it is a label for the client.")
+    user: str | None = no_meaning("it is a label for the client.")
 
     @property
     def inputs(self) -> list[str | list[int]]:

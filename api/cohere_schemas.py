@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, Field
 
-from schemas import NonEmpty, RequestBody, SomeTexts, _ignored, _is_none, _no_meaning, _refused, _TimedRequest
+from schemas import NonEmpty, RequestBody, SomeTexts, _is_none, _TimedRequest, ignored, no_meaning, refused
 
 MAX_INPUTS = 2048
 ONE_QUEUE = "requests take turns."
@@ -33,14 +33,14 @@ class _CohereEmbedRequest(_TimedRequest):
     input_type: str | None = None  # chooses the model's prompt
     embedding_types: Annotated[list[EmbeddingType], Field(max_length=6, fail_fast=True)] | None = None
     truncate: Literal["NONE", "START", "END"] | None = None
-    images: Annotated[list[str], Field(max_length=MAX_INPUTS, fail_fast=True)] | None = _refused([])
+    images: Annotated[list[str], Field(max_length=MAX_INPUTS, fail_fast=True)] | None = refused([])
 
 
 class CohereEmbedRequest(_CohereEmbedRequest):
     inputs: Annotated[list[CohereInput], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)] | None = None
     output_dimension: int | None = Field(None, ge=1)
-    max_tokens: int | None = _ignored("texts are cut at the model's own limit only.")
-    priority: int | None = _no_meaning(ONE_QUEUE)
+    max_tokens: int | None = ignored("texts are cut at the model's own limit only.")
+    priority: int | None = no_meaning(ONE_QUEUE)
 
 
 class CohereV1EmbedRequest(_CohereEmbedRequest):
@@ -52,9 +52,9 @@ class CohereRerankRequest(_TimedRequest):
     query: NonEmpty
     documents: SomeTexts
     top_n: int | None = Field(None, ge=1)
-    max_tokens_per_doc: int | None = _ignored("documents are cut at the model's own limit only.")
-    priority: int | None = _no_meaning(ONE_QUEUE)
-    relevant_spans: dict[str, object] | None = _refused()
+    max_tokens_per_doc: int | None = ignored("documents are cut at the model's own limit only.")
+    priority: int | None = no_meaning(ONE_QUEUE)
+    relevant_spans: dict[str, object] | None = refused()
 
 
 class ApiVersion(BaseModel):

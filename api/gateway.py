@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from api.services import services_of
 from api.strict_json import Handler, StrictRequest, StrictRoute, is_json, loads, strict
 from errors import APIError, InvalidRequest, UpstreamError
-from providers.base import Provider
+from providers.base import PASSED_HEADERS, Provider
 from providers.router import ProviderRouter
 from server.connection import CLIENT_GONE, unless_client_leaves
 from server.deadline import deadline_of
@@ -123,7 +123,8 @@ async def _relayed(
     record = request_record.current()
     record.provider, record.model = name, model
     deadline_of(request.scope).shorten(_seconds(body.pop("timeout", None)))
-    relayed = await unless_client_leaves(request, provider.answer(path, body))
+    passed = {name: request.headers[name] for name in PASSED_HEADERS if name in request.headers}
+    relayed = await unless_client_leaves(request, provider.answer(path, body, passed))
     if relayed is None:
         return Response(status_code=CLIENT_GONE)
     headers = {"x-gateway-provider": name, **headers, **relayed.headers}

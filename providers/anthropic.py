@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 import httpx2
@@ -14,12 +14,13 @@ from providers.anthropic_response import STATUSES, StreamMapper, to_completion
 from providers.base import ProviderResponse
 from providers.json_values import Object, list_or_empty
 from providers.refused_parameters import RefusedParameters
-from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, events_of
+from providers.upstream import NO_HEADERS, Upstream, UpstreamConfig, dropped_params_header, events_of
 from providers.upstream_errors import error_in
 from server.events import DONE, await_first, data_of, encode_event, name_of
 
 VERSION = "2023-06-01"  # later versions refuse what clients of chat completions send
-PATHS = ("chat/completions",)
+RELAYED = ("messages", "messages/count_tokens")
+PATHS = ("chat/completions", *RELAYED)
 PING = b": ping\n\n"  # a comment: chat completions have no such event
 
 
@@ -47,13 +48,16 @@ class Claude:
     def speaks(self, path: str) -> bool:
         return path in PATHS
 
-    async def answer(self, path: str, body: Object) -> ProviderResponse:
-        """Sends a chat completion request on and returns the answer. Raises APIError.
+    async def answer(self, path: str, body: Object, headers: Mapping[str, str] = NO_HEADERS) -> ProviderResponse:
+        """Sends a request on and returns the answer: that of Messages as it came. Raises APIError.
 
-        A model that refuses sampling parameters is asked again without them, and from then on never sent them.
+        In a chat completion, a model that refuses sampling parameters is asked again without them, and from then on
+        never sent them.
         """
         if path not in PATHS:
             raise InvalidRequest(f"claude does not support /{path}.", param="model", code="unsupported_value")
+        if path in RELAYED:
+            return await self._relay(path, body, headers)
         model = str(body["model"])
         refused = self._refused.of(model)
         mapped = to_messages(body, self._default_max_tokens, refused)
@@ -67,6 +71,36 @@ class Claude:
         self._refused.remember(model, named)
         return answer
 
+    async def _relay(self, path: str, body: Object, headers: Mapping[str, str]) -> ProviderResponse:
+        """Relays a request of the Messages API, and its answer byte for byte."""
+        url, content = f"{self._base}/{path}", json.dumps(body).encode()
+        if body.get("stream") is not True:
+            response = await self.upstream.request("POST", url, content, headers)
+            self._object(response.content)
+            return ProviderResponse(response.content)
+        return ProviderResponse(await await_first(self._relayed_events(await self._stream(url, content, headers))))
+
+    async def _relayed_events(self, response: httpx2.Response) -> AsyncGenerator[bytes]:
+        """Yields the events as they came; an error among them, or an end that is too early, raises APIError."""
+        async with aclosing(events_of(response, self.upstream)) as events:
+            async for event in events:
+                name = name_of(event)
+                if name == "error":
+                    data = self._object(data_of(event) or b"")
+                    raise self.upstream.error_from(STATUSES.get(str((error_in(data) or {}).get("type")), 500), data)
+                yield event
+                if name == "message_stop":
+                    return
+        raise self.upstream.fault("ended its stream too early", 502, "upstream_stream_truncated")
+
+    async def _stream(self, url: str, content: bytes, headers: Mapping[str, str] = NO_HEADERS) -> httpx2.Response:
+        """Returns the answer to a request for a stream. Raises APIError, also if it is no stream."""
+        response = await self.upstream.stream(url, content, headers)
+        if "text/event-stream" in response.headers.get("content-type", ""):
+            return response
+        refusal = self._object((await self.upstream.read(response)).content)
+        raise self.upstream.error_from(STATUSES.get(str((error_in(refusal) or {}).get("type")), 502), refusal)
+
     async def _ask(self, mapped: Mapped, body: Object) -> ProviderResponse:
         url, content = f"{self._base}/messages", json.dumps(mapped.body).encode()
         headers = dropped_params_header(mapped.dropped)
@@ -78,11 +112,7 @@ class Claude:
         options = body.get("stream_options")
         includes_usage = isinstance(options, dict) and options.get("include_usage") is True
         mapper = StreamMapper(model, created, includes_usage)
-        response = await self.upstream.stream(url, content)
-        if "text/event-stream" not in response.headers.get("content-type", ""):
-            refusal = self._object((await self.upstream.read(response)).content)
-            kind = str((error_in(refusal) or {}).get("type"))
-            raise self.upstream.error_from(STATUSES.get(kind, 502), refusal)
+        response = await self._stream(url, content)
         return ProviderResponse(await await_first(self._events(response, mapper)), headers)
 
     async def _events(self, response: httpx2.Response, mapper: StreamMapper) -> AsyncGenerator[bytes]:

@@ -4,7 +4,9 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from providers.upstream import Upstream
+from providers.upstream import NO_HEADERS, Upstream
+
+PASSED_HEADERS = ("anthropic-version", "anthropic-beta")
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,13 @@ class Provider(Protocol):
         """Returns whether the provider has the endpoint `path`, which is written as below /v1."""
         ...
 
-    async def answer(self, path: str, body: dict[str, Any]) -> ProviderResponse:
+    async def answer(
+        self, path: str, body: dict[str, Any], headers: Mapping[str, str] = NO_HEADERS
+    ) -> ProviderResponse:
         """Sends a request on and returns the provider's answer. Raises errors.APIError, also while a stream runs.
 
-        path: the endpoint's, below /v1; body: the client's, with the model's name at the provider; it may be changed.
+        path: the endpoint's, below /v1; body: the client's, with the model's name at the provider; it may be changed;
+        headers: the client's that belong to a protocol, of PASSED_HEADERS.
         """
         ...
 

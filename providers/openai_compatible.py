@@ -9,7 +9,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from errors import InvalidRequest, unsupported
 from provider_table import AdapterName
 from providers.base import ProviderResponse
 from providers.json_values import Object, list_or_empty
-from providers.upstream import Upstream, UpstreamConfig, dropped_params_header, events_of
+from providers.upstream import NO_HEADERS, Upstream, UpstreamConfig, dropped_params_header, events_of
 from providers.upstream_errors import error_in
 from server.events import DONE, await_first, data_of, encode_event
 from text.answer_parser import AnswerParser, ContentDelta, ParserOptions
@@ -341,7 +341,7 @@ class OpenAICompatible:
     def speaks(self, path: str) -> bool:
         return path in self.adapter.paths
 
-    async def answer(self, path: str, body: Object) -> ProviderResponse:
+    async def answer(self, path: str, body: Object, headers: Mapping[str, str] = NO_HEADERS) -> ProviderResponse:
         """Sends a request on, changed by the adapter, and returns the answer. Raises APIError."""
         adapter, is_stream = self.adapter(), body.get("stream") is True
         if not self.speaks(path):
@@ -350,10 +350,10 @@ class OpenAICompatible:
             )
         dropped = adapter.request(path, body)
         url, content = self.urls.of(path, is_stream), json.dumps(body).encode()
-        headers = dropped_params_header(dropped)
+        told = dropped_params_header(dropped)
         if not is_stream:
-            return ProviderResponse(await self._whole(url, content, adapter), headers)
-        return ProviderResponse(await self._stream(url, content, adapter, path), headers)
+            return ProviderResponse(await self._whole(url, content, adapter), told)
+        return ProviderResponse(await self._stream(url, content, adapter, path), told)
 
     async def models(self) -> list[str]:
         response = await self.upstream.request("GET", f"{self.urls.base}/models", None)

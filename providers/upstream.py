@@ -61,6 +61,9 @@ class UpstreamConfig:
         return bool(self.headers) or not self.needs_key
 
 
+NO_HEADERS: Mapping[str, str] = {}
+
+
 class Upstream:
     """The connections to one provider."""
 
@@ -85,22 +88,27 @@ class Upstream:
         """Whether requests are refused at once, because the last ones found no connection."""
         return time.monotonic() < self._open_until
 
-    async def request(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
-        """Sends a request and returns its successful answer, read as a whole. Raises APIError."""
+    async def request(
+        self, method: str, url: str, body: bytes | None, headers: Mapping[str, str] = NO_HEADERS
+    ) -> httpx2.Response:
+        """Sends a request and returns its successful answer, read as a whole. Raises APIError.
+
+        headers: those that go with the provider's own.
+        """
         try:
             async with asyncio.timeout(self.config.total_timeout):
-                return await self.read(await self._send(method, url, body))
+                return await self.read(await self._send(method, url, body, headers))
         except TimeoutError as error:
             raise self.fault(
                 f"did not answer within {self.config.total_timeout:g} seconds", 504, "upstream_timeout"
             ) from error
 
-    async def stream(self, url: str, body: bytes) -> httpx2.Response:
+    async def stream(self, url: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS) -> httpx2.Response:
         """Sends a POST and returns its successful answer, of which the caller reads and closes the body.
 
         Raises APIError.
         """
-        return await self._send("POST", url, body)
+        return await self._send("POST", url, body, headers)
 
     async def read(self, response: httpx2.Response) -> httpx2.Response:
         """Reads an answer as a whole, up to LARGEST bytes, and closes it. Raises APIError."""
@@ -118,7 +126,7 @@ class Upstream:
             await response.aclose()
         return httpx2.Response(response.status_code, headers=_plain(response.headers), content=b"".join(parts))
 
-    async def _send(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
+    async def _send(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> httpx2.Response:
         if not self.config.is_usable:
             variable = self.config.key_variable
             raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.config.name}.")
@@ -128,7 +136,7 @@ class Upstream:
         num_retries = 0 if method == "GET" else self.config.num_retries  # a list of models is asked for again later
         for attempt in range(num_retries + 1):
             try:
-                return await self._try(method, url, body)
+                return await self._try(method, url, body, headers)
             except UpstreamError as error:
                 wait = _wait(error, attempt)
                 if attempt == num_retries or wait is None:
@@ -140,11 +148,11 @@ class Upstream:
                 await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _try(self, method: str, url: str, body: bytes | None) -> httpx2.Response:
+    async def _try(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> httpx2.Response:
         client = self._connected()
-        headers = {**self.config.headers, "accept-encoding": "identity", "content-type": "application/json"}
+        sent = {**self.config.headers, **headers, "accept-encoding": "identity", "content-type": "application/json"}
         try:
-            response = await client.send(client.build_request(method, url, content=body, headers=headers), stream=True)
+            response = await client.send(client.build_request(method, url, content=body, headers=sent), stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise self.fault("cannot be reached", 502, "upstream_unreachable", is_transient=True) from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:

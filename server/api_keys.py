@@ -1,4 +1,4 @@
-"""ApiKeyAuth: with API_KEYS set, every route but /health requires one of them in the Authorization header.
+"""ApiKeyAuth: with API_KEYS set, every route but /health requires one of them, as a bearer token or as x-api-key.
 
 It is pure ASGI. It looks at the path that routing sees, and decides before any of the body is read.
 """
@@ -18,6 +18,7 @@ from telemetry import request_record
 
 OPEN = {("GET", "/health"), ("HEAD", "/health")}
 MINUTE = 60.0
+KEY_HEADERS = (b"authorization", b"x-api-key")  # OpenAI's clients send the first, Anthropic's either
 
 
 @dataclass
@@ -79,26 +80,29 @@ class ApiKeyAuth:
 
     def _client(self, scope: Scope) -> Client | None:
         """Finds the client by its key, in a time that does not depend on how much of a wrong key is right."""
-        token = _token(scope)
-        digest, owner = _digest(token or b""), None
-        for client in self._clients:
-            if hmac.compare_digest(client.digest, digest):
-                owner = client
-        return owner if token else None
+        owner = None
+        for token in _tokens(scope):
+            digest = _digest(token)
+            for client in self._clients:
+                if hmac.compare_digest(client.digest, digest) and token:
+                    owner = client
+        return owner
 
 
 def _digest(secret: bytes) -> bytes:
     return hashlib.sha256(secret).digest()
 
 
-def _token(scope: Scope) -> bytes | None:
-    """Reads the bearer token; None unless there is exactly one Authorization header and its scheme is Bearer."""
-    values = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-    return token.strip() if scheme.lower() == b"bearer" else None
+def _tokens(scope: Scope) -> list[bytes]:
+    """Reads the keys that a client sent, at most one from each header: one that is there twice is not read."""
+    sent = {header: [value for name, value in scope["headers"] if name == header] for header in KEY_HEADERS}
+    values = {header: found[0] for header, found in sent.items() if len(found) == 1}
+    scheme, _, token = values.get(b"authorization", b"").partition(b" ")
+    tokens = [token.strip()] if scheme.lower() == b"bearer" else []
+    return [*tokens, values[b"x-api-key"].strip()] if b"x-api-key" in values else tokens
 
 
 def _refusal(scope: Scope) -> InvalidKey:
-    is_silent = not any(name == b"authorization" for name, _ in scope["headers"])
-    problem = "No API key was sent" if is_silent else "The Authorization header holds no valid API key"
-    return InvalidKey(f"{problem}: send a valid key as `Authorization: Bearer KEY`.")
+    is_silent = not any(name in KEY_HEADERS for name, _ in scope["headers"])
+    problem = "No API key was sent" if is_silent else "No valid API key was sent"
+    return InvalidKey(f"{problem}: send one as `Authorization: Bearer KEY` or `x-api-key: KEY`.")

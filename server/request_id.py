@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import APIError
 from server.asgi_errors import send_error
+from server.error_formats import error_format
 from telemetry import request_record
 from telemetry.request_record import RequestRecord
 
@@ -32,13 +33,16 @@ class RequestId:
         is_valid = VALID.fullmatch(sent_id) and not any(secret in sent_id for secret in self._secrets)
         request_id = sent_id if is_valid else f"req_{uuid4().hex}".encode()
         request_record.begin(RequestRecord(request_id=request_id.decode()))
+        names = [b"x-request-id"]
+        if own_name := error_format(scope["path"]).id_header:
+            names.append(own_name.encode())
         has_begun = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", []), *((name, request_id) for name in names)]
             await send(message)
 
         try:

@@ -50,12 +50,14 @@ def check_request(
     _check_token_ids(engine, request)
     limit, num_tokens = engine.max_model_len, len(prompt_ids)
     if num_tokens >= limit:
-        raise ContextLengthExceeded(
+        error = ContextLengthExceeded(
             f"This model's maximum context length is {limit} tokens. However, you requested "
             f"{num_tokens + 1} tokens ({num_tokens} in the prompt, 1 in the completion). "
             "Please reduce the length of the prompt. (context_length_exceeded)",
             param=param,
         )
+        error.counts = (num_tokens, limit)
+        raise error
     _check_limits(limit, request)
 
 
@@ -83,7 +85,7 @@ def _check_token_ids(engine: "Engine", request: ChatCompletionRequest | Completi
 
 
 def _check_limits(limit: int, request: ChatCompletionRequest | CompletionRequest) -> None:
-    if (request.max_tokens or 0) > limit:
+    if (request.max_tokens or 0) > limit and not request.is_capped:
         raise InvalidRequest(
             f"You requested {request.max_tokens} tokens in the completion, but this model's "
             f"maximum context length is {limit} tokens. Please ask for fewer tokens.",

@@ -202,6 +202,11 @@ class LocalModel:
 
     # --- tokens
 
+    async def count_tokens(self, request: ChatCompletionRequest) -> int:
+        """Returns the number of tokens of a chat's prompt. Raises APIError."""
+        loaded = self._ready_for(request)
+        return len((await self._renderer.render(loaded, request, tool_set_of(request))).prompt_ids)
+
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         loaded = self._ready(self.name if request.model is None else request.model)
         template = loaded.template
