@@ -57,6 +57,10 @@ class CohereRerankRequest(_TimedRequest):
     relevant_spans: dict[str, object] | None = refused()
 
 
+class CohereError(BaseModel):
+    message: str
+
+
 class ApiVersion(BaseModel):
     version: str
 

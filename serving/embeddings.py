@@ -42,7 +42,7 @@ from serving.model_pool import ModelPool
 from serving.model_slot import ModelSlot, in_daemon_thread
 
 if TYPE_CHECKING:
-    from engine.embedding.embedder import Embedder
+    from engine.embedding.embedder import Embedder, EmbedderInfo
     from engine.embedding.text_models import Vectors
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,11 @@ class EmbeddingModels:
     def models(self) -> list[Model]:
         """Returns the models that are loaded, and the one that the settings name while it loads."""
         return [Model.of_server(source.name, slot.created) for source, slot in self._listed.items()]
+
+    @property
+    def loaded(self) -> "dict[str, EmbedderInfo]":
+        """What is known of each model that is loaded, by its name."""
+        return {source.name: embedder.about for source, embedder in self._pool.models.items()}
 
     @property
     def _listed(self) -> dict[ModelSource, "ModelSlot[Embedder]"]:

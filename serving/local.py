@@ -62,7 +62,7 @@ class LocalModel:
         self.path = settings.model_path or checkpoint.default_model_path()
         self.name = settings.served_model_name or checkpoint.served_name(self.path)
         self._names = {name.casefold() for name in (self.name, self.path, checkpoint.served_name(self.path))}
-        self._created = int(time.time())
+        self.created = int(time.time())
         self._on_failure = on_failure
         self._load_model = load
         self.loaded: LoadedModel | None = None
@@ -140,7 +140,7 @@ class LocalModel:
         return model.casefold() in self._names
 
     def models(self) -> list[Model]:
-        return [Model.of_server(self.name, self._created, **self._about_model())]
+        return [Model.of_server(self.name, self.created, **self._about_model())]
 
     def _about_model(self) -> dict[str, Any]:
         if self.loaded is None:
@@ -169,6 +169,11 @@ class LocalModel:
                 f"The model is loading ({self.progress.phase}: {percent} %); try again later.", retry_after=5
             )
         return self.loaded
+
+    @property
+    def ready(self) -> LoadedModel:
+        """The loaded model. Raises ModelLoading before."""
+        return self._ready(self.name)
 
     # --- answers
 
@@ -233,4 +238,4 @@ class LocalModel:
 
     @property
     def tokenizer_info(self) -> TokenizerInfo:
-        return tokenizer_info(self._ready(self.name))
+        return tokenizer_info(self.ready)

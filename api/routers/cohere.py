@@ -7,23 +7,25 @@ from api.answers import truncation_header, whole
 from api.cohere_schemas import (
     CohereEmbedRequest,
     CohereEmbedResponse,
+    CohereError,
     CohereFloatsResponse,
     CohereRerankRequest,
     CohereRerankResponse,
     CohereV1EmbedRequest,
 )
-from api.routing import ERRORS, RootRouter
+from api.routing import ERRORS, RootRouter, errors_as
 from api.services import Services, UsesServices
 
-router = RootRouter(responses=ERRORS)
+router = RootRouter()
+OURS = errors_as(CohereError)  # under /v2; /v1 has OpenAI's
 
 
-@router.post("/v2/embed", response_model=CohereEmbedResponse)
+@router.post("/v2/embed", response_model=CohereEmbedResponse, responses=OURS)
 async def embed(body: CohereEmbedRequest, request: Request, services: UsesServices) -> Response:
     return await _embedded(body, request, services, "2")
 
 
-@router.post("/v1/embed", response_model=CohereFloatsResponse | CohereEmbedResponse)
+@router.post("/v1/embed", response_model=CohereFloatsResponse | CohereEmbedResponse, responses=ERRORS)
 async def embed_as_in_version_1(body: CohereV1EmbedRequest, request: Request, services: UsesServices) -> Response:
     return await _embedded(body, request, services, "1")
 
@@ -43,7 +45,7 @@ def _to_json(answer: CohereEmbedResponse | CohereFloatsResponse) -> bytes:
     return answer.model_dump_json(by_alias=True).encode()
 
 
-@router.post("/v2/rerank", response_model=CohereRerankResponse)
+@router.post("/v2/rerank", response_model=CohereRerankResponse, responses=OURS)
 async def rerank(body: CohereRerankRequest, request: Request, services: UsesServices) -> Response:
     async def work() -> CohereRerankResponse:
         return cohere.ranked(body, await services.embeddings.rerank(cohere.as_rerank(body)))
