@@ -23,7 +23,7 @@ TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class ModelFacts:
     architecture: str
     num_parameters: int
-    num_bytes: int  # of its files
+    num_bytes: int  # of the files that its weights are read from
     is_gguf: bool
     is_on_gpu: bool
     quantization: str
@@ -32,18 +32,20 @@ class ModelFacts:
 
 def facts_of(checked: "CheckedModel", quantization: str) -> ModelFacts:
     """Reads the facts of a checked model. quantization: the setting QUANTIZATION."""
+    from engine.cpu import packed_checkpoint
     from engine.model_loader import choose_quantization
     from engine.quantization import FROM_FILE, NONE
 
     weights = choose_quantization(quantization, checked.dtype_setting, checked.is_on_cuda, checked.directory)
     text, dtype = checked.config.get_text_config(), str(checked.dtype).removeprefix("torch.")
     sizes = {name: getattr(text, field, None) for field, name in SHAPE.items()}
+    is_gguf, files = weights is FROM_FILE, checked.directory.glob("*.safetensors")
     return ModelFacts(
         architecture=str(checked.config.model_type),
         num_parameters=checked.num_elements,
-        num_bytes=sum(path.stat().st_size for path in checked.directory.iterdir() if path.is_file()),
-        is_gguf=weights is FROM_FILE,
+        num_bytes=packed_checkpoint.size(checked.directory) if is_gguf else sum(path.stat().st_size for path in files),
+        is_gguf=is_gguf,
         is_on_gpu=checked.is_on_cuda,
-        quantization=TYPES.get(dtype, dtype) if weights is NONE else weights.name.upper(),
+        quantization=TYPES.get(dtype, dtype) if weights is NONE else "GGUF" if is_gguf else weights.name.upper(),
         shape={name: size for name, size in sizes.items() if isinstance(size, int)},
     )
