@@ -25,7 +25,7 @@ test-gpu: setup-dev
 	$(BIN)/python -m pytest tests/gpu -rs
 
 # The clients have environments of their own, and start the server in this one
-test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed
+test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed tests/clients/node_modules/.installed
 	SERVER_PYTHON=$(abspath $(BIN))/python LEGACY_PYTHON=$(abspath $(VENV)-clients-legacy/bin)/python \
 		$(VENV)-clients/bin/python -m pytest tests/clients
 
@@ -77,5 +77,10 @@ $(VENV)-%/.installed: requirements-%.txt | $(VENV)/bin/python
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+# Clients written for Node, which has to be there
+tests/clients/node_modules/.installed: tests/clients/package.json
+	npm install --prefix $(<D) --no-audit --no-fund --no-package-lock --silent
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-clients-legacy $(VENV)-ray $(VENV)-uv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf tests/clients/node_modules $(VENV) $(VENV)-clients $(VENV)-clients-legacy $(VENV)-ray $(VENV)-uv .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ollama
@@ -12,6 +13,7 @@ from conftest import interpreter
 from openai import OpenAI
 from process import Server, serve
 from pydantic import BaseModel
+from test_samples import run
 
 MODEL, EMBEDDER = "qwen2.5-coder-0.5b", "all-minilm-l6-v2"
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -179,3 +181,18 @@ async def test_the_asynchronous_client_streams(served: Server) -> None:
     client = ollama.AsyncClient(host=served.url)
     parts = await client.chat(MODEL, messages=HELLO, stream=True, options={"num_predict": 5})
     assert len([part async for part in parts]) == 6
+
+
+def test_the_client_for_javascript_reads_the_same(client: ollama.Client, served: Server) -> None:
+    script = str(Path(__file__).parent / "ollama_client.mjs")
+    found = json.loads(run("node", script, served.url, MODEL, EMBEDDER))
+    assert found["names"][0] == found["running"][0] == f"{MODEL}:latest"
+    assert found["capabilities"] == ["completion", "tools", "insert"] and found["version"]
+    theirs = client.chat(MODEL, messages=HELLO, options={"temperature": 0, "num_predict": 20})
+    assert found["chat"]["message"]["content"] == theirs.message.content == found["chatStream"]["text"]
+    assert found["generate"]["response"] == theirs.message.content == found["generateStream"]["text"]
+    assert found["chatStream"]["done"] and found["chatStream"]["parts"] > 2
+    assert [call["function"]["arguments"] for call in found["calls"]] == [{"a": 3, "b": 4}]
+    assert found["embeddings"] == [384, 384]
+    assert found["unknown"] == {"status": 404, "message": "model 'other' not found"}
+    assert found["pulled"]["status"] == 501
