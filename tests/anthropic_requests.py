@@ -58,7 +58,7 @@ def folded(told: list[Object]) -> Object:
     """The answer that a client has at the end of a stream."""
     message: Object = {}
     inputs: dict[int, str] = {}
-    for event in told:
+    for event in json.loads(json.dumps(told)):
         match event["type"]:
             case "message_start":
                 message = event["message"]
