@@ -20,7 +20,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def on_api_error(request: Request, error: APIError) -> JSONResponse:
         request_record.current().error = error.code or error.type
-        return _response(request, error, error.status, headers_of(error))
+        return _response(request, error, headers_of(error))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -30,13 +30,14 @@ def add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         error_class = {404: NotFound, 405: MethodNotAllowed}.get(error.status_code, InvalidRequest)
         api_error = error_class(_sentence_of(error, request))
+        api_error.status = error.status_code
         request_record.current().error = str(error.status_code)
         headers = {**headers_of(api_error), **(error.headers or {})}
-        return _response(request, api_error, error.status_code, headers)
+        return _response(request, api_error, headers)
 
 
-def _response(request: Request, error: APIError, status: int, headers: Mapping[str, str]) -> JSONResponse:
-    return JSONResponse(error_format(request.scope["path"]).body(error), status, headers)
+def _response(request: Request, error: APIError, headers: Mapping[str, str]) -> JSONResponse:
+    return JSONResponse(error_format(request.scope["path"]).body(error), error.status, headers)
 
 
 def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:

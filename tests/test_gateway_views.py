@@ -1,0 +1,211 @@
+"""Protocols that providers do not speak, answered by their chat completions; and Claude's own, relayed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anthropic.types import Message
+from anthropic_requests import HELLO, PNG, WEATHER, events, folded, text_of
+from openai import OpenAI
+from running_gateway import KEYS, Gateway, running_gateway
+from upstreams import Asked, Reply, chunk, completion, event, message, message_events, told
+
+
+@pytest.fixture(scope="module")
+def running(tiny_checkpoint: Path) -> Iterator[Gateway]:
+    with running_gateway(tiny_checkpoint) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(running: Gateway) -> Gateway:
+    running.reset()
+    return running
+
+
+def ask(gateway: Gateway, model: str, path: str = "messages", **body: Any) -> Any:
+    limit = {} if path.endswith("count_tokens") else {"max_tokens": 50}
+    headers = body.pop("headers", None)
+    return gateway.post(path, headers=headers, **{"model": model, "messages": HELLO, **limit, **body})
+
+
+MODELS = [
+    ("openai/gpt-5", "openai"),
+    ("gemini/gemini-3", "gemini"),
+    ("deepseek/deepseek-chat", "deepseek"),
+    ("minmax/MiniMax-M3", "minmax"),
+    ("ollama/llama3", "ollama"),
+    ("my-groq/llama", "my-groq"),
+    ("old-gpt", "openai"),
+]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(("model", "provider"), MODELS)
+def test_every_provider_answers_messages(gateway: Gateway, model: str, provider: str, is_stream: bool) -> None:
+    reply = ask(gateway, model, system="S", temperature=0.5, stop_sequences=["x"], stream=is_stream)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["x-gateway-provider"] == provider
+    answer = folded(events(reply.text)) if is_stream else reply.json()
+    assert Message.model_validate(answer) and text_of(answer) == "Hi!" and answer["stop_reason"] == "end_turn"
+    [asked] = gateway.providers[provider].asked
+    assert asked.path.endswith(("/chat/completions", "/chatcompletion_v2"))
+    sent = asked.body
+    assert sent["messages"] == [{"role": "system", "content": "S"}, *HELLO] and sent["stop"] == ["x"]
+    assert sent["stream"] is True and sent["stream_options"] == {"include_usage": True}
+    allowed = "model messages max_tokens max_completion_tokens stop temperature stream stream_options tools".split()
+    assert sent.keys() <= set(allowed), "no field of this server's own goes to others"
+
+
+def test_tools_results_and_thoughts_go_to_a_provider_and_its_calls_come_back(gateway: Gateway) -> None:
+    def call(index: int, **function: str) -> dict[str, Any]:
+        return {"index": index, **({"id": f"c{index}", "type": "function"} if "name" in function else {}),
+                "function": function}  # fmt: skip
+
+    deltas = [
+        {"reasoning_content": "Hm"},
+        {"content": "Well"},
+        {"tool_calls": [call(0, name="weather", arguments="")]},
+        {"tool_calls": [call(0, arguments='{"city": ')]},
+        {"tool_calls": [call(0, arguments='"Rome"}'), call(1, name="weather", arguments="{}")]},
+    ]
+    usage = {"prompt_tokens": 30, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 10}}
+    last = {**json.loads(event(chunk({}, "tool_calls")).decode().removeprefix("data: ")), "usage": usage}
+    pieces = [*(event(chunk(delta)) for delta in deltas), event(last), event("[DONE]")]
+    gateway.providers["my-groq"].script = lambda asked: Reply.stream(*pieces)
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+    result = [{"type": "text", "text": "12"}, image]
+    conversation = [
+        *HELLO,
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "x"}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": result}]},
+    ]
+    body: dict[str, Any] = {"messages": conversation, "tools": [WEATHER], "tool_choice": {"type": "any"}}
+    answer = folded(events(ask(gateway, "my-groq/m", stream=True, thinking={"type": "adaptive"}, **body).text))
+    kinds = [block["type"] for block in answer["content"]]
+    assert kinds == ["thinking", "text", "tool_use", "tool_use"]
+    assert answer["content"][2]["input"] == {"city": "Rome"} and answer["content"][2]["id"] == "c0"
+    assert answer["stop_reason"] == "tool_use"
+    assert answer["usage"] == {"input_tokens": 20, "cache_read_input_tokens": 10, "cache_creation_input_tokens": 0,
+                               "output_tokens": 9}  # fmt: skip
+    assert ask(gateway, "my-groq/m", **body).json()["content"][1:] == answer["content"][1:]
+    sent = gateway.providers["my-groq"].asked[0].body
+    assert sent["tool_choice"] == "required" and sent["tools"][0]["function"]["parameters"] == WEATHER["input_schema"]
+    tool, user = sent["messages"][-2:]
+    assert tool == {"role": "tool", "tool_call_id": "t1", "content": "12"}
+    assert user["role"] == "user" and user["content"][0]["image_url"]["url"].endswith(PNG)
+
+
+def test_claude_is_relayed_to_the_byte_with_its_version_and_betas(gateway: Gateway) -> None:
+    pieces = message_events("你", "好")
+    raw = b"".join(piece for piece in pieces if isinstance(piece, bytes))
+    sent: dict[str, Any] = {"thinking": {"type": "adaptive"}, "unknown": {"kept": 1}, "metadata": {"user_id": "u"}}
+    headers = {"anthropic-version": "2026-10-21", "anthropic-beta": "a-1,b-2", "x-api-key": "the client's"}
+    gateway.providers["claude"].script = lambda asked: Reply.stream(*pieces)
+    reply = ask(gateway, "claude/claude-x", stream=True, headers=headers, **sent)
+    assert reply.content == raw and reply.headers["x-gateway-provider"] == "claude"
+    [asked] = gateway.providers["claude"].asked
+    assert asked.path == "/v1/messages" and asked.headers["x-api-key"] == KEYS["ANTHROPIC"]
+    assert (asked.headers["anthropic-version"], asked.headers["anthropic-beta"]) == ("2026-10-21", "a-1,b-2")
+    assert asked.body == {"model": "claude-x", "messages": HELLO, "max_tokens": 50, "stream": True, **sent}
+    whole = json.dumps(message("Hi!"), indent=2).encode()
+    gateway.providers["claude"].script = lambda asked: Reply.of(whole)
+    assert ask(gateway, "claude/claude-x").content == whole
+    assert gateway.providers["claude"].asked[-1].headers["anthropic-version"] == "2023-06-01"
+    gateway.providers["claude"].script = lambda asked: Reply.of({"input_tokens": 77})
+    assert ask(gateway, "claude/claude-x", "messages/count_tokens").json() == {"input_tokens": 77}
+    assert gateway.providers["claude"].asked[-1].path == "/v1/messages/count_tokens"
+
+
+def test_claudes_errors_keep_their_shape(gateway: Gateway) -> None:
+    def failing(kind: str, status: int) -> Reply:
+        return Reply.of({"type": "error", "error": {"type": kind, "message": f"No: {KEYS['ANTHROPIC']}"}}, status)
+
+    for kind, status, expected in (
+        ("rate_limit_error", 429, "rate_limit_error"),
+        ("invalid_request_error", 400, "invalid_request_error"),
+        ("overloaded_error", 529, "overloaded_error"),
+    ):
+        gateway.providers["claude"].script = lambda asked, kind=kind, status=status: failing(kind, status)
+        reply = ask(gateway, "claude/claude-x")
+        assert reply.json()["error"]["type"] == expected and KEYS["ANTHROPIC"] not in reply.text
+    start, *rest = message_events("Hi")
+    error = event({"type": "error", "error": {"type": "overloaded_error", "message": "Busy"}}, "error")
+    for pieces, kind in (([start, error], "overloaded_error"), ([start, *rest[:2]], "api_error")):
+        gateway.providers["claude"].script = lambda asked, pieces=pieces: Reply.stream(*pieces)
+        *_, last = events(ask(gateway, "claude/claude-x", stream=True).text)
+        assert last["type"] == "error" and last["error"]["type"] == kind
+
+
+def test_a_providers_error_has_anthropics_shape(gateway: Gateway) -> None:
+    gateway.providers["openai"].script = lambda asked: Reply.of({"error": {"message": "Too many"}}, 429)
+    reply = ask(gateway, "openai/gpt-5")
+    assert reply.status_code == 429 and reply.json()["error"] == {
+        "type": "rate_limit_error",
+        "message": "openai: Too many",
+    }
+
+
+def test_parameters_that_a_model_refuses_are_sent_no_more(gateway: Gateway) -> None:
+    def picky(asked: Asked) -> Reply:
+        for name, other in (("max_tokens", "max_completion_tokens"), ("temperature", "1"), ("reasoning_effort", "")):
+            if name in asked.body:
+                said = f"Unsupported parameter: '{name}' is not supported with this model. Use '{other}' instead."
+                return Reply.of({"error": {"message": said, "type": "invalid_request_error", "param": name}}, 400)
+        return Reply.stream(*told("Hi"))
+
+    gateway.providers["openai"].script = picky
+    body: dict[str, Any] = {"temperature": 0.5, "output_config": {"effort": "max"}, "thinking": {"type": "adaptive"}}
+    assert text_of(ask(gateway, "openai/o9", **body).json()) == "Hi"
+    first, *others = (asked.body for asked in gateway.providers["openai"].asked)
+    assert first["reasoning_effort"] == "xhigh" and first["max_tokens"] == 50 and len(others) == 3
+    assert others[-1]["max_completion_tokens"] == 50
+    assert not {"temperature", "reasoning_effort", "max_tokens"} & others[-1].keys()
+    assert text_of(ask(gateway, "openai/o9", **body).json()) == "Hi"
+    assert len(gateway.providers["openai"].asked) == 5 and gateway.providers["openai"].asked[-1].body == others[-1]
+
+
+def test_other_mistakes_are_not_tried_again(gateway: Gateway) -> None:
+    refusal = {"error": {"message": "Unsupported value of messages", "param": "messages"}}
+    gateway.providers["openai"].script = lambda asked: Reply.of(refusal, 400)
+    assert ask(gateway, "openai/o8", temperature=1.0).status_code == 400
+    assert len(gateway.providers["openai"].asked) == 1
+
+
+def test_the_next_model_answers_if_a_provider_fails(gateway: Gateway) -> None:
+    """The next one speaks the protocol itself, or is this server's own."""
+    gateway.providers["openai"].script = lambda asked: Reply.of({"error": {"message": "down"}}, 503)
+    relayed = ask(gateway, "openai/falls")
+    assert text_of(relayed.json()) == "Hi!" and relayed.headers["x-gateway-fallback-from"] == "openai/falls"
+    assert gateway.providers["claude"].asked[-1].body["model"] == "second"
+    local = ask(gateway, "openai/lands", max_tokens=3)
+    assert local.status_code == 200 and local.json()["model"] == "Tiny-Qwen3"
+    assert local.headers["x-gateway-model"] == "Tiny-Qwen3" and "x-gateway-provider" not in local.headers
+
+
+def test_tokens_at_a_provider_that_does_not_count_are_estimated_and_that_is_said(gateway: Gateway) -> None:
+    reply = ask(gateway, "openai/gpt-5", "messages/count_tokens", system="x" * 400)
+    assert reply.headers["x-estimated"] == "input_tokens" and 100 < reply.json()["input_tokens"] < 150
+    assert "x-estimated" not in ask(gateway, "Tiny-Qwen3", "messages/count_tokens").headers
+    assert gateway.providers["openai"].asked == []
+
+
+def test_responses_of_claude_are_made_from_its_chat(gateway: Gateway) -> None:
+    with OpenAI(base_url=gateway.server.url + "/v1", api_key="none", max_retries=0) as client:
+        whole = client.responses.create(model="claude/claude-x", input="Hello", max_output_tokens=50)
+        assert whole.output_text == "Hi!" and whole.status == "completed"
+        *_, last = client.responses.create(model="claude/claude-x", input="Hello", instructions="S", stream=True)
+        assert last.type == "response.completed" and last.response.output_text == "Hi!"
+    sent = gateway.providers["claude"].asked[-1].body
+    assert sent["system"] == [{"type": "text", "text": "S"}] and sent["messages"][0]["role"] == "user"
+
+
+def test_a_provider_that_sends_no_usage_or_stops_for_its_filter_is_read(gateway: Gateway) -> None:
+    filtered = [event(chunk({"content": "A"})), event(chunk({}, "content_filter")), event("[DONE]")]
+    gateway.providers["my-groq"].script = lambda asked: Reply.stream(*filtered)
+    answer = ask(gateway, "my-groq/m").json()
+    assert answer["stop_reason"] == "refusal" and answer["usage"]["output_tokens"] == 0
+    gateway.providers["my-groq"].script = lambda asked: Reply.of(completion("whole"))
+    assert ask(gateway, "my-groq/m").status_code == 502, "an answer that is no stream, though one was asked for"
