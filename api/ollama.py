@@ -218,16 +218,14 @@ def _answer(request: AnyRequest, content: str = "", thinking: str = "", calls: l
 
 def _statistics(usage: Usage | None, timings: Timings | None, elapsed: int) -> OllamaStatistics:
     """elapsed: nanoseconds. A model of another provider tells no durations, so all of it counts as the answer's."""
-    if usage is None:
-        return OllamaStatistics(total_duration=elapsed)
     prompt = int(timings.prompt_ms * NANOSECONDS) if timings else 0
     answer = int(timings.predicted_ms * NANOSECONDS) if timings else elapsed
     return OllamaStatistics(
         total_duration=max(elapsed, prompt + answer),
         load_duration=0,
-        prompt_eval_count=usage.prompt_tokens,
+        prompt_eval_count=usage and usage.prompt_tokens,
         prompt_eval_duration=max(prompt, 1),  # clients divide by it
-        eval_count=usage.completion_tokens,
+        eval_count=usage and usage.completion_tokens,
         eval_duration=max(answer, 1),
     )
 

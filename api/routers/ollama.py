@@ -31,16 +31,18 @@ from api.services import Services, UsesServices
 from errors import NotServed
 
 
-class OllamaRouter(RootRouter):
-    prefixes = ("/api",)
-
-
-router = OllamaRouter(responses=errors_as(OllamaError), route_class=GatewayRoute)
+router = RootRouter(responses=errors_as(OllamaError), route_class=GatewayRoute)
 LINES: Responses = {200: {"content": {"application/x-ndjson": {"schema": {"type": "object"}}}}}
-FILES = (("POST", "/pull"), ("POST", "/push"), ("POST", "/create"), ("POST", "/copy"), ("DELETE", "/delete"))
+FILES = (
+    ("POST", "/api/pull"),
+    ("POST", "/api/push"),
+    ("POST", "/api/create"),
+    ("POST", "/api/copy"),
+    ("DELETE", "/api/delete"),
+)
 
 
-@router.post("/chat", response_model=OllamaChatAnswer, responses=LINES)
+@router.post("/api/chat", response_model=OllamaChatAnswer, responses=LINES)
 async def chat(body: OllamaChatRequest, request: Request, services: UsesServices) -> Response:
     model = ollama_models.chat_model(services, body.model)
     if not body.messages:
@@ -48,7 +50,7 @@ async def chat(body: OllamaChatRequest, request: Request, services: UsesServices
     return await _answer(body, request, services, model)
 
 
-@router.post("/generate", response_model=OllamaGenerateAnswer, responses=LINES)
+@router.post("/api/generate", response_model=OllamaGenerateAnswer, responses=LINES)
 async def generate(body: OllamaGenerateRequest, request: Request, services: UsesServices) -> Response:
     model = ollama_models.chat_model(services, body.model)
     if not body.prompt and not body.suffix and not body.images:
@@ -84,36 +86,36 @@ async def _loaded(body: ollama.AnyRequest, request: Request, services: Services,
     return await whole(request, body, work())
 
 
-@router.post("/embed", response_model=OllamaEmbedAnswer)
+@router.post("/api/embed", response_model=OllamaEmbedAnswer)
 async def embed(body: OllamaEmbedRequest, request: Request, services: UsesServices) -> Response:
     num_rows = len(body.input) if isinstance(body.input, list) else 1
     work = ollama_embed.embedded(services, body)
     return await whole(request, body, work, num_rows=num_rows, headers=truncation_header)
 
 
-@router.post("/embeddings", response_model=OllamaEmbeddingsAnswer)
+@router.post("/api/embeddings", response_model=OllamaEmbeddingsAnswer)
 async def embed_one(body: OllamaEmbeddingsRequest, request: Request, services: UsesServices) -> Response:
     return await whole(request, body, ollama_embed.embedded_one(services, body))
 
 
-@router.head("/tags", include_in_schema=False)
-@router.get("/tags")
+@router.head("/api/tags", include_in_schema=False)
+@router.get("/api/tags")
 async def tags(services: UsesServices) -> OllamaModels:
     return await ollama_models.listed(services)
 
 
-@router.get("/ps")
+@router.get("/api/ps")
 async def ps(services: UsesServices) -> OllamaRunningModels:
     return ollama_models.running(services)
 
 
-@router.post("/show")
+@router.post("/api/show")
 async def show(body: OllamaShowRequest, services: UsesServices) -> OllamaShown:
     return await ollama_models.shown(services, body.model)
 
 
-@router.head("/version", include_in_schema=False)
-@router.get("/version")
+@router.head("/api/version", include_in_schema=False)
+@router.get("/api/version")
 async def version() -> OllamaVersion:
     return OllamaVersion(version=ollama_models.VERSION)
 
@@ -125,5 +127,5 @@ async def _refuse() -> NoReturn:
     )
 
 
-for _method, _path in (*FILES, ("POST", "/blobs/{digest}"), ("HEAD", "/blobs/{digest}")):
+for _method, _path in (*FILES, ("POST", "/api/blobs/{digest}"), ("HEAD", "/api/blobs/{digest}")):
     router.add_api_route(_path, _refuse, methods=[_method], include_in_schema=False, response_model=None)
