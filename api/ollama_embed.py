@@ -12,6 +12,7 @@ from api.ollama_schemas import (
     OllamaEmbedRequest,
 )
 from api.services import Services
+from errors import InvalidRequest
 from schemas import EmbeddingRequest, EmbeddingResponse
 from serving.embeddings import off_loop
 
@@ -21,6 +22,8 @@ async def embedded(services: Services, request: OllamaEmbedRequest) -> OllamaEmb
     model, begun = embedding_model(services, request.model), time.monotonic_ns()
     if not request.input:
         return OllamaEmbedAnswer(model=request.model, embeddings=[])
+    if isinstance(request.input, list) and not all(request.input):
+        raise InvalidRequest("A text of the input is empty: leave it out.", param="input", code="invalid_value")
     answer = await services.embeddings.embed(
         EmbeddingRequest(
             model=model, input=request.input, dimensions=request.dimensions, truncate=request.truncate is not False

@@ -16,7 +16,6 @@ from schemas import (
     RequestBody,
     Role,
     SamplingFields,
-    SomeTexts,
     StopString,
     TokenLogprob,
     _is_none,
@@ -62,9 +61,9 @@ class OllamaOptions(SamplingFields):
     embedding_only: Any = no_meaning(ENGINE)
     use_mmap: Any = no_meaning(ENGINE)
     use_mlock: Any = no_meaning(ENGINE)
-    repeat_last_n: Any = ignored("penalties count the whole text.")
-    tfs_z: Any = ignored(SAMPLER, 1, 1.0)
-    typical_p: Any = ignored(SAMPLER, 1, 1.0)
+    repeat_last_n: Any = ignored("penalties count the whole text.", -1)
+    tfs_z: Any = ignored(SAMPLER, 1)
+    typical_p: Any = ignored(SAMPLER, 1)
     mirostat: Any = ignored(SAMPLER, 0)
     mirostat_tau: Any = ignored(SAMPLER)
     mirostat_eta: Any = ignored(SAMPLER)
@@ -122,7 +121,7 @@ class OllamaGenerateRequest(_OllamaGeneration):
 
 
 class OllamaEmbedRequest(_OllamaRequest):
-    input: str | SomeTexts | Annotated[list[str], Field(max_length=0)] | None = None
+    input: str | Annotated[list[str], Field(max_length=2048, fail_fast=True)] | None = None
     truncate: bool | None = None
     dimensions: int | None = Field(None, ge=1)
 

@@ -283,6 +283,7 @@ def test_capabilities_are_the_models(thinking_server: Server, seeing_server: Ser
         ("generate", {"model": "other:7b"}, 404, "model 'other:7b' not found"),
         ("show", {"model": "other"}, 404, "model 'other' not found"),
         ("embed", {"model": "other", "input": "x"}, 404, "model 'other' not found"),
+        ("embed", {"model": "all-minilm-l6-v2", "input": ["a", ""]}, 400, "input"),
         ("embeddings", {"model": "other"}, 404, "model 'other' not found"),
         ("chat", {"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages[0].role"),
         ("chat", {"messages": [{**HELLO[0], "images": ["aGk="]}]}, 400, "images"),

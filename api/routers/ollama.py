@@ -30,7 +30,6 @@ from api.routing import Responses, RootRouter, errors_as
 from api.services import Services, UsesServices
 from errors import NotServed
 
-
 router = RootRouter(responses=errors_as(OllamaError), route_class=GatewayRoute)
 LINES: Responses = {200: {"content": {"application/x-ndjson": {"schema": {"type": "object"}}}}}
 FILES = (
