@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from api.ollama_schemas import OllamaCall, OllamaFunction, OllamaMessage
+from errors import InvalidRequest
 from schemas import ChunkChoice, FunctionCall, ToolCall
+from text.json_bounds import RELAYED, check_json
 
 
 class CallCollector:
@@ -38,9 +40,11 @@ class CallCollector:
 
 
 def _parsed(arguments: str) -> dict[str, Any] | None:
+    """Returns arguments as an object; None for what is none, or could not be sent as JSON."""
     try:
         value = json.loads(arguments or "{}")
-    except ValueError:
+        check_json(value, "arguments", RELAYED)
+    except (ValueError, RecursionError, InvalidRequest):
         return None
     return value if isinstance(value, dict) else None
 
@@ -48,12 +52,14 @@ def _parsed(arguments: str) -> dict[str, Any] | None:
 def with_ids(messages: Sequence[OllamaMessage]) -> list[OllamaMessage]:
     """Gives calls ids, and results those of their calls: of the first one that waits for a result and has the name.
 
-    Chat templates and other providers match results with calls by ids, which Ollama's clients may leave out.
+    Chat templates and other providers match results with calls by ids, which Ollama's clients may leave out. Raises
+    InvalidRequest for calls that are no JSON or nested too deeply.
     """
     waiting: list[tuple[str, str]] = []  # id and name of each call without a result
     numbered: list[OllamaMessage] = []
     for number, message in enumerate(messages):
         if message.tool_calls:
+            check_json(message.tool_calls, f"messages[{number}].tool_calls", RELAYED)
             calls = [_call(call, f"call_{number}_{index}") for index, call in enumerate(message.tool_calls)]
             waiting = [(call["id"], call["function"]["name"]) for call in calls]
             message = message.model_copy(update={"tool_calls": calls})

@@ -68,6 +68,7 @@ PATHS = (
     *("/tokenize", "/detokenize", "/version", "/metrics", "/docs", "/docs/", "/docs/oauth2-redirect", "/redoc"),
     *("/openapi.json", "/", "/v1", "/v1/", "/nowhere", "/favicon.ico", "/v2/models", "/v1/files"),
     *("/v2/embed", "/v2/rerank", "/v2/chat", "/v1/embed", "/tokenizer_info"),
+    *("/api/chat", "/api/generate", "/api/embed", "/api/tags", "/api/ps", "/api/show", "/api/version", "/api/pull"),
     *("/V1/MODELS", "/v1/Models", "//v1/models", "/v1//models", "/v1/models/", "///v1/models", "/./v1/models"),
     *("/v1/../v1/models", "/health/../v1/models", "/v1/models/../../health", "/%76%31/models", "/v1%2fmodels"),
     *("/v1/models%00", "/v1/models;x", "/v1/models?x=/health", "/v1/models%3f", "/v1\\models", "/%2e/v1/models"),

@@ -14,6 +14,7 @@ import pytest
 from models import byte_tokenizer
 from process import Server
 from running_gateway import Gateway, running_gateway
+from test_image_inputs import picture, url_of
 from upstreams import Reply
 
 from api.ollama import LineEncoder, as_chat, as_completion, collect, stream
@@ -227,6 +228,15 @@ def test_a_call_that_was_cut_is_left_out() -> None:
     assert answer.done_reason == "length"
 
 
+@pytest.mark.parametrize(
+    "arguments", ["[1]", "5", '{"x": NaN}', '{"x": ' + "[" * 300 + "]" * 300 + "}", "[" * 9999, "{"]
+)
+def test_arguments_that_are_no_object_of_json_are_left_out(arguments: str) -> None:
+    deltas = [Delta(content="a", tool_calls=[call(0, "", "a")]), Delta(tool_calls=[call(0, arguments)])]
+    answer: Any = asyncio.run(collect(stream(request(), chunks(*deltas))))
+    assert answer.message.tool_calls is None and answer.message.content == "a" and answer.model_dump_json()
+
+
 def test_an_error_in_the_middle_is_the_last_line() -> None:
     async def sent() -> bytes:
         answers = stream(request(), chunks(Delta(content="a"), error=EngineFailure("max_tokens failed.")))
@@ -235,6 +245,20 @@ def test_an_error_in_the_middle_is_the_last_line() -> None:
     first, last = asyncio.run(sent()).splitlines()
     assert json.loads(first)["message"]["content"] == "a"
     assert json.loads(last) == {"error": "options.num_predict failed."}
+
+
+def test_a_model_that_sees_is_shown_the_images(seeing_server: Server) -> None:
+    name, url = seeing_server.get("/api/tags").json()["models"][0]["name"], url_of(picture(1))
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Hello"}]
+    body = {"model": name.removesuffix(":latest"), "messages": [{"role": "user", "content": parts}], "max_tokens": 8}
+    theirs = seeing_server.post("/v1/chat/completions", **body, temperature=0).json()
+    images = [url.partition(",")[2]]
+    options = {"num_predict": 8, "temperature": 0}
+    for path, shown in (("chat", {"messages": [{**HELLO[0], "images": images}]}), ("generate", {"images": images})):
+        answer = ask(seeing_server, path, model=name, options=options, stream=False, **shown).json()
+        text = answer["message"]["content"] if path == "chat" else answer["response"]
+        assert text == theirs["choices"][0]["message"]["content"]
+        assert answer["prompt_eval_count"] == theirs["usage"]["prompt_tokens"]
 
 
 def test_images_are_parts_of_the_message() -> None:
