@@ -360,6 +360,8 @@ def test_models_of_providers_answer(gateway: Gateway, model: str, provider: str,
         assert gateway.providers[provider].asked[-1].body["model"] == there
     whole = ask(gateway.server, model=model, stream=False)
     assert whole.json()["message"]["content"] == "Hi!" and whole.headers["x-gateway-provider"] == provider
+    refusal = ask(gateway.server, "generate", model=model, raw=True)
+    assert refusal.status_code == 400 and "raw" in refusal.json()["error"]
 
 
 def test_a_failing_provider_gives_way_to_the_next_model(gateway: Gateway) -> None:

@@ -28,7 +28,7 @@ from api.ollama_schemas import (
 )
 from api.routing import Responses, RootRouter, errors_as
 from api.services import Services, UsesServices
-from errors import NotServed
+from errors import NotServed, unsupported
 
 router = RootRouter(responses=errors_as(OllamaError), route_class=GatewayRoute)
 LINES: Responses = {200: {"content": {"application/x-ndjson": {"schema": {"type": "object"}}}}}
@@ -57,6 +57,8 @@ async def generate(body: OllamaGenerateRequest, request: Request, services: Uses
     if not ollama.is_text(body):
         return await _answer(body, request, services, model)
     completion = ollama.as_completion(body, model)
+    if services.router.provider_of(model) is not None:
+        raise unsupported("raw" if body.raw else "suffix")
     chunks = (await services.text_model(model)).stream_completion(completion)
     answers = ollama.stream(body, ollama.as_chunks(chunks))
     return await stream_or_whole(request, body, answers, ollama.collect, ollama.LineEncoder())
