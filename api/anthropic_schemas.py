@@ -102,6 +102,7 @@ class CountTokensRequest(RequestBody):
     cache_control: Object | None = no_meaning("cached prompts are found by their tokens.")
     context_management: Object | None = no_meaning("the conversation is answered as it was sent.")
     speed: str | None = no_meaning("there is one speed.")
+    user_profile_id: str | None = no_meaning("it is a label for the client.")
 
     @property
     def dropped_tools(self) -> dict[str, Tool]:
@@ -126,7 +127,6 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
     container: str | Object | None = refused()
     diagnostics: Object | None = no_meaning("the answer has no diagnostics.")
     inference_geo: str | None = no_meaning("the model runs here.")
-    user_profile_id: str | None = no_meaning("it is a label for the client.")
     workspace_id: str | None = no_meaning("it is a label for the client.")
 
 

@@ -14,7 +14,9 @@ from profiles import examples
 from pydantic import ValidationError
 
 import schemas
+from api import message_input
 from api.answers import ignored_fields_header
+from api.anthropic_schemas import MessagesRequest
 from api.error_handlers import invalid_request_of
 from api.responses import as_chat
 from config import parse_bytes, parse_fallbacks, parse_pairs
@@ -46,6 +48,7 @@ REQUESTS = {
     schemas.RerankRequest: {"model": "m", "query": "Hi", "documents": ["a"]},
     schemas.TokenizeRequest: {"messages": [{"role": "user", "content": "Hi"}]},
     schemas.DetokenizeRequest: {"tokens": [1]},
+    MessagesRequest: {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5},
 }
 WORDS = (
     "role user assistant tool system content type text image_url url name function parameters arguments tool_calls id "
@@ -97,6 +100,33 @@ def test_a_response_is_asked_for_as_a_chat_or_refused(fields: dict[str, Any], da
     )
     chat = request and allows(lambda: as_chat(request), APIError)
     assert chat is None or isinstance(chat, schemas.ChatCompletionRequest)
+
+
+BLOCKS = "tool_use tool_result thinking redacted_thinking image base64 source media_type data tool_use_id id input any"
+
+
+@examples(80)
+@given(object_of(f"{WORDS} {BLOCKS} system tools tool_choice thinking output_config stop_sequences"), st.data())
+def test_a_message_is_asked_for_as_a_chat_or_refused(fields: dict[str, Any], data: Any) -> None:
+    block = object_of(f"type text {BLOCKS}")
+    content = st.lists(block, max_size=3) | TEXT
+    turn = shaped(role=st.sampled_from(["user", "assistant", "system"]), content=content)
+    messages = data.draw(st.lists(turn, max_size=4))
+    request = tried(MessagesRequest, {"model": "m", "max_tokens": 5, "messages": messages, **fields})
+    chat = request and allows(lambda: message_input.as_chat(request), APIError)
+    assert chat is None or isinstance(chat, schemas.ChatCompletionRequest)
+
+
+@pytest.mark.parametrize("count", [9_999, 10_000])
+def test_a_conversation_whose_results_become_too_many_messages_is_refused(count: int) -> None:
+    results = [{"type": "tool_result", "tool_use_id": "t", "content": "x"}] * count
+    messages = [{"role": "user", "content": results}]
+    request = tried(MessagesRequest, {"model": "m", "max_tokens": 5, "messages": messages, "system": "S"})
+    if count < schemas.MAX_MESSAGES:
+        assert len(message_input.as_chat(request).messages) == count + 1
+    else:
+        with pytest.raises(APIError, match="messages"):
+            message_input.as_chat(request)
 
 
 @pytest.mark.parametrize("count", [9_999, 10_000, 10_001])
