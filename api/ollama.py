@@ -24,7 +24,6 @@ from api.ollama_schemas import (
 )
 from errors import APIError, InvalidRequest, unsupported
 from schemas import (
-    CappedChatRequest,
     ChatCompletionChunk,
     ChunkChoice,
     Completion,
@@ -32,6 +31,7 @@ from schemas import (
     Delta,
     SamplingFields,
     Timings,
+    TranslatedChatRequest,
     Usage,
 )
 from server.error_formats import OLLAMA
@@ -60,11 +60,11 @@ def is_text(request: OllamaGenerateRequest) -> bool:
     return bool(request.raw or request.suffix)
 
 
-def as_chat(request: AnyRequest, model: str) -> CappedChatRequest:
+def as_chat(request: AnyRequest, model: str) -> TranslatedChatRequest:
     """Makes the equivalent chat completion request for a model of that name. Raises InvalidRequest."""
     _check(request)
     messages = _chat(request) if isinstance(request, OllamaChatRequest) else _turns(request)
-    return CappedChatRequest.model_validate(
+    return TranslatedChatRequest.model_validate(
         {
             **_sampling(request.options),
             "model": model,

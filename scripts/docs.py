@@ -372,6 +372,7 @@ def escaped(text: str) -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "settings": settings,
     "fields": field_table("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"),
+    "message fields": field_table("MessagesRequest", "CountTokensRequest"),
     "other fields": field_table("EmbeddingRequest", "RerankRequest", "TokenizeRequest", "DetokenizeRequest"),
     "cohere fields": field_table("CohereEmbedRequest", "CohereRerankRequest"),
     "ollama fields": field_table("OllamaChatRequest", "OllamaGenerateRequest", "OllamaEmbedRequest"),

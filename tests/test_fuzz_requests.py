@@ -14,8 +14,9 @@ from profiles import examples
 from pydantic import ValidationError
 
 import schemas
-from api import cohere, cohere_schemas, ollama, ollama_schemas
+from api import cohere_schemas, message_input, ollama_schemas
 from api.answers import ignored_fields_header
+from api.anthropic_schemas import MessagesRequest
 from api.error_handlers import invalid_request_of
 from api.responses import as_chat
 from config import parse_bytes, parse_fallbacks, parse_pairs
@@ -52,6 +53,7 @@ REQUESTS = {
     ollama_schemas.OllamaEmbedRequest: {"model": "m", "input": "Hi"},
     cohere_schemas.CohereEmbedRequest: {"model": "m", "texts": ["Hi"]},
     cohere_schemas.CohereRerankRequest: {"model": "m", "query": "Hi", "documents": ["a"]},
+    MessagesRequest: {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5},
 }
 WORDS = (
     "role user assistant tool system content type text image_url url name function parameters arguments tool_calls id "
@@ -105,61 +107,31 @@ def test_a_response_is_asked_for_as_a_chat_or_refused(fields: dict[str, Any], da
     assert chat is None or isinstance(chat, schemas.ChatCompletionRequest)
 
 
-OPTION = st.sampled_from([0, 1, -1, 0.5, 7.0, "7", True, 10**30, 1e300]) | JSON
-OPTIONS = st.dictionaries(st.sampled_from([*ollama_schemas.OllamaOptions.model_fields, "other"]), OPTION, max_size=4)
-OLLAMA = st.fixed_dictionaries(
-    {},
-    optional={
-        "options": OPTIONS | JSON,
-        "format": st.sampled_from(["", "json", "yaml"]) | JSON,
-        "think": st.sampled_from([True, False, "low", "max"]),
-        "logprobs": st.booleans(),
-        "top_logprobs": st.integers(-1, 21),
-        "tools": st.lists(object_of(WORDS), max_size=2),
-        "messages": st.lists(object_of(f"{WORDS} images thinking tool_name tool_call_id"), max_size=3),
-        **dict.fromkeys(("model", "prompt", "suffix", "system", "template", "keep_alive"), TEXT),
-        "images": st.lists(TEXT, max_size=2),
-        "raw": st.booleans(),
-    },
-)
-
-
-@examples(150)
-@given(OLLAMA)
-@example({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": {"a": 1}, "arguments": "\ud800"}}]}]})
-@example({"options": {"num_predict": 10**400, "seed": 1.5}})
-def test_a_request_of_ollamas_is_a_chat_or_a_text_or_refused(fields: dict[str, Any]) -> None:
-    for kind in (ollama_schemas.OllamaChatRequest, ollama_schemas.OllamaGenerateRequest):
-        request = tried(kind, {**REQUESTS[kind], **fields})
-        if request is None:
-            continue
-        assert ignored_fields_header(request.ignored_fields) is not None
-        chat = request.model and allows(lambda request=request: ollama.as_chat(request, "m"), APIError)
-        assert not chat or chat.model == "m"
-        if isinstance(request, ollama_schemas.OllamaGenerateRequest):
-            allows(lambda request=request: ollama.as_completion(request, "m"), APIError)
-
-
-def test_calls_of_any_depth_in_ollamas_form_are_taken_or_refused() -> None:
-    for depth in range(1, 1000, 50):
-        call = {"function": {"name": "f", "arguments": nested(depth)}}
-        request = tried(
-            ollama_schemas.OllamaChatRequest, {"model": "m", "messages": [{"role": "assistant", "tool_calls": [call]}]}
-        )
-        assert request is None or allows(lambda request=request: ollama.as_chat(request, "m"), APIError) is not False
+BLOCKS = "tool_use tool_result thinking redacted_thinking image base64 source media_type data tool_use_id id input any"
 
 
 @examples(80)
-@given(st.data())
-def test_a_request_of_coheres_is_for_vectors_or_refused(data: st.DataObject) -> None:
-    names = "texts inputs input_type embedding_types truncate images output_dimension max_tokens"
-    fields = data.draw(object_of(f"{names} {WORDS} float base64 int8 NONE START END search_query"))
-    fields = {name: value for name, value in fields.items() if name in names.split()}
-    for kind in (cohere_schemas.CohereEmbedRequest, cohere_schemas.CohereV1EmbedRequest):
-        request = tried(kind, {"model": "m", "texts": ["a"], **fields})
-        if request is not None:
-            allows(lambda request=request: cohere.as_embedding(request), APIError)
-            allows(lambda request=request: cohere.prompts_for(request), APIError)
+@given(object_of(f"{WORDS} {BLOCKS} system tools tool_choice thinking output_config stop_sequences"), st.data())
+def test_a_message_is_asked_for_as_a_chat_or_refused(fields: dict[str, Any], data: Any) -> None:
+    block = object_of(f"type text {BLOCKS}")
+    content = st.lists(block, max_size=3) | TEXT
+    turn = shaped(role=st.sampled_from(["user", "assistant", "system"]), content=content)
+    messages = data.draw(st.lists(turn, max_size=4))
+    request = tried(MessagesRequest, {"model": "m", "max_tokens": 5, "messages": messages, **fields})
+    chat = request and allows(lambda: message_input.as_chat(request), APIError)
+    assert chat is None or isinstance(chat, schemas.ChatCompletionRequest)
+
+
+@pytest.mark.parametrize("count", [9_999, 10_000])
+def test_a_conversation_whose_results_become_too_many_messages_is_refused(count: int) -> None:
+    results = [{"type": "tool_result", "tool_use_id": "t", "content": "x"}] * count
+    messages = [{"role": "user", "content": results}]
+    request = tried(MessagesRequest, {"model": "m", "max_tokens": 5, "messages": messages, "system": "S"})
+    if count < schemas.MAX_MESSAGES:
+        assert len(message_input.as_chat(request).messages) == count + 1
+    else:
+        with pytest.raises(APIError, match="messages"):
+            message_input.as_chat(request)
 
 
 @pytest.mark.parametrize("count", [9_999, 10_000, 10_001])
