@@ -47,6 +47,7 @@ export class Chat {
   /** Begins a new conversation. */
   clear() {
     this.stop();
+    this.#running = null;
     if (this.#conversation.turns.length) this.#cut(this.#conversation.turns[0]);
   }
 
@@ -54,7 +55,8 @@ export class Chat {
     const fields = this.#settings.fields();
     this.#conversation.add(...turns);
     turns.forEach((turn) => this.#show(turn));
-    await this.#answer({ model: byId("model").value, messages: this.#conversation.messages(this.#settings.system), ...fields });
+    const messages = this.#conversation.messages(this.#settings.system);
+    await this.#answer({ model: byId("model").value, messages, ...fields });
   }
 
   async #again(turn) {
@@ -83,17 +85,18 @@ export class Chat {
       turn.end({ isStopped, problem: isStopped ? "" : error.message });
     }
     clearTimeout(looking);
-    this.#keepingEnd(() => view.update(false));
-    this.#running = null;
     this.#status.look();
-    if (view.element.isConnected) this.#conversation.add(turn); // else a new conversation began
+    if (!view.element.isConnected) return; // a new conversation began
+    this.#keepingEnd(() => view.update(false));
+    this.#conversation.add(turn);
     byId("announcer").textContent = turn.inWords;
+    this.#running = null;
     this.#setBusy(false);
   }
 
   /** Adds the chunks of an answer to its turn. While the model loads, it waits and asks again. */
   async #receive(body, turn, view, signal) {
-    const update = onceAFrame(() => this.isBusy && this.#keepingEnd(() => view.update(true)));
+    const update = onceAFrame(() => this.#keepingEnd(() => view.update(true)));
     turn.note = "Waiting for the answer…";
     update();
     for (;;) {
@@ -125,7 +128,7 @@ export class Chat {
   #setBusy(isBusy) {
     this.#list.setAttribute("aria-busy", isBusy);
     byId("welcome").hidden = this.#list.children.length > 0;
-    const hadFocus = [byId("send"), byId("stop")].includes(document.activeElement);
+    const hadFocus = [byId("send"), byId("stop"), document.body].includes(document.activeElement);
     byId("send").hidden = isBusy;
     byId("stop").hidden = !isBusy;
     if (hadFocus) byId(isBusy ? "stop" : "send").focus();

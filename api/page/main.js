@@ -14,7 +14,7 @@ const settings = new Settings();
 const status = new Status(server, listModels);
 const composer = new Composer(async (text, pictures) => {
   if (!byId(MODEL).value) await listModels(status.report);
-  if (!byId(MODEL).value) throw new Error("No model is listed yet: wait until the server can be reached, and send again.");
+  if (!byId(MODEL).value) throw new Error("No model is listed yet; send again when the server can be reached.");
   await chat.send(text, pictures);
 });
 const chat = new Chat({
@@ -42,7 +42,8 @@ async function listModels(report) {
   if (report.status === "unreachable") return;
   try {
     const models = await server.models();
-    const names = models.filter((model) => model.owned_by !== "local" || model.id === report.model).map(({ id }) => id);
+    const chats = (model) => model.owned_by !== "local" || model.id === report.model; // the others are embedding models
+    const names = models.filter(chats).map(({ id }) => id);
     if (names.length === 0) return;
     const chosen = byId(MODEL).value || sessionStorage.getItem(MODEL);
     byId(MODEL).replaceChildren(...names.map((name) => make("option", { value: name }, name)));

@@ -15,7 +15,7 @@ const INLINE = new RegExp(
   [
     "(?<!`)(?<ticks>`{1,3})(?!`)(?<code>.{1,600}?)(?<!`)\\k<ticks>(?!`)",
     "\\*\\*\\*(?<both>[^\\s*].{0,600}?)\\*\\*\\*",
-    "\\*\\*(?<bold>\\S.{0,600}?)\\*\\*",
+    "\\*\\*(?<bold>[^\\s*].{0,600}?)\\*\\*",
     "\\*(?<italic>[^\\s*].{0,600}?)\\*",
     "(?<!\\w)_(?<slanted>[^\\s_].{0,600}?)_(?!\\w)",
     "\\[(?<label>[^\\]]{1,600})\\]\\((?<target>https?://[^\\s()]{1,2000})\\)",
@@ -69,6 +69,7 @@ function lineWhere(lines, start, isOver) {
 
 const indentOf = (line) => line.length - line.trimStart().length;
 const cellsOf = (line) => line.trim().replace(/^\|/, "").replace(/\|$/, "").split("|").map((cell) => cell.trim());
+const closes = (line, fence) => line.trim().startsWith(fence) && line.trim().replaceAll(fence[0], "") === "";
 const isRule = (line) => /^(-{3,}|\*{3,}|_{3,})$/.test(line.replaceAll(" ", ""));
 const isDivider = (line = "") => line.includes("|") && cellsOf(line).every((cell) => /^:?-+:?$/.test(cell));
 
@@ -78,7 +79,7 @@ const KINDS = [
     begins: (lines, start) => FENCE.test(lines[start]),
     end: (lines, start) => {
       const fence = FENCE.exec(lines[start])[1];
-      const close = lineWhere(lines, start, (line) => line.trim().startsWith(fence) && !line.replaceAll(fence[0], "").trim());
+      const close = lineWhere(lines, start, (line) => closes(line, fence));
       return Math.min(close + 1, lines.length);
     },
     make: codeBlock,
@@ -101,8 +102,14 @@ const KINDS = [
   {
     name: "quote",
     begins: (lines, start, depth) => lines[start].startsWith(">") && depth < DEEPEST,
-    end: (lines, start) => lineWhere(lines, start, (line) => !line.startsWith(">")),
-    make: (lines, depth) => make("blockquote", {}, ...elementsOf(lines.map((line) => line.replace(/^> ?/, "")), depth)),
+    end: (lines, start) => {
+      const isNew = (number) => lines[number].trim() === "" || isBlock(lines, number);
+      return lineWhere(lines, start, (line, number) => !line.startsWith(">") && isNew(number));
+    },
+    make: (lines, depth) => {
+      const inner = lines.map((line) => line.replace(/^> ?/, ""));
+      return make("blockquote", {}, ...elementsOf(inner, depth));
+    },
   },
   {
     name: "list",
@@ -110,7 +117,8 @@ const KINDS = [
     end: (lines, start) => {
       const first = indentOf(lines[start]);
       const isOutside = (line) => line.trim() !== "" && indentOf(line) <= first && !LIST_ITEM.test(line);
-      return lineWhere(lines, start, (line, number) => isOutside(line) && (isBlock(lines, number) || !lines[number - 1].trim()));
+      const isNew = (number) => lines[number - 1].trim() === "" || isBlock(lines, number);
+      return lineWhere(lines, start, (line, number) => isOutside(line) && isNew(number));
     },
     make: list,
   },
@@ -133,7 +141,7 @@ const isBlock = (lines, number) => KINDS.slice(0, -1).some((kind) => kind.begins
 
 function codeBlock([head, ...lines]) {
   const [, fence, language] = FENCE.exec(head);
-  const isClosed = lines.length > 0 && lines.at(-1).trim().startsWith(fence);
+  const isClosed = lines.length > 0 && closes(lines.at(-1), fence);
   const text = (isClosed ? lines.slice(0, -1) : lines).join("\n");
   return codeFigure(language || "text", text);
 }
@@ -149,10 +157,13 @@ function list(lines, depth) {
   const [, spaces, mark] = LIST_ITEM.exec(lines[0]);
   const isNumbered = /\d/.test(mark);
   const items = [];
+  let width = 0; // of the indentation and the mark
   for (const line of lines) {
     const found = LIST_ITEM.exec(line);
-    if (found && found[1].length <= spaces.length + 1) items.push([line.slice(found[0].length)]);
-    else items.at(-1).push(line.slice(Math.min(indentOf(line), spaces.length + 2)));
+    const isNew = found && found[1].length <= spaces.length + 1;
+    width = isNew ? found[0].length : width;
+    if (isNew) items.push([]);
+    items.at(-1).push(line.slice(isNew ? width : Math.min(indentOf(line), width)));
   }
   const start = isNumbered && parseInt(mark, 10) !== 1 ? parseInt(mark, 10) : null;
   return make(isNumbered ? "ol" : "ul", { start }, ...items.map((item) => make("li", {}, ...elementsOf(item, depth))));
@@ -178,11 +189,11 @@ function inlineOf(text) {
 
 function inlineElement({ code, both, bold, italic, slanted, label, target, url, escaped }) {
   if (code) return make("code", {}, code);
-  if (both) return make("strong", {}, make("em", {}, ...inlineOf(both)));
+  if (both) return make("em", {}, make("strong", {}, ...inlineOf(both)));
   if (bold) return make("strong", {}, ...inlineOf(bold));
   if (italic || slanted) return make("em", {}, ...inlineOf(italic || slanted));
   if (url) return link(url, url);
-  return escaped ?? link(target, label);
+  return escaped ?? link(target, ...(label.includes("://") ? [label] : inlineOf(label)));
 }
 
-const link = (href, label) => make("a", { href, rel: "noopener noreferrer", target: "_blank" }, label);
+const link = (href, ...label) => make("a", { href, rel: "noopener noreferrer", target: "_blank" }, ...label);

@@ -69,7 +69,8 @@ export class Server {
       if (response.ok) return response;
       const error = (await response.json().catch(() => ({}))).error ?? {};
       const isAgain = error.code === "invalid_api_key" && response.status === 401 && (await this.#hasOtherKey(key));
-      if (!isAgain) throw new Failure(error.message ?? `The server answered with status ${response.status}.`, error.code);
+      const sentence = error.message ?? `The server answered with status ${response.status}.`;
+      if (!isAgain) throw new Failure(sentence, error.code);
     }
   }
 

@@ -20,7 +20,7 @@ export class Settings {
 
   constructor() {
     const saved = JSON.parse(sessionStorage.getItem(SETTINGS) ?? "{}");
-    for (const [name, value] of Object.entries(saved)) this.#form.elements[name].value = value;
+    for (const field of this.#form.elements) if (field.name in saved) field.value = saved[field.name];
     this.#form.addEventListener("input", () => this.#changed());
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();

@@ -59,7 +59,7 @@ export class Status {
     byId("status").dataset.state = status;
     byId("loading").hidden = status !== "loading";
     byId("loading").value = progress?.fraction ?? 0;
-    byId("counts").textContent = status === "loading" ? `${Math.round(100 * progress.fraction)} %` : countsOf(this.report);
+    byId("counts").textContent = progress ? `${Math.round(100 * progress.fraction)} %` : countsOf(this.report);
   }
 }
 

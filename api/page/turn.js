@@ -56,7 +56,8 @@ class AnswerView {
   update(isLive) {
     const { turn } = this;
     this.#folded.hidden = turn.thoughts === "";
-    this.#summary.textContent = turn.seconds === null ? "Thinking…" : `Thought for ${plural(Math.round(turn.seconds), "second")}`;
+    const seconds = turn.seconds === null ? null : plural(Math.round(turn.seconds), "second");
+    this.#summary.textContent = seconds ? `Thought for ${seconds}` : "Thinking…";
     this.#shownThoughts.show(turn.thoughts);
     this.#shownText.show(turn.text);
     this.#note.textContent = isLive ? turn.note : "";
@@ -65,17 +66,19 @@ class AnswerView {
     this.#figures.textContent = turn.figures;
     if (isLive || this.#numCalls === turn.calls.length) return;
     this.#numCalls = turn.calls.length;
-    this.#calls.append(...turn.calls.map((call) => codeFigure(`Call of ${call.name}`, pretty(call.arguments))), this.#form());
+    const figures = turn.calls.map((call) => codeFigure(`Call of ${call.name}`, pretty(call.arguments)));
+    this.#calls.append(...figures, this.#form());
   }
 
   /** Makes the form for the results of the calls. */
   #form() {
-    const fields = this.turn.calls.map(() => make("textarea", { class: "code", rows: "2", required: true }));
-    const labels = this.turn.calls.map(({ name }, number) => make("label", {}, `Result of ${name}`, fields[number]));
+    const { calls } = this.turn;
+    const fields = calls.map(() => make("textarea", { class: "code", rows: "2", required: true }));
+    const labels = calls.map(({ name }, number) => make("label", {}, `Result of ${name}`, fields[number]));
     const resume = (event) => {
       event.preventDefault();
-      const results = this.turn.calls.map(({ id, name }, number) => ({ role: "tool", id, name, text: fields[number].value }));
-      this.#actions.resume(results);
+      const resultOf = ({ id, name }, number) => ({ role: "tool", id, name, text: fields[number].value });
+      this.#actions.resume(calls.map(resultOf));
     };
     const button = make("button", { class: "main", type: "submit" }, "Continue");
     return make("form", { class: "results", onsubmit: resume }, ...labels, make("div", { class: "row" }, button));

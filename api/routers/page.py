@@ -1,6 +1,6 @@
 """GET /: a chat page for people who have no other client yet, with its style and scripts, which lie in api/page/.
 
-The page holds no secrets, so it needs no key; what it asks for does. It is made of the files in the table and no others.
+The page holds no secrets, so it needs no key; its requests do. It consists of the files in the table and no others.
 """
 
 from collections.abc import Awaitable, Callable
