@@ -5,6 +5,7 @@ import { after, before, test } from "node:test";
 import { answerOf, ask, openBrowser, openPage, openStage, violations } from "./stage.js";
 
 const DEMO = "qwen2.5-coder-0.5b";
+const DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
 const KEY = "sk-0123456789abcdefABCDEF";
 let stage, browser, url;
 
@@ -61,12 +62,16 @@ test("while the model loads the page shows how far it is, and answers what was s
 test("an answer of the demo model comes piece by piece, and ends with its figures", () => withPage(async (page) => {
   await ask(page, DEMO, "Count from one to thirty in words.");
   const lengths = new Set();
-  while (!(await page.locator("#stop").isHidden())) lengths.add((await page.locator(".answer .text").last().innerText()).length);
+  const readAloud = page.locator("#announcer");
+  while (await page.getByRole("button", { name: "Stop" }).isVisible()) {
+    const [text, aloud] = [await page.locator(".answer > .text").innerText(), await readAloud.textContent()];
+    if (!aloud) lengths.add(text.length); // else the answer is complete
+  }
   assert.ok(lengths.size > 3, `${[...lengths]}`);
   const text = await answerOf(page);
   assert.match(await page.locator(".figures").innerText(), /^\d+ tokens?, [\d.]+ tokens\/s · prompt of \d+ tokens.*, in [\d.]+ s/);
   assert.match(await page.locator("#counts").innerText(), /^\d+ running · \d+ waiting · cache [\d.]+ % used$/);
-  assert.equal((await page.locator("#announcer").textContent()).length > 0, text.length > 0);
+  assert.ok(text && (await readAloud.textContent()).includes(text.split(/\s/)[0]));
   assert.ok(await page.getByLabel("Your message").evaluate((field) => field === document.activeElement));
 }));
 
@@ -124,6 +129,15 @@ for (const kind of ["paste", "drop"]) {
     assert.equal(await answerOf(page), "1 image(s), the first data:image/jpeg;base64");
   }));
 }
+
+test("an image is chosen from a file, and sent without a text", () => withPage(async (page) => {
+  const choose = page.waitForEvent("filechooser");
+  await page.getByRole("button", { name: "Add image" }).click();
+  await (await choose).setFiles({ name: "dot.png", mimeType: "image/png", buffer: Buffer.from(DOT, "base64") });
+  await page.getByRole("img", { name: "Image 1" }).waitFor();
+  await ask(page, "fake/sees", "");
+  assert.equal(await answerOf(page), "1 image(s), the first data:image/jpeg;base64");
+}));
 
 test("a file that is no image is refused here, and a model without eyes refuses in the server's words", () => withPage(async (page) => {
   const choose = page.waitForEvent("filechooser");
@@ -233,6 +247,36 @@ test("axe finds nothing serious, in light and dark", () => withPage(async (page)
   await page.getByRole("button", { name: "Settings" }).click();
   await page.getByLabel("Tools, a JSON list").fill("{");
   assert.deepEqual(await violations(page), []);
+}));
+
+test("the keyboard reaches everything in the order in which it is read", () => withPage(async (page) => {
+  await stateOf(page, "ok");
+  await ask(page, "fake/thinks", "Think.");
+  await answerOf(page);
+  await page.getByRole("link", { name: "Skip to the message field" }).focus();
+  const passed = [];
+  for (let number = 0; number < 11; number += 1) {
+    await page.keyboard.press("Tab");
+    passed.push(await page.evaluate(() => document.activeElement.id || document.activeElement.textContent));
+  }
+  const answer = ["Edit", "Thought for 1 second", "Copy", "Retry"];
+  assert.deepEqual(passed, ["model", "new", "open-settings", "scroller", ...answer, "question", "attach", "send"]);
+}));
+
+test("nothing moves for a reader who wants that", () => withPage(async (page) => {
+  await ask(page, "fake/thinks", "Think.");
+  await page.getByText("Thinking…").waitFor();
+  assert.equal(await page.evaluate(() => document.getAnimations().length), 0);
+  await answerOf(page);
+}, { reducedMotion: "reduce" }));
+
+test("a proxy may serve the page below a prefix", () => withPage(async (page) => {
+  const pass = (route) => route.continue({ url: route.request().url().replace("/some/where", "") });
+  await page.route(`${url}/some/where/**`, pass);
+  await page.goto(`${url}/some/where/`);
+  await page.getByText(`${url}/some/where/v1`).waitFor();
+  await ask(page, "fake/thinks", "Think.");
+  assert.equal(await answerOf(page), "The answer is 42.");
 }));
 
 test("the conversation outlives the server: a broken answer says so, and is asked for again when it is back", () => withPage(async (page) => {
