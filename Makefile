@@ -1,4 +1,4 @@
-# make serve | test | test-all | test-gpu | test-clients | test-ray | check | bench | setup | lock | licenses | docs | clean
+# make serve | test | test-all | test-gpu | test-clients | test-page | test-ray | check | bench | setup | lock | licenses | docs | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +8,7 @@ PORT   ?= 8000
 WORKERS ?= 2
 export HOST PORT
 
-.PHONY: serve test test-all test-gpu test-clients test-ray check bench setup setup-dev lock licenses docs clean
+.PHONY: serve test test-all test-gpu test-clients test-page test-ray check bench setup setup-dev lock licenses docs clean
 
 serve: setup
 	@$(BIN)/python main.py
@@ -28,6 +28,10 @@ test-gpu: setup-dev
 test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed tests/clients/node_modules/.installed
 	SERVER_PYTHON=$(abspath $(BIN))/python LEGACY_PYTHON=$(abspath $(VENV)-clients-legacy/bin)/python \
 		$(VENV)-clients/bin/python -m pytest tests/clients
+
+# The chat page in Chromium (apt-get install chromium, or CHROMIUM=path), by Node 20 or newer
+test-page: setup tests/page/node_modules/.installed
+	cd tests/page && SERVER_PYTHON=$(abspath $(BIN))/python npm test
 
 # Two replicas of a tiny model on Ray Serve
 test-ray: $(VENV)-ray/.installed
@@ -78,9 +82,13 @@ $(VENV)-%/.installed: requirements-%.txt | $(VENV)/bin/python
 	@touch $@
 
 # Clients written for Node, which has to be there
-tests/clients/node_modules/.installed: tests/clients/package.json
-	npm install --prefix $(<D) --no-audit --no-fund --no-package-lock --silent
+tests/clients/node_modules/.installed: tests/clients/package-lock.json
+	cd tests/clients && npm ci --no-audit --no-fund
+	@touch $@
+
+tests/page/node_modules/.installed: tests/page/package-lock.json
+	cd tests/page && npm ci --no-audit --no-fund
 	@touch $@
 
 clean:
-	rm -rf tests/clients/node_modules $(VENV) $(VENV)-clients $(VENV)-clients-legacy $(VENV)-ray $(VENV)-uv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf tests/clients/node_modules tests/page/node_modules $(VENV) $(VENV)-clients $(VENV)-clients-legacy $(VENV)-ray $(VENV)-uv .pytest_cache .mypy_cache .ruff_cache
