@@ -42,5 +42,5 @@ class V1Router(RootRouter):
 
     prefixes = ("/v1", "")
 
-    def __init__(self) -> None:
-        super().__init__(responses=ERRORS, route_class=GatewayRoute)
+    def __init__(self, errors: Responses = ERRORS) -> None:
+        super().__init__(responses=errors, route_class=GatewayRoute)
