@@ -278,6 +278,23 @@ class TemplateArguments(RequestBody):
         yield from (name for name in super()._unknown_fields() if name not in self.others)
 
 
+def _ignored_tools(tools: list[Any], path: str = "tools") -> Iterator[str]:
+    """Yields `tools[8].web_search` for a tool that the server would have to run, and `tools[2].format` for a grammar
+    that is shown to the model and not enforced."""
+    for number, tool in enumerate(tools):
+        kind, place = tool.get("type") if isinstance(tool, dict) else None, f"{path}[{number}]"
+        if kind == "namespace" and isinstance(tool.get("tools"), list):
+            yield from _ignored_tools(tool["tools"], f"{place}.tools")
+        elif kind == "custom":
+            own, place = (tool["custom"], f"{place}.custom") if isinstance(tool.get("custom"), dict) else (tool, place)
+            grammar = own.get("format")
+            nested = grammar.get("grammar", grammar) if isinstance(grammar, dict) else None
+            if isinstance(nested, dict) and nested.get("syntax") == "lark":
+                yield f"{place}.format"
+        elif isinstance(kind, str) and kind != "function":
+            yield f"{place}.{kind}"
+
+
 class _RenderedRequest(RequestBody):
     """The fields that decide how messages become a prompt."""
 
@@ -286,6 +303,10 @@ class _RenderedRequest(RequestBody):
     enable_thinking: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
     reasoning_effort: str | None = None
+
+    def _unknown_fields(self) -> Iterator[str]:
+        yield from super()._unknown_fields()
+        yield from _ignored_tools(self.tools or [])
 
     @property
     def effort(self) -> str | None:
@@ -335,8 +356,9 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     known_inside = {
         "response_format": frozenset({"type", "json_schema", "schema"}),
         "response_format.json_schema": JSON_SCHEMA,
-        "tool_choice": frozenset({"type", "function", "allowed_tools", "mode", "tools"}),
+        "tool_choice": frozenset({"type", "function", "custom", "allowed_tools", "mode", "tools"}),
         "tool_choice.function": frozenset({"name"}),
+        "tool_choice.custom": frozenset({"name"}),
     }
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -430,25 +452,42 @@ class InputPart(RequestBody):
     refusal: str | None = None
     image_url: str | None = None
     detail: str | None = None
+    annotations: Items[Any] | None = _no_meaning("an answer's text has none.")
+    logprobs: Items[Any] | None = _no_meaning("they are of an answer that is over.")
 
 
 class InputItem(RequestBody):
     """A message, a tool call, its result or reasoning; the fields of the other types are None."""
 
     type: str = "message"
+    id: str | None = None  # of an item that an answer had, or that is referred to
+    status: str | None = _no_meaning("what is sent is read as it is.")
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | Items[InputPart] | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
     input: str | None = None
     output: str | Items[InputPart] | None = None
+    summary: Items[InputPart] | None = None
+    encrypted_content: str | None = None  # reasoning, as the answer had it
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this stands for a stored item; SDKs may leave the type out."""
+        is_bare = "type" not in self.model_fields_set and self.role is None and self.content is None
+        return self.type == "item_reference" or (is_bare and self.id is not None)
 
 
 class TextConfig(RequestBody):
     known_inside = {"format": frozenset({"type", "json_schema", *JSON_SCHEMA})}
     format: Object | None = None
-    verbosity: str | None = _refused("medium")
+    verbosity: Literal["low", "medium", "high"] | None = _no_meaning("no chat template knows it.")
+
+    def _unknown_fields(self) -> Iterator[str]:
+        yield from super()._unknown_fields()
+        yield from ["verbosity"] if self.verbosity not in (None, "medium") else []
 
 
 class ReasoningConfig(RequestBody):
@@ -458,13 +497,17 @@ class ReasoningConfig(RequestBody):
 
 
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
-    known_inside = {"tool_choice": frozenset({"type", "name", "function", "mode", "tools"})}
+    known_inside = {"tool_choice": frozenset({"type", "name", "namespace", "function", "custom", "mode", "tools"})}
     input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES - 1, fail_fast=True)]  # 1: instructions
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: Items[Includable] | None = Field(
-        None, description="Only message.output_text.logprobs has an effect: it adds log-probabilities."
+        None,
+        description=(
+            "message.output_text.logprobs adds log-probabilities, reasoning.encrypted_content adds the reasoning in a "
+            "form that can be sent back; the others have no effect."
+        ),
     )
     text: TextConfig | None = None
     background: bool | None = _refused(False)
@@ -676,13 +719,19 @@ class FunctionDelta(BaseModel):
     arguments: str | None = Field(None, exclude_if=_is_none)
 
 
+class CustomDelta(BaseModel):
+    name: str | None = Field(None, exclude_if=_is_none)
+    input: str = ""
+
+
 class ToolCallDelta(BaseModel):
     """A part of a tool call; id, type and name are only in the first part of each call."""
 
     index: int
     id: str | None = Field(None, exclude_if=_is_none)
-    type: Literal["function"] | None = Field(None, exclude_if=_is_none)
-    function: FunctionDelta
+    type: Literal["function", "custom"] | None = Field(None, exclude_if=_is_none)
+    function: FunctionDelta = Field(FunctionDelta(), exclude_if=lambda function: function == FunctionDelta())
+    custom: CustomDelta | None = Field(None, exclude_if=_is_none)  # instead of the function
 
 
 class Delta(BaseModel):
@@ -716,10 +765,16 @@ class FunctionCall(BaseModel):
     arguments: str = ""  # JSON
 
 
+class CustomCall(BaseModel):
+    name: str = ""
+    input: str = ""
+
+
 class ToolCall(BaseModel):
     id: str = ""
-    type: Literal["function"] = "function"
-    function: FunctionCall = Field(default_factory=FunctionCall)
+    type: Literal["function", "custom"] = "function"
+    function: FunctionCall = Field(default_factory=FunctionCall, exclude_if=lambda function: not function.name)
+    custom: CustomCall | None = Field(None, exclude_if=_is_none)  # instead of the function
 
 
 class AssistantMessage(BaseModel):

@@ -13,6 +13,10 @@ from pydantic import (
 from schemas import Object, RequestBody, TokenLogprob
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class OutputText(BaseModel):
     type: Literal["output_text"] = "output_text"
     text: str = ""
@@ -38,6 +42,7 @@ class OutputReasoning(OutputItem):
     type: Literal["reasoning"] = "reasoning"
     summary: list[Object] = []
     content: list[ReasoningText] = []
+    encrypted_content: str | None = Field(None, exclude_if=_is_none)
 
 
 class OutputFunctionCall(OutputItem):
@@ -45,7 +50,17 @@ class OutputFunctionCall(OutputItem):
     type: Literal["function_call"] = "function_call"
     call_id: str
     name: str
+    namespace: str | None = Field(None, exclude_if=_is_none)
     arguments: str = ""
+
+
+class OutputCustomCall(OutputItem):
+    id: str = Field(default_factory=lambda: f"ctc_{uuid4().hex}")
+    type: Literal["custom_tool_call"] = "custom_tool_call"
+    call_id: str
+    name: str
+    namespace: str | None = Field(None, exclude_if=_is_none)
+    input: str = ""
 
 
 class OutputMessage(OutputItem):
@@ -172,6 +187,20 @@ class ArgumentsDone(ResponsesEvent):
     item_id: str
     name: str
     arguments: str
+
+
+class CustomInputDelta(ResponsesEvent):
+    type: Literal["response.custom_tool_call_input.delta"] = "response.custom_tool_call_input.delta"
+    output_index: int
+    item_id: str
+    delta: str
+
+
+class CustomInputDone(ResponsesEvent):
+    type: Literal["response.custom_tool_call_input.done"] = "response.custom_tool_call_input.done"
+    output_index: int
+    item_id: str
+    input: str
 
 
 class ErrorEvent(ResponsesEvent):

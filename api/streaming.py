@@ -14,6 +14,7 @@ from schemas import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    CustomCall,
     FinishReason,
     ToolCall,
     Usage,
@@ -101,7 +102,11 @@ class _Answer:
         self._reason = choice.finish_reason or self._reason
         for delta in choice.delta.tool_calls or ():
             if delta.index == len(self._calls):
-                self._calls.append(ToolCall(id=delta.id or ""))
+                custom = CustomCall() if delta.custom else None
+                self._calls.append(ToolCall(id=delta.id or "", type=delta.type or "function", custom=custom))
+            if custom := self._calls[delta.index].custom:
+                custom.name += (delta.custom and delta.custom.name) or ""
+                custom.input += (delta.custom and delta.custom.input) or ""
             function = self._calls[delta.index].function
             function.name += delta.function.name or ""
             function.arguments += delta.function.arguments or ""

@@ -144,7 +144,7 @@ def test_sampling_parameters_are_passed_on() -> None:
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
         ({"input": "x" * 999}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"text": {"verbosity": "high"}}, "text.verbosity"),
+        ({"text": {"verbosity": "loud"}}, "text.verbosity"),
         ({"include": ["nonsense"]}, "include[0]"),
     ],
 )
