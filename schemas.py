@@ -337,13 +337,13 @@ class _ConversationRequest(_RenderedRequest):
     parallel_tool_calls: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
     moderation: Object | None = _refused()
-    metadata: Object | None = _no_meaning("it is returned by /v1/responses and not stored.")
+    metadata: Object | None = _no_meaning("it is returned by /v1/responses.")
     prompt_cache_key: str | None = _no_meaning("cached prompts are found by their tokens.")
     prompt_cache_options: Object | None = _no_meaning("cached prompts are found by their tokens.")
     prompt_cache_retention: str | None = _no_meaning("cached prompts are kept while there is room.")
     safety_identifier: str | None = _no_meaning("it is a label for the client.")
     service_tier: str | None = _no_meaning("there is one tier.")
-    store: bool | None = _no_meaning("nothing is stored.")
+    store: bool | None = _no_meaning("chats are not stored, responses are unless it is false.")
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -510,18 +510,27 @@ class ResponsesRequest(_SamplingRequest, _ConversationRequest):
         ),
     )
     text: TextConfig | None = None
-    background: bool | None = _refused(False)
+    background: bool | None = None
+    store: bool | None = None
     context_management: Items[Object] | None = _refused([])
     conversation: str | Object | None = _refused()
-    previous_response_id: str | None = _refused()
+    previous_response_id: str | None = None
     prompt: Object | None = _refused()
-    truncation: str | None = _refused("disabled")
+    truncation: Literal["auto", "disabled"] | None = None
     access_programs: Object | None = _no_meaning("there are no access programs.")
-    background_options: Object | None = _no_meaning("nothing runs in the background.")
+    background_options: Object | None = _no_meaning("a response in the background begins as soon as there is room.")
     image: Object | None = _no_meaning("no image is made.")
     max_tool_calls: int | None = _no_meaning("the server calls no tools.")
     reasoning: ReasoningConfig | None = None
     stream_options: StreamOptions | None = _no_meaning("nothing is added to the events.")
+
+
+class InputTokensRequest(ResponsesRequest):
+    """A request for a response of which only the prompt's tokens are counted."""
+
+    model: str = ""  # the main model
+    input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES - 1, fail_fast=True)] = ""
+    personality: str | None = _no_meaning("no model here has several.")
 
 
 class TokenizeRequest(_RenderedRequest):

@@ -46,7 +46,7 @@ def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:
     if problem["type"] == "json_invalid" or not where:
         detail = problem.get("ctx", {}).get("error", problem["msg"])
         return InvalidRequest(f"The body must be a JSON object, sent with Content-Type: application/json ({detail}).")
-    param = _param_of(where, body, is_missing)
+    param = str(where[0]) if problem["loc"][0] == "query" else _param_of(where, body, is_missing)
     if is_missing and param:
         return InvalidRequest(f"{param} is required.", param=param, code="missing_required_parameter")
     text = problem["msg"].removeprefix(VALUE_ERROR)

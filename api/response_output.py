@@ -108,8 +108,9 @@ class Open(Protocol):
 
 
 class OpenMessage:
-    def __init__(self, index: int) -> None:
-        self.item = OutputMessage()
+    def __init__(self, index: int, item_id: str | None = None) -> None:
+        """item_id: of an item that had one already, here and below."""
+        self.item = OutputMessage(**_known(item_id))
         self._part = OutputText()
         self._position: dict[str, Any] = {"output_index": index, "content_index": 0, "item_id": self.item.id}
 
@@ -131,9 +132,9 @@ class OpenMessage:
 
 
 class OpenReasoning:
-    def __init__(self, index: int, is_encrypted: bool = False) -> None:
+    def __init__(self, index: int, is_encrypted: bool = False, item_id: str | None = None) -> None:
         """is_encrypted: the item gets `encrypted_content`."""
-        self.item = OutputReasoning()
+        self.item = OutputReasoning(**_known(item_id))
         self._is_encrypted = is_encrypted
         self._part = ReasoningText()
         self._position: dict[str, Any] = {"output_index": index, "content_index": 0, "item_id": self.item.id}
@@ -156,8 +157,10 @@ class OpenReasoning:
 
 
 class OpenCall:
-    def __init__(self, index: int, call_id: str, name: str, namespace: str | None = None) -> None:
-        self.item = OutputFunctionCall(call_id=call_id, name=name, namespace=namespace)
+    def __init__(
+        self, index: int, *, call_id: str, name: str, namespace: str | None = None, item_id: str | None = None
+    ) -> None:
+        self.item = OutputFunctionCall(call_id=call_id, name=name, namespace=namespace, **_known(item_id))
         self._position: dict[str, Any] = {"output_index": index, "item_id": self.item.id}
 
     def opening(self) -> Iterator[ResponsesEvent]:
@@ -177,8 +180,10 @@ class OpenCall:
 class OpenCustomCall:
     """A call of a custom tool: `add` gets the arguments of the function that stands for it."""
 
-    def __init__(self, index: int, call_id: str, name: str, namespace: str | None = None) -> None:
-        self.item = OutputCustomCall(call_id=call_id, name=name, namespace=namespace)
+    def __init__(
+        self, index: int, *, call_id: str, name: str, namespace: str | None = None, item_id: str | None = None
+    ) -> None:
+        self.item = OutputCustomCall(call_id=call_id, name=name, namespace=namespace, **_known(item_id))
         self._position: dict[str, Any] = {"output_index": index, "item_id": self.item.id}
         self._argument = TextArgument()
 
@@ -198,6 +203,10 @@ class OpenCustomCall:
         self.item.status = status
         yield CustomInputDone(**self._position, input=self.item.input)
         yield _item_event("done", self._position["output_index"], self.item)
+
+
+def _known(item_id: str | None) -> dict[str, Any]:
+    return {} if item_id is None else {"id": item_id}
 
 
 def _item_event(change: str, index: int, item: OutputItem) -> OutputItemEvent:

@@ -92,7 +92,8 @@ class ResponseObject(BaseModel):
     object: Literal["response"] = "response"
     created_at: int = Field(default_factory=lambda: int(time.time()))
     completed_at: int | None = None
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    background: bool = False
     error: Object | None = None
     incomplete_details: Object | None = None
     instructions: str | None = None
@@ -101,8 +102,8 @@ class ResponseObject(BaseModel):
     model: str
     output: list[SerializeAsAny[OutputItem]] = []
     parallel_tool_calls: bool = True
-    previous_response_id: None = None
-    store: Literal[False] = False
+    previous_response_id: str | None = None
+    store: bool = False  # whether it can be retrieved when it is over
     temperature: float | None = None
     text: Object = {"format": {"type": "text"}}
     reasoning: SerializeAsAny[RequestBody] | None = None
@@ -110,7 +111,7 @@ class ResponseObject(BaseModel):
     tools: list[Object] = []
     top_logprobs: int | None = None
     top_p: float | None = None
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"] = "disabled"
     usage: ResponsesUsage | None = None
     user: str | None = None
 
@@ -208,3 +209,14 @@ class ErrorEvent(ResponsesEvent):
     message: str
     code: str | None
     param: str | None
+
+
+class DeletedResponse(BaseModel):
+    id: str
+    object: Literal["response"] = "response"
+    deleted: Literal[True] = True
+
+
+class InputTokens(BaseModel):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int

@@ -5,8 +5,8 @@ This module knows no provider and no store.
 
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from pydantic_core import to_json
@@ -24,6 +24,7 @@ from api.response_schemas import (
 from api.response_tools import chat_choice, name_as_sent, offered_tools
 from errors import APIError, InvalidRequest, unsupported
 from schemas import (
+    MAX_MESSAGES,
     SAMPLING_FIELDS,
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -46,13 +47,19 @@ def as_chat(request: ResponsesRequest, earlier: Sequence[InputItem] = ()) -> Cha
     """
     for name in request.refused_fields:
         raise unsupported(name)
-    tools = offered_tools(request.tools)
+    tools, messages = offered_tools(request.tools), messages_of(request, earlier)
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"The conversation has more than {MAX_MESSAGES} messages: begin a new one, or send fewer.",
+            param="input",
+            code="invalid_value",
+        )
     shared: dict[str, Any] = request.model_dump(include=set(SAMPLING_FIELDS), exclude_none=True)
     wants_logprobs = LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
     return ChatCompletionRequest.model_validate(
         {
             **shared,
-            "messages": messages_of(request, earlier),
+            "messages": messages,
             "max_tokens": request.max_output_tokens,
             "logprobs": wants_logprobs or None,
             "top_logprobs": request.top_logprobs,
@@ -91,7 +98,7 @@ async def stream(
     output = Output({tool.flat_name: tool for tool in tools}, REASONING in (request.include or ()))
     usage: Usage | None = None
     has_begun = False
-    try:
+    with naming_fields(request):
         async with aclosing(chunks):
             async for chunk in chunks:
                 if not has_begun:
@@ -105,8 +112,6 @@ async def stream(
                         response.status, response.incomplete_details = "incomplete", {"reason": "max_output_tokens"}
                     for event in output.add(choice):
                         yield event.numbered(next(numbers))
-    except APIError as error:
-        raise name_as_sent(_naming_input(error), tools) from None
     status: Status = "incomplete" if response.status == "incomplete" else "completed"
     for event in output.end(status):
         yield event.numbered(next(numbers))
@@ -115,12 +120,15 @@ async def stream(
     yield last.numbered(next(numbers))
 
 
-def _naming_input(error: APIError) -> APIError:
+@contextmanager
+def naming_fields(request: ResponsesRequest) -> Iterator[None]:
     """Renames the param of an error of chat to the field that the client sent, such as messages to input."""
-    field = (error.param or "").partition("[")[0].partition(".")[0]
-    if field in SENT_AS:
-        error.param = SENT_AS[field]
-    return error
+    try:
+        yield
+    except APIError as error:
+        field = (error.param or "").partition("[")[0].partition(".")[0]
+        error.param = SENT_AS.get(field, error.param)
+        raise name_as_sent(error, offered_tools(request.tools)) from None
 
 
 def opened(request: ResponsesRequest) -> ResponseObject:

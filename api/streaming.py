@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 
+from api.response_progress import problem_of
 from api.response_schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from errors import APIError
 from schemas import (
@@ -62,8 +63,7 @@ class ResponsesEncoder:
         event = ErrorEvent(sequence_number=number, message=error.message, code=error.code, param=error.param)
         if self._response is None:
             return self.event(event)
-        problem = {"code": "server_error", "message": error.message}
-        failed = self._response.model_copy(update={"status": "failed", "error": problem})
+        failed = self._response.model_copy(update={"status": "failed", "error": problem_of(error)})
         last = ResponseStateEvent(type="response.failed", sequence_number=number + 1, response=failed)
         return self.event(event) + self.event(last)
 

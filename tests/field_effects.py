@@ -12,7 +12,7 @@ from models import byte_tokenizer
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
-from process import Server
+from process import Server, until
 
 from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest
 
@@ -170,6 +170,39 @@ def input(server: Server, path: str) -> None:
 def instructions(server: Server, path: str) -> None:
     chat = texts(server, "chat/completions", messages=[{"role": "system", "content": "S"}, *HELLO])
     assert texts(server, path, instructions="S") == chat != texts(server, path)
+
+
+def previous_response_id(server: Server, path: str) -> None:
+    first = ask(server, path, max_output_tokens=6, ignore_eos=True).json()
+    said = [{"role": "user", "content": "Hello"}, *first["output"], {"role": "user", "content": "Again"}]
+    chained = texts(server, path, input="Again", previous_response_id=first["id"])
+    assert chained == texts(server, path, input=said) != texts(server, path, input="Again")
+    unknown = ask(server, path, previous_response_id="resp_0")
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "previous_response_not_found"
+
+
+def store(server: Server, path: str) -> None:
+    for value, status in ((None, 200), (True, 200), (False, 404)):
+        answer = ask(server, path, store=value, max_output_tokens=2).json()
+        assert answer["store"] is (status == 200)
+        assert server.get(f"/v1/responses/{answer['id']}").status_code == status
+
+
+def background(server: Server, path: str) -> None:
+    answer = ask(server, path, background=True).json()
+    assert answer["status"] == "queued" and answer["background"] is True and answer["output"] == []
+    until(lambda: server.get(f"/v1/responses/{answer['id']}").json()["status"] == "incomplete")
+    (item,) = server.get(f"/v1/responses/{answer['id']}").json()["output"]
+    assert [item["content"][0]["text"]] == texts(server, path, background=False)
+    refusal = ask(server, path, background=True, store=False)
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "background"
+
+
+def truncation(server: Server, path: str) -> None:
+    long = [{"role": "user", "content": character * 150} for character in "abcd"]
+    assert ask(server, path, input=long, truncation="disabled").status_code == 400
+    assert texts(server, path, input=long, truncation="auto") == texts(server, path, input=long[2:])
+    assert texts(server, path, truncation="auto") == texts(server, path)
 
 
 def logprobs(server: Server, path: str) -> None:

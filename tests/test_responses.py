@@ -130,7 +130,7 @@ def test_sampling_parameters_are_passed_on() -> None:
     ("body", "param"),
     [
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "computer_call", "id": "x"}]}, "input[0].type"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "x"}]}]},
             "input[0].content[0].image_url",
