@@ -38,7 +38,7 @@ async def create_response(body: ResponsesRequest, request: Request, services: Us
         return await stream_or_whole(request, body, events, responses.collect, ResponsesEncoder())
     if not opened.is_kept:
         raise InvalidRequest(
-            "background needs a response that is stored: leave store out, or send less.",
+            "A response in the background has to be stored: leave store out, or send less.",
             param="background",
             code="invalid_value",
         )
