@@ -57,8 +57,9 @@ class Job:
 
 
 class BackgroundResponses:
-    def __init__(self, max_jobs: int, keys: Sequence[ApiKey]) -> None:
-        self._max_jobs = max_jobs
+    def __init__(self, max_jobs: int, max_size: int, keys: Sequence[ApiKey]) -> None:
+        """max_size: the bytes that the inputs of all may have together."""
+        self._max_jobs, self._max_size = max_jobs, max_size
         self._concurrent = {key.name: key.concurrent for key in keys}
         self._jobs: dict[str, Job] = {}
 
@@ -68,7 +69,7 @@ class BackgroundResponses:
         Raises RateLimited or Overloaded if too many are being made. seconds: None for no limit.
         """
         record = request_record.current()
-        self._check_room(record.client)
+        self._check_room(record.client, opened.size)
         job = Job(opened, record.client)
         self._jobs[job.response.id] = job
         own = RequestRecord(request_id=record.request_id, client=record.client)
@@ -105,17 +106,18 @@ class BackgroundResponses:
         assert job.task is not None
         job.task.cancel()
 
-    def _check_room(self, client: str) -> None:
+    def _check_room(self, client: str, size: int) -> None:
         most = self._concurrent.get(client)
         if most is not None and sum(job.client == client for job in self._jobs.values()) >= most:
             raise RateLimited(
                 f"This API key allows {most} responses in the background at a time; try again when one has finished.",
                 retry_after=1,
             )
-        if len(self._jobs) >= self._max_jobs:
+        is_too_large = sum(job.opened.size for job in self._jobs.values()) + size > self._max_size
+        if len(self._jobs) >= self._max_jobs or is_too_large:
             raise Overloaded(
-                f"{self._max_jobs} responses are being made in the background, and no more are allowed: try again "
-                "later, or ask without background.",
+                f"{len(self._jobs)} responses are being made in the background, which leaves no room for another one: "
+                "try again later, or ask without background.",
                 retry_after=5,
             )
 

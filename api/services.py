@@ -50,7 +50,9 @@ class Services:
             embeddings=embeddings,
             router=ProviderRouter(settings, lambda name: local.serves(name) or embeddings.lists(name)),
             responses=StoredResponses(open_store(settings), StoreBounds.of(settings)),
-            background=BackgroundResponses(settings.max_background_responses, settings.api_keys),
+            background=BackgroundResponses(
+                settings.max_background_responses, settings.response_store_size, settings.api_keys
+            ),
         )
 
     def start(self) -> None:

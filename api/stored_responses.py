@@ -145,6 +145,11 @@ class OpenResponse:
         return self._items is not None
 
     @property
+    def size(self) -> int:
+        """The bytes of the input."""
+        return len(self._items or b"")
+
+    @property
     def input_items(self) -> list[Object]:
         items: list[Object] = json.loads(self._items or b"[]")
         return items
