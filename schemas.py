@@ -452,8 +452,8 @@ class InputPart(RequestBody):
     refusal: str | None = None
     image_url: str | None = None
     detail: str | None = None
-    annotations: Items[Any] | None = _no_meaning("an answer's text has none.")
-    logprobs: Items[Any] | None = _no_meaning("they are of an answer that is over.")
+    annotations: Any = _no_meaning("an answer's text has none.")
+    logprobs: Any = _no_meaning("they are of an answer that is over.")
 
 
 class InputItem(RequestBody):

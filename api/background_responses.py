@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 
+from api.response_replay import last_event
 from api.response_schemas import ResponseObject, ResponsesEvent
 from api.stored_responses import OpenResponse
 from config import ApiKey
@@ -52,8 +53,10 @@ class Job:
             if self.error is not None:
                 raise self.error
             if self.progress.is_over:
-                return
+                break
             await self._grown.wait()
+        if self.response.status == "cancelled":
+            yield last_event(self.response).numbered(number)
 
 
 class BackgroundResponses:

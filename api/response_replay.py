@@ -19,6 +19,12 @@ async def replayed(body: Object, after: int = -1) -> AsyncGenerator[ResponsesEve
             yield event.numbered(number)
 
 
+def last_event(response: ResponseObject) -> ResponsesEvent:
+    """Returns the event that ends a stream; there is none for a cancelled response but that for an incomplete one."""
+    kind = "incomplete" if response.status == "cancelled" else response.status
+    return ResponseStateEvent(type=f"response.{kind}", response=response)
+
+
 def _events(body: Object) -> Iterator[ResponsesEvent]:
     whole = ResponseObject.model_validate({**body, "output": []})
     begun = whole.model_copy(update={"status": "in_progress", "completed_at": None, "usage": None, "error": None})
@@ -31,7 +37,7 @@ def _events(body: Object) -> Iterator[ResponsesEvent]:
         yield from opened.add(text, logprobs)
         yield from opened.closing(_status(item))
         outputs.append(opened.item)
-    yield ResponseStateEvent(type=f"response.{body['status']}", response=whole.model_copy(update={"output": outputs}))
+    yield last_event(whole.model_copy(update={"output": outputs}))
 
 
 def _status(item: Object) -> Status:

@@ -3,11 +3,14 @@
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from pydantic_core import to_json
 
 from api.response_progress import ResponseProgress
 from api.response_schemas import ResponseObject, ResponsesEvent
@@ -20,6 +23,7 @@ from telemetry import request_record
 
 log = logging.getLogger(__name__)
 Object = dict[str, Any]
+_ID = re.compile(r"\w[\w-]{0,199}", re.ASCII)  # of anything that was stored
 PREFIXES = {"message": "msg", "function_call": "fc", "custom_tool_call": "ctc", "reasoning": "rs"}  # of ids, by type
 
 
@@ -50,7 +54,7 @@ class StoredResponses:
         await self._store.delete(response_id)
 
     async def _found(self, response_id: str) -> StoredResponse | None:
-        return _if_own(await self._store.get(response_id))
+        return _if_own(await self._store.get(response_id)) if _ID.fullmatch(response_id) else None
 
     # --- a conversation
 
@@ -100,7 +104,7 @@ class StoredResponses:
         return request.model_copy(update={"input": items})
 
     async def _referred(self, item_id: str, path: str) -> InputItem:
-        stored = _if_own(await self._store.find_output(item_id))
+        stored = _if_own(await self._store.find_output(item_id)) if _ID.fullmatch(item_id) else None
         found = [item for item in stored.body["output"] if item["id"] == item_id] if stored else []
         if not found:
             raise NotFound(
@@ -200,8 +204,8 @@ def _input_items(request: ResponsesRequest) -> bytes | None:
     )
     try:
         items = [{**item, "id": item.get("id") or _new_id(item["type"])} for item in given]
-        return json.dumps(items).encode()
-    except (ValueError, RecursionError):
+        return to_json(items)
+    except (ValueError, RecursionError):  # an unpaired surrogate, or nested too deeply to be written
         return None
 
 
