@@ -8,7 +8,7 @@ from api.response_replay import last_event
 from api.response_schemas import ResponseObject, ResponsesEvent
 from api.stored_responses import OpenResponse
 from config import ApiKey
-from errors import APIError, Overloaded, RateLimited, RequestTimeout, Unavailable
+from errors import APIError, InvalidRequest, Overloaded, RateLimited, RequestTimeout, Unavailable
 from server.observer import count_for_model
 from telemetry import logs, request_record
 from telemetry.request_record import RequestRecord
@@ -17,10 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class Job:
-    """A response in the background, with its events for those who follow it."""
+    """A response in the background, with its events for those who follow it, if it was asked for as a stream."""
 
-    def __init__(self, opened: OpenResponse, client: str) -> None:
+    def __init__(self, opened: OpenResponse, client: str, is_streamed: bool) -> None:
         self.opened, self.progress, self.client = opened, opened.progress, client
+        self._is_streamed = is_streamed
         self.error: APIError | None = None
         self.task: asyncio.Task[None] | None = None
         self._events: list[ResponsesEvent] = []
@@ -35,8 +36,9 @@ class Job:
         self.progress.fail(error)
 
     def add(self, event: ResponsesEvent) -> None:
-        self._events.append(event)
-        self.wake()
+        if self._is_streamed:
+            self._events.append(event)
+            self.wake()
 
     def wake(self) -> None:
         """Tells all who follow that there is something new."""
@@ -44,7 +46,16 @@ class Job:
         self._grown = asyncio.Event()
 
     async def follow(self, after: int = -1) -> AsyncGenerator[ResponsesEvent]:
-        """Yields the events behind the one with the number `after`, and waits for more. Raises what ended them."""
+        """Yields the events behind the one with the number `after`, and waits for more. Raises what ended them.
+
+        Raises InvalidRequest if the events are not kept.
+        """
+        if not self._is_streamed:
+            raise InvalidRequest(
+                "The events of a response in the background are kept only if it was asked for with stream: poll it "
+                "until it is over.",
+                param="stream",
+            )
         number = after + 1
         while True:
             for event in self._events[number:]:
@@ -66,14 +77,21 @@ class BackgroundResponses:
         self._concurrent = {key.name: key.concurrent for key in keys}
         self._jobs: dict[str, Job] = {}
 
-    def start(self, opened: OpenResponse, events: AsyncGenerator[ResponsesEvent], seconds: float | None) -> Job:
+    def start(
+        self,
+        opened: OpenResponse,
+        events: AsyncGenerator[ResponsesEvent],
+        *,
+        seconds: float | None,
+        is_streamed: bool,
+    ) -> Job:
         """Begins to make a response; `events` are those that `opened` keeps.
 
         Raises RateLimited or Overloaded if too many are being made. seconds: None for no limit.
         """
         record = request_record.current()
         self._check_room(record.client, opened.size)
-        job = Job(opened, record.client)
+        job = Job(opened, record.client, is_streamed)
         self._jobs[job.response.id] = job
         own = RequestRecord(request_id=record.request_id, client=record.client)
         job.task = asyncio.create_task(self._run(job, events, seconds, own))

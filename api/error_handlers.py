@@ -7,12 +7,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from errors import APIError, InvalidRequest, MethodNotAllowed, NotFound
 from server.asgi_errors import headers_of
 from server.error_formats import error_format
 from telemetry import request_record
 
+METHODS = ("DELETE", "GET", "HEAD", "POST")  # that endpoints here take
 VALUE_ERROR = "Value error, "  # pydantic puts it before the message of a ValueError
 
 
@@ -29,9 +31,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         error_class = {404: NotFound, 405: MethodNotAllowed}.get(error.status_code, InvalidRequest)
-        api_error = error_class(_sentence_of(error, request))
+        allowed = {"Allow": _allowed(request)} if error.status_code == 405 else {}
+        api_error = error_class(_sentence_of(error, request, allowed.get("Allow")))
         request_record.current().error = str(error.status_code)
-        headers = {**headers_of(api_error), **(error.headers or {})}
+        headers = {**headers_of(api_error), **(error.headers or {}), **allowed}
         return _response(request, api_error, error.status_code, headers)
 
 
@@ -53,9 +56,17 @@ def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:
     return InvalidRequest(f"{param}: {text}" if param else text, param=param, code="invalid_value")
 
 
-def _sentence_of(error: HTTPException, request: Request) -> str:
+def _allowed(request: Request) -> str:
+    """Returns the methods of all routes with this path; the framework names those of the first one alone."""
+    path = {"type": "http", "path": request.scope["path"], "root_path": "", "headers": []}
+    asked = {method: {**path, "method": method} for method in METHODS}
+    routes = request.app.routes
+    return ", ".join(m for m, scope in asked.items() if any(r.matches({**scope})[0] is Match.FULL for r in routes))
+
+
+def _sentence_of(error: HTTPException, request: Request, allowed: str | None) -> str:
     """Returns a sentence for what the framework says in two words, such as `Not Found`."""
-    path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
+    path = request.url.path[:200]
     if error.status_code == 404:
         return f"The endpoint {path} does not exist: /docs shows those that do."
     if error.status_code == 405 and allowed:

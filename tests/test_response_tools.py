@@ -14,7 +14,15 @@ from pydantic import TypeAdapter
 from api.response_schemas import ResponsesEvent
 from api.responses import as_chat, stream
 from errors import InvalidRequest
-from schemas import ChatCompletionChunk, ChunkChoice, Delta, FunctionDelta, ResponsesRequest, ToolCallDelta
+from schemas import (
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChunkChoice,
+    Delta,
+    FunctionDelta,
+    ResponsesRequest,
+    ToolCallDelta,
+)
 from text.tools import tool_set_of
 
 MODEL = "Tiny-Qwen3"
@@ -277,6 +285,16 @@ def test_the_sdk_raises_its_own_error_for_a_choice_of_a_tool_that_is_left_out(cl
     tools: Any = [{"type": "web_search"}]
     with pytest.raises(BadRequestError, match="does not have"):
         client.responses.create(model=MODEL, input="x", tools=tools, tool_choice={"type": "web_search_preview"})
+
+
+def test_a_grammar_that_is_not_enforced_is_named_in_chats_too() -> None:
+    custom = {"name": "x", "format": {"type": "grammar", "grammar": LARK}}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [{"type": "custom", "custom": custom}],
+    }
+    assert ChatCompletionRequest.model_validate(body).ignored_fields == ["tools[0].custom.format"]
 
 
 def test_a_bad_grammar_of_a_custom_tool_of_a_chat_is_named() -> None:

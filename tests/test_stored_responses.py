@@ -60,8 +60,15 @@ def test_a_response_comes_back_as_it_was_until_it_is_deleted(client: OpenAI, ser
     assert refusal.value.type == "invalid_request_error"
 
 
+def test_all_methods_of_a_path_are_named_where_another_one_comes(server: Server) -> None:
+    refusal = server.post("/v1/responses/resp_1")
+    assert refusal.status_code == 405 and refusal.headers["allow"] == "DELETE, GET"
+    assert "use DELETE, GET" in refusal.json()["error"]["message"]
+
+
 def test_a_stream_is_stored_when_it_ends(client: OpenAI) -> None:
-    events = list(client.responses.create(model=MODEL, input="Hello", max_output_tokens=4, stream=True))
+    options: Any = {"model": MODEL, "input": "Hello", "max_output_tokens": 4, "temperature": 0}
+    events = list(client.responses.create(**options, stream=True, extra_body={"ignore_eos": True}))
     last = events[-1]
     assert last.type == "response.incomplete"
     assert client.responses.retrieve(last.response.id).to_dict() == last.response.to_dict()
@@ -211,6 +218,8 @@ def test_a_response_in_the_background_can_be_followed_and_left(client: OpenAI) -
 def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, server: Server) -> None:
     made = create(client, background=True, max_output_tokens=450)
     assert len(list(client.responses.input_items.list(made.id))) == 1
+    with pytest.raises(openai.BadRequestError, match="only if it was asked for with stream"):
+        client.responses.retrieve(made.id, stream=True)
     ended = client.responses.cancel(made.id)
     assert ended.status == "cancelled" and client.responses.retrieve(made.id).to_dict() == ended.to_dict()
     server.wait_until_idle()
@@ -478,3 +487,41 @@ def test_a_long_conversation_is_followed_and_an_endless_one_refused() -> None:
     begin = time.monotonic()
     asyncio.run(check())
     assert time.monotonic() - begin < 30
+
+
+# --- what clients should not send
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("previous_response_id", '"\\ud800"'),
+        ("previous_response_id", '""'),
+        ("previous_response_id", '"../../etc/passwd"'),
+        ("previous_response_id", json.dumps("r" * 100_000)),
+        ("input", '[{"type": "item_reference", "id": "\\ud800"}]'),
+        ("input", '[{"type": "item_reference"}]'),
+        ("input", '[{"id": "\'; DROP TABLE responses; --"}]'),
+    ],
+)
+def test_ids_that_no_response_has_are_not_found(small: Server, field: str, value: str) -> None:
+    body = f'{{"model": "{MODEL}", "input": "x", "max_output_tokens": 2, "{field}": {value}}}'
+    headers = {"content-type": "application/json", "authorization": "Bearer a1"}
+    refusal = httpx2.post(small.url + "/v1/responses", content=body.encode(), headers=headers, timeout=30)
+    assert refusal.status_code == 404 and refusal.json()["error"]["param"].startswith(field)
+    for path in ("%00", "%ff", "..%2f", "a" * 5000, "resp_%F0%9F%98%80", "input_tokens"):
+        for method in ("GET", "DELETE"):
+            answer = httpx2.request(method, f"{small.url}/v1/responses/{path}", headers=headers, timeout=30)
+            assert answer.status_code == 404, (method, path)
+
+
+@pytest.mark.parametrize("note", ['"\\ud800"', '{"a": ' * 150 + "1" + "}" * 150], ids=["surrogate", "deep"])
+def test_an_input_that_json_cannot_hold_is_answered_and_not_stored(small: Server, note: str) -> None:
+    items = f'[{{"role": "user", "content": "x", "note": {note}}}]'
+    body = f'{{"model": "{MODEL}", "max_output_tokens": 2, "input": {items}}}'
+    headers = {"content-type": "application/json", "authorization": "Bearer a1"}
+    answer = httpx2.post(small.url + "/v1/responses", content=body.encode(), headers=headers, timeout=30)
+    assert answer.status_code == 200
+    listed = httpx2.get(f"{small.url}/v1/responses/{answer.json()['id']}/input_items", headers=headers, timeout=30)
+    assert listed.status_code == (200 if answer.json()["store"] else 404)
+    assert answer.json()["store"] is ("a" in note)

@@ -17,7 +17,7 @@ from api.services import UsesServices
 from api.streaming import ResponsesEncoder
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, InputTokensRequest, ResponsesRequest, TokenizeRequest
-from server.events import EventStream, sse
+from server.events import EventStream, await_first, sse
 from serving.local import LocalModel
 
 router = V1Router()
@@ -44,7 +44,7 @@ async def create_response(body: ResponsesRequest, request: Request, services: Us
         )
     response.status = "queued"
     limits = [seconds for seconds in (body.timeout, services.settings.request_timeout) if seconds is not None]
-    job = services.background.start(opened, events, min(limits, default=None))
+    job = services.background.start(opened, events, seconds=min(limits, default=None), is_streamed=bool(body.stream))
     if body.stream:
         return await stream_or_whole(request, body, job.follow(), responses.collect, ResponsesEncoder())
     return _json(job.response.model_dump_json().encode(), ignored_fields_header(body.ignored_fields))
@@ -89,7 +89,9 @@ async def retrieve_response(
     """Returns a stored response, or one that is made in the background; as a stream, its events."""
     job = services.background.find(response_id)
     if job is not None:
-        return _streamed(job.follow(starting_after)) if stream else _json(job.response.model_dump_json().encode())
+        if not stream:
+            return _json(job.response.model_dump_json().encode())
+        return _streamed(await await_first(job.follow(starting_after)))
     stored = await services.responses.get(response_id)
     return _streamed(replayed(stored.body, starting_after)) if stream else _json(stored.response)
 
