@@ -13,6 +13,7 @@ class ResponseProgress:
     def __init__(self, response: ResponseObject) -> None:
         """response: as the request opens it."""
         self.response = response
+        self.has_begun = False
         self._items: list[OutputItem] = []  # complete ones
 
     @property
@@ -20,8 +21,9 @@ class ResponseProgress:
         return self.response.status in OVER
 
     def add(self, event: ResponsesEvent) -> None:
+        self.has_begun = True
         if isinstance(event, ResponseStateEvent):
-            self.response = event.response.model_copy()
+            self.response = event.response
         elif isinstance(event, OutputItemEvent) and event.type == "response.output_item.done":
             self._items.append(event.item)
             self.response = self.response.model_copy(update={"output": [*self._items]})

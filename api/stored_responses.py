@@ -113,6 +113,13 @@ class StoredResponses:
             )
         return InputItem.model_validate(found[0])
 
+    async def input_of(self, previous: str | None, own: list[Object]) -> list[Object]:
+        """Returns what a response answers, as far as it is still stored."""
+        try:
+            return [*await self.items_until(previous), *own]
+        except NotFound:
+            return own
+
     # --- writing
 
     def open(self, request: ResponsesRequest, response: ResponseObject) -> "OpenResponse":
@@ -122,11 +129,11 @@ class StoredResponses:
         response.store = is_kept
         return OpenResponse(self, ResponseProgress(response), items if is_kept else None)
 
-    def put(self, response: ResponseObject, items: bytes) -> bool:
+    def put(self, response: ResponseObject, items: bytes, client: str) -> bool:
         """Stores a response; returns whether it is small enough."""
         stored = StoredResponse(
             id=response.id,
-            client=request_record.current().client,
+            client=client,
             response=response.model_dump_json().encode(),
             items=items,
             output_ids=tuple(item.id for item in response.output),
@@ -142,6 +149,7 @@ class OpenResponse:
     def __init__(self, responses: StoredResponses, progress: ResponseProgress, items: bytes | None) -> None:
         """items: the input to store; None stores nothing."""
         self._responses, self.progress, self._items = responses, progress, items
+        self._client = request_record.current().client
         self._is_stored = False
 
     @property
@@ -183,11 +191,13 @@ class OpenResponse:
         self._store_if_over()
 
     def _store_if_over(self) -> None:
-        if self._items is None or self._is_stored or not self.progress.is_over:
+        """Stores the response once; not one that failed before its client could learn its id."""
+        is_known = self.progress.has_begun or self.progress.response.background
+        if self._items is None or self._is_stored or not self.progress.is_over or not is_known:
             return
         self._is_stored = True
-        if not self._responses.put(self.progress.response, self._items):
-            self.progress.response.store = False
+        if not self._responses.put(self.progress.response, self._items, self._client):
+            self.progress.response.store = False  # also in the last event, which has the same response
 
 
 def _if_own(stored: StoredResponse | None) -> StoredResponse | None:

@@ -95,6 +95,8 @@ def test_a_conversation_goes_on_from_a_response_without_its_instructions(client:
     assert third.output_text == same.output_text and third.previous_response_id == second.id
     assert third.usage and same.usage and third.usage.input_tokens == same.usage.input_tokens
     client.responses.delete(first.id)
+    listed = list(client.responses.input_items.list(third.id, order="asc"))
+    assert [item.content[0].text for item in listed] == ["Three"], "as far as it is still stored"
     with pytest.raises(openai.NotFoundError) as refusal:
         create(client, "Four", previous_response_id=third.id)
     error = refusal.value
@@ -448,6 +450,37 @@ def test_a_response_is_stored_however_it_ends(error: BaseException | None, statu
         body = (await responses.get(response.id)).body
         assert Response.model_validate(body).status == status and (body["error"] or {}).get("code") == code
         assert "secret" not in json.dumps(body) and body["store"] is True
+
+    asyncio.run(check())
+
+
+def test_an_answer_that_is_too_large_says_that_it_is_not_stored() -> None:
+    async def check() -> None:
+        small = StoreBounds(max_size=1500, max_count=5)
+        responses = StoredResponses(MemoryStore(small), small)
+        response = opened(request())
+        events = [
+            event async for event in responses.open(request(), response).kept(stream(request(), chunks(), response))
+        ]
+        assert [event.response.store for event in (events[0], events[-1])] == [True, False]
+        with pytest.raises(NotFound):
+            await responses.get(response.id)
+
+    asyncio.run(check())
+
+
+def test_what_is_refused_at_once_is_not_stored() -> None:
+    async def refused() -> AsyncIterator[ChatCompletionChunk]:
+        raise InvalidRequest("Bad.")
+        yield
+
+    async def check() -> None:
+        responses = StoredResponses(MemoryStore(BOUNDS), BOUNDS)
+        response = opened(request())
+        with pytest.raises(InvalidRequest):
+            await anext(responses.open(request(), response).kept(stream(request(), refused(), response)))
+        with pytest.raises(NotFound):
+            await responses.get(response.id)
 
     asyncio.run(check())
 

@@ -140,5 +140,5 @@ async def list_input_items(
     else:
         stored = await services.responses.get(response_id)
         own, previous = stored.input_items, stored.body["previous_response_id"]
-    items = [*await services.responses.items_until(previous), *own]
+    items = await services.responses.input_of(previous, own)
     return page_of(items, is_ascending=order == "asc", after=after, limit=limit)
