@@ -6,15 +6,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
+from api.endpoints import routers
 from errors import APIError, InvalidRequest, MethodNotAllowed, NotFound
 from server.asgi_errors import headers_of
 from server.error_formats import error_format
 from telemetry import request_record
 
-METHODS = ("DELETE", "GET", "HEAD", "POST")  # that endpoints here take
 VALUE_ERROR = "Value error, "  # pydantic puts it before the message of a ValueError
 
 
@@ -31,7 +31,8 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         error_class = {404: NotFound, 405: MethodNotAllowed}.get(error.status_code, InvalidRequest)
-        allowed = {"Allow": _allowed(request)} if error.status_code == 405 else {}
+        named = (error.headers or {}).get("Allow")
+        allowed = {"Allow": _allowed(request, named)} if named else {}
         api_error = error_class(_sentence_of(error, request, allowed.get("Allow")))
         request_record.current().error = str(error.status_code)
         headers = {**headers_of(api_error), **(error.headers or {}), **allowed}
@@ -56,12 +57,12 @@ def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:
     return InvalidRequest(f"{param}: {text}" if param else text, param=param, code="invalid_value")
 
 
-def _allowed(request: Request) -> str:
-    """Returns the methods of all routes with this path; the framework names those of the first one alone."""
-    path = {"type": "http", "path": request.scope["path"], "root_path": "", "headers": []}
-    asked = {method: {**path, "method": method} for method in METHODS}
-    routes = request.app.routes
-    return ", ".join(m for m, scope in asked.items() if any(r.matches({**scope})[0] is Match.FULL for r in routes))
+def _allowed(request: Request, named: str) -> str:
+    """Returns the methods of all endpoints with the path of this one; the framework names those of the first one."""
+    path = getattr(request.scope.get("route"), "path", None)
+    endpoints = [route for router in routers() for route in router.routes if isinstance(route, APIRoute)]
+    same = [endpoint.methods or () for endpoint in endpoints if endpoint.path == path]
+    return ", ".join(sorted(set(named.split(", ")).union(*same)))
 
 
 def _sentence_of(error: HTTPException, request: Request, allowed: str | None) -> str:

@@ -64,6 +64,8 @@ def test_all_methods_of_a_path_are_named_where_another_one_comes(server: Server)
     refusal = server.post("/v1/responses/resp_1")
     assert refusal.status_code == 405 and refusal.headers["allow"] == "DELETE, GET"
     assert "use DELETE, GET" in refusal.json()["error"]["message"]
+    other = httpx2.put(server.url + "/responses/input_tokens", timeout=30)
+    assert other.status_code == 405 and other.headers["allow"] == "POST"
 
 
 def test_a_stream_is_stored_when_it_ends(client: OpenAI) -> None:
