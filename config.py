@@ -267,6 +267,19 @@ class ServerSettings(BaseSettings):
     image_url_hosts: Annotated[list[str] | None, NoDecode] = Field(
         None, description="the only hosts that images may be fetched from, comma-separated; default: all public hosts"
     )
+    response_store: str = Field(
+        "memory",
+        description=(
+            "where /v1/responses stores its answers: memory, or the path of an SQLite file, which survives a restart"
+        ),
+    )
+    response_store_size: Bytes = Field(
+        64 * 2**20, description="the bytes that stored responses may take; the least recently used are forgotten first"
+    )
+    max_stored_responses: int = Field(10_000, ge=0, description="the number of stored responses; 0 stores none")
+    max_background_responses: int = Field(
+        64, ge=0, description="the number of responses that are made in the background at a time; more get a 503"
+    )
     shutdown_timeout: float = Field(
         30.0, ge=0, description="the seconds that running requests get to finish after a signal to stop"
     )

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from api.endpoints import add_endpoints
 from api.error_handlers import VALUE_ERROR, add_error_handlers
+from api.response_store import StoreFailure
 from api.routers.page import FILES as PAGE
 from api.services import Services, services_of
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
@@ -42,7 +43,10 @@ def create_app(settings: Settings, stop: Callable[[], None] | None = None, load:
         print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
         (stop or _terminate)()
 
-    services, shutdown = Services.of(settings, on_failure, load), Shutdown()
+    try:
+        services, shutdown = Services.of(settings, on_failure, load), Shutdown()
+    except StoreFailure as error:
+        sys.exit(f"error: {error}")
     app = FastAPI(
         title="Gemma 3 / Qwen server",
         version="0.1.0",
@@ -75,7 +79,7 @@ def _lifespan(services: Services, shutdown: Shutdown) -> Callable[[FastAPI], Abs
         services.start()
         yield
         await drain(settings.shutdown_timeout)
-        await services.router.close()
+        await services.close()
 
     return lifespan
 
@@ -100,7 +104,7 @@ def _add_cors(app: FastAPI, settings: Settings) -> None:
     """Lets web pages of the allowed origins call the server; by default those of this machine."""
     origins = settings.cors_allow_origins
     allowed: dict[str, Any] = {"allow_origin_regex": LOCAL_ORIGINS} if origins is None else {"allow_origins": origins}
-    app.add_middleware(CORSMiddleware, **allowed, allow_methods=["GET", "POST"], allow_headers=["*"])
+    app.add_middleware(CORSMiddleware, **allowed, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
 
 
 # --- the process

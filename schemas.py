@@ -294,6 +294,23 @@ class TemplateArguments(RequestBody):
         yield from (name for name in super()._unknown_fields() if name not in self.others)
 
 
+def _ignored_tools(tools: list[Any], path: str = "tools") -> Iterator[str]:
+    """Yields `tools[8].web_search` for a tool that the server would have to run, and `tools[2].format` for a grammar
+    that is shown to the model and not enforced."""
+    for number, tool in enumerate(tools):
+        kind, place = tool.get("type") if isinstance(tool, dict) else None, f"{path}[{number}]"
+        if kind == "namespace" and isinstance(tool.get("tools"), list):
+            yield from _ignored_tools(tool["tools"], f"{place}.tools")
+        elif kind == "custom":
+            own, place = (tool["custom"], f"{place}.custom") if isinstance(tool.get("custom"), dict) else (tool, place)
+            grammar = own.get("format")
+            nested = grammar.get("grammar", grammar) if isinstance(grammar, dict) else None
+            if isinstance(nested, dict) and nested.get("syntax") == "lark":
+                yield f"{place}.format"
+        elif isinstance(kind, str) and kind != "function":
+            yield f"{place}.{kind}"
+
+
 class _RenderedRequest(RequestBody):
     """The fields that decide how messages become a prompt."""
 
@@ -302,6 +319,10 @@ class _RenderedRequest(RequestBody):
     enable_thinking: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
     reasoning_effort: str | None = None
+
+    def _unknown_fields(self) -> Iterator[str]:
+        yield from super()._unknown_fields()
+        yield from _ignored_tools(self.tools or [])
 
     @property
     def effort(self) -> str | None:
@@ -332,13 +353,13 @@ class _ConversationRequest(_RenderedRequest):
     parallel_tool_calls: bool | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
     moderation: Object | None = refused()
-    metadata: Object | None = no_meaning("it is returned by /v1/responses and not stored.")
+    metadata: Object | None = no_meaning("it is returned by /v1/responses.")
     prompt_cache_key: str | None = no_meaning("cached prompts are found by their tokens.")
     prompt_cache_options: Object | None = no_meaning("cached prompts are found by their tokens.")
     prompt_cache_retention: str | None = no_meaning("cached prompts are kept while there is room.")
     safety_identifier: str | None = no_meaning("it is a label for the client.")
     service_tier: str | None = no_meaning("there is one tier.")
-    store: bool | None = no_meaning("nothing is stored.")
+    store: bool | None = no_meaning("chats are not stored, responses are unless it is false.")
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -352,8 +373,9 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     known_inside = {
         "response_format": frozenset({"type", "json_schema", "schema"}),
         "response_format.json_schema": JSON_SCHEMA,
-        "tool_choice": frozenset({"type", "function", "allowed_tools", "mode", "tools"}),
+        "tool_choice": frozenset({"type", "function", "custom", "allowed_tools", "mode", "tools"}),
         "tool_choice.function": frozenset({"name"}),
+        "tool_choice.custom": frozenset({"name"}),
     }
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -454,25 +476,38 @@ class InputPart(RequestBody):
     refusal: str | None = None
     image_url: str | None = None
     detail: str | None = None
+    annotations: Any = no_meaning("an answer's text has none.")
+    logprobs: Any = no_meaning("they are of an answer that is over.")
 
 
 class InputItem(RequestBody):
     """A message, a tool call, its result or reasoning; the fields of the other types are None."""
 
     type: str = "message"
+    id: str | None = None  # of an item that an answer had, or that is referred to
+    status: str | None = no_meaning("what is sent is read as it is.")
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | Items[InputPart] | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
     input: str | None = None
     output: str | Items[InputPart] | None = None
+    summary: Items[InputPart] | None = None
+    encrypted_content: str | None = None  # reasoning, as the answer had it
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this stands for a stored item; SDKs may leave the type out."""
+        is_bare = "type" not in self.model_fields_set and self.role is None and self.content is None
+        return self.type == "item_reference" or (is_bare and self.id is not None)
 
 
 class TextConfig(RequestBody):
     known_inside = {"format": frozenset({"type", "json_schema", *JSON_SCHEMA})}
     format: Object | None = None
-    verbosity: str | None = refused("medium")
+    verbosity: Literal["low", "medium", "high"] | None = ignored("no chat template knows it.", "medium")
 
 
 class ReasoningConfig(RequestBody):
@@ -482,27 +517,40 @@ class ReasoningConfig(RequestBody):
 
 
 class ResponsesRequest(_SamplingRequest, _ConversationRequest):
-    known_inside = {"tool_choice": frozenset({"type", "name", "function", "mode", "tools"})}
+    known_inside = {"tool_choice": frozenset({"type", "name", "namespace", "function", "custom", "mode", "tools"})}
     input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES - 1, fail_fast=True)]  # 1: instructions
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: Items[Includable] | None = Field(
-        None, description="Only message.output_text.logprobs has an effect: it adds log-probabilities."
+        None,
+        description=(
+            "message.output_text.logprobs adds log-probabilities, reasoning.encrypted_content adds the reasoning in a "
+            "form that can be sent back; the others have no effect."
+        ),
     )
     text: TextConfig | None = None
-    background: bool | None = refused(False)
+    background: bool | None = None
+    store: bool | None = None
     context_management: Items[Object] | None = refused([])
     conversation: str | Object | None = refused()
-    previous_response_id: str | None = refused()
+    previous_response_id: str | None = None
     prompt: Object | None = refused()
-    truncation: str | None = refused("disabled")
+    truncation: Literal["auto", "disabled"] | None = None
     access_programs: Object | None = no_meaning("there are no access programs.")
-    background_options: Object | None = no_meaning("nothing runs in the background.")
+    background_options: Object | None = no_meaning("a response in the background begins as soon as there is room.")
     image: Object | None = no_meaning("no image is made.")
     max_tool_calls: int | None = no_meaning("the server calls no tools.")
     reasoning: ReasoningConfig | None = None
     stream_options: StreamOptions | None = no_meaning("nothing is added to the events.")
+
+
+class InputTokensRequest(ResponsesRequest):
+    """A request for a response of which only the prompt's tokens are counted."""
+
+    model: str = ""  # the main model
+    input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES - 1, fail_fast=True)] = ""
+    personality: str | None = no_meaning("no model here has several.")
 
 
 class TokenizeRequest(_RenderedRequest):
@@ -714,13 +762,19 @@ class FunctionDelta(BaseModel):
     arguments: str | None = Field(None, exclude_if=_is_none)
 
 
+class CustomDelta(BaseModel):
+    name: str | None = Field(None, exclude_if=_is_none)
+    input: str = ""
+
+
 class ToolCallDelta(BaseModel):
     """A part of a tool call; id, type and name are only in the first part of each call."""
 
     index: int
     id: str | None = Field(None, exclude_if=_is_none)
-    type: Literal["function"] | None = Field(None, exclude_if=_is_none)
-    function: FunctionDelta
+    type: Literal["function", "custom"] | None = Field(None, exclude_if=_is_none)
+    function: FunctionDelta = Field(FunctionDelta(), exclude_if=lambda function: function == FunctionDelta())
+    custom: CustomDelta | None = Field(None, exclude_if=_is_none)  # instead of the function
 
 
 class Delta(BaseModel):
@@ -759,10 +813,16 @@ class FunctionCall(BaseModel):
     arguments: str = ""  # JSON
 
 
+class CustomCall(BaseModel):
+    name: str = ""
+    input: str = ""
+
+
 class ToolCall(BaseModel):
     id: str = ""
-    type: Literal["function"] = "function"
-    function: FunctionCall = Field(default_factory=FunctionCall)
+    type: Literal["function", "custom"] = "function"
+    function: FunctionCall = Field(default_factory=FunctionCall, exclude_if=lambda function: not function.name)
+    custom: CustomCall | None = Field(None, exclude_if=_is_none)  # instead of the function
 
 
 class AssistantMessage(BaseModel):

@@ -5,6 +5,7 @@ model's fallbacks, and has relayed the request if its provider speaks the protoc
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 
 from fastapi import Request, Response
 
@@ -52,3 +53,11 @@ async def answer_view(
     response = await stream_or_whole(request, body, view(source.chunks), collect, encoder)
     response.headers.update(source.headers)
     return response
+
+
+async def chat_chunks(services: Services, chat: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
+    """Yields the same chunks for a request that no client waits for; the model is asked when they are read."""
+    source = await open_chat(services, chat)
+    async with aclosing(source.chunks):
+        async for chunk in source.chunks:
+            yield chunk

@@ -6,8 +6,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from api.endpoints import routers
 from errors import APIError, InvalidRequest, MethodNotAllowed, NotFound
 from server.asgi_errors import headers_of
 from server.error_formats import error_format
@@ -29,10 +31,12 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         error_class = {404: NotFound, 405: MethodNotAllowed}.get(error.status_code, InvalidRequest)
-        api_error = error_class(_sentence_of(error, request))
+        named = (error.headers or {}).get("Allow")
+        allowed = {"Allow": _allowed(request, named)} if named else {}
+        api_error = error_class(_sentence_of(error, request, allowed.get("Allow")))
         api_error.status = error.status_code
         request_record.current().error = str(error.status_code)
-        headers = {**headers_of(api_error), **(error.headers or {})}
+        headers = {**headers_of(api_error), **(error.headers or {}), **allowed}
         return _response(request, api_error, headers)
 
 
@@ -47,16 +51,24 @@ def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:
     if problem["type"] == "json_invalid" or not where:
         detail = problem.get("ctx", {}).get("error", problem["msg"])
         return InvalidRequest(f"The body must be a JSON object, sent with Content-Type: application/json ({detail}).")
-    param = _param_of(where, body, is_missing)
+    param = str(where[0]) if problem["loc"][0] == "query" else _param_of(where, body, is_missing)
     if is_missing and param:
         return InvalidRequest(f"{param} is required.", param=param, code="missing_required_parameter")
     text = problem["msg"].removeprefix(VALUE_ERROR)
     return InvalidRequest(f"{param}: {text}" if param else text, param=param, code="invalid_value")
 
 
-def _sentence_of(error: HTTPException, request: Request) -> str:
+def _allowed(request: Request, named: str) -> str:
+    """Returns the methods of all endpoints with the path of this one; the framework names those of the first one."""
+    path = getattr(request.scope.get("route"), "path", None)
+    endpoints = [route for router in routers() for route in router.routes if isinstance(route, APIRoute)]
+    same = [endpoint.methods or () for endpoint in endpoints if endpoint.path == path]
+    return ", ".join(sorted(set(named.split(", ")).union(*same)))
+
+
+def _sentence_of(error: HTTPException, request: Request, allowed: str | None) -> str:
     """Returns a sentence for what the framework says in two words, such as `Not Found`."""
-    path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
+    path = request.url.path[:200]
     if error.status_code == 404:
         return f"The endpoint {path} does not exist: /docs shows those that do."
     if error.status_code == 405 and allowed:

@@ -13,6 +13,10 @@ from pydantic import (
 from schemas import Object, RequestBody, TokenLogprob
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class OutputText(BaseModel):
     type: Literal["output_text"] = "output_text"
     text: str = ""
@@ -38,6 +42,7 @@ class OutputReasoning(OutputItem):
     type: Literal["reasoning"] = "reasoning"
     summary: list[Object] = []
     content: list[ReasoningText] = []
+    encrypted_content: str | None = Field(None, exclude_if=_is_none)
 
 
 class OutputFunctionCall(OutputItem):
@@ -45,7 +50,17 @@ class OutputFunctionCall(OutputItem):
     type: Literal["function_call"] = "function_call"
     call_id: str
     name: str
+    namespace: str | None = Field(None, exclude_if=_is_none)
     arguments: str = ""
+
+
+class OutputCustomCall(OutputItem):
+    id: str = Field(default_factory=lambda: f"ctc_{uuid4().hex}")
+    type: Literal["custom_tool_call"] = "custom_tool_call"
+    call_id: str
+    name: str
+    namespace: str | None = Field(None, exclude_if=_is_none)
+    input: str = ""
 
 
 class OutputMessage(OutputItem):
@@ -77,7 +92,8 @@ class ResponseObject(BaseModel):
     object: Literal["response"] = "response"
     created_at: int = Field(default_factory=lambda: int(time.time()))
     completed_at: int | None = None
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    background: bool = False
     error: Object | None = None
     incomplete_details: Object | None = None
     instructions: str | None = None
@@ -86,8 +102,8 @@ class ResponseObject(BaseModel):
     model: str
     output: list[SerializeAsAny[OutputItem]] = []
     parallel_tool_calls: bool = True
-    previous_response_id: None = None
-    store: Literal[False] = False
+    previous_response_id: str | None = None
+    store: bool = False  # whether it can be retrieved when it is over
     temperature: float | None = None
     text: Object = {"format": {"type": "text"}}
     reasoning: SerializeAsAny[RequestBody] | None = None
@@ -95,7 +111,7 @@ class ResponseObject(BaseModel):
     tools: list[Object] = []
     top_logprobs: int | None = None
     top_p: float | None = None
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"] = "disabled"
     usage: ResponsesUsage | None = None
     user: str | None = None
 
@@ -174,8 +190,33 @@ class ArgumentsDone(ResponsesEvent):
     arguments: str
 
 
+class CustomInputDelta(ResponsesEvent):
+    type: Literal["response.custom_tool_call_input.delta"] = "response.custom_tool_call_input.delta"
+    output_index: int
+    item_id: str
+    delta: str
+
+
+class CustomInputDone(ResponsesEvent):
+    type: Literal["response.custom_tool_call_input.done"] = "response.custom_tool_call_input.done"
+    output_index: int
+    item_id: str
+    input: str
+
+
 class ErrorEvent(ResponsesEvent):
     type: Literal["error"] = "error"
     message: str
     code: str | None
     param: str | None
+
+
+class DeletedResponse(BaseModel):
+    id: str
+    object: Literal["response"] = "response"
+    deleted: Literal[True] = True
+
+
+class InputTokens(BaseModel):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int

@@ -1,17 +1,17 @@
 """/v1/responses as a view of chat completions: its request becomes one, and the chunks become its events.
 
-Nothing is stored, so fields that refer to an earlier response are refused by name. This module knows no provider.
+This module knows no provider and no store.
 """
 
 import itertools
-import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from pydantic_core import to_json
 
+from api.response_input import messages_of
 from api.response_output import Output, Status
 from api.response_schemas import (
     InputTokensDetails,
@@ -21,40 +21,51 @@ from api.response_schemas import (
     ResponseStateEvent,
     ResponsesUsage,
 )
+from api.response_tools import chat_choice, name_as_sent, offered_tools
 from errors import APIError, InvalidRequest, unsupported
 from schemas import (
+    MAX_MESSAGES,
     SAMPLING_FIELDS,
     ChatCompletionChunk,
     ChatCompletionRequest,
     InputItem,
-    InputPart,
     ResponsesRequest,
     Usage,
 )
 
-# Types of parts: Responses -> chat. Names of fields: chat -> Responses
-PART_TYPES = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+# Names of fields: chat -> Responses
 SENT_AS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
-Content = str | Sequence[InputPart]
-LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
+LOGPROBS, REASONING = "message.output_text.logprobs", "reasoning.encrypted_content"  # values of `include`
 
 
-def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
-    """Makes the equivalent chat completion request. Raises InvalidRequest with the field of this request as param."""
+def as_chat(request: ResponsesRequest, earlier: Sequence[InputItem] = ()) -> ChatCompletionRequest:
+    """Makes the equivalent chat completion request; its tools are all functions.
+
+    earlier: the items of the responses that this one follows.
+
+    Raises InvalidRequest with the field of this request as param.
+    """
     for name in request.refused_fields:
         raise unsupported(name)
+    tools, messages = offered_tools(request.tools), messages_of(request, earlier)
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"The conversation has more than {MAX_MESSAGES} messages: begin a new one, or send fewer.",
+            param="input",
+            code="invalid_value",
+        )
     shared: dict[str, Any] = request.model_dump(include=set(SAMPLING_FIELDS), exclude_none=True)
     wants_logprobs = LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
     return ChatCompletionRequest.model_validate(
         {
             **shared,
-            "messages": _messages(request),
+            "messages": messages,
             "max_tokens": request.max_output_tokens,
             "logprobs": wants_logprobs or None,
             "top_logprobs": request.top_logprobs,
             "response_format": _response_format(request.text.format if request.text else None),
-            "tools": None if request.tools is None else [_nested(tool) for tool in request.tools],
-            "tool_choice": _tool_choice(request.tool_choice),
+            "tools": None if request.tools is None else [tool.chat for tool in tools],
+            "tool_choice": chat_choice(request.tool_choice, tools, len(request.tools or ())),
             "parallel_tool_calls": request.parallel_tool_calls,
             "reasoning_effort": (request.reasoning.effort if request.reasoning else None) or request.reasoning_effort,
             "enable_thinking": request.enable_thinking,
@@ -62,23 +73,6 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
             "chat_template_kwargs": request.chat_template_kwargs,
         }
     )
-
-
-def _nested(tool: dict[str, Any]) -> dict[str, Any]:
-    """Converts a tool: Responses puts the function's fields next to `type`, chat nests them under `function`."""
-    if tool.get("type") != "function" or "function" in tool:
-        return tool
-    function = {key: value for key, value in tool.items() if key != "type" and (key, value) != ("strict", False)}
-    return {"type": "function", "function": function}
-
-
-def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if not isinstance(choice, dict):
-        return choice
-    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
-        tools = [_nested(tool) if isinstance(tool, dict) else tool for tool in choice["tools"]]
-        return {"type": "allowed_tools", "allowed_tools": {**choice, "tools": tools}}
-    return _nested(choice)
 
 
 def _response_format(format: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -91,114 +85,24 @@ def _response_format(format: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {key: value for key, value in format.items() if key != "type"}}
 
 
-def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if request.instructions:
-        messages.append({"role": "system", "content": request.instructions})
-    if isinstance(request.input, str):
-        return [*messages, {"role": "user", "content": request.input}]
-    for number, item in enumerate(request.input):
-        add = _ITEMS.get(item.type)
-        if add is None:
-            raise unsupported(f"input[{number}].type")
-        add(messages, item, f"input[{number}]")
-    if not messages:
-        raise InvalidRequest("input must not be empty.", param="input", code="invalid_value")
-    return messages
-
-
-def _add_message(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    if item.role is None:
-        raise InvalidRequest(f"{path} has no role.", param=f"{path}.role", code="missing_required_parameter")
-    content = _content(_required(item.content, f"{path}.content"), f"{path}.content")
-    last = messages[-1] if messages else {}
-    if item.role == "assistant" and last.get("role") == "assistant" and last["content"] is None:
-        last["content"] = content  # joins the reasoning or the calls of the same turn
-    else:
-        messages.append({"role": item.role, "content": content})
-
-
-def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    """Adds a call; all calls of one turn become one message."""
-    arguments = item.arguments or "" if item.input is None else json.dumps({"input": item.input}, ensure_ascii=False)
-    function = {"name": item.name or "", "arguments": arguments}
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": None})
-    messages[-1].setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
-
-
-def _add_result(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    content = _content(_required(item.output, f"{path}.output"), f"{path}.output")
-    messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
-
-
-def _add_reasoning(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
-    """Adds the reasoning of an earlier turn, which comes before the text or the calls of that turn."""
-    if text := "".join(part.text or "" for part in item.content or () if isinstance(part, InputPart)):
-        messages.append({"role": "assistant", "content": None, "reasoning_content": text})
-
-
-_ITEMS = {
-    "message": _add_message,
-    "function_call": _add_call,
-    "function_call_output": _add_result,
-    "custom_tool_call": _add_call,
-    "custom_tool_call_output": _add_result,
-    "reasoning": _add_reasoning,
-}
-
-
-def _required(content: Content | None, path: str) -> Content:
-    if content is None:
-        raise InvalidRequest(f"{path} is required.", param=path, code="missing_required_parameter")
-    return content
-
-
-def _content(content: Content, path: str) -> str | list[dict[str, Any]]:
-    if isinstance(content, str):
-        return content
-    parts: list[dict[str, Any]] = []
-    for number, part in enumerate(content):
-        if part.type == "input_image":
-            if part.image_url is None:
-                raise InvalidRequest(
-                    f"{path}[{number}].image_url is required: this server stores no files.",
-                    param=f"{path}[{number}].image_url",
-                    code="missing_required_parameter",
-                )
-            parts.append({"type": "image_url", "image_url": {"url": part.image_url, "detail": part.detail or "auto"}})
-            continue
-        chat_type = PART_TYPES.get(part.type)
-        if chat_type is None:
-            raise InvalidRequest(
-                f"{path}[{number}].type must be one of {', '.join((*PART_TYPES, 'input_image'))}, not {part.type!r}.",
-                param=f"{path}[{number}].type",
-                code="unsupported_value",
-            )
-        text = part.refusal if chat_type == "refusal" else part.text
-        if text is None:
-            raise InvalidRequest(
-                f"{path}[{number}].{chat_type if chat_type == 'refusal' else 'text'} is required.",
-                param=f"{path}[{number}]",
-                code="missing_required_parameter",
-            )
-        parts.append({"type": chat_type, chat_type: text})
-    return parts
-
-
 async def stream(
-    request: ResponsesRequest, chunks: AsyncGenerator[ChatCompletionChunk]
+    request: ResponsesRequest, chunks: AsyncGenerator[ChatCompletionChunk], response: ResponseObject | None = None
 ) -> AsyncGenerator[ResponsesEvent]:
-    """Makes the events, from `response.created` on, with consecutive sequence numbers. Raises what the chunks raise."""
+    """Makes the events, from `response.created` on, with consecutive sequence numbers. Raises what the chunks raise.
+
+    response: what `opened` made of the request.
+    """
     numbers = itertools.count()
-    response, output = _response(request), Output()
+    tools = offered_tools(request.tools)
+    response = response or opened(request)
+    output = Output({tool.flat_name: tool for tool in tools}, REASONING in (request.include or ()))
     usage: Usage | None = None
     has_begun = False
-    try:
+    with naming_fields(request):
         async with aclosing(chunks):
             async for chunk in chunks:
                 if not has_begun:
-                    has_begun, response.model = True, chunk.model
+                    has_begun, response.model, response.status = True, chunk.model, "in_progress"
                     for name in ("created", "in_progress"):
                         state = ResponseStateEvent(type=f"response.{name}", response=response.model_copy())
                         yield state.numbered(next(numbers))
@@ -208,8 +112,6 @@ async def stream(
                         response.status, response.incomplete_details = "incomplete", {"reason": "max_output_tokens"}
                     for event in output.add(choice):
                         yield event.numbered(next(numbers))
-    except APIError as error:
-        raise _naming_input(error) from None
     status: Status = "incomplete" if response.status == "incomplete" else "completed"
     for event in output.end(status):
         yield event.numbered(next(numbers))
@@ -218,16 +120,19 @@ async def stream(
     yield last.numbered(next(numbers))
 
 
-def _naming_input(error: APIError) -> APIError:
+@contextmanager
+def naming_fields(request: ResponsesRequest) -> Iterator[None]:
     """Renames the param of an error of chat to the field that the client sent, such as messages to input."""
-    field = (error.param or "").partition("[")[0].partition(".")[0]
-    if field in SENT_AS:
-        error.param = SENT_AS[field]
-    return error
+    try:
+        yield
+    except APIError as error:
+        field = (error.param or "").partition("[")[0].partition(".")[0]
+        error.param = SENT_AS.get(field, error.param)
+        raise name_as_sent(error, offered_tools(request.tools)) from None
 
 
-def _response(request: ResponsesRequest) -> ResponseObject:
-    """Makes the response, with the fields of the request that it repeats."""
+def opened(request: ResponsesRequest) -> ResponseObject:
+    """Makes the response, with the fields of the request that it repeats. Whoever stores it sets `store`."""
     names = (ResponseObject.model_fields.keys() & ResponsesRequest.model_fields.keys()) - {"text", "store"}
     repeated = {name: value for name in names if (value := getattr(request, name)) is not None}
     for name, value in repeated.items():

@@ -7,6 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 
+from api.background_responses import BackgroundResponses
+from api.response_store import StoreBounds
+from api.stored_responses import StoredResponses, open_store
 from config import Settings
 from providers.router import ProviderRouter
 from providers.translated_chat import TranslatedChats
@@ -27,11 +30,16 @@ class Services:
     hub: HubModels
     embeddings: EmbeddingModels
     router: ProviderRouter
+    responses: StoredResponses
+    background: BackgroundResponses
     translated: TranslatedChats = field(default_factory=TranslatedChats)
 
     @classmethod
     def of(cls, settings: Settings, on_failure: Callable[[str], None], load: LoadModel) -> "Services":
-        """Makes them; `start` then begins to load models. `on_failure` and `load` are those of LocalModel."""
+        """Makes them; `start` then begins to load models. `on_failure` and `load` are those of LocalModel.
+
+        Raises StoreFailure.
+        """
         metrics = Metrics()
         local, embeddings = LocalModel(settings, on_failure, load, metrics), EmbeddingModels(settings)
         hub = HubModels(settings, load, metrics=metrics)
@@ -43,6 +51,10 @@ class Services:
             hub=hub,
             embeddings=embeddings,
             router=ProviderRouter(settings, lambda name: local.serves(name) or embeddings.lists(name)),
+            responses=StoredResponses(open_store(settings), StoreBounds.of(settings)),
+            background=BackgroundResponses(
+                settings.max_background_responses, settings.response_store_size, settings.api_keys
+            ),
         )
 
     def start(self) -> None:
@@ -52,6 +64,12 @@ class Services:
     async def close_models(self, timeout: float) -> None:
         """Refuses new requests and gives those in progress `timeout` seconds to finish."""
         await asyncio.gather(*(models.close(timeout) for models in (self.local, self.embeddings, self.hub)))
+
+    async def close(self) -> None:
+        """Ends what is left when the models are closed."""
+        await self.background.close()
+        await asyncio.to_thread(self.responses.close)
+        await self.router.close()
 
     async def text_model(self, name: str) -> LocalModel:
         """Finds the model here that answers: a model of the Hub by its name, or the main one. Raises APIError."""

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
+from api.response_progress import problem_of
 from api.response_schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from errors import APIError
 from schemas import (
@@ -15,6 +16,7 @@ from schemas import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    CustomCall,
     FinishReason,
     FunctionCall,
     FunctionDelta,
@@ -68,8 +70,7 @@ class ResponsesEncoder:
         event = ErrorEvent(sequence_number=number, message=error.message, code=error.code, param=error.param)
         if self._response is None:
             return self.event(event)
-        problem = {"code": "server_error", "message": error.message}
-        failed = self._response.model_copy(update={"status": "failed", "error": problem})
+        failed = self._response.model_copy(update={"status": "failed", "error": problem_of(error)})
         last = ResponseStateEvent(type="response.failed", sequence_number=number + 1, response=failed)
         return self.event(event) + self.event(last)
 
@@ -110,7 +111,11 @@ class _Answer:
         self._reason, self._stop = choice.finish_reason or self._reason, choice.stop_reason or self._stop
         for delta in choice.delta.tool_calls or ():
             if delta.index == len(self._calls):
-                self._calls.append(ToolCall(id=delta.id or ""))
+                custom = CustomCall() if delta.custom else None
+                self._calls.append(ToolCall(id=delta.id or "", type=delta.type or "function", custom=custom))
+            if custom := self._calls[delta.index].custom:
+                custom.name += (delta.custom and delta.custom.name) or ""
+                custom.input += (delta.custom and delta.custom.input) or ""
             _extend(self._calls[delta.index].function, delta.function)
         if choice.delta.function_call is not None:
             self._older_call = self._older_call or FunctionCall()

@@ -51,7 +51,7 @@ class Observer:
         if seen.provider:
             self._metrics.relayed(seen.provider, status, seen.seconds)
         if seen.metrics is not None:
-            _count_for_model(seen, seen.metrics, error)
+            count_for_model(seen, seen.metrics, error)
         if path not in QUIET:
             logs.write(seen, scope["method"], scope["path"], status)
 
@@ -70,7 +70,7 @@ def _path(scope: Scope) -> str:
     return f"/v1{path}" if is_bare else path
 
 
-def _count_for_model(seen: RequestRecord, metrics: ModelMetrics, error: str | None) -> None:
+def count_for_model(seen: RequestRecord, metrics: ModelMetrics, error: str | None) -> None:
     """Adds a request to the metrics of its model. A failed one is left out of the histograms of durations and lengths;
     RequestUsage has observed its queue time and the times of its tokens already."""
     for reason in seen.finish_reasons:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
 from prompt_templates import PromptTemplate
-from schemas import ChatCompletionRequest, ChoiceLogprobs, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
+from schemas import (
+    ChatCompletionRequest,
+    ChoiceLogprobs,
+    ChunkChoice,
+    CustomDelta,
+    Delta,
+    FunctionDelta,
+    ToolCallDelta,
+)
 from serving.admission import check_num_answers, check_request
 from serving.chat_renderer import ChatRenderer, is_background_task
 from serving.constraints import constraint_of
@@ -14,6 +22,7 @@ from serving.generation import GenerationRequest, OutputDelta, generate
 from serving.loading import LoadedModel
 from serving.sampling import sampling_params
 from text.answer_parser import CallDelta, ContentDelta, ParserOptions
+from text.custom_tools import TextArgument
 from text.logprobs import TokenTexts
 from text.structured_output import is_structured
 from text.tools import ToolSet, tool_set_of
@@ -35,6 +44,7 @@ class ChatPlan:
     num_choices: int
     shows_logprobs: bool
     has_content: bool  # False: calls are forced, so that the answer consists of them
+    custom_tools: frozenset[str] = frozenset()  # whose calls are text
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -81,6 +91,7 @@ async def plan_chat(request: ChatCompletionRequest, loaded: LoadedModel, rendere
         num_choices=num_choices,
         shows_logprobs=request.num_logprobs is not None,
         has_content=tools is None or not tools.is_required,
+        custom_tools=tools.custom if tools else frozenset(),
     )
 
 
@@ -179,6 +190,8 @@ class ChoiceChunks:
 
     def __init__(self, index: int, plan: ChatPlan, texts: TokenTexts) -> None:
         self._index, self._shows_logprobs, self._texts = index, plan.shows_logprobs, texts
+        self._custom_tools = plan.custom_tools
+        self._inputs: dict[int, TextArgument] = {}  # number of a call of a custom tool -> its text
         self._empty = Delta(content="" if plan.has_content else None)
         self._first = self._empty.model_copy(update={"role": "assistant"})
 
@@ -190,23 +203,27 @@ class ChoiceChunks:
         logprobs = self._texts.chat(delta.tokens) if self._shows_logprobs and delta.tokens else None
         parts = delta.parts or ((LOGPROBS_ALONE,) if logprobs else ())
         for number, part in enumerate(parts):
-            shown = self._empty if part is LOGPROBS_ALONE else _delta(part)
+            shown = self._empty if part is LOGPROBS_ALONE else self._delta(part)
             yield ChunkChoice(index=self._index, delta=shown, logprobs=logprobs if number == 0 else None)
         if delta.finish_reason:
             end = {"finish_reason": delta.finish_reason, "stop_reason": delta.stopped_by}
             yield ChunkChoice(index=self._index, delta=Delta(), **end)
 
+    def _delta(self, part: ContentDelta) -> Delta:
+        if part.call is not None:
+            return Delta(tool_calls=[self._call_delta(part.call)])
+        if part.reasoning:
+            return Delta(reasoning_content=part.reasoning)
+        return Delta(content=part.content)
 
-def _delta(part: ContentDelta) -> Delta:
-    if part.call is not None:
-        return Delta(tool_calls=[_call_delta(part.call)])
-    if part.reasoning:
-        return Delta(reasoning_content=part.reasoning)
-    return Delta(content=part.content)
-
-
-def _call_delta(call: CallDelta) -> ToolCallDelta:
-    function = FunctionDelta(name=call.name, arguments=call.arguments)
-    if call.name is None:
-        return ToolCallDelta(index=call.index, function=function)
-    return ToolCallDelta(index=call.index, id=f"call_{uuid4().hex[:24]}", type="function", function=function)
+    def _call_delta(self, call: CallDelta) -> ToolCallDelta:
+        if call.name in self._custom_tools:
+            self._inputs[call.index] = TextArgument()
+        delta = ToolCallDelta(index=call.index)
+        if (text := self._inputs.get(call.index)) is not None:
+            delta.custom = CustomDelta(name=call.name, input=text.add(call.arguments))
+        else:
+            delta.function = FunctionDelta(name=call.name, arguments=call.arguments)
+        if call.name is not None:
+            delta.id, delta.type = f"call_{uuid4().hex[:24]}", "custom" if delta.custom else "function"
+        return delta

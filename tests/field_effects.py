@@ -12,7 +12,7 @@ from models import byte_tokenizer
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
-from process import Server
+from process import Server, until
 
 from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest
 
@@ -172,6 +172,39 @@ def instructions(server: Server, path: str) -> None:
     assert texts(server, path, instructions="S") == chat != texts(server, path)
 
 
+def previous_response_id(server: Server, path: str) -> None:
+    first = ask(server, path, max_output_tokens=6, ignore_eos=True).json()
+    said = [{"role": "user", "content": "Hello"}, *first["output"], {"role": "user", "content": "Again"}]
+    chained = texts(server, path, input="Again", previous_response_id=first["id"])
+    assert chained == texts(server, path, input=said) != texts(server, path, input="Again")
+    unknown = ask(server, path, previous_response_id="resp_0")
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "previous_response_not_found"
+
+
+def store(server: Server, path: str) -> None:
+    for value, status in ((None, 200), (True, 200), (False, 404)):
+        answer = ask(server, path, store=value, max_output_tokens=2).json()
+        assert answer["store"] is (status == 200)
+        assert server.get(f"/v1/responses/{answer['id']}").status_code == status
+
+
+def background(server: Server, path: str) -> None:
+    answer = ask(server, path, background=True).json()
+    assert answer["status"] == "queued" and answer["background"] is True and answer["output"] == []
+    until(lambda: server.get(f"/v1/responses/{answer['id']}").json()["status"] == "incomplete")
+    (item,) = server.get(f"/v1/responses/{answer['id']}").json()["output"]
+    assert [item["content"][0]["text"]] == texts(server, path, background=False)
+    refusal = ask(server, path, background=True, store=False)
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "background"
+
+
+def truncation(server: Server, path: str) -> None:
+    long = [{"role": "user", "content": character * 150} for character in "abcd"]
+    assert ask(server, path, input=long, truncation="disabled").status_code == 400
+    assert texts(server, path, input=long, truncation="auto") == texts(server, path, input=long[2:])
+    assert texts(server, path, truncation="auto") == texts(server, path)
+
+
 def logprobs(server: Server, path: str) -> None:
     """Their values are compared with transformers' elsewhere."""
     key, value = ("token_logprobs", 0) if path == "completions" else ("content", True)
@@ -320,7 +353,8 @@ def tools(thinking_server: Server, path: str) -> None:
     """How they are called is tested elsewhere."""
     assert prompt_tokens(thinking_server, path, tools=offered(path)) > prompt_tokens(thinking_server, path) + 100
     assert texts(thinking_server, path, tools=[]) == texts(thinking_server, path)
-    for bad, field in (({"type": "web_search"}, "tools[0].type"), ({"type": "function"}, "tools[0].function")):
+    nameless = "tools[0].name" if path == "responses" else "tools[0].function"
+    for bad, field in (({"type": 5}, "tools[0].type"), ({"type": "function"}, nameless)):
         refusal = ask(thinking_server, path, tools=[bad])
         assert refusal.status_code == 400 and refusal.json()["error"]["param"].startswith(field)
     refusal = ask(thinking_server, path, tools=offered(path) * 2)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from genuine_templates import genuine
 from templates import own
+from test_genuine_prompts import fetch
+from transformers import AutoTokenizer
 
 from prompt_templates import PromptTemplate, RenderOptions
 from schemas import ChatCompletionRequest, Message
@@ -80,6 +82,54 @@ def test_a_system_message_between_turns_keeps_its_place() -> None:
         assert before.endswith(header) and after.startswith(before.removesuffix("<think>\n"))
     assert prompts[-1].count("<|im_start|>system") == 1 and "<|im_start|>user\nNote 3.<|im_end|>" in prompts[-1]
     assert "<function=example_function_name>" in prompts[-1]
+
+
+DEVELOPER = {"role": "developer", "content": "Two."}
+PLACES: dict[str, Messages] = {  # where clients put what the system and the developer say
+    "leading": [{"role": "developer", "content": "One."}, DEVELOPER, USER],
+    "instructions too": [
+        {"role": "system", "content": "Zero."},
+        {"role": "developer", "content": "One."},
+        DEVELOPER,
+        USER,
+    ],
+    "in the middle": [SYSTEM, USER, {"role": "assistant", "content": "Hi."}, DEVELOPER, USER],
+    "between call and turn": [SYSTEM, USER, {**CALLED, "tool_calls": [SENT]}, RESULT, DEVELOPER, USER],
+    "at the end": [SYSTEM, USER, DEVELOPER],
+}
+NATIVE = {  # template -> type of the model, and what it writes around a tool
+    "Qwen-Qwen2.5-7B-Instruct": ("qwen2", "<tools>\n"),
+    "Qwen-Qwen3-0.6B": ("qwen3", "<tools>\n"),
+    "Qwen3.5-4B": ("qwen3_5_text", "<tools>\n"),
+    "Qwen3-Coder": ("qwen3_moe", "<function>\n<name>weather</name>"),
+    "GLM-4.6": ("glm4_moe", "<tools>\n"),
+    "ibm-granite-granite-4.0": ("granitemoehybrid", "<tools>\n"),
+    "google-gemma-4-31B-it": ("gemma4", "<|tool>declaration:weather"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", NATIVE)
+def test_wherever_a_developer_speaks_the_tools_stay_native(name: str, place: str) -> None:
+    """The prompt begins with the tools as the template itself writes them, and has every text once."""
+    model_type, sign = NATIVE[name]
+    template = genuine(name, model_type)
+    prompt = rendered(template, PLACES[place], tools=[TOOL])
+    native = template.tokenizer.apply_chat_template([SYSTEM, USER], tools=[TOOL], tokenize=False)
+    start = native.index(sign)
+    assert native[start : start + 150].partition("Be brief.")[0] in prompt and prompt.count(sign) == native.count(sign)
+    assert prompt.count("Two.") == 1 and prompt.count("Weather in Oslo?") == PLACES[place].count(USER)
+    assert not template.tool_format.prompt or template.tool_format.prompt[:40] not in prompt
+
+
+def test_gemma_3_has_no_place_for_tools_and_gets_one_turn_of_text() -> None:
+    """Its template knows neither tools nor developers: the tools are taught in text, once, whoever speaks where."""
+    tokenizer = AutoTokenizer.from_pretrained(fetch("gemma3"))
+    template = PromptTemplate(tokenizer, "gemma3_text")
+    for place, messages in PLACES.items():
+        prompt = rendered(template, messages, tools=[TOOL])
+        assert prompt.count('"name": "weather"') >= 1 and prompt.count("The weather of a city.") == 1, place
+        assert prompt.count("Two.") == 1 and "developer" not in prompt, place
 
 
 def test_glm_takes_the_system_anywhere() -> None:

@@ -81,6 +81,7 @@ BAD_MESSAGES: dict[str, tuple[Any, str | None]] = {
     "list-reasoning": ([{"role": "assistant", "content": "x", "reasoning_content": ["y"]}],
         "messages[0].reasoning_content"),
 }  # fmt: skip
+NOT_FOUND = frozenset({404})
 ROW_5 = [chat(5, name, param=param, messages=value) for name, (value, param) in BAD_MESSAGES.items()]
 ROW_5 += [
     Case(5, "missing", as_bytes({"model": MODEL}), param="messages"),
@@ -90,8 +91,22 @@ ROW_5 += [
             "null": None, "number": 5, "object": {"role": "user"}, "empty": [], "of-string": ["x"],
             "robot": [ROBOT], "no-role": [{"content": "x"}], "unknown-type": [{"type": "../x"}],
             "file": [user([{"type": "input_file", "file_id": "x"}])],
-            "reference": [{"type": "item_reference", "id": "x"}],
         }.items()
+    ),
+    *(
+        chat(5, f"{name}-{slug(value)}", param=name, path=RESPONSES, statuses=NOT_FOUND, **{"input": "x", name: value})
+        for name, value in (
+            ("input", [{"type": "item_reference", "id": "x"}]), ("input", [{"type": "item_reference"}]),
+            ("previous_response_id", "x"), ("previous_response_id", ""), ("previous_response_id", "r" * 10**5),
+        )
+    ),
+    *(
+        chat(5, f"{name}-{slug(value)}", param=name, path=RESPONSES, **{"input": "x", name: value})
+        for name, values in (
+            ("previous_response_id", (5, {}, [])), ("store", ("yes", 1)), ("background", ("yes", 1)),
+            ("truncation", ("some", 5)), ("tools", ([{"type": "namespace", "name": "x", "tools": 5}],)),
+        )
+        for value in values
     ),
     *(
         chat(5, f"prompt-{name}", param="prompt", path=TEXT, prompt=value)

@@ -130,7 +130,7 @@ def test_sampling_parameters_are_passed_on() -> None:
     ("body", "param"),
     [
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "computer_call", "id": "x"}]}, "input[0].type"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "x"}]}]},
             "input[0].content[0].image_url",
@@ -144,7 +144,7 @@ def test_sampling_parameters_are_passed_on() -> None:
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
         ({"input": "x" * 999}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"text": {"verbosity": "high"}}, "text.verbosity"),
+        ({"text": {"verbosity": "loud"}}, "text.verbosity"),
         ({"include": ["nonsense"]}, "include[0]"),
     ],
 )

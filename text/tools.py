@@ -7,11 +7,13 @@ from typing import Any
 
 from errors import InvalidRequest
 from schemas import ChatCompletionRequest, TokenizeRequest, TranslatedChatRequest
+from text import custom_tools
 from text.json_bounds import SCHEMA, check_json
 from text.json_schemas import enforceable, patterns_of
 from text.regex_size import MAX_ADDED, is_too_large
 
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
+KINDS = ("function", "custom")
 MAX_TOOLS = 512
 OPENS = {  # keywords about properties that are not listed, or about all together
     *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
@@ -23,12 +25,15 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class ToolSet:
-    shown: tuple[Object, ...]  # the tools that the prompt's beginning describes, as they were sent
+    shown: tuple[
+        Object, ...
+    ]  # those that the prompt's beginning describes, as they were sent; custom ones as functions
     schemas: Mapping[str, Mapping[str, Any]]  # name of a tool that may be called -> schema of its arguments
     fields: Mapping[str, str]  # name -> the field of the request that has the schema
     is_required: bool  # at least one must be called
     is_parallel: bool  # several may be called
     is_strict: bool  # calls must be valid
+    custom: frozenset[str] = frozenset()  # the names of those that take text instead of arguments
 
 
 def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | None:
@@ -48,13 +53,23 @@ def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | N
     unshown = request.unshown_tools if isinstance(request, TranslatedChatRequest) else ()
     is_parallel = isinstance(request, TokenizeRequest) or request.parallel_tool_calls is not False
     return ToolSet(
-        shown=tuple(tool for tool, name in zip(tools, names, strict=True) if name not in unshown),
+        shown=tuple(
+            {"type": "function", "function": function} if tool["type"] == "custom" else tool
+            for tool, function in zip(tools, functions, strict=True)
+            if function["name"] not in unshown
+        ),
         schemas={f["name"]: _closed(f.get("parameters")) for f in functions if f["name"] in callable_names},
-        fields={name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},
+        fields={name: _field(tool, number) for number, (tool, name) in enumerate(zip(tools, names, strict=True))},
         is_required=mode != "auto",
         is_parallel=is_parallel and mode != "named",
         is_strict=any(function.get("strict") is True for function in functions),
+        custom=frozenset(name for tool, name in zip(tools, names, strict=True) if tool["type"] == "custom"),
     )
+
+
+def _field(tool: Object, number: int) -> str:
+    """Returns the field of the request that says what the arguments of a tool are."""
+    return f"tools[{number}].custom.format" if tool["type"] == "custom" else f"tools[{number}].function.parameters"
 
 
 def _closed(schema: Object | None) -> Object:
@@ -80,17 +95,20 @@ def check_patterns(patterns: Iterable[str], field: str) -> None:
 
 
 def _function(tool: Object, path: str) -> Object:
-    if tool.get("type") != "function":
-        raise _invalid(f"{path}.type must be 'function': this server runs no tools itself.", f"{path}.type")
-    function = tool.get("function")
+    kind = tool.get("type")
+    if kind not in KINDS:
+        raise _invalid(f"{path}.type must be 'function' or 'custom': this server runs no tools itself.", f"{path}.type")
+    function = tool.get(kind)
     if not isinstance(function, dict):
-        raise _invalid(f"{path}.function must be an object.", f"{path}.function")
+        raise _invalid(f"{path}.{kind} must be an object.", f"{path}.{kind}")
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise _invalid(
-            f"{path}.function.name must have 1 to 128 characters, each of A-Z a-z 0-9 _ - . : or /.",
-            f"{path}.function.name",
+            f"{path}.{kind}.name must have 1 to 128 characters, each of A-Z a-z 0-9 _ - . : or /.",
+            f"{path}.{kind}.name",
         )
+    if kind == "custom":
+        return custom_tools.as_function(function, f"{path}.custom.format")
     parameters = function.get("parameters")
     if parameters is not None and (not isinstance(parameters, dict) or parameters.get("type", "object") != "object"):
         raise _invalid(
@@ -128,8 +146,8 @@ def _allowed(choice: Object, names: list[str]) -> tuple[str, list[str]]:
 
 def _name_of(choice: Any, names: list[str], path: str) -> str:
     """Returns the name of the tool that is chosen, which must be one of the names."""
-    is_function = isinstance(choice, dict) and choice.get("type", "function") == "function"
-    function = choice.get("function") if is_function else None
+    kind = choice.get("type", "function") if isinstance(choice, dict) else None
+    function = choice.get(kind) if kind in KINDS else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise _invalid(f"{path} must name a function: {{'type': 'function', 'function': {{'name': ...}}}}.", path)
