@@ -1,4 +1,4 @@
-"""The `encrypted_content` of reasoning items: the reasoning itself, in a form that clients send back as it is.
+"""Reasoning in a form that clients send back as it is: `encrypted_content` of Responses, and signatures of Messages.
 
 Nothing in it is secret, since the same answer shows the reasoning. The digest tells ours from another server's, whose
 content says nothing here, and from text that was changed by accident.

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from api import encrypted_reasoning
 from api.anthropic_schemas import Block, CountTokensRequest, MessageParam, MessagesRequest
 from api.error_handlers import invalid_request_of
 from api.message_tools import Toolbox, changed_name, invalid
@@ -150,7 +151,7 @@ def _assistant_message(message: MessageParam, path: str, toolbox: Toolbox) -> li
         if block.type == "text":
             texts.append(_required(block.text, f"{place}.text"))
         elif block.type == "thinking":
-            thoughts.append(reasoning_of(block))
+            thoughts.append(_thoughts(block))
         elif block.type == "tool_use":
             calls.append(_call(block, place))
         elif block.type != "redacted_thinking":  # which only Anthropic can read
@@ -160,8 +161,9 @@ def _assistant_message(message: MessageParam, path: str, toolbox: Toolbox) -> li
     return [made | ({"tool_calls": calls} if calls else {})]
 
 
-def reasoning_of(block: Block) -> str:
-    return block.thinking or ""
+def _thoughts(block: Block) -> str:
+    """Returns the text of a block of thoughts, which may be in its signature alone."""
+    return block.thinking or encrypted_reasoning.decoded(block.signature or "") or ""
 
 
 def _call(block: Block, path: str) -> Object:

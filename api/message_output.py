@@ -1,12 +1,13 @@
 """The content blocks of an answer in Anthropic's form, as they grow, with their events."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import Protocol
 
 from pydantic_core import from_json
 
+from api import encrypted_reasoning
 from api.anthropic_schemas import (
     BlockDelta,
     BlockStart,
@@ -27,21 +28,23 @@ from schemas import ChunkChoice, Object
 class Blocks:
     """Collects the blocks of an answer; each change yields its events."""
 
-    def __init__(self) -> None:
+    def __init__(self, omits_thoughts: bool = False) -> None:
+        """omits_thoughts: a block of thoughts has its signature alone, from which the thoughts can be read again."""
+        self._omits_thoughts = omits_thoughts
         self.finished: list[OutputBlock] = []
         self._open: OpenBlock | None = None
 
     def add(self, choice: ChunkChoice) -> Iterator[MessagesEvent]:
         delta = choice.delta
         if delta.reasoning_content:
-            yield from self._added(OpenThinking, delta.reasoning_content)
+            yield from self._added(lambda: OpenThinking(self._omits_thoughts), OpenThinking, delta.reasoning_content)
         if delta.content:
-            yield from self._added(OpenText, delta.content)
+            yield from self._added(OpenText, OpenText, delta.content)
         for call in delta.tool_calls or ():
             if call.id is not None:
                 yield from self._begin(OpenCall(ToolUseBlock(id=call.id, name=call.function.name or "")))
-            if call.function.arguments:
-                yield from self._added(OpenCall, call.function.arguments)
+            if call.function.arguments and isinstance(self._open, OpenCall):
+                yield from self._open.add(call.function.arguments, len(self.finished))
 
     def end(self) -> Iterator[MessagesEvent]:
         """Closes the last block; an answer without any text has none."""
@@ -51,10 +54,11 @@ class Blocks:
             self.finished.append(self._open.block)
             self._open = None
 
-    def _added(self, kind: "type[OpenText | OpenThinking | OpenCall]", text: str) -> Iterator[MessagesEvent]:
+    def _added(
+        self, make: "Callable[[], OpenBlock]", kind: "type[OpenText | OpenThinking]", text: str
+    ) -> Iterator[MessagesEvent]:
         if not isinstance(self._open, kind):
-            assert kind is not OpenCall, "a call begins with its id"
-            yield from self._begin(kind())  # type: ignore[call-arg]
+            yield from self._begin(make())
         assert self._open is not None
         yield from self._open.add(text, len(self.finished))
 
@@ -88,15 +92,19 @@ class OpenText:
 
 
 class OpenThinking:
-    def __init__(self) -> None:
+    def __init__(self, is_omitted: bool) -> None:
         self.block = ThinkingBlock()
+        self._thoughts, self._is_omitted = "", is_omitted
 
     def add(self, text: str, index: int) -> Iterator[MessagesEvent]:
-        self.block.thinking += text
-        yield BlockDelta(index=index, delta=ThinkingDelta(thinking=text))
+        self._thoughts += text
+        if not self._is_omitted:
+            self.block.thinking += text
+            yield BlockDelta(index=index, delta=ThinkingDelta(thinking=text))
 
     def closing(self, index: int) -> Iterator[MessagesEvent]:
-        self.block.signature = sha256(self.block.thinking.encode()).hexdigest()
+        signed = sha256(self._thoughts.encode()).hexdigest()
+        self.block.signature = encrypted_reasoning.encoded(self._thoughts) if self._is_omitted else signed
         yield BlockDelta(index=index, delta=SignatureDelta(signature=self.block.signature))
 
 

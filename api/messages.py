@@ -44,7 +44,8 @@ async def stream(
     request: MessagesRequest, chunks: AsyncGenerator[ChatCompletionChunk]
 ) -> AsyncGenerator[MessagesEvent]:
     """Makes the events of the first choice. Raises what the chunks raise, with the client's names of fields."""
-    answer, blocks = MessageAnswer(model=request.model), Blocks()
+    omits_thoughts = request.thinking is not None and request.thinking.display == "omitted"
+    answer, blocks = MessageAnswer(model=request.model), Blocks(omits_thoughts)
     has_begun = False
     try:
         async with aclosing(chunks):

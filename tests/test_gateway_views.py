@@ -9,6 +9,7 @@ import pytest
 from anthropic.types import Message
 from anthropic_requests import HELLO, PNG, WEATHER, events, folded, text_of
 from openai import OpenAI
+from process import until
 from running_gateway import KEYS, Gateway, running_gateway
 from upstreams import Asked, Reply, chunk, completion, event, message, message_events, told
 
@@ -198,7 +199,13 @@ def test_responses_of_claude_are_made_from_its_chat(gateway: Gateway) -> None:
         assert whole.output_text == "Hi!" and whole.status == "completed"
         *_, last = client.responses.create(model="claude/claude-x", input="Hello", instructions="S", stream=True)
         assert last.type == "response.completed" and last.response.output_text == "Hi!"
+        later = client.responses.create(model="claude/claude-x", input="Hello", background=True)
+        until(lambda: client.responses.retrieve(later.id).status == "completed")
+        assert client.responses.retrieve(later.id).output_text == "Hi!"
+        after = {"previous_response_id": whole.id, "truncation": "auto", "instructions": "S"}
+        assert client.responses.create(model="claude/claude-x", input="And?", **after).output_text == "Hi!"
     sent = gateway.providers["claude"].asked[-1].body
+    assert [turn["content"] for turn in sent["messages"]] == ["Hello", "Hi!", "And?"]
     assert sent["system"] == [{"type": "text", "text": "S"}] and sent["messages"][0]["role"] == "user"
 
 

@@ -55,7 +55,7 @@ def test_an_answer_is_that_of_the_same_chat_and_its_stream_says_the_same(server:
 
 def test_the_first_event_has_the_prompts_tokens_and_those_that_were_cached_are_counted_apart(server: Server) -> None:
     body: dict[str, Any] = {
-        "system": "A system prompt that is longer than one block of sixteen tokens.",
+        "system": "What comes first is longer than a block of sixteen tokens.",
         "stream": True,
     }
     ask(server, **body)
@@ -126,6 +126,21 @@ def test_thoughts_are_a_block_with_a_signature_and_come_back(thinking_server: Se
     messages = [*HELLO, {"role": "assistant", "content": told["content"]}, {"role": "user", "content": "And?"}]
     assert chat(messages=messages)["messages"][1]["reasoning_content"] == thought["thinking"]
     assert answer(thinking_server, messages=messages)["content"]
+
+
+def test_thoughts_that_the_client_does_not_want_to_see_come_back_by_their_signature() -> None:
+    parts = [chunk(Delta(reasoning_content="Hm, ")), chunk(Delta(reasoning_content="é")), chunk(Delta(content="A"))]
+    omitted = request(thinking={"type": "adaptive", "display": "omitted"})
+
+    async def told() -> list[Any]:
+        return [event.model_dump() async for event in stream(omitted, chunks(*parts, chunk(Delta(), "stop")))]
+
+    content = folded(asyncio.run(told()))["content"]
+    assert content[0]["thinking"] == "" and content[1]["text"] == "A"
+    back = [*HELLO, {"role": "assistant", "content": content}, {"role": "user", "content": "And?"}]
+    assert chat(messages=back)["messages"][1]["reasoning_content"] == "Hm, é"
+    foreign = [{"type": "thinking", "thinking": "", "signature": "EuYBCkQ="}, {"type": "text", "text": "A"}]
+    assert "reasoning_content" not in chat(messages=[*HELLO, {"role": "assistant", "content": foreign}])["messages"][1]
 
 
 def test_the_form_of_an_answer_is_enforced(server: Server) -> None:
