@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 WORKERS ?= 2
+AGENTS := tests/clients/agents
 export HOST PORT
 
 .PHONY: serve test test-all test-gpu test-clients test-ray check bench setup setup-dev lock licenses docs clean
@@ -25,9 +26,10 @@ test-gpu: setup-dev
 	$(BIN)/python -m pytest tests/gpu -rs
 
 # The clients have environments of their own, and start the server in this one
-test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed
+test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed $(VENV)-clients-aider/.installed \
+		$(AGENTS)/node_modules/.installed
 	SERVER_PYTHON=$(abspath $(BIN))/python LEGACY_PYTHON=$(abspath $(VENV)-clients-legacy/bin)/python \
-		$(VENV)-clients/bin/python -m pytest tests/clients
+		AIDER_PYTHON=$(abspath $(VENV)-clients-aider/bin)/python $(VENV)-clients/bin/python -m pytest tests/clients
 
 # Two replicas of a tiny model on Ray Serve
 test-ray: $(VENV)-ray/.installed
@@ -77,5 +79,10 @@ $(VENV)-%/.installed: requirements-%.txt | $(VENV)/bin/python
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+# npm ci refuses a lock without the parts of other systems, which this one was made without
+$(AGENTS)/node_modules/.installed: $(AGENTS)/package.json $(AGENTS)/package-lock.json
+	npm install --prefix $(AGENTS) --no-save --no-fund --no-audit --loglevel=error
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-clients-legacy $(VENV)-ray $(VENV)-uv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* $(AGENTS)/node_modules .pytest_cache .mypy_cache .ruff_cache

@@ -51,7 +51,7 @@ class MessageParam(RequestBody):
 class Thinking(RequestBody):
     type: Literal["adaptive", "enabled", "disabled"]
     budget_tokens: int | None = Field(None, ge=1)
-    display: Literal["summarized", "omitted"] | None = None
+    display: Literal["summarized", "omitted", "updates"] | None = None
 
 
 class OutputConfig(RequestBody):

@@ -81,6 +81,7 @@ class Upstream:
                     sending.cancel()
                     break
                 watching.cancel()
+                await asyncio.wait({watching})  # nobody else may read until it has ended
                 if not sending.result():
                     break
         writer.close()

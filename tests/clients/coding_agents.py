@@ -1,0 +1,222 @@
+"""Coding agents as people start them, without their downloads and telemetry, each with a home of its own."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import interpreter
+from scripted_model import Call
+
+BINARIES = Path(__file__).parent / "agents" / "node_modules" / ".bin"
+ENTRIES = ("PATH", "LANG", "LC_ALL", "TZ")  # what an agent gets of the environment of the tests
+WRITTEN = 'print("hello from a file")\n'
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A repository with one file, and a home folder beside it."""
+
+    home: Path
+    repository: Path
+
+    @classmethod
+    def under(cls, folder: Path) -> "Workplace":
+        place = cls(folder / "home", folder / "repository")
+        (folder / "tmp").mkdir()
+        place.home.mkdir()
+        place.repository.mkdir()
+        (place.repository / "greet.py").write_text("def greet(name):\n    return 'Hello, ' + name\n")
+        for command in ("init -q", "add .", "commit -q -m first"):
+            place.git(*command.split())
+        return place
+
+    def git(self, *arguments: str) -> str:
+        who = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.com", "-c", "init.defaultBranch=main"]
+        command = ["git", *who, *arguments]
+        return subprocess.run(command, cwd=self.repository, check=True, capture_output=True, text=True).stdout
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An agent that has ended: its exit status, which is None if its time was over, and all it said."""
+
+    status: int | None
+    output: str
+    errors: str
+
+    def events(self) -> list[Object]:
+        """What it printed as one JSON object per line."""
+        return [json.loads(line) for line in self.output.splitlines() if line.startswith("{")]
+
+
+@dataclass(frozen=True)
+class Agent:
+    """How an agent is started in a workplace, how it writes a file, and how its answers and errors are printed."""
+
+    command: Callable[[str, str, str, Workplace], list[str]]  # of the server's address, the model and the task
+    environment: Callable[[str, str, Workplace], dict[str, str]]  # of the server's address and the model
+    answers: Callable[[Path], tuple[Call | str, ...]]  # with which a model makes it write a file
+    says: Callable[[Ended], str]
+    complaints: Callable[[Ended], list[Any]]
+
+
+def run_agent(agent: Agent, url: str, model: str, task: str, place: Workplace, timeout: float = 120) -> Ended:
+    """Runs an agent in its workplace to its end, or until its time is over."""
+    environment = {name: os.environ[name] for name in ENTRIES if name in os.environ}
+    environment |= {"HOME": str(place.home), "TMPDIR": str(place.home.parent / "tmp"), "NO_COLOR": "1"}
+    environment |= agent.environment(url, model, place)
+    process = subprocess.Popen(
+        agent.command(url, model, task, place),
+        cwd=place.repository,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+    with suppress(subprocess.TimeoutExpired):
+        output, errors = process.communicate(timeout=timeout)
+        return Ended(process.returncode, output, errors)
+    os.killpg(process.pid, signal.SIGKILL)  # with what it started
+    return Ended(None, *process.communicate())
+
+
+# --- Claude Code
+
+
+def _claude_command(url: str, model: str, task: str, place: Workplace) -> list[str]:
+    format_ = ["--output-format", "stream-json", "--verbose"]
+    return [str(BINARIES / "claude"), "--print", task, "--dangerously-skip-permissions", *format_]
+
+
+def _claude_environment(url: str, model: str, place: Workplace) -> dict[str, str]:
+    models = ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
+    off = ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "DISABLE_AUTOUPDATER", "DISABLE_TELEMETRY", "IS_SANDBOX")
+    start = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": "unused"}
+    return {**start, **dict.fromkeys(models, model), **dict.fromkeys(off, "1")}
+
+
+def _claude_answers(path: Path) -> tuple[Call | str, ...]:
+    write = Call("Write", {"file_path": str(path), "content": WRITTEN})
+    run = Call("Bash", {"command": f"python3 {path.name}", "description": "Runs the file"})
+    return write, run, "The file is written, and it ran."
+
+
+def _claude_says(ended: Ended) -> str:
+    answers = [event["message"] for event in ended.events() if event["type"] == "assistant"]
+    return "".join(block.get("text", "") for answer in answers for block in answer["content"])
+
+
+def _claude_complaints(ended: Ended) -> list[Any]:
+    return [event for event in ended.events() if event.get("is_error") or event.get("subtype") == "api_retry"]
+
+
+CLAUDE_CODE = Agent(_claude_command, _claude_environment, _claude_answers, _claude_says, _claude_complaints)
+
+# --- Codex
+
+
+def _codex_command(url: str, model: str, task: str, place: Workplace) -> list[str]:
+    provider = {"name": "here", "base_url": f"{url}/v1", "wire_api": "responses", "env_key": "CODEX_KEY"}
+    settings = {f"model_providers.here.{name}": value for name, value in provider.items()}
+    settings |= {"model_provider": "here", "model": model, "model_context_window": 32768}
+    options = [part for name, value in settings.items() for part in ("-c", f"{name}={json.dumps(value)}")]
+    start = [str(BINARIES / "codex"), "exec", "--json", "--skip-git-repo-check"]
+    return [*start, "--dangerously-bypass-approvals-and-sandbox", *options, task]
+
+
+def _codex_environment(url: str, model: str, place: Workplace) -> dict[str, str]:
+    (place.home / ".codex").mkdir(exist_ok=True)
+    return {"CODEX_HOME": str(place.home / ".codex"), "CODEX_KEY": "unused"}
+
+
+def _codex_answers(path: Path) -> tuple[Call | str, ...]:
+    write = Call("exec_command", {"cmd": f"printf '%s\\n' '{WRITTEN.strip()}' > {path}"})
+    return write, Call("exec_command", {"cmd": f"python3 {path.name}"}), "The file is written, and it ran."
+
+
+def _codex_says(ended: Ended) -> str:
+    items = [event["item"] for event in ended.events() if event["type"] == "item.completed"]
+    return "".join(item["text"] for item in items if item["type"] == "agent_message")
+
+
+def _codex_complaints(ended: Ended) -> list[Any]:
+    return [event for event in ended.events() if event["type"] in ("error", "turn.failed")]
+
+
+CODEX = Agent(_codex_command, _codex_environment, _codex_answers, _codex_says, _codex_complaints)
+
+# --- opencode
+
+
+def _opencode_command(url: str, model: str, task: str, place: Workplace) -> list[str]:
+    return [str(BINARIES / "opencode"), "run", "--model", f"here/{model}", "--format", "json", "--auto", task]
+
+
+def _opencode_environment(url: str, model: str, place: Workplace) -> dict[str, str]:
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "here",
+        "options": {"baseURL": f"{url}/v1", "apiKey": "unused"},
+        "models": {model: {"name": model, "tool_call": True, "limit": {"context": 32768, "output": 4096}}},
+    }
+    config = {"autoupdate": False, "share": "disabled", "provider": {"here": provider}, "small_model": f"here/{model}"}
+    off = ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS", "SHARE")
+    return {"OPENCODE_CONFIG_CONTENT": json.dumps(config), **{f"OPENCODE_DISABLE_{name}": "1" for name in off}}
+
+
+def _opencode_answers(path: Path) -> tuple[Call | str, ...]:
+    write = Call("write", {"filePath": str(path), "content": WRITTEN})
+    run = Call("bash", {"command": f"python3 {path.name}", "description": "Runs the file"})
+    return write, run, "The file is written, and it ran."
+
+
+def _opencode_says(ended: Ended) -> str:
+    return "".join(event["part"]["text"] for event in ended.events() if event["type"] == "text")
+
+
+def _opencode_complaints(ended: Ended) -> list[Any]:
+    return [event for event in ended.events() if event["type"] == "error"]
+
+
+OPENCODE = Agent(_opencode_command, _opencode_environment, _opencode_answers, _opencode_says, _opencode_complaints)
+
+# --- aider, which asks for text in a form of its own, and for no calls
+
+
+def _aider_command(url: str, model: str, task: str, place: Workplace) -> list[str]:
+    off = ["--no-check-update", "--analytics-disable", "--no-show-model-warnings", "--no-show-release-notes"]
+    plain = ["--no-pretty", "--no-fancy-input", "--no-gitignore", "--no-detect-urls", "--no-suggest-shell-commands"]
+    edit = ["--edit-format", "diff", "--yes-always", "--message", task, "greet.py"]
+    return [interpreter("AIDER_PYTHON"), "-m", "aider", "--model", f"openai/{model}", *off, *plain, *edit]
+
+
+def _aider_environment(url: str, model: str, place: Workplace) -> dict[str, str]:
+    """With a list of prices that is new, so that it fetches none."""
+    prices = place.home / ".aider" / "caches" / "model_prices_and_context_window.json"
+    prices.parent.mkdir(parents=True)
+    prices.write_text('{"none": {}}')
+    return {"OPENAI_API_BASE": f"{url}/v1", "OPENAI_API_KEY": "unused", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+
+
+def _aider_answers(path: Path) -> tuple[Call | str, ...]:
+    block = f"<<<<<<< SEARCH\n=======\n{WRITTEN}>>>>>>> REPLACE"
+    return (f"Here is the file.\n\n{path.name}\n```python\n{block}\n```\n",)
+
+
+def _aider_complaints(ended: Ended) -> list[Any]:
+    marks = ("litellm.", "Error:", "Retrying in", "Traceback")
+    return [line for line in (ended.output + ended.errors).splitlines() if any(mark in line for mark in marks)]
+
+
+AIDER = Agent(_aider_command, _aider_environment, _aider_answers, lambda ended: ended.output, _aider_complaints)
+
+AGENTS = {"claude-code": CLAUDE_CODE, "codex": CODEX, "opencode": OPENCODE, "aider": AIDER}
