@@ -1,4 +1,4 @@
-# make serve | test | test-all | test-gpu | test-clients | test-ray | check | bench | setup | lock | licenses | docs | clean
+# make serve | test | test-all | test-gpu | test-clients | test-page | test-ray | check | bench | setup | lock | licenses | docs | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ WORKERS ?= 2
 AGENTS := tests/clients/agents
 export HOST PORT
 
-.PHONY: serve test test-all test-gpu test-clients test-ray check bench setup setup-dev lock licenses docs clean
+.PHONY: serve test test-all test-gpu test-clients test-page test-ray check bench setup setup-dev lock licenses docs clean
 
 serve: setup
 	@$(BIN)/python main.py
@@ -30,6 +30,10 @@ test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed
 		$(AGENTS)/node_modules/.installed
 	SERVER_PYTHON=$(abspath $(BIN))/python LEGACY_PYTHON=$(abspath $(VENV)-clients-legacy/bin)/python \
 		AIDER_PYTHON=$(abspath $(VENV)-clients-aider/bin)/python $(VENV)-clients/bin/python -m pytest tests/clients
+
+# The chat page in Chromium (apt-get install chromium, or CHROMIUM=path), by Node 20 or newer
+test-page: setup tests/page/node_modules/.installed
+	cd tests/page && SERVER_PYTHON=$(abspath $(BIN))/python npm test
 
 # Two replicas of a tiny model on Ray Serve
 test-ray: $(VENV)-ray/.installed
@@ -81,8 +85,12 @@ $(VENV)-%/.installed: requirements-%.txt | $(VENV)/bin/python
 
 # npm ci refuses a lock without the parts of other systems, which this one was made without
 $(AGENTS)/node_modules/.installed: $(AGENTS)/package.json $(AGENTS)/package-lock.json
-	npm install --prefix $(AGENTS) --no-save --no-fund --no-audit --loglevel=error
+	npm install --prefix $(AGENTS) --no-save --no-audit --no-fund --loglevel=error
+	@touch $@
+
+tests/page/node_modules/.installed: tests/page/package-lock.json
+	cd tests/page && npm ci --no-audit --no-fund
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-* $(AGENTS)/node_modules .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* $(AGENTS)/node_modules tests/page/node_modules .pytest_cache .mypy_cache .ruff_cache

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from api.endpoints import add_endpoints
 from api.error_handlers import VALUE_ERROR, add_error_handlers
+from api.routers.page import FILES as PAGE
 from api.services import Services, services_of
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network
 from engine import memory
@@ -89,7 +90,7 @@ def _add_middleware(app: FastAPI, services: Services, shutdown: Shutdown) -> Non
         on_release=memory.trim_after,
     )
     app.add_middleware(TimeLimit, seconds=settings.request_timeout, shutdown=shutdown)
-    app.add_middleware(ApiKeyAuth, keys=settings.api_keys)
+    app.add_middleware(ApiKeyAuth, keys=settings.api_keys, open_paths=PAGE)
     _add_cors(app, settings)  # what is added later runs earlier: a browser's preflight request carries no key
     app.add_middleware(Observer, metrics=services.metrics, span=tracing.span())
     app.add_middleware(RequestId, secrets=[key.secret.get_secret_value() for key in settings.api_keys])

@@ -378,7 +378,8 @@ class PromptTemplate:
             return prompt_ids, ()
         user, assistant = (messages[last].model_copy(update={"role": r, "content": "."}) for r in ("user", "assistant"))
         places = set()
-        for others in ([*messages[:last], user], [*messages[: last + 1], assistant, user]):
+        said = messages if messages[-1].role != "assistant" else messages[: last + 1]  # up to the next answer
+        for others in ([*messages[:last], user], [*said, assistant, user]):
             shown = options.image_grids[: num_images(others)]
             try:
                 text = self._text(others, replace(options, continues=None, opens=None, image_grids=shown)).text

@@ -228,7 +228,7 @@ SAMPLING_FIELDS = tuple(_SamplingRequest.model_fields)
 class _CompletionRequest(_SamplingRequest):
     """The fields that chat completions and completions share."""
 
-    is_capped: ClassVar[bool] = False
+    is_capped: ClassVar[bool] = False  # whether `max_tokens` may be larger than the context
 
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=128)
@@ -385,10 +385,11 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
         return value
 
 
-class CappedChatRequest(ChatCompletionRequest):
+class TranslatedChatRequest(ChatCompletionRequest):
     """A request of another protocol, in which `max_tokens` is a bound that may be larger than the context."""
 
     is_capped = True
+    unshown_tools: Items[str] = []  # names of tools that can be called, and are described by a message
 
 
 class CompletionRequest(_CompletionRequest):

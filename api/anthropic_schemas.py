@@ -38,20 +38,27 @@ class Block(RequestBody):
     content: "str | Items[Block] | None" = None
     is_error: bool | None = None
     tool_name: str | None = None
+    tool: Object | None = None  # that is added or removed
     title: str | None = None
     cache_control: Object | None = no_meaning("cached prompts are found by their tokens.")
     citations: Object | Items[Object] | None = no_meaning("no answer cites anything.")
 
 
+class TurnConfig(RequestBody):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
 class MessageParam(RequestBody):
     role: Literal["user", "assistant", "system"]
-    content: str | Items[Block]
+    content: str | Items[Block] | None = None
+    clear_at: Literal["next_user_message", "never"] | None = None  # of the system's: when it leaves the prompt
+    output_config: TurnConfig | None = None  # of the system's: it applies from here on
 
 
 class Thinking(RequestBody):
     type: Literal["adaptive", "enabled", "disabled"]
     budget_tokens: int | None = Field(None, ge=1)
-    display: Literal["summarized", "omitted", "updates"] | None = None
+    display: str | None = None  # omitted: the thoughts are in the signature alone; others show them
 
 
 class OutputConfig(RequestBody):
@@ -76,7 +83,7 @@ class Tool(RequestBody):
     input_schema: Object | None = None
     strict: bool | None = None
     cache_control: Object | None = no_meaning("cached prompts are found by their tokens.")
-    defer_loading: bool | None = no_meaning("all tools are in the prompt, so that its beginning stays the same.")
+    defer_loading: bool | None = None
     eager_input_streaming: bool | None = no_meaning("arguments are always streamed as they are written.")
     input_examples: Items[Object] | None = no_meaning("chat templates have no place for them.")
     allowed_callers: Items[str] | None = no_meaning("only the model calls tools.")

@@ -7,17 +7,17 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from api.anthropic_schemas import Block, CountTokensRequest, MessageParam, MessagesRequest, Tool
+from api.anthropic_schemas import Block, CountTokensRequest, MessageParam, MessagesRequest
 from api.error_handlers import invalid_request_of
+from api.message_tools import Toolbox, changed_name, invalid
 from errors import APIError, InvalidRequest
-from schemas import CappedChatRequest, ChatCompletionRequest, Object, SamplingFields
+from schemas import ChatCompletionRequest, Object, SamplingFields, TranslatedChatRequest
 
 Part = Object  # of a chat message's content
 T = TypeVar("T")
 
 # A line in front of Claude Code's system prompt that changes with each request, and would cost all cached tokens
 BILLING_HEADER = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
-CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 EFFORTS = {"max": "xhigh"}  # the others have the same names in chat completions
 SENT_AS = (  # what errors of chat completions name -> the field that the client sent
     (re.compile(r"\Astop\b"), "stop_sequences"),
@@ -31,13 +31,13 @@ def as_chat(request: CountTokensRequest) -> ChatCompletionRequest:
     """Makes the equivalent chat completion request. Raises InvalidRequest, which names the field of this request."""
     refused = request.refused_fields
     if refused:
-        raise _invalid(f"{refused[0]}, or the value that it has, is not supported: change it or leave it out.")
+        raise invalid(f"{refused[0]}, or the value that it has, is not supported: change it or leave it out.")
+    toolbox = Toolbox.of(request)
     body: Object = {
         "model": request.model,
-        "messages": [message for message, _ in _messages(request)],
-        "tools": [_function(tool, f"tools[{n}]") for n, tool in enumerate(request.tools or ()) if tool.is_custom],
+        "messages": [message for message, _ in _messages(request, toolbox)],
         "response_format": _response_format(request),
-        **_tool_choice(request),
+        **toolbox.fields(request),
         **_thinking(request),
     }
     if isinstance(request, MessagesRequest):
@@ -45,7 +45,7 @@ def as_chat(request: CountTokensRequest) -> ChatCompletionRequest:
         body |= {"max_tokens": request.max_tokens, "stop": request.stop_sequences}
     body = {name: value for name, value in body.items() if value not in (None, [])}
     try:
-        return CappedChatRequest.model_validate(body)
+        return TranslatedChatRequest.model_validate(body)
     except ValidationError as error:  # of what is more than a chat may have, such as messages
         problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
         raise named(invalid_request_of(problems, body), request) from error
@@ -53,7 +53,7 @@ def as_chat(request: CountTokensRequest) -> ChatCompletionRequest:
 
 def named(error: APIError, request: CountTokensRequest) -> APIError:
     """Makes an error of the chat name the client's fields, which have other names and places."""
-    origins = [origin for _, origin in _messages(request)]
+    origins = [origin for _, origin in _messages(request, Toolbox.of(request))]
 
     def place(match: re.Match[str]) -> str:
         number = int(match[1])
@@ -69,20 +69,21 @@ def named(error: APIError, request: CountTokensRequest) -> APIError:
     return error
 
 
-def _invalid(message: str) -> InvalidRequest:
-    return InvalidRequest(message, code="invalid_value")
-
-
 # --- messages
 
 
-def _messages(request: CountTokensRequest) -> list[tuple[Object, str]]:
+def _messages(request: CountTokensRequest, toolbox: Toolbox) -> list[tuple[Object, str]]:
     """Returns the messages of the chat, each with the place of what it came from."""
     system = _system(request.system)
     result = [({"role": "system", "content": system}, "system")] if system else []
+    last_user = max((n for n, message in enumerate(request.messages) if message.role == "user"), default=-1)
     for number, message in enumerate(request.messages):
         path = f"messages[{number}]"
-        result += [(made, path) for made in _MESSAGES[message.role](message, path)]
+        if message.clear_at == "next_user_message" and number < last_user:
+            continue
+        if message.content is None and message.output_config is None:
+            raise invalid(f"{path}.content is required.")
+        result += [(made, path) for made in _MESSAGES[message.role](message, path, toolbox)]
     return result
 
 
@@ -103,41 +104,44 @@ def _texts(content: str | Sequence[Block], path: str) -> list[str]:
     return [_required(block.text, f"{path}[{number}].text") for number, block in enumerate(content)]
 
 
-def _system_message(message: MessageParam, path: str) -> list[Object]:
-    return [{"role": "system", "content": "\n\n".join(_texts(message.content, f"{path}.content"))}]
+def _system_message(message: MessageParam, path: str, toolbox: Toolbox) -> list[Object]:
+    if not message.content or isinstance(message.content, str):
+        return [{"role": "system", "content": message.content}] if message.content else []
+    parts = _parts(message.content, f"{path}.content", toolbox, _SYSTEM_PARTS)
+    return [{"role": "system", "content": "\n\n".join(part["text"] for part in parts)}]
 
 
-def _user_messages(message: MessageParam, path: str) -> list[Object]:
+def _user_messages(message: MessageParam, path: str, toolbox: Toolbox) -> list[Object]:
     """Makes a message of each tool's result, and one of what is said between them."""
-    if isinstance(message.content, str):
-        return [{"role": "user", "content": message.content}]
+    if not message.content or isinstance(message.content, str):
+        return [{"role": "user", "content": message.content or ""}]
     result: list[Object] = []
     for number, block in enumerate(message.content):
         place = f"{path}.content[{number}]"
         if block.type == "tool_result":
-            result.append(_tool_message(block, place))
+            result.append(_tool_message(block, place, toolbox))
         else:
             if not result or result[-1]["role"] != "user":
                 result.append({"role": "user", "content": []})
-            result[-1]["content"].append(_part(block, place, _USER_PARTS))
+            result[-1]["content"].append(_part(block, place, toolbox, _USER_PARTS))
     for made in result:
         made["content"] = _joined(made["content"])
-    return result or [{"role": "user", "content": ""}]
+    return result
 
 
-def _tool_message(block: Block, path: str) -> Object:
+def _tool_message(block: Block, path: str, toolbox: Toolbox) -> Object:
     content = block.content or ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else []
+    parts = [{"type": "text", "text": content}]
     if not isinstance(content, str):
-        parts = [_part(inner, f"{path}.content[{n}]", _RESULT_PARTS) for n, inner in enumerate(content)]
+        parts = _parts(content, f"{path}.content", toolbox, _RESULT_PARTS)
     if block.is_error:
         parts = [{"type": "text", "text": "Error:"}, *parts]
     return {"role": "tool", "tool_call_id": _required(block.tool_use_id, f"{path}.tool_use_id"), "content": parts}
 
 
-def _assistant_message(message: MessageParam, path: str) -> list[Object]:
-    if isinstance(message.content, str):
-        return [{"role": "assistant", "content": message.content}]
+def _assistant_message(message: MessageParam, path: str, toolbox: Toolbox) -> list[Object]:
+    if not message.content or isinstance(message.content, str):
+        return [{"role": "assistant", "content": message.content or ""}]
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[Object] = []
@@ -166,7 +170,7 @@ def _call(block: Block, path: str) -> Object:
     return {"id": _required(block.id, f"{path}.id"), "type": "function", "function": function}
 
 
-_MESSAGES: dict[str, Callable[[MessageParam, str], list[Object]]] = {
+_MESSAGES: dict[str, Callable[[MessageParam, str, Toolbox], list[Object]]] = {
     "user": _user_messages,
     "assistant": _assistant_message,
     "system": _system_message,
@@ -176,17 +180,24 @@ _MESSAGES: dict[str, Callable[[MessageParam, str], list[Object]]] = {
 # --- parts of messages
 
 
-def _part(block: Block, path: str, makers: Mapping[str, Callable[[Block, str], Part]]) -> Part:
+MakePart = Callable[[Block, str, Toolbox], Part]
+
+
+def _parts(blocks: Sequence[Block], path: str, toolbox: Toolbox, makers: Mapping[str, MakePart]) -> list[Part]:
+    return [_part(block, f"{path}[{number}]", toolbox, makers) for number, block in enumerate(blocks)]
+
+
+def _part(block: Block, path: str, toolbox: Toolbox, makers: Mapping[str, MakePart]) -> Part:
     if block.type not in makers:
         raise _wrong_type(block, path, makers)
-    return makers[block.type](block, path)
+    return makers[block.type](block, path, toolbox)
 
 
-def _text_part(block: Block, path: str) -> Part:
+def _text_part(block: Block, path: str, toolbox: Toolbox) -> Part:
     return {"type": "text", "text": _required(block.text, f"{path}.text")}
 
 
-def _image_part(block: Block, path: str) -> Part:
+def _image_part(block: Block, path: str, toolbox: Toolbox) -> Part:
     source = _required(block.source, f"{path}.source")
     if source.type == "base64":
         media_type = _required(source.media_type, f"{path}.source.media_type")
@@ -194,17 +205,21 @@ def _image_part(block: Block, path: str) -> Part:
     elif source.type == "url":
         url = _required(source.url, f"{path}.source.url")
     else:
-        raise _invalid(f"{path}.source.type must be base64 or url, not {source.type!r}: this server stores no files.")
+        raise invalid(f"{path}.source.type must be base64 or url, not {source.type!r}: this server stores no files.")
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _reference_part(block: Block, path: str) -> Part:
-    """Makes a text of a tool that a search has found; it was in the prompt before."""
-    return {"type": "text", "text": f"The tool {_required(block.tool_name, f'{path}.tool_name')} can be called."}
+def _loading_part(block: Block, path: str, toolbox: Toolbox) -> Part:
+    return {"type": "text", "text": toolbox.description(changed_name(block, path))}
+
+
+def _removing_part(block: Block, path: str, toolbox: Toolbox) -> Part:
+    return {"type": "text", "text": f"The tool {changed_name(block, path)} can no longer be called."}
 
 
 _USER_PARTS = {"text": _text_part, "image": _image_part}
-_RESULT_PARTS = {**_USER_PARTS, "tool_reference": _reference_part}
+_RESULT_PARTS = {**_USER_PARTS, "tool_reference": _loading_part}
+_SYSTEM_PARTS = {"text": _text_part, "tool_addition": _loading_part, "tool_removal": _removing_part}
 
 
 def _joined(parts: str | list[Part]) -> str | list[Part]:
@@ -222,45 +237,24 @@ def _joined(parts: str | list[Part]) -> str | list[Part]:
 
 def _required(value: T | None, path: str) -> T:
     if value is None:
-        raise _invalid(f"{path} is required.")
+        raise invalid(f"{path} is required.")
     return value
 
 
 def _wrong_type(block: Block, path: str, allowed: Iterable[str]) -> InvalidRequest:
-    return _invalid(
+    return invalid(
         f"{path}.type must be {', '.join(allowed)}, not {block.type!r}, which local models and other providers cannot "
         "read: leave it out."
     )
 
 
-# --- tools, thinking and the answer's form
-
-
-def _function(tool: Tool, path: str) -> Object:
-    name = _required(tool.name, f"{path}.name")
-    function: Object = {"name": name, "description": tool.description, "parameters": tool.input_schema}
-    function |= {"strict": True} if tool.strict else {}
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
-
-
-def _tool_choice(request: CountTokensRequest) -> Object:
-    choice = request.tool_choice
-    if choice is None:
-        return {}
-    parallel = {"parallel_tool_calls": False} if choice.disable_parallel_tool_use else {}
-    if choice.type != "tool":
-        return {"tool_choice": CHOICES[choice.type], **parallel}
-    name = _required(choice.name, "tool_choice.name")
-    lacking = next((path for path, tool in request.dropped_tools.items() if tool.name == name), None)
-    if lacking is not None:
-        raise _invalid(f"tool_choice names {lacking}, a kind of tool that this server lacks: choose another one.")
-    return {"tool_choice": {"type": "function", "function": {"name": name}}, **parallel}
+# --- thinking, and the answer's form
 
 
 def _thinking(request: CountTokensRequest) -> Object:
     """Returns the switches of reasoning. Where the request is silent or says adaptive, the template decides."""
-    effort = request.output_config.effort if request.output_config else None
-    thinking = request.thinking
+    config = next((m.output_config for m in reversed(request.messages) if m.output_config), request.output_config)
+    effort, thinking = config.effort if config else None, request.thinking
     if thinking is not None and thinking.type == "disabled":
         return {"enable_thinking": False}
     result: Object = {} if effort is None else {"reasoning_effort": EFFORTS.get(effort, effort)}
@@ -274,5 +268,5 @@ def _response_format(request: CountTokensRequest) -> Object | None:
     if format is None:
         return None
     if format.get("type") != "json_schema" or not isinstance(format.get("schema"), dict):
-        raise _invalid("output_config.format must have the type json_schema, and a schema.")
+        raise invalid("output_config.format must have the type json_schema, and a schema.")
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": format["schema"], "strict": True}}

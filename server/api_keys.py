@@ -1,4 +1,5 @@
-"""ApiKeyAuth: with API_KEYS set, every route but /health requires one of them, as a bearer token or as x-api-key.
+"""ApiKeyAuth: with API_KEYS set, every route but /health and the files of the page requires one of them, as a bearer
+token or as x-api-key.
 
 It is pure ASGI. It looks at the path that routing sees, and decides before any of the body is read.
 """
@@ -6,7 +7,7 @@ It is pure ASGI. It looks at the path that routing sees, and decides before any 
 import hashlib
 import hmac
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,7 +17,8 @@ from errors import InvalidKey, RateLimited
 from server.asgi_errors import send_error
 from telemetry import request_record
 
-OPEN = {("GET", "/health"), ("HEAD", "/health")}
+OPEN_METHODS = ("GET", "HEAD")
+OPEN_PATHS = frozenset({"/health"})
 MINUTE = 60.0
 KEY_HEADERS = (b"authorization", b"x-api-key")  # OpenAI's clients send the first, Anthropic's either
 
@@ -56,12 +58,14 @@ class Client:
 
 
 class ApiKeyAuth:
-    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], open_paths: Collection[str] = ()) -> None:
+        """open_paths: can be read without a key, as /health can."""
         self.app = app
+        self._open_paths = OPEN_PATHS.union(open_paths)
         self._clients = [Client(key, digest=_digest(key.secret.get_secret_value().encode())) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._clients or (scope["method"], scope["path"]) in OPEN:
+        if scope["type"] != "http" or not self._clients or self._is_open(scope):
             return await self.app(scope, receive, send)
         client = self._client(scope)
         if client is None:
@@ -77,6 +81,9 @@ class ApiKeyAuth:
             await self.app(scope, receive, send)
         finally:
             client.num_running -= 1
+
+    def _is_open(self, scope: Scope) -> bool:
+        return scope["method"] in OPEN_METHODS and scope["path"] in self._open_paths
 
     def _client(self, scope: Scope) -> Client | None:
         """Finds the client by its key, in a time that does not depend on how much of a wrong key is right."""

@@ -122,7 +122,12 @@ class LocalModel:
             progress = {"phase": self.progress.phase, "fraction": round(self.progress.fraction, 3)}
             return False, {"status": "loading", "model": self.name, "progress": progress}
         engine = self.loaded.engine
-        counts = {"running": engine.num_running, "waiting": engine.num_waiting, "kv_blocks": engine.num_used_blocks}
+        counts = {
+            "running": engine.num_running,
+            "waiting": engine.num_waiting,
+            "kv_blocks": engine.num_used_blocks,
+            "kv_blocks_total": engine.num_blocks,
+        }
         if engine.failure is not None or engine.is_stalled:
             return False, {"status": "failed" if engine.failure else "stalled", "model": self.name, **counts}
         return True, {"status": "ok", "model": self.name, **counts}

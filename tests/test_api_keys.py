@@ -1,4 +1,5 @@
-"""Keys: every route but GET /health needs one, in the one place where it belongs, before anything of a body is read.
+"""Keys: every route but GET /health and the chat page needs one, in the one place where it belongs, before anything of
+a body is read.
 
 The numbers are rows of rows.md.
 """
@@ -64,7 +65,8 @@ PATHS = (
     *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank"),
     *("/models", "/chat/completions", "/completions", "/responses", "/embeddings", "/rerank", f"/v1/models/{MODEL}"),
     *("/tokenize", "/detokenize", "/version", "/metrics", "/docs", "/docs/", "/docs/oauth2-redirect", "/redoc"),
-    *("/openapi.json", "/", "/v1", "/v1/", "/nowhere", "/favicon.ico", "/v2/models", "/v1/files"),
+    *("/openapi.json", "/v1", "/v1/", "/nowhere", "/favicon.ico", "/v2/models", "/v1/files"),
+    *("/page", "/page/", "/page/index.html", "/page/main.js/", "/page/../v1/models", "//", "/index.html"),
     *("/V1/MODELS", "/v1/Models", "//v1/models", "/v1//models", "/v1/models/", "///v1/models", "/./v1/models"),
     *("/v1/../v1/models", "/health/../v1/models", "/v1/models/../../health", "/%76%31/models", "/v1%2fmodels"),
     *("/v1/models%00", "/v1/models;x", "/v1/models?x=/health", "/v1/models%3f", "/v1\\models", "/%2e/v1/models"),
@@ -85,7 +87,7 @@ PATHS = (
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path[:40])
-def test_no_path_but_health_answers_without_a_key(guarded: Server, path: str) -> None:
+def test_no_path_but_health_and_the_page_answers_without_a_key(guarded: Server, path: str) -> None:
     check_refused(ask(guarded, "GET", path))
     check_refused(ask(guarded, "POST", path, BODY))
     wrong = ask(guarded, "GET", path, b"", bearer("wrong"))

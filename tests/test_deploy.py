@@ -63,7 +63,8 @@ def test_main_imports_nothing_that_the_image_lacks(tmp_path: Path) -> None:
     for source in from_context():
         for path in ROOT.glob(source.rstrip("/")):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    code = "import main; main.create_app(main.Settings()); import serving.loading"
+    code = "import main; main.create_app(main.Settings()); import serving.loading; from api.routers import page"
+    code += "; assert all((page.FOLDER / name).is_file() for name in page.FILES.values())"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=120).returncode == 0
 
 

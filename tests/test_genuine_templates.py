@@ -141,3 +141,16 @@ def test_boundaries_are_where_another_turn_would_begin_to_differ() -> None:
     assert template.render_chat(others, options)[:before] == prompt_ids[:before]
     later = [*messages, Message(role="assistant", content="Bye."), Message(**USER)]
     assert template.render_chat(later, options)[:after] == prompt_ids[:after]
+
+
+@pytest.mark.parametrize("last", [{"role": "system", "content": "The environment."}, RESULT])
+def test_the_place_behind_a_conversation_is_behind_what_follows_the_user(last: dict[str, Any]) -> None:
+    template = genuine("Qwen3.5-4B", "qwen3_5_text")
+    call = [{**CALLED, "tool_calls": [SENT]}] if last["role"] == "tool" else []
+    messages = [Message(**m) for m in (SYSTEM, USER, *call, last)]
+    prompt_ids, places = template.render_turns(messages, RenderOptions(tools=[TOOL]))
+    behind = template.tokenizer.decode(prompt_ids[max(places) :])
+    if last["role"] == "system":
+        assert behind == "<|im_start|>assistant\n<think>\n"
+    else:  # the next turn of the user leaves out the thoughts before the call
+        assert behind.startswith("<|im_start|>assistant\n<think>\nI look it up.")

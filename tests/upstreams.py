@@ -79,9 +79,10 @@ class Upstream:
                 if not sending.done():
                     asked.left_at = time.monotonic()
                     sending.cancel()
+                    await asyncio.gather(watching, return_exceptions=True)
                     break
                 watching.cancel()
-                await asyncio.wait({watching})  # nobody else may read until it has ended
+                await asyncio.wait({watching})  # only one may read at a time
                 if not sending.result():
                     break
         writer.close()

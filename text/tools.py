@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import InvalidRequest
-from schemas import ChatCompletionRequest, TokenizeRequest
+from schemas import ChatCompletionRequest, TokenizeRequest, TranslatedChatRequest
 from text.json_bounds import SCHEMA, check_json
 from text.json_schemas import enforceable, patterns_of
 from text.regex_size import MAX_ADDED, is_too_large
@@ -23,7 +23,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class ToolSet:
-    shown: tuple[Object, ...]  # all tools, as they were sent
+    shown: tuple[Object, ...]  # the tools that the prompt's beginning describes, as they were sent
     schemas: Mapping[str, Mapping[str, Any]]  # name of a tool that may be called -> schema of its arguments
     fields: Mapping[str, str]  # name -> the field of the request that has the schema
     is_required: bool  # at least one must be called
@@ -45,9 +45,10 @@ def tool_set_of(request: ChatCompletionRequest | TokenizeRequest) -> ToolSet | N
     mode, callable_names = _choice(request.tool_choice, names)
     if mode == "none" or not tools:
         return None
+    unshown = request.unshown_tools if isinstance(request, TranslatedChatRequest) else ()
     is_parallel = isinstance(request, TokenizeRequest) or request.parallel_tool_calls is not False
     return ToolSet(
-        shown=tuple(tools),
+        shown=tuple(tool for tool, name in zip(tools, names, strict=True) if name not in unshown),
         schemas={f["name"]: _closed(f.get("parameters")) for f in functions if f["name"] in callable_names},
         fields={name: f"tools[{number}].function.parameters" for number, name in enumerate(names)},
         is_required=mode != "auto",

@@ -9,33 +9,16 @@ from pathlib import Path
 
 import pytest
 from coding_agents import AGENTS, WRITTEN, Agent, Ended, Workplace, run_agent
-from conftest import interpreter
-from process import Server, serve
+from process import Server
 from recording_proxy import Exchange, Recorder, recording
 from scripted_model import Call, ScriptedModel
-from upstreams import Reply, Upstream, upstream
+from upstreams import Upstream
 from wire_checks import Answered, checked
 
-SCRIPTED = "deepseek/model"  # a provider with chat completions alone, so that all else is this server's own work
+SCRIPTED = "deepseek/model"
 DEMO = "qwen2.5-coder-0.5b"
 OUTPUT = WRITTEN.split('"')[1]
 MINUTES = 60.0
-
-
-@pytest.fixture(scope="module")
-def provider() -> Iterator[Upstream]:
-    with upstream(lambda asked: Reply.of({"error": {"message": "there is no script"}}, status=500)) as provider:
-        yield provider
-
-
-@pytest.fixture(scope="module")
-def agents_server(provider: Upstream) -> Iterator[Server]:
-    """With a context that holds an agent's prompt."""
-    command = [interpreter("SERVER_PYTHON"), "main.py", "--port", "0"]
-    settings = {"DEEPSEEK_API_URL": provider.url, "DEEPSEEK_API_KEY": "unused", "MAX_MODEL_LEN": "32768"}
-    with serve(command, **settings, OMP_NUM_THREADS="2") as server:
-        server.wait_until_healthy()
-        yield server
 
 
 @pytest.fixture
