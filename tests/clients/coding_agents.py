@@ -65,15 +65,26 @@ class Agent:
     answers: Callable[[Path], tuple[Call | str, ...]]  # with which a model makes it write a file
     says: Callable[[Ended], str]
     complaints: Callable[[Ended], list[Any]]
+    bounds: tuple[tuple[str, str], ...] = ()  # variables that keep a weak model from talking on and on
+    limit: str = "no limit was met"  # what is printed where they cut its answers
 
 
-def run_agent(agent: Agent, url: str, model: str, task: str, place: Workplace, timeout: float = 120) -> Ended:
-    """Runs an agent in its workplace to its end, or until its time is over."""
+def run_agent(
+    agent: Agent,
+    url: str,
+    model: str,
+    task: str,
+    place: Workplace,
+    *options: str,
+    timeout: float = 120,
+    is_bounded: bool = False,
+) -> Ended:
+    """Runs an agent in its workplace to its end, or until its time is over. options: more of its command line."""
     environment = {name: os.environ[name] for name in ENTRIES if name in os.environ}
     environment |= {"HOME": str(place.home), "TMPDIR": str(place.home.parent / "tmp"), "NO_COLOR": "1"}
-    environment |= agent.environment(url, model, place)
+    environment |= agent.environment(url, model, place) | (dict(agent.bounds) if is_bounded else {})
     process = subprocess.Popen(
-        agent.command(url, model, task, place),
+        [*agent.command(url, model, task, place), *options],
         cwd=place.repository,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -119,7 +130,15 @@ def _claude_complaints(ended: Ended) -> list[Any]:
     return [event for event in ended.events() if event.get("is_error") or event.get("subtype") == "api_retry"]
 
 
-CLAUDE_CODE = Agent(_claude_command, _claude_environment, _claude_answers, _claude_says, _claude_complaints)
+CLAUDE_CODE = Agent(
+    _claude_command,
+    _claude_environment,
+    _claude_answers,
+    _claude_says,
+    _claude_complaints,
+    bounds=(("CLAUDE_CODE_MAX_OUTPUT_TOKENS", "200"),),
+    limit="exceeded the 200 output token maximum",
+)
 
 # --- Codex
 
@@ -187,7 +206,14 @@ def _opencode_complaints(ended: Ended) -> list[Any]:
     return [event for event in ended.events() if event["type"] == "error"]
 
 
-OPENCODE = Agent(_opencode_command, _opencode_environment, _opencode_answers, _opencode_says, _opencode_complaints)
+OPENCODE = Agent(
+    _opencode_command,
+    _opencode_environment,
+    _opencode_answers,
+    _opencode_says,
+    _opencode_complaints,
+    bounds=(("OPENCODE_EXPERIMENTAL_OUTPUT_TOKEN_MAX", "400"),),
+)
 
 # --- aider, which asks for text in a form of its own, and for no calls
 
@@ -202,7 +228,7 @@ def _aider_command(url: str, model: str, task: str, place: Workplace) -> list[st
 def _aider_environment(url: str, model: str, place: Workplace) -> dict[str, str]:
     """With a list of prices that is new, so that it fetches none."""
     prices = place.home / ".aider" / "caches" / "model_prices_and_context_window.json"
-    prices.parent.mkdir(parents=True)
+    prices.parent.mkdir(parents=True, exist_ok=True)
     prices.write_text('{"none": {}}')
     return {"OPENAI_API_BASE": f"{url}/v1", "OPENAI_API_KEY": "unused", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 

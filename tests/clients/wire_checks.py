@@ -40,31 +40,38 @@ class Form:
 def checked(exchange: Exchange) -> Answered:
     """Checks an exchange with a model, and returns what the model said."""
     assert exchange.status == 200 and exchange.is_whole, f"{exchange}: {exchange.answer[-2000:]!r}"
+    assert exchange.route in FORMS, f"a client asked for {exchange.path}, of which nothing is known here"
     form = FORMS[exchange.route]
     if not exchange.is_stream:
         form.whole.model_validate_json(exchange.answer, strict=True)
         return form.says([exchange.told])
     told = events_of(exchange)
-    for event in told:
-        if event.get("type") != "ping":
-            form.event.validate_json(json.dumps(event), strict=True)
     form.order(told)
     return form.says(told)
 
 
 def events_of(exchange: Exchange) -> list[Object]:
-    """The events of a stream: each is one line of data, with its type as its name if it has one."""
-    parts = exchange.answer.decode().split("\n\n")
-    assert parts.pop() == "", "the last event ends"
-    found = []
+    """The events of a stream, which the official types find valid; the last may be missing if it was cut off."""
+    *parts, rest = exchange.answer.decode().split("\n\n")
+    assert rest == "" or not exchange.is_whole
+    found = _parsed(parts)
+    for event in found:
+        if event.get("type") != "ping":
+            FORMS[exchange.route].event.validate_json(json.dumps(event), strict=True)
+    if exchange.route == "/v1/chat/completions" and exchange.is_whole:
+        assert parts[-1] == "data: [DONE]"
+    return found
+
+
+def _parsed(parts: list[str]) -> list[Object]:
+    """Each event is one line of data, with its type as its name if it has one; comments keep a connection alive."""
+    found: list[Object] = []
     for part in parts:
         lines = dict(line.split(": ", 1) for line in part.split("\n") if not line.startswith(":"))
         assert lines.keys() <= {"event", "data"}, part
         if "data" in lines and lines["data"] != "[DONE]":
             found.append(json.loads(lines["data"]))
             assert lines.get("event") in (None, found[-1].get("type")), part
-    if exchange.route == "/v1/chat/completions":
-        assert parts[-1] == "data: [DONE]"
     return found
 
 
