@@ -27,7 +27,7 @@ test-gpu: setup-dev
 
 # The clients have environments of their own, and start the server in this one
 test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed $(VENV)-clients-aider/.installed \
-		$(AGENTS)/node_modules/.installed
+		tests/clients/node_modules/.installed $(AGENTS)/node_modules/.installed
 	SERVER_PYTHON=$(abspath $(BIN))/python LEGACY_PYTHON=$(abspath $(VENV)-clients-legacy/bin)/python \
 		AIDER_PYTHON=$(abspath $(VENV)-clients-aider/bin)/python $(VENV)-clients/bin/python -m pytest tests/clients
 
@@ -83,9 +83,14 @@ $(VENV)-%/.installed: requirements-%.txt | $(VENV)/bin/python
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-# npm ci refuses a lock without the parts of other systems, which this one was made without
+# Clients written for Node, which has to be there
+tests/clients/node_modules/.installed: tests/clients/package-lock.json
+	cd tests/clients && npm ci --no-audit --no-fund
+	@touch $@
+
+# npm ci refuses a lock without the parts for other systems, which this one was made without
 $(AGENTS)/node_modules/.installed: $(AGENTS)/package.json $(AGENTS)/package-lock.json
-	npm install --prefix $(AGENTS) --no-save --no-audit --no-fund --loglevel=error
+	cd $(AGENTS) && npm install --no-save --no-audit --no-fund --loglevel=error
 	@touch $@
 
 tests/page/node_modules/.installed: tests/page/package-lock.json
@@ -93,4 +98,5 @@ tests/page/node_modules/.installed: tests/page/package-lock.json
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-* $(AGENTS)/node_modules tests/page/node_modules .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* $(AGENTS)/node_modules tests/clients/node_modules tests/page/node_modules \
+		.pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@
           ModelNotFound           404
           NotFound                404
           MethodNotAllowed        405
+          NotServed               501
         InvalidKey                401
         ProviderNotConfigured     401
         RateLimited               429
@@ -97,6 +98,13 @@ class NotFound(InvalidRequest):
 
 class MethodNotAllowed(InvalidRequest):
     status = 405
+
+
+class NotServed(InvalidRequest):
+    """The endpoint exists in the protocol, and not in this server."""
+
+    status = 501
+    code = "not_served"
 
 
 class InvalidKey(APIError):

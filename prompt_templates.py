@@ -564,6 +564,11 @@ class PromptTemplate:
             key: cut(value, self._markup if key == "tool_calls" else tokens, seam) for key, value in message.items()
         }
 
+    @property
+    def chat_template(self) -> str:
+        """The text of the template for conversations without tools."""
+        return self._template or chosen(self.tokenizer.chat_template, False)
+
     def _apply(self, messages: list[CanonicalMessage], tools: list[dict[str, Any]] | None, **switches: Any) -> str:
         template = self._template or chosen(self.tokenizer.chat_template, tools is not None)
         switches |= {"tools": tools, "chat_template": template}
@@ -581,13 +586,22 @@ class PromptTemplate:
         bos = self.tokenizer.bos_token_id
         return token_ids[1:] if bos is not None and token_ids[:2] == [bos, bos] else token_ids
 
+    @property
+    def fills_gaps(self) -> bool:
+        """Whether the tokenizer has the marks of a fill-in-the-middle format."""
+        return self._gap_marks is not None
+
+    @property
+    def _gap_marks(self) -> tuple[str, ...] | None:
+        vocabulary = self._vocabulary
+        return next((marks for marks in FILL_IN_THE_MIDDLE if all(mark in vocabulary for mark in marks)), None)
+
     def render_fill_in_the_middle(self, prefix: str, suffix: str) -> tuple[list[int], list[int]]:
         """Returns the prompt that asks for the text between two others, and the tokens that end the answer.
 
         Raises InvalidRequest for models without such a format.
         """
-        vocabulary = self.tokenizer.get_vocab()
-        marks = next((marks for marks in FILL_IN_THE_MIDDLE if all(mark in vocabulary for mark in marks)), None)
+        vocabulary, marks = self.tokenizer.get_vocab(), self._gap_marks
         if marks is None:
             raise InvalidRequest(
                 "suffix is not supported: this model has no fill-in-the-middle format.",

@@ -24,7 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]  # the last only of other providers
+# content_filter comes from other providers only, and function_call where a request has functions
+FinishReason = Literal["stop", "length", "tool_calls", "function_call", "content_filter"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Object = dict[str, Any]
 MAX_MESSAGES = 10_000  # of a conversation
@@ -32,13 +33,23 @@ MAX_ITEMS = 10_000  # of every list without a limit of its own
 MAX_BIASES = 1024
 Item = TypeVar("Item")
 Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]  # one error, not one for each item
-Support = Literal["honoured", "no meaning here", "refused"]  # a field's `x-support` in /openapi.json
+Support = Literal["honoured", "no meaning here", "ignored", "refused"]  # a field's `x-support` in /openapi.json
 
 
 def no_meaning(why: str) -> Any:
     """Declares a field that cannot change the answer of a local model."""
     return Field(
         None, description=f"Accepted, but without effect: {why}", json_schema_extra={"x-support": "no meaning here"}
+    )
+
+
+def ignored(why: str, *neutral: Any) -> Any:
+    """Declares a field that could change the answer but cannot here; the client is told, unless the value is in
+    `neutral`."""
+    return Field(
+        None,
+        description=f"Accepted, but without effect, and named as ignored: {why}",
+        json_schema_extra={"x-support": "ignored", "x-neutral": [None, *neutral]},
     )
 
 
@@ -82,17 +93,20 @@ class RequestBody(BaseModel):
     @property
     def refused_fields(self) -> list[str]:
         """The paths of fields that ask for something unsupported, such as `audio` or `messages[0].audio`."""
-        return sorted(
-            path + name
-            for path, part in self._parts()
-            for name in part._sent_fields
-            if part.support(name) == "refused" and getattr(part, name) not in part._mark(name)["x-neutral"]
-        )
+        return sorted(path + name for path, part in self._parts() for name in part._without("refused"))
 
     @property
     def ignored_fields(self) -> list[str]:
-        """The paths of fields that the client sent and the server does not know."""
-        return sorted(path + name for path, part in self._parts() for name in part._unknown_fields())
+        """The paths of fields that the client sent and the server does not know, or has no means for."""
+        return sorted(
+            path + name for path, part in self._parts() for name in (*part._unknown_fields(), *part._without("ignored"))
+        )
+
+    def _without(self, support: Support) -> Iterator[str]:
+        """Yields the fields with this support whose values ask for something."""
+        for name in self._sent_fields:
+            if self.support(name) == support and getattr(self, name) not in self._mark(name)["x-neutral"]:
+                yield name
 
     def _unknown_fields(self) -> Iterator[str]:
         yield from self.model_extra or ()
@@ -330,6 +344,7 @@ class _ConversationRequest(_RenderedRequest):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
+Verbosity = Literal["low", "medium", "high"]
 JSON_SCHEMA = frozenset({"name", "description", "schema", "strict"})
 
 
@@ -346,12 +361,12 @@ class ChatCompletionRequest(_CompletionRequest, _ConversationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    functions: Items[Object] | None = refused([])
-    function_call: str | Object | None = refused("none", "auto")
+    functions: Items[Object] | None = None  # the form of 2023 of tools
+    function_call: str | Object | None = None  # of 2023, too: none, auto, or the name of a function
     response_format: Object | None = None
     audio: Object | None = refused()
     modalities: Items[str] | None = refused(["text"])
-    verbosity: str | None = refused("medium")
+    verbosity: Verbosity | None = ignored("no chat template knows it.", "medium")
     web_search_options: Object | None = refused()
     prediction: Object | None = no_meaning("it can only make an answer faster.")
 
@@ -509,6 +524,20 @@ class TokenizeResponse(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+
+
+class TokenizerInfo(BaseModel):
+    """What tokenizer_config.json says of the tokenizer. The shape is vLLM's; tokens are texts, null for none."""
+
+    tokenizer_class: str
+    chat_template: str  # the one that is used, in Jinja: the tokenizer's own, or that of the model's family
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    additional_special_tokens: list[str]  # special to the tokenizer, and none of those above
+    added_tokens_decoder: dict[int, str]  # all tokens that are whole texts to it, by their ids
+    model_max_length: int
 
 
 class DetokenizeRequest(RequestBody):
@@ -701,6 +730,7 @@ class Delta(BaseModel):
     content: str | None = Field(None, exclude_if=_is_none)
     reasoning_content: str | None = Field(None, exclude_if=_is_none)
     tool_calls: list[ToolCallDelta] | None = Field(None, exclude_if=_is_none)
+    function_call: FunctionDelta | None = Field(None, exclude_if=_is_none)  # a call in the form of 2023
 
 
 class ChunkChoice(BaseModel):
@@ -741,6 +771,7 @@ class AssistantMessage(BaseModel):
     refusal: None = None
     reasoning_content: str | None = Field(None, exclude_if=_is_none)
     tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
+    function_call: FunctionCall | None = Field(None, exclude_if=_is_none)  # a call in the form of 2023
 
 
 class Choice(BaseModel):

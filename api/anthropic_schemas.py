@@ -192,6 +192,17 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
+class ErrorDetails(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    type: Literal["error"] = "error"
+    error: ErrorDetails
+    request_id: str
+
+
 # --- the events
 
 

@@ -25,7 +25,9 @@ from server.headers import header_value
 from telemetry import request_record
 from text.json_bounds import check_num_values
 
-TRANSLATED = ("responses", "messages", "messages/count_tokens")  # a provider without them answers by chat completions
+# A provider without these answers by chat completions
+TRANSLATED = ("responses", "messages", "messages/count_tokens", "api/chat", "api/generate")
+TAGS = {"api/chat": ":latest", "api/generate": ":latest"}  # path -> what its clients add to models' names
 PATHS = ("chat/completions", "completions", "embeddings", *TRANSLATED)
 # A name in `"model": "name"`, wherever it is; its parts are bounded, so that a long string costs no time
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]{0,512}+(?:\\.[^"\\]{0,512}+){0,64}+")')
@@ -43,7 +45,7 @@ class GatewayRoute(StrictRoute):
             router = services_of(request.app).router
             request = strict(request)
             try:
-                body = await routed_body(request, router)
+                body = await routed_body(request, router, TAGS.get(path, ""))
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)
             return await local(request) if body is None else await _answer(request, router, path, body, local)
@@ -51,26 +53,28 @@ class GatewayRoute(StrictRoute):
         return handle
 
 
-async def routed_body(request: Request, router: ProviderRouter) -> dict[str, Any] | None:
+async def routed_body(request: Request, router: ProviderRouter, tag: str = "") -> dict[str, Any] | None:
     """Returns the parsed body if any `"model": "name"` in it has a provider, an alias or fallbacks; else None.
 
     Most requests are local, and parsing a large body twice takes time, so a regex over the bytes comes first. It also
     finds names deeper in the body, such as that of a tool's argument. Then the body of a request for a local model is
     returned as well, and `_answer` passes it on to the local endpoint.
+
+    tag: what the protocol's clients may add to names; the body is returned without it.
     """
     if not is_json(request):
         return None  # web pages of any origin may send other types: the endpoint refuses them
     content = await request.body()
     check_num_values(content)  # each value could be a name
     names = {_unquoted(quoted) for quoted in {match[1] for match in _MODEL.finditer(content)}}
-    if not any(_is_routed(name, router) for name in names):
+    if not any(_is_routed(name.removesuffix(tag), router) for name in names):
         return None
     try:
         body = loads(content)
     except (ValueError, RecursionError):
         return None  # the endpoint says what is wrong
     has_model = isinstance(body, dict) and isinstance(body.get("model"), str)
-    return body if has_model else None
+    return {**body, "model": body["model"].removesuffix(tag)} if has_model else None
 
 
 def _is_routed(name: str, router: ProviderRouter) -> bool:

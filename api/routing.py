@@ -3,17 +3,26 @@
 from typing import Any, ClassVar
 
 from fastapi import APIRouter
+from pydantic import BaseModel
 
 from api.gateway import GatewayRoute
 from api.strict_json import StrictRoute
 from schemas import ErrorBody
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is wrong; `param` names the field"},
-    "5XX": {"model": ErrorBody, "description": "The server cannot answer; if it can later, `Retry-After` says when"},
-}
+Responses = dict[int | str, dict[str, Any]]  # status -> what a response with it holds
 _EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+STREAM: Responses = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+
+
+def errors_as(model: type[BaseModel]) -> Responses:
+    """Says that errors have the shape of `model`."""
+    return {
+        "4XX": {"model": model, "description": "The request is wrong; the message names the field"},
+        "5XX": {"model": model, "description": "The server cannot answer; if it can later, `Retry-After` says when"},
+    }
+
+
+ERRORS = errors_as(ErrorBody)
 
 
 class RootRouter(APIRouter):
@@ -33,5 +42,5 @@ class V1Router(RootRouter):
 
     prefixes = ("/v1", "")
 
-    def __init__(self) -> None:
-        super().__init__(responses=ERRORS, route_class=GatewayRoute)
+    def __init__(self, errors: Responses = ERRORS) -> None:
+        super().__init__(responses=errors, route_class=GatewayRoute)

@@ -16,6 +16,8 @@ from schemas import (
     CompletionChoice,
     CompletionLogprobs,
     FinishReason,
+    FunctionCall,
+    FunctionDelta,
     ToolCall,
     Usage,
 )
@@ -97,6 +99,7 @@ class _Answer:
     def __init__(self) -> None:
         self._content = self._reasoning = ""
         self._calls: list[ToolCall] = []
+        self._older_call: FunctionCall | None = None
         self._logprobs: ChoiceLogprobs | None = None
         self._reason: FinishReason | None = None
         self._stop: str | None = None
@@ -108,21 +111,30 @@ class _Answer:
         for delta in choice.delta.tool_calls or ():
             if delta.index == len(self._calls):
                 self._calls.append(ToolCall(id=delta.id or ""))
-            function = self._calls[delta.index].function
-            function.name += delta.function.name or ""
-            function.arguments += delta.function.arguments or ""
+            _extend(self._calls[delta.index].function, delta.function)
+        if choice.delta.function_call is not None:
+            self._older_call = self._older_call or FunctionCall()
+            _extend(self._older_call, choice.delta.function_call)
         if choice.logprobs is not None:
             self._logprobs = self._logprobs or ChoiceLogprobs(content=[])
             self._logprobs.content += choice.logprobs.content
 
     def choice(self, index: int) -> Choice:
         assert self._reason is not None
-        content = None if self._calls and not self._content else self._content
+        has_calls = bool(self._calls or self._older_call)
         message = AssistantMessage(
-            content=content, reasoning_content=self._reasoning or None, tool_calls=self._calls or None
+            content=None if has_calls and not self._content else self._content,
+            reasoning_content=self._reasoning or None,
+            tool_calls=self._calls or None,
+            function_call=self._older_call,
         )
         end: dict[str, Any] = {"finish_reason": self._reason, "stop_reason": self._stop}
         return Choice(index=index, message=message, logprobs=self._logprobs, **end)
+
+
+def _extend(call: FunctionCall, delta: FunctionDelta) -> None:
+    call.name += delta.name or ""
+    call.arguments += delta.arguments or ""
 
 
 async def collect_completion(chunks: AsyncIterator[Completion]) -> Completion:

@@ -25,7 +25,7 @@ WIDTH = 120  # characters of a line
 MOST_NAMES = 5  # that a table shows of a field
 MARKED = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DEFAULT = re.compile(r"; default: (.*)$")
-SUPPORT = {"honoured": "yes", "no meaning here": "no effect", "refused": "refused"}
+SUPPORT = {"honoured": "yes", "no meaning here": "no effect", "ignored": "ignored", "refused": "refused"}
 SECTIONS = {  # the first setting of each section of docs/settings.md and .env.example
     "model_path": "Model, address and log",
     "api_keys": "Keys and limits of requests",
@@ -215,6 +215,8 @@ def note_of(part: dict[str, Any]) -> str:
     text = str(part.get("description", ""))
     if part.get("x-support") == "refused":
         return f"other values than {listed(map(json.dumps, part['x-neutral']))} are refused"
+    if part.get("x-support") == "ignored":
+        return f"{text.partition(': ')[2]} Other values than {listed(map(json.dumps, part['x-neutral']))} are named"
     return text.removeprefix("Accepted, but without effect: ")
 
 
@@ -372,6 +374,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "fields": field_table("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"),
     "message fields": field_table("MessagesRequest", "CountTokensRequest"),
     "other fields": field_table("EmbeddingRequest", "RerankRequest", "TokenizeRequest", "DetokenizeRequest"),
+    "cohere fields": field_table("CohereEmbedRequest", "CohereRerankRequest"),
+    "ollama fields": field_table("OllamaChatRequest", "OllamaGenerateRequest", "OllamaEmbedRequest"),
+    "ollama options": field_table("OllamaOptions"),
     "demo models": demo_models,
     "files": files,
     "imports": imports,

@@ -69,8 +69,28 @@ ANTHROPIC_TYPES = {
 OPENAI = ErrorFormat(body=_openai_body, event=_openai_event)
 ANTHROPIC = ErrorFormat(body=_anthropic_body, event=_anthropic_event, id_header="request-id")
 
+
+def _cohere_body(error: APIError) -> dict[str, Any]:
+    return {"message": error.message}
+
+
+def _cohere_event(error: APIError) -> bytes:
+    return b"data: " + json.dumps(_cohere_body(error)).encode() + b"\n\n"
+
+
+def _ollama_body(error: APIError) -> dict[str, Any]:
+    return {"error": error.message}
+
+
+def _ollama_line(error: APIError) -> bytes:
+    return json.dumps(_ollama_body(error)).encode() + b"\n"
+
+
+COHERE = ErrorFormat(body=_cohere_body, event=_cohere_event)
+OLLAMA = ErrorFormat(body=_ollama_body, event=_ollama_line)
+
 # Beginning of the path below /v1 -> format; the first row that fits is taken, so the default comes last
-FORMATS = (("/messages", ANTHROPIC), ("", OPENAI))
+FORMATS = (("/messages", ANTHROPIC), ("/v2/", COHERE), ("/api/", OLLAMA), ("", OPENAI))
 
 
 def error_format(path: str) -> ErrorFormat:

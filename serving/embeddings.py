@@ -42,7 +42,7 @@ from serving.model_pool import ModelPool
 from serving.model_slot import ModelSlot, in_daemon_thread
 
 if TYPE_CHECKING:
-    from engine.embedding.embedder import Embedder
+    from engine.embedding.embedder import Embedder, EmbedderInfo
     from engine.embedding.text_models import Vectors
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,11 @@ class EmbeddingModels:
     def models(self) -> list[Model]:
         """Returns the models that are loaded, and the one that the settings name while it loads."""
         return [Model.of_server(source.name, slot.created) for source, slot in self._listed.items()]
+
+    @property
+    def loaded(self) -> "dict[str, EmbedderInfo]":
+        """What is known of each model that is loaded, by its name."""
+        return {source.name: embedder.about for source, embedder in self._pool.models.items()}
 
     @property
     def _listed(self) -> dict[ModelSource, "ModelSlot[Embedder]"]:
@@ -199,14 +204,17 @@ class EmbeddingModels:
 
     # --- answers
 
-    async def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
-        """Computes the vectors of the request's texts. Raises APIError."""
+    async def embed(self, request: EmbeddingRequest, prompt_names: Sequence[str] = ()) -> EmbeddingResponse:
+        """Computes the vectors of the request's texts. Raises APIError.
+
+        prompt_names: prompts that suit a request which names none; the first that the model has is used.
+        """
         texts = await self._texts_of(request.inputs)
         async with self._using(request.model) as embedder:
             if embedder.about.kind != "embeddings":
                 raise InvalidRequest(f"{request.model} is a reranker: use /v1/rerank.", param="model")
             try:
-                prompt_name = request.prompt_name or self._default_prompt(embedder)
+                prompt_name = request.prompt_name or self._default_prompt(embedder, prompt_names)
                 embedded = await embedder.embed(texts, prompt_name, request.dimensions, self._may_truncate(request))
             except ArgumentError as error:
                 raise _refusal(error) from error
@@ -241,10 +249,15 @@ class EmbeddingModels:
     def _may_truncate(self, request: EmbeddingRequest | RerankRequest) -> bool:
         return self._settings.embed_truncate == "end" if request.truncate is None else request.truncate
 
-    def _default_prompt(self, embedder: "Embedder") -> str | None:
-        """Returns the operator's default prompt name, if the model has such a prompt."""
-        name = self._settings.embed_default_prompt
-        return name if name in embedder.about.prompts else None
+    def _default_prompt(self, embedder: "Embedder", names: Sequence[str]) -> str | None:
+        """Returns the first of these names that is one of the model's prompts; if none is, the operator's default.
+
+        sentence-transformers adds empty prompts to every model, which are passed over if there is another.
+        """
+        prompts, default = embedder.about.prompts, self._settings.embed_default_prompt
+        if known := [name for name in names if name in prompts]:
+            return next((name for name in known if prompts[name]), known[0])
+        return default if default in prompts else None
 
     async def _texts_of(self, inputs: list[str | list[int]]) -> Sequence[str | list[int]]:
         """Turns OpenAI's token ids into texts, or refuses or keeps token ids, as EMBED_TOKEN_ARRAYS says."""

@@ -65,6 +65,11 @@ class HubModels:
     def engines(self) -> "list[tuple[str, Engine]]":
         return [named for model in self._pool.models.values() for named in model.engines]
 
+    @property
+    def models(self) -> list[LocalModel]:
+        """The models that are loaded."""
+        return [*self._pool.models.values()]
+
     def _check_free(self, name: str) -> None:
         """Raises Unavailable if another model is loading or in use: it is not pushed out."""
         for other, slot in self._pool.slots.items():

@@ -27,6 +27,7 @@ from errors import (
 from prompt_templates import PromptTemplate
 from schemas import Message
 from serving.image_inputs import ImageInputs
+from serving.model_facts import ModelFacts, facts_of
 from text.logprobs import TokenTexts
 from vision.families import vision_family_of
 from vision.family import VisionFamily
@@ -75,6 +76,7 @@ class LoadedModel:
     defaults: dict[str, Any]  # sampling parameters of the model's generation config
     image_inputs: ImageInputs | None = None  # None: the model takes text alone
     grammars: "GrammarCompiler | None" = None  # None: grammars cannot be compiled for its tokenizer
+    facts: ModelFacts | None = None
 
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # they may have a chat template
@@ -142,6 +144,7 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
         defaults=sampling_defaults(generation_config),
         image_inputs=image_inputs,
         grammars=grammars,
+        facts=facts_of(checked, options.quantization),
     )
 
 

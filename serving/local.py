@@ -22,6 +22,7 @@ from schemas import (
     Model,
     TokenizeRequest,
     TokenizeResponse,
+    TokenizerInfo,
 )
 from serving.admission import check_characters
 from serving.chat import plan_chat
@@ -31,6 +32,7 @@ from serving.generation import Plan, merge
 from serving.image_fetcher import ImageFetcher
 from serving.loading import LoadedModel, LoadModel, load
 from serving.model_slot import ModelSlot, in_daemon_thread
+from serving.tokenizer_info import tokenizer_info
 from serving.usage import RequestUsage
 from telemetry import request_record
 from telemetry.metrics import Metrics
@@ -60,7 +62,7 @@ class LocalModel:
         self.path = settings.model_path or checkpoint.default_model_path()
         self.name = settings.served_model_name or checkpoint.served_name(self.path)
         self._names = {name.casefold() for name in (self.name, self.path, checkpoint.served_name(self.path))}
-        self._created = int(time.time())
+        self.created = int(time.time())
         self._on_failure = on_failure
         self._load_model = load
         self.loaded: LoadedModel | None = None
@@ -143,7 +145,7 @@ class LocalModel:
         return model.casefold() in self._names
 
     def models(self) -> list[Model]:
-        return [Model.of_server(self.name, self._created, **self._about_model())]
+        return [Model.of_server(self.name, self.created, **self._about_model())]
 
     def _about_model(self) -> dict[str, Any]:
         if self.loaded is None:
@@ -172,6 +174,11 @@ class LocalModel:
                 f"The model is loading ({self.progress.phase}: {percent} %); try again later.", retry_after=5
             )
         return self.loaded
+
+    @property
+    def ready(self) -> LoadedModel:
+        """The loaded model. Raises ModelLoading before."""
+        return self._ready(self.name)
 
     # --- answers
 
@@ -233,3 +240,7 @@ class LocalModel:
             )
         text = await asyncio.to_thread(loaded.template.tokenizer.decode, request.tokens)
         return DetokenizeResponse(prompt=str(text))
+
+    @property
+    def tokenizer_info(self) -> TokenizerInfo:
+        return tokenizer_info(self.ready)

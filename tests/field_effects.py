@@ -349,6 +349,20 @@ def parallel_tool_calls(thinking_server: Server, path: str) -> None:
     assert one == [1] * 6
 
 
+def functions(thinking_server: Server, path: str) -> None:
+    """A view of tools; how their calls come back is tested elsewhere."""
+    as_tools = prompt_tokens(thinking_server, path, tools=offered(path))
+    assert prompt_tokens(thinking_server, path, functions=[WEATHER]) == as_tools
+    assert texts(thinking_server, path, functions=[]) == texts(thinking_server, path)
+
+
+def function_call(thinking_server: Server, path: str) -> None:
+    body: dict[str, Any] = {"functions": [WEATHER], "ignore_eos": False, "enable_thinking": False, "max_tokens": 300}
+    answer = ask(thinking_server, path, function_call={"name": "weather"}, **body).json()["choices"][0]
+    assert json.loads(answer["message"]["function_call"]["arguments"])["city"] in ("Rome", "Oslo")
+    assert texts(thinking_server, path, functions=[WEATHER], function_call="none") == texts(thinking_server, path)
+
+
 def prompt_tokens(server: Server, path: str, **body: Any) -> int:
     usage = ask(server, path, **body).json()["usage"]
     return int(usage["input_tokens" if path == "responses" else "prompt_tokens"])

@@ -149,3 +149,15 @@ def test_a_model_with_the_marks_fills_in_the_middle(tmp_path: Path) -> None:
         assert filled["usage"]["prompt_tokens"] == len("def f(): pass") + 3
         ended = server.post("/v1/completions", prompt="a", suffix="b", **options, logit_bias={ids[0]: 100}).json()
         assert ended["usage"]["completion_tokens"] == 1 and ended["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_choices_of_neighbouring_seeds_do_not_repeat_each_other(server: Server, path: str) -> None:
+    question = {"prompt": "x"} if path == "completions" else {"messages": [{"role": "user", "content": "x"}]}
+    body = {"model": MODEL, **question, "max_tokens": 12, "temperature": 1.5, "ignore_eos": True, "n": 4}
+    found = [
+        choice["text"] if path == "completions" else choice["message"]["content"]
+        for seed in range(4)
+        for choice in server.post(f"/v1/{path}", **body, seed=seed).json()["choices"]
+    ]
+    assert len(set(found)) == len(found) == 16

@@ -71,7 +71,7 @@ def test_every_setting_has_a_sentence_and_its_default() -> None:
 
 
 def test_the_table_of_fields_is_that_of_the_requests() -> None:
-    kinds = dict(zip(get_args(Support), ("yes", "no effect", "refused"), strict=True))
+    kinds = dict(zip(get_args(Support), ("yes", "no effect", "ignored", "refused"), strict=True))
     table = [row for row in rows(generated("docs/api.md", "fields")) if row[0].startswith("`")]
     for column, request in enumerate((ChatCompletionRequest, CompletionRequest, ResponsesRequest), start=2):
         listed = {row[0].strip("`"): row[column] for row in table if row[column] != "–"}

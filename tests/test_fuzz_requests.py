@@ -14,7 +14,7 @@ from profiles import examples
 from pydantic import ValidationError
 
 import schemas
-from api import message_input
+from api import cohere_schemas, message_input, ollama_schemas
 from api.answers import ignored_fields_header
 from api.anthropic_schemas import MessagesRequest
 from api.error_handlers import invalid_request_of
@@ -48,6 +48,11 @@ REQUESTS = {
     schemas.RerankRequest: {"model": "m", "query": "Hi", "documents": ["a"]},
     schemas.TokenizeRequest: {"messages": [{"role": "user", "content": "Hi"}]},
     schemas.DetokenizeRequest: {"tokens": [1]},
+    ollama_schemas.OllamaChatRequest: {"model": "m", "messages": [{"role": "user", "content": "Hi"}]},
+    ollama_schemas.OllamaGenerateRequest: {"model": "m", "prompt": "Hi"},
+    ollama_schemas.OllamaEmbedRequest: {"model": "m", "input": "Hi"},
+    cohere_schemas.CohereEmbedRequest: {"model": "m", "texts": ["Hi"]},
+    cohere_schemas.CohereRerankRequest: {"model": "m", "query": "Hi", "documents": ["a"]},
     MessagesRequest: {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5},
 }
 WORDS = (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2 import Template
 from main_requests import HELLO, MODEL, raw_events
 from models import byte_tokenizer
 from openai import AsyncOpenAI, OpenAI
@@ -239,3 +240,18 @@ def test_texts_and_conversations_are_turned_into_tokens_and_back(server: Server)
         refusal = server.post(path, **body)
         assert refusal.status_code == 400 and refusal.json()["error"]["param"] == param
     assert server.post("/tokenize", model="nobody", prompt="x").status_code == 404
+
+
+def test_the_tokenizer_is_described_as_its_files_describe_it(server: Server) -> None:
+    info, ours = server.get("/tokenizer_info").json(), byte_tokenizer()
+    assert info["tokenizer_class"] == type(ours).__name__ and info["model_max_length"] == 480
+    assert {name: info[name] for name in ("bos_token", "eos_token", "pad_token")} == {
+        name: getattr(ours, name) for name in ("bos_token", "eos_token", "pad_token")
+    }
+    assert info["added_tokens_decoder"] == {str(i): str(token) for i, token in ours.added_tokens_decoder.items()}
+    asked = server.post("/tokenize", prompt=info["eos_token"], add_special_tokens=False).json()
+    assert asked["tokens"] == [ours.eos_token_id]
+    turns = [{"role": "user", "content": "Hello"}]
+    text = Template(info["chat_template"]).render(messages=turns, add_generation_prompt=True)
+    rendered = server.post("/tokenize", prompt=text, add_special_tokens=False).json()
+    assert rendered["tokens"] == server.post("/tokenize", messages=turns).json()["tokens"]

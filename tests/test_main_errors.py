@@ -204,3 +204,24 @@ def test_pages_of_this_machine_may_call_and_others_may_not(server: Server) -> No
 
     assert allowed("http://localhost:3000") == "http://localhost:3000"
     assert allowed("http://localhost.evil.example") is None and allowed("https://evil.example") is None
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("chat/completions", {"messages": HELLO}, "max_tokens"),
+        ("chat/completions", {"messages": HELLO}, "max_completion_tokens"),
+        ("completions", {"prompt": "Hello"}, "max_tokens"),
+        ("responses", {"input": "Hello"}, "max_output_tokens"),
+    ],
+)
+def test_as_many_tokens_as_the_context_has_are_a_bound_and_more_are_refused_by_name(
+    server: Server, path: str, body: dict[str, Any], field: str
+) -> None:
+    """qwen-code asks for as many tokens as the context has, whatever the prompt takes."""
+    whole = server.post(f"/v1/{path}", model=MODEL, ignore_eos=True, **body, **{field: 480})
+    assert whole.status_code == 200 and whole.json()["usage"]["total_tokens"] == 480
+    ended = whole.json().get("incomplete_details") or whole.json()["choices"][0]["finish_reason"]
+    assert ended in ("length", {"reason": "max_output_tokens"})
+    refusal = server.post(f"/v1/{path}", model=MODEL, **body, **{field: 481})
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == field

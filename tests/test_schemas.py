@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from field_effects import (
@@ -122,6 +122,19 @@ def test_a_field_without_meaning_is_accepted(server: Server, path: str, name: st
     answer = ask(server, path, **{name: example(request.model_fields[name].annotation)})
     assert answer.status_code == 200, answer.text
     assert "x-ignored-fields" not in answer.headers
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, name, kind in BY_SUPPORT if kind == "ignored"])
+def test_an_ignored_field_is_named_unless_it_asks_for_nothing(server: Server, path: str, name: str) -> None:
+    field = REQUESTS[path][0].model_fields[name]
+    neutral, listed = field.json_schema_extra["x-neutral"], get_args(get_args(field.annotation)[0])
+    for value in dict.fromkeys([*listed, *neutral]):
+        answer = ask(server, path, **{name: value})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers.get("x-ignored-fields") == (None if value in neutral else name)
+        assert texts(server, path, **{name: value}) == texts(server, path)
+    refusal = ask(server, path, **{name: "other"})
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == name
 
 
 def bodies(kind: type[RequestBody] = RequestBody) -> Iterator[type[RequestBody]]:

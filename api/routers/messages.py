@@ -6,15 +6,15 @@ from fastapi import Request, Response
 
 from api import messages
 from api.answers import whole
-from api.anthropic_schemas import CountTokensRequest, MessageAnswer, MessagesRequest, TokenCount
+from api.anthropic_schemas import AnthropicError, CountTokensRequest, MessageAnswer, MessagesRequest, TokenCount
 from api.chat_source import answer_view
 from api.message_input import as_chat, named
-from api.routing import STREAM, V1Router
+from api.routing import STREAM, V1Router, errors_as
 from api.services import Services, UsesServices
 from errors import APIError
 from schemas import ChatCompletionRequest
 
-router = V1Router()
+router = V1Router(errors_as(AnthropicError))
 BYTES_PER_TOKEN = 4  # about: for models of providers, which do not count
 
 

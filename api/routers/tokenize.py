@@ -1,11 +1,11 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, and GET /tokenizer_info."""
 
 from fastapi import Response
 
 from api.answers import ignored_fields_header
 from api.routing import ERRORS, RootRouter
 from api.services import UsesServices
-from schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from schemas import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo
 
 router = RootRouter(responses=ERRORS)
 
@@ -20,3 +20,8 @@ async def tokenize(body: TokenizeRequest, response: Response, services: UsesServ
 async def detokenize(body: DetokenizeRequest, response: Response, services: UsesServices) -> DetokenizeResponse:
     response.headers.update(ignored_fields_header(body.ignored_fields))
     return await services.local.detokenize(body)
+
+
+@router.get("/tokenizer_info")
+async def read_tokenizer_info(services: UsesServices) -> TokenizerInfo:
+    return services.local.tokenizer_info
