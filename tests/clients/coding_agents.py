@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from conftest import interpreter
+from documents import blocks
 from scripted_model import Call
 
 BINARIES = Path(__file__).parent / "agents" / "node_modules" / ".bin"
 ENTRIES = ("PATH", "LANG", "LC_ALL", "TZ")  # what an agent gets of the environment of the tests
 WRITTEN = 'print("hello from a file")\n'
+SETTINGS = "docs/messages.md"
 Object = dict[str, Any]
 
 
@@ -41,6 +43,18 @@ class Workplace:
         who = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.com", "-c", "init.defaultBranch=main"]
         command = ["git", *who, *arguments]
         return subprocess.run(command, cwd=self.repository, check=True, capture_output=True, text=True).stdout
+
+
+def documented(language: str, url: str, model: str, mark: str = "") -> str:
+    """Returns a block of the document, with `mark` in it, for this address and model."""
+    (block,) = [block for block in blocks(SETTINGS, language) if mark in block]
+    return block.replace("http://127.0.0.1:8000", url).replace("Qwen3-30B-A3B", model)
+
+
+def exported(block: str) -> dict[str, str]:
+    """Returns the variables that a block exports."""
+    lines = [line for line in block.splitlines() if line.startswith("export ")]
+    return dict(pair.split("=") for line in lines for pair in line.split()[1:])
 
 
 @dataclass(frozen=True)
@@ -109,10 +123,8 @@ def _claude_command(url: str, model: str, task: str, place: Workplace) -> list[s
 
 
 def _claude_environment(url: str, model: str, place: Workplace) -> dict[str, str]:
-    models = ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
     off = ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "DISABLE_AUTOUPDATER", "DISABLE_TELEMETRY", "IS_SANDBOX")
-    start = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": "unused"}
-    return {**start, **dict.fromkeys(models, model), **dict.fromkeys(off, "1")}
+    return {**exported(documented("text", url, model, "ANTHROPIC_BASE_URL")), **dict.fromkeys(off, "1")}
 
 
 def _claude_answers(path: Path) -> tuple[Call | str, ...]:
@@ -144,17 +156,15 @@ CLAUDE_CODE = Agent(
 
 
 def _codex_command(url: str, model: str, task: str, place: Workplace) -> list[str]:
-    provider = {"name": "here", "base_url": f"{url}/v1", "wire_api": "responses", "env_key": "CODEX_KEY"}
-    settings = {f"model_providers.here.{name}": value for name, value in provider.items()}
-    settings |= {"model_provider": "here", "model": model, "model_context_window": 32768}
-    options = [part for name, value in settings.items() for part in ("-c", f"{name}={json.dumps(value)}")]
     start = [str(BINARIES / "codex"), "exec", "--json", "--skip-git-repo-check"]
-    return [*start, "--dangerously-bypass-approvals-and-sandbox", *options, task]
+    return [*start, "--dangerously-bypass-approvals-and-sandbox", task]
 
 
 def _codex_environment(url: str, model: str, place: Workplace) -> dict[str, str]:
-    (place.home / ".codex").mkdir(exist_ok=True)
-    return {"CODEX_HOME": str(place.home / ".codex"), "CODEX_KEY": "unused"}
+    home = place.home / ".codex"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(documented("toml", url, model))
+    return {"CODEX_HOME": str(home)}
 
 
 def _codex_answers(path: Path) -> tuple[Call | str, ...]:
@@ -177,19 +187,14 @@ CODEX = Agent(_codex_command, _codex_environment, _codex_answers, _codex_says, _
 
 
 def _opencode_command(url: str, model: str, task: str, place: Workplace) -> list[str]:
-    return [str(BINARIES / "opencode"), "run", "--model", f"here/{model}", "--format", "json", "--auto", task]
+    return [str(BINARIES / "opencode"), "run", "--format", "json", "--auto", task]
 
 
 def _opencode_environment(url: str, model: str, place: Workplace) -> dict[str, str]:
-    provider = {
-        "npm": "@ai-sdk/openai-compatible",
-        "name": "here",
-        "options": {"baseURL": f"{url}/v1", "apiKey": "unused"},
-        "models": {model: {"name": model, "tool_call": True, "limit": {"context": 32768, "output": 4096}}},
-    }
-    config = {"autoupdate": False, "share": "disabled", "provider": {"here": provider}, "small_model": f"here/{model}"}
+    config = place.home / "opencode.json"
+    config.write_text(documented("json", url, model, "@ai-sdk"))
     off = ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS", "SHARE")
-    return {"OPENCODE_CONFIG_CONTENT": json.dumps(config), **{f"OPENCODE_DISABLE_{name}": "1" for name in off}}
+    return {"OPENCODE_CONFIG": str(config), **{f"OPENCODE_DISABLE_{name}": "1" for name in off}}
 
 
 def _opencode_answers(path: Path) -> tuple[Call | str, ...]:
@@ -230,7 +235,8 @@ def _aider_environment(url: str, model: str, place: Workplace) -> dict[str, str]
     prices = place.home / ".aider" / "caches" / "model_prices_and_context_window.json"
     prices.parent.mkdir(parents=True, exist_ok=True)
     prices.write_text('{"none": {}}')
-    return {"OPENAI_API_BASE": f"{url}/v1", "OPENAI_API_KEY": "unused", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    settings = exported(documented("text", url, model, "OPENAI_API_BASE"))
+    return {**settings, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 
 
 def _aider_answers(path: Path) -> tuple[Call | str, ...]:
