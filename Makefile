@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 WORKERS ?= 2
+AGENTS := tests/clients/agents
 export HOST PORT
 
 .PHONY: serve test test-all test-gpu test-clients test-page test-ray check bench setup setup-dev lock licenses docs clean
@@ -25,9 +26,10 @@ test-gpu: setup-dev
 	$(BIN)/python -m pytest tests/gpu -rs
 
 # The clients have environments of their own, and start the server in this one
-test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed tests/clients/node_modules/.installed
+test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed $(VENV)-clients-aider/.installed \
+		tests/clients/node_modules/.installed $(AGENTS)/node_modules/.installed
 	SERVER_PYTHON=$(abspath $(BIN))/python LEGACY_PYTHON=$(abspath $(VENV)-clients-legacy/bin)/python \
-		$(VENV)-clients/bin/python -m pytest tests/clients
+		AIDER_PYTHON=$(abspath $(VENV)-clients-aider/bin)/python $(VENV)-clients/bin/python -m pytest tests/clients
 
 # The chat page in Chromium (apt-get install chromium, or CHROMIUM=path), by Node 20 or newer
 test-page: setup tests/page/node_modules/.installed
@@ -86,9 +88,15 @@ tests/clients/node_modules/.installed: tests/clients/package-lock.json
 	cd tests/clients && npm ci --no-audit --no-fund
 	@touch $@
 
+# npm ci refuses a lock without the parts for other systems, which this one was made without
+$(AGENTS)/node_modules/.installed: $(AGENTS)/package.json $(AGENTS)/package-lock.json
+	cd $(AGENTS) && npm install --no-save --no-audit --no-fund --loglevel=error
+	@touch $@
+
 tests/page/node_modules/.installed: tests/page/package-lock.json
 	cd tests/page && npm ci --no-audit --no-fund
 	@touch $@
 
 clean:
-	rm -rf tests/clients/node_modules tests/page/node_modules $(VENV) $(VENV)-clients $(VENV)-clients-legacy $(VENV)-ray $(VENV)-uv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* $(AGENTS)/node_modules tests/clients/node_modules tests/page/node_modules \
+		.pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@
       APIError                    a client gets it; 500 where no other status is given
         InvalidRequest            400
           ContextLengthExceeded
+          ThreadsUnsupported
           ModelNotFound           404
           NotFound                404
           MethodNotAllowed        405
@@ -77,6 +78,13 @@ class ContextLengthExceeded(InvalidRequest):
 
     code = "context_length_exceeded"
     counts: tuple[int, int] | None = None  # tokens of the prompt, and how many the context has
+
+
+class ThreadsUnsupported(InvalidRequest):
+    """The server is to hold a conversation of the Messages API. Anthropic's SDK recognises the code in the error's
+    details, and sends whole conversations from then on."""
+
+    code = "thread_unsupported_request"
 
 
 class ModelNotFound(InvalidRequest):

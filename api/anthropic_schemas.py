@@ -106,6 +106,8 @@ class CountTokensRequest(RequestBody):
     output_format: Object | None = None  # an older place of output_config.format
     timeout: float | None = Field(None, gt=0)  # seconds that the answer may take
     mcp_servers: Items[Object] | None = refused([])
+    thread: Object | None = refused()  # a conversation that the server holds, and of which only the new turn is sent
+    compaction: Object | None = refused()
     cache_control: Object | None = no_meaning("cached prompts are found by their tokens.")
     context_management: Object | None = no_meaning("the conversation is answered as it was sent.")
     speed: str | None = no_meaning("there is one speed.")
@@ -133,6 +135,9 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
     service_tier: str | None = no_meaning("there is one tier.")
     container: str | Object | None = refused()
     diagnostics: Object | None = no_meaning("the answer has no diagnostics.")
+    billing_policy: Object | None = no_meaning("nothing is billed.")
+    fallbacks: str | Items[Object] | None = no_meaning("a model here refuses nothing.")
+    fallback_credit_token: str | Object | None = no_meaning("nothing is billed.")
     inference_geo: str | None = no_meaning("the model runs here.")
     workspace_id: str | None = no_meaning("it is a label for the client.")
 

@@ -11,7 +11,7 @@ from api import encrypted_reasoning
 from api.anthropic_schemas import Block, CountTokensRequest, MessageParam, MessagesRequest
 from api.error_handlers import invalid_request_of
 from api.message_tools import Toolbox, changed_name, invalid
-from errors import APIError, InvalidRequest
+from errors import APIError, InvalidRequest, ThreadsUnsupported
 from schemas import ChatCompletionRequest, Object, SamplingFields, TranslatedChatRequest
 
 Part = Object  # of a chat message's content
@@ -31,6 +31,10 @@ SENT_AS = (  # what errors of chat completions name -> the field that the client
 def as_chat(request: CountTokensRequest) -> ChatCompletionRequest:
     """Makes the equivalent chat completion request. Raises InvalidRequest, which names the field of this request."""
     refused = request.refused_fields
+    if "thread" in refused:
+        raise ThreadsUnsupported(
+            "The field thread is not supported: send all messages of the conversation in each request."
+        )
     if refused:
         raise invalid(f"{refused[0]}, or the value that it has, is not supported: change it or leave it out.")
     toolbox = Toolbox.of(request)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from errors import APIError
+from errors import APIError, ThreadsUnsupported
 from telemetry import request_record
 
 
@@ -33,7 +33,8 @@ def _anthropic_body(error: APIError) -> dict[str, Any]:
     the message names."""
     kind = ANTHROPIC_TYPES.get(error.status) or ("invalid_request_error" if error.status < 500 else "api_error")
     request_id = request_record.current().request_id
-    return {"type": "error", "error": {"type": kind, "message": _anthropic_message(error)}, "request_id": request_id}
+    told = {"type": kind, "message": _anthropic_message(error), **_anthropic_details(error)}
+    return {"type": "error", "error": told, "request_id": request_id}
 
 
 def _anthropic_message(error: APIError) -> str:
@@ -44,6 +45,11 @@ def _anthropic_message(error: APIError) -> str:
         return f"prompt is too long: {about}{error.message}"
     is_named = error.param is None or error.param in error.message
     return error.message if is_named else f"{error.param}: {error.message}"
+
+
+def _anthropic_details(error: APIError) -> dict[str, Any]:
+    is_of_threads = isinstance(error, ThreadsUnsupported)
+    return {"details": {"error_code": error.code, "unsupported": ["thread"]}} if is_of_threads else {}
 
 
 def _anthropic_event(error: APIError) -> bytes:

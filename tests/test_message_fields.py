@@ -86,3 +86,12 @@ def test_a_refused_field_is_named_and_its_neutral_values_pass(server: Server, na
 def test_a_time_limit_ends_the_answer(server: Server) -> None:
     late = ask(server, timeout=1e-6)
     assert late.status_code == 504 and late.json()["error"]["type"] == "timeout_error"
+
+
+def test_a_conversation_that_the_server_is_to_hold_is_refused_as_the_sdk_recognises_it(server: Server) -> None:
+    """Only its new turn would be answered otherwise, without what was said before."""
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        response = ask(server, thread=thread)
+        assert response.status_code == 400
+        assert response.json()["error"]["details"]["error_code"] == "thread_unsupported_request"
+    assert "details" not in ask(server, compaction={"type": "summarize"}).json()["error"]
