@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from api.endpoints import add_endpoints
 from api.error_handlers import VALUE_ERROR, add_error_handlers
-from api.response_store import StoreFailure
+from api.responses.store import StoreFailure
 from api.routers.page import FILES as PAGE
 from api.services import Services, services_of
 from config import LOCAL_ORIGINS, Settings, from_command_line, is_open_to_network

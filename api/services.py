@@ -7,9 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 
-from api.background_responses import BackgroundResponses
-from api.response_store import StoreBounds
-from api.stored_responses import StoredResponses, open_store
+from api.responses.background import BackgroundResponses
+from api.responses.store import StoreBounds
+from api.responses.stored import StoredResponses, open_store
 from config import Settings
 from providers.router import ProviderRouter
 from providers.translated_chat import TranslatedChats

@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-from api.response_progress import problem_of
-from api.response_schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
+from api.responses.progress import problem_of
+from api.responses.schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from errors import APIError
 from schemas import (
     AssistantMessage,

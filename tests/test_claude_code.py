@@ -12,8 +12,8 @@ from genuine_templates import source_of
 from models import FAMILIES, RECURRENT, byte_tokenizer
 from process import MAIN, Server, serve
 
-from api.anthropic_schemas import MessagesRequest
-from api.message_input import as_chat
+from api.messages.input import as_chat
+from api.messages.schemas import MessagesRequest
 
 BLOCK = 16  # tokens, of which only full ones are found in the cache
 TEMPLATES = {  # family -> a genuine template of it

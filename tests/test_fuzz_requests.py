@@ -14,11 +14,13 @@ from profiles import examples
 from pydantic import ValidationError
 
 import schemas
-from api import cohere_schemas, message_input, ollama_schemas
 from api.answers import ignored_fields_header
-from api.anthropic_schemas import MessagesRequest
+from api.cohere import schemas as cohere_schemas
 from api.error_handlers import invalid_request_of
-from api.responses import as_chat
+from api.messages import input as message_input
+from api.messages.schemas import MessagesRequest
+from api.ollama import schemas as ollama_schemas
+from api.responses.view import as_chat
 from config import parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError
 from prompt_templates import TOOL_FORMATS, PromptTemplate, RenderOptions

@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from profiles import examples
 from test_fuzz_requests import WORDS, nested, tried
 
-from api import cohere, cohere_schemas, ollama, ollama_schemas
 from api.answers import ignored_fields_header
+from api.cohere import schemas as cohere_schemas
+from api.cohere import view as cohere
+from api.ollama import schemas as ollama_schemas
+from api.ollama import view as ollama
 from errors import APIError
 
 HELLO: dict[Any, dict[str, Any]] = {

@@ -11,9 +11,9 @@ from anthropic_requests import EVENT, events, folded, is_valid, random_conversat
 from claude_requests import MIDDLE, ODD, Object, mapped, places, random_text
 from pydantic import ValidationError
 
-from api.anthropic_schemas import MessagesRequest
-from api.message_input import as_chat
-from api.messages import MessagesEncoder, stream
+from api.messages.input import as_chat
+from api.messages.schemas import MessagesRequest
+from api.messages.view import MessagesEncoder, stream
 from errors import InvalidRequest
 from providers.anthropic_response import StreamMapper
 from providers.chat_chunks import chunks_of, sent_chat

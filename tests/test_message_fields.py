@@ -8,7 +8,7 @@ from anthropic_requests import HELLO, MODEL, ask, text_of
 from models import byte_tokenizer
 from process import Server
 
-from api.anthropic_schemas import CountTokensRequest, MessagesRequest
+from api.messages.schemas import CountTokensRequest, MessagesRequest
 from schemas import SamplingFields
 
 EOS = byte_tokenizer().eos_token_id

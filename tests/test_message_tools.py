@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from anthropic_requests import HELLO, MODEL, ask
 
-from api.anthropic_schemas import MessagesRequest
-from api.message_input import as_chat
+from api.messages.input import as_chat
+from api.messages.schemas import MessagesRequest
 from errors import InvalidRequest
 from schemas import TranslatedChatRequest
 from text.tools import tool_set_of

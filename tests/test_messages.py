@@ -11,9 +11,9 @@ import pytest
 from anthropic_requests import HELLO, MODEL, WEATHER, answer, ask, events, folded, text_of
 from process import MAIN, Server, serve
 
-from api.anthropic_schemas import MessagesRequest
-from api.message_input import as_chat
-from api.messages import PING, MessagesEncoder, collect, stream
+from api.messages.input import as_chat
+from api.messages.schemas import MessagesRequest
+from api.messages.view import PING, MessagesEncoder, collect, stream
 from errors import InvalidRequest, Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, FunctionDelta, ToolCallDelta, Usage
 from server.events import EventStream, sse

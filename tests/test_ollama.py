@@ -17,9 +17,9 @@ from running_gateway import Gateway, running_gateway
 from test_image_inputs import picture, url_of
 from upstreams import Reply
 
-from api.ollama import LineEncoder, as_chat, as_completion, collect, stream
-from api.ollama_calls import with_ids
-from api.ollama_schemas import OllamaChatRequest, OllamaGenerateRequest, OllamaMessage
+from api.ollama.calls import with_ids
+from api.ollama.schemas import OllamaChatRequest, OllamaGenerateRequest, OllamaMessage
+from api.ollama.view import LineEncoder, as_chat, as_completion, collect, stream
 from errors import EngineFailure
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
 from server.events import sse

@@ -8,7 +8,7 @@ from models import byte_tokenizer
 from templates import CONVERSATION, HOSTILE, WITH_TOOLS, gemma, messages, template, text
 from tokenizers import AddedToken
 
-from api.responses import as_chat
+from api.responses.view import as_chat
 from errors import InvalidRequest
 from prompt_templates import PromptTemplate, RenderOptions, family_of
 from schemas import Message, ResponsesRequest

@@ -11,8 +11,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from api.encrypted_reasoning import decoded, encoded
-from api.response_replay import replayed
-from api.response_schemas import (
+from api.responses.replay import replayed
+from api.responses.schemas import (
     OutputCustomCall,
     OutputFunctionCall,
     OutputMessage,
@@ -22,7 +22,7 @@ from api.response_schemas import (
     ResponseObject,
     ResponseStateEvent,
 )
-from api.response_truncation import PromptSize, truncated
+from api.responses.truncation import PromptSize, truncated
 from errors import ContextLengthExceeded
 from schemas import ChatCompletionRequest
 from text.custom_tools import TextArgument

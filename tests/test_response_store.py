@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from openai.types.responses import Response
 
-from api.response_schemas import OutputFunctionCall, OutputItem, ResponseObject
-from api.response_store import MemoryStore, ResponseStore, StoreBounds, StoredResponse, StoreFailure
-from api.responses import opened, stream
-from api.sqlite_store import SqliteStore
-from api.stored_responses import StoredResponses
+from api.responses.schemas import OutputFunctionCall, OutputItem, ResponseObject
+from api.responses.sqlite_store import SqliteStore
+from api.responses.store import MemoryStore, ResponseStore, StoreBounds, StoredResponse, StoreFailure
+from api.responses.stored import StoredResponses
+from api.responses.view import opened, stream
 from errors import InvalidRequest, NotFound, Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, ResponsesRequest
 from telemetry import request_record

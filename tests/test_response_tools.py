@@ -11,8 +11,8 @@ from openai.types.responses import ResponseStreamEvent
 from process import Server
 from pydantic import TypeAdapter
 
-from api.response_schemas import ResponsesEvent
-from api.responses import as_chat, stream
+from api.responses.schemas import ResponsesEvent
+from api.responses.view import as_chat, stream
 from errors import InvalidRequest
 from schemas import (
     ChatCompletionChunk,

@@ -12,7 +12,7 @@ from openai import OpenAI
 from openai.types.responses import Response
 from process import Server
 
-from api.responses import as_chat, collect, stream
+from api.responses.view import as_chat, collect, stream
 from api.streaming import ResponsesEncoder
 from errors import ContextLengthExceeded, Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, ResponsesRequest, Usage

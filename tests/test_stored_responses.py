@@ -17,7 +17,7 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from process import MAIN, Server, run_to_end, serve, until
 from pydantic import TypeAdapter
 
-from api.responses import as_chat
+from api.responses.view import as_chat
 from schemas import ResponsesRequest
 
 MODEL = "Tiny-Qwen3"

@@ -2,9 +2,9 @@
 
 from fastapi import Request, Response
 
-from api import cohere
 from api.answers import truncation_header, whole
-from api.cohere_schemas import (
+from api.cohere import view as cohere
+from api.cohere.schemas import (
     CohereEmbedRequest,
     CohereEmbedResponse,
     CohereError,

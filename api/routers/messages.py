@@ -4,11 +4,11 @@ from functools import partial
 
 from fastapi import Request, Response
 
-from api import messages
 from api.answers import whole
-from api.anthropic_schemas import AnthropicError, CountTokensRequest, MessageAnswer, MessagesRequest, TokenCount
 from api.chat_source import answer_view
-from api.message_input import as_chat, named
+from api.messages import view as messages
+from api.messages.input import as_chat, named
+from api.messages.schemas import AnthropicError, CountTokensRequest, MessageAnswer, MessagesRequest, TokenCount
 from api.routing import STREAM, V1Router, errors_as
 from api.services import Services, UsesServices
 from errors import APIError

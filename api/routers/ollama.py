@@ -5,11 +5,13 @@ from typing import NoReturn
 
 from fastapi import Request, Response
 
-from api import ollama, ollama_embed, ollama_models
 from api.answers import stream_or_whole, truncation_header, whole
 from api.chat_source import answer_view
 from api.gateway import GatewayRoute
-from api.ollama_schemas import (
+from api.ollama import embed as ollama_embed
+from api.ollama import models as ollama_models
+from api.ollama import view as ollama
+from api.ollama.schemas import (
     OllamaAnswer,
     OllamaChatAnswer,
     OllamaChatRequest,

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from fastapi import Query, Request, Response
 
-from api import responses
 from api.answers import ignored_fields_header, stream_or_whole, whole
 from api.chat_source import answer_view, chat_chunks
-from api.input_items import MAX_LISTED, InputItemList, page_of
-from api.response_replay import replayed
-from api.response_schemas import DeletedResponse, InputTokens, ResponseObject, ResponsesEvent
-from api.response_truncation import PromptSize, truncated
+from api.responses import view as responses
+from api.responses.input_items import MAX_LISTED, InputItemList, page_of
+from api.responses.replay import replayed
+from api.responses.schemas import DeletedResponse, InputTokens, ResponseObject, ResponsesEvent
+from api.responses.truncation import PromptSize, truncated
 from api.routing import STREAM, V1Router
 from api.services import UsesServices
 from api.streaming import ResponsesEncoder

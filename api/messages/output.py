@@ -8,7 +8,7 @@ from typing import Protocol
 from pydantic_core import from_json
 
 from api import encrypted_reasoning
-from api.anthropic_schemas import (
+from api.messages.schemas import (
     BlockDelta,
     BlockStart,
     BlockStop,

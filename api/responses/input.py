@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from api import encrypted_reasoning
-from api.response_tools import flat_name
+from api.responses.tools import flat_name
 from errors import InvalidRequest, unsupported
 from schemas import InputItem, InputPart, ResponsesRequest
 

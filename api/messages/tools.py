@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from api.anthropic_schemas import Block, CountTokensRequest, Tool
+from api.messages.schemas import Block, CountTokensRequest, Tool
 from errors import InvalidRequest
 from schemas import Object
 

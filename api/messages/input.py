@@ -8,9 +8,9 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from api import encrypted_reasoning
-from api.anthropic_schemas import Block, CountTokensRequest, MessageParam, MessagesRequest
 from api.error_handlers import invalid_request_of
-from api.message_tools import Toolbox, changed_name, invalid
+from api.messages.schemas import Block, CountTokensRequest, MessageParam, MessagesRequest
+from api.messages.tools import Toolbox, changed_name, invalid
 from errors import APIError, InvalidRequest, ThreadsUnsupported
 from schemas import ChatCompletionRequest, Object, SamplingFields, TranslatedChatRequest
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from api import encrypted_reasoning
-from api.response_schemas import (
+from api.responses.schemas import (
     ArgumentsDelta,
     ArgumentsDone,
     ContentPartEvent,
@@ -28,7 +28,7 @@ from api.response_schemas import (
     ReasoningTextDone,
     ResponsesEvent,
 )
-from api.response_tools import OfferedTool
+from api.responses.tools import OfferedTool
 from schemas import ChunkChoice, TokenLogprob, ToolCallDelta
 from text.custom_tools import TextArgument
 

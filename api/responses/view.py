@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from api.response_input import messages_of
-from api.response_output import Output, Status
-from api.response_schemas import (
+from api.responses.input import messages_of
+from api.responses.output import Output, Status
+from api.responses.schemas import (
     InputTokensDetails,
     OutputTokensDetails,
     ResponseObject,
@@ -21,7 +21,7 @@ from api.response_schemas import (
     ResponseStateEvent,
     ResponsesUsage,
 )
-from api.response_tools import chat_choice, name_as_sent, offered_tools
+from api.responses.tools import chat_choice, name_as_sent, offered_tools
 from errors import APIError, InvalidRequest, unsupported
 from schemas import (
     MAX_MESSAGES,

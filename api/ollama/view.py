@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from api.ollama_calls import CallCollector, with_ids
-from api.ollama_schemas import (
+from api.ollama.calls import CallCollector, with_ids
+from api.ollama.schemas import (
     AnsweredMessage,
     OllamaAnswer,
     OllamaCall,

@@ -2,7 +2,7 @@
 
 import time
 
-from api.response_schemas import OutputItem, OutputItemEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
+from api.responses.schemas import OutputItem, OutputItemEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from errors import APIError
 
 OVER = ("completed", "incomplete", "failed", "cancelled")

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from api.response_store import StoreBounds, StoredResponse, StoreFailure
+from api.responses.store import StoreBounds, StoredResponse, StoreFailure
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

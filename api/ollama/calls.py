@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from api.ollama_schemas import OllamaCall, OllamaFunction, OllamaMessage
+from api.ollama.schemas import OllamaCall, OllamaFunction, OllamaMessage
 from errors import InvalidRequest
 from schemas import ChunkChoice, FunctionCall, ToolCall
 from text.json_bounds import RELAYED, check_json

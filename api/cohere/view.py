@@ -4,7 +4,7 @@ import base64
 import struct
 from collections.abc import Sequence
 
-from api.cohere_schemas import (
+from api.cohere.schemas import (
     ApiVersion,
     BilledUnits,
     CohereEmbeddings,

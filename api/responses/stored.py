@@ -12,10 +12,10 @@ from uuid import uuid4
 
 from pydantic_core import to_json
 
-from api.response_progress import ResponseProgress
-from api.response_schemas import ResponseObject, ResponsesEvent
-from api.response_store import MemoryStore, ResponseStore, StoreBounds, StoredResponse
-from api.sqlite_store import SqliteStore
+from api.responses.progress import ResponseProgress
+from api.responses.schemas import ResponseObject, ResponsesEvent
+from api.responses.sqlite_store import SqliteStore
+from api.responses.store import MemoryStore, ResponseStore, StoreBounds, StoredResponse
 from config import Settings
 from errors import APIError, InvalidRequest, NotFound
 from schemas import MAX_MESSAGES, InputItem, ResponsesRequest

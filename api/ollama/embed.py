@@ -4,8 +4,8 @@ import math
 import time
 from functools import partial
 
-from api.ollama_models import embedding_model
-from api.ollama_schemas import (
+from api.ollama.models import embedding_model
+from api.ollama.schemas import (
     OllamaEmbedAnswer,
     OllamaEmbeddingsAnswer,
     OllamaEmbeddingsRequest,

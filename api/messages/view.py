@@ -6,7 +6,9 @@ This module knows no provider. Source: https://platform.claude.com/docs/en/build
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 
-from api.anthropic_schemas import (
+from api.messages.input import named
+from api.messages.output import Blocks
+from api.messages.schemas import (
     MessageAnswer,
     MessageDelta,
     MessageEnd,
@@ -18,8 +20,6 @@ from api.anthropic_schemas import (
     Ping,
     StopReason,
 )
-from api.message_input import named
-from api.message_output import Blocks
 from errors import APIError
 from schemas import ChatCompletionChunk, Usage
 from server.error_formats import ANTHROPIC

@@ -4,9 +4,9 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 
-from api.response_replay import last_event
-from api.response_schemas import ResponseObject, ResponsesEvent
-from api.stored_responses import OpenResponse
+from api.responses.replay import last_event
+from api.responses.schemas import ResponseObject, ResponsesEvent
+from api.responses.stored import OpenResponse
 from config import ApiKey
 from errors import APIError, InvalidRequest, Overloaded, RateLimited, RequestTimeout, Unavailable
 from server.observer import count_for_model

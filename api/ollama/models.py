@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from api.ollama_schemas import (
+from api.ollama.schemas import (
     OllamaDetails,
     OllamaModel,
     OllamaModels,

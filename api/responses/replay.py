@@ -4,8 +4,8 @@ import json
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-from api.response_output import Open, OpenCall, OpenCustomCall, OpenMessage, OpenReasoning, Status
-from api.response_schemas import ResponseObject, ResponsesEvent, ResponseStateEvent
+from api.responses.output import Open, OpenCall, OpenCustomCall, OpenMessage, OpenReasoning, Status
+from api.responses.schemas import ResponseObject, ResponsesEvent, ResponseStateEvent
 from schemas import TokenLogprob
 from text.custom_tools import ARGUMENT
 

@@ -1,0 +1,1 @@
+"""Cohere's embed and rerank as views of embeddings and ranks."""

@@ -1,0 +1,1 @@
+"""Ollama's API as a view of chat completions, completions and embeddings."""
