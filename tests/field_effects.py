@@ -14,7 +14,8 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from process import Server, until
 
-from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest
+from api.responses.requests import ResponsesRequest
+from schemas import ChatCompletionRequest, CompletionRequest
 
 MODEL = "Tiny-Qwen3"
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -11,8 +11,9 @@ from documents import DOCUMENTS, READMES, SUBJECTS, anchors, code_spans, generat
 from process import ROOT
 from pydantic import AliasChoices
 
+from api.responses.requests import ResponsesRequest
 from config import Settings
-from schemas import ChatCompletionRequest, CompletionRequest, ResponsesRequest, Support
+from schemas import ChatCompletionRequest, CompletionRequest, Support
 from scripts import docs
 
 RAY_SERVE = (ROOT / "deploy" / "ray_serve.py").read_text()

@@ -20,6 +20,7 @@ from api.error_handlers import invalid_request_of
 from api.messages import input as message_input
 from api.messages.schemas import MessagesRequest
 from api.ollama import schemas as ollama_schemas
+from api.responses.requests import ResponsesRequest
 from api.responses.view import as_chat
 from config import parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError
@@ -45,7 +46,7 @@ def nested(depth: int, key: str = "a") -> Any:
 REQUESTS = {
     schemas.ChatCompletionRequest: {"model": "m", "messages": [{"role": "user", "content": "Hi"}]},
     schemas.CompletionRequest: {"model": "m", "prompt": "Hi"},
-    schemas.ResponsesRequest: {"model": "m", "input": "Hi"},
+    ResponsesRequest: {"model": "m", "input": "Hi"},
     schemas.EmbeddingRequest: {"model": "m", "input": "Hi"},
     schemas.RerankRequest: {"model": "m", "query": "Hi", "documents": ["a"]},
     schemas.TokenizeRequest: {"messages": [{"role": "user", "content": "Hi"}]},
@@ -102,9 +103,7 @@ def test_odd_values_of_every_field_are_taken_or_refused(kind: Any, value: Any) -
 @given(object_of(WORDS + " instructions reasoning text tools tool_choice include"), st.data())
 def test_a_response_is_asked_for_as_a_chat_or_refused(fields: dict[str, Any], data: Any) -> None:
     item = object_of("role user assistant content type message function_call function_call_output call_id output name")
-    request = tried(
-        schemas.ResponsesRequest, {"model": "m", "input": data.draw(st.lists(item, max_size=3) | TEXT), **fields}
-    )
+    request = tried(ResponsesRequest, {"model": "m", "input": data.draw(st.lists(item, max_size=3) | TEXT), **fields})
     chat = request and allows(lambda: as_chat(request), APIError)
     assert chat is None or isinstance(chat, schemas.ChatCompletionRequest)
 
@@ -139,7 +138,7 @@ def test_a_conversation_whose_results_become_too_many_messages_is_refused(count:
 @pytest.mark.parametrize("count", [9_999, 10_000, 10_001])
 def test_a_response_of_many_messages_is_asked_for_or_refused(count: int) -> None:
     item = {"role": "user", "content": "x"}
-    request = tried(schemas.ResponsesRequest, {"model": "m", "input": [item] * count, "instructions": "y"})
+    request = tried(ResponsesRequest, {"model": "m", "input": [item] * count, "instructions": "y"})
     assert request is None or len(as_chat(request).messages) == count + 1
 
 

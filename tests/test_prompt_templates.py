@@ -8,10 +8,11 @@ from models import byte_tokenizer
 from templates import CONVERSATION, HOSTILE, WITH_TOOLS, gemma, messages, template, text
 from tokenizers import AddedToken
 
+from api.responses.requests import ResponsesRequest
 from api.responses.view import as_chat
 from errors import InvalidRequest
 from prompt_templates import PromptTemplate, RenderOptions, family_of
-from schemas import Message, ResponsesRequest
+from schemas import Message
 from text.canonical_messages import alternate, canonical
 from text.seams import SEAMS
 

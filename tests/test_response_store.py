@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from openai.types.responses import Response
 
+from api.responses.requests import ResponsesRequest
 from api.responses.schemas import OutputFunctionCall, OutputItem, ResponseObject
 from api.responses.sqlite_store import SqliteStore
 from api.responses.store import MemoryStore, ResponseStore, StoreBounds, StoredResponse, StoreFailure
 from api.responses.stored import StoredResponses
 from api.responses.view import opened, stream
 from errors import InvalidRequest, NotFound, Overloaded
-from schemas import ChatCompletionChunk, ChunkChoice, Delta, ResponsesRequest
+from schemas import ChatCompletionChunk, ChunkChoice, Delta
 from telemetry import request_record
 from telemetry.request_record import RequestRecord
 

@@ -11,18 +11,11 @@ from openai.types.responses import ResponseStreamEvent
 from process import Server
 from pydantic import TypeAdapter
 
+from api.responses.requests import ResponsesRequest
 from api.responses.schemas import ResponsesEvent
 from api.responses.view import as_chat, stream
 from errors import InvalidRequest
-from schemas import (
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    ChunkChoice,
-    Delta,
-    FunctionDelta,
-    ResponsesRequest,
-    ToolCallDelta,
-)
+from schemas import ChatCompletionChunk, ChatCompletionRequest, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
 from text.tools import tool_set_of
 
 MODEL = "Tiny-Qwen3"

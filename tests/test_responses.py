@@ -12,10 +12,11 @@ from openai import OpenAI
 from openai.types.responses import Response
 from process import Server
 
+from api.responses.encoder import ResponsesEncoder
+from api.responses.requests import ResponsesRequest
 from api.responses.view import as_chat, collect, stream
-from api.streaming import ResponsesEncoder
 from errors import ContextLengthExceeded, Overloaded
-from schemas import ChatCompletionChunk, ChunkChoice, Delta, ResponsesRequest, Usage
+from schemas import ChatCompletionChunk, ChunkChoice, Delta, Usage
 from server.events import sse
 
 MODEL = "Tiny-Qwen3"

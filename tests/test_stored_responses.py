@@ -17,8 +17,8 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from process import MAIN, Server, run_to_end, serve, until
 from pydantic import TypeAdapter
 
+from api.responses.requests import ResponsesRequest
 from api.responses.view import as_chat
-from schemas import ResponsesRequest
 
 MODEL = "Tiny-Qwen3"
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)

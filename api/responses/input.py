@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from api import encrypted_reasoning
+from api.responses.requests import InputItem, InputPart, ResponsesRequest
 from api.responses.tools import flat_name
 from errors import InvalidRequest, unsupported
-from schemas import InputItem, InputPart, ResponsesRequest
 
 # Types of parts: Responses -> chat
 PART_TYPES = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}

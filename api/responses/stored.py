@@ -13,12 +13,13 @@ from uuid import uuid4
 from pydantic_core import to_json
 
 from api.responses.progress import ResponseProgress
+from api.responses.requests import InputItem, ResponsesRequest
 from api.responses.schemas import ResponseObject, ResponsesEvent
 from api.responses.sqlite_store import SqliteStore
 from api.responses.store import MemoryStore, ResponseStore, StoreBounds, StoredResponse
 from config import Settings
 from errors import APIError, InvalidRequest, NotFound
-from schemas import MAX_MESSAGES, InputItem, ResponsesRequest
+from schemas import MAX_MESSAGES
 from telemetry import request_record
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from pydantic_core import to_json
 
 from api.responses.input import messages_of
 from api.responses.output import Output, Status
+from api.responses.requests import InputItem, ResponsesRequest
 from api.responses.schemas import (
     InputTokensDetails,
     OutputTokensDetails,
@@ -23,15 +24,7 @@ from api.responses.schemas import (
 )
 from api.responses.tools import chat_choice, name_as_sent, offered_tools
 from errors import APIError, InvalidRequest, unsupported
-from schemas import (
-    MAX_MESSAGES,
-    SAMPLING_FIELDS,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    InputItem,
-    ResponsesRequest,
-    Usage,
-)
+from schemas import MAX_MESSAGES, SAMPLING_FIELDS, ChatCompletionChunk, ChatCompletionRequest, Usage
 
 # Names of fields: chat -> Responses
 SENT_AS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}

@@ -9,15 +9,16 @@ from fastapi import Query, Request, Response
 from api.answers import ignored_fields_header, stream_or_whole, whole
 from api.chat_source import answer_view, chat_chunks
 from api.responses import view as responses
+from api.responses.encoder import ResponsesEncoder
 from api.responses.input_items import MAX_LISTED, InputItemList, page_of
 from api.responses.replay import replayed
+from api.responses.requests import InputTokensRequest, ResponsesRequest
 from api.responses.schemas import DeletedResponse, InputTokens, ResponseObject, ResponsesEvent
 from api.responses.truncation import PromptSize, truncated
 from api.routing import STREAM, V1Router
 from api.services import UsesServices
-from api.streaming import ResponsesEncoder
 from errors import InvalidRequest
-from schemas import ChatCompletionChunk, ChatCompletionRequest, InputTokensRequest, ResponsesRequest, TokenizeRequest
+from schemas import ChatCompletionChunk, ChatCompletionRequest, TokenizeRequest
 from server.events import EventStream, await_first, sse
 from serving.local import LocalModel
 
