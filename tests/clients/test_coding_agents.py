@@ -58,6 +58,17 @@ def test_an_agent_does_its_task_with_a_model_that_can(
     assert num_calls == 0 or any("'role': 'tool'" in message and OUTPUT in message for message in results)
 
 
+def test_codex_finds_a_tool_of_a_namespace(recorder: Recorder, provider: Upstream, place: Workplace) -> None:
+    """Models know the tool by one name; the call comes back to Codex with its namespace."""
+    provider.script = ScriptedModel((Call("multi_agent_v1__close_agent", {"target": "nobody"}), "Nobody was there."))
+    ended = run_agent(AGENTS["codex"], recorder.url, SCRIPTED, "Close the agent nobody.", place)
+    assert_no_complaints(AGENTS["codex"], ended)
+    _, second = recorder.exchanges
+    call, result = [item for item in second.sent["input"] if item["type"].startswith("function_call")]
+    assert (call["namespace"], call["name"]) == ("multi_agent_v1", "close_agent")
+    assert "invalid agent id" in result["output"], "the tool itself has answered"
+
+
 @pytest.mark.timeout(20 * MINUTES)
 @pytest.mark.parametrize("name", AGENTS)
 def test_an_agent_meets_no_error_on_its_way_with_the_demo_model(
