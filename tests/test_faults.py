@@ -210,8 +210,9 @@ def test_what_no_step_can_follow_ends_the_engine_and_everybody_is_told(error: Ba
     engine.on_failure = lambda: told.append(1)
 
     async def main() -> list[Any]:
+        tasks = [asyncio.create_task(answer(engine, prompt, greedy())) for prompt in prompts(6)]
+        await asyncio.sleep(0)  # each has handed its prompt over: none comes after the engine has ended
         engine.start()
-        tasks = [answer(engine, prompt, greedy()) for prompt in prompts(6)]
         async with asyncio.timeout(20):
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         with pytest.raises(Unavailable) as refusal:

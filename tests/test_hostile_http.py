@@ -25,10 +25,10 @@ from raw_http import JSON, Connection, Headers, bounded_peak
 
 GET_404 = frozenset({404})
 PATHS = {
-    "root": "/",
+    "page": "/page",
     "v1": "/v1",
     "v1-slash": "/v1/",
-    "v2": "/v2/models",
+    "v3": "/v3/models",
     "capitals": "/V1/MODELS",
     "two-slashes": "//v1/models",
     "inner-slashes": "/v1//models",

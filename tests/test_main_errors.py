@@ -147,9 +147,9 @@ def test_missing_fields_broken_json_and_unknown_routes_have_the_same_shape(serve
         server.url + "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
     )
     assert broken.status_code == 400 and broken.json()["error"]["type"] == "invalid_request_error"
-    unknown = server.get("/v2/nothing").json()["error"]
+    unknown = server.get("/v3/nothing").json()["error"]
     assert unknown["type"] == "invalid_request_error"
-    assert unknown["message"] == "The endpoint /v2/nothing does not exist: /docs shows those that do."
+    assert unknown["message"] == "The endpoint /v3/nothing does not exist: /docs shows those that do."
     wrong = server.get("/v1/chat/completions")
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
     assert wrong.json()["error"]["message"] == "The endpoint /v1/chat/completions does not take GET: use POST."
