@@ -41,8 +41,8 @@ def _anthropic_message(error: APIError) -> str:
     """Names the field, which has no place of its own, and says of a prompt that is too long what Anthropic says."""
     if error.code == "context_length_exceeded":
         counts = getattr(error, "counts", None)
-        about = "" if counts is None else f"{counts[0]} tokens > {counts[1]} maximum. "
-        return f"prompt is too long: {about}{error.message}"
+        about = error.message if counts is None else f"{counts[0]} tokens > {counts[1]} maximum"
+        return f"prompt is too long: {about}"  # to the letter: Claude Code then makes the conversation shorter
     is_named = error.param is None or error.param in error.message
     return error.message if is_named else f"{error.param}: {error.message}"
 

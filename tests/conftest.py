@@ -18,6 +18,7 @@ from process import MAIN, Server, serve
 if TYPE_CHECKING:  # importing torch takes seconds, which the process that hands tests to workers need not spend
     from hostile import Target
     from openai import OpenAI
+    from running_gateway import Gateway
 
 with suppress(ImportError):  # the tests for GPUs also run in a Python without hypothesis
     import profiles
@@ -111,6 +112,21 @@ def thinking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
     with serve(MAIN, MODEL_PATH=str(directory), MAX_NUM_SEQS="16", DTYPE="float32") as server:
         server.wait_until_healthy()
         yield server
+
+
+@pytest.fixture(scope="module")
+def started_gateway(tiny_checkpoint: Path) -> "Iterator[Gateway]":
+    """A server whose providers are fake ones."""
+    from running_gateway import running_gateway
+
+    with running_gateway(tiny_checkpoint) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(started_gateway: "Gateway") -> "Gateway":
+    started_gateway.reset()
+    return started_gateway
 
 
 @pytest.fixture

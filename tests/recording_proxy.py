@@ -3,7 +3,6 @@
 import asyncio
 import io
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from http.client import HTTPException, HTTPMessage, HTTPResponse, parse_headers
 from typing import Any
 from urllib.parse import urlsplit
+
+from upstreams import listening
 
 
 @dataclass(frozen=True)
@@ -155,23 +156,6 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, k
 @contextmanager
 def recording(url: str) -> Iterator[Recorder]:
     """A recording proxy in front of the server at `url`, until the block ends."""
-    recorder, loop = Recorder(url), asyncio.new_event_loop()
-    listening = loop.run_until_complete(asyncio.start_server(recorder.serve, "127.0.0.1", 0))
-    recorder.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
+    recorder = Recorder(url)
+    with listening(recorder.serve) as recorder.url:
         yield recorder
-    finally:
-        asyncio.run_coroutine_threadsafe(_stop(listening), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-async def _stop(listening: asyncio.Server) -> None:
-    listening.close()
-    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,8 +3,6 @@
 import base64
 import json
 import struct
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import openai
@@ -12,26 +10,13 @@ import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from process import MAIN, serve
-from running_gateway import HELLO, KEYS, Gateway, running_gateway
+from running_gateway import HELLO, KEYS, Gateway
 from upstreams import Reply, chunk, event
 
 from config import Settings
 from provider_table import PROVIDERS, AdapterName, ProtocolName
 from providers.openai_compatible import ADAPTERS, GeminiAdapter, MiniMaxAdapter, OllamaAdapter
 from providers.router import PROTOCOLS, providers_of
-
-
-@pytest.fixture(scope="module")
-def running(tiny_checkpoint: Path) -> Iterator[Gateway]:
-    with running_gateway(tiny_checkpoint) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def gateway(running: Gateway) -> Gateway:
-    running.reset()
-    return running
-
 
 SAMPLES = [  # the interface document's, with what each becomes: model, body, provider, path, name there, key's header
     ("openai/gpt-3.5-turbo", "openai", "/v1/chat/completions", "gpt-3.5-turbo", "OPENAI"),

@@ -4,30 +4,15 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from raw_http import processor_seconds
-from running_gateway import HELLO, KEYS, Gateway, answer, running_gateway
+from running_gateway import HELLO, KEYS, Gateway, answer
 from upstreams import Asked, Reply, chunk, event, message_events, told
 
 from providers.upstream_errors import redact
-
-
-@pytest.fixture(scope="module")
-def running(tiny_checkpoint: Path) -> Iterator[Gateway]:
-    with running_gateway(tiny_checkpoint) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def gateway(running: Gateway) -> Gateway:
-    running.reset()
-    return running
-
 
 ERROR = {"error": {"message": "Wrong key sk-abc123456 given", "type": "t", "code": None, "param": None}}
 QUIET: list[Any] = [event(chunk({"role": "assistant", "content": "a"}))]

@@ -1,8 +1,6 @@
 """Protocols that providers do not speak, answered by their chat completions; and Claude's own, relayed."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,20 +8,8 @@ from anthropic.types import Message
 from anthropic_requests import HELLO, PNG, WEATHER, events, folded, text_of
 from openai import OpenAI
 from process import until
-from running_gateway import KEYS, Gateway, running_gateway
+from running_gateway import KEYS, Gateway
 from upstreams import Asked, Reply, chunk, completion, event, message, message_events, told
-
-
-@pytest.fixture(scope="module")
-def running(tiny_checkpoint: Path) -> Iterator[Gateway]:
-    with running_gateway(tiny_checkpoint) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def gateway(running: Gateway) -> Gateway:
-    running.reset()
-    return running
 
 
 def ask(gateway: Gateway, model: str, path: str = "messages", **body: Any) -> Any:

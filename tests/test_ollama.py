@@ -4,16 +4,15 @@ import asyncio
 import base64
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from models import byte_tokenizer
 from process import Server
-from running_gateway import Gateway, running_gateway
+from running_gateway import Gateway
 from test_image_inputs import picture, url_of
 from upstreams import Reply
 
@@ -332,12 +331,6 @@ def test_what_is_wrong_is_said_in_ollamas_shape(
 
 
 # --- other providers
-
-
-@pytest.fixture(scope="module")
-def gateway(tiny_checkpoint: Path) -> Iterator[Gateway]:
-    with running_gateway(tiny_checkpoint) as gateway:
-        yield gateway
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,14 +117,20 @@ class Upstream:
 
 @contextmanager
 def upstream(script: Script) -> Iterator[Upstream]:
-    """Serves on an event loop in another thread until the block ends."""
-    server, loop = Upstream(script), asyncio.new_event_loop()
-    listening = loop.run_until_complete(asyncio.start_server(server.serve, "127.0.0.1", 0, limit=2**24))
-    server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    server = Upstream(script)
+    with listening(server.serve) as server.url:
+        yield server
+
+
+@contextmanager
+def listening(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> Iterator[str]:
+    """Serves on an event loop in another thread until the block ends; yields the address."""
+    loop = asyncio.new_event_loop()
+    listening = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, limit=2**24))
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        yield server
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     finally:
         asyncio.run_coroutine_threadsafe(_stop(listening), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
