@@ -4,7 +4,8 @@ What was seen of the real client (`claude -p`, and several turns through `--inpu
 
 * It asks `POST /v1/messages?beta=true`, always streamed, with `max_tokens` 32000. Before that, unless
   CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC is set, it asks `HEAD /api/hello` once, and any answer will do. It asked for
-  no list of models, and counted no tokens. A failed request is asked again once at least.
+  no list of models. `/context` counts tokens by some 20 requests to `/v1/messages/count_tokens?beta=true`, and
+  `/compact` sends the conversation twice, with its tools. A failed request is asked again once at least.
 * `system` has three text blocks. The first is a billing header of 74 characters without cache_control. It ends in a
   short hash, which depends on the first user message; older clients had one that changed with each request. The
   second is one line, the third has about 7,000 characters; both have cache_control.

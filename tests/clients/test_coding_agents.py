@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from anthropic.types import MessageTokensCount
 from coding_agents import AGENTS, WRITTEN, Agent, Ended, Workplace, run_agent
 from process import Server
 from recording_proxy import Exchange, Recorder, recording
@@ -97,6 +98,16 @@ def test_claude_code_finds_all_but_its_new_turn_in_the_cache(recorder: Recorder,
     assert len(prompts) >= 3 and prompts[0] > 8000
     for before, usage in zip(prompts, usages[1:], strict=False):
         assert usage["cache_read_input_tokens"] > before - BLOCK, usages
+
+
+def test_claude_code_counts_what_its_context_holds(recorder: Recorder, place: Workplace) -> None:
+    """By a request for each part of its prompt: texts, tools, and all tools together."""
+    agent = AGENTS["claude-code"]
+    assert_no_complaints(agent, run_agent(agent, recorder.url, DEMO, "/context", place))
+    exchanges = recorder.exchanges
+    assert {(exchange.route, exchange.status) for exchange in exchanges} == {("/v1/messages/count_tokens", 200)}
+    counts = [MessageTokensCount.model_validate_json(exchange.answer, strict=True) for exchange in exchanges]
+    assert max(count.input_tokens for count in counts) > 4000
 
 
 def has_arrived(answer: Answered, said: str, exchanges: list[Exchange]) -> bool:
