@@ -177,6 +177,23 @@ async def await_first(items: AsyncGenerator[T], silence: float = SILENCE) -> Asy
     return _after(first, items)
 
 
+async def marking_silence(items: AsyncGenerator[T], silence: float) -> AsyncGenerator[T | None]:
+    """Yields the items; before them None, if the first one takes longer than `silence` seconds."""
+    first = asyncio.ensure_future(anext(items))
+    rest = _after(first, items)
+    try:
+        await asyncio.wait({first}, timeout=silence)
+        if not first.done():
+            yield None
+        async for item in rest:
+            yield item
+    finally:
+        await rest.aclose()  # which does nothing if it has not begun
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await items.aclose()
+
+
 async def _after(first: "asyncio.Future[T]", rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
     """Yields the stream whose first item was, or is still, awaited."""
     try:

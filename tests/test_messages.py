@@ -13,7 +13,7 @@ from anthropic_requests import HELLO, MODEL, WEATHER, answer, ask, events, folde
 from process import MAIN, Server, serve
 
 from api.messages.input import as_chat
-from api.messages.schemas import MessagesRequest
+from api.messages.schemas import MessagesRequest, MessageStart
 from api.messages.view import PING, MessagesEncoder, collect, stream
 from errors import InvalidRequest, Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, FunctionDelta, ToolCallDelta, Usage
@@ -376,6 +376,40 @@ def test_a_call_that_was_cut_off_has_the_arguments_that_came() -> None:
     )
     whole = asyncio.run(collect(stream(request(), chunks(chunk(Delta(tool_calls=[delta])), chunk(Delta(), "length")))))
     assert whole.content[0].model_dump()["input"] == {"a": "b"} and whole.stop_reason == "max_tokens"
+
+
+def test_a_long_prompt_is_no_reason_for_pings_before_the_beginning() -> None:
+    async def slowly() -> AsyncGenerator[ChatCompletionChunk]:
+        await asyncio.sleep(0.2)
+        yield chunk(Delta(content="A"), known_usage=Usage(prompt_tokens=5, completion_tokens=0, total_tokens=5))
+        yield chunk(Delta(), "stop", usage=Usage(prompt_tokens=5, completion_tokens=1, total_tokens=6))
+
+    async def told(silence: float) -> list[Any]:
+        return [event.model_dump() async for event in stream(request(), slowly(), silence)]
+
+    early, late = (asyncio.run(told(silence)) for silence in (0.01, 5))
+    assert [event["type"] for event in early] == [event["type"] for event in late]
+    assert early[0]["message"]["usage"]["input_tokens"] == 0 and late[0]["message"]["usage"]["input_tokens"] == 5
+    assert early[-2] == late[-2] and early[-2]["usage"]["input_tokens"] == 5
+
+
+def test_a_client_that_leaves_while_nothing_has_come_ends_the_work() -> None:
+    ended: list[str] = []
+
+    async def never() -> AsyncGenerator[ChatCompletionChunk]:
+        try:
+            await asyncio.sleep(60)
+            yield chunk(Delta())
+        finally:
+            ended.append("ended")
+
+    async def leave() -> None:
+        answer = stream(request(), never(), 0.01)
+        assert isinstance(await anext(answer), MessageStart)
+        await answer.aclose()
+
+    asyncio.run(leave())
+    assert ended == ["ended"]
 
 
 def test_silence_is_broken_by_pings() -> None:

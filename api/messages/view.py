@@ -23,7 +23,7 @@ from api.messages.schemas import (
 from errors import APIError
 from schemas import ChatCompletionChunk, Usage
 from server.error_formats import ANTHROPIC
-from server.events import StreamFormat, encode_event
+from server.events import SILENCE, StreamFormat, encode_event, marking_silence
 from server.headers import header_value
 
 REASONS: Mapping[str, StopReason] = {
@@ -37,23 +37,31 @@ KNOWN_BETAS = (
     *("interleaved-thinking", "fine-grained-tool-streaming", "structured-outputs", "effort", "adaptive-thinking"),
     *("prompt-caching", "extended-cache-ttl", "token-counting", "tools", "messages", "claude-code"),
 )
+BEGIN_AFTER = SILENCE / 2
 PING = encode_event(Ping().model_dump_json(), "ping")
 
 
 async def stream(
-    request: MessagesRequest, chunks: AsyncGenerator[ChatCompletionChunk]
+    request: MessagesRequest, chunks: AsyncGenerator[ChatCompletionChunk], silence: float = BEGIN_AFTER
 ) -> AsyncGenerator[MessagesEvent]:
-    """Makes the events of the first choice. Raises what the chunks raise, with the client's names of fields."""
+    """Makes the events of the first choice. Raises what the chunks raise, with the client's names of fields.
+
+    After `silence` seconds without a chunk the answer begins without its usage, so that no ping comes before it.
+    """
     omits_thoughts = request.thinking is not None and request.thinking.display == "omitted"
     answer, blocks = MessageAnswer(model=request.model), Blocks(omits_thoughts)
     has_begun = False
     try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
+        async with aclosing(marking_silence(chunks, silence)) as items:
+            async for chunk in items:
                 if not has_begun:
-                    has_begun, answer.model, answer.usage = True, chunk.model, usage_of(chunk.known_usage)
+                    has_begun = True
+                    if chunk is not None:
+                        answer.model, answer.usage = chunk.model, usage_of(chunk.known_usage)
                     yield MessageStart(message=_begun(answer))
                     yield Ping()
+                if chunk is None:
+                    continue
                 if chunk.usage is not None:
                     answer.usage = usage_of(chunk.usage)
                 for choice in chunk.choices:
