@@ -1,7 +1,7 @@
 """Events of a provider's chat completion -> ChatCompletionChunks as this server's own models give them."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, cast
 from uuid import uuid4
@@ -19,6 +19,7 @@ from schemas import (
     Usage,
 )
 from server.events import data_of
+from text.surrogates import SurrogateJoiner, whole
 
 REASONS: dict[str, FinishReason] = {
     "length": "length",
@@ -37,10 +38,13 @@ async def chunks_of(events: AsyncGenerator[bytes], model: str) -> AsyncGenerator
             if data is None or data == b"[DONE]":
                 continue
             body = object_or_empty(json.loads(data))  # the provider has checked it
-            choices = [reader.choice(choice) for choice in list_or_empty(body.get("choices")) if choice]
-            usage = usage_of(object_or_empty(body.get("usage")))
-            if choices or usage:
-                yield ChatCompletionChunk(model=model, choices=choices, usage=usage)
+            for choice in list_or_empty(body.get("choices")):
+                for read in reader.read(choice):
+                    yield ChatCompletionChunk(model=model, choices=[read])
+            if (usage := usage_of(object_or_empty(body.get("usage")))) is not None:
+                yield ChatCompletionChunk(model=model, choices=[], usage=usage)
+        for read in reader.end():
+            yield ChatCompletionChunk(model=model, choices=[read])
 
 
 def usage_of(usage: Object) -> Usage | None:
@@ -60,40 +64,84 @@ def usage_of(usage: Object) -> Usage | None:
 
 
 class _Reader:
-    """Reads the choices of one stream; each call's id and name are only in its first delta."""
+    """Reads the choices of one stream.
+
+    The views of protocols take one part of an answer after the other, while providers may write several calls at once.
+    So the deltas of the first call are passed on as they come, and what comes between them waits for the end.
+    """
 
     def __init__(self) -> None:
-        self._begun: set[tuple[int, int]] = set()  # choice and call
+        self._choices: dict[int, _Choice] = {}
 
-    def choice(self, choice: Any) -> ChunkChoice:
+    def read(self, choice: Any) -> Iterator[ChunkChoice]:
         choice = object_or_empty(choice)
-        index, delta = count_or_zero(choice.get("index")), object_or_empty(choice.get("delta"))
-        reason = string_or_empty(choice.get("finish_reason"))
-        return ChunkChoice(
-            index=index,
-            delta=Delta(
-                content=string_or_empty(delta.get("content")) or string_or_empty(delta.get("refusal")) or None,
-                reasoning_content=string_or_empty(delta.get("reasoning_content") or delta.get("reasoning")) or None,
-                tool_calls=[self._call(index, call) for call in list_or_empty(delta.get("tool_calls"))] or None,
-            ),
-            finish_reason=REASONS.get(reason, "stop") if reason else None,
-        )
+        index = count_or_zero(choice.get("index"))
+        yield from self._choices.setdefault(index, _Choice(index)).read(choice)
 
-    def _call(self, choice: int, call: Any) -> ToolCallDelta:
-        call = object_or_empty(call)
+    def end(self) -> Iterator[ChunkChoice]:
+        """Yields what still waits, of a stream without a finish reason."""
+        for choice in self._choices.values():
+            yield from choice.flush()
+
+
+class _Choice:
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._joiners: dict[str, SurrogateJoiner] = {}  # by what the text is part of
+        self._first: int | None = None  # number of the first call
+        self._begun: set[int] = set()  # numbers of calls whose id and name have come
+        self._waiting: dict[str, list[Delta]] = {}  # deltas by what they are part of, in the order of their beginnings
+
+    def read(self, choice: Object) -> Iterator[ChunkChoice]:
+        for part, delta in self._deltas(object_or_empty(choice.get("delta"))):
+            if self._first is None or part == f"call {self._first}":
+                yield ChunkChoice(index=self._index, delta=delta)
+            else:
+                self._waiting.setdefault(part, []).append(delta)
+        reason = string_or_empty(choice.get("finish_reason"))
+        if reason:
+            yield from self.flush()
+            known = REASONS.get(reason, "stop")
+            # some providers end a call with `stop`
+            ended = "tool_calls" if known == "stop" and self._begun else known
+            yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=ended)
+
+    def flush(self) -> Iterator[ChunkChoice]:
+        waiting, self._waiting = self._waiting, {}
+        for deltas in waiting.values():
+            for delta in deltas:
+                yield ChunkChoice(index=self._index, delta=delta)
+
+    def _deltas(self, delta: Object) -> Iterator[tuple[str, Delta]]:
+        """Yields the parts of a delta, each with what it is part of."""
+        thought = string_or_empty(delta.get("reasoning_content") or delta.get("reasoning"))
+        if text := self._joined("reasoning", thought):
+            yield "reasoning", Delta(reasoning_content=text)
+        said = string_or_empty(delta.get("content")) or string_or_empty(delta.get("refusal"))
+        if text := self._joined("content", said):
+            yield "content", Delta(content=text)
+        for call in list_or_empty(delta.get("tool_calls")):
+            made = self._call(object_or_empty(call))
+            yield f"call {made.index}", Delta(tool_calls=[made])
+
+    def _call(self, call: Object) -> ToolCallDelta:
         index, function = count_or_zero(call.get("index")), object_or_empty(call.get("function"))
         arguments = function.get("arguments")
         if isinstance(arguments, dict):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        text = string_or_empty(arguments)
-        if (choice, index) in self._begun:
+        text = self._joined(f"call {index}", string_or_empty(arguments))
+        if index in self._begun:
             return ToolCallDelta(index=index, function=FunctionDelta(arguments=text))
-        self._begun.add((choice, index))
-        name = string_or_empty(function.get("name"))
-        identity = string_or_empty(call.get("id")) or f"call_{uuid4().hex[:24]}"
+        self._begun.add(index)
+        self._first = index if self._first is None else self._first
+        name = whole(string_or_empty(function.get("name")))
+        identity = whole(string_or_empty(call.get("id"))) or f"call_{uuid4().hex[:24]}"
         return ToolCallDelta(
             index=index, id=identity, type="function", function=FunctionDelta(name=name, arguments=text)
         )
+
+    def _joined(self, part: str, text: str) -> str:
+        return self._joiners.setdefault(part, SurrogateJoiner()).put(text) if text else ""
 
 
 def sent_chat(chat: Object) -> Object:

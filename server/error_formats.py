@@ -89,11 +89,15 @@ def _ollama_line(error: APIError) -> bytes:
 COHERE = ErrorFormat(body=_cohere_body, event=_cohere_event)
 OLLAMA = ErrorFormat(body=_ollama_body, event=_ollama_line)
 
-# Beginning of the path below /v1 -> format; the first row that fits is taken, so the default comes last
-FORMATS = (("/messages", ANTHROPIC), ("/v2/", COHERE), ("/api/", OLLAMA), ("", OPENAI))
+# Beginning of the path -> format; the first row that fits is taken, so the default comes last
+FORMATS = (
+    *((beginning, ANTHROPIC) for beginning in ("/v1/messages", "/messages")),
+    ("/v2/", COHERE),
+    ("/api/", OLLAMA),
+    ("", OPENAI),
+)
 
 
 def error_format(path: str) -> ErrorFormat:
     """Finds the format for a request's path, which may be empty as long as it is not known."""
-    below = path.removeprefix("/v1")
-    return next(format for prefix, format in FORMATS if below.startswith(prefix))
+    return next(format for beginning, format in FORMATS if path.startswith(beginning))

@@ -49,6 +49,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._is_reading_head = True
+        self.url = b""
         self._head_size = 0
         self._last = b""  # bytes at the end of this head or body, where a blank line may have begun
         self._length: int | None = 0  # bytes of the body; None if it is chunked
@@ -273,7 +274,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._disarm()
         is_under_way = self.cycle is not None and not self.cycle.response_complete
         if not is_under_way or not self.cycle.response_started:
-            self.transport.write(_response(error, self._path))
+            path = self._path or self.url.partition(b"?")[0].decode("latin-1")
+            self.transport.write(_response(error, path))
         if is_under_way:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

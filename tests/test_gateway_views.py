@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import httpx2
 import pytest
 from anthropic.types import Message
 from anthropic_requests import HELLO, PNG, WEATHER, events, folded, text_of
@@ -193,6 +194,61 @@ def test_responses_of_claude_are_made_from_its_chat(gateway: Gateway) -> None:
     sent = gateway.providers["claude"].asked[-1].body
     assert [turn["content"] for turn in sent["messages"]] == ["Hello", "Hi!", "And?"]
     assert sent["system"] == [{"type": "text", "text": "S"}] and sent["messages"][0]["role"] == "user"
+
+
+def told_calls(gateway: Gateway, *deltas: Any, reason: str | None = "tool_calls") -> list[list[Any]]:
+    """What a provider's deltas are in each protocol, whole and streamed: texts, and calls with their arguments."""
+    end = [event(chunk({}, reason))] if reason else []
+    pieces = [*(event(chunk(delta)) for delta in deltas), *end, event("[DONE]")]
+    gateway.providers["deepseek"].script = lambda asked: Reply.stream(*pieces)
+    answers = [ask(gateway, "deepseek/m").json(), folded(events(ask(gateway, "deepseek/m", stream=True).text))]
+    assert answers[0]["stop_reason"] == answers[1]["stop_reason"]
+    found = [[block.get("text") or block["input"] for block in answer["content"]] for answer in answers]
+    for is_stream in (False, True):
+        body = {"model": "deepseek/m", "messages": HELLO, "stream": is_stream}
+        lines = httpx2.post(f"{gateway.server.url}/api/chat", json=body, timeout=30).text.splitlines()
+        messages = [json.loads(line)["message"] for line in lines]
+        said = "".join(message["content"] for message in messages)
+        calls = [c["function"]["arguments"] for m in messages for c in m.get("tool_calls") or ()]
+        found.append([*([said] if said else []), *calls])
+    return found
+
+
+def call_delta(index: int, arguments: str, name: str = "") -> dict[str, Any]:
+    begun = {"id": f"c{index}", "type": "function"} if name else {}
+    function = {"name": name, "arguments": arguments} if name else {"arguments": arguments}
+    return {"tool_calls": [{"index": index, **begun, "function": function}]}
+
+
+def test_calls_that_a_provider_writes_at_the_same_time_are_taken_apart(gateway: Gateway) -> None:
+    f, g = call_delta(0, '{"x":', "f"), call_delta(1, '{"y":', "g")
+    for found in told_calls(gateway, f, g, call_delta(0, "1}"), call_delta(1, "2}")):
+        assert found == [{"x": 1}, {"y": 2}]
+    for found in told_calls(gateway, {"content": "A"}, f, {"content": "B"}, call_delta(0, "1}")):
+        assert found in (["A", {"x": 1}, "B"], ["AB", {"x": 1}]), "Ollama's form has one text"
+    for found in told_calls(gateway, f, call_delta(0, "1}"), reason=None):
+        assert found == [{"x": 1}]
+
+
+def test_a_call_ends_an_answer_in_a_call_though_the_provider_says_stop(gateway: Gateway) -> None:
+    pieces = [event(chunk(call_delta(0, "{}", "f"))), event(chunk({}, "stop")), event("[DONE]")]
+    gateway.providers["deepseek"].script = lambda asked: Reply.stream(*pieces)
+    assert ask(gateway, "deepseek/m").json()["stop_reason"] == "tool_use"
+
+
+def test_an_answer_that_ends_without_a_reason_ends_its_turn(gateway: Gateway) -> None:
+    gateway.providers["deepseek"].script = lambda asked: Reply.stream(event(chunk({"content": "x"})), event("[DONE]"))
+    assert ask(gateway, "deepseek/m").json()["stop_reason"] == "end_turn"
+
+
+def test_halves_of_characters_are_joined_or_replaced(gateway: Gateway) -> None:
+    first, second = {"content": "\ud83d"}, {"content": "\ude00!"}
+    for found in told_calls(gateway, first, second, first, reason="stop"):
+        assert found == ["😀!"], "a half at the end is nothing"
+    for found in told_calls(gateway, second, call_delta(0, '{"x": "\ud83d', "f"), call_delta(0, '"}')):
+        assert found == ["\ufffd!", {"x": "\ufffd"}]
+    for found in told_calls(gateway, call_delta(0, '{"x": "\\ud800"}', "f"))[:1]:
+        assert found == [{"x": "\ufffd"}], "an escaped one, of a whole answer"
 
 
 def test_a_provider_that_sends_no_usage_or_stops_for_its_filter_is_read(gateway: Gateway) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -261,6 +262,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
     ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
     ({"container": "c"}, "container"),
+    ({"messages": [{"role": "system", "content": ""}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "search_result", "source": "x"}]}]}, "'search_result'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": "x"}]}]}, "messages[0].content[0].source"),
     ({"temperature": "hot"}, "temperature"),
     ({"stop_sequences": "x"}, "stop_sequences"),
 ]
@@ -319,6 +323,18 @@ def test_errors_before_routing_have_anthropics_shape_too(tiny_checkpoint: Any) -
             assert client.messages.create(model=MODEL, max_tokens=2, messages=[{"role": "user", "content": "Hi"}])
             with pytest.raises(anthropic.NotFoundError, match="other"):
                 client.messages.create(model="other", max_tokens=2, messages=[{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/messages", "request_id"), ("/api/chat", "error"), ("/v2/embed", "message")]
+)
+def test_a_head_that_cannot_be_read_is_refused_in_the_shape_of_its_path(server: Server, path: str, field: str) -> None:
+    for line in (b"content-length: x", b"transfer-encoding: gzip", b"a: " + b"b" * 70_000):
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30) as connection:
+            connection.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\n".encode() + line + b"\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        told = json.loads(answer.rpartition(b"\r\n\r\n")[2])
+        assert answer.startswith(b"HTTP/1.1 4") and field in told and "param" not in str(told), answer
 
 
 async def chunks(*items: Any) -> AsyncGenerator[ChatCompletionChunk]:

@@ -330,6 +330,15 @@ def test_what_is_wrong_is_said_in_ollamas_shape(
     assert refusal.status_code == status and refusal.json().keys() == {"error"} and words in refusal.json()["error"]
 
 
+def test_a_body_is_json_whatever_its_type_says_but_not_from_a_web_page(server: Server) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "Hi", "stream": False, "options": {"num_predict": 2}})
+    for kind in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}):
+        reply = httpx2.post(f"{server.url}/api/generate", content=body, headers=kind, timeout=30)
+        assert reply.status_code == 200 and reply.json()["done"]
+        page = {**kind, "origin": "https://evil.example"}
+        assert httpx2.post(f"{server.url}/api/generate", content=body, headers=page, timeout=30).status_code == 400
+
+
 # --- other providers
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from api import encrypted_reasoning
 from api.error_handlers import invalid_request_of
-from api.messages.schemas import Block, CountTokensRequest, MessageParam, MessagesRequest
+from api.messages.schemas import Block, CountTokensRequest, MessageParam, MessagesRequest, Source
 from api.messages.tools import Toolbox, changed_name, invalid
 from errors import APIError, InvalidRequest, ThreadsUnsupported
 from schemas import ChatCompletionRequest, Object, SamplingFields, TranslatedChatRequest
@@ -89,6 +89,8 @@ def _messages(request: CountTokensRequest, toolbox: Toolbox) -> list[tuple[Objec
         if message.content is None and message.output_config is None:
             raise invalid(f"{path}.content is required.")
         result += [(made, path) for made in _MESSAGES[message.role](message, path, toolbox)]
+    if not result:
+        raise invalid("messages has no text: send at least one message of the user.")
     return result
 
 
@@ -204,7 +206,9 @@ def _text_part(block: Block, path: str, toolbox: Toolbox) -> Part:
 
 
 def _image_part(block: Block, path: str, toolbox: Toolbox) -> Part:
-    source = _required(block.source, f"{path}.source")
+    source = block.source
+    if not isinstance(source, Source):
+        raise invalid(f"{path}.source is required, and must be an object.")
     if source.type == "base64":
         media_type = _required(source.media_type, f"{path}.source.media_type")
         url = f"data:{media_type};base64,{_required(source.data, f'{path}.source.data')}"

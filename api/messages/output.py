@@ -23,6 +23,7 @@ from api.messages.schemas import (
     ToolUseBlock,
 )
 from schemas import ChunkChoice, Object
+from text.surrogates import whole
 
 
 class Blocks:
@@ -126,6 +127,9 @@ def _object(arguments: str) -> Object:
     """Returns the arguments of a call; those of one that was cut off as far as they came, as Anthropic's SDK does."""
     try:
         value = json.loads(arguments)
+        written = json.dumps(value, ensure_ascii=False)
+        if (encodable := whole(written)) != written:  # an unpaired surrogate, which was escaped
+            value = json.loads(encodable)
     except (ValueError, RecursionError):
         value = _begun(arguments)
     return value if isinstance(value, dict) else {}

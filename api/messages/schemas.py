@@ -27,7 +27,7 @@ class Block(RequestBody):
 
     type: str
     text: str | None = None
-    source: Source | None = None
+    source: Source | str | None = None  # a text in results of searches
     thinking: str | None = None
     signature: str | None = None
     data: str | None = None  # of thinking that Anthropic encrypted

@@ -74,8 +74,8 @@ async def stream(
         raise named(error, request) from None
     for event in blocks.end():
         yield event
-    answer.content = blocks.finished
-    end = MessageEnd(stop_reason=answer.stop_reason or "end_turn", stop_sequence=answer.stop_sequence)
+    answer.content, answer.stop_reason = blocks.finished, answer.stop_reason or "end_turn"
+    end = MessageEnd(stop_reason=answer.stop_reason, stop_sequence=answer.stop_sequence)
     yield MessageDelta(delta=end, usage=answer.usage)
     yield MessageStop(answer=answer)
 

@@ -7,10 +7,10 @@ from fastapi import Request, Response
 
 from api.answers import stream_or_whole, truncation_header, whole
 from api.chat_source import answer_view
-from api.gateway import GatewayRoute
 from api.ollama import embed as ollama_embed
 from api.ollama import models as ollama_models
 from api.ollama import view as ollama
+from api.ollama.route import OllamaRoute
 from api.ollama.schemas import (
     OllamaAnswer,
     OllamaChatAnswer,
@@ -32,7 +32,7 @@ from api.routing import Responses, RootRouter, errors_as
 from api.services import Services, UsesServices
 from errors import NotServed, unsupported
 
-router = RootRouter(responses=errors_as(OllamaError), route_class=GatewayRoute)
+router = RootRouter(responses=errors_as(OllamaError), route_class=OllamaRoute)
 LINES: Responses = {200: {"content": {"application/x-ndjson": {"schema": {"type": "object"}}}}}
 FILES = (
     ("POST", "/api/pull"),
