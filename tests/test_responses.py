@@ -14,6 +14,7 @@ from process import Server
 
 from api.responses.encoder import ResponsesEncoder
 from api.responses.requests import ResponsesRequest
+from api.responses.schemas import OutputTextDelta
 from api.responses.view import as_chat, collect, stream
 from errors import ContextLengthExceeded, Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, Usage
@@ -229,6 +230,15 @@ def test_an_error_in_a_stream_is_an_event_and_the_response_has_failed() -> None:
     assert failed[1]["response"]["error"]["code"] == "server_error"
     assert failed[1]["sequence_number"] == error[1]["sequence_number"] + 1
     assert "TypeError" not in json.dumps(events(TypeError("a secret path"))[-2:])
+
+
+def test_an_event_that_cannot_be_written_takes_no_number() -> None:
+    encoder = ResponsesEncoder()
+    place: dict[str, Any] = {"output_index": 0, "content_index": 0, "item_id": "msg_1", "logprobs": []}
+    encoder.event(OutputTextDelta(**place, delta="x").numbered(3))
+    with pytest.raises(ValueError):
+        encoder.event(OutputTextDelta(**place, delta="\ud800").numbered(4))
+    assert json.loads(encoder.failure(Overloaded("No room.")).split(b"data: ")[1])["sequence_number"] == 4
 
 
 def test_an_error_names_the_field_that_was_sent() -> None:

@@ -208,6 +208,21 @@ def test_a_response_in_the_background_can_be_followed_and_left(client: OpenAI) -
     last = rest[-1]
     assert last.type == "response.incomplete" and last.response.usage and last.response.usage.output_tokens == 400
     assert client.responses.retrieve(response_id).to_dict() == last.response.to_dict()
+    for number in (last.sequence_number - 1, last.sequence_number + 5):
+        (end,) = client.responses.retrieve(response_id, stream=True, starting_after=number)
+        assert end.to_dict() == {**last.to_dict(), "sequence_number": number + 1}, "also when it is over"
+
+
+@pytest.mark.parametrize("after", [0, 10_000])
+def test_who_follows_a_response_always_hears_how_it_ended(client: OpenAI, after: int) -> None:
+    options: Any = {"model": MODEL, "input": "Hello", "max_output_tokens": 450, "extra_body": {"ignore_eos": True}}
+    with client.responses.create(**options, stream=True, background=True) as events:
+        first = next(iter(events))
+        assert first.type == "response.created"
+        with client.responses.retrieve(first.response.id, stream=True, starting_after=after) as followed:
+            client.responses.cancel(first.response.id)
+            numbers = [(event.type, event.sequence_number) for event in followed]
+    assert numbers[-1][0] == "response.incomplete" and numbers[-1][1] > after
 
 
 def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, server: Server) -> None:
