@@ -1,5 +1,6 @@
 """Stored responses: what comes back, for whom, how long, and how a conversation goes on from them."""
 
+import itertools
 import json
 import os
 import sqlite3
@@ -88,7 +89,8 @@ def test_a_conversation_goes_on_from_a_response_without_its_instructions(client:
     assert third.usage and same.usage and third.usage.input_tokens == same.usage.input_tokens
     client.responses.delete(first.id)
     listed = list(client.responses.input_items.list(third.id, order="asc"))
-    assert [item.content[0].text for item in listed] == ["Three"], "as far as it is still stored"
+    (answer,) = second.output
+    assert [item.content[0].text for item in listed] == ["Two", answer.content[0].text, "Three"], "what is still stored"
     with pytest.raises(openai.NotFoundError) as refusal:
         create(client, "Four", previous_response_id=third.id)
     error = refusal.value
@@ -122,6 +124,17 @@ def test_the_input_is_listed_with_what_came_before_it_page_by_page(client: OpenA
     for query, param in (("limit=0", "limit"), ("limit=101", "limit"), ("order=up", "order"), ("after=x", "after")):
         refusal = server.get(f"{path}?{query}")
         assert refusal.status_code == (404 if param == "after" else 400) and refusal.json()["error"]["param"] == param
+
+
+def test_pages_end_where_a_client_repeats_its_ids(client: OpenAI) -> None:
+    def said(text: str) -> dict[str, Any]:
+        return {"type": "message", "id": "msg_same", "role": "user", "content": text}
+
+    first = create(client, [said(text) for text in "abc"])
+    second = create(client, [said(text) for text in "de"], previous_response_id=first.id)
+    listed = list(itertools.islice(client.responses.input_items.list(second.id, limit=1, order="asc"), 20))
+    assert [item.content[0].text for item in listed if item.role == "user"] == [*"abcde"] and len(listed) == 6
+    assert listed[0].id == "msg_same" and len({item.id for item in listed}) == 6
 
 
 def test_a_reference_stands_for_an_item_of_a_stored_answer(client: OpenAI) -> None:

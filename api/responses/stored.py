@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -69,20 +69,22 @@ class StoredResponses:
         items = [InputItem.model_validate(item) for item in earlier]
         return items, await self._resolved(request, known)
 
-    async def items_until(self, response_id: str | None) -> list[Object]:
+    async def items_until(self, response_id: str | None, *, is_whole: bool = True) -> list[Object]:
         """Returns the input and the output of a response and of those before it, the first one first.
 
-        Raises NotFound if one of them is not stored.
+        Raises NotFound if one of them is not stored, unless is_whole is false: then those behind it are returned.
         """
         turns: list[list[Object]] = []
         while response_id is not None:
             stored = await self._found(response_id)
-            if stored is None:
+            if stored is None and is_whole:
                 raise NotFound(
                     f"Previous response with id '{response_id[:200]}' not found.",
                     param="previous_response_id",
                     code="previous_response_not_found",
                 )
+            if stored is None:
+                break
             turns.append([*stored.input_items, *stored.body["output"]])
             if sum(map(len, turns)) > MAX_MESSAGES:
                 raise InvalidRequest(
@@ -116,16 +118,18 @@ class StoredResponses:
 
     async def input_of(self, previous: str | None, own: list[Object]) -> list[Object]:
         """Returns what a response answers, as far as it is still stored."""
-        try:
-            return [*await self.items_until(previous), *own]
-        except NotFound:
-            return own
+        return [*await self.items_until(previous, is_whole=False), *own]
 
     # --- writing
 
-    def open(self, request: ResponsesRequest, response: ResponseObject) -> "OpenResponse":
-        """Begins to keep a response, unless the request says that it is not to be stored."""
-        items = None if request.store is False else _input_items(request)
+    def open(
+        self, request: ResponsesRequest, response: ResponseObject, earlier: Sequence[InputItem] = ()
+    ) -> "OpenResponse":
+        """Begins to keep a response, unless the request says that it is not to be stored.
+
+        earlier: the items of the responses that it follows.
+        """
+        items = None if request.store is False else _input_items(request, {item.id for item in earlier})
         is_kept = items is not None and self._bounds.allow(len(items))
         response.store = is_kept
         return OpenResponse(self, ResponseProgress(response), items if is_kept else None)
@@ -206,19 +210,27 @@ def _if_own(stored: StoredResponse | None) -> StoredResponse | None:
     return stored if stored is not None and stored.client == request_record.current().client else None
 
 
-def _input_items(request: ResponsesRequest) -> bytes | None:
-    """Returns the input as JSON, with an id for each item; None for what JSON cannot hold."""
+def _input_items(request: ResponsesRequest, taken: set[str | None]) -> bytes | None:
+    """Returns the input as JSON, each item with an id that no other has; None for what JSON cannot hold.
+
+    A client's id stays with the first item that has it: the pages of a list are found by ids. `taken`: those that the
+    conversation has already.
+    """
     given: list[Object] = (
         [{"type": "message", "role": "user", "content": request.input}]
         if isinstance(request.input, str)
         else [{**item.model_dump(exclude_unset=True), "type": item.type} for item in request.input]
     )
     try:
-        items = [{**item, "id": item.get("id") or _new_id(item["type"])} for item in given]
-        return to_json(items)
+        return to_json([{**item, "id": _own_id(item, taken)} for item in given])
     except (ValueError, RecursionError):  # an unpaired surrogate, or nested too deeply to be written
         return None
 
 
-def _new_id(kind: str) -> str:
+def _own_id(item: Object, taken: set[str | None]) -> str:
+    """Returns the id of an item, which is from then on taken; a new one if it has none, or if another has it."""
+    own, kind = item.get("id"), item["type"]
+    if own and own not in taken:
+        taken.add(own)
+        return str(own)
     return f"{PREFIXES.get(kind, kind[:20])}_{uuid4().hex}"

@@ -33,7 +33,7 @@ async def create_response(body: ResponsesRequest, request: Request, services: Us
         with responses.naming_fields(body):
             chat = await truncated(chat, partial(_size, await services.text_model(body.model)))
     response = responses.opened(body)
-    opened = services.responses.open(complete, response)
+    opened = services.responses.open(complete, response, earlier)
 
     def view(chunks: AsyncGenerator[ChatCompletionChunk]) -> AsyncGenerator[ResponsesEvent]:
         return opened.kept(responses.stream(body, chunks, response))
