@@ -41,7 +41,10 @@ def validated(text: str) -> list[Any]:
 
 
 def test_a_response_comes_back_as_it_was_until_it_is_deleted(client: OpenAI, server: Server) -> None:
-    made = create(client, metadata={"k": "v"})
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    text: Any = {"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}, "verbosity": "low"}
+    made = create(client, metadata={"k": "v"}, extra_body={"text": text})
+    assert made.to_dict()["text"] == text
     assert made.to_dict() == client.responses.retrieve(made.id).to_dict() and made.to_dict()["store"] is True
     deleted = httpx2.delete(f"{server.url}/v1/responses/{made.id}", timeout=30)
     assert deleted.json() == {"id": made.id, "object": "response", "deleted": True}

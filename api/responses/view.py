@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from api.responses.echo import echo_of
 from api.responses.input import messages_of
 from api.responses.output import Output, Status
 from api.responses.requests import InputItem, ResponsesRequest
@@ -126,8 +127,9 @@ def naming_fields(request: ResponsesRequest) -> Iterator[None]:
 
 def opened(request: ResponsesRequest) -> ResponseObject:
     """Makes the response, with the fields of the request that it repeats. Whoever stores it sets `store`."""
-    names = (ResponseObject.model_fields.keys() & ResponsesRequest.model_fields.keys()) - {"text", "store"}
-    repeated = {name: value for name in names if (value := getattr(request, name)) is not None}
+    echo = echo_of(request)
+    names = (ResponseObject.model_fields.keys() & ResponsesRequest.model_fields.keys()) - {"store"} - echo.keys()
+    repeated = {name: value for name in names if (value := getattr(request, name)) is not None} | echo
     for name, value in repeated.items():
         try:
             to_json(value)
