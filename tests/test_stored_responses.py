@@ -364,6 +364,67 @@ def test_a_file_keeps_responses_over_a_restart(tiny_checkpoint: Path, tmp_path: 
             assert ended.status in ("failed", "incomplete") and (ended.status == "incomplete") == (ended.error is None)
 
 
+def test_a_response_in_the_background_is_found_after_its_server_was_killed(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = {"MODEL_PATH": str(tiny_checkpoint), "RESPONSE_STORE": str(tmp_path / "r.db"), "DTYPE": "float32"}
+    settings |= {"MAX_MODEL_LEN": "480", "SHUTDOWN_TIMEOUT": "0"}
+    with serve(MAIN, **settings) as server, serve(MAIN, **settings) as other:
+        server.wait_until_healthy()
+        other.wait_until_healthy()
+        with OpenAI(base_url=server.url + "/v1", api_key="none") as client:
+            running = create(client, background=True, max_output_tokens=470)
+            whole = create(client, "Two")
+            with pytest.raises(openai.BadRequestError, match="still being made"):
+                create(client, "Go on", previous_response_id=running.id)
+        read = other.get(f"/v1/responses/{running.id}").json()
+        server.process.kill()
+        server.process.wait(30)
+        ended = Response.model_validate(other.get(f"/v1/responses/{running.id}").json())
+        assert read["status"] == "queued" and ended.status == "failed", "by another process of the same file"
+    with serve(MAIN, **settings) as server:
+        server.wait_until_healthy()
+        with OpenAI(base_url=server.url + "/v1", api_key="none") as client:
+            ended = client.responses.retrieve(running.id)
+            assert ended.status == "failed" and ended.error and "restarted" in ended.error.message
+            (*_, last) = client.responses.retrieve(running.id, stream=True)
+            assert last.type == "response.failed" and client.responses.cancel(running.id).status == "failed"
+            assert client.responses.retrieve(whole.id).to_dict() == whole.to_dict()
+    assert not list(tmp_path.glob("*.alive"))
+
+
+def test_a_file_that_fails_is_a_503_and_an_answer_says_that_it_is_not_stored(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.db"
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), RESPONSE_STORE=str(path), DTYPE="float32") as server:
+        server.wait_until_healthy()
+        body = {"model": MODEL, "input": "Hello", "max_output_tokens": 4}
+        place = f"/v1/responses/{server.post('/v1/responses', **body).json()['id']}"
+        with sqlite3.connect(path) as database:
+            database.execute("DROP TABLE running")
+            database.execute("DROP TABLE outputs")
+            database.execute("DROP TABLE responses")
+        database.close()
+        refusals = [
+            server.get(place),
+            server.get(f"{place}?stream=true"),
+            server.get(f"{place}/input_items"),
+            server.post(f"{place}/cancel"),
+            httpx2.delete(server.url + place, timeout=30),
+            server.post("/v1/responses", **body, previous_response_id=place.rpartition("/")[2]),
+            server.post("/v1/responses", **{**body, "input": [{"type": "item_reference", "id": "msg_1"}]}),
+            server.post("/v1/responses", **body, background=True),
+        ]
+        for refusal in refusals:
+            assert refusal.status_code == 503 and int(refusal.headers["retry-after"]) > 0, refusal.text
+            assert "RESPONSE_STORE" in refusal.json()["error"]["message"]
+        assert server.post("/v1/responses", **body).json()["store"] is False
+        last = validated(server.post("/v1/responses", **body, stream=True).text)[-1]
+        assert last.type == "response.incomplete" and last.response.to_dict()["store"] is False
+    assert any("is not stored" in line and "no such table" in line for line in server.lines)
+
+
 def test_a_file_that_cannot_be_used_is_said_at_the_start(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "r.db").write_text("This is no database, however long it may be." * 100)
     status, log = run_to_end(MAIN, MODEL_PATH=str(tiny_checkpoint), RESPONSE_STORE=str(tmp_path / "r.db"))

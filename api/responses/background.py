@@ -94,7 +94,7 @@ class BackgroundResponses:
         self._concurrent = {key.name: key.concurrent for key in keys}
         self._jobs: dict[str, Job] = {}
 
-    def start(
+    async def start(
         self,
         opened: OpenResponse,
         events: AsyncGenerator[ResponsesEvent],
@@ -104,12 +104,22 @@ class BackgroundResponses:
     ) -> Job:
         """Begins to make a response; `events` are those that `opened` keeps.
 
-        Raises RateLimited or Overloaded if too many are being made. seconds: None for no limit.
+        Raises RateLimited or Overloaded if too many are being made, and Unavailable if it cannot be stored.
+        seconds: None for no limit.
         """
         record = request_record.current()
         self._check_room(record.client, opened.size)
         job = Job(opened, record.client, is_streamed)
         self._jobs[job.response.id] = job
+        try:
+            await opened.store_begun()
+            if job.error is not None:  # the server is shutting down
+                raise job.error
+        except BaseException:
+            job.progress.cancel()  # no one has its id
+            del self._jobs[job.response.id]
+            await opened.forget()
+            raise
         own = RequestRecord(request_id=record.request_id, client=record.client)
         job.task = asyncio.create_task(self._run(job, events, seconds, own))
         return job
@@ -177,8 +187,9 @@ class BackgroundResponses:
         finally:
             if timer:
                 timer.cancel()
-            del self._jobs[job.response.id]
             await events.aclose()
+            await job.opened.store_if_over()  # where it ended before its events began
+            del self._jobs[job.response.id]
             job.end()
             self._report(job, record)
 

@@ -5,26 +5,28 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Collection, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from pydantic_core import to_json
 
-from api.responses.progress import ResponseProgress
+from api.responses.progress import OVER, ResponseProgress, problem_of
 from api.responses.requests import InputItem, ResponsesRequest
 from api.responses.schemas import ResponseObject, ResponsesEvent
 from api.responses.sqlite_store import SqliteStore
 from api.responses.store import MemoryStore, ResponseStore, StoreBounds, StoredResponse
 from config import Settings
-from errors import APIError, InvalidRequest, NotFound
+from errors import APIError, InvalidRequest, NotFound, Unavailable
 from schemas import MAX_MESSAGES
 from telemetry import request_record
 
 log = logging.getLogger(__name__)
 Object = dict[str, Any]
 _ID = re.compile(r"\w[\w-]{0,199}", re.ASCII)  # of anything that was stored
+INTERRUPTED = "The server ended, or was restarted, before the response was complete: ask again."
 PREFIXES = {"message": "msg", "function_call": "fc", "custom_tool_call": "ctc", "reasoning": "rs"}  # of ids, by type
 
 
@@ -55,7 +57,7 @@ class StoredResponses:
         await self._store.delete(response_id)
 
     async def _found(self, response_id: str) -> StoredResponse | None:
-        return _if_own(await self._store.get(response_id)) if _ID.fullmatch(response_id) else None
+        return _if_own(_as_ended(await self._store.get(response_id))) if _ID.fullmatch(response_id) else None
 
     # --- a conversation
 
@@ -85,6 +87,12 @@ class StoredResponses:
                 )
             if stored is None:
                 break
+            if stored.is_running and is_whole:
+                raise InvalidRequest(
+                    f"Previous response with id '{response_id[:200]}' is still being made: wait until it is over.",
+                    param="previous_response_id",
+                    code="invalid_value",
+                )
             turns.append([*stored.input_items, *stored.body["output"]])
             if sum(map(len, turns)) > MAX_MESSAGES:
                 raise InvalidRequest(
@@ -134,18 +142,23 @@ class StoredResponses:
         response.store = is_kept
         return OpenResponse(self, ResponseProgress(response), items if is_kept else None)
 
-    def put(self, response: ResponseObject, items: bytes, client: str) -> bool:
-        """Stores a response; returns whether it is small enough."""
+    async def put(self, response: ResponseObject, items: bytes, client: str) -> bool:
+        """Stores a response, however far it is; returns whether it is small enough. Raises Unavailable."""
         stored = StoredResponse(
             id=response.id,
             client=client,
             response=response.model_dump_json().encode(),
             items=items,
             output_ids=tuple(item.id for item in response.output),
+            is_running=response.status not in OVER,
         )
-        if self._bounds.allow(stored.size):
-            self._store.put(stored)
-        return self._bounds.allow(stored.size)
+        if not self._bounds.allow(stored.size):
+            return False
+        await self._store.put(stored)
+        return True
+
+    async def forget(self, response_id: str) -> None:
+        await self._store.delete(response_id)
 
 
 class OpenResponse:
@@ -155,7 +168,7 @@ class OpenResponse:
         """items: the input to store; None stores nothing."""
         self._responses, self.progress, self._items = responses, progress, items
         self._client = request_record.current().client
-        self._is_stored = False
+        self._has_begun = self._is_stored = False  # whether it was stored when it began, and when it ended
 
     @property
     def is_kept(self) -> bool:
@@ -178,36 +191,65 @@ class OpenResponse:
             async with aclosing(events):
                 async for event in events:
                     progress.add(event)
-                    self._store_if_over()
+                    await self.store_if_over()
                     yield event
         except APIError as error:
-            self._failed(error)
+            await self._failed(error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             progress.cancel()
-            self._store_if_over()
+            await self.store_if_over()
             raise
         except Exception:
-            self._failed(APIError("The server failed; the error is in its log."))
+            await self._failed(APIError("The server failed; the error is in its log."))
             raise
 
-    def _failed(self, error: APIError) -> None:
-        self.progress.fail(error)
-        self._store_if_over()
+    async def store_begun(self) -> None:
+        """Stores a response that has only begun, so that it is found whatever happens. Raises Unavailable."""
+        if self._items is not None:
+            self._has_begun = True
+            await self._responses.put(self.progress.response, self._items, self._client)
 
-    def _store_if_over(self) -> None:
+    async def forget(self) -> None:
+        """Forgets a response that no one knows of; it is no harm if that fails."""
+        with suppress(Unavailable):
+            await self._responses.forget(self.progress.response.id)
+
+    async def _failed(self, error: APIError) -> None:
+        self.progress.fail(error)
+        await self.store_if_over()
+
+    async def store_if_over(self) -> None:
         """Stores the response once; not one that failed before its client could learn its id."""
         is_known = self.progress.has_begun or self.progress.response.background
         if self._items is None or self._is_stored or not self.progress.is_over or not is_known:
             return
         self._is_stored = True
-        if not self._responses.put(self.progress.response, self._items, self._client):
-            self.progress.response.store = False  # also in the last event, which has the same response
+        response = self.progress.response
+        try:
+            response.store = await self._put(response, self._items)  # also in the last event, which has the same one
+        except Exception as error:
+            log.error("the response %s is not stored: %s", response.id, error)
+            response.store = False
+
+    async def _put(self, response: ResponseObject, items: bytes) -> bool:
+        is_small = await self._responses.put(response, items, self._client)
+        if self._has_begun and not is_small:
+            await self._responses.forget(response.id)
+        return is_small
 
 
 def _if_own(stored: StoredResponse | None) -> StoredResponse | None:
     """Returns what the key of this request has stored."""
     return stored if stored is not None and stored.client == request_record.current().client else None
+
+
+def _as_ended(stored: StoredResponse | None) -> StoredResponse | None:
+    """Returns a response whose process has ended before it as one that failed."""
+    if stored is None or not stored.is_interrupted:
+        return stored
+    failed = {**stored.body, "status": "failed", "error": problem_of(Unavailable(INTERRUPTED))}
+    return replace(stored, response=to_json(failed))
 
 
 def _input_items(request: ResponsesRequest, taken: set[str | None]) -> bytes | None:

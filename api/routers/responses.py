@@ -50,7 +50,8 @@ async def create_response(body: ResponsesRequest, request: Request, services: Us
     events = view(chat_chunks(services, chat))
     response.status = "queued"
     limits = [seconds for seconds in (body.timeout, services.settings.request_timeout) if seconds is not None]
-    job = services.background.start(opened, events, seconds=min(limits, default=None), is_streamed=bool(body.stream))
+    seconds = min(limits, default=None)
+    job = await services.background.start(opened, events, seconds=seconds, is_streamed=bool(body.stream))
     if body.stream:
         return await stream_or_whole(request, body, job.follow(), responses.collect, ResponsesEncoder())
     return _json(job.response.model_dump_json().encode(), ignored_fields_header(body.ignored_fields))
