@@ -257,15 +257,54 @@ def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, server: S
 
 
 def test_what_goes_wrong_in_the_background_is_told_by_the_response(client: OpenAI, server: Server) -> None:
-    made = create(client, "x" * 600, background=True)
-    until(lambda: client.responses.retrieve(made.id).status == "failed")
-    error = client.responses.retrieve(made.id).error
-    assert error and error.code == "invalid_prompt" and "maximum context length" in error.message
     late = create(client, background=True, extra_body={"timeout": 1e-6})
     until(lambda: client.responses.retrieve(late.id).status == "failed")
     error = client.responses.retrieve(late.id).error
     assert error and error.code == "server_error" and "longer than the limit" in error.message
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "nobody"},
+        {"input": "x" * 600},
+        {"input": []},
+        {"tools": [{"type": "function", "name": "b c"}]},
+        {"tools": [{"type": "function", "name": "f", "parameters": {"type": "zzz"}}], "tool_choice": "required"},
+        {"tool_choice": {"type": "function", "name": "other"}},
+        {"tool_choice": "required"},
+        {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}},
+        {"text": {"format": {"type": "zzz"}}},
+        {"temperature": 9},
+        {"max_output_tokens": 10**6},
+    ],
+)
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_what_cannot_run_is_refused_in_the_background_as_in_the_foreground(
+    server: Server, body: dict[str, Any], is_stream: bool
+) -> None:
+    sent = {"model": MODEL, "input": "Hello", "max_output_tokens": 2, "stream": is_stream, **body}
+    there, here = (server.post("/v1/responses", **sent, background=value) for value in (True, False))
+    assert there.status_code == here.status_code and there.json() == here.json() and here.status_code in (400, 404)
+
+
+@pytest.mark.parametrize("model", ["openai/gpt-4", "huggingface/no-owner"])
+def test_a_model_that_no_one_can_ask_is_refused_in_the_background(server: Server, model: str) -> None:
+    sent = {"model": model, "input": "Hello"}
+    there, here = (server.post("/v1/responses", **sent, background=value) for value in (True, False))
+    assert there.status_code == here.status_code >= 400 and there.json() == here.json()
+
+
+def test_a_response_in_the_background_waits_for_no_model(tiny_checkpoint: Path) -> None:
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), DTYPE="float32") as server:
+        refusal = server.post("/v1/responses", model=MODEL, input="Hello", background=True, max_output_tokens=2)
+        if server.get("/health").json()["status"] != "ok":
+            assert refusal.status_code == 503 and int(refusal.headers["retry-after"]) > 0
+        server.wait_until_healthy()
+        made = server.post("/v1/responses", model=MODEL, input="Hello", background=True, max_output_tokens=2).json()
+        until(lambda: server.get(f"/v1/responses/{made['id']}").json()["status"] in ("completed", "incomplete"))
+        assert server.get(f"/v1/responses/{made['id']}").json()["usage"]["output_tokens"] > 0
 
 
 # --- keys, bounds and restarts

@@ -177,7 +177,7 @@ def _not_here(choice: Object) -> InvalidRequest:
     )
 
 
-def name_as_sent(error: APIError, tools: list[OfferedTool]) -> APIError:
+def name_tool_as_sent(error: APIError, tools: list[OfferedTool]) -> APIError:
     """Renames a tool in an error of chat to the place where the request has it."""
     found = _PATH.match(error.param or "")
     if found is None or error.param is None or int(found[1]) >= len(tools):
