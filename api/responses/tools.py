@@ -170,7 +170,7 @@ def _function(name: str) -> Object:
 
 def _not_here(choice: Object) -> InvalidRequest:
     if choice.get("type") == "namespace":
-        return _invalid(f"tool_choice: there is no namespace {choice.get('name')!r} with tools.", "tool_choice")
+        return _invalid(f"There is no namespace {choice.get('name')!r} with tools: name another one.", "tool_choice")
     return _invalid(
         f"tool_choice asks for {choice.get('type')!r}, a tool that this server does not have: let it name a function.",
         "tool_choice",
