@@ -55,8 +55,21 @@ async def answer_view(
     return response
 
 
-async def chat_chunks(services: Services, chat: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
-    """Yields the same chunks for a request that no client waits for; the model is asked when they are read."""
+async def planned_chat(services: Services, chat: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
+    """Returns the same chunks for a request that no client waits for; the model is asked when they are read.
+
+    Raises APIError for all that a local model finds wrong before it computes: the model's name and whether it is
+    loaded, tools, schemas, the prompt's length. Of a provider's model that is its name and key; the rest its provider
+    finds when it is asked.
+    """
+    route = services.router.provider_of(chat.model)
+    if route is None:
+        return await (await services.text_model(chat.model)).planned_chat(chat)
+    route[1].upstream.check_key()
+    return _asked_later(services, chat)
+
+
+async def _asked_later(services: Services, chat: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
     source = await open_chat(services, chat)
     async with aclosing(source.chunks):
         async for chunk in source.chunks:

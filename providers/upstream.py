@@ -126,10 +126,14 @@ class Upstream:
             await response.aclose()
         return httpx2.Response(response.status_code, headers=_plain(response.headers), content=b"".join(parts))
 
-    async def _send(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> httpx2.Response:
+    def check_key(self) -> None:
+        """Raises ProviderNotConfigured if the provider's key is not set."""
         if not self.config.is_usable:
             variable = self.config.key_variable
             raise ProviderNotConfigured(f"{variable} is not set: set it to use models of {self.config.name}.")
+
+    async def _send(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> httpx2.Response:
+        self.check_key()
         if self.is_circuit_open:
             left = max(1, round(self._open_until - time.monotonic()))
             raise self.fault("cannot be reached", 503, "upstream_unreachable", retry_after=left, is_transient=True)

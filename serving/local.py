@@ -190,13 +190,34 @@ class LocalModel:
         """Yields the answers as chunks of one choice each, then a chunk with the usage. Raises APIError."""
         return self._run(request, plan_completion, Completion)
 
+    async def planned_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
+        """Returns the same stream, with all that is wrong with the request already found. Raises APIError."""
+        make_plan = partial(plan_chat, renderer=self._renderer)
+        loaded, plan = await self._planned(request, make_plan)
+        return self._computed(loaded, plan, None, ChatCompletionChunk)
+
     async def _run(self, request: R, make_plan: MakePlan[R], chunk_type: type[C]) -> AsyncGenerator[C]:
-        loaded = self._ready_for(request)
+        self._ready_for(request)
         usage = RequestUsage(self.name, self._metrics.of(self.name))
+        loaded, plan = await self._planned(request, make_plan)
+        async with aclosing(self._computed(loaded, plan, usage, chunk_type)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _planned(self, request: R, make_plan: MakePlan[R]) -> tuple[LoadedModel, Plan[Any]]:
+        """Returns the model and the plan, for which there is room."""
+        loaded = self._ready_for(request)
         plan = await make_plan(request, loaded)
         num_computed = plan.computed_per_prompt * len(plan.prompt_lengths)
         num_tokens = plan.computed_per_prompt * sum(plan.prompt_lengths)
         loaded.engine.check_room(num_computed, num_tokens, request_record.current().client)
+        return loaded, plan
+
+    async def _computed(
+        self, loaded: LoadedModel, plan: Plan[Any], usage: RequestUsage | None, chunk_type: type[C]
+    ) -> AsyncGenerator[C]:
+        """usage: None begins to count now, for the request of which this is then the record."""
+        usage = usage or RequestUsage(self.name, self._metrics.of(self.name))
         usage.start(plan.prompt_lengths, plan.answers_per_prompt)
         choices_of, timings = plan.reader(loaded.texts), None
         head = chunk_type(model=self.name, choices=[])

@@ -66,6 +66,20 @@ def test_events_made_anew_lead_to_the_same_response(status: Any, last: str) -> N
     kinds = {event.type.rpartition(".")[0] for event in found if event.type.endswith(".delta")}
     assert len(kinds) == 4 and Response.model_validate(body)
     assert [event.sequence_number for event in asyncio.run(read(5))] == [*range(6, len(found))]
+    for after in (len(found) - 1, len(found), 4000):
+        (end,) = asyncio.run(read(after))
+        assert end.type == last and end.sequence_number == after + 1, "a number of the first stream may be greater"
+
+
+def test_what_began_was_neither_incomplete_nor_failed() -> None:
+    body = ResponseObject(status="incomplete", model="m", incomplete_details={"reason": "max_output_tokens"})
+
+    async def read() -> list[Any]:
+        return [event async for event in replayed(json.loads(body.model_dump_json()))]
+
+    *begun, last = asyncio.run(read())
+    assert [event.response.incomplete_details for event in begun] == [None, None]
+    assert last.response.incomplete_details == {"reason": "max_output_tokens"}
 
 
 # --- items dropped for room

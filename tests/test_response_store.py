@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_a_store_holds_its_bounds_whatever_is_put(make: Any) -> None:
     async def check() -> None:
         store = make(StoreBounds(max_size=20_000, max_count=5))
         for number in range(40):
-            store.put(stored(f"r{number}", size=number % 7 * 1000, output_ids=(f"o{number}",)))
+            await store.put(stored(f"r{number}", size=number % 7 * 1000, output_ids=(f"o{number}",)))
             found = [response for i in range(40) if (response := await store.get(f"r{i}"))]
             assert found and len(found) <= 5 and sum(response.size for response in found) <= 20_000
             assert found[-1].id == f"r{number}", "what has just been put is there"
@@ -61,7 +62,7 @@ def test_a_response_that_is_put_twice_is_there_once(make: Any) -> None:
     async def check() -> None:
         store = make(BOUNDS)
         for size in (10, 20):
-            store.put(stored("r", size, output_ids=("o",)))
+            await store.put(stored("r", size, output_ids=("o",)))
         found = await store.get("r")
         assert found is not None and len(found.response) == 20
         assert (await store.find_output("o")) is not None
@@ -74,11 +75,64 @@ def test_two_processes_may_share_a_file(tmp_path: Path) -> None:
     async def check() -> None:
         one, other = (SqliteStore(tmp_path / "r.db", BOUNDS) for _ in range(2))
         for number in range(20):
-            one.put(stored(f"a{number}"))
-            other.put(stored(f"b{number}"))
+            await one.put(stored(f"a{number}"))
+            await other.put(stored(f"b{number}"))
         await asyncio.gather(one.get(""), other.get(""))  # until all is written
         assert all([await store.get(f"{name}{n}") for n in range(20) for store, name in ((one, "b"), (other, "a"))])
         one.close()
+        other.close()
+
+    asyncio.run(check())
+
+
+def test_a_reader_waits_for_no_one_who_writes(tmp_path: Path) -> None:
+    async def check() -> None:
+        store = SqliteStore(tmp_path / "r.db", BOUNDS)
+        await store.put(stored("r", output_ids=("o",)))
+        other = sqlite3.connect(tmp_path / "r.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        written = asyncio.ensure_future(store.put(stored("late")))
+        begin = time.monotonic()
+        assert await store.get("r") is not None and await store.find_output("o") is not None
+        assert time.monotonic() - begin < 2 and not written.done()
+        other.execute("COMMIT")
+        await written
+        assert await store.get("late") is not None, "what was put is committed when that returns"
+        assert other.execute("SELECT COUNT(*) FROM responses").fetchone() == (2,)
+        other.close()
+        store.close()
+
+    asyncio.run(check())
+
+
+def test_what_is_put_is_written_also_if_no_one_waits_for_it(tmp_path: Path) -> None:
+    async def check() -> None:
+        store = SqliteStore(tmp_path / "r.db", BOUNDS)
+        putting = asyncio.ensure_future(store.put(stored("r")))
+        await asyncio.sleep(0)
+        putting.cancel()
+        await asyncio.gather(putting, return_exceptions=True)
+        store.close()
+
+    asyncio.run(check())
+    again = SqliteStore(tmp_path / "r.db", BOUNDS)
+    assert asyncio.run(again.get("r")) is not None
+    again.close()
+
+
+def test_a_response_whose_owner_has_ended_is_interrupted(tmp_path: Path) -> None:
+    async def check() -> None:
+        one, other = (SqliteStore(tmp_path / "r.db", BOUNDS) for _ in range(2))
+        await one.put(stored("r", is_running=True))
+        for store in (one, other):
+            found = await store.get("r")
+            assert found is not None and (found.is_running, found.is_interrupted) == (True, False)
+        one.close()
+        found = await other.get("r")
+        assert found is not None and (found.is_running, found.is_interrupted) == (False, True)
+        await other.put(stored("r"))
+        found = await other.get("r")
+        assert found is not None and not found.is_running and not found.is_interrupted
         other.close()
 
     asyncio.run(check())
@@ -183,7 +237,7 @@ def test_a_long_conversation_is_followed_and_an_endless_one_refused() -> None:
             output: list[OutputItem] = [OutputFunctionCall(call_id=f"c{i}", name="f") for i in range(3000)]
             response = ResponseObject(status="completed", model="m", output=output, previous_response_id=last)
             items = json.dumps([{"type": "message", "role": "user", "content": str(number), "id": f"msg_{number}"}])
-            responses._store.put(
+            await responses._store.put(
                 StoredResponse(
                     id=response.id, client="", response=response.model_dump_json().encode(), items=items.encode()
                 )

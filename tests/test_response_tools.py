@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
-from openai.types.responses import ResponseStreamEvent
+from openai.types.responses import Response, ResponseStreamEvent
 from process import Server
 from pydantic import TypeAdapter
 
 from api.responses.requests import ResponsesRequest
 from api.responses.schemas import ResponsesEvent
-from api.responses.view import as_chat, stream
+from api.responses.view import as_chat, opened, stream
 from errors import InvalidRequest
 from schemas import ChatCompletionChunk, ChatCompletionRequest, ChunkChoice, Delta, FunctionDelta, ToolCallDelta
 from text.tools import tool_set_of
@@ -86,7 +86,8 @@ def test_the_request_of_codex_is_answered_and_what_has_no_effect_is_named(thinki
     assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == IGNORED
     found = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
     assert [EVENT.validate_python(event).sequence_number for event in found] == [*range(len(found))]
-    assert found[-1]["type"] == "response.incomplete" and found[-1]["response"]["tools"] == CODEX["tools"]
+    assert found[-1]["type"] == "response.incomplete" and found[-1]["response"]["tools"] == CODEX["tools"][:5]
+    assert found[-1]["response"]["text"] == {"format": {"type": "text"}, "verbosity": "low"}
 
 
 def test_a_namespace_becomes_functions_with_its_name_and_its_description_is_said_once() -> None:
@@ -135,6 +136,63 @@ def test_a_call_in_a_namespace_has_the_plain_name_and_goes_back_as_the_model_wro
     assert (chat.messages[1].tool_calls or [])[0]["function"]["name"] == "multi_agent_v1__wait"
     (plain,) = validated(events_of(request(tools=[function("wait")]), "wait", "{}"))[-1].response.output
     assert "namespace" not in plain.model_dump(exclude_unset=True)
+
+
+def content(text: str) -> ChatCompletionChunk:
+    return ChatCompletionChunk(id="1", created=1, model="m", choices=[ChunkChoice(index=0, delta=Delta(content=text))])
+
+
+def begun(index: int, name: str, arguments: str = "") -> ChatCompletionChunk:
+    function = FunctionDelta(name=name, arguments=arguments)
+    return delta(index=index, id=f"call_{name}", type="function", function=function)
+
+
+def more(index: int, arguments: str) -> ChatCompletionChunk:
+    return delta(index=index, function=FunctionDelta(arguments=arguments))
+
+
+@pytest.mark.parametrize(
+    ("sent", "found"),
+    [
+        ([begun(0, "a"), begun(1, "b"), more(0, '{"x":'), more(1, '{"y":'), more(0, "1}"), more(1, "2}")],
+         ['a{"x":1}', 'b{"y":2}']),
+        ([begun(0, "a"), more(0, '{"x":'), content("Well"), more(0, "1}"), content(", yes")],
+         ['a{"x":1}', "Well, yes"]),
+        ([content("So"), begun(0, "a", "{}"), content("Then"), begun(1, "apply_patch"), begun(2, "c"), more(1, '{"in'),
+          more(2, "{}"), more(1, 'put": "p"}')], ["So", "a{}", "Then", "apply_patchp", "c{}"]),
+        ([begun(0, "a", "{}"), begun(0, "b"), more(0, '{"y":2}')], ["a{}", 'b{"y":2}']),
+        ([begun(0, "a"), begun(0, "a", '{"x"'), more(0, ":1}")], ['a{"x":1}']),
+        ([begun(1, "b"), begun(0, "a"), more(1, "{"), more(0, "{"), more(1, "}")], ["b{}", "a{"]),
+    ],
+)  # fmt: skip
+def test_calls_and_text_may_alternate(sent: list[ChatCompletionChunk], found: list[str]) -> None:
+    async def chunks() -> AsyncIterator[ChatCompletionChunk]:
+        for chunk in sent:
+            yield chunk.model_copy(deep=True)
+
+    async def read() -> list[ResponsesEvent]:
+        return [event async for event in stream(request(tools=[PATCH]), chunks())]
+
+    events = validated(asyncio.run(read()))
+    last = events[-1].response.output
+    texts = [getattr(item, "name", "") + text_of(item) for item in last]
+    assert texts == found and all(item.status == "completed" for item in last)
+    grown = [""] * len(last)
+    for event in events:
+        if event.type.endswith(".delta"):
+            assert event.item_id == last[event.output_index].id
+            grown[event.output_index] += event.delta
+    assert grown == [text_of(item) for item in last]
+    kinds = ("response.output_item.added", "response.output_item.done")
+    added, done = ([event.output_index for event in events if event.type == kind] for kind in kinds)
+    assert added == [*range(len(last))] and sorted(done) == added
+    assert [event.item.to_dict() for event in sorted(events, key=lambda e: getattr(e, "output_index", 0))
+            if event.type == kinds[1]] == [item.to_dict() for item in last]  # fmt: skip
+
+
+def text_of(item: Any) -> str:
+    texts = {"function_call": "arguments", "custom_tool_call": "input"}
+    return str(getattr(item, texts[item.type])) if item.type in texts else str(item.content[0].text)
 
 
 TEXT = '*** Begin "Patch"\n+\té\U0001f600\\n\n'
@@ -212,6 +270,7 @@ TOOLS = [function("f"), NAMESPACE, PATCH, {"type": "web_search"}]
         ({"type": "function", "name": "wait", "namespace": "multi_agent_v1"}, ["multi_agent_v1__wait"]),
         ({"type": "function", "function": {"name": "multi_agent_v1__wait"}}, ["multi_agent_v1__wait"]),
         ({"type": "custom", "name": "apply_patch"}, ["apply_patch"]),
+        ({"type": "namespace", "name": "multi_agent_v1"}, ["multi_agent_v1__spawn_agent", "multi_agent_v1__wait"]),
         (
             {"type": "allowed_tools", "mode": "required", "tools": [{"type": "namespace", "name": "multi_agent_v1"}]},
             ["multi_agent_v1__spawn_agent", "multi_agent_v1__wait"],
@@ -229,6 +288,51 @@ TOOLS = [function("f"), NAMESPACE, PATCH, {"type": "web_search"}]
 def test_a_choice_may_name_any_tool_that_the_client_runs(choice: dict[str, Any], chosen: list[str]) -> None:
     tools = tool_set_of(as_chat(request(tools=TOOLS, tool_choice=choice)))
     assert tools is not None and list(tools.schemas) == chosen
+    assert tools.is_required is (choice.get("mode") != "auto")
+    echoed = opened(request(tools=TOOLS, tool_choice=choice)).model_dump()
+    assert Response.model_validate(echoed) and is_official(echoed["tool_choice"])
+
+
+OFFICIAL: TypeAdapter[Any] = TypeAdapter(Response.model_fields["tool_choice"].annotation)
+
+
+def is_official(choice: Any) -> bool:
+    return OFFICIAL.validate_python(choice) is not None
+
+
+@pytest.mark.parametrize(
+    ("sent", "echoed"),
+    [
+        ({"reasoning": {"effort": "zzz", "summary": "auto"}},
+         {"reasoning": {"effort": None, "summary": "auto", "generate_summary": None}}),
+        ({"tools": [{"type": "zzz"}, {"type": "web_search"}, {"type": "custom", "custom": {"name": "c"}}]},
+         {"tools": [{"type": "custom", "name": "c"}]}),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "other": 1}}]},
+         {"tools": [{"type": "function", "name": "f", "strict": True}]}),
+        ({"tools": [{"type": "custom", "custom": {"name": "c", "format": {"type": "grammar", "grammar": LARK}}}]},
+         {"tools": [{"type": "custom", "name": "c", "format": LARK}]}),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [function("f"), {"type": "web_search"}]}]},
+         {"tools": [{"type": "namespace", "name": "n", "description": "", "tools": [function("f")]}]}),
+        ({"tools": TOOLS, "tool_choice": {"type": "namespace", "name": "multi_agent_v1"}},
+         {"tool_choice": {"type": "allowed_tools", "mode": "required",
+                          "tools": [{"type": "namespace", "name": "multi_agent_v1"}]}}),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+         {"tool_choice": {"type": "function", "name": "f"}}),
+        ({"text": {"format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}}},
+         {"text": {"format": {"type": "json_schema", "name": "answer", "schema": {"type": "object"}}}}),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}, "verbosity": "high"}},
+         {"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}, "verbosity": "high"}}),
+        ({"text": {"format": {"type": "json_object"}}}, {"text": {"format": {"type": "json_object"}}}),
+        ({}, {"text": {"format": {"type": "text"}}, "tools": [], "tool_choice": "auto", "reasoning": None}),
+    ],
+)  # fmt: skip
+def test_what_a_response_repeats_has_the_official_form(sent: dict[str, Any], echoed: dict[str, Any]) -> None:
+    body = request(**sent)
+    assert as_chat(body) is not None
+    found = opened(body).model_dump(mode="json")
+    assert {name: found[name] for name in echoed} == echoed
+    response = Response.model_validate(found)
+    assert response.to_dict(exclude_unset=True).keys() >= echoed.keys() and is_official(found["tool_choice"])
 
 
 @pytest.mark.parametrize(
@@ -251,6 +355,17 @@ def test_a_choice_may_name_any_tool_that_the_client_runs(choice: dict[str, Any],
         ({"tools": [{**PATCH, "format": {"type": "grammar", "syntax": "peg", "definition": "x"}}]},
          "tools[0].format.syntax", "'lark' or 'regex'"),
         ({"tools": [function("f"), function("f")]}, "tools", "Two tools are named 'f'"),
+        ({"tool_choice": {"type": "namespace", "name": "other"}}, "tool_choice", "no namespace 'other'"),
+        ({"tools": [{**NAMESPACE, "description": 5}]}, "tools[0].description", "must be text"),
+        ({"tools": [{**NAMESPACE, "tools": [function("a"), function("b", description=5)]}]},
+         "tools[0].tools[1].description", "must be text"),
+        ({"tools": [function("f", strict="yes")]}, "tools[0].strict", "true or false"),
+        ({"tools": [function("f", defer_loading=1)]}, "tools[0].defer_loading", "true or false"),
+        ({"tools": [{**PATCH, "description": ["x"]}]}, "tools[0].description", "must be text"),
+        ({"metadata": {"a": 5}}, "metadata", "The value of 'a'"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": "yes"}}},
+         "text.format.strict", "true or false"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": 5}}, "tool_choice", "a list of tools"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_tools_is_named_where_the_request_has_it(

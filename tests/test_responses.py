@@ -13,7 +13,8 @@ from openai.types.responses import Response
 from process import Server
 
 from api.responses.encoder import ResponsesEncoder
-from api.responses.requests import ResponsesRequest
+from api.responses.requests import InputItem, ResponsesRequest
+from api.responses.schemas import OutputTextDelta
 from api.responses.view import as_chat, collect, stream
 from errors import ContextLengthExceeded, Overloaded
 from schemas import ChatCompletionChunk, ChunkChoice, Delta, Usage
@@ -231,7 +232,40 @@ def test_an_error_in_a_stream_is_an_event_and_the_response_has_failed() -> None:
     assert "TypeError" not in json.dumps(events(TypeError("a secret path"))[-2:])
 
 
-def test_an_error_names_the_field_that_was_sent() -> None:
+def test_an_event_that_cannot_be_written_takes_no_number() -> None:
+    encoder = ResponsesEncoder()
+    place: dict[str, Any] = {"output_index": 0, "content_index": 0, "item_id": "msg_1", "logprobs": []}
+    encoder.event(OutputTextDelta(**place, delta="x").numbered(3))
+    with pytest.raises(ValueError):
+        encoder.event(OutputTextDelta(**place, delta="\ud800").numbered(4))
+    assert json.loads(encoder.failure(Overloaded("No room.")).split(b"data: ")[1])["sequence_number"] == 4
+
+
+EARLIER = [InputItem(role="user", content="Before")]
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "told", "field"),
+    [
+        ("long", "messages", "long", "input"),
+        ("messages has an unpaired surrogate", "messages", "input has an unpaired surrogate", "input"),
+        ("response_format: Invalid type", "response_format", "text.format: Invalid type", "text.format"),
+        ("response_format.type must be text.", "response_format.type", "text.format.type must be text.",
+         "text.format.type"),
+        ("max_tokens is too large", "max_tokens", "max_output_tokens is too large", "max_output_tokens"),
+        ("messages[0].content is bad", "messages[0].content", "instructions.content is bad", "instructions.content"),
+        ("messages[1]", "messages[1]", "previous_response_id", "previous_response_id"),
+        ("messages[3].content[1] is no image", "messages[3].content[1]", "input[3].content[1] is no image",
+         "input[3].content[1]"),
+        ("Too long, shorten the messages", "messages[9]", "Too long, shorten the messages", "input[9]"),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_field_that_was_sent(message: str, param: str, told: str, field: str) -> None:
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    body = request(
+        instructions="S", input=[{"role": "assistant", "content": "A"}, call, call, {"role": "user", "content": "U"}]
+    )
+    error = ContextLengthExceeded(message, param=param)
     with pytest.raises(ContextLengthExceeded) as refusal:
-        asyncio.run(collect(stream(request(), chunks(ContextLengthExceeded("long", param="messages")))))
-    assert refusal.value.param == "input"
+        asyncio.run(collect(stream(body, chunks(error), None, EARLIER)))
+    assert (refusal.value.message, refusal.value.param) == (told, field)

@@ -1,5 +1,6 @@
 """Stored responses: what comes back, for whom, how long, and how a conversation goes on from them."""
 
+import itertools
 import json
 import os
 import sqlite3
@@ -40,7 +41,10 @@ def validated(text: str) -> list[Any]:
 
 
 def test_a_response_comes_back_as_it_was_until_it_is_deleted(client: OpenAI, server: Server) -> None:
-    made = create(client, metadata={"k": "v"})
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    text: Any = {"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}, "verbosity": "low"}
+    made = create(client, metadata={"k": "v"}, extra_body={"text": text})
+    assert made.to_dict()["text"] == text
     assert made.to_dict() == client.responses.retrieve(made.id).to_dict() and made.to_dict()["store"] is True
     deleted = httpx2.delete(f"{server.url}/v1/responses/{made.id}", timeout=30)
     assert deleted.json() == {"id": made.id, "object": "response", "deleted": True}
@@ -88,7 +92,8 @@ def test_a_conversation_goes_on_from_a_response_without_its_instructions(client:
     assert third.usage and same.usage and third.usage.input_tokens == same.usage.input_tokens
     client.responses.delete(first.id)
     listed = list(client.responses.input_items.list(third.id, order="asc"))
-    assert [item.content[0].text for item in listed] == ["Three"], "as far as it is still stored"
+    (answer,) = second.output
+    assert [item.content[0].text for item in listed] == ["Two", answer.content[0].text, "Three"], "what is still stored"
     with pytest.raises(openai.NotFoundError) as refusal:
         create(client, "Four", previous_response_id=third.id)
     error = refusal.value
@@ -122,6 +127,17 @@ def test_the_input_is_listed_with_what_came_before_it_page_by_page(client: OpenA
     for query, param in (("limit=0", "limit"), ("limit=101", "limit"), ("order=up", "order"), ("after=x", "after")):
         refusal = server.get(f"{path}?{query}")
         assert refusal.status_code == (404 if param == "after" else 400) and refusal.json()["error"]["param"] == param
+
+
+def test_pages_end_where_a_client_repeats_its_ids(client: OpenAI) -> None:
+    def said(text: str) -> dict[str, Any]:
+        return {"type": "message", "id": "msg_same", "role": "user", "content": text}
+
+    first = create(client, [said(text) for text in "abc"])
+    second = create(client, [said(text) for text in "de"], previous_response_id=first.id)
+    listed = list(itertools.islice(client.responses.input_items.list(second.id, limit=1, order="asc"), 20))
+    assert [item.content[0].text for item in listed if item.role == "user"] == [*"abcde"] and len(listed) == 6
+    assert listed[0].id == "msg_same" and len({item.id for item in listed}) == 6
 
 
 def test_a_reference_stands_for_an_item_of_a_stored_answer(client: OpenAI) -> None:
@@ -208,6 +224,21 @@ def test_a_response_in_the_background_can_be_followed_and_left(client: OpenAI) -
     last = rest[-1]
     assert last.type == "response.incomplete" and last.response.usage and last.response.usage.output_tokens == 400
     assert client.responses.retrieve(response_id).to_dict() == last.response.to_dict()
+    for number in (last.sequence_number - 1, last.sequence_number + 5):
+        (end,) = client.responses.retrieve(response_id, stream=True, starting_after=number)
+        assert end.to_dict() == {**last.to_dict(), "sequence_number": number + 1}, "also when it is over"
+
+
+@pytest.mark.parametrize("after", [0, 10_000])
+def test_who_follows_a_response_always_hears_how_it_ended(client: OpenAI, after: int) -> None:
+    options: Any = {"model": MODEL, "input": "Hello", "max_output_tokens": 450, "extra_body": {"ignore_eos": True}}
+    with client.responses.create(**options, stream=True, background=True) as events:
+        first = next(iter(events))
+        assert first.type == "response.created"
+        with client.responses.retrieve(first.response.id, stream=True, starting_after=after) as followed:
+            client.responses.cancel(first.response.id)
+            numbers = [(event.type, event.sequence_number) for event in followed]
+    assert numbers[-1][0] == "response.incomplete" and numbers[-1][1] > after
 
 
 def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, server: Server) -> None:
@@ -226,15 +257,54 @@ def test_a_response_in_the_background_can_be_cancelled(client: OpenAI, server: S
 
 
 def test_what_goes_wrong_in_the_background_is_told_by_the_response(client: OpenAI, server: Server) -> None:
-    made = create(client, "x" * 600, background=True)
-    until(lambda: client.responses.retrieve(made.id).status == "failed")
-    error = client.responses.retrieve(made.id).error
-    assert error and error.code == "invalid_prompt" and "maximum context length" in error.message
     late = create(client, background=True, extra_body={"timeout": 1e-6})
     until(lambda: client.responses.retrieve(late.id).status == "failed")
     error = client.responses.retrieve(late.id).error
     assert error and error.code == "server_error" and "longer than the limit" in error.message
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "nobody"},
+        {"input": "x" * 600},
+        {"input": []},
+        {"tools": [{"type": "function", "name": "b c"}]},
+        {"tools": [{"type": "function", "name": "f", "parameters": {"type": "zzz"}}], "tool_choice": "required"},
+        {"tool_choice": {"type": "function", "name": "other"}},
+        {"tool_choice": "required"},
+        {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}},
+        {"text": {"format": {"type": "zzz"}}},
+        {"temperature": 9},
+        {"max_output_tokens": 10**6},
+    ],
+)
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_what_cannot_run_is_refused_in_the_background_as_in_the_foreground(
+    server: Server, body: dict[str, Any], is_stream: bool
+) -> None:
+    sent = {"model": MODEL, "input": "Hello", "max_output_tokens": 2, "stream": is_stream, **body}
+    there, here = (server.post("/v1/responses", **sent, background=value) for value in (True, False))
+    assert there.status_code == here.status_code and there.json() == here.json() and here.status_code in (400, 404)
+
+
+@pytest.mark.parametrize("model", ["openai/gpt-4", "huggingface/no-owner"])
+def test_a_model_that_no_one_can_ask_is_refused_in_the_background(server: Server, model: str) -> None:
+    sent = {"model": model, "input": "Hello"}
+    there, here = (server.post("/v1/responses", **sent, background=value) for value in (True, False))
+    assert there.status_code == here.status_code >= 400 and there.json() == here.json()
+
+
+def test_a_response_in_the_background_waits_for_no_model(tiny_checkpoint: Path) -> None:
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), DTYPE="float32") as server:
+        refusal = server.post("/v1/responses", model=MODEL, input="Hello", background=True, max_output_tokens=2)
+        if server.get("/health").json()["status"] != "ok":
+            assert refusal.status_code == 503 and int(refusal.headers["retry-after"]) > 0
+        server.wait_until_healthy()
+        made = server.post("/v1/responses", model=MODEL, input="Hello", background=True, max_output_tokens=2).json()
+        until(lambda: server.get(f"/v1/responses/{made['id']}").json()["status"] in ("completed", "incomplete"))
+        assert server.get(f"/v1/responses/{made['id']}").json()["usage"]["output_tokens"] > 0
 
 
 # --- keys, bounds and restarts
@@ -331,6 +401,67 @@ def test_a_file_keeps_responses_over_a_restart(tiny_checkpoint: Path, tmp_path: 
             assert create(client, "Two", previous_response_id=made.id).status == "incomplete"
             ended = client.responses.retrieve(running.id)
             assert ended.status in ("failed", "incomplete") and (ended.status == "incomplete") == (ended.error is None)
+
+
+def test_a_response_in_the_background_is_found_after_its_server_was_killed(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = {"MODEL_PATH": str(tiny_checkpoint), "RESPONSE_STORE": str(tmp_path / "r.db"), "DTYPE": "float32"}
+    settings |= {"MAX_MODEL_LEN": "480", "SHUTDOWN_TIMEOUT": "0"}
+    with serve(MAIN, **settings) as server, serve(MAIN, **settings) as other:
+        server.wait_until_healthy()
+        other.wait_until_healthy()
+        with OpenAI(base_url=server.url + "/v1", api_key="none") as client:
+            running = create(client, background=True, max_output_tokens=470)
+            whole = create(client, "Two")
+            with pytest.raises(openai.BadRequestError, match="still being made"):
+                create(client, "Go on", previous_response_id=running.id)
+        read = other.get(f"/v1/responses/{running.id}").json()
+        server.process.kill()
+        server.process.wait(30)
+        ended = Response.model_validate(other.get(f"/v1/responses/{running.id}").json())
+        assert read["status"] == "queued" and ended.status == "failed", "by another process of the same file"
+    with serve(MAIN, **settings) as server:
+        server.wait_until_healthy()
+        with OpenAI(base_url=server.url + "/v1", api_key="none") as client:
+            ended = client.responses.retrieve(running.id)
+            assert ended.status == "failed" and ended.error and "restarted" in ended.error.message
+            (*_, last) = client.responses.retrieve(running.id, stream=True)
+            assert last.type == "response.failed" and client.responses.cancel(running.id).status == "failed"
+            assert client.responses.retrieve(whole.id).to_dict() == whole.to_dict()
+    assert not list(tmp_path.glob("*.alive"))
+
+
+def test_a_file_that_fails_is_a_503_and_an_answer_says_that_it_is_not_stored(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.db"
+    with serve(MAIN, MODEL_PATH=str(tiny_checkpoint), RESPONSE_STORE=str(path), DTYPE="float32") as server:
+        server.wait_until_healthy()
+        body = {"model": MODEL, "input": "Hello", "max_output_tokens": 4}
+        place = f"/v1/responses/{server.post('/v1/responses', **body).json()['id']}"
+        with sqlite3.connect(path) as database:
+            database.execute("DROP TABLE running")
+            database.execute("DROP TABLE outputs")
+            database.execute("DROP TABLE responses")
+        database.close()
+        refusals = [
+            server.get(place),
+            server.get(f"{place}?stream=true"),
+            server.get(f"{place}/input_items"),
+            server.post(f"{place}/cancel"),
+            httpx2.delete(server.url + place, timeout=30),
+            server.post("/v1/responses", **body, previous_response_id=place.rpartition("/")[2]),
+            server.post("/v1/responses", **{**body, "input": [{"type": "item_reference", "id": "msg_1"}]}),
+            server.post("/v1/responses", **body, background=True),
+        ]
+        for refusal in refusals:
+            assert refusal.status_code == 503 and int(refusal.headers["retry-after"]) > 0, refusal.text
+            assert "RESPONSE_STORE" in refusal.json()["error"]["message"]
+        assert server.post("/v1/responses", **body).json()["store"] is False
+        last = validated(server.post("/v1/responses", **body, stream=True).text)[-1]
+        assert last.type == "response.incomplete" and last.response.to_dict()["store"] is False
+    assert any("is not stored" in line and "no such table" in line for line in server.lines)
 
 
 def test_a_file_that_cannot_be_used_is_said_at_the_start(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from api import encrypted_reasoning
 from api.error_handlers import invalid_request_of
 from api.messages.schemas import Block, CountTokensRequest, MessageParam, MessagesRequest, Source
 from api.messages.tools import Toolbox, changed_name, invalid
+from api.sent_fields import name_as_sent
 from errors import APIError, InvalidRequest, ThreadsUnsupported
 from schemas import ChatCompletionRequest, Object, SamplingFields, TranslatedChatRequest
 
@@ -59,19 +60,7 @@ def as_chat(request: CountTokensRequest) -> ChatCompletionRequest:
 def named(error: APIError, request: CountTokensRequest) -> APIError:
     """Makes an error of the chat name the client's fields, which have other names and places."""
     origins = [origin for _, origin in _messages(request, Toolbox.of(request))]
-
-    def place(match: re.Match[str]) -> str:
-        number = int(match[1])
-        return origins[number] if number < len(origins) else match[0]
-
-    def sent_as(text: str) -> str:
-        text = re.sub(r"\bmessages\[(\d+)\]", place, text)
-        for pattern, name in SENT_AS:
-            text = pattern.sub(name, text)
-        return text
-
-    error.message, error.param = sent_as(error.message), error.param and sent_as(error.param)
-    return error
+    return name_as_sent(error, SENT_AS, origins)
 
 
 # --- messages

@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
+from api.responses.progress import OVER
 from api.responses.replay import last_event
-from api.responses.schemas import ResponseObject, ResponsesEvent
+from api.responses.schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from api.responses.stored import OpenResponse
 from config import ApiKey
 from errors import APIError, InvalidRequest, Overloaded, RateLimited, RequestTimeout, Unavailable
@@ -25,6 +26,7 @@ class Job:
         self.error: APIError | None = None
         self.task: asyncio.Task[None] | None = None
         self._events: list[ResponsesEvent] = []
+        self._is_done = False
         self._grown = asyncio.Event()
 
     @property
@@ -38,17 +40,22 @@ class Job:
     def add(self, event: ResponsesEvent) -> None:
         if self._is_streamed:
             self._events.append(event)
-            self.wake()
+            self._wake()
 
-    def wake(self) -> None:
+    def end(self) -> None:
+        self._is_done = True
+        self._wake()
+
+    def _wake(self) -> None:
         """Tells all who follow that there is something new."""
         self._grown.set()
         self._grown = asyncio.Event()
 
     async def follow(self, after: int = -1) -> AsyncGenerator[ResponsesEvent]:
-        """Yields the events behind the one with the number `after`, and waits for more. Raises what ended them.
+        """Yields the events behind the one with the number `after`, and waits for more.
 
-        Raises InvalidRequest if the events are not kept.
+        The last one always tells how the response ended. Raises what ended it before its first event, and
+        InvalidRequest if the events are not kept.
         """
         if not self._is_streamed:
             raise InvalidRequest(
@@ -57,17 +64,27 @@ class Job:
                 param="stream",
             )
         number = after + 1
-        while True:
+        last: ResponsesEvent | None = None
+        is_done = False
+        while not is_done:
+            is_done, grown = self._is_done, self._grown
             for event in self._events[number:]:
-                number += 1
+                number, last = number + 1, event
                 yield event
-            if self.error is not None:
-                raise self.error
-            if self.progress.is_over:
-                break
-            await self._grown.wait()
-        if self.response.status == "cancelled":
-            yield last_event(self.response).numbered(number)
+            if not is_done:
+                await grown.wait()
+        if self.error is not None and not self._events:
+            raise self.error
+        if not (isinstance(last, ResponseStateEvent) and last.response.status in OVER):
+            for event in self._ending():
+                yield event.numbered(number)
+                number += 1
+
+    def _ending(self) -> Iterator[ResponsesEvent]:
+        """Yields the events of a response that ended without one of its own, or before those that a client knows."""
+        if self.error is not None:
+            yield ErrorEvent(message=self.error.message, code=self.error.code, param=self.error.param)
+        yield last_event(self.response)
 
 
 class BackgroundResponses:
@@ -77,7 +94,7 @@ class BackgroundResponses:
         self._concurrent = {key.name: key.concurrent for key in keys}
         self._jobs: dict[str, Job] = {}
 
-    def start(
+    async def start(
         self,
         opened: OpenResponse,
         events: AsyncGenerator[ResponsesEvent],
@@ -87,12 +104,22 @@ class BackgroundResponses:
     ) -> Job:
         """Begins to make a response; `events` are those that `opened` keeps.
 
-        Raises RateLimited or Overloaded if too many are being made. seconds: None for no limit.
+        Raises RateLimited or Overloaded if too many are being made, and Unavailable if it cannot be stored.
+        seconds: None for no limit.
         """
         record = request_record.current()
         self._check_room(record.client, opened.size)
         job = Job(opened, record.client, is_streamed)
         self._jobs[job.response.id] = job
+        try:
+            await opened.store_begun()
+            if job.error is not None:  # the server is shutting down
+                raise job.error
+        except BaseException:
+            job.progress.cancel()  # no one has its id
+            del self._jobs[job.response.id]
+            await opened.forget()
+            raise
         own = RequestRecord(request_id=record.request_id, client=record.client)
         job.task = asyncio.create_task(self._run(job, events, seconds, own))
         return job
@@ -160,9 +187,10 @@ class BackgroundResponses:
         finally:
             if timer:
                 timer.cancel()
-            del self._jobs[job.response.id]
             await events.aclose()
-            job.wake()
+            await job.opened.store_if_over()  # where it ended before its events began
+            del self._jobs[job.response.id]
+            job.end()
             self._report(job, record)
 
     def _report(self, job: Job, record: RequestRecord) -> None:

@@ -12,14 +12,15 @@ class ResponsesEncoder:
     format = EVENTS
 
     def __init__(self) -> None:
-        self._number = 0
+        self._number = -1  # of the last event that was sent
         self._response: ResponseObject | None = None
 
     def event(self, item: ResponsesEvent) -> bytes:
+        encoded = encode_event(item.model_dump_json(), item.type)  # which fails for what JSON cannot hold
         self._number = item.sequence_number
         if isinstance(item, ResponseStateEvent):
             self._response = item.response
-        return encode_event(item.model_dump_json(), item.type)
+        return encoded
 
     def failure(self, error: APIError) -> bytes:
         number = self._number + 1

@@ -12,32 +12,43 @@ from errors import InvalidRequest, unsupported
 # Types of parts: Responses -> chat
 PART_TYPES = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 Content = str | Sequence[InputPart]
+Message = dict[str, Any]  # of a chat
 
 
-def messages_of(request: ResponsesRequest, earlier: Sequence[InputItem] = ()) -> list[dict[str, Any]]:
-    """Returns the instructions, the items of earlier responses, and the input as messages. Raises InvalidRequest."""
-    messages: list[dict[str, Any]] = []
+def messages_of(request: ResponsesRequest, earlier: Sequence[InputItem] = ()) -> list[tuple[Message, str]]:
+    """Returns the instructions, the items of earlier responses, and the input as messages. Raises InvalidRequest.
+
+    Each has the place of what it came from.
+    """
+    messages: list[Message] = []
+    origins: list[str] = []
+
+    def add(item: InputItem, path: str) -> None:
+        _add(messages, item, path)
+        origins.extend([path] * (len(messages) - len(origins)))
+
     if request.instructions:
-        messages.append({"role": "system", "content": request.instructions})
+        add(InputItem(role="system", content=request.instructions), "instructions")
     for item in earlier:
-        _add(messages, item, "previous_response_id")
+        add(item, "previous_response_id")
     if isinstance(request.input, str):
-        return [*messages, {"role": "user", "content": request.input}]
-    for number, item in enumerate(request.input):
-        _add(messages, item, f"input[{number}]")
+        add(InputItem(role="user", content=request.input), "input")
+    else:
+        for number, item in enumerate(request.input):
+            add(item, f"input[{number}]")
     if not messages:
         raise InvalidRequest("input must not be empty.", param="input", code="invalid_value")
-    return messages
+    return [*zip(messages, origins, strict=True)]
 
 
-def _add(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+def _add(messages: list[Message], item: InputItem, path: str) -> None:
     add = _ITEMS.get(item.type)
     if add is None:
         raise unsupported(f"{path}.type")
     add(messages, item, path)
 
 
-def _add_message(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+def _add_message(messages: list[Message], item: InputItem, path: str) -> None:
     if item.role is None:
         raise InvalidRequest(f"{path} has no role.", param=f"{path}.role", code="missing_required_parameter")
     content = _content(_required(item.content, f"{path}.content"), f"{path}.content")
@@ -48,7 +59,7 @@ def _add_message(messages: list[dict[str, Any]], item: InputItem, path: str) -> 
         messages.append({"role": item.role, "content": content})
 
 
-def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+def _add_call(messages: list[Message], item: InputItem, path: str) -> None:
     """Adds a call; all calls of one turn become one message."""
     arguments = item.arguments or "" if item.input is None else json.dumps({"input": item.input}, ensure_ascii=False)
     function = {"name": flat_name(item.name or "", item.namespace), "arguments": arguments}
@@ -57,12 +68,12 @@ def _add_call(messages: list[dict[str, Any]], item: InputItem, path: str) -> Non
     messages[-1].setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
 
 
-def _add_result(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+def _add_result(messages: list[Message], item: InputItem, path: str) -> None:
     content = _content(_required(item.output, f"{path}.output"), f"{path}.output")
     messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
 
 
-def _add_reasoning(messages: list[dict[str, Any]], item: InputItem, path: str) -> None:
+def _add_reasoning(messages: list[Message], item: InputItem, path: str) -> None:
     """Adds the reasoning of an earlier turn, which comes before the text or the calls of that turn."""
     if text := _reasoning(item):
         messages.append({"role": "assistant", "content": None, "reasoning_content": text})

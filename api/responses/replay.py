@@ -10,13 +10,18 @@ from schemas import TokenLogprob
 from text.custom_tools import ARGUMENT
 
 Object = dict[str, Any]
+_OF_THE_END = ("completed_at", "usage", "error", "incomplete_details")  # what a response has when it is over
 
 
 async def replayed(body: Object, after: int = -1) -> AsyncGenerator[ResponsesEvent]:
-    """Yields the events of a response that is over, from its JSON; those up to the number `after` are left out."""
-    for number, event in enumerate(_events(body)):
-        if number > after:
-            yield event.numbered(number)
+    """Yields the events of a response that is over, from its JSON; those up to the number `after` are left out.
+
+    The last one always comes: a number that a client has of the first stream may be greater than any here.
+    """
+    events = [*_events(body)]
+    first = max(0, min(after + 1, len(events) - 1))
+    for number, event in enumerate(events[first:], max(first, after + 1)):
+        yield event.numbered(number)
 
 
 def last_event(response: ResponseObject) -> ResponsesEvent:
@@ -27,7 +32,7 @@ def last_event(response: ResponseObject) -> ResponsesEvent:
 
 def _events(body: Object) -> Iterator[ResponsesEvent]:
     whole = ResponseObject.model_validate({**body, "output": []})
-    begun = whole.model_copy(update={"status": "in_progress", "completed_at": None, "usage": None, "error": None})
+    begun = whole.model_copy(update={"status": "in_progress", **dict.fromkeys(_OF_THE_END)})
     for name in ("created", "in_progress"):
         yield ResponseStateEvent(type=f"response.{name}", response=begun)
     outputs = []

@@ -10,7 +10,7 @@ from pydantic import (
     SerializeAsAny,
 )
 
-from schemas import Object, RequestBody, TokenLogprob
+from schemas import Object, TokenLogprob
 
 
 def _is_none(value: object) -> bool:
@@ -106,7 +106,7 @@ class ResponseObject(BaseModel):
     store: bool = False  # whether it can be retrieved when it is over
     temperature: float | None = None
     text: Object = {"format": {"type": "text"}}
-    reasoning: SerializeAsAny[RequestBody] | None = None
+    reasoning: Object | None = None
     tool_choice: str | Object = "auto"
     tools: list[Object] = []
     top_logprobs: int | None = None

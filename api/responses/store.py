@@ -22,6 +22,8 @@ class StoredResponse:
     response: bytes  # JSON
     items: bytes  # JSON: the list of the request's own input items, each with an id
     output_ids: tuple[str, ...] = ()  # of the items that the response has
+    is_running: bool = False  # it is being made
+    is_interrupted: bool = False  # the process that made it has ended
 
     @property
     def size(self) -> int:
@@ -55,9 +57,11 @@ class StoreBounds:
 
 
 class ResponseStore(Protocol):
-    """What is put is found from then on, also if it is still being written."""
+    """All methods raise Unavailable if the store fails."""
 
-    def put(self, stored: StoredResponse) -> None: ...
+    async def put(self, stored: StoredResponse) -> None:
+        """Returns when it is kept. If no one waits for that any more, it is written nevertheless."""
+        ...
 
     async def get(self, response_id: str) -> StoredResponse | None: ...
 
@@ -77,7 +81,7 @@ class MemoryStore:
         self._owners: dict[str, str] = {}  # id of an output item -> id of its response
         self._size = 0
 
-    def put(self, stored: StoredResponse) -> None:
+    async def put(self, stored: StoredResponse) -> None:
         self._remove(stored.id)
         self._stored[stored.id] = stored
         self._owners |= dict.fromkeys(stored.output_ids, stored.id)

@@ -6,7 +6,7 @@ the X-Ignored-Fields header.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from text import custom_tools
 Object = dict[str, Any]
 SEPARATOR = "__"  # between a namespace and a name
 CALLABLE = ("function", "custom")
+TOOL_FIELDS: Mapping[str, type] = {"description": str, "strict": bool, "defer_loading": bool}
 _PATH = re.compile(r"tools\[(\d+)\](?:\.function)?(\.parameters)?")  # of a tool, in an error of chat
 
 
@@ -59,6 +60,7 @@ def _in_namespace(tool: Object, path: str) -> Iterator[OfferedTool]:
         raise _invalid(f"{path}.name must be the name of the namespace.", f"{path}.name")
     if not isinstance(members, list):
         raise _invalid(f"{path}.tools must be the list of the namespace's tools.", f"{path}.tools")
+    check_fields(tool, {"description": str}, path)
     lead = f"{namespace}{SEPARATOR}*: {description}\n\n" if (description := tool.get("description")) else ""
     for number, member in enumerate(members):
         place = f"{path}.tools[{number}]"
@@ -66,14 +68,30 @@ def _in_namespace(tool: Object, path: str) -> Iterator[OfferedTool]:
         if kind not in CALLABLE and (kind == "namespace" or not isinstance(kind, str)):
             raise _invalid(f"{place}.type must be 'function' or 'custom'.", f"{place}.type")
         if kind in CALLABLE:
-            yield _callable({**member, "description": lead + (member.get("description") or "")}, place, namespace)
+            yield _callable(member, place, namespace, lead)
             lead = ""
 
 
-def _callable(tool: Object, path: str, namespace: str | None = None) -> OfferedTool:
+def own_part(tool: Object) -> Object:
+    """Returns what says what a tool or a choice is; it is nested where it has the form of chat completions."""
+    kind = tool.get("type", "function")
+    own = tool.get(kind) if kind in CALLABLE else None
+    return own if isinstance(own, dict) else tool
+
+
+def check_fields(sent: Object, types: Mapping[str, type], path: str) -> None:
+    """Raises InvalidRequest for a field of `types` whose value has another type."""
+    for name, kind in types.items():
+        if sent.get(name) is not None and not isinstance(sent[name], kind):
+            raise _invalid(f"{path}.{name} must be {'text' if kind is str else 'true or false'}.", f"{path}.{name}")
+
+
+def _callable(tool: Object, path: str, namespace: str | None = None, lead: str = "") -> OfferedTool:
+    """lead: what comes before the description."""
     kind = tool.get("type")
-    own = tool.get(kind) if kind in CALLABLE else None  # nested, as chat completions have it
-    own = own if isinstance(own, dict) else tool
+    own = own_part(tool)
+    check_fields(own, TOOL_FIELDS, path)
+    own = {**own, "description": lead + (own.get("description") or "")} if lead else own
     name = own.get("name")
     flat = flat_name(name, namespace) if isinstance(name, str) else name
     if kind == "custom":
@@ -108,6 +126,8 @@ def chat_choice(choice: str | Object | None, tools: list[OfferedTool], num_sent:
     names = _names(choice, tools)
     if not names:
         raise _not_here(choice)
+    if choice.get("type") == "namespace":
+        return _one_of(names, {"mode": "required"})
     return _function(names[0])
 
 
@@ -119,6 +139,10 @@ def _allowed(choice: Object, tools: list[OfferedTool]) -> Object:
     names = [name for tool in allowed for name in _names(tool, tools)]
     if allowed and not names:
         raise _not_here(allowed[0])
+    return _one_of(names, inner)
+
+
+def _one_of(names: list[str], inner: Object) -> Object:
     return {"type": "allowed_tools", "allowed_tools": {**inner, "tools": [_function(name) for name in names]}}
 
 
@@ -129,8 +153,7 @@ def _names(choice: Object, tools: list[OfferedTool]) -> list[str]:
         return [tool.flat_name for tool in tools if tool.namespace == choice.get("name")]
     if kind not in CALLABLE:
         return []
-    own = choice.get(kind)
-    own = own if isinstance(own, dict) else choice
+    own = own_part(choice)
     name = own.get("name")
     if not isinstance(name, str):
         raise _invalid("tool_choice must name a tool: {'type': 'function', 'name': ...}.", "tool_choice")
@@ -146,13 +169,15 @@ def _function(name: str) -> Object:
 
 
 def _not_here(choice: Object) -> InvalidRequest:
+    if choice.get("type") == "namespace":
+        return _invalid(f"There is no namespace {choice.get('name')!r} with tools: name another one.", "tool_choice")
     return _invalid(
         f"tool_choice asks for {choice.get('type')!r}, a tool that this server does not have: let it name a function.",
         "tool_choice",
     )
 
 
-def name_as_sent(error: APIError, tools: list[OfferedTool]) -> APIError:
+def name_tool_as_sent(error: APIError, tools: list[OfferedTool]) -> APIError:
     """Renames a tool in an error of chat to the place where the request has it."""
     found = _PATH.match(error.param or "")
     if found is None or error.param is None or int(found[1]) >= len(tools):

@@ -4,6 +4,7 @@ This module knows no provider and no store.
 """
 
 import itertools
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from api.responses.echo import echo_of
 from api.responses.input import messages_of
 from api.responses.output import Output, Status
 from api.responses.requests import InputItem, ResponsesRequest
@@ -22,12 +24,17 @@ from api.responses.schemas import (
     ResponseStateEvent,
     ResponsesUsage,
 )
-from api.responses.tools import chat_choice, name_as_sent, offered_tools
+from api.responses.tools import chat_choice, name_tool_as_sent, offered_tools
+from api.sent_fields import name_as_sent
 from errors import APIError, InvalidRequest, unsupported
 from schemas import MAX_MESSAGES, SAMPLING_FIELDS, ChatCompletionChunk, ChatCompletionRequest, Usage
 
-# Names of fields: chat -> Responses
-SENT_AS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
+SENT_AS = (  # what errors of chat completions name -> the field that the client sent
+    (re.compile(r"\Amessages\b"), "input"),
+    (re.compile(r"\bmax_tokens\b"), "max_output_tokens"),
+    (re.compile(r"\bresponse_format(\.json_schema)?\b"), "text.format"),
+    (re.compile(r"\btool_choice\.allowed_tools\b"), "tool_choice"),
+)
 LOGPROBS, REASONING = "message.output_text.logprobs", "reasoning.encrypted_content"  # values of `include`
 
 
@@ -40,7 +47,7 @@ def as_chat(request: ResponsesRequest, earlier: Sequence[InputItem] = ()) -> Cha
     """
     for name in request.refused_fields:
         raise unsupported(name)
-    tools, messages = offered_tools(request.tools), messages_of(request, earlier)
+    tools, messages = offered_tools(request.tools), [message for message, _ in messages_of(request, earlier)]
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(
             f"The conversation has more than {MAX_MESSAGES} messages: begin a new one, or send fewer.",
@@ -79,11 +86,14 @@ def _response_format(format: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 async def stream(
-    request: ResponsesRequest, chunks: AsyncGenerator[ChatCompletionChunk], response: ResponseObject | None = None
+    request: ResponsesRequest,
+    chunks: AsyncGenerator[ChatCompletionChunk],
+    response: ResponseObject | None = None,
+    earlier: Sequence[InputItem] = (),
 ) -> AsyncGenerator[ResponsesEvent]:
     """Makes the events, from `response.created` on, with consecutive sequence numbers. Raises what the chunks raise.
 
-    response: what `opened` made of the request.
+    response: what `opened` made of the request; earlier: the items of the responses that it follows.
     """
     numbers = itertools.count()
     tools = offered_tools(request.tools)
@@ -91,7 +101,7 @@ async def stream(
     output = Output({tool.flat_name: tool for tool in tools}, REASONING in (request.include or ()))
     usage: Usage | None = None
     has_begun = False
-    with naming_fields(request):
+    with naming_fields(request, earlier):
         async with aclosing(chunks):
             async for chunk in chunks:
                 if not has_begun:
@@ -114,20 +124,20 @@ async def stream(
 
 
 @contextmanager
-def naming_fields(request: ResponsesRequest) -> Iterator[None]:
-    """Renames the param of an error of chat to the field that the client sent, such as messages to input."""
+def naming_fields(request: ResponsesRequest, earlier: Sequence[InputItem] = ()) -> Iterator[None]:
+    """Makes an error of chat name the fields that the client sent, such as input instead of messages."""
     try:
         yield
     except APIError as error:
-        field = (error.param or "").partition("[")[0].partition(".")[0]
-        error.param = SENT_AS.get(field, error.param)
-        raise name_as_sent(error, offered_tools(request.tools)) from None
+        error = name_tool_as_sent(error, offered_tools(request.tools))
+        raise name_as_sent(error, SENT_AS, [origin for _, origin in messages_of(request, earlier)]) from None
 
 
 def opened(request: ResponsesRequest) -> ResponseObject:
     """Makes the response, with the fields of the request that it repeats. Whoever stores it sets `store`."""
-    names = (ResponseObject.model_fields.keys() & ResponsesRequest.model_fields.keys()) - {"text", "store"}
-    repeated = {name: value for name in names if (value := getattr(request, name)) is not None}
+    echo = echo_of(request)
+    names = (ResponseObject.model_fields.keys() & ResponsesRequest.model_fields.keys()) - {"store"} - echo.keys()
+    repeated = {name: value for name in names if (value := getattr(request, name)) is not None} | echo
     for name, value in repeated.items():
         try:
             to_json(value)

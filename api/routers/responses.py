@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import Query, Request, Response
 
 from api.answers import ignored_fields_header, stream_or_whole, whole
-from api.chat_source import answer_view, chat_chunks
+from api.chat_source import answer_view, planned_chat
 from api.responses import view as responses
 from api.responses.encoder import ResponsesEncoder
 from api.responses.input_items import MAX_LISTED, InputItemList, page_of
@@ -30,13 +30,13 @@ async def create_response(body: ResponsesRequest, request: Request, services: Us
     earlier, complete = await services.responses.context_of(body)
     chat = responses.as_chat(complete, earlier)
     if body.truncation == "auto" and services.router.provider_of(body.model) is None:
-        with responses.naming_fields(body):
+        with responses.naming_fields(complete, earlier):
             chat = await truncated(chat, partial(_size, await services.text_model(body.model)))
     response = responses.opened(body)
-    opened = services.responses.open(complete, response)
+    opened = services.responses.open(complete, response, earlier)
 
     def view(chunks: AsyncGenerator[ChatCompletionChunk]) -> AsyncGenerator[ResponsesEvent]:
-        return opened.kept(responses.stream(body, chunks, response))
+        return opened.kept(responses.stream(complete, chunks, response, earlier))
 
     encoder = ResponsesEncoder()
     if not body.background:
@@ -47,10 +47,12 @@ async def create_response(body: ResponsesRequest, request: Request, services: Us
             param="background",
             code="invalid_value",
         )
-    events = view(chat_chunks(services, chat))
+    with responses.naming_fields(complete, earlier):
+        events = view(await planned_chat(services, chat))
     response.status = "queued"
     limits = [seconds for seconds in (body.timeout, services.settings.request_timeout) if seconds is not None]
-    job = services.background.start(opened, events, seconds=min(limits, default=None), is_streamed=bool(body.stream))
+    seconds = min(limits, default=None)
+    job = await services.background.start(opened, events, seconds=seconds, is_streamed=bool(body.stream))
     if body.stream:
         return await stream_or_whole(request, body, job.follow(), responses.collect, ResponsesEncoder())
     return _json(job.response.model_dump_json().encode(), ignored_fields_header(body.ignored_fields))
@@ -79,7 +81,7 @@ async def count_input_tokens(body: InputTokensRequest, request: Request, service
     model = await services.text_model(body.model)
 
     async def count() -> InputTokens:
-        with responses.naming_fields(body):
+        with responses.naming_fields(complete, earlier):
             return InputTokens(input_tokens=(await _size(model, responses.as_chat(complete, earlier))).num_tokens)
 
     return await whole(request, body, count())
