@@ -7,6 +7,10 @@ import schemathesis
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    if case.meta.generation.mode.is_positive and isinstance(case.body, dict):
-        given = {"model": "Tiny", "timeout": 60}
-        case.body.update({name: value for name, value in given.items() if name in case.body})
+    if not isinstance(case.body, dict):
+        return
+    if case.meta.generation.mode.is_positive and "model" in case.body:
+        case.body["model"] = "Tiny"
+    timeout = case.body.get("timeout")
+    if isinstance(timeout, int | float) and timeout > 0:
+        case.body["timeout"] = 60
