@@ -25,9 +25,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class ToolSet:
-    shown: tuple[
-        Object, ...
-    ]  # those that the prompt's beginning describes, as they were sent; custom ones as functions
+    shown: tuple[Object, ...]  # those that a prompt begins with; custom ones as functions
     schemas: Mapping[str, Mapping[str, Any]]  # name of a tool that may be called -> schema of its arguments
     fields: Mapping[str, str]  # name -> the field of the request that has the schema
     is_required: bool  # at least one must be called

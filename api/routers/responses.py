@@ -18,7 +18,7 @@ from api.responses.truncation import PromptSize, truncated
 from api.routing import STREAM, V1Router
 from api.services import UsesServices
 from errors import InvalidRequest
-from schemas import ChatCompletionChunk, ChatCompletionRequest, TokenizeRequest
+from schemas import ChatCompletionChunk, ChatCompletionRequest
 from server.events import EventStream, await_first, sse
 from serving.local import LocalModel
 
@@ -60,17 +60,7 @@ async def create_response(body: ResponsesRequest, request: Request, services: Us
 
 async def _size(model: LocalModel, chat: ChatCompletionRequest) -> PromptSize:
     """Renders the prompt of a chat and counts its tokens. Raises APIError."""
-    rendered = TokenizeRequest(
-        model=chat.model,
-        messages=chat.messages,
-        tools=chat.tools,
-        tool_choice=chat.tool_choice,
-        enable_thinking=chat.enable_thinking,
-        chat_template_kwargs=chat.chat_template_kwargs,
-        reasoning_effort=chat.reasoning_effort,
-    )
-    counted = await model.tokenize(rendered)
-    return PromptSize(counted.count, counted.max_model_len)
+    return PromptSize(await model.count_tokens(chat), model.ready.engine.max_model_len)
 
 
 @router.post("/responses/input_tokens", response_model=InputTokens)
