@@ -127,7 +127,7 @@ async def _relayed(
     record = request_record.current()
     record.provider, record.model = name, model
     deadline_of(request.scope).shorten(_seconds(body.pop("timeout", None)))
-    passed = {name: request.headers[name] for name in PASSED_HEADERS if name in request.headers}
+    passed = {name: joined for name in PASSED_HEADERS if (joined := _joined(request, name))}
     relayed = await unless_client_leaves(request, provider.answer(path, body, passed))
     if relayed is None:
         return Response(status_code=CLIENT_GONE)
@@ -136,6 +136,12 @@ async def _relayed(
         return Response(relayed.content, media_type="application/json", headers=headers)
     failure = error_format(request.url.path).event
     return EventStream(sse(relayed.content, PassThroughEncoder(failure)), failure, headers)
+
+
+def _joined(request: Request, name: str) -> str:
+    """Returns the values of a header that may be there several times; empty for one that no provider could read."""
+    joined = ", ".join(request.headers.getlist(name))
+    return joined if joined.isascii() else ""
 
 
 def _seconds(timeout: Any) -> float | None:

@@ -22,7 +22,8 @@ SENT_AS = (
 
 def is_legacy(request: ChatCompletionRequest) -> bool:
     """Returns whether the request uses the fields of 2023."""
-    return bool(request.functions) or request.function_call is not None
+    is_neutral = request.function_call == "auto" and bool(request.tools)
+    return bool(request.functions) or (request.function_call is not None and not is_neutral)
 
 
 def as_tools(request: ChatCompletionRequest) -> ChatCompletionRequest:

@@ -1,11 +1,12 @@
 """Events of a provider's chat completion -> ChatCompletionChunks as this server's own models give them."""
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 from uuid import uuid4
 
+from errors import UpstreamError
 from providers.json_values import Object, count_or_zero, list_or_empty, object_or_empty, string_or_empty
 from schemas import (
     ChatCompletionChunk,
@@ -45,6 +46,8 @@ async def chunks_of(events: AsyncGenerator[bytes], model: str) -> AsyncGenerator
                 yield ChatCompletionChunk(model=model, choices=[], usage=usage)
         for read in reader.end():
             yield ChatCompletionChunk(model=model, choices=[read])
+    if not reader.has_begun:
+        raise UpstreamError("The provider sent an empty answer.", code="upstream_invalid_response")
 
 
 def usage_of(usage: Object) -> Usage | None:
@@ -73,6 +76,10 @@ class _Reader:
     def __init__(self) -> None:
         self._choices: dict[int, _Choice] = {}
 
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._choices)
+
     def read(self, choice: Any) -> Iterator[ChunkChoice]:
         choice = object_or_empty(choice)
         index = count_or_zero(choice.get("index"))
@@ -90,6 +97,7 @@ class _Choice:
         self._joiners: dict[str, SurrogateJoiner] = {}  # by what the text is part of
         self._first: int | None = None  # number of the first call
         self._begun: set[int] = set()  # numbers of calls whose id and name have come
+        self._numbers: dict[str, int] = {}  # of calls by their ids, where the provider has no numbers
         self._waiting: dict[str, list[Delta]] = {}  # deltas by what they are part of, in the order of their beginnings
 
     def read(self, choice: Object) -> Iterator[ChunkChoice]:
@@ -104,7 +112,8 @@ class _Choice:
             known = REASONS.get(reason, "stop")
             # some providers end a call with `stop`
             ended = "tool_calls" if known == "stop" and self._begun else known
-            yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=ended)
+            stop = string_or_empty(choice.get("stop_reason")) or None  # vLLM's: the stop string that came
+            yield ChunkChoice(index=self._index, delta=Delta(), finish_reason=ended, stop_reason=stop)
 
     def flush(self) -> Iterator[ChunkChoice]:
         waiting, self._waiting = self._waiting, {}
@@ -125,7 +134,7 @@ class _Choice:
             yield f"call {made.index}", Delta(tool_calls=[made])
 
     def _call(self, call: Object) -> ToolCallDelta:
-        index, function = count_or_zero(call.get("index")), object_or_empty(call.get("function"))
+        index, function = self._number(call), object_or_empty(call.get("function"))
         arguments = function.get("arguments")
         if isinstance(arguments, dict):
             arguments = json.dumps(arguments, ensure_ascii=False)
@@ -140,6 +149,14 @@ class _Choice:
             index=index, id=identity, type="function", function=FunctionDelta(name=name, arguments=text)
         )
 
+    def _number(self, call: Object) -> int:
+        """Returns the number of a call; without one, another id is another call."""
+        if isinstance(call.get("index"), int):
+            return count_or_zero(call["index"])
+        last = max(self._numbers.values(), default=0)
+        identity = string_or_empty(call.get("id"))
+        return self._numbers.setdefault(identity, len(self._numbers)) if identity else last
+
     def _joined(self, part: str, text: str) -> str:
         return self._joiners.setdefault(part, SurrogateJoiner()).put(text) if text else ""
 
@@ -150,21 +167,44 @@ def sent_chat(chat: Object) -> Object:
     Images in the results of tools move to a message of the user, because providers take only text there.
     """
     body = {name: value for name, value in chat.items() if name in SENT and value is not None}
-    body["messages"] = [moved for message in body["messages"] for moved in _with_images_apart(message)]
+    if chat.get("enable_thinking") is False:
+        body["reasoning_effort"] = "none"
+    body["messages"] = _with_images_apart([_of_system(message) for message in body["messages"]])
     return {**body, "stream": True, "stream_options": {"include_usage": True}}
 
 
+def unsent(chat: Object) -> list[str]:
+    """Returns the parameters of a chat completion request that no provider is sent."""
+    return [name for name in LOCAL if chat.get(name) is not None]
+
+
+LOCAL = (
+    *("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens"),
+    *("thinking_token_budget", "chat_template_kwargs"),
+)
 SENT = frozenset(
     "model messages max_tokens temperature top_p stop tools tool_choice parallel_tool_calls response_format seed"
     " reasoning_effort presence_penalty frequency_penalty logit_bias logprobs top_logprobs".split()
 )
 
 
-def _with_images_apart(message: Object) -> list[Object]:
-    content = message.get("content")
-    if message.get("role") != "tool" or not isinstance(content, list):
-        return [message]
-    texts = [part for part in content if part.get("type") == "text"]
-    images = [part for part in content if part.get("type") == "image_url"]
-    said = {**message, "content": "\n".join(cast(str, part.get("text") or "") for part in texts)}
-    return [said, {"role": "user", "content": images}] if images else [said]
+def _of_system(message: Object) -> Object:
+    """Gives a developer's message the role that every provider knows."""
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
+
+
+def _with_images_apart(messages: Sequence[Object]) -> list[Object]:
+    """Moves the images of results behind all results of the same turn, which have to follow their calls."""
+    result: list[Object] = []
+    images: list[Object] = []
+    for message in messages:
+        if images and message.get("role") != "tool":
+            result.append({"role": "user", "content": images})
+            images = []
+        content = message.get("content")
+        if message.get("role") == "tool" and isinstance(content, list):
+            images = [*images, *(part for part in content if part.get("type") == "image_url")]
+            texts = [cast(str, part.get("text") or "") for part in content if part.get("type") == "text"]
+            message = {**message, "content": "\n".join(texts)}
+        result.append(message)
+    return [*result, {"role": "user", "content": images}] if images else result

@@ -1,14 +1,17 @@
 """TranslatedChats: chats at providers for protocols that those do not speak, by their chat completions."""
 
-from collections.abc import AsyncGenerator, Mapping
+import re
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from errors import InvalidRequest, UpstreamError
 from providers.base import Provider, ProviderResponse
-from providers.chat_chunks import chunks_of, sent_chat
+from providers.chat_chunks import chunks_of, sent_chat, unsent
 from providers.json_values import Object
 from providers.refused_parameters import RefusedParameters
+from providers.upstream import DROPPED_PARAMS
 from schemas import ChatCompletionChunk, ChatCompletionRequest
+from server.headers import header_value
 
 PATH = "chat/completions"
 # What a model may refuse without harm to the answer, or with another name for it
@@ -17,6 +20,7 @@ OPTIONAL = (
     *("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"),
 )
 MAX_ATTEMPTS = 4
+_TOO_MANY = re.compile(r"max_(?:completion_)?tokens\b.{0,200}?\b(?:at most|maximum|up to|<=)\D{0,60}(\d{2,7})\b", re.S)
 
 
 @dataclass(frozen=True)
@@ -34,25 +38,41 @@ class TranslatedChats:
     async def open(self, name: str, provider: Provider, model: str, chat: ChatCompletionRequest) -> ChatSource:
         """Asks a provider and returns its answer. Raises APIError, also while the chunks are read.
 
-        A model that refuses parameters is asked again without them, and from then on never sent them.
+        A model that refuses parameters is asked again without them, and from then on never sent them; one that refuses
+        their values is asked again without them this time, and with the limit of tokens that it names.
         """
-        body = sent_chat({**chat.model_dump(exclude_none=True), "model": model})
-        key = f"{name}/{model}"
-        for _ in range(MAX_ATTEMPTS - 1):
-            refused = self._refused.of(key)
+        sent = chat.model_dump(exclude_none=True)
+        body, key = sent_chat({**sent, "model": model}), f"{name}/{model}"
+        refused = self._refused.of(key)
+        for attempt in range(MAX_ATTEMPTS):
             try:
-                return self._source(await provider.answer(PATH, _without(body, refused)), name, chat.model)
+                answer = await provider.answer(PATH, _without(body, refused))
             except UpstreamError as error:
+                limit = _TOO_MANY.search(error.message) if error.status == 400 else None
                 named = self._refused.named_in(error, OPTIONAL) - refused
-                if not named:
+                again = named | {param for param in OPTIONAL if param == error.param and param not in refused}
+                if attempt == MAX_ATTEMPTS - 1 or not (again or limit):
                     raise
-                self._refused.remember(key, named)
-        return self._source(await provider.answer(PATH, _without(body, self._refused.of(key))), name, chat.model)
+                if limit is not None and int(limit[1]) < body.get("max_tokens", 0):
+                    body["max_tokens"] = int(limit[1])
+                elif again:
+                    self._refused.remember(key, named)
+                    refused |= again
+                else:
+                    raise
+            else:
+                left_out = [param for param in refused - {"max_tokens", "stream_options"} if param in body]
+                return _source(answer, name, chat.model, [*unsent(sent), *sorted(left_out)])
+        raise AssertionError("the last attempt returns or raises")
 
-    def _source(self, answer: ProviderResponse, name: str, model: str) -> ChatSource:
-        if isinstance(answer.content, bytes):
-            raise InvalidRequest(f"{name} sent no stream.", param="model", code="unsupported_value")
-        return ChatSource(chunks_of(answer.content, model), answer.headers)
+
+def _source(answer: ProviderResponse, name: str, model: str, left_out: Iterable[str]) -> ChatSource:
+    if isinstance(answer.content, bytes):
+        raise InvalidRequest(f"{name} sent no stream.", param="model", code="unsupported_value")
+    headers = dict(answer.headers)
+    if dropped := ", ".join(filter(None, [headers.get(DROPPED_PARAMS), header_value(*left_out)])):
+        headers[DROPPED_PARAMS] = dropped
+    return ChatSource(chunks_of(answer.content, model), headers)
 
 
 def _without(body: Object, refused: frozenset[str]) -> Object:

@@ -62,6 +62,7 @@ class UpstreamConfig:
 
 
 NO_HEADERS: Mapping[str, str] = {}
+DROPPED_PARAMS = "x-gateway-dropped-params"  # the header with the parameters that a provider was not sent
 
 
 class Upstream:
@@ -259,4 +260,4 @@ async def events_of(response: httpx2.Response, upstream: Upstream) -> AsyncGener
 def dropped_params_header(names: Collection[str]) -> dict[str, str]:
     """Returns the header that tells a client which parameters were left out."""
     listed = header_value(*names)
-    return {"x-gateway-dropped-params": listed} if listed else {}
+    return {DROPPED_PARAMS: listed} if listed else {}

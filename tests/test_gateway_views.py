@@ -258,3 +258,103 @@ def test_a_provider_that_sends_no_usage_or_stops_for_its_filter_is_read(gateway:
     assert answer["stop_reason"] == "refusal" and answer["usage"]["output_tokens"] == 0
     gateway.providers["my-groq"].script = lambda asked: Reply.of(completion("whole"))
     assert ask(gateway, "my-groq/m").status_code == 502, "an answer that is no stream, though one was asked for"
+
+
+def test_a_value_that_a_model_refuses_is_left_out_once_and_that_is_told(gateway: Gateway) -> None:
+    def picky(asked: Asked) -> Reply:
+        if asked.body.get("reasoning_effort") == "xhigh":
+            said = "Unsupported value: 'xhigh' is not supported. Supported values are: 'low' and 'high'."
+            return Reply.of({"error": {"message": said, "param": "reasoning_effort"}}, 400)
+        return Reply.stream(*told("Hi"))
+
+    gateway.providers["openai"].script = picky
+    for effort, sent in (("max", ["xhigh", None]), ("low", ["low"])):
+        gateway.providers["openai"].asked.clear()
+        reply = ask(gateway, "openai/o7", output_config={"effort": effort}, top_k=5)
+        assert text_of(reply.json()) == "Hi"
+        assert [asked.body.get("reasoning_effort") for asked in gateway.providers["openai"].asked] == sent
+        expected = "top_k, reasoning_effort" if effort == "max" else "top_k"
+        assert reply.headers["x-gateway-dropped-params"] == expected
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "image_url is not supported by this model. Got temperature=0.2, max_tokens=100",
+        "unknown tool 'x'; the temperature sensor tool is not supported",
+    ],
+)
+def test_an_error_about_something_else_takes_no_parameter_away(gateway: Gateway, said: str) -> None:
+    gateway.providers["openai"].script = lambda asked: Reply.of({"error": {"message": said}}, 400)
+    assert ask(gateway, "openai/o6", temperature=0.2).status_code == 400
+    assert len(gateway.providers["openai"].asked) == 1
+
+
+def test_a_limit_that_a_model_names_is_kept(gateway: Gateway) -> None:
+    def small(asked: Asked) -> Reply:
+        if asked.body["max_tokens"] > 16384:
+            said = "max_tokens is too large: 32000. This model supports at most 16384 completion tokens."
+            return Reply.of({"error": {"message": said, "param": "max_tokens"}}, 400)
+        return Reply.stream(*told("Hi"))
+
+    gateway.providers["openai"].script = small
+    assert text_of(ask(gateway, "openai/o5", max_tokens=32000).json()) == "Hi"
+    assert [asked.body["max_tokens"] for asked in gateway.providers["openai"].asked] == [32000, 16384]
+
+
+def test_results_follow_their_calls_and_images_come_behind_all_of_them(gateway: Gateway) -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+    uses = [{"type": "tool_use", "id": name, "name": "weather", "input": {}} for name in ("a", "b")]
+    results = [{"type": "tool_result", "tool_use_id": name, "content": [image]} for name in ("a", "b")]
+    conversation = [*HELLO, {"role": "assistant", "content": uses}, {"role": "user", "content": results}]
+    ask(gateway, "my-groq/m", messages=conversation, tools=[WEATHER])
+    sent = gateway.providers["my-groq"].asked[-1].body["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "tool", "tool", "user"]
+    assert len(sent[-1]["content"]) == 2
+
+
+def test_calls_without_numbers_are_told_apart_by_their_ids(gateway: Gateway) -> None:
+    deltas = []
+    for delta in (call_delta(0, '{"x": 1', "f"), call_delta(0, "}"), call_delta(1, '{"y": 2}', "g")):
+        del delta["tool_calls"][0]["index"]
+        deltas.append(delta)
+    for found in told_calls(gateway, *deltas):
+        assert found == [{"x": 1}, {"y": 2}]
+
+
+def test_a_stop_string_a_filter_and_an_empty_answer_of_a_provider_are_told(gateway: Gateway) -> None:
+    last = chunk({}, "stop")
+    last["choices"][0]["stop_reason"] = "END"
+    gateway.providers["deepseek"].script = lambda asked: Reply.stream(event(chunk({"content": "x"})), event(last))
+    answer = ask(gateway, "deepseek/m", stop_sequences=["END"]).json()
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "END")
+    pieces = [event(chunk({"content": "x"})), event(chunk({}, "content_filter")), event("[DONE]")]
+    gateway.providers["deepseek"].script = lambda asked: Reply.stream(*pieces)
+    response = gateway.post("responses", model="deepseek/m", input="Hi").json()
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "content_filter"})
+    gateway.providers["deepseek"].script = lambda asked: Reply.stream(event("[DONE]"))
+    for is_stream in (False, True):
+        empty = ask(gateway, "deepseek/m", stream=is_stream)
+        assert empty.status_code == 502 and empty.json()["error"]["type"] == "api_error"
+
+
+def test_a_developers_message_is_the_systems_for_other_providers(gateway: Gateway) -> None:
+    gateway.post("responses", model="gemini/m", input=[{"role": "developer", "content": "D"}, *HELLO])
+    sent = gateway.providers["gemini"].asked[-1].body["messages"]
+    assert [message["role"] for message in sent] == ["system", "user"]
+
+
+def test_every_line_of_a_header_is_relayed(gateway: Gateway) -> None:
+    url = f"{gateway.server.url}/v1/messages"
+    headers = [("anthropic-beta", "a-1"), ("anthropic-beta", "b-2")]
+    httpx2.post(url, json={"model": "claude/x", "messages": HELLO, "max_tokens": 5}, headers=headers)
+    assert gateway.providers["claude"].asked[-1].headers["anthropic-beta"] == "a-1, b-2"
+
+
+def test_an_estimate_counts_texts_and_not_the_bytes_of_images(gateway: Gateway) -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "A" * 100_000}}
+    content = [{"type": "text", "text": "x" * 400 + "\ud800"}, image]
+    body = json.dumps({"model": "openai/gpt-5", "messages": [{"role": "user", "content": content}]})
+    url, kind = f"{gateway.server.url}/v1/messages/count_tokens", {"content-type": "application/json"}
+    reply = httpx2.post(url, content=body, headers=kind)
+    assert reply.status_code == 200 and 1100 <= reply.json()["input_tokens"] < 1150

@@ -79,7 +79,7 @@ def _messages(request: CountTokensRequest, toolbox: Toolbox) -> list[tuple[Objec
             raise invalid(f"{path}.content is required.")
         result += [(made, path) for made in _MESSAGES[message.role](message, path, toolbox)]
     if not result:
-        raise invalid("messages has no text: send at least one message with text.")
+        raise invalid("messages is empty but for the system: send at least one message of the user.")
     return result
 
 

@@ -35,6 +35,8 @@ SENT_AS = (  # what errors of chat completions name -> the field that the client
     (re.compile(r"\bresponse_format(\.json_schema)?\b"), "text.format"),
     (re.compile(r"\btool_choice\.allowed_tools\b"), "tool_choice"),
 )
+# Why an answer ended: chat -> Responses, if it is not complete
+INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 LOGPROBS, REASONING = "message.output_text.logprobs", "reasoning.encrypted_content"  # values of `include`
 
 
@@ -111,8 +113,8 @@ async def stream(
                         yield state.numbered(next(numbers))
                 usage = chunk.usage or usage
                 for choice in chunk.choices:
-                    if choice.finish_reason == "length":
-                        response.status, response.incomplete_details = "incomplete", {"reason": "max_output_tokens"}
+                    if (reason := INCOMPLETE.get(choice.finish_reason or "")) is not None:
+                        response.status, response.incomplete_details = "incomplete", {"reason": reason}
                     for event in output.add(choice):
                         yield event.numbered(next(numbers))
     status: Status = "incomplete" if response.status == "incomplete" else "completed"

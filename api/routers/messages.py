@@ -1,5 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens, of Anthropic's API."""
 
+import json
 from functools import partial
 
 from fastapi import Request, Response
@@ -13,9 +14,11 @@ from api.routing import STREAM, V1Router, errors_as
 from api.services import Services, UsesServices
 from errors import APIError
 from schemas import ChatCompletionRequest
+from text.canonical_messages import num_images
+from text.surrogates import whole as whole_text
 
 router = V1Router(errors_as(AnthropicError))
-BYTES_PER_TOKEN = 4  # about: for models of providers, which do not count
+BYTES_PER_TOKEN, TOKENS_PER_IMAGE = 4, 1000  # about: for models of providers, which do not count
 
 
 @router.post("/messages", response_model=MessageAnswer, responses=STREAM)
@@ -29,7 +32,7 @@ async def create_message(body: MessagesRequest, request: Request, services: Uses
         collect=messages.collect,
         encoder=messages.MessagesEncoder(),
     )
-    response.headers.update(messages.ignored_betas_header(request.headers.get("anthropic-beta", "")))
+    response.headers.update(messages.ignored_betas_header(", ".join(request.headers.getlist("anthropic-beta"))))
     return response
 
 
@@ -52,5 +55,7 @@ async def _count(services: Services, body: CountTokensRequest, chat: ChatComplet
 
 
 async def _estimate(chat: ChatCompletionRequest) -> TokenCount:
-    sent = chat.model_dump_json(include={"messages", "tools"}, exclude_none=True)
-    return TokenCount(input_tokens=len(sent.encode()) // BYTES_PER_TOKEN)
+    texts = [text for message in chat.messages for text in message.texts]
+    sent = json.dumps([texts, [message.tool_calls for message in chat.messages], chat.tools], ensure_ascii=False)
+    num_bytes = len(whole_text(sent).encode())
+    return TokenCount(input_tokens=num_bytes // BYTES_PER_TOKEN + num_images(chat.messages) * TOKENS_PER_IMAGE)
