@@ -26,7 +26,10 @@ from telemetry import request_record
 from text.json_bounds import check_num_values
 
 # A provider without these answers by chat completions
-TRANSLATED = ("responses", "messages", "messages/count_tokens", "api/chat", "api/generate")
+TRANSLATED = (
+    *("responses", "responses/input_tokens", "messages", "messages/count_tokens"),
+    *("api/chat", "api/generate"),
+)
 TAGS = {"api/chat": ":latest", "api/generate": ":latest"}  # path -> what its clients add to models' names
 PATHS = ("chat/completions", "completions", "embeddings", *TRANSLATED)
 # A name in `"model": "name"`, wherever it is; its parts are bounded, so that a long string costs no time

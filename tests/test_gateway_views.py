@@ -177,6 +177,10 @@ def test_tokens_at_a_provider_that_does_not_count_are_estimated_and_that_is_said
     reply = ask(gateway, "openai/gpt-5", "messages/count_tokens", system="x" * 400)
     assert reply.headers["x-estimated"] == "input_tokens" and 100 < reply.json()["input_tokens"] < 150
     assert "x-estimated" not in ask(gateway, "Tiny-Qwen3", "messages/count_tokens").headers
+    counted = gateway.post("responses/input_tokens", model="old-gpt", input="x" * 400)
+    assert counted.headers["x-estimated"] == "input_tokens" and 100 <= counted.json()["input_tokens"] < 150
+    own = gateway.post("responses/input_tokens", model="mine", input="x" * 40)
+    assert "x-estimated" not in own.headers and own.json()["input_tokens"] > 40
     assert gateway.providers["openai"].asked == []
 
 

@@ -8,6 +8,7 @@ from fastapi import Query, Request, Response
 
 from api.answers import ignored_fields_header, stream_or_whole, whole
 from api.chat_source import answer_view, planned_chat
+from api.prompt_size import num_tokens, tell_estimate
 from api.responses import view as responses
 from api.responses.encoder import ResponsesEncoder
 from api.responses.input_items import MAX_LISTED, InputItemList, page_of
@@ -68,13 +69,12 @@ async def count_input_tokens(body: InputTokensRequest, request: Request, service
     """Counts the tokens of a request's prompt; nothing is generated."""
     body.model = body.model or services.local.name
     earlier, complete = await services.responses.context_of(body)
-    model = await services.text_model(body.model)
 
     async def count() -> InputTokens:
         with responses.naming_fields(complete, earlier):
-            return InputTokens(input_tokens=(await _size(model, responses.as_chat(complete, earlier))).num_tokens)
+            return InputTokens(input_tokens=await num_tokens(services, responses.as_chat(complete, earlier)))
 
-    return await whole(request, body, count())
+    return tell_estimate(await whole(request, body, count()), services, body.model)
 
 
 @router.get("/responses/{response_id}", response_model=ResponseObject, responses=STREAM)
