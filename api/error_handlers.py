@@ -1,12 +1,13 @@
 """Error handlers: every exception of an endpoint becomes a response with one sentence and the field that is wrong."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from api.endpoints import routers
@@ -15,6 +16,7 @@ from server.asgi_errors import headers_of
 from server.error_formats import error_format
 from telemetry import request_record
 
+Model = TypeVar("Model", bound=BaseModel)
 VALUE_ERROR = "Value error, "  # pydantic puts it before the message of a ValueError
 
 
@@ -42,6 +44,18 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _response(request: Request, error: APIError, headers: Mapping[str, str]) -> JSONResponse:
     return JSONResponse(error_format(request.scope["path"]).body(error), error.status, headers)
+
+
+def validated(kind: type[Model], body: dict[str, Any]) -> Model:
+    """Makes the request that a request of another protocol stands for, of which it may have more than there can be.
+
+    Raises InvalidRequest.
+    """
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+        raise invalid_request_of(problems, body) from error
 
 
 def invalid_request_of(problems: Sequence[Any], body: Any) -> InvalidRequest:

@@ -330,6 +330,17 @@ def test_what_is_wrong_is_said_in_ollamas_shape(
     assert refusal.status_code == status and refusal.json().keys() == {"error"} and words in refusal.json()["error"]
 
 
+@pytest.mark.parametrize("path", ["chat", "generate"])
+def test_more_images_than_a_message_has_room_for_are_refused(server: Server, path: str) -> None:
+    images = [""] * 10_000
+    bodies = {
+        "generate": {"images": images},
+        "chat": {"messages": [{"role": "user", "content": "x", "images": images}]},
+    }
+    reply = ask(server, path, **bodies[path])
+    assert reply.status_code == 400 and "10000 items" in reply.json()["error"], reply.text
+
+
 def test_a_body_is_json_whatever_its_type_says_but_not_from_a_web_page(server: Server) -> None:
     body = json.dumps({"model": MODEL, "prompt": "Hi", "stream": False, "options": {"num_predict": 2}})
     for kind in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}):

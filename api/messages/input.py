@@ -5,10 +5,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from pydantic import ValidationError
-
 from api import encrypted_reasoning
-from api.error_handlers import invalid_request_of
+from api.error_handlers import validated
 from api.messages.schemas import Block, CountTokensRequest, MessageParam, MessagesRequest, Source
 from api.messages.tools import Toolbox, changed_name, invalid
 from api.sent_fields import name_as_sent
@@ -51,10 +49,9 @@ def as_chat(request: CountTokensRequest) -> ChatCompletionRequest:
         body |= {"max_tokens": request.max_tokens, "stop": request.stop_sequences}
     body = {name: value for name, value in body.items() if value not in (None, [])}
     try:
-        return TranslatedChatRequest.model_validate(body)
-    except ValidationError as error:  # of what is more than a chat may have, such as messages
-        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
-        raise named(invalid_request_of(problems, body), request) from error
+        return validated(TranslatedChatRequest, body)
+    except InvalidRequest as error:
+        raise named(error, request) from None
 
 
 def named(error: APIError, request: CountTokensRequest) -> APIError:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from api.error_handlers import validated
 from api.ollama.calls import CallCollector, with_ids
 from api.ollama.schemas import (
     AnsweredMessage,
@@ -64,7 +65,8 @@ def as_chat(request: AnyRequest, model: str) -> TranslatedChatRequest:
     """Makes the equivalent chat completion request for a model of that name. Raises InvalidRequest."""
     _check(request)
     messages = _chat(request) if isinstance(request, OllamaChatRequest) else _turns(request)
-    return TranslatedChatRequest.model_validate(
+    return validated(
+        TranslatedChatRequest,
         {
             **_sampling(request.options),
             "model": model,
@@ -76,7 +78,7 @@ def as_chat(request: AnyRequest, model: str) -> TranslatedChatRequest:
             "reasoning_effort": request.think if isinstance(request.think, str) else None,
             "logprobs": request.logprobs or bool(request.top_logprobs) or None,
             "top_logprobs": request.top_logprobs,
-        }
+        },
     )
 
 
@@ -87,7 +89,8 @@ def as_completion(request: OllamaGenerateRequest, model: str) -> CappedCompletio
         if getattr(request, name):
             raise unsupported(name)
     format = request.format or None
-    return CappedCompletionRequest.model_validate(
+    return validated(
+        CappedCompletionRequest,
         {
             **_sampling(request.options),
             "model": model,
@@ -95,7 +98,7 @@ def as_completion(request: OllamaGenerateRequest, model: str) -> CappedCompletio
             "prompt": request.prompt or "",
             "suffix": request.suffix,
             "guided_json": {"type": "object"} if format == "json" else format,
-        }
+        },
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from api.error_handlers import validated
 from api.responses.echo import echo_of
 from api.responses.input import messages_of
 from api.responses.output import Output, Status
@@ -58,7 +59,8 @@ def as_chat(request: ResponsesRequest, earlier: Sequence[InputItem] = ()) -> Cha
         )
     shared: dict[str, Any] = request.model_dump(include=set(SAMPLING_FIELDS), exclude_none=True)
     wants_logprobs = LOGPROBS in (request.include or ()) or bool(request.top_logprobs)
-    return ChatCompletionRequest.model_validate(
+    return validated(
+        ChatCompletionRequest,
         {
             **shared,
             "messages": messages,
@@ -73,7 +75,7 @@ def as_chat(request: ResponsesRequest, earlier: Sequence[InputItem] = ()) -> Cha
             "enable_thinking": request.enable_thinking,
             "thinking_token_budget": request.thinking_token_budget,
             "chat_template_kwargs": request.chat_template_kwargs,
-        }
+        },
     )
 
 
