@@ -15,7 +15,7 @@ import pytest
 from models import byte_tokenizer
 from openai import OpenAI
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
-from process import MAIN, Server, run_to_end, serve
+from process import MAIN, Server, run_to_end, serve, until
 from pydantic import TypeAdapter
 
 from api.responses.requests import ResponsesRequest
@@ -352,7 +352,7 @@ def test_a_file_that_fails_is_a_503_and_an_answer_says_that_it_is_not_stored(
         assert server.post("/v1/responses", **body).json()["store"] is False
         last = validated(server.post("/v1/responses", **body, stream=True).text)[-1]
         assert last.type == "response.incomplete" and last.response.to_dict()["store"] is False
-    assert any("is not stored" in line and "no such table" in line for line in server.lines)
+        until(lambda: any("is not stored" in line and "no such table" in line for line in server.lines))
 
 
 def test_a_file_that_cannot_be_used_is_said_at_the_start(tiny_checkpoint: Path, tmp_path: Path) -> None:
