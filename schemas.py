@@ -190,7 +190,7 @@ def _type_of_texts(value: Any) -> str:
     return "lists of tokens" if isinstance(first, list) else "texts" if isinstance(first, str) else "tokens"
 
 
-class _TimedRequest(RequestBody):
+class TimedRequest(RequestBody):
     timeout: float | None = Field(None, gt=0)  # seconds that the answer may take
 
 
@@ -227,7 +227,7 @@ class SamplingFields(RequestBody):
         return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
 
 
-class SamplingRequest(SamplingFields, _TimedRequest):
+class SamplingRequest(SamplingFields, TimedRequest):
     """The fields that all requests for text share."""
 
     model: str
@@ -502,7 +502,7 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
-def _is_none(value: Any) -> bool:
+def is_none(value: Any) -> bool:
     return value is None
 
 
@@ -514,7 +514,7 @@ SomeTexts = Annotated[list[NonEmpty], Field(min_length=1, max_length=2048, fail_
 ManyTokenIds = Annotated[list[SomeTokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
 
 
-class EmbeddingRequest(_TimedRequest):
+class EmbeddingRequest(TimedRequest):
     """The fields `prompt_name` and `truncate` are those of text-embeddings-inference."""
 
     model: str
@@ -563,7 +563,7 @@ class RerankDocument(RequestBody):
     text: NonEmpty
 
 
-class RerankRequest(_TimedRequest):
+class RerankRequest(TimedRequest):
     """The shape is that of Cohere and Jina."""
 
     model: str
@@ -581,7 +581,7 @@ class RerankedDocument(BaseModel):
 class RerankResult(BaseModel):
     index: int
     relevance_score: float
-    document: RerankedDocument | None = Field(None, exclude_if=_is_none)
+    document: RerankedDocument | None = Field(None, exclude_if=is_none)
 
 
 class RerankResponse(BaseModel):
@@ -663,12 +663,12 @@ class CompletionLogprobs(BaseModel):
 
 
 class FunctionDelta(BaseModel):
-    name: str | None = Field(None, exclude_if=_is_none)
-    arguments: str | None = Field(None, exclude_if=_is_none)
+    name: str | None = Field(None, exclude_if=is_none)
+    arguments: str | None = Field(None, exclude_if=is_none)
 
 
 class CustomDelta(BaseModel):
-    name: str | None = Field(None, exclude_if=_is_none)
+    name: str | None = Field(None, exclude_if=is_none)
     input: str = ""
 
 
@@ -676,20 +676,20 @@ class ToolCallDelta(BaseModel):
     """A part of a tool call; id, type and name are only in the first part of each call."""
 
     index: int
-    id: str | None = Field(None, exclude_if=_is_none)
-    type: Literal["function", "custom"] | None = Field(None, exclude_if=_is_none)
+    id: str | None = Field(None, exclude_if=is_none)
+    type: Literal["function", "custom"] | None = Field(None, exclude_if=is_none)
     function: FunctionDelta = Field(FunctionDelta(), exclude_if=lambda function: function == FunctionDelta())
-    custom: CustomDelta | None = Field(None, exclude_if=_is_none)  # instead of the function
+    custom: CustomDelta | None = Field(None, exclude_if=is_none)  # instead of the function
 
 
 class Delta(BaseModel):
     """What a chunk adds to the message: clients concatenate the fields that are present."""
 
-    role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
-    content: str | None = Field(None, exclude_if=_is_none)
-    reasoning_content: str | None = Field(None, exclude_if=_is_none)
-    tool_calls: list[ToolCallDelta] | None = Field(None, exclude_if=_is_none)
-    function_call: FunctionDelta | None = Field(None, exclude_if=_is_none)  # a call in the form of 2023
+    role: Literal["assistant"] | None = Field(None, exclude_if=is_none)
+    content: str | None = Field(None, exclude_if=is_none)
+    reasoning_content: str | None = Field(None, exclude_if=is_none)
+    tool_calls: list[ToolCallDelta] | None = Field(None, exclude_if=is_none)
+    function_call: FunctionDelta | None = Field(None, exclude_if=is_none)  # a call in the form of 2023
 
 
 class ChunkChoice(BaseModel):
@@ -697,7 +697,7 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: str | None = Field(None, exclude_if=_is_none)  # the stop string that came; the name is vLLM's
+    stop_reason: str | None = Field(None, exclude_if=is_none)  # the stop string that came; the name is vLLM's
 
 
 class ChatCompletionChunk(BaseModel):
@@ -710,7 +710,7 @@ class ChatCompletionChunk(BaseModel):
     known_usage: Usage | None = Field(
         None, exclude=True
     )  # with a choice's first token, for protocols that send it first
-    timings: Timings | None = Field(None, exclude_if=_is_none)
+    timings: Timings | None = Field(None, exclude_if=is_none)
 
 
 class FunctionCall(BaseModel):
@@ -727,16 +727,16 @@ class ToolCall(BaseModel):
     id: str = ""
     type: Literal["function", "custom"] = "function"
     function: FunctionCall = Field(default_factory=FunctionCall, exclude_if=lambda function: not function.name)
-    custom: CustomCall | None = Field(None, exclude_if=_is_none)  # instead of the function
+    custom: CustomCall | None = Field(None, exclude_if=is_none)  # instead of the function
 
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None  # None if there are only tool calls
     refusal: None = None
-    reasoning_content: str | None = Field(None, exclude_if=_is_none)
-    tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
-    function_call: FunctionCall | None = Field(None, exclude_if=_is_none)  # a call in the form of 2023
+    reasoning_content: str | None = Field(None, exclude_if=is_none)
+    tool_calls: list[ToolCall] | None = Field(None, exclude_if=is_none)
+    function_call: FunctionCall | None = Field(None, exclude_if=is_none)  # a call in the form of 2023
 
 
 class Choice(BaseModel):
@@ -744,7 +744,7 @@ class Choice(BaseModel):
     message: AssistantMessage
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
-    stop_reason: str | None = Field(None, exclude_if=_is_none)
+    stop_reason: str | None = Field(None, exclude_if=is_none)
 
 
 class ChatCompletion(BaseModel):
@@ -754,7 +754,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
-    timings: Timings | None = Field(None, exclude_if=_is_none)
+    timings: Timings | None = Field(None, exclude_if=is_none)
 
 
 class CompletionChoice(BaseModel):
@@ -773,7 +773,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
-    timings: Timings | None = Field(None, exclude_if=_is_none)
+    timings: Timings | None = Field(None, exclude_if=is_none)
 
 
 class ModelPermission(BaseModel):

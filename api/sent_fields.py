@@ -9,8 +9,11 @@ Names = Iterable[tuple[re.Pattern[str], str]]  # what an error of chat completio
 _MESSAGE = re.compile(r"\bmessages\[(\d+)\]")
 
 
-def name_as_sent(error: APIError, names: Names, origins: Sequence[str]) -> APIError:
-    """Renames the fields in an error. origins: for each message of the chat the place of what it came from."""
+def name_as_sent(error: APIError, names: Names, origins: Sequence[str] = ()) -> APIError:
+    """Renames the fields in an error.
+
+    origins: for each message of the chat the place of what it came from; empty where the places are the same.
+    """
 
     def place(match: re.Match[str]) -> str:
         number = int(match[1])

@@ -97,7 +97,8 @@ class _Choice:
         self._joiners: dict[str, SurrogateJoiner] = {}  # by what the text is part of
         self._first: int | None = None  # number of the first call
         self._begun: set[int] = set()  # numbers of calls whose id and name have come
-        self._numbers: dict[str, int] = {}  # of calls by their ids, where the provider has no numbers
+        self._by_id: dict[str, int] = {}  # number of each call whose id is known
+        self._current: dict[int | None, int] = {}  # number of the last call at each of the provider's indices
         self._waiting: dict[str, list[Delta]] = {}  # deltas by what they are part of, in the order of their beginnings
 
     def read(self, choice: Object) -> Iterator[ChunkChoice]:
@@ -150,12 +151,18 @@ class _Choice:
         )
 
     def _number(self, call: Object) -> int:
-        """Returns the number of a call; without one, another id is another call."""
-        if isinstance(call.get("index"), int):
-            return count_or_zero(call["index"])
-        last = max(self._numbers.values(), default=0)
-        identity = string_or_empty(call.get("id"))
-        return self._numbers.setdefault(identity, len(self._numbers)) if identity else last
+        """Returns the number of a call. Another id is another call, also at the same index, or where there is none."""
+        index, identity = call.get("index"), string_or_empty(call.get("id"))
+        place = index if isinstance(index, int) else None
+        number = self._by_id.get(identity)
+        if number is None and (identity == "" or self._current.get(place) not in self._by_id.values()):
+            number = self._current.get(place)
+        if number is None:
+            number = len(self._begun)
+        if identity:
+            self._by_id[identity] = number
+        self._current[place] = number
+        return number
 
     def _joined(self, part: str, text: str) -> str:
         return self._joiners.setdefault(part, SurrogateJoiner()).put(text) if text else ""

@@ -27,7 +27,7 @@ What was seen of the real client (`claude -p`, and several turns through `--inpu
   that is a 400, it is asked without both. `output_config` is `{"effort": "high"}`. `context_management` says that all
   thoughts are kept. `metadata.user_id` is JSON as text.
 * The beta `thinking-token-count-2026-05-13` comes with requests of some turns and not of others.
-* Agents that it starts itself have other system prompts (`cc_is_subagent=true` in the header) and fewer tools.
+* Agents that it starts itself have other system prompts and fewer tools, and say so in the billing header.
 * A 404 for the model ends it with exit status 1 and "There's an issue with the selected model".
 """
 
@@ -66,7 +66,7 @@ HEADERS = {
 }
 CACHED = {"cache_control": {"type": "ephemeral"}}
 TOOLS = (  # name, characters of its description, its parameters; the first are those that `claude -p` has, too
-    ("Agent", 3200, ("description", "prompt", "subagent_type", "model", "run_in_background", "isolation")),
+    ("Agent", 3200, ("description", "prompt", "agent_type", "model", "run_in_background", "isolation")),
     ("Bash", 2100, ("command", "timeout", "description", "run_in_background")),
     ("Edit", 360, ("file_path", "old_string", "new_string", "replace_all")),
     ("ListAgents", 1400, ("q", "limit", "cursor")),

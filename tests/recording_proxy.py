@@ -3,12 +3,13 @@
 import asyncio
 import io
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException, HTTPMessage, HTTPResponse, parse_headers
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from upstreams import listening
@@ -96,7 +97,7 @@ def _answered(asked: Exchange, file: _OneAfterTheOther) -> Exchange:
     """The request with its answer, as far as that has come."""
     if file.is_at_end:
         return asked
-    response = HTTPResponse(file, method=asked.method)  # type: ignore[arg-type]  # it only asks for its file
+    response = HTTPResponse(cast(socket.socket, file), method=asked.method)  # which it only asks for its file
     response.begin()
     try:
         answer, is_whole = response.read(), True

@@ -215,7 +215,18 @@ def told_calls(gateway: Gateway, *deltas: Any, reason: str | None = "tool_calls"
         said = "".join(message["content"] for message in messages)
         calls = [c["function"]["arguments"] for m in messages for c in m.get("tool_calls") or ()]
         found.append([*([said] if said else []), *calls])
-    return found
+    whole = gateway.post("responses", model="deepseek/m", input="Hi").json()
+    *_, last = gateway.post("responses", model="deepseek/m", input="Hi", stream=True).text.strip().split("\ndata: ")
+    streamed = json.loads(last)
+    return [*found, *(told_items(output) for output in (whole["output"], streamed["response"]["output"]))]
+
+
+def told_items(output: list[Any]) -> list[Any]:
+    assert all(item["status"] == "completed" for item in output)
+    return [
+        json.loads(item["arguments"]) if item["type"] == "function_call" else item["content"][0]["text"]
+        for item in output
+    ]
 
 
 def call_delta(index: int, arguments: str, name: str = "") -> dict[str, Any]:
@@ -230,8 +241,32 @@ def test_calls_that_a_provider_writes_at_the_same_time_are_taken_apart(gateway: 
         assert found == [{"x": 1}, {"y": 2}]
     for found in told_calls(gateway, {"content": "A"}, f, {"content": "B"}, call_delta(0, "1}")):
         assert found in (["A", {"x": 1}, "B"], ["AB", {"x": 1}]), "Ollama's form has one text"
+    other = {"content": "C"}
+    for found in told_calls(gateway, {"content": "A"}, f, other, g, call_delta(0, "1}"), other, call_delta(1, "2}")):
+        assert found in (["A", {"x": 1}, "CC", {"y": 2}], ["ACC", {"x": 1}, {"y": 2}])
     for found in told_calls(gateway, f, call_delta(0, "1}"), reason=None):
         assert found == [{"x": 1}]
+
+
+def named(delta: dict[str, Any], identity: str) -> dict[str, Any]:
+    delta["tool_calls"][0]["id"] = identity
+    return delta
+
+
+def test_another_id_is_another_call_and_the_same_one_is_not(gateway: Gateway) -> None:
+    f, g = call_delta(0, '{"x":', "f"), call_delta(0, '{"y":', "g")
+    same_index = [f, call_delta(0, "1}"), named(g, "other"), call_delta(0, "2}")]
+    repeated_id = [f, named(call_delta(0, "1"), "c0"), named(call_delta(0, "}"), "c0")]
+    last_first = [call_delta(1, '{"y":', "g"), f, call_delta(1, "2}"), call_delta(0, "1}")]
+    late_id = [named(call_delta(0, '{"x":', "f"), ""), named(call_delta(0, "1}"), "late")]
+    for deltas, expected in (
+        (same_index, [{"x": 1}, {"y": 2}]),
+        (repeated_id, [{"x": 1}]),
+        (last_first, [{"y": 2}, {"x": 1}]),
+        (late_id, [{"x": 1}]),
+    ):
+        for found in told_calls(gateway, *deltas):
+            assert found == expected
 
 
 def test_a_call_ends_an_answer_in_a_call_though_the_provider_says_stop(gateway: Gateway) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 from openai.types.responses import Response
+from process import ROOT
 
 from api.responses.requests import ResponsesRequest
 from api.responses.schemas import OutputFunctionCall, OutputItem, ResponseObject
@@ -252,3 +255,9 @@ def test_a_long_conversation_is_followed_and_an_endless_one_refused() -> None:
     begin = time.monotonic()
     asyncio.run(check())
     assert time.monotonic() - begin < 30
+
+
+def test_without_a_file_nothing_of_it_is_imported() -> None:
+    """Its locks are of Unix; the server also starts elsewhere."""
+    code = "import sys, main; sys.exit('api.responses.owner' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

@@ -138,63 +138,6 @@ def test_a_call_in_a_namespace_has_the_plain_name_and_goes_back_as_the_model_wro
     assert "namespace" not in plain.model_dump(exclude_unset=True)
 
 
-def content(text: str) -> ChatCompletionChunk:
-    return ChatCompletionChunk(id="1", created=1, model="m", choices=[ChunkChoice(index=0, delta=Delta(content=text))])
-
-
-def begun(index: int, name: str, arguments: str = "") -> ChatCompletionChunk:
-    function = FunctionDelta(name=name, arguments=arguments)
-    return delta(index=index, id=f"call_{name}", type="function", function=function)
-
-
-def more(index: int, arguments: str) -> ChatCompletionChunk:
-    return delta(index=index, function=FunctionDelta(arguments=arguments))
-
-
-@pytest.mark.parametrize(
-    ("sent", "found"),
-    [
-        ([begun(0, "a"), begun(1, "b"), more(0, '{"x":'), more(1, '{"y":'), more(0, "1}"), more(1, "2}")],
-         ['a{"x":1}', 'b{"y":2}']),
-        ([begun(0, "a"), more(0, '{"x":'), content("Well"), more(0, "1}"), content(", yes")],
-         ['a{"x":1}', "Well, yes"]),
-        ([content("So"), begun(0, "a", "{}"), content("Then"), begun(1, "apply_patch"), begun(2, "c"), more(1, '{"in'),
-          more(2, "{}"), more(1, 'put": "p"}')], ["So", "a{}", "Then", "apply_patchp", "c{}"]),
-        ([begun(0, "a", "{}"), begun(0, "b"), more(0, '{"y":2}')], ["a{}", 'b{"y":2}']),
-        ([begun(0, "a"), begun(0, "a", '{"x"'), more(0, ":1}")], ['a{"x":1}']),
-        ([begun(1, "b"), begun(0, "a"), more(1, "{"), more(0, "{"), more(1, "}")], ["b{}", "a{"]),
-    ],
-)  # fmt: skip
-def test_calls_and_text_may_alternate(sent: list[ChatCompletionChunk], found: list[str]) -> None:
-    async def chunks() -> AsyncIterator[ChatCompletionChunk]:
-        for chunk in sent:
-            yield chunk.model_copy(deep=True)
-
-    async def read() -> list[ResponsesEvent]:
-        return [event async for event in stream(request(tools=[PATCH]), chunks())]
-
-    events = validated(asyncio.run(read()))
-    last = events[-1].response.output
-    texts = [getattr(item, "name", "") + text_of(item) for item in last]
-    assert texts == found and all(item.status == "completed" for item in last)
-    grown = [""] * len(last)
-    for event in events:
-        if event.type.endswith(".delta"):
-            assert event.item_id == last[event.output_index].id
-            grown[event.output_index] += event.delta
-    assert grown == [text_of(item) for item in last]
-    kinds = ("response.output_item.added", "response.output_item.done")
-    added, done = ([event.output_index for event in events if event.type == kind] for kind in kinds)
-    assert added == [*range(len(last))] and sorted(done) == added
-    assert [event.item.to_dict() for event in sorted(events, key=lambda e: getattr(e, "output_index", 0))
-            if event.type == kinds[1]] == [item.to_dict() for item in last]  # fmt: skip
-
-
-def text_of(item: Any) -> str:
-    texts = {"function_call": "arguments", "custom_tool_call": "input"}
-    return str(getattr(item, texts[item.type])) if item.type in texts else str(item.content[0].text)
-
-
 TEXT = '*** Begin "Patch"\n+\té\U0001f600\\n\n'
 
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, Field
 
-from schemas import NonEmpty, RequestBody, SomeTexts, _is_none, _TimedRequest, ignored, no_meaning, refused
+from schemas import NonEmpty, RequestBody, SomeTexts, TimedRequest, ignored, is_none, no_meaning, refused
 
 MAX_INPUTS = 2048
 ONE_QUEUE = "requests take turns."
@@ -25,7 +25,7 @@ class CohereInput(RequestBody):
     content: Contents
 
 
-class _CohereEmbedRequest(_TimedRequest):
+class _CohereEmbedRequest(TimedRequest):
     """The fields that both versions have."""
 
     model: str
@@ -47,7 +47,7 @@ class CohereV1EmbedRequest(_CohereEmbedRequest):
     """The older version: without `embedding_types`, its answer holds the vectors themselves."""
 
 
-class CohereRerankRequest(_TimedRequest):
+class CohereRerankRequest(TimedRequest):
     model: str
     query: NonEmpty
     documents: SomeTexts
@@ -68,8 +68,8 @@ class ApiVersion(BaseModel):
 class BilledUnits(BaseModel):
     """Nothing is billed here: these are the numbers that Cohere would count."""
 
-    input_tokens: int | None = Field(None, exclude_if=_is_none)
-    search_units: int | None = Field(None, exclude_if=_is_none)
+    input_tokens: int | None = Field(None, exclude_if=is_none)
+    search_units: int | None = Field(None, exclude_if=is_none)
 
 
 class Meta(BaseModel):
@@ -84,8 +84,8 @@ class _CohereResponse(BaseModel):
 
 
 class CohereEmbeddings(BaseModel):
-    float_: list[list[float]] | None = Field(None, serialization_alias="float", exclude_if=_is_none)
-    base64: list[str] | None = Field(None, exclude_if=_is_none)
+    float_: list[list[float]] | None = Field(None, serialization_alias="float", exclude_if=is_none)
+    base64: list[str] | None = Field(None, exclude_if=is_none)
 
 
 class CohereEmbedResponse(_CohereResponse):

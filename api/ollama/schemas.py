@@ -17,10 +17,10 @@ from schemas import (
     Role,
     SamplingFields,
     StopString,
+    TimedRequest,
     TokenLogprob,
-    _is_none,
-    _TimedRequest,
     ignored,
+    is_none,
     no_meaning,
     refused,
 )
@@ -70,7 +70,7 @@ class OllamaOptions(SamplingFields):
     penalize_newline: Any = ignored(SAMPLER)
 
 
-class _OllamaRequest(_TimedRequest):
+class _OllamaRequest(TimedRequest):
     model: str = Field(min_length=1)
     options: OllamaOptions | None = None
     keep_alive: float | str | None = no_meaning("a model that is loaded stays so.")
@@ -165,19 +165,19 @@ class OllamaCall(BaseModel):
 class AnsweredMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str = ""
-    thinking: str | None = Field(None, exclude_if=_is_none)
-    tool_calls: list[OllamaCall] | None = Field(None, exclude_if=_is_none)
+    thinking: str | None = Field(None, exclude_if=is_none)
+    tool_calls: list[OllamaCall] | None = Field(None, exclude_if=is_none)
 
 
 class OllamaStatistics(BaseModel):
     """Durations in nanoseconds, and counts of tokens; only in the last answer of a stream."""
 
-    total_duration: int | None = Field(None, exclude_if=_is_none)
-    load_duration: int | None = Field(None, exclude_if=_is_none)
-    prompt_eval_count: int | None = Field(None, exclude_if=_is_none)
-    prompt_eval_duration: int | None = Field(None, exclude_if=_is_none)
-    eval_count: int | None = Field(None, exclude_if=_is_none)
-    eval_duration: int | None = Field(None, exclude_if=_is_none)
+    total_duration: int | None = Field(None, exclude_if=is_none)
+    load_duration: int | None = Field(None, exclude_if=is_none)
+    prompt_eval_count: int | None = Field(None, exclude_if=is_none)
+    prompt_eval_duration: int | None = Field(None, exclude_if=is_none)
+    eval_count: int | None = Field(None, exclude_if=is_none)
+    eval_duration: int | None = Field(None, exclude_if=is_none)
 
 
 class OllamaAnswer(OllamaStatistics):
@@ -186,8 +186,8 @@ class OllamaAnswer(OllamaStatistics):
     model: str
     created_at: str = Field(default_factory=now)
     done: bool = False
-    done_reason: Literal["stop", "length", "load", "unload"] | None = Field(None, exclude_if=_is_none)
-    logprobs: list[TokenLogprob] | None = Field(None, exclude_if=_is_none)
+    done_reason: Literal["stop", "length", "load", "unload"] | None = Field(None, exclude_if=is_none)
+    logprobs: list[TokenLogprob] | None = Field(None, exclude_if=is_none)
 
 
 class OllamaChatAnswer(OllamaAnswer):
@@ -196,7 +196,7 @@ class OllamaChatAnswer(OllamaAnswer):
 
 class OllamaGenerateAnswer(OllamaAnswer):
     response: str = ""
-    thinking: str | None = Field(None, exclude_if=_is_none)
+    thinking: str | None = Field(None, exclude_if=is_none)
 
 
 class OllamaEmbedAnswer(OllamaStatistics):

@@ -23,6 +23,7 @@ from api.ollama.schemas import (
     OllamaOptions,
     OllamaStatistics,
 )
+from api.sent_fields import name_as_sent
 from errors import APIError, InvalidRequest, unsupported
 from schemas import (
     ChatCompletionChunk,
@@ -194,7 +195,7 @@ async def stream(request: AnyRequest, chunks: AsyncGenerator[ChatCompletionChunk
                     if part := _part(request, choice, calls.add(choice)):
                         yield part
     except APIError as error:
-        raise _named(error) from None
+        raise name_as_sent(error, SENT_AS) from None
     if rest := calls.end():
         yield _answer(request, calls=rest)
     last = _answer(request).model_copy(update={"done": True, "done_reason": "length" if reason == "length" else "stop"})
@@ -231,13 +232,6 @@ def _statistics(usage: Usage | None, timings: Timings | None, elapsed: int) -> O
         eval_count=usage and usage.completion_tokens,
         eval_duration=max(answer, 1),
     )
-
-
-def _named(error: APIError) -> APIError:
-    """Makes an error name the fields that the client sent."""
-    for pattern, name in SENT_AS:
-        error.message = pattern.sub(name, error.message)
-    return error
 
 
 async def collect(answers: AsyncIterator[OllamaAnswer]) -> OllamaAnswer:

@@ -3,7 +3,6 @@
 Source: https://platform.openai.com/docs/api-reference/responses-streaming.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -37,49 +36,32 @@ Status = Literal["completed", "incomplete"]
 
 
 class Output:
-    """Collects the items of a response; each change yields its events.
-
-    Deltas of several calls may alternate, and text may come between two of one call: a call stays open until its
-    arguments are complete, or until the end.
-    """
+    """Collects the items of a response; each change yields its events."""
 
     def __init__(self, tools: Mapping[str, OfferedTool] | None = None, encrypts_reasoning: bool = False) -> None:
         """tools: those that the model may call, by the names that it sees."""
+        self.items: list[OutputItem] = []
         self._tools = tools or {}
         self._encrypts_reasoning = encrypts_reasoning
-        self._begun: list[Open] = []  # all, in the order of their items
-        self._open: dict[int, Open] = {}  # position -> one that is not complete yet
-        self._said: Open | None = None  # the message or the reasoning that is open
-        self._calls: dict[int, Call] = {}  # index of a call in the chat -> its item, open or not
-
-    @property
-    def items(self) -> list[OutputItem]:
-        return [begun.item for begun in self._begun]
+        self._open: Open | None = None
 
     def add(self, choice: ChunkChoice) -> Iterator[ResponsesEvent]:
         delta = choice.delta
         logprobs = choice.logprobs.content if choice.logprobs else []
         if delta.reasoning_content:
-            if not isinstance(self._said, OpenReasoning):
-                yield from self._say(partial(OpenReasoning, is_encrypted=self._encrypts_reasoning))
+            if not isinstance(self._open, OpenReasoning):
+                yield from self._begin(partial(OpenReasoning, is_encrypted=self._encrypts_reasoning))
             yield from self._added(OpenReasoning, delta.reasoning_content, [])
-        is_text = isinstance(self._said, OpenMessage) and not delta.reasoning_content and not delta.tool_calls
+        is_text = isinstance(self._open, OpenMessage) and not delta.reasoning_content and not delta.tool_calls
         if delta.content or (logprobs and is_text):  # the format has no place for logprobs of calls and reasoning
             yield from self._added(OpenMessage, delta.content or "", logprobs)
         for call in delta.tool_calls or ():
-            yield from self._add_call(call)
+            if call.id is not None:
+                yield from self._begin(self._call(call.id, call))
+            if isinstance(self._open, OpenCall | OpenCustomCall):
+                yield from self._open.add(call.function.arguments or "", [])
 
-    def _add_call(self, call: ToolCallDelta) -> Iterator[ResponsesEvent]:
-        known = self._calls.get(call.index)
-        if call.id is not None and (known is None or known.item.call_id != call.id):
-            if known is not None:  # one index for several calls: the next one tells that the last one is complete
-                yield from self._close(known, "completed")
-            self._calls[call.index] = known = self._call(call.id, call)(len(self._begun))
-            yield from self._begin(known)
-        if known is not None and known in self._open.values():
-            yield from known.add(call.function.arguments or "", [])
-
-    def _call(self, call_id: str, call: ToolCallDelta) -> "Callable[[int], Call]":
+    def _call(self, call_id: str, call: ToolCallDelta) -> "Callable[[int], Open]":
         """Returns what makes the item of a call, with the names that the request has for its tool."""
         name = call.function.name or ""
         tool = self._tools.get(name)
@@ -89,41 +71,27 @@ class Output:
         return partial(kind, call_id=call_id, name=tool.name, namespace=tool.namespace)
 
     def end(self, status: Status) -> Iterator[ResponsesEvent]:
-        """Closes what is open; an answer without any text gets one empty message."""
-        if not self._begun:
-            yield from self._say(OpenMessage)
-        last = self._begun[-1]
-        for opened in [*self._open.values()]:
-            is_cut = opened is last or not opened.is_complete
-            yield from self._close(opened, status if is_cut else "completed")
+        """Closes the last item; an answer without any text gets one empty message."""
+        if not self.items and self._open is None:
+            yield from self._begin(OpenMessage)
+        yield from self._close(status)
 
     def _added(self, item_class: "ItemClass", text: str, logprobs: list[TokenLogprob]) -> Iterator[ResponsesEvent]:
-        if not isinstance(self._said, item_class):
-            yield from self._say(item_class)
-        assert self._said is not None
-        yield from self._said.add(text, logprobs)
+        if not isinstance(self._open, item_class):
+            yield from self._begin(item_class)
+        assert self._open is not None
+        yield from self._open.add(text, logprobs)
 
-    def _say(self, open_item: "Callable[[int], Open]") -> Iterator[ResponsesEvent]:
-        said = open_item(len(self._begun))
-        yield from self._begin(said)
-        self._said = said
+    def _begin(self, open_item: "Callable[[int], Open]") -> Iterator[ResponsesEvent]:
+        yield from self._close("completed")
+        self._open = open_item(len(self.items))
+        yield from self._open.opening()
 
-    def _begin(self, opened: "Open") -> Iterator[ResponsesEvent]:
-        """Opens an item, after closing those that are complete."""
-        for other in [*self._open.values()]:
-            if other is self._said or other.is_complete:
-                yield from self._close(other, "completed")
-        self._open[len(self._begun)] = opened
-        self._begun.append(opened)
-        yield from opened.opening()
-
-    def _close(self, opened: "Open", status: Status) -> Iterator[ResponsesEvent]:
-        positions = [position for position, other in self._open.items() if other is opened]
-        for position in positions:
-            del self._open[position]
-            yield from opened.closing(status)
-        if opened is self._said:
-            self._said = None
+    def _close(self, status: Status) -> Iterator[ResponsesEvent]:
+        if self._open is not None:
+            yield from self._open.closing(status)
+            self.items.append(self._open.item)
+            self._open = None
 
 
 class Open(Protocol):
@@ -131,11 +99,6 @@ class Open(Protocol):
 
     @property
     def item(self) -> OutputItem: ...
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing can be added to it."""
-        ...
 
     def opening(self) -> Iterator[ResponsesEvent]: ...
 
@@ -145,8 +108,6 @@ class Open(Protocol):
 
 
 class OpenMessage:
-    is_complete = False
-
     def __init__(self, index: int, item_id: str | None = None) -> None:
         """item_id: of an item that had one already, here and below."""
         self.item = OutputMessage(**_known(item_id))
@@ -171,8 +132,6 @@ class OpenMessage:
 
 
 class OpenReasoning:
-    is_complete = False
-
     def __init__(self, index: int, is_encrypted: bool = False, item_id: str | None = None) -> None:
         """is_encrypted: the item gets `encrypted_content`."""
         self.item = OutputReasoning(**_known(item_id))
@@ -204,10 +163,6 @@ class OpenCall:
         self.item = OutputFunctionCall(call_id=call_id, name=name, namespace=namespace, **_known(item_id))
         self._position: dict[str, Any] = {"output_index": index, "item_id": self.item.id}
 
-    @property
-    def is_complete(self) -> bool:
-        return _is_object(self.item.arguments)
-
     def opening(self) -> Iterator[ResponsesEvent]:
         yield _item_event("added", self._position["output_index"], self.item)
 
@@ -231,17 +186,11 @@ class OpenCustomCall:
         self.item = OutputCustomCall(call_id=call_id, name=name, namespace=namespace, **_known(item_id))
         self._position: dict[str, Any] = {"output_index": index, "item_id": self.item.id}
         self._argument = TextArgument()
-        self._written = ""
-
-    @property
-    def is_complete(self) -> bool:
-        return _is_object(self._written)
 
     def opening(self) -> Iterator[ResponsesEvent]:
         yield _item_event("added", self._position["output_index"], self.item)
 
     def add(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[ResponsesEvent]:
-        self._written += text
         yield from self._delta(self._argument.add(text))
 
     def _delta(self, text: str) -> Iterator[ResponsesEvent]:
@@ -256,16 +205,6 @@ class OpenCustomCall:
         yield _item_event("done", self._position["output_index"], self.item)
 
 
-def _is_object(arguments: str) -> bool:
-    """Returns whether the arguments are a whole JSON object, behind which nothing can come."""
-    if not arguments.rstrip().endswith("}"):
-        return False
-    try:
-        return isinstance(json.loads(arguments), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 def _known(item_id: str | None) -> dict[str, Any]:
     return {} if item_id is None else {"id": item_id}
 
@@ -275,4 +214,3 @@ def _item_event(change: str, index: int, item: OutputItem) -> OutputItemEvent:
 
 
 ItemClass = type[OpenMessage] | type[OpenReasoning]
-Call = OpenCall | OpenCustomCall

@@ -14,7 +14,7 @@ class ResponseProgress:
         """response: as the request opens it."""
         self.response = response
         self.has_begun = False
-        self._items: dict[int, OutputItem] = {}  # output_index -> a complete one
+        self._items: list[OutputItem] = []  # complete ones
 
     @property
     def is_over(self) -> bool:
@@ -25,9 +25,8 @@ class ResponseProgress:
         if isinstance(event, ResponseStateEvent):
             self.response = event.response
         elif isinstance(event, OutputItemEvent) and event.type == "response.output_item.done":
-            self._items[event.output_index] = event.item
-            output = [self._items[index] for index in sorted(self._items)]
-            self.response = self.response.model_copy(update={"output": output})
+            self._items.append(event.item)
+            self.response = self.response.model_copy(update={"output": [*self._items]})
 
     def fail(self, error: APIError) -> None:
         self._end("failed", problem_of(error))

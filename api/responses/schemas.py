@@ -10,11 +10,7 @@ from pydantic import (
     SerializeAsAny,
 )
 
-from schemas import Object, TokenLogprob
-
-
-def _is_none(value: object) -> bool:
-    return value is None
+from schemas import Object, TokenLogprob, is_none
 
 
 class OutputText(BaseModel):
@@ -42,7 +38,7 @@ class OutputReasoning(OutputItem):
     type: Literal["reasoning"] = "reasoning"
     summary: list[Object] = []
     content: list[ReasoningText] = []
-    encrypted_content: str | None = Field(None, exclude_if=_is_none)
+    encrypted_content: str | None = Field(None, exclude_if=is_none)
 
 
 class OutputFunctionCall(OutputItem):
@@ -50,7 +46,7 @@ class OutputFunctionCall(OutputItem):
     type: Literal["function_call"] = "function_call"
     call_id: str
     name: str
-    namespace: str | None = Field(None, exclude_if=_is_none)
+    namespace: str | None = Field(None, exclude_if=is_none)
     arguments: str = ""
 
 
@@ -59,7 +55,7 @@ class OutputCustomCall(OutputItem):
     type: Literal["custom_tool_call"] = "custom_tool_call"
     call_id: str
     name: str
-    namespace: str | None = Field(None, exclude_if=_is_none)
+    namespace: str | None = Field(None, exclude_if=is_none)
     input: str = ""
 
 

@@ -25,7 +25,7 @@ CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, client TEXT NOT NULL, response BLOB NOT NULL, items BLOB NOT NULL,
     size INTEGER NOT NULL, used REAL NOT NULL
 );
-CREATE INDEX IF NOT EXISTS by_use ON responses (used);
+CREATE INDEX IF NOT EXISTS by_use ON responses (used, size);
 CREATE TABLE IF NOT EXISTS outputs (
     id TEXT PRIMARY KEY, response_id TEXT NOT NULL REFERENCES responses (id) ON DELETE CASCADE
 );

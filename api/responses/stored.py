@@ -16,7 +16,6 @@ from pydantic_core import to_json
 from api.responses.progress import OVER, ResponseProgress, problem_of
 from api.responses.requests import InputItem, ResponsesRequest
 from api.responses.schemas import ResponseObject, ResponsesEvent
-from api.responses.sqlite_store import SqliteStore
 from api.responses.store import MemoryStore, ResponseStore, StoreBounds, StoredResponse
 from config import Settings
 from errors import APIError, InvalidRequest, NotFound, Unavailable
@@ -33,7 +32,11 @@ PREFIXES = {"message": "msg", "function_call": "fc", "custom_tool_call": "ctc", 
 def open_store(settings: Settings) -> ResponseStore:
     """Raises StoreFailure if the file cannot be used."""
     bounds, place = StoreBounds.of(settings), settings.response_store
-    return MemoryStore(bounds) if place == "memory" else SqliteStore(Path(place).expanduser(), bounds)
+    if place == "memory":
+        return MemoryStore(bounds)
+    from api.responses.sqlite_store import SqliteStore  # which locks files in a way that Windows does not have
+
+    return SqliteStore(Path(place).expanduser(), bounds)
 
 
 class StoredResponses:
