@@ -212,12 +212,35 @@ class ServerSettings(BaseSettings):
         None,
         validation_alias=AliasChoices("model_path", "model_dir", "nanovllm_model_path"),
         description=(
-            "the model to serve: a directory, a .gguf file, a Hub id or a demo name; "
-            "default: ~/llms/Qwen3-0.6B/ if that exists, else demo:qwen2.5-coder-0.5b"
+            "the model to serve: a directory, a .gguf file, a Hub id or a demo name, or several of these, "
+            "comma-separated; default: the first one in MODELS_DIR, else ~/llms/Qwen3-0.6B/ if that exists, else "
+            "demo:qwen2.5-coder-0.5b"
         ),
     )
+    models_dir: Path | None = Field(
+        None, description="a folder: every model directory and .gguf file below it is served, loaded when asked for"
+    )
+    models_memory: Bytes | None = Field(
+        None,
+        description=(
+            "the bytes that the weights and caches of all chat models may take; default: 90 % of the GPUs' memory, or "
+            "of what is free without one"
+        ),
+    )
+    model_idle: float | None = Field(
+        None,
+        gt=0,
+        validation_alias=AliasChoices("model_idle", "huggingface_idle"),
+        description=(
+            "the seconds without requests after which a chat model is unloaded; default: 600, and never for the first "
+            "model"
+        ),
+    )
+    model_load_wait: float = Field(
+        30.0, ge=0, description="the seconds that a request waits for its model to load before it gets a 503"
+    )
     served_model_name: str | None = Field(
-        None, description="the model's id under /v1/models; default: the base name of MODEL_PATH"
+        None, description="the first model's id under /v1/models; default: the base name of MODEL_PATH"
     )
     host: str = Field("127.0.0.1", description="the address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
@@ -287,9 +310,6 @@ class ServerSettings(BaseSettings):
     hf_token: Key = Field(None, description="the Hub's token, for gated and private models")
     huggingface_memory: Bytes = Field(
         16 * 2**30, description="the bytes that the weights of a huggingface/ chat model may take"
-    )
-    huggingface_idle: float = Field(
-        600.0, gt=0, description="the seconds without requests after which a huggingface/ model is unloaded"
     )
 
 
@@ -421,10 +441,10 @@ class Settings(ProviderSettings):
             raise ValueError("it is less than MAX_BODY_SIZE, so a body of that size would never be accepted: raise it")
         return value
 
-    @field_validator("cache_dir")
+    @field_validator("cache_dir", "models_dir")
     @classmethod
-    def _expand(cls, value: Path) -> Path:
-        return value.expanduser()
+    def _expand(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser()
 
     @classmethod
     def settings_customise_sources(

@@ -153,7 +153,7 @@ def main(load: LoadModel = load) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
     _run(server)
-    if services_of(app).local.failure is not None or not server.started:
+    if services_of(app).chat.failure is not None or not server.started:
         sys.exit(1)
 
 

@@ -194,6 +194,9 @@ class TimedRequest(RequestBody):
     timeout: float | None = Field(None, gt=0)  # seconds that the answer may take
 
 
+KeepAlive = Annotated[float | str | None, Field(union_mode="left_to_right")]  # as Ollama means it
+
+
 class SamplingFields(RequestBody):
     """The sampling parameters of a request. The engine's SamplingParams has fields of the same names."""
 
@@ -241,6 +244,8 @@ SAMPLING_FIELDS = tuple(SamplingRequest.model_fields)
 
 class _CompletionRequest(SamplingRequest):
     """The fields that chat completions and completions share."""
+
+    keep_alive: KeepAlive = None
 
     is_capped: ClassVar[bool] = False  # whether `max_tokens` may be larger than the context
 
@@ -514,6 +519,13 @@ SomeTexts = Annotated[list[NonEmpty], Field(min_length=1, max_length=2048, fail_
 ManyTokenIds = Annotated[list[SomeTokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
 
 
+class ModelRequest(TimedRequest):
+    """The body of /v1/models/load and /v1/models/unload."""
+
+    model: str = Field(min_length=1)
+    keep_alive: KeepAlive = None
+
+
 class EmbeddingRequest(TimedRequest):
     """The fields `prompt_name` and `truncate` are those of text-embeddings-inference."""
 
@@ -528,6 +540,7 @@ class EmbeddingRequest(TimedRequest):
     dimensions: int | None = Field(None, ge=1)
     prompt_name: str | None = None  # one of the model's prompts, such as query or document
     truncate: bool | None = None  # whether a text that is too long is cut instead of refused
+    keep_alive: KeepAlive = None
     user: str | None = no_meaning("it is a label for the client.")
 
     @property
@@ -791,6 +804,9 @@ class ModelPermission(BaseModel):
     is_blocking: bool = False
 
 
+ModelStatus = Literal["loaded", "loading", "unloaded", "failed"]
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -799,8 +815,12 @@ class Model(BaseModel):
     permission: list[ModelPermission]
     root: str
     parent: str | None = None
-    max_model_len: int | None = None  # tokens; None while loading
-    family: str | None = None  # None while loading
+    kind: Literal["chat", "embedding"] | None = None  # None for models of other providers
+    status: ModelStatus | None = None
+    error: str | None = None  # why it could not be loaded
+    size: int | None = None  # bytes of its files
+    max_model_len: int | None = None  # tokens; None unless it is loaded
+    family: str | None = None  # None unless it is loaded
     chat_template: Literal["own", "family"] | None = None  # whose template is used; base models have none of their own
     recommended_quantization: str | None = None
 

@@ -13,8 +13,9 @@ from api.responses.stored import StoredResponses, open_store
 from config import Settings
 from providers.router import ProviderRouter
 from providers.translated_chat import TranslatedChats
+from serving.chat_models import ChatModels
 from serving.embeddings import EmbeddingModels
-from serving.hub import HubModels
+from serving.folder import Folder
 from serving.loading import LoadModel
 from serving.local import LocalModel
 from telemetry.metrics import Metrics
@@ -26,8 +27,7 @@ class Services:
 
     settings: Settings
     metrics: Metrics
-    local: LocalModel
-    hub: HubModels
+    chat: ChatModels
     embeddings: EmbeddingModels
     router: ProviderRouter
     responses: StoredResponses
@@ -36,21 +36,21 @@ class Services:
 
     @classmethod
     def of(cls, settings: Settings, on_failure: Callable[[str], None], load: LoadModel) -> "Services":
-        """Makes them; `start` then begins to load models. `on_failure` and `load` are those of LocalModel.
+        """Makes them; `start` then begins to load models. `on_failure` and `load` are those of ChatModels.
 
         Raises StoreFailure.
         """
         metrics = Metrics()
-        local, embeddings = LocalModel(settings, on_failure, load, metrics), EmbeddingModels(settings)
-        hub = HubModels(settings, load, metrics=metrics)
-        metrics.watch(lambda: (*local.engines, *hub.engines))
+        folder = Folder(settings.models_dir)
+        chat = ChatModels(settings, load, folder, on_failure=on_failure, metrics=metrics)
+        embeddings = EmbeddingModels(settings, folder=folder)
+        metrics.watch(lambda: chat.engines)
         return cls(
             settings=settings,
             metrics=metrics,
-            local=local,
-            hub=hub,
+            chat=chat,
             embeddings=embeddings,
-            router=ProviderRouter(settings, lambda name: local.serves(name) or embeddings.lists(name)),
+            router=ProviderRouter(settings, lambda name: chat.find(name) is not None or embeddings.lists(name)),
             responses=StoredResponses(open_store(settings), StoreBounds.of(settings)),
             background=BackgroundResponses(
                 settings.max_background_responses, settings.response_store_size, settings.api_keys
@@ -58,12 +58,12 @@ class Services:
         )
 
     def start(self) -> None:
-        self.local.start()
+        self.chat.start()
         self.embeddings.start()
 
     async def close_models(self, timeout: float) -> None:
         """Refuses new requests and gives those in progress `timeout` seconds to finish."""
-        await asyncio.gather(*(models.close(timeout) for models in (self.local, self.embeddings, self.hub)))
+        await asyncio.gather(*(models.close(timeout) for models in (self.chat, self.embeddings)))
 
     async def close(self) -> None:
         """Ends what is left when the models are closed."""
@@ -72,8 +72,8 @@ class Services:
         await self.router.close()
 
     async def text_model(self, name: str) -> LocalModel:
-        """Finds the model here that answers: a model of the Hub by its name, or the main one. Raises APIError."""
-        return await self.hub.model(name) if self.hub.serves(name) and not self.local.serves(name) else self.local
+        """Returns the model here that answers, loaded or not. Raises ModelNotFound."""
+        return await self.chat.model(name)
 
 
 def services_of(app: FastAPI) -> Services:

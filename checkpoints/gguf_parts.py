@@ -19,20 +19,30 @@ def stem(name: str) -> str:
 
 def parts(path: Path) -> list[Path]:
     """Returns the file, or all parts if it is one of several, in order. Raises ModelLoadError if parts are missing."""
+    paths = _all_parts(path)
+    missing = [part.name for part in paths if not part.exists()] if len(paths) > 1 else []
+    if missing:
+        raise errors.ModelLoadError(
+            f"{path.name} is one of {len(paths)} parts of a model: put the missing ones ({len(missing)}) into its "
+            f"directory: {', '.join(missing[:3])}."
+        )
+    return paths
+
+
+def present_parts(path: Path) -> list[Path]:
+    """Returns the file, or those of its parts that are there."""
+    return [part for part in _all_parts(path) if part.exists()]
+
+
+def _all_parts(path: Path) -> list[Path]:
     match = PART.fullmatch(path.name)
     if match is None:
         return [path]
-    names = [
-        f"{match['stem']}-{number:05}-of-{match['count']}{match['suffix']}"
-        for number in range(1, int(match["count"]) + 1)
+    count = int(match["count"])
+    return [
+        path.parent / f"{match['stem']}-{number:05}-of-{match['count']}{match['suffix']}"
+        for number in range(1, count + 1)
     ]
-    missing = [name for name in names if not (path.parent / name).exists()]
-    if missing:
-        raise errors.ModelLoadError(
-            f"{path.name} is one of {len(names)} parts of a model: put the missing ones ({len(missing)}) into its "
-            f"directory: {', '.join(missing[:3])}."
-        )
-    return [path.parent / name for name in names]
 
 
 def read(paths: list[Path]) -> Header:

@@ -16,6 +16,9 @@ class Progress:
         self._stream = stream or sys.stderr
         self._shown: tuple[str, int] = ("", -1)  # phase, percent
 
+    def __str__(self) -> str:
+        return f"{self.phase}: {round(100 * self.fraction)} %"
+
     def report(self, phase: str, fraction: float) -> None:
         """Sets the phase and the fraction done, from 0 to 1; may be called from any thread."""
         self.phase, self.fraction = phase, min(1.0, max(0.0, fraction))

@@ -31,12 +31,15 @@ from schemas import (
     EmbeddingResponse,
     EmbeddingUsage,
     Model,
+    ModelStatus,
     RerankedDocument,
     RerankRequest,
     RerankResponse,
     RerankResult,
 )
 from serving.cl100k import Cl100k
+from serving.folder import Folder
+from serving.keep_alive import seconds_of
 from serving.loading import IMPORTING, to_api_error
 from serving.model_pool import ModelPool
 from serving.model_slot import ModelSlot, in_daemon_thread
@@ -64,6 +67,7 @@ class ModelSource:
     hub_ids: tuple[str, ...] = field(default=(), compare=False)
     demo: str | None = field(default=None, compare=False)  # used if the Hub lacks the files or is out of reach
     path: str | None = field(default=None, compare=False)  # the operator's; clients never choose one
+    num_bytes: int | None = field(default=None, compare=False)  # of its files
 
     def __str__(self) -> str:
         return self.name
@@ -73,15 +77,20 @@ DEMO_SOURCE = ModelSource(HUB_NAME, (HUB_NAME,), DEMO)
 
 
 class EmbeddingModels:
-    def __init__(self, settings: Settings, sources: Callable[[], Sources] = Sources) -> None:
+    def __init__(
+        self, settings: Settings, sources: Callable[[], Sources] = Sources, folder: Folder | None = None
+    ) -> None:
         self._settings = settings
+        self._folder = folder or Folder(None)
         self._sources = sources
-        self._pool: ModelPool[ModelSource, Embedder] = ModelPool(
-            capacity=settings.embedding_memory,  # bytes
+        self._pool: ModelPool[ModelSource, Embedder, int] = ModelPool(
             size_of=lambda embedder: embedder.about.num_bytes,
+            holds=lambda sizes: sum(sizes) <= settings.embedding_memory,
             close=lambda embedder, timeout: embedder.close(timeout),
         )
         self._cl100k = ModelSlot("cl100k_base", partial(in_daemon_thread, self._read_cl100k))
+        self._created = int(time.time())
+        self._failures: dict[str, str] = {}  # of the last load, by the model's name
         path = settings.embedding_model_path or ""
         self._own_names = {path.casefold(), checkpoint.served_name(path).casefold()} if path else set()
 
@@ -107,18 +116,41 @@ class EmbeddingModels:
         return any(source.name.casefold() == model.casefold() for source in self._listed)
 
     def models(self) -> list[Model]:
-        """Returns the models that are loaded, and the one that the settings name while it loads."""
-        return [Model.of_server(source.name, slot.created) for source, slot in self._listed.items()]
+        """Returns the models that are loaded, the one that the settings name, and those of the folder."""
+        return [self._entry(source, slot) for source, slot in self._listed.items()]
+
+    def _entry(self, source: ModelSource, slot: "ModelSlot[Embedder] | None") -> Model:
+        status: ModelStatus = "unloaded" if slot is None else "loading" if slot.model is None else "loaded"
+        error = self._failures.get(source.name) if slot is None else None
+        return Model.of_server(
+            source.name,
+            self._created if slot is None else slot.created,
+            kind="embedding",
+            status="failed" if error else status,
+            error=error,
+            size=slot.model.about.num_bytes if slot and slot.model else source.num_bytes,
+        )
 
     @property
     def loaded(self) -> "dict[str, EmbedderInfo]":
         """What is known of each model that is loaded, by its name."""
         return {source.name: embedder.about for source, embedder in self._pool.models.items()}
 
+    def expires_in(self, name: str) -> float:
+        """Returns the seconds until a loaded model is unloaded if nobody uses it; infinity for one that stays."""
+        return self._pool.expires_in(ModelSource(name))
+
     @property
-    def _listed(self) -> dict[ModelSource, "ModelSlot[Embedder]"]:
-        own = self._own_source() if self._own_names else None
-        return {source: slot for source, slot in self._pool.slots.items() if slot.model or source == own}
+    def _listed(self) -> dict[ModelSource, "ModelSlot[Embedder] | None"]:
+        own = [self._own_source()] if self._own_names else []
+        expected = dict.fromkeys([*own, *self._in_folder])
+        loaded = {source: slot for source, slot in self._pool.slots.items() if slot.model or source in expected}
+        return {**expected, **loaded}
+
+    @property
+    def _in_folder(self) -> list[ModelSource]:
+        found = self._folder.models("embedding")
+        return [ModelSource(model.name, path=model.path, num_bytes=model.num_bytes) for model in found]
 
     def _own_source(self) -> ModelSource:
         path = self._settings.embedding_model_path or ""
@@ -131,15 +163,21 @@ class EmbeddingModels:
         name = model.casefold()
         if name in self._own_names:
             return self._own_source()
-        for source in self._pool.slots:
+        for source in (*self._pool.slots, *self._in_folder):
             if source.name.casefold() == name:
                 return source
         return DEMO_SOURCE if name in DEMO_NAMES else _on_hub(model)
 
     # --- loading
 
-    def _using(self, model: str) -> "AbstractAsyncContextManager[Embedder]":
-        """Returns the model of that name, which is not unloaded inside the block."""
+    def _using(self, model: str, keep_alive: float | str | None = None) -> "AbstractAsyncContextManager[Embedder]":
+        """Returns the model of that name, which is not unloaded inside the block. keep_alive: as Ollama means it."""
+        limit, slot = seconds_of(keep_alive), self._slot(self._known(model))
+        if limit is not None:
+            slot.idle_limit = limit
+        return slot.using()
+
+    def _known(self, model: str) -> ModelSource:
         source = self._source(model)
         if source is None:
             raise ModelNotFound(
@@ -147,7 +185,19 @@ class EmbeddingModels:
                 f"sentence-transformers/NAME or {DEMO}.",
                 param="model",
             )
-        return self._slot(source).using()
+        return source
+
+    async def load(self, model: str, keep_alive: float | str | None = None) -> Model:
+        """Loads the model of that name, and returns its entry of /v1/models. Raises APIError."""
+        async with self._using(model, keep_alive):
+            source = self._known(model)
+            return self._entry(source, self._pool.slots.get(source))
+
+    async def unload(self, model: str) -> Model:
+        """Unloads the model of that name when its requests have finished, and returns its entry."""
+        source = self._known(model)
+        await self._pool.unload(source)
+        return self._entry(source, None)
 
     def _slot(self, source: ModelSource) -> "ModelSlot[Embedder]":
         return self._pool.slot(source, partial(self._load, source))
@@ -159,6 +209,7 @@ class EmbeddingModels:
             async with self._pool.room_for(size):
                 return await in_daemon_thread(partial(self._open, source.name, directory))
         except ModelLoadError as error:
+            self._failures = {**self._failures, source.name: str(error)} if source in self._in_folder else {}
             raise to_api_error(error, source.name) from error
 
     @property
@@ -210,7 +261,7 @@ class EmbeddingModels:
         prompt_names: prompts that suit a request which names none; the first that the model has is used.
         """
         texts = await self._texts_of(request.inputs)
-        async with self._using(request.model) as embedder:
+        async with self._using(request.model, request.keep_alive) as embedder:
             if embedder.about.kind != "embeddings":
                 raise InvalidRequest(f"{request.model} is a reranker: use /v1/rerank.", param="model")
             try:

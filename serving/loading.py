@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from errors import (
 from prompt_templates import PromptTemplate
 from schemas import Message
 from serving.image_inputs import ImageInputs
+from serving.memory_budget import Footprint
 from serving.model_facts import ModelFacts, facts_of
 from text.logprobs import TokenTexts
 from vision.families import vision_family_of
@@ -77,6 +78,7 @@ class LoadedModel:
     image_inputs: ImageInputs | None = None  # None: the model takes text alone
     grammars: "GrammarCompiler | None" = None  # None: grammars cannot be compiled for its tokenizer
     facts: ModelFacts | None = None
+    footprint: Footprint = field(default_factory=dict)  # the memory that it takes
 
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # they may have a chat template
@@ -127,7 +129,7 @@ def load(path: str, settings: Settings, progress: Progress) -> LoadedModel:
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         image_inputs = open_image_inputs(directory, config)
         vision = None if image_inputs is None else image_inputs.family
-        name = checkpoint.served_name(path)
+        name = settings.served_model_name or checkpoint.served_name(path)
         template = pool.submit(load_template, directory, config.model_type, vision, name)
         if draft_directory:
             check_vocabulary(template.result(), load_template(draft_directory, config.model_type))

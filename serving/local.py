@@ -2,16 +2,16 @@
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints import checkpoint
 from checkpoints.progress import Progress
-from config import Settings
-from errors import InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, unsupported
+from errors import InvalidRequest, ModelLoadError, ModelNotFound, first_line, unsupported
 from schemas import (
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -20,6 +20,7 @@ from schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
     Model,
+    ModelStatus,
     TokenizeRequest,
     TokenizeResponse,
     TokenizerInfo,
@@ -30,8 +31,10 @@ from serving.chat_renderer import ChatRenderer
 from serving.completion import plan_completion
 from serving.generation import Plan, merge
 from serving.image_fetcher import ImageFetcher
-from serving.loading import LoadedModel, LoadModel, load
-from serving.model_slot import ModelSlot, in_daemon_thread
+from serving.keep_alive import seconds_of
+from serving.loading import LoadedModel, to_api_error
+from serving.model_loader import ModelLoader, Pool
+from serving.model_slot import ModelSlot
 from serving.tokenizer_info import tokenizer_info
 from serving.usage import RequestUsage
 from telemetry import request_record
@@ -42,21 +45,32 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 log = logging.getLogger(__name__)
+RETRY = 10.0  # seconds for which the reason of a failed load is told again before another attempt
 R = TypeVar("R", ChatCompletionRequest, CompletionRequest)
 C = TypeVar("C", ChatCompletionChunk, Completion)
 MakePlan = Callable[[R, LoadedModel], Awaitable[Plan[Any]]]
 
 
 class LocalModel:
+    """One model of this process, loaded or not: a request loads it, and it stays while it answers."""
+
     def __init__(
         self,
-        settings: Settings,
-        on_failure: Callable[[str], None],
-        load: LoadModel = load,
+        loader: ModelLoader,
+        pool: Pool,
+        *,
+        on_failure: Callable[[str], None] = lambda sentence: None,
         metrics: Metrics | None = None,
+        num_bytes: int | None = None,
+        idle_limit: float | None = None,
     ) -> None:
-        """`on_failure` gets one sentence if the model cannot be loaded, or if its engine stops."""
-        self.settings = settings
+        """pool: where it has its slot, beside those of other models. num_bytes: of its files. idle_limit: seconds
+        without requests after which it is unloaded; None: the pool's.
+
+        `on_failure` gets one sentence if the model cannot be loaded, or if its engine stops.
+        """
+        self.settings = settings = loader.settings
+        self._loader, self._pool, self._idle_limit = loader, pool, idle_limit
         self._metrics = metrics or Metrics()
         self.progress = Progress()
         self.path = settings.model_path or checkpoint.default_model_path()
@@ -64,66 +78,92 @@ class LocalModel:
         self._names = {name.casefold() for name in (self.name, self.path, checkpoint.served_name(self.path))}
         self.created = int(time.time())
         self._on_failure = on_failure
-        self._load_model = load
-        self.loaded: LoadedModel | None = None
-        self._slot = ModelSlot(self.name, self._load)
-        self._failure: str | None = None
+        self.num_bytes = num_bytes
+        self.failure: str | None = None  # why it could not be loaded, or why its engine stopped
+        self._failed_at = -math.inf
         fetcher = ImageFetcher(settings.allow_private_image_urls, settings.image_url_hosts)
         self._renderer = ChatRenderer(fetcher, settings.max_images)
 
+    def __str__(self) -> str:
+        return self.name
+
     # --- life
 
-    def start(self) -> None:
-        """Checks that the model's name or path can be right, then loads the model in the background."""
-        try:
-            checkpoint.check(self.path)
-        except ModelLoadError as error:
-            self._fail(str(error))
-        else:
-            self._slot.start()
+    def start(self) -> ModelSlot[LoadedModel]:
+        """Begins to load the model, if it is not loaded; returns its slot, now the most recently used one.
+
+        Raises InvalidRequest with the reason if it could not be loaded a moment ago, and what `ModelPool.slot` raises.
+        """
+        is_new = self not in self._pool.slots
+        if is_new and time.monotonic() - self._failed_at < RETRY:
+            raise InvalidRequest(str(self.failure), param="model", code="model_not_supported")
+        if is_new:
+            self.failure, self.progress = None, Progress()
+        slot = self._pool.slot(self, self._load, lambda: f" ({self.progress})")
+        if is_new:
+            slot.idle_limit = self._idle_limit
+        return slot
 
     async def _load(self) -> LoadedModel:
         try:
-            loaded = await in_daemon_thread(partial(self._load_model, self.path, self.settings, self.progress))
-        except ModelLoadError as error:
-            self._fail(str(error))
-            raise
+            loaded = await self._loader.loaded(self.path, self.progress, self._pool)
         except Exception as error:
             log.debug("loading failed", exc_info=True)
-            self._fail(f"The model {self.path} cannot be loaded: {type(error).__name__}: {error}")
-            raise
-        self.begin(loaded)
-        return loaded
-
-    def begin(self, loaded: LoadedModel) -> None:
-        """Starts the engine of a loaded model, which answers the requests from now on."""
+            reason = f"The model {self.path} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+            self._fail(str(error) if isinstance(error, ModelLoadError) else reason)
+            raise to_api_error(error, self.name) from error
         loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} stopped after an error.")
         loaded.engine.start()
-        self.loaded = loaded
+        return loaded
 
     def _fail(self, sentence: str) -> None:
-        self._failure = sentence
+        self.failure, self._failed_at = sentence, time.monotonic()
+        if self.loaded is not None:
+            self._pool.drop(self, self.loaded)
         self._on_failure(sentence)
 
-    async def close(self, timeout: float) -> None:
-        await self._slot.cancel()
-        if self.loaded is not None:
-            await self.loaded.engine.close(timeout)
+    async def unload(self) -> None:
+        """Unloads the model when its requests have finished."""
+        await self._pool.unload(self)
 
     @property
-    def failure(self) -> str | None:
-        """Why the model cannot be served, in one sentence; None while it can, or still loads."""
-        return self._failure
+    def loaded(self) -> LoadedModel | None:
+        """The model, or None while it is not loaded."""
+        slot = self._pool.slots.get(self)
+        return None if slot is None else slot.model
+
+    @property
+    def status(self) -> ModelStatus:
+        if self in self._pool.slots:
+            return "loading" if self.loaded is None else "loaded"
+        return "unloaded" if self.failure is None else "failed"
+
+    @property
+    def expires_in(self) -> float:
+        """Seconds until it is unloaded if nobody asks for it; infinity if it stays."""
+        return self._pool.expires_in(self)
+
+    @asynccontextmanager
+    async def _using(
+        self, is_stream: bool | None = False, keep_alive: float | None = None
+    ) -> AsyncIterator[LoadedModel]:
+        """Waits for the model, which stays loaded inside the block. Raises ModelLoading if that takes too long.
+
+        is_stream: a stream waits as long as it takes, since its client gets comments. keep_alive: see `seconds_of`.
+        """
+        slot, patience = self.start(), self.settings.model_load_wait
+        if keep_alive is not None:
+            slot.idle_limit = keep_alive
+        async with slot.using(None if is_stream and patience else patience) as loaded:
+            yield loaded
 
     @property
     def health(self) -> tuple[bool, dict[str, Any]]:
-        """Whether the model can answer, and the body of /health."""
-        if self._failure is not None:
-            return False, {"status": "failed", "model": self.name, "message": self._failure}
-        if self.loaded is None:
-            progress = {"phase": self.progress.phase, "fraction": round(self.progress.fraction, 3)}
-            return False, {"status": "loading", "model": self.name, "progress": progress}
-        engine = self.loaded.engine
+        """Whether the model can answer, and what /health says of it."""
+        loaded = self.loaded
+        if loaded is None:
+            return self.status == "unloaded", {"status": self.status, "model": self.name, **self._why_not_loaded}
+        engine = loaded.engine
         counts = {
             "running": engine.num_running,
             "waiting": engine.num_waiting,
@@ -135,6 +175,12 @@ class LocalModel:
         return True, {"status": "ok", "model": self.name, **counts}
 
     @property
+    def _why_not_loaded(self) -> dict[str, Any]:
+        if self.status == "loading":
+            return {"progress": {"phase": self.progress.phase, "fraction": round(self.progress.fraction, 3)}}
+        return {} if self.failure is None else {"message": self.failure}
+
+    @property
     def engines(self) -> "list[tuple[str, Engine]]":
         """The engine with the name of its model; empty until it is loaded."""
         return [] if self.loaded is None else [(self.name, self.loaded.engine)]
@@ -144,41 +190,44 @@ class LocalModel:
     def serves(self, model: str) -> bool:
         return model.casefold() in self._names
 
-    def models(self) -> list[Model]:
-        return [Model.of_server(self.name, self.created, **self._about_model())]
+    @property
+    def entry(self) -> Model:
+        """The entry of /v1/models."""
+        known = {"kind": "chat", "status": self.status, "size": self.num_bytes, "error": self.failure}
+        return Model.of_server(self.name, self.created, **{**known, **self._about_model()})
 
     def _about_model(self) -> dict[str, Any]:
-        if self.loaded is None:
+        loaded = self.loaded
+        if loaded is None:
             return {}
-        template = self.loaded.template
+        template = loaded.template
         return {
-            "max_model_len": self.loaded.engine.max_model_len,
+            "max_model_len": loaded.engine.max_model_len,
             "family": template.family.name,
             "chat_template": "own" if template.is_own else "family",
             "recommended_quantization": template.family.quantization,
+            "size": loaded.facts.num_bytes if loaded.facts else self.num_bytes,
         }
 
-    def _ready_for(self, request: ChatCompletionRequest | CompletionRequest) -> LoadedModel:
-        """Returns the loaded model. Raises InvalidRequest for a field that asks for something unsupported."""
-        loaded = self._ready(request.model)
+    def _check(self, request: ChatCompletionRequest | CompletionRequest) -> None:
+        """Raises ModelNotFound for another model's name, and InvalidRequest for a field that asks for something
+        unsupported: the model is not loaded for these."""
+        self._check_name(request.model)
+        seconds_of(request.keep_alive)
         for name in request.refused_fields:
             raise unsupported(name)
-        return loaded
 
-    def _ready(self, model: str) -> LoadedModel:
-        if not self.serves(model):
+    def _check_name(self, model: str | None) -> None:
+        if model is not None and not self.serves(model):
             raise ModelNotFound(f"The model {model!r} does not exist; this server has {self.name!r}.", param="model")
-        if self.loaded is None:
-            percent = round(100 * self.progress.fraction)
-            raise ModelLoading(
-                f"The model is loading ({self.progress.phase}: {percent} %); try again later.", retry_after=5
-            )
-        return self.loaded
 
-    @property
-    def ready(self) -> LoadedModel:
-        """The loaded model. Raises ModelLoading before."""
-        return self._ready(self.name)
+    async def wait(self, keep_alive: float | str | None = None) -> LoadedModel:
+        """Returns the model as soon as it is loaded. Raises ModelLoading if that takes too long, and other APIErrors.
+
+        keep_alive: as Ollama means it.
+        """
+        async with self._using(keep_alive=seconds_of(keep_alive)) as loaded:
+            return loaded
 
     # --- answers
 
@@ -192,26 +241,33 @@ class LocalModel:
 
     async def planned_chat(self, request: ChatCompletionRequest) -> AsyncGenerator[ChatCompletionChunk]:
         """Returns the same stream, with all that is wrong with the request already found. Raises APIError."""
+        self._check(request)
         make_plan = partial(plan_chat, renderer=self._renderer)
-        loaded, plan = await self._planned(request, make_plan)
-        return self._computed(loaded, plan, None, ChatCompletionChunk)
+        async with self._using() as loaded:
+            return self._later(request, await self._planned(request, make_plan, loaded))
+
+    async def _later(self, request: ChatCompletionRequest, plan: Plan[Any]) -> AsyncGenerator[ChatCompletionChunk]:
+        async with self._using(is_stream=True, keep_alive=seconds_of(request.keep_alive)) as loaded:
+            async with aclosing(self._computed(loaded, plan, None, ChatCompletionChunk)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def _run(self, request: R, make_plan: MakePlan[R], chunk_type: type[C]) -> AsyncGenerator[C]:
-        self._ready_for(request)
+        self._check(request)
         usage = RequestUsage(self.name, self._metrics.of(self.name))
-        loaded, plan = await self._planned(request, make_plan)
-        async with aclosing(self._computed(loaded, plan, usage, chunk_type)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        async with self._using(request.stream, seconds_of(request.keep_alive)) as loaded:
+            plan = await self._planned(request, make_plan, loaded)
+            async with aclosing(self._computed(loaded, plan, usage, chunk_type)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
-    async def _planned(self, request: R, make_plan: MakePlan[R]) -> tuple[LoadedModel, Plan[Any]]:
-        """Returns the model and the plan, for which there is room."""
-        loaded = self._ready_for(request)
+    async def _planned(self, request: R, make_plan: MakePlan[R], loaded: LoadedModel) -> Plan[Any]:
+        """Returns the plan, for which there is room."""
         plan = await make_plan(request, loaded)
         num_computed = plan.computed_per_prompt * len(plan.prompt_lengths)
         num_tokens = plan.computed_per_prompt * sum(plan.prompt_lengths)
         loaded.engine.check_room(num_computed, num_tokens, request_record.current().client)
-        return loaded, plan
+        return plan
 
     async def _computed(
         self, loaded: LoadedModel, plan: Plan[Any], usage: RequestUsage | None, chunk_type: type[C]
@@ -235,33 +291,36 @@ class LocalModel:
 
     async def count_tokens(self, request: ChatCompletionRequest) -> int:
         """Returns the number of tokens of a chat's prompt. Raises APIError."""
-        loaded = self._ready_for(request)
-        return len((await self._renderer.render(loaded, request, tool_set_of(request))).prompt_ids)
+        self._check(request)
+        async with self._using() as loaded:
+            return len((await self._renderer.render(loaded, request, tool_set_of(request))).prompt_ids)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
-        loaded = self._ready(self.name if request.model is None else request.model)
-        template = loaded.template
+        self._check_name(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either prompt or messages.", param="prompt", code="invalid_value")
-        if request.messages is not None:
-            token_ids = (await self._renderer.render(loaded, request, tool_set_of(request))).prompt_ids
-        else:
-            check_characters(loaded, len(request.prompt or ""), "prompt")
-            has_bos = request.add_special_tokens is not False
-            token_ids = await asyncio.to_thread(template.render_text, request.prompt or "", has_bos)
-        texts = [loaded.texts.text_of(i) for i in token_ids] if request.return_token_strs else None
-        limit = loaded.engine.max_model_len
+        async with self._using() as loaded:
+            token_ids = await self._token_ids(request, loaded)
+            texts = [loaded.texts.text_of(i) for i in token_ids] if request.return_token_strs else None
+            limit = loaded.engine.max_model_len
         return TokenizeResponse(count=len(token_ids), max_model_len=limit, tokens=token_ids, token_strs=texts)
 
+    async def _token_ids(self, request: TokenizeRequest, loaded: LoadedModel) -> list[int]:
+        if request.messages is not None:
+            return (await self._renderer.render(loaded, request, tool_set_of(request))).prompt_ids
+        check_characters(loaded, len(request.prompt or ""), "prompt")
+        has_bos = request.add_special_tokens is not False
+        return await asyncio.to_thread(loaded.template.render_text, request.prompt or "", has_bos)
+
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
-        loaded = self._ready(self.name if request.model is None else request.model)
-        if any(token_id >= loaded.engine.num_embeddings for token_id in request.tokens):
-            raise InvalidRequest(
-                f"Token ids must be less than {loaded.engine.num_embeddings}.", param="tokens", code="invalid_value"
-            )
-        text = await asyncio.to_thread(loaded.template.tokenizer.decode, request.tokens)
+        self._check_name(request.model)
+        async with self._using() as loaded:
+            if any(token_id >= loaded.engine.num_embeddings for token_id in request.tokens):
+                raise InvalidRequest(
+                    f"Token ids must be less than {loaded.engine.num_embeddings}.", param="tokens", code="invalid_value"
+                )
+            text = await asyncio.to_thread(loaded.template.tokenizer.decode, request.tokens)
         return DetokenizeResponse(prompt=str(text))
 
-    @property
-    def tokenizer_info(self) -> TokenizerInfo:
-        return tokenizer_info(self.ready)
+    async def tokenizer_info(self) -> TokenizerInfo:
+        return tokenizer_info(await self.wait())

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,10 +19,14 @@ T = TypeVar("T")
 class ModelSlot(Generic[M]):
     """`load` makes the model; the slot keeps it, or the error, and knows who uses it."""
 
-    def __init__(self, name: str, load: Callable[[], Coroutine[Any, Any, M]]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, load: Callable[[], Coroutine[Any, Any, M]], progress: Callable[[], str] = lambda: ""
+    ) -> None:
+        """progress: says in brackets how far the load is."""
+        self.name, self.progress = name, progress
         self.created = int(time.time())
         self.num_users = 0
+        self.idle_limit: float | None = None  # seconds without users after which it may go; None: not said
         self._load = load
         self._loading: asyncio.Task[M] | None = None
         self._used_at = time.monotonic()
@@ -60,14 +65,14 @@ class ModelSlot(Generic[M]):
     async def wait(self, patience: float | None = None) -> M:
         """Returns the model as soon as it is loaded; every caller waits for the same load.
 
-        Raises ModelLoading after `patience` seconds, Unavailable if the load was cancelled, and the load's own error,
-        which is remembered until the next `start`.
+        Raises ModelLoading after `patience` seconds (None: never), Unavailable if the load was cancelled, and the
+        load's own error, which is remembered until the next `start`.
         """
         assert self._loading is not None, "start() comes first"
         loading = self._loading
         await asyncio.wait({loading}, timeout=patience)
         if not loading.done():
-            raise ModelLoading(f"The model {self.name} is loading; try again later.", retry_after=5)
+            raise ModelLoading(f"The model {self.name} is loading{self.progress()}; try again later.", retry_after=5)
         if loading.cancelled():
             raise Unavailable("The server is shutting down.", retry_after=10)
         self.touch()
@@ -90,6 +95,12 @@ class ModelSlot(Generic[M]):
     def is_idle(self, seconds: float) -> bool:
         """Returns whether the model has no users, and was not used in the last `seconds`."""
         return not self.num_users and time.monotonic() - self._used_at >= seconds
+
+    def expires_in(self, default: float | None) -> float:
+        """Returns the seconds until the model is idle for too long, if nobody uses it. default: the limit where none
+        was said; None: it stays."""
+        limit = default if self.idle_limit is None else self.idle_limit
+        return math.inf if limit is None else max(0.0, self._used_at + limit - time.monotonic())
 
     async def cancel(self) -> None:
         """Ends a load that is in progress; those who wait for it get Unavailable."""

@@ -26,7 +26,11 @@ async def embedded(services: Services, request: OllamaEmbedRequest) -> OllamaEmb
         raise InvalidRequest("A text of the input is empty: leave it out.", param="input", code="invalid_value")
     answer = await services.embeddings.embed(
         EmbeddingRequest(
-            model=model, input=request.input, dimensions=request.dimensions, truncate=request.truncate is not False
+            model=model,
+            input=request.input,
+            dimensions=request.dimensions,
+            truncate=request.truncate is not False,
+            keep_alive=request.keep_alive,
         )
     )
     rows = await off_loop(partial(_unit_vectors, answer), len(answer.data))
@@ -45,7 +49,9 @@ async def embedded_one(services: Services, request: OllamaEmbeddingsRequest) -> 
     model = embedding_model(services, request.model)
     if not request.prompt:
         return OllamaEmbeddingsAnswer(embedding=[])
-    answer = await services.embeddings.embed(EmbeddingRequest(model=model, input=request.prompt, truncate=True))
+    answer = await services.embeddings.embed(
+        EmbeddingRequest(model=model, input=request.prompt, truncate=True, keep_alive=request.keep_alive)
+    )
     return OllamaEmbeddingsAnswer(embedding=_vectors(answer)[0])
 
 

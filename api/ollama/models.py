@@ -1,10 +1,12 @@
 """The models of this server as Ollama lists and shows them."""
 
 import hashlib
-from collections.abc import Iterator
+import math
+import time
 from datetime import UTC, datetime
 
 from api.ollama.schemas import (
+    FAR_AWAY,
     OllamaDetails,
     OllamaModel,
     OllamaModels,
@@ -14,6 +16,7 @@ from api.ollama.schemas import (
 )
 from api.services import Services
 from errors import ModelNotFound
+from schemas import Model
 from serving.loading import LoadedModel
 from serving.local import LocalModel
 
@@ -28,7 +31,7 @@ def chat_model(services: Services, name: str) -> str:
     """Returns the name of a chat model without Ollama's tag, which clients add. Raises ModelNotFound."""
     router = services.router
     for known in map(router.alias, _spellings(name)):
-        if services.local.serves(known) or services.hub.serves(known) or router.provider_of(known) is not None:
+        if services.chat.serves(known) or router.provider_of(known) is not None:
             return known
     raise _not_found(name)
 
@@ -58,37 +61,35 @@ def tagged(name: str) -> str:
 
 async def listed(services: Services) -> OllamaModels:
     """Lists what /v1/models lists."""
-    models = [_listed(services.local.name, services.local.created, services.local.loaded)]
-    models += [_listed(model.id, model.created) for model in services.embeddings.models()]
-    models += [_listed(f"{provider}/{name}", 0) for provider, name in await services.router.listed()]
+    await services.chat.refresh()
+    models = [_listed(model.entry, model.loaded) for model in services.chat.all]
+    models += [_listed(model) for model in services.embeddings.models()]
+    models += [_listed(Model.of_provider(provider, name)) for provider, name in await services.router.listed()]
     return OllamaModels(models=models)
 
 
-def _listed(name: str, created: int, loaded: LoadedModel | None = None) -> OllamaModel:
+def _listed(model: Model, loaded: LoadedModel | None = None) -> OllamaModel:
     return OllamaModel(
-        name=tagged(name),
-        model=tagged(name),
-        modified_at=_time(created),
-        size=loaded.facts.num_bytes if loaded and loaded.facts else 0,
-        digest=_digest(name),
+        name=tagged(model.id),
+        model=tagged(model.id),
+        modified_at=_time(model.created),
+        size=model.size or 0,
+        digest=_digest(model.id),
         details=_details(loaded),
     )
 
 
 def running(services: Services) -> OllamaRunningModels:
     """Lists the models that are loaded."""
-    found = [_running(model.name, model.loaded) for model in _chat_models(services) if model.loaded is not None]
+    found = [
+        _running(model.name, model.loaded, model.expires_in) for model in services.chat.all if model.loaded is not None
+    ]
     for model, about in services.embeddings.loaded.items():
-        found.append(_running(model, None, about.num_bytes))
+        found.append(_running(model, None, services.embeddings.expires_in(model), about.num_bytes))
     return OllamaRunningModels(models=found)
 
 
-def _chat_models(services: Services) -> Iterator[LocalModel]:
-    yield services.local
-    yield from services.hub.models
-
-
-def _running(name: str, loaded: LoadedModel | None, num_bytes: int = 0) -> OllamaRunningModel:
+def _running(name: str, loaded: LoadedModel | None, expires_in: float, num_bytes: int = 0) -> OllamaRunningModel:
     facts = loaded.facts if loaded else None
     size = facts.num_bytes if facts else num_bytes
     return OllamaRunningModel(
@@ -97,19 +98,22 @@ def _running(name: str, loaded: LoadedModel | None, num_bytes: int = 0) -> Ollam
         size=size,
         digest=_digest(name),
         details=_details(loaded),
+        expires_at=FAR_AWAY if math.isinf(expires_in) else _time(int(time.time() + expires_in)),
         size_vram=size if facts and facts.is_on_gpu else 0,
         context_length=loaded.engine.max_model_len if loaded else 0,
     )
 
 
 async def shown(services: Services, name: str) -> OllamaShown:
-    """Describes one model. Raises APIError while it loads, and ModelNotFound."""
+    """Describes one model; one that is not loaded stays so, and is described by its name alone. Raises APIError."""
     is_embedder = any(services.embeddings.lists(spelling) for spelling in _spellings(name))
     known = embedding_model(services, name) if is_embedder else chat_model(services, name)
     if is_embedder or services.router.provider_of(known) is not None:
         return _shown_by_name(known, ["embedding"] if is_embedder else ["completion", "tools"])
     model = await services.text_model(known)
-    return _shown(model, model.ready)
+    if model.loaded is None:
+        return _shown_by_name(known, ["completion", "tools"])
+    return _shown(model, model.loaded)
 
 
 def _shown_by_name(name: str, capabilities: list[str]) -> OllamaShown:

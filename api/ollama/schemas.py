@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from schemas import (
     MAX_MESSAGES,
     Items,
+    KeepAlive,
     Object,
     RequestBody,
     Role,
@@ -73,7 +74,7 @@ class OllamaOptions(SamplingFields):
 class _OllamaRequest(TimedRequest):
     model: str = Field(min_length=1)
     options: OllamaOptions | None = None
-    keep_alive: float | str | None = no_meaning("a model that is loaded stays so.")
+    keep_alive: KeepAlive = None
 
     @property
     def asks_to_unload(self) -> bool:
@@ -241,7 +242,7 @@ class OllamaRunningModel(BaseModel):
     size: int  # bytes
     digest: str
     details: OllamaDetails
-    expires_at: str = FAR_AWAY
+    expires_at: str
     size_vram: int  # bytes
     context_length: int
 

@@ -25,6 +25,6 @@ async def version(request: Request) -> dict[str, str]:
 @router.head("/health", include_in_schema=False)
 @router.get("/health", responses={503: {"description": "The model is loading, or failed"}})
 async def health(services: UsesServices) -> JSONResponse:
-    is_healthy, report = services.local.health
+    is_healthy, report = services.chat.health
     providers = services.router.health
     return JSONResponse({**report, "providers": providers} if providers else report, 200 if is_healthy else 503)

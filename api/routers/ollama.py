@@ -83,7 +83,8 @@ async def _loaded(body: ollama.AnyRequest, request: Request, services: Services,
 
     async def work() -> OllamaAnswer:
         if services.router.provider_of(model) is None:
-            assert (await services.text_model(model)).ready
+            known = await services.text_model(model)
+            await (known.unload() if body.asks_to_unload else known.wait(body.keep_alive))
         return ollama.loaded(body)
 
     return await whole(request, body, work())

@@ -61,13 +61,13 @@ async def create_response(body: ResponsesRequest, request: Request, services: Us
 
 async def _size(model: LocalModel, chat: ChatCompletionRequest) -> PromptSize:
     """Renders the prompt of a chat and counts its tokens. Raises APIError."""
-    return PromptSize(await model.count_tokens(chat), model.ready.engine.max_model_len)
+    return PromptSize(await model.count_tokens(chat), (await model.wait()).engine.max_model_len)
 
 
 @router.post("/responses/input_tokens", response_model=InputTokens)
 async def count_input_tokens(body: InputTokensRequest, request: Request, services: UsesServices) -> Response:
     """Counts the tokens of a request's prompt; nothing is generated."""
-    body.model = body.model or services.local.name
+    body.model = body.model or services.chat.first.name
     earlier, complete = await services.responses.context_of(body)
 
     async def count() -> InputTokens:

@@ -1,0 +1,109 @@
+"""ModelLoader: the files of a model here, then its weights in memory, within what all models may take."""
+
+import importlib
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from checkpoints import checkpoint, hub_snapshot, model_directory
+from checkpoints.progress import Progress
+from checkpoints.sources import Sources
+from config import Settings
+from errors import ModelLoadError
+from serving.loading import IMPORTING, LoadedModel, LoadModel
+from serving.memory_budget import Footprint, MachineMemory
+from serving.model_pool import ModelPool
+from serving.model_slot import in_daemon_thread
+
+Pool = ModelPool[Any, LoadedModel, Footprint]  # by LocalModel
+CACHE_SHARE = 0.4  # of the memory that the weights leave
+MAX_CPU_CACHE = 4 * 2**30  # bytes, unless a setting asks for more
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLoader:
+    """How one model of this process is loaded."""
+
+    settings: Settings  # its MODEL_PATH is this model's
+    load: LoadModel
+    memory: MachineMemory
+    sources: Sources | None = None
+    bound: hub_snapshot.MemoryBound | None = None  # of a Hub model that a client chose
+    is_alone: bool = True  # whether no other model is there to make room for
+
+    async def loaded(self, path: str, progress: Progress, pool: Pool) -> LoadedModel:
+        """Fetches the model's files, for which other loads do not wait, and loads them when there is room.
+
+        Raises ModelLoadError, or what `load` raises.
+        """
+        checkpoint.check(path)
+        directory = await in_daemon_thread(partial(self._fetch, path, progress))
+        weights = await in_daemon_thread(partial(self._weights, path, directory))
+        cache = self._cache_memory(weights)
+        settings = self.settings.model_copy(update={"kv_cache_memory": cache})
+        footprint = self.memory.budget.spread(weights + (cache or 0))
+        async with pool.room_for(footprint):
+            place = path if self.bound is None else str(directory)
+            loaded = await in_daemon_thread(partial(self.load, place, settings, progress))
+        return replace(loaded, footprint=footprint)
+
+    def _fetch(self, path: str, progress: Progress) -> Path:
+        """Returns the directory with the model's files, which are downloaded and converted first if necessary."""
+        sources = self.sources or Sources()
+        if self.bound is not None:
+            return hub_snapshot.fetch(path, progress.report, sources, self.bound)
+        return checkpoint.fetch(path, self.settings.cache_dir, progress.report, sources).directory
+
+    def _weights(self, path: str, directory: Path) -> int:
+        """Returns the bytes of the weights. Raises ModelLoadError if they are more than MODELS_MEMORY."""
+        with IMPORTING:
+            importlib.import_module("engine.model_loader")  # and torch with it
+        weights, limit = weights_bytes(directory, self.settings), self.settings.models_memory
+        if limit is not None and weights > limit:
+            raise ModelLoadError(
+                f"The weights of {path} take {weights / 2**30:.2f} GiB, but MODELS_MEMORY is {limit / 2**30:.2f} GiB: "
+                "raise it, or use a smaller model."
+            )
+        assert self.memory.budget  # which is looked for here, in a thread
+        return weights
+
+    def _cache_memory(self, weights: int) -> int | None:
+        """Returns the bytes of the KV cache: a share of what the weights leave, if other models may need room."""
+        if self.settings.kv_cache_memory is not None or (self.is_alone and self.settings.models_memory is None):
+            return self.settings.kv_cache_memory
+        cache = int(CACHE_SHARE * max(0, self.memory.budget.total - weights))
+        return cache if is_on_gpu(self.settings) else min(cache, MAX_CPU_CACHE)
+
+
+def weights_bytes(directory: Path, settings: Settings) -> int:
+    """Returns the bytes of a model's weights in the format that they will have in memory, about."""
+    from engine import weight_files
+    from engine.cpu import packed_checkpoint
+    from engine.cpu.packed_weight import format_of
+    from engine.model_loader import choose_quantization
+    from engine.quantization import FROM_FILE
+
+    weights = choose_quantization(settings.quantization, settings.dtype, is_on_gpu(settings), directory)
+    if weights is FROM_FILE:
+        return packed_checkpoint.size(directory)
+    on_disk = model_directory.weights_size(directory)
+    if weights.packed_bits is None or _is_quantized(directory):
+        return on_disk
+    num_elements = sum(tensor.num_elements for tensor in weight_files.read_headers(directory).values())
+    return min(on_disk, int(num_elements * format_of(weights.packed_bits).bytes_per_weight))
+
+
+def is_on_gpu(settings: Settings) -> bool:
+    import torch
+
+    return settings.device_map != "cpu" and torch.cuda.is_available()
+
+
+def _is_quantized(directory: Path) -> bool:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return "quantization_config" in config or "quantization_config" in (config.get("text_config") or {})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False  # `check_model` will say what is wrong
