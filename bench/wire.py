@@ -122,7 +122,7 @@ def serve() -> None:
     async def read(interval: float) -> dict[str, float]:
         if not beats:
             beats.append(asyncio.create_task(gauge.beat()))
-        loaded = services_of(app).local.loaded
+        loaded = services_of(app).chat.first.loaded
         assert loaded is not None
         runner = cast(NullRunner, loaded.engine.runner)
         if interval != runner.interval:  # the budget was learned for another speed

@@ -34,6 +34,9 @@ SOURCES = (  # the files that decide what is in a converted directory
 LIBRARIES = ("transformers", "gguf", "tokenizers")
 
 
+_one_at_a_time = threading.Lock()  # a conversion takes the memory of the whole model
+
+
 @functools.cache
 def converter_version() -> str:
     """Returns a hash of all code that converts: what an older converter made has another one, and is not used."""
@@ -56,7 +59,8 @@ def convert_gguf(paths: list[Path], target: Path, report: Report) -> Path:
             check_header(paths)
             require_room(target.parent, _total_size(paths), paths[0].name)  # at least; the child checks exactly
             with temporary(target) as directory:
-                _convert_in_child(paths, directory, report)
+                with _one_at_a_time:
+                    _convert_in_child(paths, directory, report)
                 if not target.exists():  # without locks, another process may have been faster
                     os.replace(directory, target)
     return target

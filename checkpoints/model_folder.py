@@ -30,7 +30,7 @@ class FoundModel:
 
 
 def find_models(folder: Path) -> list[FoundModel]:
-    """Returns the models below a folder, in the order of their names, MAX_MODELS at most. Unreadable folders are skipped."""
+    """Returns the models below a folder by name, at most MAX_MODELS; what cannot be read is skipped."""
     found = [path for path, _ in zip(_paths(folder), range(MAX_MODELS), strict=False)]
     stems = Counter(_stem(path).casefold() for path in found)
     models = [_found(path, folder, is_alone=stems[_stem(path).casefold()] == 1) for path in found]

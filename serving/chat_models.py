@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoints import hub_snapshot, model_folder
 from checkpoints.checkpoint import default_model_path
+from checkpoints.hub_snapshot import MemoryBound
 from checkpoints.model_folder import FoundModel
 from checkpoints.sources import Sources
 from config import Settings
@@ -128,13 +129,13 @@ class ChatModels:
         return found
 
     def _hub_model(self, name: str) -> LocalModel:
-        """Returns the Hub's model of that name, which may not exist. Raises ModelNotFound for a name of another form."""
+        """Returns the Hub's model of that name, which may not exist. Raises ModelNotFound for another form."""
         hub_id = name.removeprefix(HUB)
         if not hub_snapshot.is_hub_id(hub_id):
             raise ModelNotFound(f"{name!r} is not a Hub model id: use huggingface/OWNER/NAME.", param="model")
         if name not in self._of_hub:
             self._of_hub = {known: model for known, model in self._of_hub.items() if model.status in REMEMBERED}
-            bound = hub_snapshot.MemoryBound("HUGGINGFACE_MEMORY", self._settings.huggingface_memory)
+            bound = MemoryBound("HUGGINGFACE_MEMORY", self._settings.huggingface_memory)
             self._of_hub[name] = self._made(hub_id, name, bound=bound)
         return self._of_hub[name]
 
@@ -178,7 +179,7 @@ class ChatModels:
         name: str | None,
         *,
         num_bytes: int | None = None,
-        bound: hub_snapshot.MemoryBound | None = None,
+        bound: MemoryBound | None = None,
     ) -> LocalModel:
         own = {"model_path": path, "served_model_name": name, "draft_model_path": None}
         loader = ModelLoader(

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import importlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace

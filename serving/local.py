@@ -80,6 +80,7 @@ class LocalModel:
         self._on_failure = on_failure
         self.num_bytes = num_bytes
         self.failure: str | None = None  # why it could not be loaded, or why its engine stopped
+        self._error: Exception | None = None  # of the last load
         self._failed_at = -math.inf
         fetcher = ImageFetcher(settings.allow_private_image_urls, settings.image_url_hosts)
         self._renderer = ChatRenderer(fetcher, settings.max_images)
@@ -92,13 +93,13 @@ class LocalModel:
     def start(self) -> ModelSlot[LoadedModel]:
         """Begins to load the model, if it is not loaded; returns its slot, now the most recently used one.
 
-        Raises InvalidRequest with the reason if it could not be loaded a moment ago, and what `ModelPool.slot` raises.
+        Raises the reason why it could not be loaded, if that was a moment ago, and what `ModelPool.slot` raises.
         """
         is_new = self not in self._pool.slots
-        if is_new and time.monotonic() - self._failed_at < RETRY:
-            raise InvalidRequest(str(self.failure), param="model", code="model_not_supported")
+        if is_new and self._error is not None and time.monotonic() - self._failed_at < RETRY:
+            raise to_api_error(self._error, self.name)
         if is_new:
-            self.failure, self.progress = None, Progress()
+            self.failure, self._error, self.progress = None, None, Progress()
         slot = self._pool.slot(self, self._load, lambda: f" ({self.progress})")
         if is_new:
             slot.idle_limit = self._idle_limit
@@ -109,6 +110,7 @@ class LocalModel:
             loaded = await self._loader.loaded(self.path, self.progress, self._pool)
         except Exception as error:
             log.debug("loading failed", exc_info=True)
+            self._error = error.with_traceback(None)  # whose frames hold what was loaded so far
             reason = f"The model {self.path} cannot be loaded: {type(error).__name__}: {first_line(error)}"
             self._fail(str(error) if isinstance(error, ModelLoadError) else reason)
             raise to_api_error(error, self.name) from error

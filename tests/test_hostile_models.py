@@ -13,7 +13,8 @@ from config import Settings
 from errors import InvalidRequest
 from prompt_templates import PromptTemplate
 from schemas import Message
-from serving.local import LocalModel
+from serving.chat_models import ChatModels
+from serving.loading import load
 
 EVIL_CHAT = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch OWNED') }}"
 
@@ -75,12 +76,12 @@ def test_a_model_that_lies_is_not_served_rows46_47(tiny_checkpoint: Path, tmp_pa
     sentences: list[str] = []
 
     async def run() -> None:
-        provider = LocalModel(Settings(model_path=str(directory), dtype="float32"), sentences.append)
-        provider.start()
-        while not sentences and provider.loaded is None:
+        models = ChatModels(Settings(model_path=str(directory), dtype="float32"), load, on_failure=sentences.append)
+        models.start()
+        while not sentences and models.first.loaded is None:
             await asyncio.sleep(0.01)
-        await provider.close(0)
-        assert provider.loaded is None
+        await models.close(0)
+        assert models.first.loaded is None
 
     asyncio.run(run())
     assert len(sentences) == 1 and "\n" not in sentences[0] and not owned.exists(), sentences

@@ -20,6 +20,7 @@ from errors import ModelLoading, ModelNotFound, Overloaded
 from providers.router import ProviderRouter
 from schemas import ChatCompletionRequest, CompletionRequest
 from serving.chat import with_marks
+from serving.chat_models import ChatModels
 from serving.generation import GenerationRequest, OutputDelta, generate, merge
 from serving.loading import load, sampling_defaults
 from serving.local import LocalModel
@@ -32,23 +33,23 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def provider(**settings: Any) -> LocalModel:
-    return LocalModel(Settings.model_validate(settings), on_failure=lambda sentence: None)
+    return ChatModels(Settings.model_validate(settings), load).first
 
 
 def test_the_served_name_is_the_base_name_or_what_is_set_and_all_names_work_in_any_case() -> None:
     plain = provider(model_path="/models/Org/Qwen3-0.6B/")
-    assert plain.models()[0].id == "Qwen3-0.6B"
+    assert plain.entry.id == "Qwen3-0.6B"
     named = provider(model_path="google/gemma-3-27b-it", served_model_name="my/model")
-    assert named.models()[0].id == "my/model" and named.models()[0].root == "my/model"
+    assert named.entry.id == named.entry.root == "my/model"
     for name in ("my/model", "MY/Model", "google/gemma-3-27b-it", "gemma-3-27b-it"):
         assert named.serves(name)
     assert not named.serves("gemma")
 
 
-def test_requests_before_the_model_is_ready_are_told_so_and_unknown_models_are_not_found() -> None:
-    early = provider(model_path="/models/x")
-    for model, error in (("x", ModelLoading), ("y", ModelNotFound)):
-        request = ChatCompletionRequest.model_validate({"model": model, "messages": HELLO})
+def test_requests_before_the_model_is_ready_are_told_so_and_unknown_models_are_not_found(tiny_checkpoint: Path) -> None:
+    early = provider(model_path=str(tiny_checkpoint), model_load_wait=0)
+    for model, error in ((early.name, ModelLoading), ("y", ModelNotFound)):
+        request = ChatCompletionRequest.model_validate({"model": model, "messages": HELLO, "stream": True})
         with pytest.raises(error):
             asyncio.run(anext(early.stream_chat(request)))
 
@@ -212,7 +213,6 @@ def test_seeded_answers_are_independent_and_repeatable_over_choices_and_prompts(
         return [choice.text for choice in (await collect_completion(subject.stream_completion(request))).choices]
 
     async def main() -> None:
-        subject.begin(load(subject.path, subject.settings, subject.progress))
         many = [await texts(prompt="ab", seed=seed, n=4) for seed in range(5)]
         assert len({text for own in many for text in own}) == 20
         assert many[2] == await texts(prompt="ab", seed=2, n=4) and many[2][:1] == await texts(prompt="ab", seed=2)
@@ -221,7 +221,7 @@ def test_seeded_answers_are_independent_and_repeatable_over_choices_and_prompts(
         assert len(set(both)) == 6
         best = await texts(prompt=["ab", "ab"], seed=2, best_of=4)
         assert best[0] in many[2] and best[1] not in many[2]
-        await subject.close(0)
+        await subject.unload()
 
     asyncio.run(main())
 
@@ -286,9 +286,7 @@ def test_choices_whose_prompts_are_more_than_may_wait_begin_together_or_not_at_a
     completion = CompletionRequest.model_validate(question | {"prompt": ["x" * 30, "y" * 30]})
 
     async def main() -> None:
-        subject.begin(load(subject.path, subject.settings, subject.progress))
-        assert subject.loaded is not None
-        engine = subject.loaded.engine
+        engine = (await subject.wait()).engine
         assert len((await collect_chat(subject.stream_chat(chat))).choices) == 4
         assert len((await collect_completion(subject.stream_completion(completion))).choices) == 8
         hold = threading.Event()
@@ -302,6 +300,6 @@ def test_choices_whose_prompts_are_more_than_may_wait_begin_together_or_not_at_a
             assert engine.num_waiting == 1
         hold.set()
         assert await other
-        await subject.close(0)
+        await subject.unload()
 
     asyncio.run(main())

@@ -42,7 +42,7 @@ def test_fifty_clients_that_leave_stop_their_work(server: Server, stream: bool) 
 
 
 def test_while_loading_models_answer_and_health_tells_the_progress(tiny_checkpoint: Path) -> None:
-    with serve(UVICORN, is_cold=True, NANOVLLM_MODEL_PATH=str(tiny_checkpoint)) as server:
+    with serve(UVICORN, is_cold=True, NANOVLLM_MODEL_PATH=str(tiny_checkpoint), MODEL_LOAD_WAIT="0") as server:
         health = server.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "loading"
         assert 0 <= health.json()["progress"]["fraction"] <= 1 and health.json()["progress"]["phase"]

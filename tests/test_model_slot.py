@@ -1,6 +1,7 @@
 """Models that load once for many, make room for each other, and go when nobody asks: with fakes, without a patch."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ class Model:
 
     name: str
     size: int = 1
-    is_busy: bool = False
     closed_with: list[float | None] = field(default_factory=list)
 
 
@@ -155,11 +155,10 @@ class Models:
 
     def __init__(self, capacity: int = 3, idle_limit: float | None = None) -> None:
         self.loaders: dict[str, Loader] = {}
-        self.pool: ModelPool[str, Model] = ModelPool(
-            capacity=capacity,
+        self.pool: ModelPool[str, Model, int] = ModelPool(
             size_of=lambda model: model.size,
+            holds=lambda sizes: sum(sizes) <= capacity,
             close=self.close,
-            is_busy=lambda model: model.is_busy,
             idle_limit=idle_limit,
         )
 
@@ -243,20 +242,46 @@ def test_a_failed_load_pushes_nothing_else_out_and_is_tried_again(caplog: pytest
     ]
 
 
-def test_a_model_is_unloaded_when_idle_and_neither_while_busy_nor_in_use() -> None:
+def test_a_model_is_unloaded_when_idle_and_neither_while_in_use_nor_when_told_to_stay() -> None:
     async def scenario() -> None:
         models = Models(idle_limit=0.05)
-        idle, busy = await models.get("idle"), await models.get("busy")
-        busy.is_busy = True
-        async with models.slot("used").using():
+        idle, _ = await models.get("idle"), await models.get("stays")
+        models.slot("stays").idle_limit = math.inf
+        async with models.slot("used").using() as used:
             await until(lambda: idle.closed_with)
-            await asyncio.sleep(0.15)
-            assert list(models.pool.models) == ["busy", "used"]
-            busy.is_busy = False
-            await until(lambda: busy.closed_with)
+            await asyncio.sleep(0.4)
+            assert list(models.pool.models) == ["stays", "used"]
+        await until(lambda: used.closed_with)
+        assert models.pool.expires_in("stays") == math.inf
+        models.slot("stays").idle_limit = 0
         await until(lambda: not models.pool.slots)
         assert (await models.get("idle")).name == "idle" and models.loaders["idle"].num_loads == 2
         await models.pool.close(0)
+
+    run(scenario)
+
+
+def test_a_model_that_nobody_uses_makes_room_before_one_that_was_used_earlier() -> None:
+    async def scenario() -> None:
+        models = Models(capacity=2)
+        async with models.slot("a").using() as used:
+            await models.get("b")
+            await models.get("c")
+            assert list(models.pool.models) == ["a", "c"] and used.closed_with == []
+
+    run(scenario)
+
+
+def test_memory_that_is_about_to_be_free_is_waited_for() -> None:
+    async def scenario() -> None:
+        models = Models(capacity=1)
+        async with models.slot("a").using() as first:
+            unloading = asyncio.create_task(models.pool.unload("a"))
+            second = models.slot("b")
+            await asyncio.sleep(0.05)
+            assert second.is_loading and models.loaders["b"].num_loads == 0 and not unloading.done()
+        assert (await second.wait()).name == "b" and first.closed_with == [None]
+        await unloading
 
     run(scenario)
 

@@ -1,0 +1,381 @@
+"""The chat models of a process: on demand, as many as fit, and gone when nobody asks."""
+
+import asyncio
+import shutil
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from api.streaming import collect_chat
+from checkpoints.progress import Progress
+from checkpoints.sources import Sources
+from config import Settings
+from engine.batch import Batch
+from errors import (
+    EngineFailure,
+    InvalidRequest,
+    ModelLoadError,
+    ModelLoading,
+    ModelNotFound,
+    Unavailable,
+    UpstreamUnreachable,
+)
+from schemas import ChatCompletionRequest
+from serving.chat_models import ChatModels
+from serving.loading import LoadedModel, load
+
+COMMIT = "0" * 40
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """What a Hub that is out of reach has left here."""
+    directory = tmp_path_factory.mktemp("hub")
+    for name in ("one", "two"):
+        folder = directory / f"models--acme--{name}"
+        shutil.copytree(tiny_checkpoint, folder / "snapshots" / COMMIT)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """Four models."""
+    directory = tmp_path_factory.mktemp("models")
+    for name in "abcd":
+        shutil.copytree(tiny_checkpoint, directory / name)
+    return directory
+
+
+def run(
+    scenario: Callable[[ChatModels], Coroutine[Any, Any, None]],
+    *,
+    load: Any = load,
+    hub: Path | None = None,
+    **settings: Any,
+) -> None:
+    async def within_a_minute() -> None:
+        values = {"max_model_len": 128, "dtype": "float32", "quantization": "none", **settings}
+        own = Settings.model_validate({"kv_cache_memory": MIB, **values})
+        models = ChatModels(own, load, sources=Sources(endpoint=None, hub_cache=hub))
+        try:
+            async with asyncio.timeout(100):
+                await scenario(models)
+        finally:
+            await models.close(1)
+
+    asyncio.run(within_a_minute())
+
+
+async def ask(models: ChatModels, name: str, **more: Any) -> Any:
+    body = {"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0, **more}
+    model = await models.model(name)
+    return await collect_chat(model.stream_chat(ChatCompletionRequest.model_validate(body)))
+
+
+async def until(is_true: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not is_true():
+            await asyncio.sleep(0.01)
+
+
+def statuses(models: ChatModels) -> dict[str, str]:
+    return {model.name: model.status for model in models.all}
+
+
+def memory_for(num_models: int, folder: Path) -> int:
+    """Returns bytes in which so many of the folder's models fit, with their caches."""
+    weights = (folder / "a" / "model.safetensors").stat().st_size
+    return int((num_models + 0.5) * (weights + MIB))
+
+
+# --- which there are
+
+
+def test_all_models_of_a_folder_are_known_and_the_first_one_is_loaded(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        models.start()
+        assert statuses(models) == {"a": "loading", "b": "unloaded", "c": "unloaded", "d": "unloaded"}
+        assert models.health[0] is False and models.health[1]["model"] == "a"
+        await until(lambda: models.first.loaded)
+        is_well, report = models.health
+        assert is_well and [each["status"] for each in report["models"]] == ["ok", *["unloaded"] * 3]
+        entry = models.first.entry
+        assert entry.kind == "chat" and entry.size == (folder / "a" / "model.safetensors").stat().st_size
+        assert {(await ask(models, name)).model for name in ("b", "B", "b")} == {"b"}
+
+    run(scenario, models_dir=folder)
+
+
+def test_model_path_may_name_several_and_the_folder_follows_without_repeating_them(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        assert [model.name for model in models.all] == ["c", "a", "b", "d"]
+        assert models.first.name == "c" and not models.is_alone
+        assert (await models.model(str(folder / "a"))).name == "a"
+        with pytest.raises(ModelNotFound, match="does not exist; this server has 'c', 'a', 'b', 'd'"):
+            await models.model("e")
+
+    run(scenario, model_path=f"{folder / 'c'}, {folder / 'a'}", models_dir=folder)
+
+
+def test_a_model_that_comes_into_the_folder_is_served_and_one_that_goes_is_not(folder: Path, tmp_path: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        models._folder._scanned_at = -1e9  # it was looked through long ago
+        shutil.copytree(folder / "a", tmp_path / "models" / "new")
+        shutil.rmtree(tmp_path / "models" / "b")
+        assert (await ask(models, "new")).choices
+        assert set(statuses(models)) == {"a", "new"}
+
+    for name in "ab":
+        shutil.copytree(folder / name, tmp_path / "models" / name)
+    run(scenario, models_dir=tmp_path / "models")
+
+
+# --- room for them
+
+
+def test_the_least_recently_used_makes_room_and_answers_are_the_same_after_it_came_back(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        answers = [await ask(models, name) for name in ("a", "b", "a", "c")]
+        assert statuses(models) == {"a": "loaded", "b": "unloaded", "c": "loaded", "d": "unloaded"}
+        again = await ask(models, "b")
+        assert statuses(models)["a"] == "unloaded" and again.choices == answers[1].choices == answers[0].choices
+
+    run(scenario, models_dir=folder, models_memory=memory_for(2, folder))
+
+
+def test_a_model_that_answers_is_not_unloaded_and_one_that_nobody_uses_goes_before_it(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True, "stream": True}
+        stream = models.first.stream_chat(ChatCompletionRequest.model_validate(body))
+        await anext(stream)
+        await ask(models, "b")
+        await ask(models, "c")
+        assert statuses(models)["a"] == "loaded" and statuses(models)["b"] == "unloaded"
+        unloading = asyncio.create_task(models.first.unload())
+        await asyncio.sleep(0.1)
+        assert not unloading.done()
+        assert len([chunk async for chunk in stream]) > 50, "its answer is whole"
+        await unloading
+
+    run(scenario, models_dir=folder, models_memory=memory_for(2, folder))
+
+
+def test_many_clients_switch_between_more_models_than_fit(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        expected = (await ask(models, "a")).choices[0].message
+
+        async def client(number: int) -> None:
+            for turn in range(4):
+                answer = await ask(models, "abcd"[(number + turn) % 4])
+                assert answer.choices[0].message == expected
+
+        await asyncio.gather(*map(client, range(8)))
+        assert sum(status == "loaded" for status in statuses(models).values()) <= 2
+
+    run(scenario, models_dir=folder, models_memory=memory_for(2, folder), model_load_wait=100)
+
+
+def test_weights_beyond_the_budget_are_refused_by_name(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        with pytest.raises(InvalidRequest, match="but MODELS_MEMORY is 0.00 GiB: raise it, or use a smaller model"):
+            await ask(models, "a")
+
+    run(scenario, models_dir=folder, models_memory=1000)
+
+
+# --- when they go
+
+
+def test_a_model_that_nobody_asks_is_unloaded_but_not_the_first_unless_a_setting_says_so(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        models.start()
+        await ask(models, "b")
+        await until(lambda: statuses(models)["b"] == "unloaded")
+        assert (await ask(models, "b")).choices
+        await until(lambda: statuses(models)["a"] == "unloaded")
+
+    run(scenario, models_dir=folder, model_idle=0.4)
+
+    async def unset(models: ChatModels) -> None:
+        await ask(models, "a")
+        await ask(models, "b")
+        assert models.first.expires_in == float("inf") and 500 < (await models.model("b")).expires_in <= 600
+
+    run(unset, models_dir=folder)
+
+
+@pytest.mark.parametrize(("keep_alive", "seconds"), [("10m", 600), (-1, float("inf")), ("1h30m", 5400), (90, 90)])
+def test_keep_alive_says_how_long_a_model_stays(folder: Path, keep_alive: str | int, seconds: float) -> None:
+    async def scenario(models: ChatModels) -> None:
+        await ask(models, "b", keep_alive=keep_alive)
+        assert (await models.model("b")).expires_in == pytest.approx(seconds, abs=5)
+        await ask(models, "b", keep_alive=0)
+        await until(lambda: statuses(models)["b"] == "unloaded")
+
+    run(scenario, models_dir=folder)
+
+
+@pytest.mark.parametrize("keep_alive", ["soon", "", "5 minutes", "5m5"])
+def test_what_is_no_duration_is_refused_before_a_model_is_loaded(folder: Path, keep_alive: str) -> None:
+    async def scenario(models: ChatModels) -> None:
+        with pytest.raises(InvalidRequest, match="is not a duration: send seconds, or a text such as 5m"):
+            await ask(models, "b", keep_alive=keep_alive)
+        assert statuses(models)["b"] == "unloaded"
+
+    run(scenario, models_dir=folder)
+
+
+# --- what can fail
+
+
+class Gate:
+    """Loads when it is let, and fails as often as it is told."""
+
+    def __init__(self, num_failures: int = 0) -> None:
+        self.num_failures, self.num_loads, self.is_open = num_failures, 0, False
+
+    def __call__(self, path: str, settings: Settings, progress: Progress) -> LoadedModel:
+        import time
+
+        self.num_loads += 1
+        progress.report("loading weights", 0.25)
+        while not self.is_open:
+            time.sleep(0.01)
+        if self.num_loads <= self.num_failures:
+            raise ModelLoadError("The file is broken.")
+        return load(path, settings, progress)
+
+
+def test_who_cannot_wait_is_told_how_far_it_is_and_all_others_share_one_load(folder: Path) -> None:
+    gate = Gate()
+
+    async def scenario(models: ChatModels) -> None:
+        stream = asyncio.create_task(ask(models, "b", stream=True))  # waits as long as it takes
+        await until(lambda: gate.num_loads)
+        with pytest.raises(ModelLoading, match=r"b is loading \(loading weights: 25 %\); try again later") as refusal:
+            await ask(models, "b")
+        assert refusal.value.status == 503 and refusal.value.retry_after
+        gate.is_open = True
+        assert (await stream).choices and gate.num_loads == 1
+
+    run(scenario, load=gate, models_dir=folder, model_load_wait=0.1)
+
+
+def test_a_load_that_fails_is_told_and_tried_again_later_and_harms_no_other_model(folder: Path) -> None:
+    gate = Gate(num_failures=1)
+    gate.is_open = True
+
+    async def scenario(models: ChatModels) -> None:
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match=r"The file is broken\."):
+                await ask(models, "b")
+        failed = await models.model("b")
+        assert gate.num_loads == 1 and failed.entry.status == "failed" and failed.entry.error == "The file is broken."
+        assert (await ask(models, "c")).choices
+        failed._failed_at = -1e9  # long ago
+        assert (await ask(models, "b")).choices and failed.entry.error is None
+
+    run(scenario, load=gate, models_dir=folder)
+
+
+def test_a_client_that_leaves_while_its_model_loads_ends_nothing(folder: Path) -> None:
+    gate = Gate()
+
+    async def scenario(models: ChatModels) -> None:
+        left = asyncio.create_task(ask(models, "b"))
+        await until(lambda: gate.num_loads)
+        left.cancel()
+        unloading = asyncio.create_task((await models.model("b")).unload())
+        await asyncio.sleep(0.05)
+        gate.is_open = True
+        await unloading
+        assert statuses(models)["b"] == "unloaded"
+        assert (await ask(models, "b")).choices and gate.num_loads == 2
+
+    run(scenario, load=gate, models_dir=folder)
+
+
+def fail(batch: Batch) -> None:
+    raise torch.AcceleratorError("an illegal access")
+
+
+@pytest.mark.parametrize("next_name", ["a", "b"])
+def test_a_model_whose_engine_died_is_in_nobodys_way_and_is_loaded_anew(folder: Path, next_name: str) -> None:
+    async def scenario(models: ChatModels) -> None:
+        first = await models.model("a")
+        (await first.wait()).engine.runner.run = fail
+        with pytest.raises(EngineFailure):
+            await ask(models, "a")
+        await until(lambda: first.loaded is None)
+        first._failed_at = -1e9
+        assert (await ask(models, next_name)).choices
+
+    run(scenario, models_dir=folder)
+
+
+def test_closing_refuses_what_waits_for_a_load(folder: Path) -> None:
+    gate = Gate()
+
+    async def scenario(models: ChatModels) -> None:
+        waiting = asyncio.create_task(ask(models, "b"))
+        await until(lambda: gate.num_loads)
+        await models.close(0)
+        with pytest.raises(Unavailable, match="shutting down"):
+            await waiting
+        gate.is_open = True
+
+    run(scenario, load=gate, models_dir=folder)
+
+
+# --- of the Hub
+
+
+def test_a_model_of_the_hub_answers_under_its_name_beside_others(cache: Path, tiny_checkpoint: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        both = await asyncio.gather(ask(models, "huggingface/acme/one"), ask(models, "huggingface/acme/one"))
+        assert {answer.model for answer in both} == {"huggingface/acme/one"}
+        other = await ask(models, "huggingface/acme/two")
+        assert other.model == "huggingface/acme/two" and other.choices == both[0].choices == both[1].choices
+        listed = statuses(models)
+        assert listed == {tiny_checkpoint.name: "unloaded", **dict.fromkeys(list(listed)[1:], "loaded")}
+        await (await models.model("huggingface/acme/one")).unload()
+        assert set(statuses(models)) == {tiny_checkpoint.name, "huggingface/acme/two"}
+
+    run(scenario, hub=cache, model_path=str(tiny_checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "status"),
+    [
+        ("huggingface/acme/unknown", UpstreamUnreachable, 502),
+        ("huggingface/../../etc/passwd", ModelNotFound, 404),
+        ("huggingface//etc/passwd", ModelNotFound, 404),
+        ("huggingface/acme/..", ModelNotFound, 404),
+        ("huggingface/alone", ModelNotFound, 404),
+    ],
+)
+def test_what_is_not_there_is_said_at_once_and_no_path_is_a_name(
+    cache: Path, tiny_checkpoint: Path, model: str, error: type[Exception], status: int
+) -> None:
+    async def scenario(models: ChatModels) -> None:
+        for _ in range(2):
+            with pytest.raises(error) as refusal:
+                await ask(models, model)
+            assert getattr(refusal.value, "status", None) == status
+        assert len(models.all) == 1
+
+    run(scenario, hub=cache, model_path=str(tiny_checkpoint))
+
+
+def test_a_model_beyond_the_bound_is_refused(cache: Path, tiny_checkpoint: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        with pytest.raises(InvalidRequest, match="HUGGINGFACE_MEMORY"):
+            await ask(models, "huggingface/acme/one")
+
+    run(scenario, hub=cache, model_path=str(tiny_checkpoint), huggingface_memory=1000)
