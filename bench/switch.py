@@ -2,9 +2,10 @@
 
     MODELS_DIR=/models MODELS_MEMORY=2GiB python -m bench.switch --clients 8 --requests 200
 
-Each client draws a model and a kind of request: a whole answer, a stream, or the list of models. Greedy answers are taken
-first, one model after the other, and must be the same later. A 503 with Retry-After is waited out and counted; anything
-else that is not an answer is an error. Prints the memory of the process after each round. Exits with 1 after an error.
+Each client draws a model and a kind of request: a whole answer, a stream, or the list of models. Greedy answers are
+taken first, one model after the other, and must be the same later. A 503 with Retry-After is waited out and counted;
+anything else that is not an answer is an error. Prints the memory of the process after each round. Exits with 1 after
+an error.
 """
 
 import argparse
@@ -98,9 +99,8 @@ def main() -> None:
         outcome = asyncio.run(run(server.url, server.process, options.clients, options.requests, options.rounds))
         swaps = server.output.read_text().count(" was unloaded")
     waits = sorted(outcome.seconds)
-    print(
-        f"{dict(outcome.counts)}, {swaps} models unloaded, median {waits[len(waits) // 2]:.2f} s, longest {waits[-1]:.1f} s"
-    )
+    print(f"{dict(outcome.counts)}, {swaps} models unloaded")
+    print(f"median {waits[len(waits) // 2]:.2f} s, longest {waits[-1]:.1f} s")
     for error in outcome.errors:
         print("error:", error)
     sys.exit(bool(outcome.errors))

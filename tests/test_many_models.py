@@ -109,7 +109,6 @@ def test_every_endpoint_finds_the_model_by_its_name(many: Server) -> None:
         "/v1/completions": {"prompt": "a"},
         "/v1/responses": {"input": "a", "store": False},
         "/v1/messages": {"messages": HELLO},
-        "/v2/chat": {"messages": HELLO},
     }
     for path, fields in requests.items():
         limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"

@@ -167,7 +167,7 @@ def test_4_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
 
 def test_5_and_6_fields_of_other_servers_and_numbers_of_either_kind_pass(server: Server) -> None:
     foreign = ["mirostat", "mirostat_eta", "repeat_last_n", "tfs_z", "repeat_penalty", "use_mmap", "think", "format"]
-    foreign += ["num_keep", "num_ctx", "num_thread", "num_gpu", "keep_alive", "foo"]
+    foreign += ["num_keep", "num_ctx", "num_thread", "num_gpu", "foo"]
     controls = {"temperature": 1, "min_p": 0, "seed": 0, "stop": ["END", "\n\n"], "logit_bias": {"15": 5, "16": -100}}
     answer = chat(server, **dict.fromkeys(foreign, 1), **controls, reasoning_effort="high", frequency_penalty=1.1)
     assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == ", ".join(sorted(foreign))

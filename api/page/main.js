@@ -42,7 +42,7 @@ async function listModels(report) {
   if (report.status === "unreachable") return;
   try {
     const models = await server.models();
-    const chats = (model) => model.owned_by !== "local" || model.id === report.model; // the others are embedding models
+    const chats = (model) => model.kind !== "embedding";
     const names = models.filter(chats).map(({ id }) => id);
     if (names.length === 0) return;
     const chosen = byId(MODEL).value || sessionStorage.getItem(MODEL);
