@@ -89,15 +89,15 @@ class ChatModels:
         """Whether requests can be answered, and the body of /health: of the first model, then of each if there are
         several.
 
-        Of several models, one that failed leaves the server healthy; one that hangs, or the first while it loads, does
-        not.
+        Of several models, one that failed leaves the server healthy; one that hangs does not, nor does the first one
+        while it loads for the first time.
         """
         is_well, report = self.first.health
         models = self.all
         if len(models) == 1:
             return is_well, report
         reports = [model.health[1] for model in models]
-        is_well = report["status"] != "loading" and all(each["status"] != "stalled" for each in reports)
+        is_well = (is_well or self.first.failure is not None) and all(each["status"] != "stalled" for each in reports)
         return is_well, {**report, "status": "ok" if is_well else report["status"], "models": reports}
 
     # --- the models

@@ -81,6 +81,7 @@ class LocalModel:
         self.num_bytes = num_bytes
         self.failure: str | None = None  # why it could not be loaded, or why its engine stopped
         self._error: Exception | None = None  # of the last load
+        self._was_loaded = False
         self._failed_at = -math.inf
         fetcher = ImageFetcher(settings.allow_private_image_urls, settings.image_url_hosts)
         self._renderer = ChatRenderer(fetcher, settings.max_images)
@@ -116,6 +117,7 @@ class LocalModel:
             raise to_api_error(error, self.name) from error
         loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} stopped after an error.")
         loaded.engine.start()
+        self._was_loaded = True
         return loaded
 
     def _fail(self, sentence: str) -> None:
@@ -141,6 +143,11 @@ class LocalModel:
         return "unloaded" if self.failure is None else "failed"
 
     @property
+    def is_forgotten(self) -> bool:
+        """Whether there is nothing to know of it: it is not in memory, and did not fail a moment ago."""
+        return self not in self._pool.slots and time.monotonic() - self._failed_at > RETRY
+
+    @property
     def expires_in(self) -> float:
         """Seconds until it is unloaded if nobody asks for it; infinity if it stays."""
         return self._pool.expires_in(self)
@@ -164,7 +171,8 @@ class LocalModel:
         """Whether the model can answer, and what /health says of it."""
         loaded = self.loaded
         if loaded is None:
-            return self.status == "unloaded", {"status": self.status, "model": self.name, **self._why_not_loaded}
+            is_coming = self.status == "unloaded" or (self.status == "loading" and self._was_loaded)
+            return is_coming, {"status": self.status, "model": self.name, **self._why_not_loaded}
         engine = loaded.engine
         counts = {
             "running": engine.num_running,
@@ -256,8 +264,8 @@ class LocalModel:
 
     async def _run(self, request: R, make_plan: MakePlan[R], chunk_type: type[C]) -> AsyncGenerator[C]:
         self._check(request)
-        usage = RequestUsage(self.name, self._metrics.of(self.name))
         async with self._using(request.stream, seconds_of(request.keep_alive)) as loaded:
+            usage = RequestUsage(self.name, self._metrics.of(self.name))  # not before, for a name that may not exist
             plan = await self._planned(request, make_plan, loaded)
             async with aclosing(self._computed(loaded, plan, usage, chunk_type)) as chunks:
                 async for chunk in chunks:

@@ -6,6 +6,7 @@ const PATIENT = 3000; // milliseconds between two looks at a server that is read
 const EAGER = 1000; // at one that is not
 const STATES = {
   ok: () => "Ready",
+  unloaded: () => "Ready; the model is loaded when it is asked",
   loading: ({ progress }) => `Loading the model: ${progress.phase || "starting"}`,
   failed: ({ message }) => `The model cannot be served. ${message ?? ""}`,
   stalled: () => "The model has not answered for a while",
