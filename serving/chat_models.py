@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from checkpoints import hub_snapshot, model_folder
-from checkpoints.checkpoint import default_model_path
+from checkpoints.checkpoint import default_model_path, served_name
 from checkpoints.hub_snapshot import MemoryBound
 from checkpoints.model_folder import FoundModel
 from checkpoints.sources import Sources
@@ -37,7 +37,6 @@ HUB = "huggingface/"
 IDLE = 600.0  # seconds, where MODEL_IDLE is not set
 NAMED = 5  # models that an error lists
 IN_MEMORY = ("loaded", "loading")
-REMEMBERED = (*IN_MEMORY, "failed")  # of the Hub's models: a failure is told again for a moment
 
 
 class ChatModels:
@@ -65,7 +64,9 @@ class ChatModels:
         first, *others = _paths(settings, self._folder.models("chat"))
         self.is_alone = not others and not self._folder.exists
         self.first = self._first(first)
-        self._named = [self.first, *(self._other(path) for path in others)]
+        self._named = [self.first]
+        for path in others:
+            self._named.append(self._other(path, self._free_name(served_name(path), path)))
         self._in_folder: dict[str, LocalModel] = {}  # by path
         self._of_hub: dict[str, LocalModel] = {}  # by name
         self._take(self._folder.models("chat"))
@@ -134,7 +135,7 @@ class ChatModels:
         if not hub_snapshot.is_hub_id(hub_id):
             raise ModelNotFound(f"{name!r} is not a Hub model id: use huggingface/OWNER/NAME.", param="model")
         if name not in self._of_hub:
-            self._of_hub = {known: model for known, model in self._of_hub.items() if model.status in REMEMBERED}
+            self._of_hub = {known: model for known, model in self._of_hub.items() if not model.is_forgotten}
             bound = MemoryBound("HUGGINGFACE_MEMORY", self._settings.huggingface_memory)
             self._of_hub[name] = self._made(hub_id, name, bound=bound)
         return self._of_hub[name]
@@ -150,12 +151,17 @@ class ChatModels:
 
     def _take(self, found: list[FoundModel]) -> None:
         """Adds the folder's models to those that are known; one that is gone stays while it is in memory."""
-        taken = {os.path.realpath(model.path) for model in self._named}
+        taken = {os.path.realpath(os.path.expanduser(model.path)) for model in self._named}
         known = self._in_folder
         self._in_folder = {path: model for path, model in known.items() if model.status in IN_MEMORY}
         for each in found:
             if os.path.realpath(each.path) not in taken:
-                self._in_folder[each.path] = known.get(each.path) or self._other(each.path, each.name, each.num_bytes)
+                name = self._free_name(each.name, each.path)
+                self._in_folder[each.path] = known.get(each.path) or self._other(each.path, name, each.num_bytes)
+
+    def _free_name(self, name: str, path: str) -> str:
+        """Returns the name, or the path if a model of MODEL_PATH has it."""
+        return path if any(model.serves(name) for model in self._named) else name
 
     # --- making them
 
@@ -170,13 +176,13 @@ class ChatModels:
             idle_limit=math.inf if settings.model_idle is None else None,
         )
 
-    def _other(self, path: str, name: str | None = None, num_bytes: int | None = None) -> LocalModel:
+    def _other(self, path: str, name: str, num_bytes: int | None = None) -> LocalModel:
         return self._made(path, name, num_bytes=num_bytes or model_folder.num_bytes_of(path))
 
     def _made(
         self,
         path: str,
-        name: str | None,
+        name: str,
         *,
         num_bytes: int | None = None,
         bound: MemoryBound | None = None,
