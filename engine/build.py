@@ -199,7 +199,8 @@ def _specs_of(model: PreTrainedModel, options: EngineOptions) -> LayerSpecs:
     specs = probe_layers(model)
     if options.kv_cache_dtype != INT8:
         return specs
-    return specs.in_int8(measure_key_factors(model, _model_context(model, options.max_model_len)))
+    # of the whole context, whatever MAX_MODEL_LEN is: the same model always stores the same
+    return specs.in_int8(measure_key_factors(model, _model_context(model, None)))
 
 
 def _format_of(specs: LayerSpecs) -> str:
@@ -294,7 +295,7 @@ def _draft_model(
     context: int,
     eos_token_ids: frozenset[int],
 ) -> DraftModel:
-    specs = _specs_of(draft, replace(options, max_model_len=None))
+    specs = _specs_of(draft, options)
     context = min(context, _model_context(draft, None))
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(draft, kernel)

@@ -13,7 +13,6 @@ from engine.recurrent.delta_net import wrap_recurrent_layers
 from errors import ModelLoadError
 from vision.families import vision_family_of
 
-
 MEASURED_TOKENS = 64  # whose keys show how large each channel becomes
 FARTHEST = 8192  # position of such a token: rotation mixes the channels of a key in all ways up to there
 SMALLEST_FACTOR = 2.0**-4  # of the mean: what is small in a few tokens need not be so in all

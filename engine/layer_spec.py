@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy
 import torch
 
-
 # Of an int8 cache: it has the range of float32; numbers are divided by the scale as it was rounded, so nothing is lost
 SCALES = torch.bfloat16
 
@@ -59,8 +58,8 @@ class AttentionSpec:
         return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
     def make_tensors(self, num_blocks: int, block_size: int) -> tuple[torch.Tensor, ...]:
-        """Keys (num_blocks, block_size, num_kv_heads, key_dim), and values with value_dim in its place; of an int8 cache
-        also the scales of keys and of values, each (num_blocks, block_size, num_kv_heads)."""
+        """Keys (num_blocks, block_size, num_kv_heads, key_dim), and values with value_dim in its place. An int8 cache
+        also has the scales of keys and of values, each (num_blocks, block_size, num_kv_heads)."""
         shape = (num_blocks, block_size, self.num_kv_heads)
         dtype = self.dtype if self.key_factors is None else torch.int8
         tensors = [_zeros((*shape, dim), dtype, self.device) for dim in (self.key_dim, self.value_dim)]
@@ -126,7 +125,9 @@ class LayerSpecs:
     def in_int8(self, key_factors: Mapping[int, tuple[float, ...]]) -> "LayerSpecs":
         """Returns the same layers with keys and values in 8 bits. key_factors: see AttentionSpec; where they are not
         known, 1."""
-        factors = {i: key_factors.get(i, (1.0,) * spec.num_kv_heads * spec.key_dim) for i, spec in self.attention.items()}
+        factors = {
+            i: key_factors.get(i, (1.0,) * spec.num_kv_heads * spec.key_dim) for i, spec in self.attention.items()
+        }
         return replace(self, attention={i: replace(s, key_factors=factors[i]) for i, s in self.attention.items()})
 
     @property

@@ -27,7 +27,8 @@ def random_cache(shape: tuple[int, ...], dtype: torch.dtype, is_int8: bool) -> t
 @pytest.mark.parametrize("dtype", activations.DTYPES)
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (3, 1, 80), (4, 2, 96), (2, 2, 128), (2, 1, 256), (2, 1, 512)]
+    ("heads", "kv_heads", "dim"),
+    [(4, 4, 16), (6, 2, 64), (3, 1, 80), (4, 2, 96), (2, 2, 128), (2, 1, 256), (2, 1, 512)],
 )
 def test_attention_of_decodes_is_that_of_torch(
     dtype: torch.dtype, is_int8: bool, heads: int, kv_heads: int, dim: int

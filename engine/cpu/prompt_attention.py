@@ -446,9 +446,7 @@ class _ChunkBuilder:
                     total.set(b.fadd(total.get(), weights[-1]))
                 if plan.is_int8:
                     factors = b.address(self.at["value_scales"], key, 4)
-                    weights = [
-                        b.fmul(w, b.read(FLOATS, b.add(factors, I64(64 * j)))) for j, w in enumerate(weights)
-                    ]
+                    weights = [b.fmul(w, b.read(FLOATS, b.add(factors, I64(64 * j)))) for j, w in enumerate(weights)]
                 # two weights take the place of one score, of which both have been read
                 packed = b.pack_bfloat16(*weights) if plan.pair == 2 else weights[0]
                 b.write(packed, b.address(place, key, 4 // plan.pair))
