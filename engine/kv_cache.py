@@ -99,7 +99,9 @@ class KVCache:
 
     def layer(self, layer: int) -> LayerCache:
         """Returns the keys and values of a layer that attends."""
-        return LayerCache(*self.tensors[layer], factors=self._factors[layer])
+        keys, values, *scales = self.tensors[layer]
+        key_scales, value_scales = scales or (None, None)
+        return LayerCache(keys, values, key_scales, value_scales, self._factors[layer])
 
     @property
     def num_used_blocks(self) -> int:

@@ -7,7 +7,6 @@ two, so that neither is rounded by this.
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -80,4 +79,4 @@ def quantized(
     scales = (numbers.abs().amax(-1) / LARGEST).to(scale_dtype)
     divisors = scales.float().clamp(min=cache_kernels.SMALLEST)[..., None]
     rounded = (numbers / divisors).nan_to_num(0.0).round().clamp(-LARGEST, LARGEST)
-    return cast(torch.Tensor, rounded.to(torch.int8)), scales
+    return rounded.to(torch.int8), scales

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -74,7 +74,7 @@ def measure_key_factors(model: PreTrainedModel, context: int) -> dict[int, tuple
     factor is 1.
     """
     device, recorder = input_device(model), AttentionRecorder(computes=True)
-    num_ids = model.get_input_embeddings().num_embeddings
+    num_ids = cast(int, model.get_input_embeddings().num_embeddings)
     ids = [i for i in torch.linspace(0, num_ids - 1, MEASURED_TOKENS).long().tolist() if i not in placeholders(model)]
     positions = torch.linspace(0, min(context, FARTHEST) - 1, len(ids), device=device).long()[None]
     family = vision_family_of(model.config)
