@@ -11,13 +11,15 @@ from models import FAMILIES, MIXTURES, RECURRENT, SHARING, VOCAB, generate, tiny
 from test_engine import SMALL_STEPS, answers, greedy, prompts, run, small_cache
 from transformers import AttentionInterface
 
+from engine import start_check
 from engine.build import build_engine
-from engine.cpu import cache_kernels, kernels
+from engine.cpu import attention_kernels, cache_kernels, jit, kernels, prompt_attention
 from engine.engine import Engine, EngineOptions
 from engine.kv_cache import CachePlan, KVCache
 from engine.layer_cache import LayerCache, quantized
 from engine.layer_probe import MEASURED_TOKENS, measure_key_factors, probe_layers
 from engine.layer_spec import AttentionSpec
+from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.spec_decode.draft_model import DraftModel
@@ -196,6 +198,17 @@ def test_what_is_no_number_shows_in_the_scale_and_is_not_reused(
     assert all(tensor.isfinite().all() for tensor in cache.tensors[0])
 
 
+def test_the_check_at_start_allows_for_the_rounding_and_for_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for cache_dtype, tolerance in (("auto", 0.01), ("int8", 0.15)):
+        engine = build_engine(tiny_model("qwen2"), EngineOptions(kv_cache_dtype=cache_dtype), frozenset())
+        assert isinstance(engine.runner, ModelRunner)
+        assert start_check.tolerance_of(engine.runner) == tolerance
+        assert start_check.check(engine.runner, engine.max_model_len)
+    sizes = [line.rsplit(", ", 1)[1] for line in caplog.messages if line.startswith("the context is")]
+    assert sizes == ["0.6 KiB for a token in float32", "0.2 KiB for a token in int8"]
+
+
 def test_a_token_takes_about_half_the_memory() -> None:
     spec = AttentionSpec(8, 128, 128, None, torch.bfloat16, torch.device("cpu"))
     small = replace(spec, key_factors=(1.0,) * 1024)
@@ -235,3 +248,23 @@ def test_queries_times_factors_and_keys_by_them_keep_their_products() -> None:
     exact = query[:, :, 0] @ key.permute(1, 2, 0)
     errors = {name: (score - exact).abs().max() for name, score in scores.items()}
     assert errors["level"] < errors["plain"] / 3
+
+
+@pytest.mark.skipif("+avx2" not in jit.features(), reason="needs AVX2")
+@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+def test_the_same_without_avx512(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU of 2015: the programs are compiled without its instructions."""
+    name, features = jit.host()
+    newer = ("+avx512", "+avx10", "+amx", "+avxvnni")
+    kept = [f"-{one[1:]}" if one.startswith(newer) else one for one in features.split(",")]
+    monkeypatch.setattr("engine.cpu.jit.host", lambda: (name, ",".join(kept)))
+    compiled = (attention_kernels._attend, prompt_attention._program, prompt_attention.chunk_program)
+    for program in (*compiled, cache_kernels._store):
+        program.cache_clear()
+    requests = prompts(8)
+    try:
+        for prompt, answer in zip(requests, answers(engine_of(family), requests, greedy()), strict=True):
+            check(family, prompt, answer)
+    finally:
+        for program in (*compiled, cache_kernels._store):
+            program.cache_clear()
