@@ -360,7 +360,7 @@ class Settings(ProviderSettings):
     )
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="the data type of the weights and the KV cache"
+        "auto", description="the data type of the weights and, if KV_CACHE_DTYPE=auto, of the KV cache"
     )
     device_map: str = Field(
         "auto", description="the devices, as in accelerate: auto, cpu, cuda:0, balanced, sequential"
@@ -386,6 +386,13 @@ class Settings(ProviderSettings):
     max_queued_tokens: int = Field(2**20, gt=0, description="the number of prompt tokens in the queue; more get a 503")
     kv_cache_memory: Bytes | None = Field(
         None, description="the bytes of the KV cache, such as 4GiB; default: from free memory"
+    )
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description=(
+            "the format of the KV cache: auto is the data type of the model; int8 holds about twice the tokens in the "
+            "same memory, with a scale for each token and head"
+        ),
     )
     snapshot_memory: Bytes | None = Field(
         None,

@@ -17,7 +17,7 @@ from engine.attention.flash import Kernel
 from engine.checked_model import CheckedModel
 from engine.engine import Engine, EngineOptions
 from engine.kv_cache import CachePlan, KVCache
-from engine.layer_probe import input_device, probe_layers
+from engine.layer_probe import input_device, measure_key_factors, probe_layers
 from engine.layer_spec import LayerSpecs
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
@@ -35,6 +35,7 @@ from vision.families import vision_family_of
 log = logging.getLogger(__name__)
 CPU_CACHE_MEMORY = 4 * 2**30  # bytes that the cache takes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
+INT8 = "int8"  # of KV_CACHE_DTYPE
 BLOCK_SIZES = (16, 256)  # tokens; the first size that the device's attention takes is used
 GPU_RESERVE = 0.1  # share of a GPU's memory that is kept for activations
 _DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
@@ -76,6 +77,7 @@ def load_engine(
     try:
         if options.max_num_seqs is None and input_device(model).type == "cpu":
             specs = probe_layers(model)
+            specs = specs.in_int8({}) if options.kv_cache_dtype == INT8 else specs
             memory = options.kv_cache_memory or _free_memory(specs)
             options = replace(options, max_num_seqs=choose_num_seqs(model, specs, memory))
         engine = build_engine(model, options, eos_ids, small)
@@ -108,7 +110,8 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions, report:
     passed is remembered in `options.cache_dir` and not compared again."""
     warm_up(engine)
     runner = _model_runner(engine)
-    how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
+    names = ("quantization", "dtype", "device_map", "kv_cache_dtype")
+    how = {name: getattr(options, name) for name in names}
     passed = start_check.PassedChecks(options.cache_dir)
     key = start_check.key_of(directory, runner, how)
     if not passed.contains(key) and start_check.check(runner, engine.max_model_len, report):
@@ -143,7 +146,7 @@ def build_engine(
     draft: PreTrainedModel | None = None,
 ) -> Engine:
     """Builds the engine for a loaded model, with a cache sized from free memory. Raises ModelLoadError."""
-    specs = probe_layers(model)
+    specs = _specs_of(model, options)
     max_num_seqs, batched, mixed = _DEVICE_DEFAULTS[
         "cuda" if next(iter(specs.attention.values())).device.type == "cuda" else "cpu"
     ]
@@ -171,12 +174,15 @@ def build_engine(
     )
     cache = KVCache(plan, specs.attention, states, specs.shared)
     log.info(
-        "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens",
+        "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens, "
+        "%.1f KiB for a token in %s",
         limits.max_model_len,
         max_num_seqs,
         memory / 2**30,
         "+".join(str(g.num_blocks) for g in plan.groups),
         block_size,
+        specs.bytes_per_token / 2**10,
+        _format_of(specs),
     )
     runner = ModelRunner(model, cache, eos_token_ids, kernel)
     has_one_device = len({spec.device for spec in specs.attention.values()}) == 1
@@ -188,8 +194,26 @@ def build_engine(
     return engine
 
 
+def _specs_of(model: PreTrainedModel, options: EngineOptions) -> LayerSpecs:
+    """Returns what the model's layers store, in the format that KV_CACHE_DTYPE asks for."""
+    specs = probe_layers(model)
+    if options.kv_cache_dtype != INT8:
+        return specs
+    # of the whole context, whatever MAX_MODEL_LEN is: the same model always stores the same
+    return specs.in_int8(measure_key_factors(model, _model_context(model, None)))
+
+
+def _format_of(specs: LayerSpecs) -> str:
+    """Names the format of the KV cache, for the log."""
+    names = {INT8 if s.key_factors is not None else str(s.dtype).split(".")[1] for s in specs.attention.values()}
+    return "+".join(sorted(names))
+
+
 def _choose_attention(specs: LayerSpecs, options: EngineOptions) -> tuple[int, Kernel | None]:
-    """Chooses the tokens in a block, and the kernel that attends to such blocks on a GPU: some take only large ones."""
+    """Chooses the tokens in a block, and the kernel that attends to such blocks on a GPU: some take only large ones.
+    No kernel reads an int8 cache: there torch computes attention over gathered blocks."""
+    if options.kv_cache_dtype == INT8:
+        return options.kv_block_size or BLOCK_SIZES[0], None
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
     kernels = ((size, flash.find(specs.attention.values(), size)) for size in sizes)
     return next(((size, kernel) for size, kernel in kernels if kernel is not None), (sizes[0], None))
@@ -271,7 +295,7 @@ def _draft_model(
     context: int,
     eos_token_ids: frozenset[int],
 ) -> DraftModel:
-    specs = probe_layers(draft)
+    specs = _specs_of(draft, options)
     context = min(context, _model_context(draft, None))
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(draft, kernel)

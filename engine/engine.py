@@ -37,6 +37,7 @@ class EngineOptions:
     dtype: str = "auto"
     device_map: str = "auto"
     quantization: str = STOCK
+    kv_cache_dtype: str = "auto"  # or "int8"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None

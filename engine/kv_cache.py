@@ -13,7 +13,8 @@ from typing import cast
 import torch
 
 from engine.block_pool import BlockPool
-from engine.layer_spec import LayerSpec
+from engine.layer_cache import LayerCache
+from engine.layer_spec import AttentionSpec, LayerSpec
 from engine.recurrent.state_cache import StateCache
 from engine.sequence import Sequence
 
@@ -92,7 +93,15 @@ class KVCache:
         self.shared = shared
         for layer, owner in shared.items():
             self.group_of[layer], self.tensors[layer] = self.group_of[owner], self.tensors[owner]
+        factors = {i: spec.make_factors() for i, spec in specs.items() if isinstance(spec, AttentionSpec)}
+        self._factors = factors | {layer: factors.get(owner) for layer, owner in shared.items()}
         self.pools = [BlockPool(group.num_blocks) for group in plan.groups]
+
+    def layer(self, layer: int) -> LayerCache:
+        """Returns the keys and values of a layer that attends."""
+        keys, values, *scales = self.tensors[layer]
+        key_scales, value_scales = scales or (None, None)
+        return LayerCache(keys, values, key_scales, value_scales, self._factors[layer])
 
     @property
     def num_used_blocks(self) -> int:
@@ -218,9 +227,11 @@ class KVCache:
 
     def _is_finite(self, group: LayerGroup, blocks: list[int]) -> bool:
         """Returns whether the blocks hold no NaN. Only the group's last layer is read, since a NaN stays in a token's
-        state in all later layers. False also where there is too little memory to check."""
+        state in all later layers. Of an int8 cache the scales show it. False also where there is too little memory to
+        check."""
+        tensors = (tensor for tensor in self.tensors[group.layers[-1]] if tensor.is_floating_point())
         try:
-            return all(bool(torch.isfinite(tensor[blocks]).all()) for tensor in self.tensors[group.layers[-1]])
+            return all(bool(torch.isfinite(tensor[blocks]).all()) for tensor in tensors)
         except (RuntimeError, MemoryError):  # torch raises a plain RuntimeError where memory lacks on a CPU
             return False
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +12,10 @@ from engine.layer_spec import LayerSpecs
 from engine.recurrent.delta_net import wrap_recurrent_layers
 from errors import ModelLoadError
 from vision.families import vision_family_of
+
+MEASURED_TOKENS = 64  # whose keys show how large each channel becomes
+FARTHEST = 8192  # position of such a token: rotation mixes the channels of a key in all ways up to there
+SMALLEST_FACTOR = 2.0**-4  # of the mean: what is small in a few tokens need not be so in all
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -53,3 +57,37 @@ def probe_layers(model: PreTrainedModel) -> LayerSpecs:
     shared = recorder.shared
     stored = {layer: call.spec for layer, call in recorder.calls.items() if layer not in shared}
     return LayerSpecs(stored, recorder.recurrent, shared)
+
+
+def placeholders(model: PreTrainedModel) -> set[int]:
+    """Returns the token ids that a model replaces by something else, such as features of images."""
+    config = model.config.to_dict()
+    names = [name for name in config if name.endswith(("_token_id", "_token_index"))]
+    return {config[name] for name in names if isinstance(config[name], int)}
+
+
+def measure_key_factors(model: PreTrainedModel, context: int) -> dict[int, tuple[float, ...]]:
+    """Returns for each layer what an int8 cache divides its keys by: how large each channel of a head becomes, against
+    the mean of the head. They are powers of two.
+
+    Tokens from the whole vocabulary are computed, at places all over the context. Where a value is no number, the
+    factor is 1.
+    """
+    device, recorder = input_device(model), AttentionRecorder(computes=True)
+    num_ids = cast(int, model.get_input_embeddings().num_embeddings)
+    ids = [i for i in torch.linspace(0, num_ids - 1, MEASURED_TOKENS).long().tolist() if i not in placeholders(model)]
+    positions = torch.linspace(0, min(context, FARTHEST) - 1, len(ids), device=device).long()[None]
+    family = vision_family_of(model.config)
+    if family is not None and family.position_axes > 1:
+        positions = positions.expand(family.position_axes, 1, -1)
+    with torch.inference_mode():
+        inputs = torch.tensor([ids], device=device)
+        forward_of(model)(input_ids=inputs, position_ids=positions, use_cache=False, step=recorder)
+    return {layer: tuple(_factors(call.key[0]).flatten().tolist()) for layer, call in recorder.calls.items()}
+
+
+def _factors(key: torch.Tensor) -> torch.Tensor:
+    """key: (kv_heads, tokens, dim) -> (kv_heads, dim)."""
+    largest = key.float().abs().amax(1)
+    relative = (largest / largest.mean(-1, keepdim=True)).clamp(min=SMALLEST_FACTOR)
+    return relative.log2().round().exp2().nan_to_num(1.0, posinf=1.0)

@@ -2,11 +2,15 @@
 values; RecurrentSpec of one of fixed size."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy
 import torch
+
+# Of an int8 cache: it has the range of float32; numbers are divided by the scale as it was rounded, so nothing is lost
+SCALES = torch.bfloat16
 
 
 class LayerSpec(Protocol):
@@ -45,15 +49,29 @@ class AttentionSpec:
     device: torch.device
     softcap: float | None = None  # of the scores
     group: int = 2  # query heads that share a key
+    key_factors: tuple[float, ...] | None = None  # set: the cache is int8, and keys are divided by these before
 
     @property
     def bytes_per_token(self) -> int:
+        if self.key_factors is not None:
+            return self.num_kv_heads * (self.key_dim + self.value_dim + 2 * SCALES.itemsize)
         return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
     def make_tensors(self, num_blocks: int, block_size: int) -> tuple[torch.Tensor, ...]:
-        """Keys (num_blocks, block_size, num_kv_heads, key_dim), and values with value_dim in its place."""
+        """Keys (num_blocks, block_size, num_kv_heads, key_dim), and values with value_dim in its place. An int8 cache
+        also has the scales of keys and of values, each (num_blocks, block_size, num_kv_heads)."""
         shape = (num_blocks, block_size, self.num_kv_heads)
-        return tuple(_zeros((*shape, dim), self.dtype, self.device) for dim in (self.key_dim, self.value_dim))
+        dtype = self.dtype if self.key_factors is None else torch.int8
+        tensors = [_zeros((*shape, dim), dtype, self.device) for dim in (self.key_dim, self.value_dim)]
+        if self.key_factors is not None:
+            tensors += [_zeros(shape, SCALES, self.device) for _ in tensors]
+        return tuple(tensors)
+
+    def make_factors(self) -> torch.Tensor | None:
+        """Returns what keys are divided by, (num_kv_heads, key_dim) float32; None where the cache is not int8."""
+        if self.key_factors is None:
+            return None
+        return torch.tensor(self.key_factors, device=self.device).view(self.num_kv_heads, self.key_dim)
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,14 @@ class LayerSpecs:
     attention: dict[int, AttentionSpec]
     recurrent: dict[int, RecurrentSpec]
     shared: dict[int, int] = field(default_factory=dict)  # layer that stores nothing -> the one whose keys it reads
+
+    def in_int8(self, key_factors: Mapping[int, tuple[float, ...]]) -> "LayerSpecs":
+        """Returns the same layers with keys and values in 8 bits. key_factors: see AttentionSpec; where they are not
+        known, 1."""
+        factors = {
+            i: key_factors.get(i, (1.0,) * spec.num_kv_heads * spec.key_dim) for i, spec in self.attention.items()
+        }
+        return replace(self, attention={i: replace(s, key_factors=factors[i]) for i, s in self.attention.items()})
 
     @property
     def bytes_per_token(self) -> int:

@@ -21,6 +21,7 @@ from engine.batch import Batch, Span
 from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
 from engine.kv_cache import FREED, KVCache, LayerGroup, first_visible
 from engine.layer_probe import forward_of, input_device
+from engine.layer_spec import AttentionSpec
 from engine.sample.masks import GrammarBitmasks
 from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken
@@ -115,7 +116,7 @@ class ModelRunner:
         self.cache = cache
         self.sampler = Sampler(eos_token_ids)
         self.device = input_device(model)
-        self.dtype = next(iter(cache.tensors.values()))[0].dtype
+        self.dtype = cast(AttentionSpec, next(iter(cache.specs.values()))).dtype
 
     def encode(self, images: list[Image], limit: int) -> None:
         """Gives features to all images that were encoded before, and to `limit` of the others. Raises what the model

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from engine.batch import Batch, Span
 from engine.cpu import kernels
 from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
-from engine.layer_probe import forward_of
+from engine.layer_probe import forward_of, placeholders
 from engine.model_runner import ModelRunner
 from engine.report import Report
 from engine.sampling_params import SamplingParams
@@ -119,16 +119,9 @@ def _tokens(runner: ModelRunner, max_model_len: int) -> list[int]:
     windows = [group.window for group in runner.cache.groups if group.window and group.window <= LARGEST_WINDOW]
     count = max([PROMPT_TOKENS, *(window + BEYOND_WINDOW for window in windows)]) + NUM_DECODES
     count = min(count, max_model_len)
-    placeholders = _placeholders(runner.model)
+    unfit = placeholders(runner.model)
     spread = torch.linspace(0, runner.num_embeddings - 1, 2 * count).long().tolist()
-    return [token for token in spread if token not in placeholders][:: 2 if len(placeholders) < count else 1][:count]
-
-
-def _placeholders(model: PreTrainedModel) -> set[int]:
-    """Returns the token ids that a model replaces by something else, such as features of images."""
-    config = model.config.to_dict()
-    names = [name for name in config if name.endswith(("_token_id", "_token_index"))]
-    return {config[name] for name in names if isinstance(config[name], int)}
+    return [token for token in spread if token not in unfit][:: 2 if len(unfit) < count else 1][:count]
 
 
 def reference_of(runner: ModelRunner) -> str:
@@ -140,10 +133,11 @@ def reference_of(runner: ModelRunner) -> str:
 
 
 def tolerance_of(runner: ModelRunner) -> float:
-    """Returns the largest difference that rounding explains. Where some layers round their inputs to 8 bits, these
-    decide."""
+    """Returns the largest difference that rounding explains. Where some layers round their inputs to 8 bits, or the
+    cache rounds keys and values, these decide."""
     model = runner.model
     rounds = any(isinstance(layer, PackedLinear | SharedLinear | FusedMLP) for layer in model.modules())
+    rounds = rounds or any(getattr(spec, "key_factors", None) is not None for spec in runner.cache.specs.values())
     is_rounded = rounds or getattr(model, "hf_quantizer", None) is not None
     tolerance = QUANTIZED_TOLERANCE if is_rounded else TOLERANCE[runner.dtype]
     return tolerance * EAGER_FACTOR[runner.dtype] if reference_of(runner) == EAGER else tolerance

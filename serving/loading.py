@@ -159,6 +159,7 @@ def engine_options(settings: Settings) -> "EngineOptions":
         dtype=settings.dtype,
         device_map=settings.device_map,
         quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -39,12 +39,18 @@ class FusedAttention(nn.Module):
             others["position_embeddings"] = position_embeddings
             return cast(tuple[torch.Tensor, None], self._stock(hidden_states=hidden_states, **others))
         group = step.of_layer(self._layer, hidden_states.device)
-        keys, values = step.cache.tensors[self._layer]
-        query, gate = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
-        tokens, num_kv_heads = len(query), keys.shape[2]
+        cache = step.cache.layer(self._layer)
+        tokens, num_kv_heads = hidden_states.shape[1], cache.keys.shape[2]
+        if cache.is_int8:
+            shape = (2, 1, tokens, num_kv_heads, self._head_dim)
+            keys, values = torch.empty(shape, dtype=self._output.dtype)
+            query, gate = self.heads(hidden_states, position_embeddings, keys, values, torch.arange(tokens))
+            cache.write(keys[0], values[0], group.slots)
+        else:
+            query, gate = self.heads(hidden_states, position_embeddings, cache.keys, cache.values, group.slots)
         output = torch.empty_like(query).view(tokens, num_kv_heads, -1, self._head_dim)
-        grouped = query.view(output.shape).permute(1, 2, 0, 3)
-        attend_with_kernels(grouped, keys, values, group, self._scaling, output)
+        grouped = cache.scaled(query.view(output.shape).permute(1, 2, 0, 3))
+        attend_with_kernels(grouped, cache, group, self._scaling, output)
         return self.project(output, gate), None
 
     def heads(

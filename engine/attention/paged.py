@@ -18,6 +18,7 @@ from engine.attention import flash
 from engine.attention.flash import FlashBatch, Kernel
 from engine.cpu import attention_kernels, prompt_attention
 from engine.kv_cache import KVCache
+from engine.layer_cache import LayerCache
 from engine.layer_spec import AttentionSpec, RecurrentSpec
 from engine.recurrent.state_cache import StateStep
 
@@ -157,11 +158,23 @@ class Call:
         """The values themselves, in the shape of attention's output."""
         return self.value.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1).transpose(1, 2)
 
+    @property
+    def output(self) -> torch.Tensor:
+        """Attention's output, where the tokens are the first ones of one sequence."""
+        group = self.query.shape[1] // self.key.shape[1]
+        key, value = (part.repeat_interleave(group, dim=1) for part in (self.key, self.value))
+        distances = torch.arange(self.key.shape[2], device=self.key.device)
+        distances = distances[:, None] - distances
+        hidden = (distances < 0) | (distances >= (self.window or len(distances)))
+        mask = torch.zeros(hidden.shape, dtype=self.query.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        return _attend(self.query, key, value, mask, self.scaling, self.softcap).transpose(1, 2)
+
 
 @dataclass
 class AttentionRecorder:
     """Replaces StepAttention in a first forward, and records what each layer asks for or remembers."""
 
+    computes: bool = False  # whether attention is computed, or a stand-in given
     calls: dict[int, Call] = field(default_factory=dict)
     recurrent: dict[int, RecurrentSpec] = field(default_factory=dict)
 
@@ -196,7 +209,7 @@ def paged_attention(
     assert step is not None, "the model does not pass keyword arguments on to its attention"
     layer = cast(int, module.layer_idx)
     scaling = scaling or query.shape[-1] ** -0.5
-    # exit 1: a first forward, which only records the layers; nothing is computed
+    # exit 1: a first forward, which only records the layers
     if isinstance(step, AttentionRecorder):
         _refuse_what_is_not_computed(others)
         # the cache has one place for a layer's keys and values
@@ -204,38 +217,37 @@ def paged_attention(
         step.calls[layer] = Call(
             query=query, key=key, value=value, window=sliding_window, scaling=scaling, softcap=softcap
         )
-        return step.calls[layer].stand_in, None
-    group = step.of_layer(layer, key.device)
-    keys, values = step.cache.tensors[layer]  # (num_blocks, block_size, kv_heads, dim)
+        return step.calls[layer].output if step.computes else step.calls[layer].stand_in, None
+    group, cache = step.of_layer(layer, key.device), step.cache.layer(layer)
+    keys, values = cache.keys, cache.values  # (num_blocks, block_size, kv_heads, dim)
     if layer not in step.cache.shared:
-        keys.flatten(0, 1).index_copy_(0, group.slots, key[0].transpose(0, 1))
-        values.flatten(0, 1).index_copy_(0, group.slots, value[0].transpose(0, 1))
+        cache.write(key[0].transpose(0, 1), value[0].transpose(0, 1), group.slots)
     flat = query[0].transpose(0, 1)  # (tokens, heads, dim)
     if step.flash is not None and group.flash is not None and not group.prefills:
         # exit 2: on a GPU without images, one kernel computes the whole step
         return flash.attend(step.flash, flat, keys, values, group.flash, scaling, softcap)[None], None
     num_kv_heads, value_dim = values.shape[2:]
-    query = query[0].view(num_kv_heads, -1, *query.shape[2:])  # (kv_heads, group, tokens, dim)
+    query = cache.scaled(query[0].view(num_kv_heads, -1, *query.shape[2:]))  # (kv_heads, group, tokens, dim)
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     if step.flash is not None and group.flash is not None:  # chunks with images follow below, in torch
         tokens = slice(0, group.flash.num_tokens)
         result = flash.attend(step.flash, flat[tokens], keys, values, group.flash, scaling, softcap)
         output[tokens] = result.view_as(output[tokens])
-    if softcap is None and attention_kernels.can_attend(keys, values):
+    if softcap is None and attention_kernels.can_attend(query.dtype, keys, values):
         # exit 3: on a CPU with kernels, they read the cache in place
-        attend_with_kernels(query, keys, values, group, scaling, output)
+        attend_with_kernels(query, cache, group, scaling, output)
         return output.flatten(1, 2)[None], None
     for decode in group.decodes:
         rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
-        visible = _gather(keys, values, decode.tables.flatten(), decode.end - decode.start)
+        visible = cache.gather(decode.tables.flatten(), decode.end - decode.start, query.dtype)
         output[decode.start : decode.end] = _attend(rows, *visible, decode.mask, scaling, softcap)
     for chunk in group.prefills:
         part = query[:, :, chunk.start : chunk.end]  # (kv_heads, group, tokens, dim)
-        if chunk.sees_only_itself:
+        if chunk.sees_only_itself and not cache.is_int8:  # where a key counts as it was rounded
             tokens = slice(chunk.start, chunk.end)
             k, v, mask = key[0, :, tokens], value[0, :, tokens], None
         else:
-            gathered = _gather(keys, values, chunk.table, 1)
+            gathered = cache.gather(chunk.table, 1, query.dtype)
             k, v, mask = gathered[0][0], gathered[1][0], chunk.mask
         shape = (-1, query.shape[1], -1, -1)  # the heads of a group share one key: no copy
         result = _attend(part, k[:, None].expand(shape), v[:, None].expand(shape), mask, scaling, softcap)
@@ -245,26 +257,22 @@ def paged_attention(
 
 
 def attend_with_kernels(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    group: GroupAttention,
-    scaling: float,
-    output: torch.Tensor,
+    query: torch.Tensor, cache: LayerCache, group: GroupAttention, scaling: float, output: torch.Tensor
 ) -> None:
     """Computes a step with the CPU's kernels, and writes output (tokens, kv_heads, group, dim).
 
-    query: (kv_heads, group, tokens, dim), whose keys and values are in the cache already.
+    query: (kv_heads, group, tokens, dim), `scaled`, whose keys and values are in the cache already.
     """
+    keys, values, scales = cache.keys, cache.values, cache.scales
     for decode in group.decodes:
         tokens = slice(decode.start, decode.end)
         attention_kernels.attend(
-            query[:, :, tokens], keys, values, decode.tables, decode.visible, scaling, output[tokens]
+            query[:, :, tokens], keys, values, decode.tables, decode.visible, scaling, output[tokens], scales
         )
     for chunk in group.prefills:
         tokens = slice(chunk.start, chunk.end)
         prompt_attention.attend_chunk(
-            query[:, :, tokens], keys, values, chunk.slots, chunk.visible, scaling, output[tokens]
+            query[:, :, tokens], keys, values, chunk.slots, chunk.visible, scaling, output[tokens], scales=scales
         )
 
 
@@ -277,15 +285,6 @@ def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
     ]
     assert not unknown, f"their attention takes the unknown arguments {', '.join(sorted(unknown))}"
     assert arguments.get("is_causal") is not False, "their attention is not causal"
-
-
-def _gather(
-    keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies blocks out of the cache: keys and values, each (rows, kv_heads, tokens, dim)."""
-    k = keys.index_select(0, blocks).view(rows, -1, *keys.shape[2:])
-    v = values.index_select(0, blocks).view(rows, -1, *values.shape[2:])
-    return k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _attend(

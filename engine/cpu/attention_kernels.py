@@ -19,10 +19,13 @@ MAX_ROTATED_DIM = 256  # elements of a head, which must fit into the registers
 Norms = tuple[torch.Tensor, torch.Tensor, float] | None
 
 
-def can_attend(keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Returns whether the kernels can read this cache."""
+Scales = tuple[torch.Tensor, torch.Tensor] | None  # of an int8 cache's keys and values, (blocks, block_size, kv_heads)
+
+
+def can_attend(dtype: torch.dtype, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Returns whether the kernels can read this cache for queries of `dtype`."""
     dims = {keys.shape[-1], values.shape[-1]}
-    is_here = keys.device.type == "cpu" and keys.dtype in DTYPES and jit.is_available()
+    is_here = keys.device.type == "cpu" and dtype in DTYPES and jit.is_available()
     return is_here and len(dims) == 1 and not keys.shape[-1] % LANES
 
 
@@ -34,12 +37,13 @@ def attend(
     ranges: torch.Tensor,
     scaling: float,
     output: torch.Tensor,
+    scales: Scales = None,
 ) -> None:
     """Computes attention of one query per sequence over its blocks, and writes output.
 
     query: (kv_heads, group, sequences, dim), its heads evenly apart. keys, values: (blocks, block_size, kv_heads, dim).
     tables: (sequences, width) int64 block numbers. ranges: (sequences, 2) int64, the first position in the table's
-    blocks that is visible, and the end. output: (sequences, kv_heads, group, dim).
+    blocks that is visible, and the end. output: (sequences, kv_heads, group, dim). scales: of an int8 cache.
     """
     group, sequences, dim = query.shape[1:]
     head_stride = query.stride(0) // group
@@ -49,12 +53,14 @@ def attend(
     padded = -(-longest // LANES) * LANES
     threads = torch.get_num_threads() if sequences * longest > 64 else 1
     scores = torch.empty(threads, padded)
-    _attend(keys.dtype, dim, scaling)(
+    scale_dtype = None if scales is None else scales[0].dtype
+    _attend(query.dtype, keys.dtype, scale_dtype, dim, scaling)(
         query.data_ptr(),
         head_stride,
         query.stride(2),
         keys.data_ptr(),
         values.data_ptr(),
+        *((0, 0) if scales is None else (part.data_ptr() for part in scales)),
         tables.data_ptr(),
         tables.shape[1],
         ranges.data_ptr(),
@@ -175,16 +181,32 @@ def _rotated(
 
 
 _ATTEND = (
-    *("query", "head_stride", "sequence_stride", "keys", "values", "tables", "width", "ranges", "output"),
-    *("scores", "num_scores", "sequences", "heads", "kv_heads", "block_size"),
+    *("query", "head_stride", "sequence_stride", "keys", "values", "key_scales", "value_scales", "tables", "width"),
+    *("ranges", "output", "scores", "num_scores", "sequences", "heads", "kv_heads", "block_size"),
 )
 
 
 @functools.cache
-def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
-    """Gives each thread some heads of some sequences. It computes all scores, their softmax, the sum of the values."""
+def _attend(
+    dtype: torch.dtype, stored: torch.dtype, scale_dtype: torch.dtype | None, dim: int, scaling: float
+) -> Program:
+    """Gives each thread some heads of some sequences. It computes all scores, their softmax, the sum of the values.
+
+    dtype: of queries and outputs; stored: of keys and values. The scale of a key multiplies its score, that of a value
+    its weight.
+    """
     b = Builder("attend", _ATTEND, jit.host()[1])
     argument, size = b.argument, dtype.itemsize
+
+    def head_at(cache: str, place: jit.Value) -> list[jit.Value]:
+        start = b.address(argument[cache], place, dim * stored.itemsize)
+        return [b.read_floats(stored, b.add(start, I64(i * stored.itemsize))) for i in parts]
+
+    def times_scale(value: jit.Value, scales: str, place: jit.Value) -> jit.Value:
+        if scale_dtype is None:
+            return value
+        return b.fmul(value, b.read_float(scale_dtype, b.address(argument[scales], place, scale_dtype.itemsize)))
+
     parts = range(0, dim, LANES)
     scores = b.add(argument["scores"], b.mul(b.mul(b.thread, argument["num_scores"]), I64(4)))
     best, total = b.variable(constant(FLOATS, 0.0)), b.variable(constant(FLOATS, 0.0))
@@ -195,19 +217,20 @@ def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
         query = [b.read_floats(dtype, b.address(argument["query"], b.add(start, I64(i)), size)) for i in parts]
         query = [b.fmul(part, constant(FLOATS, scaling)) for part in query]
         kv_head = b.sdiv(head, b.sdiv(argument["heads"], argument["kv_heads"]))
-        visible = _Visible(b, sequence, kv_head, dim * size)
-        with visible.tokens(argument["keys"]) as (position, key):
+        visible = _Visible(b, sequence, kv_head)
+        with visible.tokens() as (position, place):
             products = constant(FLOATS, 0.0)
-            for i, part in zip(parts, query, strict=True):
-                products = b.fused(part, b.read_floats(dtype, b.add(key, I64(i * size))), products)
-            b.write(b.total(products), b.address(scores, position, 4))
+            for part, key in zip(query, head_at("keys", place), strict=True):
+                products = b.fused(part, key, products)
+            b.write(times_scale(b.total(products), "key_scales", place), b.address(scores, position, 4))
         _softmax(b, scores, visible, best, total)
         for part in sums:
             part.set(constant(FLOATS, 0.0))
-        with visible.tokens(argument["values"]) as (position, value):
-            weight = b.splat(b.read(F32, b.address(scores, position, 4)))
-            for i, part in zip(parts, sums, strict=True):
-                part.set(b.fused(weight, b.read_floats(dtype, b.add(value, I64(i * size))), part.get()))
+        with visible.tokens() as (position, place):
+            weight = times_scale(b.read(F32, b.address(scores, position, 4)), "value_scales", place)
+            weight = b.splat(weight)
+            for part, value in zip(sums, head_at("values", place), strict=True):
+                part.set(b.fused(weight, value, part.get()))
         scale = b.splat(b.fdiv(F32(1.0), b.total(total.get())))
         for i, part in zip(parts, sums, strict=True):
             place = b.add(b.mul(index, I64(dim)), I64(i))
@@ -218,15 +241,15 @@ def _attend(dtype: torch.dtype, dim: int, scaling: float) -> Program:
 class _Visible:
     """The tokens that a sequence's query sees, found in the blocks of its table."""
 
-    def __init__(self, b: Builder, sequence: jit.Value, kv_head: jit.Value, head_bytes: int) -> None:
-        self.b, self.kv_head, self.head_bytes = b, kv_head, head_bytes
+    def __init__(self, b: Builder, sequence: jit.Value, kv_head: jit.Value) -> None:
+        self.b, self.kv_head = b, kv_head
         self.table = b.address(b.argument["tables"], b.mul(sequence, b.argument["width"]), 8)
         ends = b.address(b.argument["ranges"], sequence, 16)
         self.first, self.end = b.read(I64, ends), b.read(I64, b.add(ends, I64(8)))
 
     @contextmanager
-    def tokens(self, cache: jit.Value) -> Iterator[tuple[jit.Value, jit.Value]]:
-        """Loops over the tokens' positions and the addresses of their heads in `cache`."""
+    def tokens(self) -> Iterator[tuple[jit.Value, jit.Value]]:
+        """Loops over the tokens' positions and the places of their heads: which one of all heads in the cache."""
         b, size = self.b, self.b.argument["block_size"]
         last = b.add(b.sdiv(b.sub(self.end, I64(1)), size), I64(1))
         with b.loop(b.sdiv(self.first, size), last) as index:
@@ -235,8 +258,7 @@ class _Visible:
             low, high = b.larger(self.first, before), b.smaller(self.end, b.add(before, size))
             with b.loop(low, high) as position:
                 slot = b.add(b.mul(block, size), b.sub(position, before))
-                place = b.add(b.mul(slot, b.argument["kv_heads"]), self.kv_head)
-                yield position, b.address(cache, place, self.head_bytes)
+                yield position, b.add(b.mul(slot, b.argument["kv_heads"]), self.kv_head)
 
 
 def _softmax(b: Builder, scores: jit.Value, visible: _Visible, best: jit.Variable, total: jit.Variable) -> None:

@@ -105,8 +105,17 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
             return self.read(vector(F32, count), address)
         if dtype == torch.float16:
             return self.fpext(self.read(vector(F16, count), address), vector(F32, count))
+        if dtype == torch.int8:
+            whole = self.sext(self.read(vector(I8, count), address), vector(I32, count))
+            return self.sitofp(whole, vector(F32, count))
         bits = self.zext(self.read(vector(I16, count), address), vector(I32, count))
         return self.bitcast(self.shl(bits, constant(bits.type, 16)), vector(F32, count))
+
+    def read_float(self, dtype: torch.dtype, address: Value) -> Value:
+        """Reads one number of `dtype`, float32 or bfloat16, as a float32."""
+        if dtype == torch.float32:
+            return self.read(F32, address)
+        return self.bitcast(self.shl(self.zext(self.read(I16, address), I32), I32(16)), F32)
 
     def write_floats(self, value: Value, dtype: torch.dtype, address: Value) -> None:
         """Rounds floats to `dtype`, to nearest, ties to even, and writes them. A bfloat16 is a float32's upper half."""

@@ -7,7 +7,7 @@ CPU its instructions, else in float32.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from llvmlite import ir
@@ -31,18 +31,19 @@ def attend_chunk(
     scaling: float,
     output: torch.Tensor,
     program: tuple["Plan", Program] | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Computes attention of neighbouring queries of one sequence, and writes output.
 
     query: (kv_heads, group, tokens, dim), its heads evenly apart; output: (tokens, kv_heads, group, dim).
     keys, values: (blocks, block_size, kv_heads, dim). slots: `slots_of` the sequence, whose blocks hold the queries'
     own keys too. ranges: (tokens, 2) int64, the first position in the slots that each query sees, and the end; neither
-    ever decreases.
+    ever decreases. scales: of an int8 cache, of keys and of values, (blocks, block_size, kv_heads) bfloat16.
     """
     group, tokens, dim = query.shape[1:]
     head_stride, kv_heads, threads = query.stride(0) // group, keys.shape[2], torch.get_num_threads()
     assert output.is_contiguous() and query.stride(3) == 1 and query.stride(0) == group * head_stride
-    plan, run = program or _program(keys.dtype, dim, scaling)
+    plan, run = program or _program(query.dtype, dim, scaling, keys.dtype)
     scratch = torch.empty(threads * plan.num_bytes + 64, dtype=torch.uint8)
     run(
         query.data_ptr(),
@@ -50,6 +51,7 @@ def attend_chunk(
         query.stride(2),
         keys.data_ptr(),
         values.data_ptr(),
+        *((0, 0) if scales is None else (part.data_ptr() for part in scales)),
         slots.data_ptr(),
         ranges.data_ptr(),
         output.data_ptr(),
@@ -72,7 +74,7 @@ def slots_of(table: torch.Tensor, block_size: int) -> torch.Tensor:
 class Plan:
     """What a program computes with, and where an item's data lie in the scratch memory of its thread."""
 
-    dtype: torch.dtype  # of the cache and the queries
+    dtype: torch.dtype  # of the queries and, if that is not int8, of the cache
     dim: int
     pair: int  # 2: bfloat16, of which a lane of 32 bits holds two; 1: float32
     rows: int  # rows of queries times `key_vectors` * 16 keys are computed at once, in registers
@@ -80,9 +82,14 @@ class Plan:
     value_rows: int  # rows of queries times `value_vectors` * 16 elements of values
     value_vectors: int
     has_amx: bool = False
+    is_int8: bool = False  # the cache
 
     @classmethod
-    def of(cls, dtype: torch.dtype, dim: int, has_amx: bool) -> "Plan":
+    def of(cls, dtype: torch.dtype, dim: int, has_amx: bool, is_int8: bool = False) -> "Plan":
+        return replace(cls._of(dtype, dim, has_amx), is_int8=is_int8)
+
+    @classmethod
+    def _of(cls, dtype: torch.dtype, dim: int, has_amx: bool) -> "Plan":
         features = jit.host()[1]
         pair = 2 if dtype == torch.bfloat16 and "+avx512bf16" in features else 1
         if has_amx and pair == 2 and not dim % (2 * LANES):  # whole tiles
@@ -99,6 +106,11 @@ class Plan:
         if "+avx512f" in features:  # 32 registers of 16 lanes
             return cls(dtype=dtype, dim=dim, pair=pair, rows=8, key_vectors=2, value_rows=4, value_vectors=4)
         return cls(dtype=dtype, dim=dim, pair=pair, rows=4, key_vectors=1, value_rows=4, value_vectors=1)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of keys and values in the cache."""
+        return torch.int8 if self.is_int8 else self.dtype
 
     @property
     def width(self) -> int:
@@ -118,6 +130,8 @@ class Plan:
             "best": 64 * ROWS,  # (ROWS, 16): the largest score so far, in every lane
             "total": 64 * ROWS,  # (ROWS, 16): the sum of the weights so far, lane by lane
             "ranges": 16 * ROWS,  # (ROWS, 2)
+            "key_scales": 4 * KEYS * self.is_int8,  # (KEYS,)
+            "value_scales": 4 * KEYS * self.is_int8,
         }
 
     @property
@@ -126,14 +140,14 @@ class Plan:
 
 
 _ATTEND_CHUNK = (
-    *("query", "head_stride", "token_stride", "keys", "values", "slots", "ranges", "output", "scratch"),
-    *("tokens", "kv_heads", "group"),
+    *("query", "head_stride", "token_stride", "keys", "values", "key_scales", "value_scales", "slots", "ranges"),
+    *("output", "scratch", "tokens", "kv_heads", "group"),
 )
 
 
 @functools.cache
-def _program(dtype: torch.dtype, dim: int, scaling: float) -> tuple[Plan, Program]:
-    plan = Plan.of(dtype, dim, amx.is_available())
+def _program(dtype: torch.dtype, dim: int, scaling: float, stored: torch.dtype) -> tuple[Plan, Program]:
+    plan = Plan.of(dtype, dim, amx.is_available(), is_int8=stored == torch.int8)
     return plan, chunk_program(plan, scaling)
 
 
@@ -144,11 +158,11 @@ def chunk_program(plan: Plan, scaling: float, builder: type[AMXBuilder] = AMXBui
     for each tile of KEYS keys that a row of the item sees:
         copy its keys side by side, and its values, into the first-level cache
         for each few rows:
-            scores = queries . keys                              # -inf outside of a row's own range
+            scores = queries . keys * key scales                 # -inf outside of a row's own range
             best, before = max(best, scores), best
             weights = exp(scores - best); factor = exp(before - best)
             total = total * factor + weights
-            sums = sums * factor + weights . values
+            sums = sums * factor + (weights * value scales) . values
     output = sums / total
     """
     return jit.compile_program(_ChunkBuilder(plan, scaling, builder).build())
@@ -192,6 +206,8 @@ class _ChunkBuilder:
                 low, high = self._within(start, *self._range(row, b.add(row, I64(self.plan.rows - 1))))
                 with b.if_then(b.icmp_signed("<", low, high)):
                     (self._scores_of_tiles if self.plan.has_amx else self._scores)(row, low, high)
+                    if self.plan.is_int8:
+                        self._scale(low, high)
                     self._mask(row, start, low, high)
                     self._softmax(row, low, high)
                     (self._add_values_of_tiles if self.plan.has_amx else self._add_values)(row, low, high)
@@ -231,7 +247,7 @@ class _ChunkBuilder:
             start = b.add(b.mul(head, argument["head_stride"]), b.mul(token, argument["token_stride"]))
             source, target = b.address(argument["query"], start, size), self._row("queries", row, 4 * plan.width)
             for i in range(0, plan.width, LANES):
-                b.write(self._lanes(source, i), b.add(target, I64(4 * i)))
+                b.write(self._lanes(source, i, plan.dtype), b.add(target, I64(4 * i)))
             for i in range(0, plan.dim, LANES):
                 b.write(constant(FLOATS, 0.0), b.add(self._row("sums", row, 4 * plan.dim), I64(4 * i)))
             b.write(constant(FLOATS, LOWEST), self._row("best", row, 64))
@@ -239,33 +255,48 @@ class _ChunkBuilder:
             seen = b.read(vector(I64, 2), b.address(argument["ranges"], token, 16))
             b.write(seen, self._row("ranges", row, 16))
 
-    def _lanes(self, head: jit.Value, first: int) -> jit.Value:
+    def _lanes(self, head: jit.Value, first: int, stored: torch.dtype) -> jit.Value:
         """Reads sixteen lanes of a head of queries or keys, as floats or as pairs of bfloat16. Beyond the head's end
         they are 0."""
         b, plan = self.b, self.plan
         count = min(LANES, plan.width - first)
+        address = b.add(head, I64(stored.itemsize * plan.pair * first))
         if plan.pair == 2:
-            value, zeros = b.read(vector(I32, count), b.add(head, I64(4 * first))), constant(vector(I32, count), 0)
+            value, zeros = self._pairs(address, count, stored), constant(vector(I32, count), 0)
         else:
-            address = b.add(head, I64(plan.dtype.itemsize * first))
-            value, zeros = b.read_floats(plan.dtype, address, count), constant(vector(F32, count), 0.0)
+            value, zeros = b.read_floats(stored, address, count), constant(vector(F32, count), 0.0)
         if count == LANES:
             return value
         return b.shuffle_vector(value, zeros, ir.Constant(INTS, [i if i < count else count for i in range(LANES)]))
 
+    def _pairs(self, address: jit.Value, count: int, stored: torch.dtype) -> jit.Value:
+        """Reads neighbouring elements as pairs of bfloat16, which holds every int8."""
+        b = self.b
+        if stored == torch.bfloat16:
+            return b.read(vector(I32, count), address)
+        bits = b.bitcast(b.read_floats(stored, address, 2 * count), vector(I32, 2 * count))
+        halves = b.trunc(b.lshr(bits, constant(bits.type, 16)), vector(jit.I16, 2 * count))
+        return b.bitcast(halves, vector(I32, count))
+
     def _copy_tile(self, kv_head: jit.Value, start: jit.Value, low: jit.Value, high: jit.Value) -> None:
-        b, plan, size = self.b, self.plan, self.plan.dtype.itemsize
-        token_bytes = b.mul(b.argument["kv_heads"], I64(plan.dim * size))
-        head_offset = b.mul(kv_head, I64(plan.dim * size))
+        b, plan = self.b, self.plan
+
+        def place_of(position: jit.Value) -> jit.Value:
+            slot = b.read(I64, b.address(b.argument["slots"], b.add(start, position), 8))
+            return b.add(b.mul(slot, b.argument["kv_heads"]), kv_head)
 
         def head_of(cache: str, position: jit.Value) -> jit.Value:
-            slot = b.read(I64, b.address(b.argument["slots"], b.add(start, position), 8))
-            return b.add(b.add(b.argument[cache], head_offset), b.mul(slot, token_bytes))
+            return b.address(b.argument[cache], place_of(position), plan.dim * plan.stored.itemsize)
 
+        if plan.is_int8:
+            with b.loop(low, high) as key:
+                for name in ("key_scales", "value_scales"):
+                    scale = b.read_float(torch.bfloat16, b.address(b.argument[name], place_of(key), 2))
+                    b.write(scale, b.address(self.at[name], key, 4))
         with b.loop(low, high, LANES) as key:
             heads = [head_of("keys", b.add(key, I64(i))) for i in range(LANES)]
             for first in range(0, plan.width, LANES):
-                columns = _transposed(b, [self._lanes(head, first) for head in heads])
+                columns = _transposed(b, [self._lanes(head, first, plan.stored) for head in heads])
                 for i, column in enumerate(columns[: plan.width - first]):
                     b.write(column, b.add(b.address(self.at["keys"], key, 4), I64(4 * KEYS * (first + i))))
         with b.loop(low, high, plan.pair) as key:
@@ -276,9 +307,13 @@ class _ChunkBuilder:
 
     def _value(self, heads: list[jit.Value], first: int) -> jit.Value:
         """Reads sixteen elements of one key's values as floats, or of two keys' as pairs of bfloat16."""
-        b, offset = self.b, I64(self.plan.dtype.itemsize * first)
+        b, stored = self.b, self.plan.stored
+        offset = I64(stored.itemsize * first)
         if self.plan.pair == 1:
-            return b.read_floats(self.plan.dtype, b.add(heads[0], offset))
+            return b.read_floats(stored, b.add(heads[0], offset))
+        if self.plan.is_int8:
+            low, high = (b.bitcast(b.read_floats(stored, b.add(head, offset)), INTS) for head in heads)
+            return b.or_(b.lshr(low, constant(INTS, 16)), high)
         low, high = (b.zext(b.read(vector(jit.I16), b.add(head, offset)), INTS) for head in heads)
         return b.or_(low, b.shl(high, constant(INTS, 16)))
 
@@ -354,6 +389,15 @@ class _ChunkBuilder:
     def _read_one(self, address: jit.Value) -> jit.Value:
         return self.b.read(I32 if self.plan.pair == 2 else F32, address)
 
+    def _scale(self, low: jit.Value, high: jit.Value) -> None:
+        """Multiplies the scores of some rows by their keys' scales."""
+        b, plan = self.b, self.plan
+        with b.loop(low, high, LANES) as key:
+            scale = b.read(FLOATS, b.address(self.at["key_scales"], key, 4))
+            for row in range(plan.rows):
+                place = b.add(b.address(self.at["scores"], key, 4), I64(4 * KEYS * row))
+                b.write(b.fmul(b.read(FLOATS, place), scale), place)
+
     def _mask(self, row: jit.Value, start: jit.Value, low: jit.Value, high: jit.Value) -> None:
         """Replaces the scores outside of each row's range by -inf, where there are any: ranges never decrease."""
         b, plan = self.b, self.plan
@@ -400,6 +444,9 @@ class _ChunkBuilder:
                     score = b.read(FLOATS, b.add(b.address(place, key, 4), I64(64 * j)))
                     weights.append(self._exp2(b.fused(score, scale, shift)))
                     total.set(b.fadd(total.get(), weights[-1]))
+                if plan.is_int8:
+                    factors = b.address(self.at["value_scales"], key, 4)
+                    weights = [b.fmul(w, b.read(FLOATS, b.add(factors, I64(64 * j)))) for j, w in enumerate(weights)]
                 # two weights take the place of one score, of which both have been read
                 packed = b.pack_bfloat16(*weights) if plan.pair == 2 else weights[0]
                 b.write(packed, b.address(place, key, 4 // plan.pair))
