@@ -1,5 +1,7 @@
 """CacheRows: one part of a KVCache, whose rows are copied to files and back: the blocks of a layer group, or snapshots.
 
+On a CPU numpy copies, because it starts no threads: those of torch wait for each other, and cost more than the copy.
+
 A row's version changes when it gets other content. Another thread may therefore copy rows at any time, and looks
 afterwards whether they are still what they were.
 """
@@ -57,7 +59,7 @@ class CacheRows:
         return self.keeper.find(row.key) == row.index and self.keeper.versions[row.index] == row.version
 
     def copy(self, rows: Sequence[Row]) -> Rows:
-        """Copies the bytes of rows, on any thread. On a CPU without torch, whose threads the engine needs."""
+        """Copies the bytes of rows, on any thread."""
         result = numpy.empty((len(rows), self.row_size), numpy.uint8)
         indices, start = [row.index for row in rows], 0
         for tensor in self._tensors:
@@ -69,22 +71,25 @@ class CacheRows:
             start = end
         return result
 
-    def split(self, rows: Rows) -> list[torch.Tensor]:
+    def split(self, rows: Rows) -> list[Rows]:
         """Returns the bytes of each tensor, as `put` takes them."""
         ends = numpy.cumsum([tensor.shape[1] for tensor in self._tensors])[:-1]
-        return [torch.from_numpy(numpy.ascontiguousarray(part)) for part in numpy.split(rows, ends, axis=1)]
+        return [numpy.ascontiguousarray(part) for part in numpy.split(rows, ends, axis=1)]
 
     @torch.inference_mode()
-    def put(self, keys: Sequence[bytes], parts: Sequence[torch.Tensor]) -> None:
+    def put(self, keys: Sequence[bytes], parts: Sequence[Rows]) -> None:
         """Stores rows under their keys, on the engine's thread, unless they are known by now or no row is free."""
         fresh = [number for number, key in enumerate(keys) if self.keeper.find(key) is None]
         taken = [(number, index) for number in fresh if (index := self._take()) is not None]
         if not taken:
             return
-        numbers, indices = (torch.tensor(column) for column in zip(*taken, strict=True))
+        numbers, indices = (list(column) for column in zip(*taken, strict=True))
         for tensor, part in zip(self._tensors, parts, strict=True):
             content = part if len(taken) == len(keys) else part[numbers]
-            tensor.index_copy_(0, indices.to(tensor.device), content.to(tensor.device))
+            if tensor.device.type == "cpu":
+                tensor.numpy()[indices] = content
+            else:
+                tensor[torch.tensor(indices, device=tensor.device)] = torch.from_numpy(content).to(tensor.device)
         for number, index in taken:
             self._add(keys[number], index)
 

@@ -1,9 +1,9 @@
 """DiskPrefixCache: what prompts and answers left in the KV cache, kept on disk for later turns and the next start.
 
 1. When a sequence ends, the engine's thread notes which rows of the cache hold it. It copies nothing.
-2. A thread of its own copies such rows, if the cache still holds them, and writes them to files.
+2. A thread with a low priority copies such rows, if the cache still holds them, and writes them to files.
 3. Before a sequence is admitted, its keys are looked up. Where the disk continues what memory has, the sequence waits
-   and others go on. The same thread reads the rows; the engine's thread puts them into free rows of the cache.
+   and others go on. Another thread reads the rows; the engine's thread puts them into free rows of the cache.
 4. Then the sequence is admitted as any other: it finds its beginning in memory.
 
 Nothing here makes a request fail. What cannot be read is computed, and what cannot be written is left out.
@@ -23,11 +23,10 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-import torch
-
 from engine import prefix_files
 from engine.cache_rows import CacheRows, Row, rows_of
 from engine.kv_cache import STATE, KVCache, part_of
+from engine.prefix_files import Rows
 from engine.prefix_folder import PrefixFolder
 from engine.sequence import Sequence, Status
 from errors import first_line
@@ -79,7 +78,8 @@ class DiskPrefixCache:
         self._paused_until = 0.0
         self._unread = threading.Semaphore(MAX_READ_AHEAD)
         self._post: Callable[[Callable[[], object]], object] | None = None
-        self._thread = threading.Thread(target=self._run, name="prefix cache", daemon=True)
+        self._reader = threading.Thread(target=self._run_reads, name="prefix reader", daemon=True)
+        self._writer = threading.Thread(target=self._run_writes, name="prefix writer", daemon=True)
         self.num_tokens_read = 0  # since the start: those that were not computed
         self.num_bytes_written = 0  # likewise
 
@@ -103,9 +103,10 @@ class DiskPrefixCache:
     # --- the engine's thread
 
     def start(self, post: Callable[[Callable[[], object]], object]) -> None:
-        """Starts the thread. post: has the engine's thread call something between two steps."""
+        """Starts both threads. post: has the engine's thread call something between two steps."""
         self._post = post
-        self._thread.start()
+        self._reader.start()
+        self._writer.start()
 
     def save(self, sequence: Sequence) -> None:
         """Has what the cache holds of a sequence written, of all that others can find."""
@@ -156,19 +157,18 @@ class DiskPrefixCache:
 
     def _wake(self) -> None:
         with self._changed:
-            self._changed.notify()
+            self._changed.notify_all()
 
     async def close(self, timeout: float) -> None:
-        """Writes what is left, for `timeout` seconds at most, and ends the thread."""
-        with self._changed:
-            self._deadline = time.monotonic() + timeout
-            self._changed.notify()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, timeout + 1.0)
+        """Writes what is left, for `timeout` seconds at most, and ends the threads."""
+        self._deadline = time.monotonic() + timeout
+        self._wake()
+        if self._writer.is_alive():
+            await asyncio.to_thread(self._writer.join, timeout + 1.0)
 
-    # --- the thread
+    # --- writing
 
-    def _run(self) -> None:
+    def _run_writes(self) -> None:
         _lower_priority()
         while self._goes_on():
             try:
@@ -185,26 +185,21 @@ class DiskPrefixCache:
         return bool(self._writes) and time.monotonic() < self._deadline
 
     def _next(self) -> None:
-        """Reads for one sequence, or writes one file, or waits for something to do."""
-        if self._reads:
-            self._carry_out(self._reads.popleft())
-        elif self._writes:
+        """Writes one file and rests, or waits for something to write."""
+        if self._writes:
             began = time.monotonic()
             self._write(self._writes[0])
             if not self._writes[0].rows:
                 self._writes.popleft()
-            self._rest((time.monotonic() - began) * (1 / WRITE_SHARE - 1))
+            seconds = (time.monotonic() - began) * (1 / WRITE_SHARE - 1)  # which are the engine's
+            self._wait(lambda: self._deadline is not None, seconds)
         else:
             self.folder.refresh()
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._reads or self._writes or self._deadline is not None, timeout=IDLE_REFRESH
-                )
+            self._wait(lambda: self._writes or self._deadline is not None, IDLE_REFRESH)
 
-    def _rest(self, seconds: float) -> None:
-        """Leaves the processor to the engine, unless something is to be read or this is the end."""
+    def _wait(self, is_over: Callable[[], object], seconds: float | None = None) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._reads or self._deadline is not None, timeout=seconds)
+            self._changed.wait_for(is_over, timeout=seconds)
 
     def _pause(self, error: OSError | None) -> None:
         """Gives up what waits to be written, and writes nothing for a while."""
@@ -217,8 +212,6 @@ class DiskPrefixCache:
             )
         self._paused_until = time.monotonic() + PAUSE
         self._writes.clear()
-
-    # --- writing
 
     def _write(self, write: _Write) -> None:
         """Writes the first run of the rows that no file has yet."""
@@ -244,6 +237,15 @@ class DiskPrefixCache:
         write.used -= 1000
 
     # --- reading
+
+    def _run_reads(self) -> None:
+        while self._deadline is None:
+            self._wait(lambda: self._reads or self._deadline is not None)
+            try:
+                while self._reads:
+                    self._carry_out(self._reads.popleft())
+            except Exception:
+                log.exception("the prefix cache on disk failed")
 
     def _carry_out(self, read: _Read) -> None:
         assert self._post is not None
@@ -278,7 +280,7 @@ class DiskPrefixCache:
                 return True
         return False
 
-    def _put(self, part: CacheRows, keys: list[bytes], tensors: list[torch.Tensor]) -> None:
+    def _put(self, part: CacheRows, keys: list[bytes], tensors: list[Rows]) -> None:
         try:
             part.put(keys, tensors)
         finally:

@@ -8,6 +8,7 @@ appears whole, has the same content whoever writes it, and may be gone whenever 
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -42,7 +43,7 @@ class _Found:
 
 
 class PrefixFolder:
-    """The rows on disk of one model's cache. One thread changes it; any thread may ask whether it has a row."""
+    """The rows on disk of one model's cache. One thread writes, one reads; any may ask whether it has a row."""
 
     def __init__(self, root: Path, kinds: Mapping[str, Kind], limit: int) -> None:
         """kinds: those of the parts of the cache, by their names. limit: bytes of all files under `root`."""
@@ -52,6 +53,7 @@ class PrefixFolder:
         self.folder = root / self.fingerprint
         self._places: dict[tuple[str, bytes], str] = {}  # part and key -> name of the file
         self._files: dict[str, _File] = {}
+        self._lock = threading.Lock()  # around changes of both
         self._bad: set[str] = set()  # names of files that could not be removed
         self.num_bytes = 0  # of all files, as far as known
         self._counted = -COUNTED
@@ -79,9 +81,10 @@ class PrefixFolder:
             names = {name for name in os.listdir(self.folder) if prefix_files.is_file_name(name)}
         except OSError:  # not made yet, or not readable
             names, changed = set(), -1
-        for name in self._files.keys() - names:
+        known = set(self._files.copy())
+        for name in known - names:
             self._forget(name)
-        for name in sorted(names - self._files.keys() - self._bad):
+        for name in sorted(names - known - self._bad):
             if time.monotonic() - now > patience:
                 changed = -1
                 break
@@ -98,16 +101,18 @@ class PrefixFolder:
             self._reject(name, error)
 
     def _add(self, name: str, part: str, keys: Sequence[bytes]) -> None:
-        self._files[name] = _File(tuple(keys))
-        for key in keys:
-            self._places.setdefault((part, key), name)
+        with self._lock:
+            self._files[name] = _File(tuple(keys))
+            for key in keys:
+                self._places.setdefault((part, key), name)
 
     def _forget(self, name: str) -> None:
-        file = self._files.pop(name, None)
         part = name.partition("-")[0]
-        for key in () if file is None else file.keys:
-            if self._places.get((part, key)) == name:
-                del self._places[part, key]
+        with self._lock:
+            file = self._files.pop(name, None)
+            for key in () if file is None else file.keys:
+                if self._places.get((part, key)) == name:
+                    del self._places[part, key]
 
     def _reject(self, name: str, error: Exception) -> None:
         """Forgets a file that cannot be read, and removes it; one that another process has removed is no news."""
