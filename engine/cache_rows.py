@@ -162,6 +162,6 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _layout(tensors: Sequence[torch.Tensor]) -> str:
-    """Describes the tensors of a row, such as `48 x bfloat16[16, 2, 64]`."""
+    """Describes the tensors of a row, such as `48*bfloat16[16, 2, 64]`."""
     shapes = (f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape[1:])}" for tensor in tensors)
-    return ", ".join(f"{len(list(same))} x {shape}" for shape, same in groupby(shapes))
+    return " ".join(f"{len(list(same))}*{shape}" for shape, same in groupby(shapes))

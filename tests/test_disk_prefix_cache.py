@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_vision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import VOCAB, generate
@@ -100,7 +101,7 @@ def test_what_memory_has_is_not_read_and_what_the_disk_has_is_not_written_again(
     prompt = prompt_of(101)
     engine = engine_with(tmp_path)
     assert [num_cached for _, num_cached in asked(engine, prompt, prompt, prompt)] == [0, 100, 100]
-    assert engine.num_disk_tokens == 0
+    assert engine.num_disk_tokens == 0 and engine.num_disk_bytes > 0
     before = [(path, path.read_bytes()) for path in files_in(tmp_path)]
     again = engine_with(tmp_path)
     assert [num_cached for _, num_cached in asked(again, prompt, prompt)] == [100, 100]
@@ -127,6 +128,32 @@ def test_what_was_evicted_from_memory_is_read(tmp_path: Path) -> None:
     assert [answer for answer, _ in results] == [*expected, *expected]
     assert [num_cached for _, num_cached in results[6:]] == [(len(p) - 1) // BLOCK * BLOCK for p in requests]
     assert engine.num_disk_tokens >= 400
+
+
+@pytest.mark.parametrize("block_size", [3, 8])
+@pytest.mark.parametrize("name", ["text between", "the same image twice", "many turns"])
+def test_images_are_part_of_what_is_found(name: str, block_size: int, tmp_path: Path) -> None:
+    """Another image in the same place has other keys, and what is read never ends inside an image."""
+
+    def answered(layout: list[Any]) -> tuple[list[int], int]:
+        options = replace(test_vision.SMALL_STEPS, prefix_cache_dir=tmp_path, kv_block_size=block_size)
+        engine = test_vision.engine_of(options)
+        open_disk(engine, "model", options)
+        prompt, images = test_vision.prompt_of(layout)
+
+        async def use(engine: Engine) -> tuple[list[int], int]:
+            outputs = [each async for some in engine.stream(prompt, test_vision.GREEDY, images=images) for each in some]
+            return [each.token_id for each in outputs if each.token_id is not None], outputs[0].num_cached_tokens
+
+        return run(engine, use)
+
+    layout = test_vision.LAYOUTS[name]
+    other = [part + 1 if isinstance(part, int) else part for part in layout]
+    assert answered(layout) == (test_vision.expected(name), 0)
+    again, num_cached = answered(layout)
+    assert again == test_vision.expected(name) and num_cached > 0
+    first = test_vision.prompt_of(other)[1][0].start
+    assert answered(other)[1] <= first
 
 
 async def written(engine: Engine) -> None:
