@@ -131,11 +131,13 @@ class DiskPrefixCache:
         size, keys = self._cache.block_size, self._cache.keys_to_reuse(sequence)
         known = self._cache.num_reusable(keys, sequence)
         length = self._cache.num_reusable(keys, sequence, self.folder.has)
-        if length < known + LEAST_BLOCKS or not self._cache.can_reuse:
+        if length < known + LEAST_BLOCKS:
+            sequence.is_looked_up = True
             return False
         needed = self._needed(keys[:length])
         if any(part.num_lacking(own) for part, own in needed):
-            return False
+            return False  # nor can it be admitted yet
+        sequence.is_looked_up = True
         for part, own in needed:
             part.touch(own)
         lacking = [(part, [key for key in own if part.keeper.find(key) is None]) for part, own in needed]

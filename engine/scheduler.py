@@ -264,7 +264,6 @@ class Scheduler:
     def _is_loading(self, sequence: Sequence) -> bool:
         """Returns whether a part of the prompt is read from disk. That is tried once for each sequence."""
         if self.disk is not None and not sequence.is_looked_up and not sequence.scores_prompt:
-            sequence.is_looked_up = True
             if self.disk.load(sequence, lambda: self._loading.discard(sequence)):
                 self._loading.add(sequence)
         return sequence in self._loading
