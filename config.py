@@ -401,6 +401,16 @@ class Settings(ProviderSettings):
             "models with recurrent layers, such as Qwen 3.5; default: up to half of what running sequences leave"
         ),
     )
+    prefix_cache_dir: Annotated[Path | None, BeforeValidator(without_comment)] = Field(
+        None,
+        description=(
+            "a directory that keeps the state of prompts and answers, so that they are not computed again after a "
+            "restart; default: none"
+        ),
+    )
+    prefix_cache_size: Bytes = Field(
+        8 * 2**30, description="the bytes of PREFIX_CACHE_DIR; what was not used for the longest time goes first"
+    )
     kv_block_size: int | None = Field(
         None,
         gt=0,
@@ -448,10 +458,10 @@ class Settings(ProviderSettings):
             raise ValueError("it is less than MAX_BODY_SIZE, so a body of that size would never be accepted: raise it")
         return value
 
-    @field_validator("cache_dir", "models_dir")
+    @field_validator("cache_dir", "models_dir", "prefix_cache_dir")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
-        return value and value.expanduser()
+        return None if value is None else value.expanduser()
 
     @classmethod
     def settings_customise_sources(

@@ -16,6 +16,7 @@ class BlockPool:
         self._num_references = [0] * num_blocks
         self._keys: dict[int, bytes] = {}  # block -> the key of its content
         self._blocks: dict[bytes, int] = {}  # key -> block
+        self.versions = [0] * num_blocks  # of what each block holds; a cached block keeps its own until it is evicted
 
     @property
     def num_free(self) -> int:
@@ -34,6 +35,7 @@ class BlockPool:
             block = next(iter(self._idle))
             del self._idle[block], self._blocks[self._keys.pop(block)]
         self._num_references[block] = 1
+        self.versions[block] += 1
         return block
 
     def find(self, key: bytes) -> int | None:
@@ -70,3 +72,12 @@ class BlockPool:
 
     def is_cached(self, block: int) -> bool:
         return block in self._keys
+
+    def is_idle(self, block: int) -> bool:
+        """Whether the block is cached and in use by no sequence, so that it may be evicted."""
+        return block in self._idle
+
+    def touch(self, block: int) -> None:
+        """Notes that an idle block is used now, so that it is evicted last."""
+        if block in self._idle:
+            self._idle[block] = self._idle.pop(block)

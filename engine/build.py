@@ -15,6 +15,7 @@ from engine.async_runner import AsyncRunner
 from engine.attention import flash
 from engine.attention.flash import Kernel
 from engine.checked_model import CheckedModel
+from engine.disk_prefix_cache import DiskPrefixCache
 from engine.engine import Engine, EngineOptions
 from engine.kv_cache import CachePlan, KVCache
 from engine.layer_probe import input_device, measure_key_factors, probe_layers
@@ -83,6 +84,7 @@ def load_engine(
         engine = build_engine(model, options, eos_ids, small)
         _model_runner(engine).num_known = known.num_tokens
         check_start(engine, checked.directory, options, report)
+        open_disk(engine, start_check.key_of(checked.directory, _model_runner(engine), _how(options)), options)
     except ModelLoadError:
         raise
     except Exception as error:  # a model's own code can raise anything
@@ -110,12 +112,29 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions, report:
     passed is remembered in `options.cache_dir` and not compared again."""
     warm_up(engine)
     runner = _model_runner(engine)
-    names = ("quantization", "dtype", "device_map", "kv_cache_dtype")
-    how = {name: getattr(options, name) for name in names}
     passed = start_check.PassedChecks(options.cache_dir)
-    key = start_check.key_of(directory, runner, how)
+    key = start_check.key_of(directory, runner, _how(options))
     if not passed.contains(key) and start_check.check(runner, engine.max_model_len, report):
         passed.add(key)
+
+
+def _how(options: EngineOptions) -> dict[str, object]:
+    names = ("quantization", "dtype", "device_map", "kv_cache_dtype")
+    return {name: getattr(options, name) for name in names}
+
+
+def open_disk(engine: Engine, model: str, options: EngineOptions) -> None:
+    """Lets the engine keep its prefix cache on disk, if the options say so. model: a hash of what decides the numbers
+    that it computes."""
+    if options.prefix_cache_dir is None:
+        return
+    disk = DiskPrefixCache.open(engine.scheduler.cache, options.prefix_cache_dir, options.prefix_cache_size, model)
+    if not engine.scheduler.cache.can_reuse:
+        log.warning("nothing is kept in PREFIX_CACHE_DIR: the model needs snapshots; raise SNAPSHOT_MEMORY")
+        return
+    engine.scheduler.disk = disk
+    folder = disk.folder
+    log.info("%s has %.2f GiB, and %d files of this model", folder.root, folder.num_bytes / 2**30, folder.num_files)
 
 
 def _model_runner(engine: Engine) -> ModelRunner:

@@ -15,6 +15,7 @@ import torch
 
 from engine.admission_control import AdmissionControl
 from engine.batch import Batch
+from engine.disk_prefix_cache import DiskPrefixCache
 from engine.quantization import STOCK
 from engine.sampling_params import SampledToken, SamplingParams
 from engine.scheduler import Scheduler
@@ -50,6 +51,8 @@ class EngineOptions:
     kv_block_size: int | None = None
     num_speculative_tokens: int = 8
     cache_dir: Path | None = None  # where the result of the check at start is kept; None: nowhere
+    prefix_cache_dir: Path | None = None  # where what is in the KV cache is kept; None: nowhere
+    prefix_cache_size: int = 8 * 2**30  # bytes of it
 
 
 class Runner(Protocol):
@@ -148,6 +151,16 @@ class Engine:
         return self.scheduler.num_preemptions
 
     @property
+    def num_disk_tokens(self) -> int:
+        """Tokens of prompts that were read from disk since the start."""
+        return 0 if self.scheduler.disk is None else self.scheduler.disk.num_tokens_read
+
+    @property
+    def num_disk_bytes(self) -> int:
+        """Bytes of the prefix cache on disk, as far as known."""
+        return 0 if self.scheduler.disk is None else self.scheduler.disk.folder.num_bytes
+
+    @property
     def is_stalled(self) -> bool:
         """Whether the current step has taken longer than any should: a device that hangs does not raise."""
         begin = self._step_began
@@ -157,6 +170,8 @@ class Engine:
         """Starts the worker thread, whose outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._worker.start()
+        if self.scheduler.disk is not None:
+            self.scheduler.disk.start(self.post)
 
     async def stream(
         self,
@@ -227,9 +242,17 @@ class Engine:
     async def close(self, timeout: float = 0.0, patience: float = ENDING) -> None:
         """Lets sequences finish for `timeout` seconds, ends the thread, and gives the remaining ones an error. The
         thread is abandoned where its step takes `patience` seconds more, since the device may hang."""
-        self._is_closing = True
+        self._is_closing, deadline = True, time.monotonic() + timeout
         await self._worker.close(lambda: self._live, timeout, patience)
         self._fail_all(Unavailable("The server is shutting down.", retry_after=10))
+        if self.scheduler.disk is not None:
+            await self._close_disk(self.scheduler.disk, max(patience, deadline - time.monotonic()))
+
+    async def _close_disk(self, disk: DiskPrefixCache, timeout: float) -> None:
+        """Writes what is in the cache, also of sequences that did not finish."""
+        for sequence in [] if self._worker.is_alive else self.scheduler.running:
+            disk.save(sequence)
+        await disk.close(timeout)
 
     def _end(self, error: BaseException | None) -> None:
         """Handles an error that no step could handle: it ends the engine, and /health reports it."""

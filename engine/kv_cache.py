@@ -5,7 +5,7 @@ block tables, so that a sliding layer frees the blocks that its window has passe
 its tokens and all those before it, so that a prompt that begins like another one reuses what was computed for that.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -19,7 +19,18 @@ from engine.recurrent.state_cache import StateCache
 from engine.sequence import Sequence
 
 FREED = -1
+STATE = "state"  # the part of the cache that snapshots are
 _UNBOUNDED = 2**40  # tokens
+IsStored = Callable[[str, bytes], bool]  # whether a row of a part, by its key, is stored outside memory
+
+
+def part_of(group: int) -> str:
+    """Names the part of the cache that a group's blocks are."""
+    return f"kv{group}"
+
+
+def in_no_file(part: str, key: bytes) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -165,41 +176,61 @@ class KVCache:
         """Whether a sequence can begin with what another one has computed."""
         return self.states is None or self.states.plan.num_snapshots > 0
 
+    def keys_to_reuse(self, sequence: Sequence) -> list[bytes]:
+        """Returns the keys of the blocks that a sequence can begin with."""
+        return sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
+
     def reuse(self, sequence: Sequence) -> None:
         """Gives a sequence without blocks the cached blocks of its longest known prefix. At least one token is left
         to compute."""
-        keys = sequence.block_keys(self.block_size)[: (sequence.num_tokens - 1) // self.block_size]
-        length = self._num_reusable(keys, sequence, None if self.states is None else self.states.snapshots)
+        keys = self.keys_to_reuse(sequence)
+        length = self.num_reusable(keys, sequence)
         if self.states is not None:  # where this prompt begins to differ from a known one, others may do so, too
             sequence.add_boundary(self._num_reusable(keys, sequence) * self.block_size)
         self.advance(sequence, length * self.block_size)
         sequence.num_cached_blocks = length
         sequence.block_tables = []
         for group, pool in zip(self.groups, self.pools, strict=True):
-            first = self._first_visible(group, length)
+            first = self.first_visible(group, length)
             blocks = [pool.find(key) for key in keys[first:length]]
             for block in blocks:
                 pool.add_reference(cast(int, block))
             sequence.block_tables.append([FREED] * first + cast(list[int], blocks))
 
-    def _num_reusable(self, keys: list[bytes], sequence: Sequence, ends: Collection[bytes] | None = None) -> int:
+    def num_reusable(self, keys: list[bytes], sequence: Sequence, is_stored: IsStored = in_no_file) -> int:
+        """Returns the most leading blocks that a sequence can begin with, in memory or stored elsewhere."""
+        if self.states is None:
+            return self._num_reusable(keys, sequence, is_stored=is_stored)
+        snapshots = self.states.snapshots
+        return self._num_reusable(keys, sequence, lambda key: key in snapshots or is_stored(STATE, key), is_stored)
+
+    def _num_reusable(
+        self,
+        keys: list[bytes],
+        sequence: Sequence,
+        is_end: Callable[[bytes], bool] | None = None,
+        is_stored: IsStored = in_no_file,
+    ) -> int:
         """Returns the largest number of leading blocks such that every group still has those that the next token sees.
 
-        They never end inside an image, since its tokens see each other. ends: the keys of blocks, one of which must be
-        the last one; None: any.
+        They never end inside an image, since its tokens see each other. is_end: tells by the key of a block whether it
+        may be the last one; None: any.
         """
-        runs = [_runs([pool.find(key) is not None for key in keys]) for pool in self.pools]
+        runs = [
+            _runs([pool.find(key) is not None or is_stored(part_of(index), key) for key in keys])
+            for index, pool in enumerate(self.pools)
+        ]
         for n in range(len(keys), 0, -1):
-            if ends is not None and keys[n - 1] not in ends:
+            if is_end is not None and not is_end(keys[n - 1]):
                 continue
-            needed = (n - self._first_visible(group, n) for group in self.groups)
+            needed = (n - self.first_visible(group, n) for group in self.groups)
             end = n * self.block_size
             splits_image = any(image.start < end for image in sequence.whole_images_in(end, end + 1))
             if not splits_image and all(run[n] >= count for run, count in zip(runs, needed, strict=True)):
                 return n
         return 0
 
-    def _first_visible(self, group: LayerGroup, num_blocks: int) -> int:
+    def first_visible(self, group: LayerGroup, num_blocks: int) -> int:
         """Returns the index of the first block that the token after `num_blocks` blocks sees."""
         return 0 if group.window is None else max(0, num_blocks * self.block_size + 1 - group.window) // self.block_size
 

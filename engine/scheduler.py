@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix  # of any sequences
 
 from engine.batch import Batch, Span
+from engine.disk_prefix_cache import DiskPrefixCache
 from engine.kv_cache import KVCache
 from engine.prefill_budget import PrefillBudget
 from engine.sampling_params import SampledToken
@@ -57,11 +58,14 @@ class Scheduler:
         self._next_turns: dict[str, int] = {}  # client -> the turn of its next prompt
         self.prefill_budget = PrefillBudget(limits.max_num_mixed_tokens)
         self._suspects: dict[Sequence, Suspect] = {}
+        self.disk: DiskPrefixCache | None = None  # what continues the cache's memory
+        self._loading: set[Sequence] = set()  # those that wait for it
         self._is_suspects_turn = False
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Whether there is something to compute now; a sequence that waits for the disk is none."""
+        return bool(self.running) or len(self.waiting) > len(self._loading)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence behind those of its priority that have an earlier turn.
@@ -134,8 +138,8 @@ class Scheduler:
             for sequence in [s for s in waiting if s.priority == priority]:
                 if budget <= 0 or is_full or len(self.running) >= self.limits.max_num_seqs:
                     break
-                if self._is_being_computed(sequence):
-                    continue  # once that is computed, it can reuse it
+                if self._is_being_computed(sequence) or self._is_loading(sequence):
+                    continue  # once that is computed or read, it can reuse it
                 is_full = not self._admit(sequence)
                 budget -= self._prefill(sequence, budget, spans) if not is_full else 0
         # not where a preempted sequence is computed again, whose last chunk may be of one token
@@ -257,6 +261,13 @@ class Scheduler:
                 return not sequence.scores_prompt
         return False
 
+    def _is_loading(self, sequence: Sequence) -> bool:
+        """Returns whether a part of the prompt is read from disk. That is tried once for each sequence."""
+        if self.disk is not None and not sequence.is_looked_up and not sequence.scores_prompt:
+            if self.disk.load(sequence, lambda: self._loading.discard(sequence)):
+                self._loading.add(sequence)
+        return sequence in self._loading
+
     def _least_urgent(self) -> Sequence:
         """Returns the running sequence to preempt next: of those with the lowest priority, the one admitted last."""
         return max(reversed(self.running), key=lambda sequence: sequence.priority)
@@ -369,7 +380,10 @@ class Scheduler:
         else:
             self.running.remove(sequence)
         self._suspects.pop(sequence, None)
+        self._loading.discard(sequence)
         self._erase_unchecked(sequence)
+        if self.disk is not None:
+            self.disk.save(sequence)
         self.cache.free(sequence)
         self.proposer.forget(sequence)
         self._settle(sequence)

@@ -172,6 +172,8 @@ def engine_options(settings: Settings) -> "EngineOptions":
         kv_block_size=settings.kv_block_size,
         num_speculative_tokens=settings.num_speculative_tokens,
         cache_dir=settings.cache_dir,
+        prefix_cache_dir=settings.prefix_cache_dir,
+        prefix_cache_size=settings.prefix_cache_size,
     )
 
 

@@ -50,6 +50,12 @@ class EngineState(Protocol):
     @property
     def num_failed_steps(self) -> int: ...
 
+    @property
+    def num_disk_tokens(self) -> int: ...
+
+    @property
+    def num_disk_bytes(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class ModelMetrics:
@@ -189,6 +195,7 @@ GAUGES: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
         "Used part of the KV cache, from 0 to 1",
         lambda engine: engine.num_used_blocks / max(1, engine.num_blocks),
     ),
+    ("prefix_cache_disk_bytes", "Bytes of the prefix cache on disk", lambda engine: engine.num_disk_bytes),
 )
 COUNTERS: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
     (
@@ -197,4 +204,9 @@ COUNTERS: tuple[tuple[str, str, Callable[[EngineState], float]], ...] = (
         lambda engine: engine.num_preemptions,
     ),
     ("failed_steps", "Failed steps", lambda engine: engine.num_failed_steps),
+    (
+        "prefix_cache_disk_hits",
+        "Prompt tokens read from the prefix cache on disk",
+        lambda engine: engine.num_disk_tokens,
+    ),
 )

@@ -137,6 +137,7 @@ class StateCache:
         self._free_slots = list(range(plan.num_slots))  # a heap: the lowest rows are in memory already
         self._free_rows = list(range(plan.num_slots, num_rows))  # for snapshots, likewise
         self._snapshots: dict[bytes, int] = {}  # key of the last block -> row; the least recently used first
+        self.versions = [0] * num_rows  # of what each snapshot's row holds
 
     @property
     def num_used_slots(self) -> int:
@@ -263,11 +264,9 @@ class StateCache:
         assert state is not None
         if self._key(sequence, num_tokens) in self._snapshots:
             return None
-        if not self._free_rows and self._snapshots:
-            self._forget(next(iter(self._snapshots)))
-        if self._free_rows:
-            state.reserved[num_tokens] = heapq.heappop(self._free_rows)
-        return state.reserved.get(num_tokens)
+        if (row := self.take()) is not None:
+            state.reserved[num_tokens] = row
+        return row
 
     def publish(self, sequence: Sequence, is_checked: bool) -> None:
         """Lets other sequences begin from the snapshots that the last step took, unless they hold NaN.
@@ -281,8 +280,7 @@ class StateCache:
                 continue
             del state.reserved[num_tokens]
             key = self._key(sequence, num_tokens)
-            self._forget(key)
-            self._snapshots[key] = row
+            self.add(key, row)
             if num_tokens > len(sequence.prompt_ids):  # only the latest one of an answer is of use
                 self._forget(state.answer_key)
                 state.answer_key = key
@@ -295,7 +293,33 @@ class StateCache:
     def _forget(self, key: bytes | None) -> None:
         row = None if key is None else self._snapshots.pop(key, None)
         if row is not None:
+            self.versions[row] += 1
             heapq.heappush(self._free_rows, row)
+
+    def find(self, key: bytes) -> int | None:
+        """Returns the row of a snapshot, None where there is none."""
+        return self._snapshots.get(key)
+
+    def take(self) -> int | None:
+        """Returns a row for another snapshot, in the place of the least recently used one where none is free. None
+        where there can be no snapshots."""
+        if not self._free_rows and self._snapshots:
+            self._forget(next(iter(self._snapshots)))
+        return heapq.heappop(self._free_rows) if self._free_rows else None
+
+    def add(self, key: bytes, row: int) -> None:
+        """Lets sequences begin from the snapshot in this row, which was taken."""
+        self._forget(key)
+        self._snapshots[key] = row
+
+    def ends_of(self, sequence: Sequence) -> list[bytes]:
+        """Returns the keys of the sequence's snapshots where others are likely to go on: at its boundaries, at the end
+        of its prompt and of its answer."""
+        size, num_prompt = self._block_size, len(sequence.prompt_ids)
+        places = {place // size for place in (*sequence.boundaries, num_prompt - 1)}
+        places |= {*range(num_prompt // size + 1, sequence.num_computed // size + 1)}
+        keys = sequence.block_keys(size)
+        return [keys[n - 1] for n in sorted(places) if 0 < n <= len(keys) and keys[n - 1] in self._snapshots]
 
     def _cancel(self, state: RecurrentState) -> None:
         for row in state.reserved.values():
