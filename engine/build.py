@@ -79,7 +79,7 @@ def load_engine(
             memory = options.kv_cache_memory or _free_memory(specs)
             options = replace(options, max_num_seqs=choose_num_seqs(model, specs, memory))
         engine = build_engine(model, options, eos_ids, small)
-        _model_runner(engine).num_known = known.num_tokens
+        model_runner_of(engine).num_known = known.num_tokens
         check_start(engine, checked.directory, options, report)
     except ModelLoadError:
         raise
@@ -107,7 +107,7 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions, report:
     """Raises ModelLoadError for a model that cannot compute, or whose logits differ from transformers'. A model that
     passed is remembered in `options.cache_dir` and not compared again."""
     warm_up(engine)
-    runner = _model_runner(engine)
+    runner = model_runner_of(engine)
     how = {"quantization": options.quantization, "dtype": options.dtype, "device_map": options.device_map}
     passed = start_check.PassedChecks(options.cache_dir)
     key = start_check.key_of(directory, runner, how)
@@ -115,7 +115,7 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions, report:
         passed.add(key)
 
 
-def _model_runner(engine: Engine) -> ModelRunner:
+def model_runner_of(engine: Engine) -> ModelRunner:
     runner = engine.runner.runner if isinstance(engine.runner, AsyncRunner) else engine.runner
     assert isinstance(runner, ModelRunner)
     return runner
