@@ -88,7 +88,8 @@ class HubModels:
         self._pool.drop(model.name.removeprefix(PREFIX), model)
 
     async def _load(self, name: str) -> LocalModel:
-        settings = self._settings.model_copy(update={"model_path": name, "served_model_name": PREFIX + name})
+        named = {"model_path": name, "served_model_name": PREFIX + name}
+        settings = self._settings.model_copy(update={**named, "lora_adapters": {}})  # which are the main model's
         model = LocalModel(settings, lambda sentence: self._on_failure(model, sentence), metrics=self._metrics)
         try:
             directory = await in_daemon_thread(partial(self._fetch, name, model.progress))

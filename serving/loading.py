@@ -35,6 +35,7 @@ from vision.family import VisionFamily
 if TYPE_CHECKING:
     from engine.build import ModelDefaults
     from engine.engine import Engine, EngineOptions
+    from engine.lora.adapter import Adapter
     from engine.sample.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class LoadedModel:
     image_inputs: ImageInputs | None = None  # None: the model takes text alone
     grammars: "GrammarCompiler | None" = None  # None: grammars cannot be compiled for its tokenizer
     facts: ModelFacts | None = None
+    adapter: "Adapter | None" = None  # which requests are answered with
 
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # they may have a chat template

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,11 +20,13 @@ from schemas import (
     CompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
+    LoadAdapterRequest,
     Model,
     TokenizeRequest,
     TokenizeResponse,
     TokenizerInfo,
 )
+from serving.adapters import ModelAdapters
 from serving.admission import check_characters
 from serving.chat import plan_chat
 from serving.chat_renderer import ChatRenderer
@@ -62,6 +65,7 @@ class LocalModel:
         self.path = settings.model_path or checkpoint.default_model_path()
         self.name = settings.served_model_name or checkpoint.served_name(self.path)
         self._names = {name.casefold() for name in (self.name, self.path, checkpoint.served_name(self.path))}
+        self.adapters = ModelAdapters(settings, self.name, self._names)
         self.created = int(time.time())
         self._on_failure = on_failure
         self._load_model = load
@@ -85,6 +89,7 @@ class LocalModel:
     async def _load(self) -> LoadedModel:
         try:
             loaded = await in_daemon_thread(partial(self._load_model, self.path, self.settings, self.progress))
+            await in_daemon_thread(partial(self.adapters.read_configured, loaded.engine))
         except ModelLoadError as error:
             self._fail(str(error))
             raise
@@ -142,10 +147,15 @@ class LocalModel:
     # --- models
 
     def serves(self, model: str) -> bool:
-        return model.casefold() in self._names
+        return model.casefold() in self._names or self.adapters.serves(model)
 
     def models(self) -> list[Model]:
-        return [Model.of_server(self.name, self.created, **self._about_model())]
+        about = self._about_model()
+        return [Model.of_server(self.name, self.created, **about), *self.adapters.models(**about)]
+
+    async def load_adapter(self, request: LoadAdapterRequest) -> None:
+        """Loads an adapter of this model, which becomes a model of its own. Raises APIError."""
+        await self.adapters.load(self.ready.engine, request)
 
     def _about_model(self) -> dict[str, Any]:
         if self.loaded is None:
@@ -173,7 +183,8 @@ class LocalModel:
             raise ModelLoading(
                 f"The model is loading ({self.progress.phase}: {percent} %); try again later.", retry_after=5
             )
-        return self.loaded
+        adapter = self.adapters.get(model)
+        return self.loaded if adapter is None else replace(self.loaded, adapter=adapter)
 
     @property
     def ready(self) -> LoadedModel:
@@ -197,8 +208,7 @@ class LocalModel:
         return self._computed(loaded, plan, None, ChatCompletionChunk)
 
     async def _run(self, request: R, make_plan: MakePlan[R], chunk_type: type[C]) -> AsyncGenerator[C]:
-        self._ready_for(request)
-        usage = RequestUsage(self.name, self._metrics.of(self.name))
+        usage = self._usage(self._ready_for(request))
         loaded, plan = await self._planned(request, make_plan)
         async with aclosing(self._computed(loaded, plan, usage, chunk_type)) as chunks:
             async for chunk in chunks:
@@ -217,10 +227,10 @@ class LocalModel:
         self, loaded: LoadedModel, plan: Plan[Any], usage: RequestUsage | None, chunk_type: type[C]
     ) -> AsyncGenerator[C]:
         """usage: None begins to count now, for the request of which this is then the record."""
-        usage = usage or RequestUsage(self.name, self._metrics.of(self.name))
+        usage = usage or self._usage(loaded)
         usage.start(plan.prompt_lengths, plan.answers_per_prompt)
         choices_of, timings = plan.reader(loaded.texts), None
-        head = chunk_type(model=self.name, choices=[])
+        head = chunk_type(model=self._name_of(loaded), choices=[])
         async with aclosing(merge(plan.sources(loaded))) as deltas:
             async for delta in deltas:
                 is_first = usage.add(delta)
@@ -230,6 +240,13 @@ class LocalModel:
                         timings = usage.timings
                     yield head.model_copy(update={"choices": [choice], "timings": timings, "known_usage": known})
         yield head.model_copy(update={"usage": usage.usage, "timings": timings})
+
+    def _name_of(self, loaded: LoadedModel) -> str:
+        """Returns the name under which a model answers: the adapter's, if it has one."""
+        return self.name if loaded.adapter is None else loaded.adapter.name
+
+    def _usage(self, loaded: LoadedModel) -> RequestUsage:
+        return RequestUsage(self._name_of(loaded), self._metrics.of(self.name))
 
     # --- tokens
 

@@ -58,7 +58,7 @@ def tagged(name: str) -> str:
 
 async def listed(services: Services) -> OllamaModels:
     """Lists what /v1/models lists."""
-    models = [_listed(services.local.name, services.local.created, services.local.loaded)]
+    models = [_listed(model.id, model.created, services.local.loaded) for model in services.local.models()]
     models += [_listed(model.id, model.created) for model in services.embeddings.models()]
     models += [_listed(f"{provider}/{name}", 0) for provider, name in await services.router.listed()]
     return OllamaModels(models=models)

@@ -17,7 +17,8 @@ async def list_models(services: UsesServices) -> ModelList:
 @router.get("/models/{model:path}")
 async def retrieve_model(model: str, services: UsesServices) -> Model:
     if services.local.serves(model):
-        return services.local.models()[0]
+        base, *adapters = services.local.models()
+        return next((adapter for adapter in adapters if adapter.id.casefold() == model.casefold()), base)
     for embedding_model in services.embeddings.models():
         if embedding_model.id.casefold() == model.casefold():
             return embedding_model

@@ -155,5 +155,5 @@ def _digest(layers: Mapping[str, Matrices]) -> bytes:
     for name, matrices in layers.items():
         digest.update(f"{name} {matrices.rank}\n".encode())
         for part in matrices:
-            digest.update(part.contiguous().view(torch.uint8).numpy())
+            digest.update(part.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

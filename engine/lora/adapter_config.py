@@ -11,7 +11,7 @@ from errors import ModelLoadError, first_line
 
 FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
-_OFF = (None, False, "none", [], {}, "")
+_OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 _UNSUPPORTED = {  # fields that must have one of the values in _OFF, with what they stand for
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -55,7 +55,7 @@ class AdapterConfig:
                 rank=_positive(fields["r"], int),
                 alpha=_positive(fields.get("lora_alpha", 8), int, float),
                 is_rank_stabilized=fields.get("use_rslora") is True,
-                targets=targets if isinstance(targets, str) else tuple(map(_text, targets)),
+                targets=_pattern(targets) if isinstance(targets, str) else tuple(map(_text, targets)),
                 ranks={_pattern(key): _positive(rank, int) for key, rank in _mapping(fields, "rank_pattern")},
                 alphas={_pattern(key): _positive(a, int, float) for key, a in _mapping(fields, "alpha_pattern")},
             )
@@ -115,7 +115,7 @@ def _check_support(fields: dict[str, Any], directory: Path) -> None:
 
 
 def _positive(value: Any, *types: type) -> Any:
-    if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < 1e9:
+    if type(value) not in types or not 0 < value < 1e9:
         raise ValueError(f"{value!r} is not a positive number")
     return value
 

@@ -20,7 +20,7 @@ _Key = tuple[weakref.ref[Adapter], ...]
 
 
 class ModelAdapters:
-    """The adapters of one model. Stacks are kept from step to step; an adapter that nobody has any more is forgotten."""
+    """The adapters of one model. Stacks are kept from step to step; one whose adapter nobody has any more is not."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         """dtype: of what the layers compute."""

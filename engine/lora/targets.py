@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from engine.lora.adapter import Shape, layer_name
 from engine.lora.updates import ActiveAdapters, LowRankUpdates, Target, single
+from engine.recurrent.layers import RecurrentLayer
 
 _REPLACED = ("_stock", "stock")  # what replaced modules are called in those that replaced them
 _OTHER = re.compile(  # layers that see or hear, and parts of modules that answer for them
@@ -39,9 +40,9 @@ def attach(model: nn.Module, targets: list[Target], active: ActiveAdapters) -> N
     """Has the model's layers apply the adapters of each step."""
     for target in targets:
         target.attach(LowRankUpdates(active, target.parts))
-    for module in model.modules():
-        if hasattr(module, "step_adapters"):  # it computes the tokens of a step in an order of its own
-            module.step_adapters = active
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, RecurrentLayer)]
+    for layer in layers:
+        layer.step_adapters = active  # it computes the tokens of a step in an order of its own
 
 
 def _plain_name(name: str) -> str:

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from engine.cpu import activations, kernels, products
-from engine.cpu.packed_weight import GROUP, LANES, PackedWeight, can_pack, pack_bfloat16
+from engine.cpu.jit import LANES
+from engine.cpu.packed_weight import GROUP, PackedWeight, can_pack, pack_bfloat16
 from engine.lora.adapter import Adapter, Matrices, Shape
 
 

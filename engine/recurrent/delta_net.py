@@ -17,7 +17,7 @@ from engine.cpu.packed_layers import PackedLinear, SharedInput, is_same, prepare
 from engine.cpu.packed_weight import PackedWeight
 from engine.layer_spec import RecurrentSpec, StateShape
 from engine.lora.adapter import Shape
-from engine.lora.updates import LowRankUpdates, Part, Target
+from engine.lora.updates import LowRankUpdates, Part, Target, single
 from engine.recurrent.layers import LayerStates, RecurrentLayer, asks_for_state
 from engine.recurrent.state_cache import Phase, StateCache, StateRun, StateStep
 
@@ -218,6 +218,13 @@ class Reordered(nn.Module):
             PackedWeight(layer.packed.format, layer.packed.num_rows, **parts), layer.bias[order], layer.dtype
         )
         self._inverse = order.argsort()
+        self.updates: LowRankUpdates | None = None  # of adapters
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, self.layer(x))[..., self._inverse]
+        output = cast(torch.Tensor, self.layer(x))[..., self._inverse]
+        if self.updates is not None:
+            self.updates.add(x, [output])
+        return output
+
+    def adapter_targets(self, name: str) -> list[Target]:
+        return [single(name, self.layer.shape, partial(setattr, self, "updates"))]
