@@ -152,11 +152,11 @@ def test_packed_layers_add_what_plain_ones_add(name: str, family: str, tmp_path:
         pytest.skip("this CPU does not multiply bfloat16")
     stock = tiny_model(family, **WIDE)
     made = TinyAdapter(stock, KINDS[family], rank=5)
-    merged = made.merged()
-    expected, without = (logits_of(build_engine(model, SMALL_STEPS, frozenset())) for model in (merged, stock))
+    directory, merged = made.save(tmp_path), made.merged()
     engine, other = (packed_engine(model, name) for model in (tiny_model(family, **WIDE), made.merged()))
+    expected, without = (logits_of(build_engine(model, SMALL_STEPS, frozenset())) for model in (merged, stock))
     before = logits_of(engine)
-    actual = logits_of(engine, read(engine, made.save(tmp_path)))
+    actual = logits_of(engine, read(engine, directory))
     assert distance(actual, expected) < 1.5 * distance(logits_of(other), expected) + 0.02
     assert distance(actual, expected) < distance(actual, without)
     assert torch.equal(logits_of(engine), before), "without the adapter it computes what it did before"
