@@ -427,6 +427,19 @@ class Settings(ProviderSettings):
         None, description="a smaller model with the same vocabulary that guesses tokens, in a form of MODEL_PATH"
     )
 
+    lora_adapters: Annotated[dict[str, str], NoDecode, BeforeValidator(parse_pairs)] = Field(
+        {}, description="adapters (LoRA) for the model, each a model of its own: name=directory,name=directory"
+    )
+    lora_dir: Path | None = Field(
+        None,
+        description=(
+            "the directory below which POST /v1/load_lora_adapter may load adapters; "
+            "default: it may only load those of LORA_ADAPTERS again"
+        ),
+    )
+    max_lora_rank: int = Field(256, gt=0, description="the largest rank of an adapter's matrices")
+    max_lora_adapters: int = Field(64, gt=0, description="the largest number of adapters that are loaded at a time")
+
     embedding_model_path: str | None = Field(
         None, description="an embedding model to load at the start: a directory, a Hub id or a demo name"
     )
@@ -458,7 +471,7 @@ class Settings(ProviderSettings):
             raise ValueError("it is less than MAX_BODY_SIZE, so a body of that size would never be accepted: raise it")
         return value
 
-    @field_validator("cache_dir", "models_dir", "prefix_cache_dir")
+    @field_validator("cache_dir", "models_dir", "prefix_cache_dir", "lora_dir")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser()

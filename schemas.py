@@ -807,6 +807,20 @@ class ModelPermission(BaseModel):
 ModelStatus = Literal["loaded", "loading", "unloaded", "failed"]
 
 
+class LoadAdapterRequest(RequestBody):
+    """An adapter (LoRA) that is to be served as a model. The shape is vLLM's."""
+
+    lora_name: str | None = None
+    lora_path: str | None = None
+    load_inplace: bool | None = None  # whether it may take the place of one that has the name already
+
+
+class UnloadAdapterRequest(RequestBody):
+    """An adapter that is to be served no longer. The shape is vLLM's."""
+
+    lora_name: str | None = None
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -827,7 +841,8 @@ class Model(BaseModel):
     @classmethod
     def of_server(cls, name: str, created: int, **known: Any) -> "Model":
         """Makes the entry for a model of this server; `known` are further fields of it."""
-        return cls(id=name, created=created, permission=[ModelPermission(created=created)], root=name, **known)
+        fields = {"root": name, **known}
+        return cls(id=name, created=created, permission=[ModelPermission(created=created)], **fields)
 
     @classmethod
     def of_provider(cls, owner: str, name: str) -> "Model":

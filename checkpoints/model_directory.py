@@ -35,17 +35,17 @@ def weights_size(directory: Path) -> int:
 
 
 def _check_adapter(directory: Path, name: str, files: set[str]) -> None:
-    """Raises ModelLoadError for an adapter (LoRA), which changes another model's weights and is not applied here."""
+    """Raises ModelLoadError for an adapter (LoRA), which is no model: it changes another one's weights."""
     has_weights = any(file.startswith("adapter_model.") for file in files)
     if "config.json" in files and has_weights:
         raise errors.ModelLoadError(
-            f"{name} has an adapter (adapter_model) beside the model, and adapters are not applied: merge it into the "
-            "weights (PEFT's merge_and_unload), or move its files away to serve the model without it."
+            f"{name} has an adapter (adapter_model) beside the model, which would not be applied: move its files to a "
+            "directory of their own, and name that in LORA_ADAPTERS as name=directory."
         )
     if "config.json" not in files and (has_weights or "adapter_config.json" in files):
         raise errors.ModelLoadError(
-            f"{name} is an adapter for {_adapted_model(directory)}, not a model: merge it into that model's weights "
-            "(PEFT's merge_and_unload), and name the directory with the result."
+            f"{name} is an adapter for {_adapted_model(directory)}, not a model: name that model in MODEL_PATH, "
+            "and the adapter in LORA_ADAPTERS as name=directory."
         )
 
 

@@ -82,9 +82,9 @@ def load_engine(
             memory = options.kv_cache_memory or _free_memory(specs)
             options = replace(options, max_num_seqs=choose_num_seqs(model, specs, memory))
         engine = build_engine(model, options, eos_ids, small)
-        _model_runner(engine).num_known = known.num_tokens
+        model_runner_of(engine).num_known = known.num_tokens
         check_start(engine, checked.directory, options, report)
-        open_disk(engine, start_check.key_of(checked.directory, _model_runner(engine), _how(options)), options)
+        open_disk(engine, start_check.key_of(checked.directory, model_runner_of(engine), _how(options)), options)
     except ModelLoadError:
         raise
     except Exception as error:  # a model's own code can raise anything
@@ -111,7 +111,7 @@ def check_start(engine: Engine, directory: Path, options: EngineOptions, report:
     """Raises ModelLoadError for a model that cannot compute, or whose logits differ from transformers'. A model that
     passed is remembered in `options.cache_dir` and not compared again."""
     warm_up(engine)
-    runner = _model_runner(engine)
+    runner = model_runner_of(engine)
     passed = start_check.PassedChecks(options.cache_dir)
     key = start_check.key_of(directory, runner, _how(options))
     if not passed.contains(key) and start_check.check(runner, engine.max_model_len, report):
@@ -137,7 +137,7 @@ def open_disk(engine: Engine, model: str, options: EngineOptions) -> None:
     log.info("%s has %.2f GiB, and %d files of this model", folder.root, folder.num_bytes / 2**30, folder.num_files)
 
 
-def _model_runner(engine: Engine) -> ModelRunner:
+def model_runner_of(engine: Engine) -> ModelRunner:
     runner = engine.runner.runner if isinstance(engine.runner, AsyncRunner) else engine.runner
     assert isinstance(runner, ModelRunner)
     return runner

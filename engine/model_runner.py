@@ -22,6 +22,9 @@ from engine.cuda_graphs import DecodeGraphs, GraphRecorder, record_graph
 from engine.kv_cache import FREED, KVCache, LayerGroup, first_visible
 from engine.layer_probe import forward_of, input_device
 from engine.layer_spec import AttentionSpec
+from engine.lora.adapter import Adapter
+from engine.lora.runner import ModelAdapters
+from engine.recurrent.state_cache import StateStep
 from engine.sample.masks import GrammarBitmasks
 from engine.sample.sampler import Sampler, SamplerOutput, score
 from engine.sampling_params import SampledToken
@@ -117,6 +120,7 @@ class ModelRunner:
         self.sampler = Sampler(eos_token_ids)
         self.device = input_device(model)
         self.dtype = cast(AttentionSpec, next(iter(cache.specs.values()))).dtype
+        self.adapters = ModelAdapters(model, self.dtype)
 
     def encode(self, images: list[Image], limit: int) -> None:
         """Gives features to all images that were encoded before, and to `limit` of the others. Raises what the model
@@ -189,7 +193,8 @@ class ModelRunner:
     def forward(self, layout: _Layout, rows: list[int], known: torch.Tensor | None = None) -> torch.Tensor:
         """Computes the logits of some of the step's rows: (rows, vocab). known: the token ids, if only the device has
         them yet."""
-        if self._graphs is not None and not layout.prefills:
+        has_adapters = any(span.sequence.params.adapter is not None for span in layout.whole)
+        if self._graphs is not None and not layout.prefills and not has_adapters:
             recorded = self._graphs.run(layout.decodes, known)
             if recorded is not None:
                 return picked(recorded, rows)
@@ -198,13 +203,15 @@ class ModelRunner:
             token_ids += [span.token_at(position) for position in range(span.start, span.end)]
         groups = [self._group_attention(index, group, layout) for index, group in enumerate(self.cache.groups)]
         states = None if self.cache.states is None else self.cache.states.plan_step(layout.whole, layout.rows())
-        return self._compute(
-            torch.tensor([token_ids], device=self.device) if known is None else known[None],
-            self._positions(layout),
-            StepAttention(self.cache, groups, self.flash, states),
-            torch.tensor(rows, dtype=torch.long, device=self.device),
-            _features(layout),
-        )
+        owners = _owners(layout, states) if has_adapters else []
+        with self.adapters.during(owners, len(token_ids)):
+            return self._compute(
+                torch.tensor([token_ids], device=self.device) if known is None else known[None],
+                self._positions(layout),
+                StepAttention(self.cache, groups, self.flash, states),
+                torch.tensor(rows, dtype=torch.long, device=self.device),
+                _features(layout),
+            )
 
     def _compute(
         self,
@@ -363,6 +370,16 @@ class ModelRunner:
 
 def _whole_images_in(span: Span) -> tuple[Image, ...]:
     return span.sequence.whole_images_in(span.start, span.end)
+
+
+def _owners(layout: _Layout, states: StateStep | None) -> list[Adapter | None]:
+    """Returns the adapter of each of the step's tokens, and of each guess that recurrent layers recall."""
+    owners = [span.sequence.params.adapter for span in layout.spans for _ in range(span.num_tokens)]
+    for span in layout.whole if states is not None else ():
+        state = span.sequence.state
+        assert state is not None, "every running sequence has a slot"
+        owners += [span.sequence.params.adapter] * (span.start - state.num_tokens)
+    return owners
 
 
 def _features(layout: _Layout) -> list[tuple[int, torch.Tensor]]:

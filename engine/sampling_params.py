@@ -6,6 +6,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 from engine.constraint import Constraint
+from engine.lora.adapter import Adapter
 
 MIN_TEMPERATURE = 1e-5  # below it the division would overflow, and the answer is the greedy one anyway
 _MASK64 = 2**64 - 1
@@ -50,6 +51,7 @@ class SamplingParams:
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens, from its second one on
     grammar: Constraint | None = None  # which tokens may follow which
     reasoning: ReasoningTokens | None = None  # inside the reasoning, stop_token_ids do not end the answer
+    adapter: Adapter | None = None  # which changes the model for this answer, from its prompt on
 
     @property
     def is_greedy(self) -> bool:

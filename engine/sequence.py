@@ -98,9 +98,11 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_ids)
 
     def block_keys(self, block_size: int) -> list[bytes]:
-        """Returns a hash for each full block, over its tokens and images and all that come before them."""
+        """Returns a hash for each full block, over its tokens and images, all that come before them, and the adapter:
+        the same tokens have other keys and values with other weights."""
+        first = b"" if self.params.adapter is None else self.params.adapter.digest
         for end in range((len(self._block_keys) + 1) * block_size, len(self.token_ids) + 1, block_size):
-            before = self._block_keys[-1] if self._block_keys else b""
+            before = self._block_keys[-1] if self._block_keys else first
             tokens = array("I", self.token_ids[end - block_size : end]).tobytes()
             images = b"".join(
                 image.digest + (image.start - end).to_bytes(8, "big", signed=True)

@@ -187,7 +187,12 @@ class ChatModels:
         num_bytes: int | None = None,
         bound: MemoryBound | None = None,
     ) -> LocalModel:
-        own = {"model_path": path, "served_model_name": name, "draft_model_path": None}
+        own: dict[str, Any] = {
+            "model_path": path,
+            "served_model_name": name,
+            "draft_model_path": None,
+            "lora_adapters": {},
+        }
         loader = ModelLoader(
             settings=self._settings.model_copy(update=own),
             load=self._load,

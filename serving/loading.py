@@ -36,6 +36,7 @@ from vision.family import VisionFamily
 if TYPE_CHECKING:
     from engine.build import ModelDefaults
     from engine.engine import Engine, EngineOptions
+    from engine.lora.adapter import Adapter
     from engine.sample.grammar import GrammarCompiler
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class LoadedModel:
     grammars: "GrammarCompiler | None" = None  # None: grammars cannot be compiled for its tokenizer
     facts: ModelFacts | None = None
     footprint: Footprint = field(default_factory=dict)  # the memory that it takes
+    adapter: "Adapter | None" = None  # which requests are answered with
 
 
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # they may have a chat template

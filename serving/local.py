@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,12 +20,14 @@ from schemas import (
     CompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
+    LoadAdapterRequest,
     Model,
     ModelStatus,
     TokenizeRequest,
     TokenizeResponse,
     TokenizerInfo,
 )
+from serving.adapters import ModelAdapters
 from serving.admission import check_characters
 from serving.chat import plan_chat
 from serving.chat_renderer import ChatRenderer
@@ -34,7 +37,7 @@ from serving.image_fetcher import ImageFetcher
 from serving.keep_alive import seconds_of
 from serving.loading import LoadedModel, to_api_error
 from serving.model_loader import ModelLoader, Pool
-from serving.model_slot import ModelSlot
+from serving.model_slot import ModelSlot, in_daemon_thread
 from serving.tokenizer_info import tokenizer_info
 from serving.usage import RequestUsage
 from telemetry import request_record
@@ -76,6 +79,7 @@ class LocalModel:
         self.path = settings.model_path or checkpoint.default_model_path()
         self.name = settings.served_model_name or checkpoint.served_name(self.path)
         self._names = {name.casefold() for name in (self.name, self.path, checkpoint.served_name(self.path))}
+        self.adapters = ModelAdapters(settings, self.name, self._names)
         self.created = int(time.time())
         self._on_failure = on_failure
         self.num_bytes = num_bytes
@@ -109,6 +113,7 @@ class LocalModel:
     async def _load(self) -> LoadedModel:
         try:
             loaded = await self._loader.loaded(self.path, self.progress, self._pool)
+            await in_daemon_thread(partial(self.adapters.read, loaded.engine))
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             self._error = error.with_traceback(None)  # whose frames hold what was loaded so far
@@ -154,17 +159,19 @@ class LocalModel:
 
     @asynccontextmanager
     async def _using(
-        self, is_stream: bool | None = False, keep_alive: float | None = None
+        self, name: str | None = None, is_stream: bool | None = False, keep_alive: float | str | None = None
     ) -> AsyncIterator[LoadedModel]:
         """Waits for the model, which stays loaded inside the block. Raises ModelLoading if that takes too long.
 
-        is_stream: a stream waits as long as it takes, since its client gets comments. keep_alive: see `seconds_of`.
+        name: its own, or that of an adapter with which it answers. is_stream: a stream waits as long as it takes, since
+        its client gets comments. keep_alive: as Ollama means it.
         """
+        limit = seconds_of(keep_alive)
         slot, patience = self.start(), self.settings.model_load_wait
-        if keep_alive is not None:
-            slot.idle_limit = keep_alive
+        slot.idle_limit = slot.idle_limit if limit is None else limit
         async with slot.using(None if is_stream and patience else patience) as loaded:
-            yield loaded
+            adapter = self.adapters.get(name or self.name)
+            yield loaded if adapter is None else replace(loaded, adapter=adapter)
 
     @property
     def health(self) -> tuple[bool, dict[str, Any]]:
@@ -198,13 +205,32 @@ class LocalModel:
     # --- models
 
     def serves(self, model: str) -> bool:
-        return model.casefold() in self._names
+        return model.casefold() in self._names or self.adapters.serves(model)
 
     @property
     def entry(self) -> Model:
         """The entry of /v1/models."""
+        return Model.of_server(self.name, self.created, **self._known)
+
+    @property
+    def entries(self) -> list[Model]:
+        """Its own entry, and those of its adapters."""
+        return [self.entry, *self.adapters.models(**self._known)]
+
+    def entry_of(self, name: str) -> Model:
+        """Returns the entry of the model or the adapter with that name."""
+        adapters = self.entries[1:]
+        return next((entry for entry in adapters if entry.id.casefold() == name.casefold()), self.entry)
+
+    @property
+    def _known(self) -> dict[str, Any]:
         known = {"kind": "chat", "status": self.status, "size": self.num_bytes, "error": self.failure}
-        return Model.of_server(self.name, self.created, **{**known, **self._about_model()})
+        return {**known, **self._about_model()}
+
+    async def load_adapter(self, request: LoadAdapterRequest) -> None:
+        """Loads an adapter of this model, which becomes a model of its own. Raises APIError."""
+        async with self._using() as loaded:
+            await self.adapters.load(loaded.engine, request)
 
     def _about_model(self) -> dict[str, Any]:
         loaded = self.loaded
@@ -236,7 +262,7 @@ class LocalModel:
 
         keep_alive: as Ollama means it.
         """
-        async with self._using(keep_alive=seconds_of(keep_alive)) as loaded:
+        async with self._using(keep_alive=keep_alive) as loaded:
             return loaded
 
     # --- answers
@@ -253,19 +279,19 @@ class LocalModel:
         """Returns the same stream, with all that is wrong with the request already found. Raises APIError."""
         self._check(request)
         make_plan = partial(plan_chat, renderer=self._renderer)
-        async with self._using() as loaded:
+        async with self._using(request.model) as loaded:
             return self._later(request, await self._planned(request, make_plan, loaded))
 
     async def _later(self, request: ChatCompletionRequest, plan: Plan[Any]) -> AsyncGenerator[ChatCompletionChunk]:
-        async with self._using(is_stream=True, keep_alive=seconds_of(request.keep_alive)) as loaded:
+        async with self._using(request.model, is_stream=True, keep_alive=request.keep_alive) as loaded:
             async with aclosing(self._computed(loaded, plan, None, ChatCompletionChunk)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
     async def _run(self, request: R, make_plan: MakePlan[R], chunk_type: type[C]) -> AsyncGenerator[C]:
         self._check(request)
-        async with self._using(request.stream, seconds_of(request.keep_alive)) as loaded:
-            usage = RequestUsage(self.name, self._metrics.of(self.name))  # not before, for a name that may not exist
+        async with self._using(request.model, request.stream, request.keep_alive) as loaded:
+            usage = self._usage(loaded)  # not before, for a name that may not exist
             plan = await self._planned(request, make_plan, loaded)
             async with aclosing(self._computed(loaded, plan, usage, chunk_type)) as chunks:
                 async for chunk in chunks:
@@ -283,10 +309,10 @@ class LocalModel:
         self, loaded: LoadedModel, plan: Plan[Any], usage: RequestUsage | None, chunk_type: type[C]
     ) -> AsyncGenerator[C]:
         """usage: None begins to count now, for the request of which this is then the record."""
-        usage = usage or RequestUsage(self.name, self._metrics.of(self.name))
+        usage = usage or self._usage(loaded)
         usage.start(plan.prompt_lengths, plan.answers_per_prompt)
         choices_of, timings = plan.reader(loaded.texts), None
-        head = chunk_type(model=self.name, choices=[])
+        head = chunk_type(model=self._name_of(loaded), choices=[])
         async with aclosing(merge(plan.sources(loaded))) as deltas:
             async for delta in deltas:
                 is_first = usage.add(delta)
@@ -297,12 +323,19 @@ class LocalModel:
                     yield head.model_copy(update={"choices": [choice], "timings": timings, "known_usage": known})
         yield head.model_copy(update={"usage": usage.usage, "timings": timings})
 
+    def _name_of(self, loaded: LoadedModel) -> str:
+        """Returns the name under which a model answers: the adapter's, if it has one."""
+        return self.name if loaded.adapter is None else loaded.adapter.name
+
+    def _usage(self, loaded: LoadedModel) -> RequestUsage:
+        return RequestUsage(self._name_of(loaded), self._metrics.of(self.name))
+
     # --- tokens
 
     async def count_tokens(self, request: ChatCompletionRequest) -> int:
         """Returns the number of tokens of a chat's prompt. Raises APIError."""
         self._check(request)
-        async with self._using() as loaded:
+        async with self._using(request.model) as loaded:
             return len((await self._renderer.render(loaded, request, tool_set_of(request))).prompt_ids)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:

@@ -35,4 +35,5 @@ def sampling_params(
         num_logprobs=request.num_logprobs,
         grammar=grammar,
         reasoning=reasoning,
+        adapter=loaded.adapter,
     )

@@ -103,7 +103,7 @@ def test_an_adapter_is_named(has_config: bool, tmp_path: Path) -> None:
         shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "model.safetensors")
     else:
         os.remove(tmp_path / "config.json")
-    reason = "adapter .* beside the model" if has_config else "an adapter for Qwen/Qwen3-8B, not a model: merge it"
+    reason = "adapter .* beside the model" if has_config else "an adapter for Qwen/Qwen3-8B, not a model: name"
     with pytest.raises(ModelLoadError, match=reason):
         checkpoint.check(str(tmp_path))
 

@@ -62,7 +62,7 @@ def tagged(name: str) -> str:
 async def listed(services: Services) -> OllamaModels:
     """Lists what /v1/models lists."""
     await services.chat.refresh()
-    models = [_listed(model.entry, model.loaded) for model in services.chat.all]
+    models = [_listed(entry, model.loaded) for model in services.chat.all for entry in model.entries]
     models += [_listed(model) for model in services.embeddings.models()]
     models += [_listed(Model.of_provider(provider, name)) for provider, name in await services.router.listed()]
     return OllamaModels(models=models)

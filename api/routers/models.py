@@ -19,7 +19,7 @@ async def list_models(services: UsesServices) -> ModelList:
 
 
 def _here(services: Services) -> list[Model]:
-    return [*(model.entry for model in services.chat.all), *services.embeddings.models()]
+    return [*(entry for model in services.chat.all for entry in model.entries), *services.embeddings.models()]
 
 
 @router.post("/models/load", response_model=Model)
@@ -63,7 +63,7 @@ def _is_embedding_model(services: Services, name: str) -> bool:
 async def retrieve_model(model: str, services: UsesServices) -> Model:
     known = services.chat.find(model)
     if known is not None:
-        return known.entry
+        return known.entry_of(model)
     for embedding_model in services.embeddings.models():
         if embedding_model.id.casefold() == model.casefold():
             return embedding_model

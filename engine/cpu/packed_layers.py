@@ -7,6 +7,7 @@ several layers are replaced by one (norms, MLPs), the replacement is first compa
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from engine.cpu import activations, kernels, products
 from engine.cpu.activations import Activations
 from engine.cpu.jit import LANES
 from engine.cpu.packed_weight import Format, PackedWeight
+from engine.lora.adapter import Shape
+from engine.lora.updates import LowRankUpdates, Target, several, single
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 EXACT = re.compile(  # small layers that are not rounded: routers choose experts, and gates how long a state lasts
@@ -24,6 +27,10 @@ EXACT = re.compile(  # small layers that are not rounded: routers choose experts
 )
 SEEING = re.compile(r"(^|\.)(vision|visual|image|embed_vision)\w*\.")  # layers that see
 Prepared = Activations | torch.Tensor  # what `prepare` makes of a layer's input
+ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+}
 ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the same computation may be apart
 
 
@@ -36,6 +43,7 @@ class PackedLinear(nn.Module):
         self.packed = weight
         self.bias = _padded_bias(weight, bias)
         self.dtype = dtype  # of the output
+        self.updates: LowRankUpdates | None = None  # of adapters
 
     @property
     def weight(self) -> torch.Tensor:
@@ -43,7 +51,17 @@ class PackedLinear(nn.Module):
         return torch.empty(0, dtype=self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(prepare(x, self.packed.format)).view(*x.shape[:-1], self.packed.num_rows)
+        output = self.multiply(prepare(x, self.packed.format)).view(*x.shape[:-1], self.packed.num_rows)
+        if self.updates is not None:
+            self.updates.add(x, [output])
+        return output
+
+    def adapter_targets(self, name: str) -> list[Target]:
+        return [single(name, self.shape, partial(setattr, self, "updates"))]
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.packed.num_rows, self.packed.num_columns)
 
     def multiply(self, x: Prepared) -> torch.Tensor:
         if isinstance(x, Activations):
@@ -76,15 +94,23 @@ class SharedInput:
         self._products = list(_joined(layers))
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
+        self.updates: LowRankUpdates | None = None  # of adapters
 
     def num_rows(self, index: int) -> int:
         """Returns the size of a layer's output."""
         return self._layers[index].packed.num_rows
 
+    @property
+    def shapes(self) -> list[Shape]:
+        return [layer.shape for layer in self._layers]
+
     def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Returns the outputs of all layers, each (rows, rows of its weight)."""
         rows = prepare(x, self._layers[0].packed.format)
-        return [part for product in self._products for part in product(rows)]
+        outputs = [part for product in self._products for part in product(rows)]
+        if self.updates is not None:
+            self.updates.add(x, outputs)
+        return outputs
 
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if x is not self._input:
@@ -143,6 +169,14 @@ class SharedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.shared.output(self._index, x)
 
+    def adapter_targets(self, name: str) -> list[Target]:
+        """The first layer answers for all."""
+        if self._index:
+            return []
+        owner = name.rpartition(".")[0]
+        shapes = {f"{owner}.{part}": shape for part, shape in zip(ATTENTION_INPUTS, self.shared.shapes, strict=True)}
+        return [several(shapes, partial(setattr, self.shared, "updates"))]
+
 
 class PackedEmbedding(nn.Module):
     """Looks rows of a packed weight up, and multiplies them by the scale that some families give their embeddings."""
@@ -168,10 +202,29 @@ class FusedMLP(nn.Module):
     def __init__(self, gate_up: PackedLinear, activation: str, down: PackedLinear) -> None:
         super().__init__()
         self._gate_up, self._activation, self._down = gate_up, activation, down
+        self.updates: LowRankUpdates | None = None  # of adapters, for gate and up
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         both = self._gate_up.multiply(prepare(x, self._gate_up.packed.format))
-        return self._down.multiply(kernels.gate(both, self._activation)).view(x.shape)
+        if self.updates is not None and self.updates.is_active:
+            self.updates.add(x, both.chunk(2, dim=-1))
+        output = self._down.multiply(kernels.gate(both, self._activation))
+        if self._down.updates is not None:
+            self._down.updates.add_lazily(x.device, lambda: self._activated(both), [output])
+        return output.view(x.shape)
+
+    def _activated(self, both: torch.Tensor) -> torch.Tensor:
+        """Computes what `kernels.gate` computes, not rounded to 8 bits."""
+        gate, up = both.chunk(2, dim=-1)
+        return ACTIVATION_FUNCTIONS[self._activation](gate) * up
+
+    def adapter_targets(self, name: str) -> list[Target]:
+        rows, columns = self._gate_up.shape
+        shapes = {f"{name}.{part}": Shape(rows // 2, columns) for part in ("gate_proj", "up_proj")}
+        return [
+            several(shapes, partial(setattr, self, "updates")),
+            *self._down.adapter_targets(f"{name}.down_proj"),
+        ]
 
 
 class FusedNorm(nn.Module):
@@ -242,11 +295,8 @@ def activation_name(function: Any) -> str | None:
     if not callable(function):
         return None
     points = torch.linspace(-4, 4, 64, dtype=torch.float32)
-    stock: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "silu": nn.functional.silu,
-        "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    }
-    return next((name for name, same in stock.items() if torch.allclose(function(points), same(points))), None)
+    stock = ACTIVATION_FUNCTIONS.items()
+    return next((name for name, same in stock if torch.allclose(function(points), same(points))), None)
 
 
 def _fused_norm(module: nn.Module) -> FusedNorm | None:

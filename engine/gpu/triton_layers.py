@@ -7,6 +7,7 @@ same result; see packed_layers.is_same. The replacement keeps the stock module, 
 ones.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.functional import linear
 
 from engine.attention import flash
 from engine.attention.paged import AttentionRecorder, StepAttention
+from engine.lora.adapter import Shape
+from engine.lora.updates import LowRankUpdates, Target, several
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
 TOLERANCES = {2: 0.02, 4: 1e-4}  # bytes of a number -> allowed difference, as a part of a result's norm
@@ -42,13 +45,24 @@ class Joined:
 
     def __init__(self, layers: list[Any]) -> None:
         self.weight = torch.cat([layer.weight for layer in layers])
+        self.sizes = [len(layer.weight) for layer in layers]
+        self.updates: LowRankUpdates | None = None  # of adapters
         biases = [layer.bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat(biases)
-        for layer, weight in zip(layers, self.weight.split([len(layer.weight) for layer in layers]), strict=True):
+        for layer, weight in zip(layers, self.weight.split(self.sizes), strict=True):
             layer.weight.data = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        output = linear(x, self.weight, self.bias)
+        if self.updates is not None and self.updates.is_active:
+            self.updates.add(x, output.split(self.sizes, dim=-1))
+        return output
+
+    def adapter_targets(self, names: list[str]) -> list[Target]:
+        """names: of the layers."""
+        columns = self.weight.shape[1]
+        shapes = {name: Shape(size, columns) for name, size in zip(names, self.sizes, strict=True)}
+        return [several(shapes, partial(setattr, self, "updates"))]
 
 
 class MLP(nn.Module):
@@ -61,6 +75,9 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self._stock.down_proj(activate(self._joined(x), self._is_gelu)))
+
+    def adapter_targets(self, name: str) -> list[Target]:
+        return self._joined.adapter_targets([f"{name}.{part}" for part in ("gate_proj", "up_proj")])
 
 
 class Attention(nn.Module):
@@ -106,6 +123,9 @@ class Attention(nn.Module):
     def project(self, output: torch.Tensor) -> torch.Tensor:
         """Turns attention's result, (tokens, heads, dim), into the module's output."""
         return cast(torch.Tensor, self._stock.o_proj(output.reshape(1, len(output), -1)))
+
+    def adapter_targets(self, name: str) -> list[Target]:
+        return self._joined.adapter_targets([f"{name}.{part}" for part in ATTENTION_LAYERS[:3]])
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ As in packed_layers, it is first compared with the module that it replaces; see 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 from engine.cpu import delta_rule
 from engine.cpu.delta_rule import DeltaShape
 from engine.cpu.jit import LANES
-from engine.cpu.packed_layers import PackedLinear, SharedInput, is_same
+from engine.cpu.packed_layers import PackedLinear, SharedInput, is_same, prepare
 from engine.cpu.packed_weight import PackedWeight
 from engine.layer_spec import RecurrentSpec, StateShape
+from engine.lora.adapter import Shape
+from engine.lora.updates import LowRankUpdates, Part, Target, single
 from engine.recurrent.layers import LayerStates, RecurrentLayer, asks_for_state
 from engine.recurrent.state_cache import Phase, StateCache, StateRun, StateStep
 
@@ -33,6 +36,14 @@ class FusedDeltaNet(RecurrentLayer):
         self._conv_weight = module.conv1d.weight.data[:, 0].T.float().contiguous()
         self._constants = torch.stack([-module.A_log.data.float().exp(), module.dt_bias.data.float()])
         self._norm = (module.norm.weight.data.float(), float(module.norm.variance_epsilon))
+        self.updates: LowRankUpdates | None = None  # of adapters, for all that reads the layer's input
+
+    def adapter_targets(self, name: str) -> list[Target]:
+        parts = _parts(self.stock, self._shape)
+        columns = cast(int, cast(Any, self.stock).hidden_size)
+        sizes = {f"{name}.{part}": Shape(_num_rows(getattr(self.stock, part)), columns) for part, _ in parts}
+        attach = partial(setattr, self, "updates")
+        return [Target(sizes, tuple(Part(f"{name}.{part}", rows) for part, rows in parts), attach)]
 
     @property
     def spec(self) -> RecurrentSpec:
@@ -69,6 +80,8 @@ class FusedDeltaNet(RecurrentLayer):
         """
         mixed, z = self._project(tokens)
         gates = nn.functional.linear(tokens.float(), self._gate_weight).to(tokens.dtype)  # as it is kept of guesses
+        if self.updates is not None and self.updates.is_active:
+            self.updates.add(tokens, [mixed, z, *gates.chunk(2, dim=-1)])
         read = mixed, gates
         if recalled is not None:
             mixed = torch.cat([mixed, recalled[:, : mixed.shape[1]]])
@@ -133,26 +146,50 @@ def _shape_of(stock: Any) -> DeltaShape | None:
 
 
 def _projection(stock: Any, shape: DeltaShape) -> Projection:
-    """Returns the function that projects tokens, (tokens, columns)."""
+    """Returns the function that projects tokens, (tokens, columns), without the updates of adapters."""
     if not hasattr(stock, "in_proj_qkvz"):
         layers = [stock.in_proj_qkv, stock.in_proj_z]
         if not all(isinstance(layer, PackedLinear) for layer in layers):
-            return lambda tokens: (stock.in_proj_qkv(tokens), stock.in_proj_z(tokens))
+            return lambda tokens: (stock.in_proj_qkv.forward(tokens), stock.in_proj_z.forward(tokens))
         shared = SharedInput(layers)
         return lambda tokens: cast(tuple[torch.Tensor, torch.Tensor], tuple(shared.outputs(tokens)))
-    order = _order(shape, [shape.key_dim] * 2 + [shape.value_dim * shape.num_value_heads // shape.num_key_heads] * 2)
+    order = _order_of_inputs(shape)
     sizes = (shape.channels, shape.num_value_heads * shape.value_dim)
     if not isinstance(stock.in_proj_qkvz, PackedLinear):
-        return lambda tokens: stock.in_proj_qkvz(tokens)[:, order].split(sizes, dim=-1)
+        return lambda tokens: stock.in_proj_qkvz.forward(tokens)[:, order].split(sizes, dim=-1)
     stock.in_proj_qkvz = Reordered(stock.in_proj_qkvz, order)
-    return lambda tokens: stock.in_proj_qkvz.layer(tokens).split(sizes, dim=-1)
+    layer = stock.in_proj_qkvz.layer
+    return lambda tokens: layer.multiply(prepare(tokens, layer.packed.format)).split(sizes, dim=-1)
 
 
 def _gate_weight(stock: Any, shape: DeltaShape) -> torch.Tensor:
     """Returns the weight of the layers for b and a, (2 * value heads, columns)."""
     if not hasattr(stock, "in_proj_ba"):
         return torch.cat([_weight(layer) for layer in (stock.in_proj_b, stock.in_proj_a)])
-    return _weight(stock.in_proj_ba)[_order(shape, [shape.num_value_heads // shape.num_key_heads] * 2)]
+    return _weight(stock.in_proj_ba)[_order_of_gates(shape)]
+
+
+def _parts(stock: Any, shape: DeltaShape) -> list[tuple[str, torch.Tensor | None]]:
+    """Returns where queries, keys and values come from, then z, b and a: the name of a layer, and which of its rows."""
+    if not hasattr(stock, "in_proj_qkvz"):
+        return [("in_proj_qkv", None), ("in_proj_z", None), ("in_proj_b", None), ("in_proj_a", None)]
+    inputs, gates = _order_of_inputs(shape), _order_of_gates(shape)
+    mixed, z = inputs[: shape.channels], inputs[shape.channels :]
+    return [("in_proj_qkvz", mixed), ("in_proj_qkvz", z), *(("in_proj_ba", rows) for rows in gates.chunk(2))]
+
+
+def _num_rows(layer: Any) -> int:
+    if isinstance(layer, Reordered):
+        return layer.layer.packed.num_rows
+    return layer.packed.num_rows if isinstance(layer, PackedLinear) else cast(int, layer.out_features)
+
+
+def _order_of_inputs(shape: DeltaShape) -> torch.Tensor:
+    return _order(shape, [shape.key_dim] * 2 + [shape.value_dim * shape.num_value_heads // shape.num_key_heads] * 2)
+
+
+def _order_of_gates(shape: DeltaShape) -> torch.Tensor:
+    return _order(shape, [shape.num_value_heads // shape.num_key_heads] * 2)
 
 
 def _weight(layer: Any) -> torch.Tensor:
@@ -181,6 +218,13 @@ class Reordered(nn.Module):
             PackedWeight(layer.packed.format, layer.packed.num_rows, **parts), layer.bias[order], layer.dtype
         )
         self._inverse = order.argsort()
+        self.updates: LowRankUpdates | None = None  # of adapters
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, self.layer(x))[..., self._inverse]
+        output = cast(torch.Tensor, self.layer(x))[..., self._inverse]
+        if self.updates is not None:
+            self.updates.add(x, [output])
+        return output
+
+    def adapter_targets(self, name: str) -> list[Target]:
+        return [single(name, self.layer.shape, partial(setattr, self, "updates"))]

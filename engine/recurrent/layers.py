@@ -14,6 +14,7 @@ from torch import nn
 
 from engine.attention.paged import AttentionRecorder, StepAttention
 from engine.layer_spec import RecurrentSpec, StateShape
+from engine.lora.updates import ActiveAdapters
 from engine.recurrent.state_cache import Phase, StateCache, StateRun, StateStep
 
 StateKey = tuple[str, int]  # "conv" or "recurrent", and the number among several states of a layer
@@ -65,6 +66,7 @@ class RecurrentLayer(nn.Module):
         super().__init__()
         self.stock, self._layer = stock, layer
         self._cache_name = _cache_name(stock)
+        self.step_adapters = ActiveAdapters()  # replaced by the model's own, once it has adapters
 
     def forward(self, hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
         """hidden_states: (1, tokens, columns)."""
@@ -110,7 +112,8 @@ class RecurrentLayer(nn.Module):
             before = {key: tensor.index_select(0, slots) for key, tensor in zip(keys, tensors, strict=True)}
             states = LayerStates(before)
             tokens = rows.index_select(0, index).view(len(runs), length, -1)
-            result = self.stock(hidden_states=tokens, **{self._cache_name: states})
+            with self.step_adapters.in_order(index):
+                result = self.stock(hidden_states=tokens, **{self._cache_name: states})
             output.index_copy_(0, index, result.flatten(0, 1))
             if writes:
                 for key, tensor in zip(keys, tensors, strict=True):

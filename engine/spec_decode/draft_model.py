@@ -39,7 +39,14 @@ class DraftSequence:
 
     @classmethod
     def of(cls, original: Sequence) -> "DraftSequence":
-        params = replace(original.params, num_logprobs=None, num_prompt_logprobs=None, grammar=None, seed=original.seed)
+        params = replace(
+            original.params,
+            num_logprobs=None,
+            num_prompt_logprobs=None,
+            grammar=None,
+            seed=original.seed,
+            adapter=None,  # it is for the large model; the guesses are checked with it
+        )
         return cls(Sequence(original.prompt_ids, params, on_output=lambda output: None))
 
     def follow(self, original: Sequence, cache: KVCache) -> None:
