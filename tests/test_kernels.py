@@ -7,10 +7,13 @@ from amx_emulator import BUILDERS, FEATURES, SAPPHIRE_RAPIDS
 
 from engine.cpu import activations, jit, kernels, products, sampling_kernels
 from engine.cpu.amx import AMXBuilder
+from engine.cpu.gguf_blocks import IQ4_NL, IQ4_XS
 from engine.cpu.packed_weight import (
     GROUP,
     INT4,
     INT8,
+    Q2_K,
+    Q3_K,
     Q4_K,
     Q5_K,
     Q6_K,
@@ -26,6 +29,8 @@ from engine.cpu.packed_weight import (
 FORMATS = (
     *(INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16)),
     *(Format(1, has_minimum=True), Format(3, 4, group=16), Format(7, 64), Q4_K, Q5_K, Q6_K),
+    *(Q2_K, Q3_K, IQ4_NL, IQ4_XS, Format(3, has_minimum=True, group=16)),
+    Format.of_table((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)),  # twice what FP4's codes stand for
 )
 COLUMNS = 512  # whole super-blocks
 pytestmark = [
@@ -37,10 +42,10 @@ pytestmark = [
 def random_codes(fmt: Format, rows: int, columns: int) -> Codes:
     codes = torch.randint(0, 2**fmt.bits, (rows, columns), dtype=torch.uint8)
     scales = (torch.rand(rows, columns // fmt.group) * 0.1).half()
-    minimums = -torch.rand(rows, columns // GROUP).half() if fmt.has_minimum else None
+    minimums = -torch.rand(rows, columns // fmt.group).half() if fmt.has_minimum else None
     if not fmt.has_super_blocks:
         return Codes(fmt, codes, scales, minimums)
-    wholes = [torch.randint(-32, 64, (rows, columns // size), dtype=torch.int8) for size in (fmt.group, GROUP)]
+    wholes = [torch.randint(-32, 64, (rows, columns // fmt.group), dtype=torch.int8) for _ in range(2)]
     supers = (torch.rand(rows, columns // SUPER_BLOCK, 1 + fmt.has_minimum) * 0.01 - 0.003).half()
     return Codes(fmt, codes, wholes[0], wholes[1] if fmt.has_minimum else None, supers)
 
@@ -74,12 +79,13 @@ def test_a_product_is_that_of_the_dequantized_weight(fmt: Format, rows: int) -> 
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's instructions")
-@pytest.mark.parametrize("removed", [("+avx512vnni",), ("+avx512", "+avxvnni")])
-def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("removed", [("+avx512vnni",), ("+avx512", "+avxvnni"), ("+avx512", "+avxvnni", "+avx2")])
+@pytest.mark.parametrize("fmt", [Format(5, 16), Q2_K, Q3_K, IQ4_NL, IQ4_XS])
+def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tuple[str, ...], fmt: Format) -> None:
     _, features = jit.host()
     features = ",".join(f for f in features.split(",") if not f.startswith(removed))
-    weight = random_codes(Format(5, 16), 32, 64)
-    x = activations.quantize(torch.randn(3, 64))
+    weight = random_codes(fmt, 32, 256)
+    x = activations.quantize(torch.randn(3, 256))
     expected = as_floats(x) @ weight.dequantize().double().T
     program = products.matmul_program(weight.format, torch.float32, "x86-64-v3", features)
     product = products.matmul(x, pack(weight), torch.zeros(32), torch.float32, program)

@@ -213,4 +213,4 @@ def _format(tensors: dict[str, torch.Tensor], name: str, values: dict[str, Any])
     num_rows, names = values.pop("num_rows"), {part: f"{name}.{part}" for part in PARTS}
     # cloned from the mapped file into aligned memory of the process
     parts = {part: tensors.pop(name).clone() for part, name in names.items() if name in tensors}
-    return PackedWeight(Format(**values), num_rows, **parts)
+    return PackedWeight(Format(**{**values, "table": tuple(values["table"])}), num_rows, **parts)  # JSON has lists
