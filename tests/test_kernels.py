@@ -21,8 +21,9 @@ from engine.cpu.packed_weight import (
     Codes,
     Format,
     can_pack,
+    narrowest,
     pack,
-    pack_bfloat16,
+    pack_floats,
     quantize_weight,
 )
 
@@ -120,7 +121,7 @@ def test_a_product_of_bfloat16_with_amx_is_that_of_torch(rows: int, outputs: int
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(outputs, 96).bfloat16()
     program = products.amx_matmul_bfloat16_program(torch.float32, *jit.host(), builder)
     bias = torch.nn.functional.pad(torch.randn(outputs), (0, -outputs % 16))
-    product = products.matmul_bfloat16(activations.group(x), pack_bfloat16(weight), bias, torch.float32, program)
+    product = products.matmul_bfloat16(activations.group(x), pack_floats(weight), bias, torch.float32, program)
     torch.testing.assert_close(product, x.float() @ weight.float().T + bias[:outputs], rtol=1e-4, atol=1e-4)
 
 
@@ -136,10 +137,33 @@ def test_a_product_is_compiled_for_a_processor_with_amx(fmt: Format) -> None:
 def test_a_product_of_bfloat16_is_that_of_torch(rows: int) -> None:
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(50, 96).bfloat16()
-    packed = pack_bfloat16(weight)
+    packed = pack_floats(weight)
     assert torch.equal(packed.dequantize(), weight.float())
     product = products.matmul_bfloat16(activations.group(x), packed, torch.ones(64), torch.float32)
     torch.testing.assert_close(product, x.float() @ weight.float().T + 1, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 16, 150])
+def test_a_product_of_floats_is_that_of_torch(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 96), torch.randn(50, 96).to(dtype)
+    packed = pack_floats(weight)
+    assert torch.equal(packed.dequantize(), weight.float())
+    expected = x.double() @ weight.double().T + 1
+    _, features = jit.host()
+    few = ",".join(f for f in features.split(",") if not f.startswith("+avx512"))
+    for program in (None, products.matmul_floats_program(packed.format, torch.float32, "x86-64-v3", few)):
+        product = products.matmul_floats(activations.group(x), packed, torch.ones(64), torch.float32, program)
+        torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_are_kept_in_the_narrowest_type_that_has_all_of_them(dtype: torch.dtype) -> None:
+    few_bits = torch.finfo(dtype).eps
+    values = torch.tensor([[1.0 + few_bits, -2.0]])
+    assert narrowest(values).dtype == dtype
+    assert torch.equal(narrowest(values).float(), values)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

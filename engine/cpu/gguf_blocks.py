@@ -18,8 +18,14 @@ NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 IQ4_NL = Format.of_table(NON_LINEAR)
 IQ4_XS = Format.of_table(NON_LINEAR, has_super_blocks=True)
 
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Blocks = torch.Tensor  # (rows, blocks, bytes) uint8
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # of Codes, of each block
+
+
+def read(data: torch.Tensor, type_name: str) -> Codes | torch.Tensor:
+    """Reads a tensor, (rows, any), of one of BLOCK_BYTES or FLOATS."""
+    return data.view(FLOATS[type_name]) if type_name in FLOATS else decode(data, type_name)
 
 
 def decode(data: torch.Tensor, type_name: str) -> Codes:
@@ -74,7 +80,8 @@ def _q8_0(blocks: Blocks) -> Parts:
 def _pairs_of_bits(data: torch.Tensor) -> torch.Tensor:
     """Splits two halves of 32 bytes into their pairs of bits, the lowest of all bytes first: 256 codes."""
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
-    return (data.unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-3)
+    pairs: torch.Tensor = data.unflatten(-1, (2, 1, 32)) >> shifts & 3
+    return pairs.flatten(-3)
 
 
 def _q2_k(blocks: Blocks) -> Parts:

@@ -1,4 +1,4 @@
-"""PackedWeight: a weight matrix of 1 to 8 bits, or bfloat16, in the order in which kernels read it.
+"""PackedWeight: a weight matrix of 1 to 8 bits, or of floats, in the order in which kernels read it.
 
 All that depends on how a format stores its codes is in this file: Format, `pack`, and the two readers, `_codes` in
 torch and `read_codes` in a kernel. Every group of 32 (or 16) columns of a row has its own scale, and in some formats a
@@ -15,7 +15,7 @@ four codes in a byte; one of 1 bit takes one vector. See `fields`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -40,6 +40,7 @@ class Format:
     group: int = GROUP  # columns that share a scale, and a minimum
     has_super_blocks: bool = False  # scales and minimums are whole numbers, times those of their super-block
     table: tuple[int, ...] = ()  # 16 numbers from 0 to 255; see `of_table`
+    dtype_name: str = ""  # of weights that have no codes and no scales, such as float16: the numbers themselves
 
     @classmethod
     def of_table(cls, values: Sequence[int], **more: Any) -> "Format":
@@ -54,7 +55,19 @@ class Format:
 
     @property
     def is_quantized(self) -> bool:
-        return self.bits < 16
+        return not self.dtype_name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers of a weight that has no codes."""
+        return cast(torch.dtype, getattr(torch, self.dtype_name))
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The type of the activations that such a weight is multiplied with."""
+        if self.is_quantized:
+            return torch.int8
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     @property
     def fields(self) -> list[tuple[int, int]]:
@@ -79,7 +92,12 @@ class Format:
 
 INT8 = Format(8, offset=128)
 INT4 = Format(4, has_minimum=True)
-BFLOAT16 = Format(16)  # no codes and no scales: the numbers themselves
+BFLOAT16 = Format(16, dtype_name="bfloat16")
+FLOATS = {  # the formats without codes, those with fewer bits first
+    torch.bfloat16: BFLOAT16,
+    torch.float16: Format(16, dtype_name="float16"),
+    torch.float32: Format(32, dtype_name="float32"),
+}
 Q2_K = Format(2, has_minimum=True, group=16, has_super_blocks=True)
 Q3_K = Format(3, offset=4, group=16, has_super_blocks=True)
 Q4_K = Format(4, has_minimum=True, has_super_blocks=True)
@@ -180,8 +198,9 @@ class PackedWeight:
         """Returns the weights of some rows, (len(index), columns), in float32."""
         tile, lane = index // LANES, index % LANES
         if not self.format.is_quantized:
-            pairs = self.quants.view(torch.bfloat16).view(*self.quants.shape[:2], -1, LANES, 2)
-            return pairs[tile, :, :, lane].reshape(len(index), -1).float()
+            numbers = self.quants.view(self.format.dtype).unflatten(-1, (-1, LANES, _together(self.format.dtype)))
+            chosen: torch.Tensor = numbers[tile, :, :, lane]
+            return chosen.reshape(len(index), -1).float()
         codes = self._codes(self.quants[tile], lane)
         scales = self.scales[tile, :, :, lane].flatten(1)
         minimums = None if self.minimums is None else self.minimums[tile, :, :, lane].flatten(1)
@@ -249,16 +268,30 @@ def read_codes(b: Builder, fmt: Format, start: jit.Value) -> list[jit.Value]:
     return [b.look_up(fmt.table, code) for code in codes] if fmt.table else codes
 
 
-def pack_bfloat16(weight: torch.Tensor) -> PackedWeight:
-    """Puts sixteen rows side by side, two columns of each in a lane. weight: (rows, columns) bfloat16."""
+def pack_floats(weight: torch.Tensor) -> PackedWeight:
+    """Puts sixteen rows side by side, in the weight's own type. weight: (rows, columns) of a type in FLOATS."""
     num_rows, columns = weight.shape
-    pairs = _padded(weight).view(-1, LANES, columns // GROUP, GROUP // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
+    together = _together(weight.dtype)
+    numbers = _padded(weight).view(-1, LANES, columns // GROUP, GROUP // together, together).permute(0, 2, 3, 1, 4)
     return PackedWeight(
-        format=BFLOAT16,
+        format=FLOATS[weight.dtype],
         num_rows=num_rows,
-        quants=pairs.flatten(2).view(torch.uint8),
+        quants=numbers.contiguous().flatten(2).view(torch.uint8),
         scales=torch.empty(0, 0, 1, LANES),
     )
+
+
+def _together(dtype: torch.dtype) -> int:
+    """Returns how many columns of a row are side by side: instructions multiply pairs of bfloat16."""
+    return 2 if dtype == torch.bfloat16 else 1
+
+
+def narrowest(values: torch.Tensor) -> torch.Tensor:
+    """Returns numbers in the type of FLOATS with the fewest bits that has all of them exactly."""
+    for dtype in FLOATS:
+        if torch.equal(values.to(dtype).float(), values.float()):
+            return values.to(dtype)
+    return values  # they are not all numbers
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,20 @@ def matmul_bfloat16(
     return _without_padding(output, weight)
 
 
+def matmul_floats(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype, program: Program | None = None
+) -> torch.Tensor:
+    """Computes what `matmul` computes, for a weight of float16 or float32. x: (blocks, rows, 32) float32, made by
+    `group`."""
+    blocks, num_rows, _ = x.shape
+    tiles = weight.quants.shape[0]
+    output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
+    addresses = (x.data_ptr(), weight.quants.data_ptr(), bias.data_ptr(), output.data_ptr())
+    program = program or _matmul_floats(weight.format, dtype)
+    program(*addresses, num_rows, blocks, tiles, num_threads=torch.get_num_threads())
+    return _without_padding(output, weight)
+
+
 def _without_padding(output: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     return output if output.shape[1] == weight.num_rows else output[:, : weight.num_rows].contiguous()
 
@@ -248,6 +262,39 @@ def _matmul_bfloat16_program(dtype: torch.dtype, cpu: str, features: str) -> Pro
             for pair in range(num_pairs):
                 total = b.dot2(total, weight[pair], b.splat(b.read(I32, b.add(values, I64(4 * pair)))))
             b.write(total, address, align=64)
+
+    _tiled(b, rows, blocks, tiles, dtype, add_block)
+    return jit.compile_program(b, cpu)
+
+
+@functools.cache
+def _matmul_floats(fmt: Format, dtype: torch.dtype) -> Program:
+    return matmul_floats_program(fmt, dtype, *jit.host())
+
+
+def matmul_floats_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> Program:
+    """Computes what `matmul_program` computes, in float32: half a block's weights go to sixteen registers at a time,
+    and the sums of a row are in four, so that none waits for the one before."""
+    b = Builder("matmul_floats", _MATMUL_BFLOAT16, features)
+    rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
+    vector_bytes, apart = LANES * fmt.dtype.itemsize, 4
+
+    def add_block(place: jit.Value, first: jit.Value, count: jit.Value, block: jit.Value, sums: jit.Value) -> None:
+        start = b.address(b.argument["quants"], place, fmt.block_bytes)
+        for line in range(0, fmt.block_bytes, 64):
+            b.prefetch(b.add(start, I64(PREFETCH + line)))
+        activations = b.address(b.argument["x"], b.add(b.mul(block, rows), first), 4 * GROUP)
+        for half in (0, GROUP // 2):
+            columns = range(half, half + GROUP // 2)
+            weight = [b.read_floats(fmt.dtype, b.add(start, I64(vector_bytes * column))) for column in columns]
+            with b.loop(I64(0), count) as row:
+                values = b.address(activations, row, 4 * GROUP)
+                address = b.address(sums, row, 64)
+                parts = [b.read(FLOATS, address, align=64), *[constant(FLOATS, 0.0)] * (apart - 1)]
+                for index, column in enumerate(columns):
+                    x = b.splat(b.read(F32, b.add(values, I64(4 * column))))
+                    parts[index % apart] = b.fused(weight[index], x, parts[index % apart])
+                b.write(b.fadd(b.fadd(*parts[:2]), b.fadd(*parts[2:])), address, align=64)
 
     _tiled(b, rows, blocks, tiles, dtype, add_block)
     return jit.compile_program(b, cpu)
