@@ -132,6 +132,7 @@ def _terminate() -> None:
 
 def main(load: LoadModel = load) -> None:
     """Serves until a signal; exits with status 1 and a sentence if the model cannot be served."""
+    _run_command()
     settings = _settings_or_exit(from_command_line)
     logs.configure(settings.log_level, settings.log_format)
     _allow_many_files()
@@ -155,6 +156,18 @@ def main(load: LoadModel = load) -> None:
     _run(server)
     if services_of(app).chat.failure is not None or not server.started:
         sys.exit(1)
+
+
+def _run_command() -> None:
+    """Runs `pull`, `list` or `rm`, and exits, if the command line begins with one; says what they are before --help."""
+    first = next(iter(sys.argv[1:]), "")
+    if first in ("pull", "list", "rm", "-h", "--help"):
+        from serving import commands
+
+        if first.startswith("-"):
+            print(commands.OVERVIEW)
+        else:
+            sys.exit(commands.run(sys.argv[1:], _settings_or_exit(Settings)))
 
 
 def _run(server: uvicorn.Server) -> None:

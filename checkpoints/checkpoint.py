@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import errors
-from checkpoints import gguf_parts, hub_snapshot, model_directory, packages
+from checkpoints import gguf_parts, hub_model, hub_snapshot, model_directory, packages
 from checkpoints.atomic_files import load_errors, remove
 from checkpoints.conversion import convert_gguf, converter_version
 from checkpoints.demo_models import DEMO_MODELS
@@ -23,6 +23,7 @@ from engine.report import Report
 
 DEFAULT_DIRECTORY = "~/llms/Qwen3-0.6B/"
 DEFAULT_DEMO = "demo:qwen2.5-coder-0.5b"
+CONVERTED = "safetensors"  # the folder of what is converted
 MAX_UNUSED = 7 * 86400.0  # seconds without use, after which what another version converted is removed
 
 
@@ -52,12 +53,17 @@ def has_hub_form(model_path: str) -> bool:
     return not (is_path or is_file) and hub_snapshot.is_hub_id(model_path)
 
 
+def _is_hub_file(model_path: str) -> bool:
+    """Returns whether `model_path` means a GGUF file of a Hub model, such as OWNER/NAME:Q4_K_M."""
+    return not model_path.startswith("demo:") and hub_model.is_file_name(model_path) and not os.path.exists(model_path)
+
+
 def check(model_path: str) -> None:
     """Raises ModelLoadError for a model that cannot be served, as far as it shows in milliseconds and offline."""
     if model_path.startswith("demo:"):
         if model_path not in DEMO_MODELS:
             raise errors.ModelLoadError(f"{model_path} does not exist; the demo models are {', '.join(DEMO_MODELS)}.")
-    elif not has_hub_form(model_path):
+    elif not (has_hub_form(model_path) or _is_hub_file(model_path)):
         path = Path(model_path).expanduser()
         with load_errors(path):
             _check_path(path)
@@ -74,6 +80,8 @@ def fetch(model_path: str, cache_dir: Path, report: Report, sources: Sources | N
     if has_hub_form(model_path):
         return Checkpoint(hub_snapshot.fetch(model_path, report, sources))
     with load_errors(cache_dir):
+        if _is_hub_file(model_path):
+            return Checkpoint(_converted_file(hub_model.fetch_file(model_path, sources, report), cache_dir, report))
         if model_path in DEMO_MODELS:
             return Checkpoint(_converted_demo(model_path, cache_dir, report, sources))
         if path.is_dir():
@@ -102,14 +110,30 @@ def _check_path(path: Path) -> None:
 def _converted_file(path: Path, cache_dir: Path, report: Report) -> Path:
     """Converts a GGUF file with all its parts, once for each place, size and time of change that they have."""
     parts = gguf_parts.parts(path)
-    states = [(part.resolve(), part.stat()) for part in parts]
-    identity = "\n".join(f"{part} {status.st_size} {status.st_mtime_ns}" for part, status in states)
-    key = hashlib.sha256(identity.encode()).hexdigest()
-    target = _conversion_directory(cache_dir, served_name(str(path)), key)
+    target = _conversion_directory(cache_dir, served_name(str(path)), _key(parts))
     if not target.exists():
         convert_gguf(parts, target, report)
     _mark_as_used(target)
     return target
+
+
+def _key(parts: list[Path]) -> str:
+    states = [(part.resolve(), part.stat()) for part in parts]
+    identity = "\n".join(f"{part} {status.st_size} {status.st_mtime_ns}" for part, status in states)
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def conversions(cache_dir: Path, parts: list[Path]) -> list[Path]:
+    """Returns what was converted of a GGUF file, by any version of the converter. parts: all its files."""
+    return _conversions(cache_dir, _key(parts))
+
+
+def demo_conversions(cache_dir: Path, name: str) -> list[Path]:
+    return _conversions(cache_dir, DEMO_MODELS[name].sha256)
+
+
+def _conversions(cache_dir: Path, key: str) -> list[Path]:
+    return sorted((cache_dir / CONVERTED).glob(f"*-{key[:16]}-v*"))
 
 
 def _converted_demo(name: str, cache_dir: Path, report: Report, sources: Sources) -> Path:
@@ -123,7 +147,7 @@ def _converted_demo(name: str, cache_dir: Path, report: Report, sources: Sources
 
 
 def _conversion_directory(cache_dir: Path, name: str, key: str) -> Path:
-    return cache_dir / "safetensors" / f"{name}-{key[:16]}-{converter_version()}"
+    return cache_dir / CONVERTED / f"{name}-{key[:16]}-{converter_version()}"
 
 
 def _mark_as_used(directory: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import errors
-from checkpoints import gguf_header, gguf_metadata, gguf_parts, gguf_rope, gguf_tokenizer
+from checkpoints import gguf_ends, gguf_header, gguf_metadata, gguf_parts, gguf_rope, gguf_tokenizer
 from checkpoints.atomic_files import locked, require_room, temporary
 from engine.report import Report
 
@@ -74,13 +74,13 @@ def _total_size(paths: list[Path]) -> int:
 def check_header(paths: list[Path]) -> None:
     """Raises ModelLoadError for a key that is not supported; logs a warning where a key is missing."""
     try:
-        header = gguf_parts.read(paths)
+        header = gguf_parts.read(paths, gguf_ends.LISTS)
         gguf_metadata.check_kind(header)
         gguf_metadata.attributes(header, gguf_rope.neutral_factors(header))
         gguf_tokenizer.check(header)
     except (ValueError, ArithmeticError) as error:
         raise _refusal(paths[0], str(error)) from error
-    if warning := gguf_tokenizer.warning(header):
+    for warning in gguf_tokenizer.warnings(header):
         log.warning("%s: %s", paths[0].name, warning)
 
 
@@ -136,7 +136,7 @@ def _convert_file(gguf: Path, directory: Path, report: Callable[[float], None]) 
     from engine.cpu import packed_checkpoint
 
     report(0.1)
-    header = gguf_header.read(gguf)
+    header = gguf_header.read(gguf, gguf_ends.LISTS)
     _check_types(header)
     tokenizer = gguf_tokenizer.load(gguf, header)
     config = AutoConfig.for_model(**gguf_metadata.attributes(header, _rope_factors(gguf, header)))

@@ -9,8 +9,9 @@ default; its convert_hf_to_gguf.py, for what is written.
 
 from collections.abc import Mapping
 
+from checkpoints import gguf_ends
 from checkpoints.gguf_architectures import ARCHITECTURES, Architecture
-from checkpoints.gguf_header import Array, Header, Value
+from checkpoints.gguf_header import Header, Value
 from checkpoints.gguf_keys import Attributes, Keys
 from checkpoints.gguf_rope import Factors
 
@@ -67,7 +68,6 @@ SAMPLING = {  # what a model's authors recommend -> transformers' names; other s
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message with a call
 
 
 def check_kind(header: Header) -> None:
@@ -133,21 +133,10 @@ def sampling(header: Header) -> dict[str, Value]:
 
 def _token_ids(header: Header, num_rows: int) -> Attributes:
     """Returns the ids of special tokens; None where the file gives none, or one without a row in the embedding."""
-    ids = {attribute: _token_id(header, name, num_rows) for attribute, name in TOKENS.items()}
-    ends = [*(_token_id(header, name, num_rows) for name in ENDS), *_further_ends(header, num_rows)]
-    end_ids = list(dict.fromkeys(token for token in ends if token is not None))
+    ids = {attribute: _valid_id(gguf_ends.named_id(header, name), num_rows) for attribute, name in TOKENS.items()}
+    end_ids = [token for token in gguf_ends.ends(header) if _valid_id(token, num_rows) is not None]
     return {**ids, "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids or None}
 
 
-def _token_id(header: Header, name: str, num_rows: int) -> int | None:
-    return _valid_id(header.values.get(f"tokenizer.ggml.{name}_token_id"), num_rows)
-
-
-def _further_ends(header: Header, num_rows: int) -> list[int | None]:
-    """Returns the ids of `eos_token_ids`, a number or list that Ollama writes."""
-    value = header.values.get("tokenizer.ggml.eos_token_ids")
-    return [_valid_id(item, num_rows) for item in (value.items if isinstance(value, Array) else (value,))]
-
-
-def _valid_id(token: Value | None, num_rows: int) -> int | None:
-    return token if isinstance(token, int) and 0 <= token < num_rows else None
+def _valid_id(token: int | None, num_rows: int) -> int | None:
+    return token if token is not None and 0 <= token < num_rows else None

@@ -45,9 +45,9 @@ def _all_parts(path: Path) -> list[Path]:
     ]
 
 
-def read(paths: list[Path]) -> Header:
-    """Returns one header for all parts. Raises ValueError with a sentence."""
-    headers = [gguf_header.read(path) for path in paths]
+def read(paths: list[Path], keep: frozenset[str] = frozenset()) -> Header:
+    """Returns one header for all parts; keep: as in gguf_header. Raises ValueError with a sentence."""
+    headers = [gguf_header.read(path, keep) for path in paths]
     first = headers[0]
     count = first.values.get("split.count", 0)
     if isinstance(count, int) and count > 1 and count != len(paths):

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints import gguf_header
+from checkpoints import gguf_ends, gguf_header
+from checkpoints.gguf_ends import CONTROL
 from checkpoints.gguf_header import Array, Header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # kinds of vocabularies
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+USER_DEFINED = 4  # a kind of token
 
 PREFIX = "tokenizer."
 TEMPLATE = "tokenizer.chat_template"
@@ -110,15 +111,19 @@ def _family_split(header: Header) -> str | None:
     return VOCABULARY_SPLITS.get((architecture, number)) or FAMILY_SPLITS.get(architecture)
 
 
-def warning(header: Header) -> str | None:
-    """Returns a warning if neither the file nor its family determines how text is split, else None."""
+def warnings(header: Header) -> list[str]:
+    """Returns a warning if neither the file nor its family determines how text is split, and one for tokens that it
+    marks wrongly. header: read with gguf_ends.LISTS."""
+    found = []
     is_byte_level = header.values.get("tokenizer.ggml.model") == BYTE_LEVEL
-    if not is_byte_level or "tokenizer.ggml.pre" in header.values or _family_split(header):
-        return None
-    return (
-        "it lacks the key tokenizer.ggml.pre, so text is split by llama.cpp's default, which may not "
-        "be how the model was trained: a file by a newer converter may answer better"
-    )
+    if is_byte_level and "tokenizer.ggml.pre" not in header.values and not _family_split(header):
+        found.append(
+            "it lacks the key tokenizer.ggml.pre, so text is split by llama.cpp's default, which may not "
+            "be how the model was trained: a file by a newer converter may answer better"
+        )
+    if texts := list(gguf_ends.unmarked(header).values()):
+        found.append(f"it does not mark {', '.join(texts)} as control tokens, which end answers: they are read as such")
+    return found
 
 
 def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
@@ -127,13 +132,14 @@ def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
     from transformers.integrations.gguf import gguf_tokenizer_mapping as transformers_tokenizers
 
     check(header, set(transformers_tokenizers.GGUF_PRE_TOKENIZER_SPLITS))
+    header = gguf_header.read(gguf, gguf_ends.LISTS)
     architecture, parts, special = transformers_tokenizers.get_gguf_tokenizer(str(gguf))
     if header.values["tokenizer.ggml.model"] == BYTE_LEVEL:
         parts["pre_tokenizer_type"] = _pre(header)
     backend, _ = transformers_tokenizers.convert_gguf_tokenizer(architecture, parts)
     return PreTrainedTokenizerFast(
-        tokenizer_object=_completed(backend, gguf, header),
-        **{name: special[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
+        tokenizer_object=_completed(backend, header),
+        **{name: special[name] or text for name, text in _special_texts(header).items()},
         add_bos_token=_adds(header, "bos"),
         add_eos_token=_adds(header, "eos"),
         chat_template=_templates(header.values),
@@ -141,9 +147,24 @@ def load(gguf: Path, header: Header) -> "PreTrainedTokenizerFast":
     )
 
 
+def _special_texts(header: Header) -> dict[str, str | None]:
+    """Returns the texts of special tokens, by transformers' names, also of those for which the file has no key."""
+    tokens = _list(header, gguf_ends.TOKENS)
+    names = {"bos_token": "bos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: gguf_ends.named_id(header, own) for name, own in names.items()}
+    ids["eos_token"] = next(iter(gguf_ends.ends(header)), None)
+    return {name: str(tokens[i]) if i is not None and 0 <= i < len(tokens) else None for name, i in ids.items()}
+
+
+def _list(header: Header, key: str) -> tuple[Any, ...]:
+    value = header.values[key]
+    assert isinstance(value, Array)
+    return value.items
+
+
 def _adds(header: Header, name: str) -> bool:
     """Returns whether the token `name`, "bos" or "eos", is added to each text."""
-    if header.values.get(f"tokenizer.ggml.{name}_token_id") is None:
+    if gguf_ends.named_id(header, name) is None:
         return False
     has_begin = header.values["tokenizer.ggml.model"] == SENTENCEPIECE or _pre(header) in WHOLE_WORDS
     return bool(header.values.get(f"tokenizer.ggml.add_{name}_token", has_begin and name == "bos"))
@@ -156,7 +177,7 @@ def _templates(values: Mapping[str, Any]) -> str | dict[str, str] | None:
     return ({"default": default} if default else {}) | named if named else default
 
 
-def _completed(backend: Any, gguf: Path, header: Header) -> Any:
+def _completed(backend: Any, header: Header) -> Any:
     """Returns the tokenizer with what transformers does not read from the file."""
     from tokenizers import AddedToken, Tokenizer
 
@@ -165,12 +186,16 @@ def _completed(backend: Any, gguf: Path, header: Header) -> Any:
     assert isinstance(size, Array)
     # transformers' classes add tokens such as `<|endoftext|>`, for which the model may have no embedding
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size.length]
-    added: dict[str, bool] = {}
+    odd = gguf_ends.unmarked(header)
+    for token in state["added_tokens"]:
+        token["special"] |= token["id"] in odd
+    known = {token["content"] for token in state["added_tokens"]}
+    added = dict.fromkeys((text for text in odd.values() if text not in known), True)
     if header.values["tokenizer.ggml.model"] == BYTE_LEVEL:
         state["model"]["ignore_merges"] = _pre(header) in WHOLE_WORDS
         state["pre_tokenizer"] = _split(_pre(header)) or state["pre_tokenizer"]
         state["normalizer"] = {"type": "NFC"} if _pre(header) in COMPOSED else state["normalizer"]
-        added = _restore(state, gguf)
+        added |= _restore(state, header)
     elif header.values.get("tokenizer.ggml.add_space_prefix") is False:
         _without_prefix(state)
     completed = Tokenizer.from_str(json.dumps(state))
@@ -191,28 +216,27 @@ def _split(pre: str) -> dict[str, Any] | None:
     return {"type": "Sequence", "pretokenizers": [*cuts, bytes_alone]}
 
 
-def _restore(state: dict[str, Any], gguf: Path) -> dict[str, bool]:
+def _restore(state: dict[str, Any], header: Header) -> dict[str, bool]:
     """Restores control tokens that transformers spells in bytes, such as DeepSeek's `<｜User｜>`.
 
     Returns each restored token, and whether it is special."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    keys = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
-    values = gguf_header.read(gguf, frozenset(keys)).values
-    tokens, kinds = (value.items if isinstance(value := values[key], Array) else () for key in keys)
+    tokens, kinds = (_list(header, key) for key in (gguf_ends.TOKENS, gguf_ends.KINDS))
+    odd = gguf_ends.unmarked(header)
     added = {token["content"] for token in state["added_tokens"]}
     spelling = bytes_to_unicode()
     vocabulary = state["model"]["vocab"]
     restored: dict[str, bool] = {}
     for index, (value, kind) in enumerate(zip(tokens, kinds, strict=True)):
         token = str(value)
-        if kind not in (CONTROL, USER_DEFINED) or token in added:
+        if (kind not in (CONTROL, USER_DEFINED) and index not in odd) or token in added:
             continue
         spelled = "".join(spelling[byte] for byte in token.encode())
         if vocabulary.get(spelled) == index:
             del vocabulary[spelled]
             vocabulary[token] = index
-            restored[token] = kind == CONTROL
+            restored[token] = kind == CONTROL or index in odd
     return restored
 
 

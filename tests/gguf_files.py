@@ -10,6 +10,8 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel
 
+from engine.cpu.gguf_blocks import BLOCK_BYTES
+
 DELTA_NET = {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}  # parameters that are no weights of a layer
 Numbers = numpy.ndarray[Any, Any]
 
@@ -46,13 +48,36 @@ def write(
         name = key if key.startswith(("general.", "tokenizer.", "split.", "adapter.")) else f"{architecture}.{key}"
         write_value(writer, name, value)
     for name, tensor in tensors.items():
-        fits = tensor.ndim > 1 and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
-        data = gguf.quants.quantize(tensor, kind) if fits else tensor
+        size, _ = gguf.GGML_QUANT_SIZES[kind]
+        fits = tensor.ndim > 1 and tensor.shape[-1] % size == 0
+        data = quantized(tensor, kind) if fits else tensor
         writer.add_tensor(name, data, raw_dtype=kind if fits else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantized(tensor: Numbers, kind: gguf.GGMLQuantizationType) -> Numbers:
+    """Returns a tensor's blocks; any ones of the types that gguf does not write."""
+    try:
+        return gguf.quants.quantize(tensor, kind)
+    except NotImplementedError:
+        rows, num_blocks = tensor.size // tensor.shape[-1], tensor.shape[-1] // gguf.GGML_QUANT_SIZES[kind][0]
+        return random_blocks(kind.name, rows, num_blocks).reshape(*tensor.shape[:-1], -1)
+
+
+def random_blocks(name: str, rows: int, num_blocks: int) -> Numbers:
+    """Any bytes are codes, but the float16 numbers among them must be finite."""
+    rng = numpy.random.default_rng([rows, num_blocks])
+    data = rng.integers(0, 256, (rows, num_blocks, BLOCK_BYTES[name]), dtype=numpy.uint8)
+    offsets = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(name, (0,))
+    if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+        offsets = (0, 2)
+    for offset in offsets:
+        halfs = rng.uniform(0.001, 0.1, (rows, num_blocks)).astype(numpy.float16)
+        data[:, :, offset : offset + 2] = halfs[..., None].view(numpy.uint8)
+    return data.reshape(rows, -1)
 
 
 def write_value(writer: gguf.GGUFWriter, name: str, value: Any) -> None:

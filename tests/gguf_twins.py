@@ -47,6 +47,7 @@ class Twin:
     config: dict[str, Any]
     keys: dict[str, Any]
     tensors: dict[str, numpy.ndarray[Any, Any]] = field(default_factory=dict)
+    is_rounded: bool = True  # to bfloat16
 
     def model(self) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -56,7 +57,7 @@ class Twin:
             for name, value in model.named_parameters():
                 if "norm" in name or name.endswith("bias"):
                     value.add_(torch.randn(value.shape) * 0.2)
-        return gguf_files.rounded(model)
+        return gguf_files.rounded(model) if self.is_rounded else model.eval()
 
     def write(self, path: Path, **more: Any) -> PreTrainedModel:
         model = self.model()

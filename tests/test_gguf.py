@@ -1,6 +1,7 @@
 """GGUF files compute what the models do that they were made of, or are refused by the name of what cannot be read."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -34,8 +35,9 @@ from checkpoints import (
     gguf_parts,
 )
 from engine.checked_model import check_model
-from engine.cpu import packed_checkpoint
+from engine.cpu import gguf_blocks, packed_checkpoint
 from engine.cpu.packed_experts import PackedExperts
+from engine.cpu.packed_weight import PackedWeight
 from engine.layer_probe import probe_layers
 from engine.model_loader import load_model
 
@@ -66,6 +68,56 @@ def test_types_of_tensors_are_read(kind: str, tmp_path: Path) -> None:
     model = LLAMA_TWIN.write(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType[kind])
     bound = {"F16": 1e-3, "BF16": 1e-3, "Q8_0": 3.0, "Q4_0": 30.0}[kind]
     assert difference(model, converted(tmp_path / "tiny.gguf"), 20) < bound
+
+
+QWEN2_LAYERS = {  # of transformers -> of GGUF files
+    "self_attn.q_proj": "attn_q",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def as_packed(path: Path) -> dict[str, PackedWeight]:
+    """Returns the weights with which the model in a converted directory computes, by the names of its layers."""
+    conversion.convert([path], path.with_suffix(""), lambda fraction: None)
+    checked = check_model(path.with_suffix(""), "auto", "cpu")
+    assert load_model(checked, lambda phase, fraction: None, "auto")
+    return packed_checkpoint.weights(path.with_suffix("") / packed_checkpoint.FILE)[0]
+
+
+def wide(kind: str, path: Path, is_rounded: bool = True) -> dict[str, torch.Tensor]:
+    """Writes a model whose rows are whole super-blocks; returns its matrices as the library of llama.cpp reads them."""
+    config = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    keys = {"embedding_length": 256, "feed_forward_length": 512}
+    small = TWINS["qwen2"]
+    twin = dataclasses.replace(small, config=small.config | config, keys=small.keys | keys, is_rounded=is_rounded)
+    twin.write(path, kind=gguf.GGMLQuantizationType[kind])
+    tensors = [tensor for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2]
+    return {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
+
+
+@pytest.mark.parametrize("kind", gguf_blocks.BLOCK_BYTES)
+def test_layers_keep_the_blocks_of_each_type(kind: str, tmp_path: Path) -> None:
+    expected = wide(kind, tmp_path / "tiny.gguf")
+    packed = as_packed(tmp_path / "tiny.gguf")
+    assert torch.equal(packed["lm_head"].dequantize(), expected["output.weight"])
+    for layer, name in itertools.product(range(2), QWEN2_LAYERS):
+        weight = packed[f"model.layers.{layer}.{name}"]
+        assert torch.equal(weight.dequantize(), expected[f"blk.{layer}.{QWEN2_LAYERS[name]}.weight"])
+
+
+@pytest.mark.parametrize("kind", gguf_blocks.FLOATS)
+def test_floats_keep_their_precision(kind: str, tmp_path: Path) -> None:
+    """Weights that bfloat16 would round stay in float16 or float32; all others are in bfloat16."""
+    is_rounded = kind == "BF16"
+    expected = wide(kind, tmp_path / "tiny.gguf", is_rounded)
+    packed = as_packed(tmp_path / "tiny.gguf")
+    assert {weight.format.dtype for weight in packed.values()} == (set() if is_rounded else {gguf_blocks.FLOATS[kind]})
+    for layer, name in itertools.product(range(2), [] if is_rounded else QWEN2_LAYERS):
+        weight = packed[f"model.layers.{layer}.{name}"]
+        assert torch.equal(weight.dequantize(), expected[f"blk.{layer}.{QWEN2_LAYERS[name]}.weight"])
 
 
 # --- parts

@@ -1,21 +1,10 @@
-import numpy
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
+from gguf_files import random_blocks
 
 from engine.cpu.gguf_blocks import BLOCK_BYTES, decode
 from engine.cpu.packed_weight import pack
-
-
-def random_blocks(name: str, rows: int, num_blocks: int) -> numpy.ndarray:
-    """Any bytes are codes, but the float16 numbers among them must be finite."""
-    rng = numpy.random.default_rng(0)
-    data = rng.integers(0, 256, (rows, num_blocks, BLOCK_BYTES[name]), dtype=numpy.uint8)
-    offsets = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(name, (0,))
-    for offset in offsets:
-        halfs = rng.uniform(0.001, 0.1, (rows, num_blocks)).astype(numpy.float16)
-        data[:, :, offset : offset + 2] = halfs[..., None].view(numpy.uint8)
-    return data.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("name", BLOCK_BYTES)

@@ -163,7 +163,61 @@ def test_all_tokens_that_end_a_turn_do(tmp_path: Path) -> None:
     end = gguf_files.VOCAB - 1
     tokenizer(tmp_path / "tiny.gguf", ggml__eot_token_id=end - 1, ggml__eom_token_id=end)
     generation = json.loads((tmp_path / "tiny" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [end, end - 1]
+    assert generation["eos_token_id"] == [end, end - 1, end - 2]  # the last one is <|endoftext|>
+
+
+# --- tokens that a file marks or names wrongly
+
+
+def ends_of(path: Path, **keys: Any) -> tuple[Any, Any]:
+    """Returns a file's tokenizer and the tokens that end its answers."""
+    found = tokenizer(path, **keys)
+    config = json.loads((path.with_suffix("") / "config.json").read_text())
+    ids = config["eos_token_id"]
+    return found, found.convert_ids_to_tokens([ids] if isinstance(ids, int) else ids or [])
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_an_end_that_is_not_marked_as_control_is_one_token_that_no_text_shows(kind: int, tmp_path: Path) -> None:
+    kinds = [1] * (gguf_files.VOCAB - 3) + [3, 3, kind]
+    found, ends = ends_of(tmp_path / "tiny.gguf", ggml__token_type=kinds, ggml__eos_token_id=gguf_files.VOCAB - 3)
+    assert ends == ["<|endoftext|>", "<|im_end|>"]
+    ids = found.encode("a<|im_end|>b")
+    assert ids[1] == gguf_files.VOCAB - 1 and found.decode(ids, skip_special_tokens=True) == "ab"
+
+
+def test_an_end_is_found_by_its_text_where_the_file_names_none(tmp_path: Path) -> None:
+    found, ends = ends_of(tmp_path / "tiny.gguf", ggml__eos_token_id=None)
+    assert ends == ["<|endoftext|>", "<|im_end|>"] and found.eos_token == "<|endoftext|>"
+
+
+def test_a_sentencepiece_vocabulary_without_ids_has_those_of_llama(tmp_path: Path) -> None:
+    said = {**SENTENCEPIECE, "ggml__bos_token_id": None, "ggml__eos_token_id": None, "ggml__unknown_token_id": None}
+    kinds = [2, 1, 1] + [6] * 253 + [1] * 5  # and neither is marked
+    found, ends = ends_of(tmp_path / "tiny.gguf", **{**said, "ggml__token_type": kinds})
+    assert ends == ["</s>"] and found.eos_token == "</s>" and found.bos_token == "<s>"
+    ids = found.encode("a</s>")
+    assert ids[0] == 1 and ids[-1] == 2 and found.decode(ids, skip_special_tokens=True) == "a"
+
+
+@pytest.mark.parametrize(("kind", "is_end"), [(1, False), (3, True), (4, False)])
+def test_a_closing_tag_ends_an_answer_only_where_it_is_marked_or_nothing_else_does(
+    kind: int, is_end: bool, tmp_path: Path
+) -> None:
+    """It is an HTML tag in the vocabularies of Qwen and Gemma."""
+    tokens = [*gguf_files.TOKENS[:-4], "</s>", *gguf_files.SPECIAL]
+    kinds = [1] * (len(tokens) - 4) + [kind] + [3] * 3
+    said = {"ggml__tokens": tokens, "ggml__token_type": kinds, "ggml__merges": ["a b"]}
+    found, ends = ends_of(tmp_path / "tiny.gguf", **said)
+    assert ("</s>" in ends) == is_end
+    assert ("</s>" in found.decode([tokens.index("</s>")], skip_special_tokens=True)) != is_end
+
+
+def test_what_a_file_marks_wrongly_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kinds = [1] * (gguf_files.VOCAB - 3) + [3, 3, 1]
+    LLAMA_TWIN.write(tmp_path / "t.gguf", tokenizer={**gguf_files.TOKENIZER, "tokenizer.ggml.token_type": kinds})
+    conversion.check_header([tmp_path / "t.gguf"])
+    assert "it does not mark <|im_end|> as control tokens, which end answers" in caplog.text
 
 
 def test_the_sampling_that_a_file_recommends_is_the_models(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from amx_emulator import BUILDERS, FEATURES, SAPPHIRE_RAPIDS
 
 from engine.cpu import activations, jit, kernels, products, sampling_kernels
 from engine.cpu.amx import AMXBuilder
+from engine.cpu.gguf_blocks import IQ4_NL, IQ4_XS
 from engine.cpu.packed_weight import (
     GROUP,
     INT4,
     INT8,
+    Q2_K,
+    Q3_K,
     Q4_K,
     Q5_K,
     Q6_K,
@@ -18,14 +21,17 @@ from engine.cpu.packed_weight import (
     Codes,
     Format,
     can_pack,
+    narrowest,
     pack,
-    pack_bfloat16,
+    pack_floats,
     quantize_weight,
 )
 
 FORMATS = (
     *(INT4, INT8, Format(4, 8), Format(5, 16), Format(5, has_minimum=True), Format(6, 32, group=16)),
     *(Format(1, has_minimum=True), Format(3, 4, group=16), Format(7, 64), Q4_K, Q5_K, Q6_K),
+    *(Q2_K, Q3_K, IQ4_NL, IQ4_XS, Format(3, has_minimum=True, group=16)),
+    Format.of_table((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)),  # twice what FP4's codes stand for
 )
 COLUMNS = 512  # whole super-blocks
 pytestmark = [
@@ -37,10 +43,10 @@ pytestmark = [
 def random_codes(fmt: Format, rows: int, columns: int) -> Codes:
     codes = torch.randint(0, 2**fmt.bits, (rows, columns), dtype=torch.uint8)
     scales = (torch.rand(rows, columns // fmt.group) * 0.1).half()
-    minimums = -torch.rand(rows, columns // GROUP).half() if fmt.has_minimum else None
+    minimums = -torch.rand(rows, columns // fmt.group).half() if fmt.has_minimum else None
     if not fmt.has_super_blocks:
         return Codes(fmt, codes, scales, minimums)
-    wholes = [torch.randint(-32, 64, (rows, columns // size), dtype=torch.int8) for size in (fmt.group, GROUP)]
+    wholes = [torch.randint(-32, 64, (rows, columns // fmt.group), dtype=torch.int8) for _ in range(2)]
     supers = (torch.rand(rows, columns // SUPER_BLOCK, 1 + fmt.has_minimum) * 0.01 - 0.003).half()
     return Codes(fmt, codes, wholes[0], wholes[1] if fmt.has_minimum else None, supers)
 
@@ -74,12 +80,13 @@ def test_a_product_is_that_of_the_dequantized_weight(fmt: Format, rows: int) -> 
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's instructions")
-@pytest.mark.parametrize("removed", [("+avx512vnni",), ("+avx512", "+avxvnni")])
-def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("removed", [("+avx512vnni",), ("+avx512", "+avxvnni"), ("+avx512", "+avxvnni", "+avx2")])
+@pytest.mark.parametrize("fmt", [Format(5, 16), Q2_K, Q3_K, IQ4_NL, IQ4_XS])
+def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tuple[str, ...], fmt: Format) -> None:
     _, features = jit.host()
     features = ",".join(f for f in features.split(",") if not f.startswith(removed))
-    weight = random_codes(Format(5, 16), 32, 64)
-    x = activations.quantize(torch.randn(3, 64))
+    weight = random_codes(fmt, 32, 256)
+    x = activations.quantize(torch.randn(3, 256))
     expected = as_floats(x) @ weight.dequantize().double().T
     program = products.matmul_program(weight.format, torch.float32, "x86-64-v3", features)
     product = products.matmul(x, pack(weight), torch.zeros(32), torch.float32, program)
@@ -114,7 +121,7 @@ def test_a_product_of_bfloat16_with_amx_is_that_of_torch(rows: int, outputs: int
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(outputs, 96).bfloat16()
     program = products.amx_matmul_bfloat16_program(torch.float32, *jit.host(), builder)
     bias = torch.nn.functional.pad(torch.randn(outputs), (0, -outputs % 16))
-    product = products.matmul_bfloat16(activations.group(x), pack_bfloat16(weight), bias, torch.float32, program)
+    product = products.matmul_bfloat16(activations.group(x), pack_floats(weight), bias, torch.float32, program)
     torch.testing.assert_close(product, x.float() @ weight.float().T + bias[:outputs], rtol=1e-4, atol=1e-4)
 
 
@@ -130,10 +137,33 @@ def test_a_product_is_compiled_for_a_processor_with_amx(fmt: Format) -> None:
 def test_a_product_of_bfloat16_is_that_of_torch(rows: int) -> None:
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(50, 96).bfloat16()
-    packed = pack_bfloat16(weight)
+    packed = pack_floats(weight)
     assert torch.equal(packed.dequantize(), weight.float())
     product = products.matmul_bfloat16(activations.group(x), packed, torch.ones(64), torch.float32)
     torch.testing.assert_close(product, x.float() @ weight.float().T + 1, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 16, 150])
+def test_a_product_of_floats_is_that_of_torch(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 96), torch.randn(50, 96).to(dtype)
+    packed = pack_floats(weight)
+    assert torch.equal(packed.dequantize(), weight.float())
+    expected = x.double() @ weight.double().T + 1
+    _, features = jit.host()
+    few = ",".join(f for f in features.split(",") if not f.startswith("+avx512"))
+    for program in (None, products.matmul_floats_program(packed.format, torch.float32, "x86-64-v3", few)):
+        product = products.matmul_floats(activations.group(x), packed, torch.ones(64), torch.float32, program)
+        torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_are_kept_in_the_narrowest_type_that_has_all_of_them(dtype: torch.dtype) -> None:
+    few_bits = torch.finfo(dtype).eps
+    values = torch.tensor([[1.0 + few_bits, -2.0]])
+    assert narrowest(values).dtype == dtype
+    assert torch.equal(narrowest(values).float(), values)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -8,12 +8,24 @@ from collections.abc import Callable
 
 import torch
 
-from engine.cpu.packed_weight import Q4_K, Q5_K, Q6_K, Codes, Format
+from engine.cpu.packed_weight import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Codes, Format
 
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+BLOCK_BYTES = {
+    **{"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "IQ4_NL": 18},
+    **{"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "IQ4_XS": 136},
+}
+NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # what IQ4's codes stand for
+IQ4_NL = Format.of_table(NON_LINEAR)
+IQ4_XS = Format.of_table(NON_LINEAR, has_super_blocks=True)
 
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Blocks = torch.Tensor  # (rows, blocks, bytes) uint8
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # of Codes, of each block
+
+
+def read(data: torch.Tensor, type_name: str) -> Codes | torch.Tensor:
+    """Reads a tensor, (rows, any), of one of BLOCK_BYTES or FLOATS."""
+    return data.view(FLOATS[type_name]) if type_name in FLOATS else decode(data, type_name)
 
 
 def decode(data: torch.Tensor, type_name: str) -> Codes:
@@ -65,6 +77,40 @@ def _q8_0(blocks: Blocks) -> Parts:
     return blocks[..., 2:] ^ 128, _halfs(blocks, 0), None, None  # the signed byte plus 128
 
 
+def _pairs_of_bits(data: torch.Tensor) -> torch.Tensor:
+    """Splits two halves of 32 bytes into their pairs of bits, the lowest of all bytes first: 256 codes."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    pairs: torch.Tensor = data.unflatten(-1, (2, 1, 32)) >> shifts & 3
+    return pairs.flatten(-3)
+
+
+def _q2_k(blocks: Blocks) -> Parts:
+    """Reads a block of 16 groups, whose scales and minimums are the halves of a byte."""
+    factors = blocks[..., :16]
+    supers = torch.cat([_halfs(blocks, 80), -_halfs(blocks, 82)], dim=-1)
+    scales, minimums = (factors & 15).view(torch.int8), (factors >> 4).view(torch.int8)
+    return _pairs_of_bits(blocks[..., 16:80]), scales, minimums, supers
+
+
+def _q3_k(blocks: Blocks) -> Parts:
+    """Reads a block of 16 groups; bit i of 32 bytes is the highest of the codes of groups 2 i and 2 i + 1. Of the
+    scales, eight bytes have the low nibbles, and four the upper two bits."""
+    shifts = torch.arange(8, dtype=torch.uint8)[:, None]
+    high = (blocks[..., None, :32] >> shifts & 1).flatten(-2)
+    upper = blocks[..., None, 104:108] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None] & 3
+    scales = _nibbles(blocks[..., 96:104]) | upper.flatten(-2) << 4
+    return _pairs_of_bits(blocks[..., 32:96]) | high << 2, (scales.view(torch.int8) - 32), None, _halfs(blocks, 108)
+
+
+def _iq4_xs(blocks: Blocks) -> Parts:
+    """Reads a block of eight groups; of the scales, four bytes have the low nibbles, and two the upper two bits."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    high = (blocks[..., 2:4, None] >> shifts & 3).flatten(-2)
+    low = torch.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], dim=-1).flatten(-2)
+    codes = _nibbles(blocks[..., 8:].unflatten(-1, (8, 16))).flatten(-2)
+    return codes, (low | high << 4).view(torch.int8) - 32, None, _halfs(blocks, 0)
+
+
 def _k_scales(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Reads the scales and minimums of eight groups, of 6 bits, packed into 12 bytes, and their factors. What is called
     a minimum there is subtracted."""
@@ -104,6 +150,10 @@ _TYPES: dict[str, tuple[Format, Callable[[Blocks], Parts]]] = {
     "Q5_0": (Format(5, offset=16), _q5_0),
     "Q5_1": (Format(5, has_minimum=True), _q5_1),
     "Q8_0": (Format(8, offset=128), _q8_0),
+    "IQ4_NL": (IQ4_NL, _q4_0),
+    "Q2_K": (Q2_K, _q2_k),
+    "Q3_K": (Q3_K, _q3_k),
+    "IQ4_XS": (IQ4_XS, _iq4_xs),
     "Q4_K": (Q4_K, _q4_k),
     "Q5_K": (Q5_K, _q5_k),
     "Q6_K": (Q6_K, _q6_k),

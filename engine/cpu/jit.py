@@ -6,7 +6,7 @@ They run on torch's own OpenMP threads, since two pools of threads would fight f
 import ctypes
 import functools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -233,6 +233,25 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         e = self.exp2(self.fmul(x, constant(FLOATS, -1.4426950408889634)))
         e, every = self.fadd(e, constant(FLOATS, 1.0)), ir.IntType(16)(-1)
         return self.intrinsic("llvm.x86.avx512.rcp14.ps.512", FLOATS, e, e, every)
+
+    def look_up(self, table: Sequence[int], index: Value) -> Value:
+        """Returns table[i] for each i of 64 bytes, all less than 16. table: 16 bytes."""
+        if "+avx512bw" in self.features:
+            return self.intrinsic("llvm.x86.avx512.pshuf.b.512", BYTES, ir.Constant(BYTES, [*table] * 4), index)
+        if "+avx2" in self.features:
+            half = vector(I8, 32)
+            lanes = [ir.Constant(vector(I32, 32), list(range(first, first + 32))) for first in (0, 32)]
+            parts = [self.shuffle_vector(index, index, places) for places in lanes]
+            found = [
+                self.intrinsic("llvm.x86.avx2.pshuf.b", half, ir.Constant(half, [*table] * 2), part) for part in parts
+            ]
+            return self.shuffle_vector(*found, ir.Constant(vector(I32, 64), list(range(64))))
+        numbers = [constant(BYTES, number) for number in table]
+        for bit in range(4):  # on any processor: each bit of the index halves what is left of the table
+            is_set = self.icmp_unsigned("!=", self.and_(index, constant(BYTES, 1 << bit)), constant(BYTES, 0))
+            pairs = zip(numbers[::2], numbers[1::2], strict=True)
+            numbers = [self.select(is_set, odd, even) for even, odd in pairs]
+        return numbers[0]
 
     def dot4(self, sums: Value, unsigned: Value, signed: Value) -> Value:
         """Adds to each of 16 lanes the products of its 4 unsigned and 4 signed bytes."""

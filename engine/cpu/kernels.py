@@ -144,8 +144,9 @@ def _embed(fmt: Format, dtype: torch.dtype) -> Program:
                 scale = b.extract_element(weight.scales[index % fmt.num_scales], lane)
                 values = b.sitofp(b.sub(codes, constant(INTS, fmt.offset)), FLOATS)
                 values = b.fmul(values, b.splat(scale))
-                if weight.minimum is not None:
-                    values = b.fadd(values, b.splat(b.extract_element(weight.minimum, lane)))
+                if weight.minimums:
+                    minimum = b.extract_element(weight.minimums[index % fmt.num_scales], lane)
+                    values = b.fadd(values, b.splat(minimum))
                 start = b.address(b.argument["output"], b.add(b.mul(row, blocks), block), GROUP * dtype.itemsize)
                 b.write_floats(values, dtype, b.add(start, I64(index * LANES * dtype.itemsize)))
     return jit.compile_program(b)

@@ -66,13 +66,15 @@ class PackedLinear(nn.Module):
     def multiply(self, x: Prepared) -> torch.Tensor:
         if isinstance(x, Activations):
             return products.matmul(x, self.packed, self.bias, self.dtype)
-        return products.matmul_bfloat16(x, self.packed, self.bias, self.dtype)
+        if x.dtype == torch.bfloat16:
+            return products.matmul_bfloat16(x, self.packed, self.bias, self.dtype)
+        return products.matmul_floats(x, self.packed, self.bias, self.dtype)
 
 
 def prepare(x: torch.Tensor, fmt: Format) -> Prepared:
     """Converts inputs, (..., columns), into the form that a product with a weight of that format reads."""
     rows = x.reshape(-1, x.shape[-1])
-    return activations.quantize(rows.contiguous()) if fmt.is_quantized else activations.group(rows)
+    return activations.quantize(rows.contiguous()) if fmt.is_quantized else activations.group(rows.to(fmt.input_dtype))
 
 
 def _padded_bias(weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -268,8 +270,8 @@ def fuse_layers(model: PreTrainedModel) -> None:
 
 
 def _are_alike(layers: list[PackedLinear]) -> bool:
-    """Returns whether all layers read the same form of input: all quantised to 8 bits, or none."""
-    return len({layer.packed.format.is_quantized for layer in layers}) == 1
+    """Returns whether all layers read the same form of input, such as one of 8 bits."""
+    return len({layer.packed.format.input_dtype for layer in layers}) == 1
 
 
 def _fused_mlp(module: nn.Module) -> FusedMLP | None:

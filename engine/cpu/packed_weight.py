@@ -1,9 +1,10 @@
-"""PackedWeight: a weight matrix of 1 to 8 bits, or bfloat16, in the order in which kernels read it.
+"""PackedWeight: a weight matrix of 1 to 8 bits, or of floats, in the order in which kernels read it.
 
 All that depends on how a format stores its codes is in this file: Format, `pack`, and the two readers, `_codes` in
 torch and `read_codes` in a kernel. Every group of 32 (or 16) columns of a row has its own scale, and in some formats a
 minimum, as in the blocks of GGUF files, whose codes are kept bit by bit. In GGUF's K formats these are whole numbers,
-times a float16 that a super-block of 256 columns shares.
+times a float16 that a super-block of 256 columns shares. In some formats of 4 bits a code is no number, but the place
+of one in a table.
 
 A tile is LANES rows, a block is GROUP columns of them. A vector of 64 bytes holds four columns of each row of a tile;
 eight such "fours" are a block. Codes of 8 bits take eight vectors. Others are cut into fields, for example 6 bits into
@@ -11,9 +12,10 @@ eight such "fours" are a block. Codes of 8 bits take eight vectors. Others are c
 four codes in a byte; one of 1 bit takes one vector. See `fields`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -22,19 +24,29 @@ from engine.cpu.jit import BYTES, I64, INTS, LANES, Builder, constant
 
 GROUP = 32  # columns in a block
 SUPER_BLOCK = 256  # columns
+TABLE_SIZE = 16  # numbers, as many as one instruction looks up
 FOURS = GROUP // 4
 PART = 2**22  # numbers of a weight that are rounded at a time; each takes some 20 bytes meanwhile
 
 
 @dataclass(frozen=True)
 class Format:
-    """What the codes of a weight mean: a weight is (code - offset) * scale, or code * scale + minimum."""
+    """What the codes of a weight mean: a weight is (number - offset) * scale, or number * scale + minimum, where
+    `number` is the code itself, or table[code]."""
 
     bits: int
     offset: int = 0
     has_minimum: bool = False
-    group: int = GROUP  # columns that share a scale
+    group: int = GROUP  # columns that share a scale, and a minimum
     has_super_blocks: bool = False  # scales and minimums are whole numbers, times those of their super-block
+    table: tuple[int, ...] = ()  # 16 numbers from 0 to 255; see `of_table`
+    dtype_name: str = ""  # of weights that have no codes and no scales, such as float16: the numbers themselves
+
+    @classmethod
+    def of_table(cls, values: Sequence[int], **more: Any) -> "Format":
+        """Returns the format of 4 bits whose code stands for one of 16 whole numbers, which may be negative."""
+        assert len(values) == TABLE_SIZE and max(values) - min(values) < 256 and -128 <= min(values) <= 0
+        return cls(4, offset=-min(values), table=tuple(value - min(values) for value in values), **more)
 
     @property
     def num_scales(self) -> int:
@@ -43,7 +55,19 @@ class Format:
 
     @property
     def is_quantized(self) -> bool:
-        return self.bits < 16
+        return not self.dtype_name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers of a weight that has no codes."""
+        return cast(torch.dtype, getattr(torch, self.dtype_name))
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The type of the activations that such a weight is multiplied with."""
+        if self.is_quantized:
+            return torch.int8
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     @property
     def fields(self) -> list[tuple[int, int]]:
@@ -62,13 +86,20 @@ class Format:
     @property
     def bytes_per_weight(self) -> float:
         """Memory of a weight and its part of the scales."""
-        num_factors = (self.num_scales + self.has_minimum) if self.is_quantized else 0
+        num_factors = self.num_scales * (1 + self.has_minimum) if self.is_quantized else 0
         return self.bits / 8 + num_factors * (1 if self.has_super_blocks else 2) / GROUP
 
 
 INT8 = Format(8, offset=128)
 INT4 = Format(4, has_minimum=True)
-BFLOAT16 = Format(16)  # no codes and no scales: the numbers themselves
+BFLOAT16 = Format(16, dtype_name="bfloat16")
+FLOATS = {  # the formats without codes, those with fewer bits first
+    torch.bfloat16: BFLOAT16,
+    torch.float16: Format(16, dtype_name="float16"),
+    torch.float32: Format(32, dtype_name="float32"),
+}
+Q2_K = Format(2, has_minimum=True, group=16, has_super_blocks=True)
+Q3_K = Format(3, offset=4, group=16, has_super_blocks=True)
 Q4_K = Format(4, has_minimum=True, has_super_blocks=True)
 Q5_K = Format(5, has_minimum=True, has_super_blocks=True)
 Q6_K = Format(6, offset=32, group=16, has_super_blocks=True)
@@ -89,16 +120,18 @@ class Codes(NamedTuple):
     format: Format
     codes: torch.Tensor  # (rows, columns) uint8
     scales: torch.Tensor  # (rows, columns / format.group), int8 in super-blocks
-    minimums: torch.Tensor | None  # (rows, columns / GROUP), int8 in super-blocks
+    minimums: torch.Tensor | None  # the same
     supers: torch.Tensor | None = None  # (rows, columns / SUPER_BLOCK, 1 or 2): factors of the scales and the minimums
 
     def dequantize(self) -> torch.Tensor:
         """Returns the weights, (rows, columns) in float32."""
         rows, columns = self.codes.shape
-        grouped = self.codes.view(rows, -1, self.format.group).float() - self.format.offset
+        fmt = self.format
+        numbers = torch.tensor(fmt.table, dtype=torch.uint8)[self.codes.int()] if fmt.table else self.codes
+        grouped = numbers.view(rows, -1, fmt.group).float() - fmt.offset
         weight = (grouped * self._times_super(self.scales, 0)[..., None]).view(rows, columns)
         if self.minimums is not None:
-            weight += self._times_super(self.minimums, 1).repeat_interleave(GROUP, dim=1)
+            weight += self._times_super(self.minimums, 1).repeat_interleave(fmt.group, dim=1)
         return weight
 
     def _times_super(self, values: torch.Tensor, index: int) -> torch.Tensor:
@@ -137,7 +170,7 @@ class PackedWeight:
     num_rows: int
     quants: torch.Tensor  # (tiles, blocks, block_bytes) uint8
     scales: torch.Tensor  # (tiles, blocks, num_scales, LANES) float16, int8 in super-blocks
-    minimums: torch.Tensor | None = None  # (tiles, blocks, LANES) float16, int8 in super-blocks
+    minimums: torch.Tensor | None = None  # the same
     supers: torch.Tensor | None = None  # (tiles, super-blocks, 1 or 2, LANES) float16
 
     @property
@@ -165,11 +198,12 @@ class PackedWeight:
         """Returns the weights of some rows, (len(index), columns), in float32."""
         tile, lane = index // LANES, index % LANES
         if not self.format.is_quantized:
-            pairs = self.quants.view(torch.bfloat16).view(*self.quants.shape[:2], -1, LANES, 2)
-            return pairs[tile, :, :, lane].reshape(len(index), -1).float()
+            numbers = self.quants.view(self.format.dtype).unflatten(-1, (-1, LANES, _together(self.format.dtype)))
+            chosen: torch.Tensor = numbers[tile, :, :, lane]
+            return chosen.reshape(len(index), -1).float()
         codes = self._codes(self.quants[tile], lane)
         scales = self.scales[tile, :, :, lane].flatten(1)
-        minimums = None if self.minimums is None else self.minimums[tile, :, lane]
+        minimums = None if self.minimums is None else self.minimums[tile, :, :, lane].flatten(1)
         supers = None if self.supers is None else self.supers[tile, :, :, lane]
         return Codes(self.format, codes, scales, minimums, supers).dequantize()
 
@@ -204,12 +238,13 @@ def pack(weight: Codes) -> PackedWeight:
         shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1, 1, 1)
         parts.append((field << shifts).sum(2, dtype=torch.uint8).reshape(tiles, blocks, -1))
     quants = torch.cat(parts, dim=-1)
-    scales = {
-        "scales": weight.scales.view(num_rows, blocks, fmt.num_scales),
-        "minimums": weight.minimums,
-        "supers": weight.supers,
+    factors = {name: getattr(weight, name) for name in PARTS[1:]}
+    side_by_side = {
+        name: _side_by_side(values.view(num_rows, -1, values.shape[-1] if name == "supers" else fmt.num_scales))
+        for name, values in factors.items()
+        if values is not None
     }
-    return PackedWeight(fmt, num_rows, quants, **{k: _side_by_side(v) for k, v in scales.items() if v is not None})
+    return PackedWeight(fmt, num_rows, quants, **side_by_side)
 
 
 def _side_by_side(values: torch.Tensor) -> torch.Tensor:
@@ -219,8 +254,8 @@ def _side_by_side(values: torch.Tensor) -> torch.Tensor:
 
 
 def read_codes(b: Builder, fmt: Format, start: jit.Value) -> list[jit.Value]:
-    """Returns the codes of a tile's block at address `start`: eight vectors of bytes, each with four columns of the 16
-    rows."""
+    """Returns the numbers of a tile's block at address `start`: eight vectors of bytes, each with four columns of the
+    16 rows. Their format's offset is not yet subtracted."""
     codes: list[jit.Value] = [constant(BYTES, 0)] * FOURS
     for first, width in fmt.fields:
         vectors = [b.bitcast(b.read(BYTES, b.add(start, I64(64 * (first + i)))), INTS) for i in range(width)]
@@ -230,19 +265,33 @@ def read_codes(b: Builder, fmt: Format, start: jit.Value) -> list[jit.Value]:
             moved = b.lshr(bits, constant(INTS, shift)) if shift >= 0 else b.shl(bits, constant(INTS, -shift))
             field = b.and_(b.bitcast(moved, BYTES), constant(BYTES, (2**width - 1) << first))
             codes[four] = b.or_(codes[four], field)
-    return codes
+    return [b.look_up(fmt.table, code) for code in codes] if fmt.table else codes
 
 
-def pack_bfloat16(weight: torch.Tensor) -> PackedWeight:
-    """Puts sixteen rows side by side, two columns of each in a lane. weight: (rows, columns) bfloat16."""
+def pack_floats(weight: torch.Tensor) -> PackedWeight:
+    """Puts sixteen rows side by side, in the weight's own type. weight: (rows, columns) of a type in FLOATS."""
     num_rows, columns = weight.shape
-    pairs = _padded(weight).view(-1, LANES, columns // GROUP, GROUP // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
+    together = _together(weight.dtype)
+    numbers = _padded(weight).view(-1, LANES, columns // GROUP, GROUP // together, together).permute(0, 2, 3, 1, 4)
     return PackedWeight(
-        format=BFLOAT16,
+        format=FLOATS[weight.dtype],
         num_rows=num_rows,
-        quants=pairs.flatten(2).view(torch.uint8),
+        quants=numbers.contiguous().flatten(2).view(torch.uint8),
         scales=torch.empty(0, 0, 1, LANES),
     )
+
+
+def _together(dtype: torch.dtype) -> int:
+    """Returns how many columns of a row are side by side: instructions multiply pairs of bfloat16."""
+    return 2 if dtype == torch.bfloat16 else 1
+
+
+def narrowest(values: torch.Tensor) -> torch.Tensor:
+    """Returns numbers in the type of FLOATS with the fewest bits that has all of them exactly."""
+    for dtype in FLOATS:
+        if torch.equal(values.to(dtype).float(), values.float()):
+            return values.to(dtype)
+    return values  # they are not all numbers
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from engine.cpu.packed_weight import (
     PackedWeight,
     can_pack,
     format_of,
-    pack_bfloat16,
+    pack_floats,
     round_and_pack,
 )
 from engine.quantization import Quantization
@@ -35,7 +35,7 @@ class Packer:
         """model: its parameters need no memory yet. quantization: a format with `packed_bits`."""
         bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
         assert bits is not None and head_bits is not None
-        self._owners = _layers_to_pack(model)
+        self._owners = layers_to_pack(model)
         head = model.get_output_embeddings()
         self._formats = {
             name: format_of(head_bits if head in map(model.get_submodule, owners) else _bits_of(name, bits))
@@ -118,7 +118,7 @@ def _make_router_exact(block: nn.Module) -> None:
         router.register_forward_pre_hook(lambda module, arguments: tuple(argument.float() for argument in arguments))
 
 
-def _layers_to_pack(model: PreTrainedModel) -> dict[str, list[str]]:
+def layers_to_pack(model: PreTrainedModel) -> dict[str, list[str]]:
     """Returns the parameters of linear layers, each with the names of the modules that have it: the layer, and the
     embedding where both are tied. Those that stay EXACT are left out."""
     names = {module: name for name, module in model.named_modules()}
@@ -134,4 +134,4 @@ def _layers_to_pack(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
-    return round_and_pack(weight, fmt) if fmt.is_quantized else pack_bfloat16(weight)
+    return round_and_pack(weight, fmt) if fmt.is_quantized else pack_floats(weight.to(fmt.dtype))

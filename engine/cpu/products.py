@@ -21,6 +21,7 @@ ROWS = 128  # rows of activations that pass a tile of weights while their sums s
 AMX_ROWS = 12  # so many rows are faster in AMX's tiles of 16 than one by one
 PREFETCH = 8192  # bytes ahead; the processor's own prefetching ends with a page
 AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], None]
+AddMinimum = Callable[[jit.Value, jit.Value], jit.Value]
 
 
 def matmul(
@@ -67,6 +68,20 @@ def matmul_bfloat16(
     output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
     addresses = (x.data_ptr(), weight.quants.data_ptr(), bias.data_ptr(), output.data_ptr())
     program = program or _matmul_bfloat16(dtype, num_rows >= AMX_ROWS and amx.is_available())
+    program(*addresses, num_rows, blocks, tiles, num_threads=torch.get_num_threads())
+    return _without_padding(output, weight)
+
+
+def matmul_floats(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype, program: Program | None = None
+) -> torch.Tensor:
+    """Computes what `matmul` computes, for a weight of float16 or float32. x: (blocks, rows, 32) float32, made by
+    `group`."""
+    blocks, num_rows, _ = x.shape
+    tiles = weight.quants.shape[0]
+    output = torch.empty(num_rows, tiles * LANES, dtype=dtype)
+    addresses = (x.data_ptr(), weight.quants.data_ptr(), bias.data_ptr(), output.data_ptr())
+    program = program or _matmul_floats(weight.format, dtype)
     program(*addresses, num_rows, blocks, tiles, num_threads=torch.get_num_threads())
     return _without_padding(output, weight)
 
@@ -151,7 +166,7 @@ def amx_matmul_program(
             signed = b.sub(vector_, constant(BYTES, fmt.offset))
             b.write(signed, b.add(codes, I64(amx.ROW_BYTES * four)), align=64)
         for index, scale in enumerate(weight.scales):
-            part, minimum = I64(fmt.group * index), weight.minimum if index == 0 else None
+            part, add_minimum = I64(fmt.group * index), _minimum_adder(b, fmt, weight, index)
             b.load_tile(weights, b.add(codes, I64(LANES * fmt.group * index)), I64(amx.ROW_BYTES))
             with b.loop(I64(0), count, amx.ROWS) as row:
                 start = b.add(b.add(b.mul(block, rows), first), row)
@@ -159,23 +174,28 @@ def amx_matmul_program(
                 b.zero(products)
                 b.dot_tiles("tdpbssd", products, activations, weights)
                 b.store_tile(products, stored, I64(amx.ROW_BYTES))
-                _add_tile(b, stored, scale, minimum, start, b.address(sums, row, 64))
+                _add_tile(b, stored, scale, add_minimum, start, b.address(sums, row, 64))
 
     _tiled(b, rows, blocks, tiles, dtype, add_block)
     b.release()
     return jit.compile_program(b, cpu)
 
 
+def _minimum_adder(b: Builder, fmt: Format, weight: "Block", index: int) -> AddMinimum:
+    """Returns what adds to a row's sums, whose activations are at a place, its part of the group's minimum."""
+    if not fmt.has_minimum:
+        return lambda place, total: total
+    minimum = weight.minimums[index]
+    return lambda place, total: b.fused(minimum, b.splat(_read_total(b, fmt, place, index)), total)
+
+
 def _add_tile(
-    b: Builder, stored: jit.Value, scale: jit.Value, minimum: jit.Value | None, start: jit.Value, sums: jit.Value
+    b: Builder, stored: jit.Value, scale: jit.Value, add_minimum: AddMinimum, start: jit.Value, sums: jit.Value
 ) -> None:
     """Adds the products of sixteen rows, from row `start` of the block's activations on, to their sums."""
     for row in range(amx.ROWS):
         place, address = b.add(start, I64(row)), b.add(sums, I64(64 * row))
-        total = b.read(FLOATS, address, align=64)
-        if minimum is not None:
-            whole = b.splat(b.read(F32, b.address(b.argument["x_totals"], place, 4)))
-            total = b.fused(minimum, whole, total)
+        total = add_minimum(place, b.read(FLOATS, address, align=64))
         products = b.sitofp(b.read(INTS, b.add(stored, I64(amx.ROW_BYTES * row)), align=64), FLOATS)
         row_scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
         b.write(b.fused(products, b.fmul(scale, row_scale), total), address, align=64)
@@ -247,6 +267,39 @@ def _matmul_bfloat16_program(dtype: torch.dtype, cpu: str, features: str) -> Pro
     return jit.compile_program(b, cpu)
 
 
+@functools.cache
+def _matmul_floats(fmt: Format, dtype: torch.dtype) -> Program:
+    return matmul_floats_program(fmt, dtype, *jit.host())
+
+
+def matmul_floats_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str) -> Program:
+    """Computes what `matmul_program` computes, in float32: half a block's weights go to sixteen registers at a time,
+    and the sums of a row are in four, so that none waits for the one before."""
+    b = Builder("matmul_floats", _MATMUL_BFLOAT16, features)
+    rows, blocks, tiles = (b.argument[name] for name in ("rows", "blocks", "tiles"))
+    vector_bytes, apart = LANES * fmt.dtype.itemsize, 4
+
+    def add_block(place: jit.Value, first: jit.Value, count: jit.Value, block: jit.Value, sums: jit.Value) -> None:
+        start = b.address(b.argument["quants"], place, fmt.block_bytes)
+        for line in range(0, fmt.block_bytes, 64):
+            b.prefetch(b.add(start, I64(PREFETCH + line)))
+        activations = b.address(b.argument["x"], b.add(b.mul(block, rows), first), 4 * GROUP)
+        for half in (0, GROUP // 2):
+            columns = range(half, half + GROUP // 2)
+            weight = [b.read_floats(fmt.dtype, b.add(start, I64(vector_bytes * column))) for column in columns]
+            with b.loop(I64(0), count) as row:
+                values = b.address(activations, row, 4 * GROUP)
+                address = b.address(sums, row, 64)
+                parts = [b.read(FLOATS, address, align=64), *[constant(FLOATS, 0.0)] * (apart - 1)]
+                for index, column in enumerate(columns):
+                    x = b.splat(b.read(F32, b.add(values, I64(4 * column))))
+                    parts[index % apart] = b.fused(weight[index], x, parts[index % apart])
+                b.write(b.fadd(b.fadd(*parts[:2]), b.fadd(*parts[2:])), address, align=64)
+
+    _tiled(b, rows, blocks, tiles, dtype, add_block)
+    return jit.compile_program(b, cpu)
+
+
 def _tiled(
     b: Builder, rows: jit.Value, blocks: jit.Value, tiles: jit.Value, dtype: torch.dtype, add_block: AddBlock
 ) -> None:
@@ -284,7 +337,7 @@ class Block:
 
     codes: list[jit.Value]  # 8, each 4 columns of the 16 rows
     scales: list[jit.Value]
-    minimum: jit.Value | None
+    minimums: list[jit.Value]  # as many, or none
 
 
 def read_block(b: Builder, fmt: Format, place: jit.Value) -> Block:
@@ -294,14 +347,14 @@ def read_block(b: Builder, fmt: Format, place: jit.Value) -> Block:
     codes = read_codes(b, fmt, start)
     indices = [b.add(b.mul(place, I64(fmt.num_scales)), I64(index)) for index in range(fmt.num_scales)]
     scales = [_read_factors(b, fmt, "scales", index) for index in indices]
-    minimum = _read_factors(b, fmt, "minimums", place) if fmt.has_minimum else None
+    minimums = [_read_factors(b, fmt, "minimums", index) for index in indices] if fmt.has_minimum else []
     if fmt.has_super_blocks:
         num_supers = 1 + fmt.has_minimum
         first = b.mul(b.sdiv(place, I64(SUPER_BLOCK // GROUP)), I64(num_supers))
         supers = [_read_halfs(b, "supers", b.add(first, I64(index))) for index in range(num_supers)]
         scales = [b.fmul(scale, supers[0]) for scale in scales]
-        minimum = None if minimum is None else b.fmul(minimum, supers[1])
-    return Block(codes, scales, minimum)
+        minimums = [b.fmul(minimum, supers[1]) for minimum in minimums]
+    return Block(codes, scales, minimums)
 
 
 def _read_factors(b: Builder, fmt: Format, name: str, index: jit.Value) -> jit.Value:
@@ -320,9 +373,8 @@ def _add_block(b: Builder, fmt: Format, weight: Block, place: jit.Value, total: 
     """Adds the products with one row's group of 32 to the row's sums."""
     scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
     values = b.address(b.argument["x"], place, GROUP)
-    if weight.minimum is not None:
-        whole = b.splat(b.read(F32, b.address(b.argument["x_totals"], place, 4)))
-        total = b.fused(weight.minimum, whole, total)
+    for index, minimum in enumerate(weight.minimums):
+        total = b.fused(minimum, b.splat(_read_total(b, fmt, place, index)), total)
     num_fours = fmt.group // 4
     for index, (part, weight_scale) in enumerate(zip(_offsets(b, fmt, place), weight.scales, strict=True)):
         products = b.splat(part)
@@ -331,6 +383,14 @@ def _add_block(b: Builder, fmt: Format, weight: Block, place: jit.Value, total: 
             products = b.dot4(products, weight.codes[four], x)
         total = b.fused(b.sitofp(products, FLOATS), b.fmul(weight_scale, scale), total)
     return total
+
+
+def _read_total(b: Builder, fmt: Format, place: jit.Value, index: int) -> jit.Value:
+    """Returns the sum of a row's values in the block's group `index`."""
+    if fmt.num_scales == 1:
+        return b.read(F32, b.address(b.argument["x_totals"], place, 4))
+    total = b.read(I32, b.add(b.address(b.argument["x_sums"], place, 8), I64(4 * index)))
+    return b.fmul(b.sitofp(total, F32), b.read(F32, b.address(b.argument["x_scales"], place, 4)))
 
 
 def _offsets(b: Builder, fmt: Format, place: jit.Value) -> list[jit.Value]:
