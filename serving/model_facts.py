@@ -36,7 +36,8 @@ def facts_of(checked: "CheckedModel", quantization: str) -> ModelFacts:
     from engine.model_loader import choose_quantization
     from engine.quantization import FROM_FILE, NONE
 
-    weights = choose_quantization(quantization, checked.dtype_setting, checked.is_on_cuda, checked.directory)
+    own = (checked.dtype_setting, checked.is_on_cuda, checked.directory, checked.config)
+    weights = choose_quantization(quantization, *own)
     text, dtype = checked.config.get_text_config(), str(checked.dtype).removeprefix("torch.")
     sizes = {name: getattr(text, field, None) for field, name in SHAPE.items()}
     is_gguf, files = weights is FROM_FILE, checked.directory.glob("*.safetensors")
