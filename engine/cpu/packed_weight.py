@@ -35,6 +35,7 @@ class Format:
     has_minimum: bool = False
     group: int = GROUP  # columns that share a scale
     has_super_blocks: bool = False  # scales and minimums are whole numbers, times those of their super-block
+    is_float: bool = False  # codes are numbers with a sign, 4 bits of exponent and 3 of mantissa; see `numbers`
 
     @property
     def num_scales(self) -> int:
@@ -69,6 +70,8 @@ class Format:
 INT8 = Format(8, offset=128)
 INT4 = Format(4, has_minimum=True)
 BFLOAT16 = Format(16)  # no codes and no scales: the numbers themselves
+E4M3 = Format(8, is_float=True)  # https://arxiv.org/abs/2209.05433; the scales are 256 times those of such numbers
+E4M3_SCALE = 256
 Q4_K = Format(4, has_minimum=True, has_super_blocks=True)
 Q5_K = Format(5, has_minimum=True, has_super_blocks=True)
 Q6_K = Format(6, offset=32, group=16, has_super_blocks=True)
@@ -95,7 +98,8 @@ class Codes(NamedTuple):
     def dequantize(self) -> torch.Tensor:
         """Returns the weights, (rows, columns) in float32."""
         rows, columns = self.codes.shape
-        grouped = self.codes.view(rows, -1, self.format.group).float() - self.format.offset
+        numbers = float_codes(self.codes) if self.format.is_float else self.codes.float() - self.format.offset
+        grouped = numbers.view(rows, -1, self.format.group)
         weight = (grouped * self._times_super(self.scales, 0)[..., None]).view(rows, columns)
         if self.minimums is not None:
             weight += self._times_super(self.minimums, 1).repeat_interleave(GROUP, dim=1)
@@ -111,6 +115,12 @@ class Codes(NamedTuple):
         """Returns some rows. rows: their numbers."""
         minimums, supers = (None if part is None else part[rows] for part in (self.minimums, self.supers))
         return Codes(self.format, self.codes[rows], self.scales[rows], minimums, supers)
+
+
+def float_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Returns the numbers that codes of E4M3 stand for, divided by 256: the bits of a float16, but for its exponent's
+    highest. codes: uint8."""
+    return (codes.view(torch.int8).short() << 7 & ~(1 << 14)).view(torch.float16).float()
 
 
 def concatenated(parts: list[Codes]) -> Codes:

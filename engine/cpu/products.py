@@ -14,10 +14,11 @@ import torch
 from engine.cpu import amx, jit
 from engine.cpu.activations import Activations
 from engine.cpu.amx import AMXBuilder
-from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
+from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I16, I32, I64, INTS, LANES, Builder, Program, constant, vector
 from engine.cpu.packed_weight import BFLOAT16, FOURS, GROUP, PARTS, SUPER_BLOCK, Format, PackedWeight, read_codes
 
 ROWS = 128  # rows of activations that pass a tile of weights while their sums stay in the first-level cache
+CHAINS = 4  # sums that do not wait for each other
 AMX_ROWS = 12  # so many rows are faster in AMX's tiles of 16 than one by one
 PREFETCH = 8192  # bytes ahead; the processor's own prefetching ends with a page
 AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], None]
@@ -31,7 +32,8 @@ def matmul(
     program = program or program_for(weight.format, dtype, x.num_rows >= AMX_ROWS and amx.is_available())
     tiles = weight.quants.shape[0]
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
-    addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
+    values = _values_for(weight.format, x)
+    addresses = (values.data_ptr(), *x.addresses[1:], *weight.addresses, bias.data_ptr(), output.data_ptr())
     program(*addresses, x.num_rows, x.blocks, tiles, num_threads=torch.get_num_threads())
     return _without_padding(output, weight)
 
@@ -52,10 +54,16 @@ def matmul_experts(
     program = program or program_for(weight.format, dtype, is_many and amx.is_available(), has_experts=True)
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
     bias = torch.zeros(tiles * LANES, dtype=torch.float32)
-    addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
+    values = _values_for(weight.format, x)
+    addresses = (values.data_ptr(), *x.addresses[1:], *weight.addresses, bias.data_ptr(), output.data_ptr())
     counted = (x.num_rows, x.blocks, tiles, groups.data_ptr(), num_experts)
     program(*addresses, *counted, num_threads=torch.get_num_threads())
     return output
+
+
+def _values_for(fmt: Format, x: Activations) -> torch.Tensor:
+    """Returns the values that a product reads: whole numbers, in float32 for weights that are floats."""
+    return x.values.float() if fmt.is_float else x.values
 
 
 def matmul_bfloat16(
@@ -94,7 +102,7 @@ _MATMUL_EXPERTS = (*_MATMUL, "groups", "experts")
 
 @functools.cache
 def program_for(fmt: Format, dtype: torch.dtype, has_amx: bool, has_experts: bool = False) -> Program:
-    make = amx_matmul_program if has_amx else matmul_program
+    make = amx_matmul_program if has_amx and not fmt.is_float else matmul_program
     return make(fmt, dtype, *jit.host(), has_experts=has_experts)
 
 
@@ -107,6 +115,8 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str, has
         sums[row] += products * weight scale * row's scale       # in float32
         sums[row] += minimum * sum(value) * row's scale          # in formats with minimums
 
+    Codes that are floats are multiplied in float32.
+
     has_experts: the rows of each expert have weights of their own; see `matmul_experts`.
     """
     b = Builder("matmul", _MATMUL_EXPERTS if has_experts else _MATMUL, features)
@@ -114,11 +124,17 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str, has
 
     def add_block(place: jit.Value, first: jit.Value, count: jit.Value, block: jit.Value, sums: jit.Value) -> None:
         weight = read_block(b, fmt, place)
+        numbers = _read_numbers(b, weight) if fmt.is_float else []
         activations = b.add(b.mul(block, rows), first)
         with b.loop(I64(0), count) as row:
             address = b.address(sums, row, 64)
             total = b.read(FLOATS, address, align=64)
-            b.write(_add_block(b, fmt, weight, b.add(activations, row), total), address, align=64)
+            place = b.add(activations, row)
+            if fmt.is_float:
+                total = _add_numbers(b, numbers, weight.scales[0], place, total)
+            else:
+                total = _add_block(b, fmt, weight, place, total)
+            b.write(total, address, align=64)
 
     _tiled(b, rows, blocks, tiles, dtype, add_block)
     return jit.compile_program(b, cpu)
@@ -331,6 +347,32 @@ def _add_block(b: Builder, fmt: Format, weight: Block, place: jit.Value, total: 
             products = b.dot4(products, weight.codes[four], x)
         total = b.fused(b.sitofp(products, FLOATS), b.fmul(weight_scale, scale), total)
     return total
+
+
+def _read_numbers(b: Builder, weight: Block) -> list[jit.Value]:
+    """Returns codes that are floats as vectors of float32, one for each column, divided by 256."""
+    numbers = []
+    for four in weight.codes:
+        for column in range(4):
+            moved = b.shl(b.bitcast(four, INTS), constant(INTS, 24 - 8 * column))
+            bits = b.and_(b.ashr(moved, constant(INTS, 17)), constant(INTS, 0xBF80))
+            numbers.append(b.fpext(b.bitcast(b.trunc(bits, vector(I16)), vector(F16)), FLOATS))
+    return numbers
+
+
+def _add_numbers(
+    b: Builder, numbers: list[jit.Value], weight_scale: jit.Value, place: jit.Value, total: jit.Value
+) -> jit.Value:
+    """Adds the products of floats with one row's group of 32 to the row's sums."""
+    values = b.address(b.argument["x"], place, 4 * GROUP)
+    parts = [constant(FLOATS, 0.0)] * CHAINS
+    for column, number in enumerate(numbers):
+        x = b.splat(b.read(F32, b.add(values, I64(4 * column))))
+        parts[column % CHAINS] = b.fused(number, x, parts[column % CHAINS])
+    while len(parts) > 1:
+        parts = [b.fadd(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
+    return b.fused(parts[0], b.fmul(weight_scale, scale), total)
 
 
 def _offsets(b: Builder, fmt: Format, place: jit.Value) -> list[jit.Value]:

@@ -6,7 +6,7 @@ one parameter. All that it does to rows it does to records, too, and knows nothi
 
 import torch
 
-from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Codes, Format
+from engine.cpu.packed_weight import BFLOAT16, E4M3, GROUP, INT8, Codes, Format
 from errors import ModelLoadError
 
 HEADER = 16  # bytes, of which the first is the number of a format
@@ -14,7 +14,9 @@ FORMATS = (
     BFLOAT16,
     INT8,
     *(Format(bits, offset=2 ** (bits - 1)) for bits in (2, 4)),
-    *(Format(bits, has_minimum=True) for bits in (2, 4, 8)),
+    *(Format(bits, has_minimum=True) for bits in (2, 4)),
+    Format(8, offset=128, has_minimum=True),
+    E4M3,
 )
 
 

@@ -10,10 +10,12 @@ from typing import Protocol
 
 import torch
 
-from engine.cpu.packed_weight import BFLOAT16, GROUP, PART, Codes, Format, format_of
+from engine.cpu.packed_weight import BFLOAT16, E4M3, E4M3_SCALE, GROUP, INT8, PART, Codes, Format, format_of
 from errors import ModelLoadError
 
 MOVED = 0.25  # of a code's step: how far a scale in float16 may move a weight
+ROUNDED = 2**-8  # part of a scale: the rounding of bfloat16, a sixteenth of that of numbers of 8 bits
+NOT_A_NUMBER = 127  # the code, but for its sign
 SCALE_OF_BITS = 127  # the exponent of 1 in scales that are powers of two, of 8 bits
 
 
@@ -73,10 +75,11 @@ class Integers:
             return None  # beyond what float16 holds
         if bool((self.zeros == offset).all()):
             return Codes(Format(self.bits, offset=offset), self.codes, scales.half(), None)
-        minimums = -self.zeros * self.scales
+        offset = offset if self.bits == INT8.bits else 0  # codes of 8 bits are kept as numbers with a sign
+        minimums = (offset - self.zeros) * self.scales
         if not bool(((minimums.half().float() - minimums).abs() <= step).all()):
             return None
-        return Codes(Format(self.bits, has_minimum=True), self.codes, scales.half(), minimums[:, blocks].half())
+        return Codes(Format(self.bits, offset, has_minimum=True), self.codes, scales.half(), minimums[:, blocks].half())
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         weight = torch.empty(self.codes.shape, dtype=dtype)
@@ -98,7 +101,14 @@ class Floats:
     groups: Groups
 
     def codes_for_kernels(self) -> Codes | None:
-        return None
+        blocks, codes = self.groups.of_blocks, self.codes.view(torch.uint8)
+        if blocks is None or self.codes.dtype != torch.float8_e4m3fn or bool((codes & 127 == NOT_A_NUMBER).any()):
+            return None
+        scales = self.scales * E4M3_SCALE
+        half = scales.half()
+        if not bool(((half.float() - scales).abs() <= scales.abs() * ROUNDED).all()):
+            return None
+        return Codes(E4M3, codes, half[:, blocks], None)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         weight = torch.empty(self.codes.shape, dtype=dtype)
