@@ -9,6 +9,7 @@ from engine.cpu import activations, jit, kernels, products, sampling_kernels
 from engine.cpu.amx import AMXBuilder
 from engine.cpu.packed_weight import (
     E4M3,
+    E4M3_SCALE,
     GROUP,
     INT4,
     INT8,
@@ -87,6 +88,29 @@ def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tu
     program = products.matmul_program(weight.format, torch.float32, "x86-64-v3", features)
     product = products.matmul(x, pack(weight), torch.zeros(32), torch.float32, program)
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's instructions")
+def test_a_product_with_floats_is_the_same_on_processors_without_bfloat16() -> None:
+    _, features = jit.host()
+    features = ",".join(f for f in features.split(",") if not f.startswith("+avx512"))
+    weight = random_codes(E4M3, 32, 64)
+    x = activations.quantize(torch.randn(3, 64))
+    expected = as_floats(x) @ weight.dequantize().double().T
+    program = products.matmul_program(E4M3, torch.float32, "x86-64-v3", features)
+    values = products.values_for(E4M3, x, features)
+    product = products.matmul(x, pack(weight), torch.zeros(32), torch.float32, program, values)
+    torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_codes_of_e4m3_stand_for_torchs_numbers() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(8, 32)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    weight = Codes(E4M3, codes, torch.full((8, 1), float(E4M3_SCALE)).half(), None)
+    is_number = ~expected.isnan()
+    assert is_number.sum() == 254
+    for actual in (weight.dequantize(), pack(weight).dequantize()):
+        assert torch.equal(actual[is_number], expected[is_number])
 
 
 @pytest.mark.parametrize("builder", BUILDERS)

@@ -25,14 +25,19 @@ AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], Non
 
 
 def matmul(
-    x: Activations, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype, program: Program | None = None
+    x: Activations,
+    weight: PackedWeight,
+    bias: torch.Tensor,
+    dtype: torch.dtype,
+    program: Program | None = None,
+    values: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiplies x by the transposed weight and adds the bias: (rows, weight rows) of `dtype`. bias: float32, padded
-    to whole tiles."""
+    to whole tiles. program, values: for another processor than this one; see `values_for`."""
     program = program or program_for(weight.format, dtype, x.num_rows >= AMX_ROWS and amx.is_available())
     tiles = weight.quants.shape[0]
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
-    values = _values_for(weight.format, x)
+    values = values_for(weight.format, x) if values is None else values
     addresses = (values.data_ptr(), *x.addresses[1:], *weight.addresses, bias.data_ptr(), output.data_ptr())
     program(*addresses, x.num_rows, x.blocks, tiles, num_threads=torch.get_num_threads())
     return _without_padding(output, weight)
@@ -54,16 +59,19 @@ def matmul_experts(
     program = program or program_for(weight.format, dtype, is_many and amx.is_available(), has_experts=True)
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
     bias = torch.zeros(tiles * LANES, dtype=torch.float32)
-    values = _values_for(weight.format, x)
+    values = values_for(weight.format, x)
     addresses = (values.data_ptr(), *x.addresses[1:], *weight.addresses, bias.data_ptr(), output.data_ptr())
     counted = (x.num_rows, x.blocks, tiles, groups.data_ptr(), num_experts)
     program(*addresses, *counted, num_threads=torch.get_num_threads())
     return output
 
 
-def _values_for(fmt: Format, x: Activations) -> torch.Tensor:
-    """Returns the values that a product reads: whole numbers, in float32 for weights that are floats."""
-    return x.values.float() if fmt.is_float else x.values
+def values_for(fmt: Format, x: Activations, features: str = "") -> torch.Tensor:
+    """Returns the values that a product reads: whole numbers, as floats for weights that are floats. features: of the
+    processor, this machine's unless given."""
+    if not fmt.is_float:
+        return x.values
+    return x.values.bfloat16() if jit.has_dot2(features or jit.host()[1]) else x.values.float()
 
 
 def matmul_bfloat16(
@@ -350,25 +358,32 @@ def _add_block(b: Builder, fmt: Format, weight: Block, place: jit.Value, total: 
 
 
 def _read_numbers(b: Builder, weight: Block) -> list[jit.Value]:
-    """Returns codes that are floats as vectors of float32, one for each column, divided by 256."""
+    """Returns codes that are floats, divided by 256: a vector for each column, in float32, or for each two columns, in
+    pairs of bfloat16, which hold them without rounding."""
     numbers = []
     for four in weight.codes:
         for column in range(4):
             moved = b.shl(b.bitcast(four, INTS), constant(INTS, 24 - 8 * column))
             bits = b.and_(b.ashr(moved, constant(INTS, 17)), constant(INTS, 0xBF80))
             numbers.append(b.fpext(b.bitcast(b.trunc(bits, vector(I16)), vector(F16)), FLOATS))
-    return numbers
+    if not jit.has_dot2(b.features):
+        return numbers
+    whole = [b.bitcast(number, INTS) for number in numbers]
+    half = constant(INTS, 16)
+    return [b.or_(b.lshr(low, half), high) for low, high in zip(whole[::2], whole[1::2], strict=True)]
 
 
 def _add_numbers(
     b: Builder, numbers: list[jit.Value], weight_scale: jit.Value, place: jit.Value, total: jit.Value
 ) -> jit.Value:
     """Adds the products of floats with one row's group of 32 to the row's sums."""
-    values = b.address(b.argument["x"], place, 4 * GROUP)
+    has_pairs = jit.has_dot2(b.features)
+    values = b.address(b.argument["x"], place, (2 if has_pairs else 4) * GROUP)
     parts = [constant(FLOATS, 0.0)] * CHAINS
-    for column, number in enumerate(numbers):
-        x = b.splat(b.read(F32, b.add(values, I64(4 * column))))
-        parts[column % CHAINS] = b.fused(number, x, parts[column % CHAINS])
+    for index, number in enumerate(numbers):
+        x = b.splat(b.read(I32 if has_pairs else F32, b.add(values, I64(4 * index))))
+        part = parts[index % CHAINS]
+        parts[index % CHAINS] = b.dot2(part, number, x) if has_pairs else b.fused(number, x, part)
     while len(parts) > 1:
         parts = [b.fadd(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
     scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
