@@ -54,11 +54,8 @@ def load_model(
     except ModelLoadError:
         raise
     except ImportError as error:
-        is_quantized = weight_files.scheme_of(config) is not None
-        reason = (
-            "the package that reads its quantized weights is not installed" if is_quantized else "a package is missing"
-        )
-        raise ModelLoadError(f"The model in {directory} cannot be loaded: {reason} ({first_line(error)}).") from error
+        reason = _missing_package(checked, first_line(error).rstrip("."))
+        raise ModelLoadError(f"The model in {directory} cannot be loaded: {reason}.") from error
     except Exception as error:  # malformed files can raise anything
         raise ModelLoadError(
             f"The model in {directory} cannot be loaded ({type(error).__name__}: {first_line(error).rstrip('.')})."
@@ -73,6 +70,16 @@ def load_model(
         fused.fuse_attention(model)
     memory.trim()  # otherwise the process keeps what loading has freed
     return model
+
+
+def _missing_package(checked: CheckedModel, error: str) -> str:
+    """Says what the package that is missing was for, and what helps."""
+    scheme = weight_files.scheme_of(checked.config)
+    if scheme is None:
+        return f"a package is missing ({error})"
+    reason = f"the package that reads its quantized weights is not installed ({error})"
+    is_read_here = files.can_read(scheme) and kernels.are_available() and not checked.is_on_cuda
+    return f"{reason}; with QUANTIZATION=auto and DTYPE=auto this server reads them itself" if is_read_here else reason
 
 
 def _rounded_weights(checked: CheckedModel, weights: Quantization, cache_dir: Path | None) -> RoundedWeights | None:
@@ -148,9 +155,10 @@ def _load_quantized(
                 quantization_config=packing,
             )
         except Exception as error:
-            if packing.failure is None:
+            failure = packing.failure or (error if isinstance(error, ModelLoadError) else None)
+            if failure is None:
                 raise
-            raise ModelLoadError(f"The model in {directory} cannot be loaded: {packing.failure}.") from error
+            raise ModelLoadError(f"The model in {directory} cannot be loaded: {failure}.") from error
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], result)
     cast(Any, model).hf_quantizer.remove_quantization_config(model)
     _check_loaded(checked, loaded)

@@ -24,7 +24,7 @@ from engine.checked_model import CheckedModel, auto_class
 from engine.cpu import packed_checkpoint, packed_experts, packed_layers, packed_weight, packing
 from engine.cpu.packed_weight import PackedWeight
 from engine.quantization import Quantization
-from engine.quantized import awq, compressed_tensors, files, fp8, gptq, layout, records, weights
+from engine.quantized import awq, compressed_tensors, files, fp8, gptq, layout, mxfp4, records, weights
 from engine.quantized.files import plain_config
 from errors import ModelLoadError, first_line
 
@@ -33,7 +33,7 @@ FOLDER = "rounded"
 MAX_UNUSED = 7 * 86400.0  # seconds without use, after which what was made of other files is removed
 CODE = (  # what decides the content of a file
     *(packed_checkpoint, packed_experts, packed_layers, packed_weight, packing),
-    *(awq, compressed_tensors, files, fp8, gptq, layout, records, weights),
+    *(awq, compressed_tensors, files, fp8, gptq, layout, mxfp4, records, weights),
 )
 
 

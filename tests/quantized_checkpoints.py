@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import tiny_model
+from models import tiny_gemma_that_sees, tiny_model
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -143,6 +143,17 @@ def save(
     """Saves a tiny model whose linear layers are written by `write`, and returns the tensors of a model with the
     weights that these stand for. layers: a pattern of their names."""
     tiny_model(family, **{**SIZES, **changes}).bfloat16().save_pretrained(directory)
+    return rewrite(directory, write, scheme, layers)
+
+
+def save_seeing(directory: Path, write: Write, scheme: Mapping[str, Any]) -> Tensors:
+    """Saves a tiny model that sees, of which the text's linear layers are quantised."""
+    tiny_gemma_that_sees(190).bfloat16().save_pretrained(directory)
+    return rewrite(directory, write, scheme, r"language_model.*proj$")
+
+
+def rewrite(directory: Path, write: Write, scheme: Mapping[str, Any], layers: str) -> Tensors:
+    """Quantises the layers of a checkpoint; see `save`."""
     tensors, expected = load_file(directory / "model.safetensors"), Tensors()
     result = dict(tensors)
     for name, value in tensors.items():
@@ -156,3 +167,35 @@ def save(
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": dict(scheme)}))
     return expected
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' mxfp4-pack-quantized: numbers of 4 bits, and scales that are powers of two."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    grouped = weight.unflatten(1, (-1, 32))
+    exponents = grouped.abs().amax(-1).log2().floor() - 2
+    scaled = grouped / exponents.exp2()[..., None]
+    nearest = (scaled.abs()[..., None] - grid).abs().argmin(-1)
+    codes = (nearest + 8 * (scaled < 0)).flatten(1)
+    value = (grid[nearest] * scaled.sign() * exponents.exp2()[..., None]).flatten(1)
+    pairs = codes.unflatten(1, (-1, 2))
+    return {
+        ".weight_packed": (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8),
+        ".weight_scale": (exponents + 127).to(torch.uint8),
+    }, value
+
+
+def save_plain(directory: Path, quantized: Path, expected: Tensors) -> None:
+    """Saves the model that a quantised checkpoint stands for, in float32."""
+    directory.mkdir()
+    config = json.loads((quantized / "config.json").read_text())
+    del config["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(expected, directory / "model.safetensors", {"format": "pt"})
+
+
+def change(directory: Path, edit: Callable[[Tensors], object]) -> None:
+    """Changes the tensors of a checkpoint."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})

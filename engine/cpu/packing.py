@@ -24,6 +24,7 @@ from engine.cpu.packed_weight import (
     round_and_pack,
 )
 from engine.quantization import Quantization
+from errors import ModelLoadError
 
 # Takes the packed weights, by the names of their layers or parameters, and all other tensors of the model, by their own
 Keep = Callable[[dict[str, PackedWeight], dict[str, torch.Tensor]], None]
@@ -75,14 +76,20 @@ class Packer:
     def keep(self, name: str, stored: Codes | torch.Tensor) -> None:
         """Packs a parameter of a quantised checkpoint, with its own codes if they have no more bits than asked for.
 
-        stored: codes, or numbers in bfloat16 where the checkpoint's own codes cannot be had.
+        stored: codes, or numbers in bfloat16 where the checkpoint's own codes cannot be had. Raises ModelLoadError for
+        such experts, which cannot be numbers.
         """
         fmt = self._formats[name]
+        if self._keeps_codes and not isinstance(stored, Codes) and name.endswith(PARAMETERS):
+            raise ModelLoadError(
+                "the codes of its experts have groups of columns or scales that the CPU's kernels do not have: set "
+                "QUANTIZATION=int8, which rounds them again"
+            )
         with torch.inference_mode():
             if not isinstance(stored, Codes):
                 is_kept = self.is_kept_as_numbers(name, stored)
                 self.put(name, pack_bfloat16(stored) if is_kept else round_and_pack(stored, fmt))
-            elif self._keeps_codes or stored.format.bits <= fmt.bits:
+            elif self._keeps_codes or (stored.format.bits <= fmt.bits and not stored.format.is_float):
                 self.put(name, pack(stored))
             else:
                 self.put(name, round_and_pack(stored.dequantize(), fmt))

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
+from engine.quantized import mxfp4
 from engine.quantized.layout import Layout, Parts
 from engine.quantized.weights import Floats, Groups, Integers, StoredWeight, spread, unpacked
 from errors import ModelLoadError
 
-FORMATS = (None, "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+FORMATS = (
+    *(None, "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision"),
+    *("mxfp4-pack-quantized", "mxfp8-quantized"),
+)
 Block = tuple[int | None, int | None]
 
 
@@ -35,6 +39,7 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
             (".weight_zero_point", ".weight_g_idx"),
             bits=4,
         ),
+        Layout(".weight_packed", (".weight_scale",), _read_mxfp4, bits=4),
         Layout(".weight", (".weight_scale",), partial(_read_plain, block), (".weight_zero_point",)),
     ]
 
@@ -66,6 +71,10 @@ def _read_packed(block: Block, parts: Parts) -> Integers:
     if ".weight_zero_point" in parts:
         zeros = unpacked(parts[".weight_zero_point"].T, bits)[:, :rows].T.int()
     return Integers(bits, codes.contiguous(), scales, zeros, groups)
+
+
+def _read_mxfp4(parts: Parts) -> Integers:
+    return mxfp4.read(parts[".weight_packed"], parts[".weight_scale"])
 
 
 def _read_plain(block: Block, parts: Parts) -> StoredWeight:

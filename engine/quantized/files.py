@@ -1,6 +1,7 @@
 """QuantizedFiles: the tensors of a quantised checkpoint as transformers loads them, each weight read when asked for."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig
 
 from engine import weight_files
-from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, can_pack, quantize_weight
+from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Format
 from engine.quantized import awq, compressed_tensors, fp8, gptq, records
 from engine.quantized.layout import Layout
 from engine.quantized.weights import StoredWeight
@@ -60,6 +61,7 @@ class QuantizedFiles:
             found = ((layout, layout.parts_of(name, self._headers)) for layout in layouts)
             if first := next(((layout, parts) for layout, parts in found if parts is not None), None):
                 self._weights[name] = first
+        self._others: Counter[Format] = Counter()  # weights that are kept in another format than the file's own
         self._check_codes()
 
     def _check_codes(self) -> None:
@@ -88,20 +90,27 @@ class QuantizedFiles:
             slices |= {name: file.get_slice(name) for name in file.keys()}
         taken = {part for _, parts in self._weights.values() for part in parts.values()}
         plain = {name: value for name, value in slices.items() if name not in taken}
+        others = self._others
         stored = {
-            layout.target_of(name): Stored(name, layout, {part: slices[tensor] for part, tensor in parts.items()})
+            layout.target_of(name): Stored(layout, {part: slices[tensor] for part, tensor in parts.items()}, others)
             for name, (layout, parts) in self._weights.items()
         }
+        stack.callback(self._log_others)
         return plain | stored
+
+    def _log_others(self) -> None:
+        for fmt, count in self._others.items():
+            kind = "8 bits in groups of 32" if fmt.is_quantized else "bfloat16"
+            log.info("weights whose columns or scales the kernels' formats do not have, kept in %s: %d", kind, count)
 
 
 @dataclass(frozen=True)
 class Stored:
     """A weight in its files, which transformers takes for one of their tensors."""
 
-    name: str
     layout: Layout
     parts: Mapping[str, Any]
+    others: Counter[Format]
 
     def __getitem__(self, index: Any) -> "Stored":
         return self
@@ -112,10 +121,8 @@ class Stored:
             return self._records(self.layout.read({part: value[...] for part, value in self.parts.items()}))
 
     def _records(self, weight: StoredWeight) -> torch.Tensor:
-        codes = weight.codes_for_kernels()
-        if codes is not None:
+        if (codes := weight.codes_for_kernels()) is not None:
             return records.of_codes(codes)
-        numbers, coarser = weight.dequantize(torch.float32), weight.coarser()
-        if coarser == BFLOAT16 or not can_pack(numbers.shape[-1]):
-            return records.of_numbers(numbers.bfloat16())
-        return records.of_codes(quantize_weight(numbers, coarser))
+        codes = weight.in_8_bits()
+        self.others[INT8 if codes is not None else BFLOAT16] += 1
+        return records.of_numbers(weight.dequantize(torch.bfloat16)) if codes is None else records.of_codes(codes)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.quantized.layout import Layout, Parts
-from engine.quantized.weights import Groups, Integers, unpacked
+from engine.quantized.weights import Groups, Integers, check_bits, unpacked
 from errors import ModelLoadError
 
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> what is added to the stored zeros
@@ -24,6 +24,7 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
             f"its GPTQ weights are in an order for one kind of GPU ({name}): take a checkpoint in the format gptq"
         )
     bits = int(scheme.get("bits", 4))
+    check_bits(bits)
     read = partial(_read, bits, FORMATS[name])
     return [Layout(".qweight", (".scales",), read, (".qzeros", ".g_idx"), bits=bits)]
 

@@ -13,7 +13,7 @@ HEADER = 16  # bytes, of which the first is the number of a format
 FORMATS = (
     BFLOAT16,
     INT8,
-    *(Format(bits, offset=2 ** (bits - 1)) for bits in (2, 4)),
+    *(Format(bits, offset=2 ** (bits - 1)) for bits in (2, 4, 5)),
     *(Format(bits, has_minimum=True) for bits in (2, 4)),
     Format(8, offset=128, has_minimum=True),
     E4M3,

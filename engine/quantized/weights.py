@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from engine.cpu.packed_weight import BFLOAT16, E4M3, E4M3_SCALE, GROUP, INT8, PART, Codes, Format, format_of
+from engine.cpu.packed_weight import E4M3, E4M3_SCALE, GROUP, INT8, PART, Codes, Format, can_pack, quantize_weight
 from errors import ModelLoadError
 
 MOVED = 0.25  # of a code's step: how far a scale in float16 may move a weight
@@ -28,8 +28,8 @@ class StoredWeight(Protocol):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor: ...
 
-    def coarser(self) -> Format:
-        """Returns a format of the kernels that rounds far less than the file does, for codes that they cannot hold."""
+    def in_8_bits(self) -> Codes | None:
+        """Returns the weight in 8 bits; None where these would round coarser than the file does."""
         ...
 
 
@@ -88,8 +88,13 @@ class Integers:
             weight[rows] = ((self.codes[rows].int() - zeros) * scales).to(dtype)
         return weight
 
-    def coarser(self) -> Format:
-        return format_of(8) if self.bits <= 4 else BFLOAT16
+    def in_8_bits(self) -> Codes | None:
+        numbers = self.dequantize(torch.float32)
+        if not can_pack(numbers.shape[1]):
+            return None
+        codes = quantize_weight(numbers, INT8)
+        moved = (codes.dequantize() - numbers).abs()
+        return codes if bool((moved <= MOVED * self.scales[:, self.groups.of_columns]).all()) else None
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,8 @@ class Floats:
             weight[rows] = (self.codes[rows].float() * self.scales[rows][:, self.groups.of_columns]).to(dtype)
         return weight
 
-    def coarser(self) -> Format:
-        return BFLOAT16
+    def in_8_bits(self) -> Codes | None:
+        return None
 
 
 def _parts(codes: torch.Tensor) -> list[slice]:
@@ -126,10 +131,15 @@ def _parts(codes: torch.Tensor) -> list[slice]:
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Cuts words of 32 bits into codes, the lowest bits first: (rows, words) -> (rows, words * 32 / bits) uint8."""
+def check_bits(bits: int) -> None:
+    """Raises ModelLoadError for codes that words of 32 bits are not cut into."""
     if bits not in (2, 4, 8):
         raise ModelLoadError(f"its weights have {bits} bits, but only 2, 4 and 8 are read: take another checkpoint")
+
+
+def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Cuts words of 32 bits into codes, the lowest bits first: (rows, words) -> (rows, words * 32 / bits) uint8."""
+    check_bits(bits)
     data = words.contiguous().view(torch.uint8)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     codes: torch.Tensor = data[..., None] >> shifts & (2**bits - 1)
@@ -138,7 +148,7 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """Reads scales that are powers of two, of 8 bits: OCP Microscaling Formats, v1.0, section 5.4.1."""
-    return torch.ldexp(torch.tensor(1.0), exponents.int() - SCALE_OF_BITS)
+    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - SCALE_OF_BITS)
 
 
 def spread(
