@@ -1,14 +1,14 @@
 """load_model: a CheckedModel in, the model with its text layers attending through this engine out."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
@@ -19,6 +19,7 @@ from engine.cpu import kernels, packed_checkpoint, packed_layers
 from engine.cpu.packing import Keep, Packer, pack_model
 from engine.packed_loading import PackingConfig
 from engine.quantization import BFLOAT16_KERNELS, FROM_FILE, NONE, STOCK, Quantization, choose
+from engine.quantized import files
 from engine.report import Report
 from engine.rounded_weights import RoundedWeights
 from errors import ModelLoadError, first_line
@@ -34,7 +35,7 @@ def load_model(
     quantization: the setting QUANTIZATION. cache_dir: where rounded weights are kept for the next start; None: nowhere.
     """
     directory, config = checked.directory, checked.config
-    weights = choose_quantization(quantization, checked.dtype_setting, checked.is_on_cuda, directory)
+    weights = choose_quantization(quantization, checked.dtype_setting, checked.is_on_cuda, directory, config)
     if weights is NONE and quantization != STOCK and _multiplies_bfloat16(checked):
         weights = BFLOAT16_KERNELS
     log.info("weights: %s", weights.description)
@@ -48,15 +49,13 @@ def load_model(
             model = packed_checkpoint.load(directory, config, checked.dtype, _attention_names(config))
         else:
             keep = None if rounded is None else rounded.write
-            model = kept or _load_stock(checked, weights, report, keep)
+            load = _load_quantized if _has_own_codes(checked, weights) else _load_stock
+            model = kept or load(checked, weights, report, keep)
     except ModelLoadError:
         raise
     except ImportError as error:
-        is_quantized = weight_files.scheme_of(config) is not None
-        reason = (
-            "the package that reads its quantized weights is not installed" if is_quantized else "a package is missing"
-        )
-        raise ModelLoadError(f"The model in {directory} cannot be loaded: {reason} ({first_line(error)}).") from error
+        reason = _missing_package(checked, first_line(error).rstrip("."))
+        raise ModelLoadError(f"The model in {directory} cannot be loaded: {reason}.") from error
     except Exception as error:  # malformed files can raise anything
         raise ModelLoadError(
             f"The model in {directory} cannot be loaded ({type(error).__name__}: {first_line(error).rstrip('.')})."
@@ -73,10 +72,21 @@ def load_model(
     return model
 
 
+def _missing_package(checked: CheckedModel, error: str) -> str:
+    """Says what the package that is missing was for, and what helps."""
+    scheme = weight_files.scheme_of(checked.config)
+    if scheme is None:
+        return f"a package is missing ({error})"
+    reason = f"the package that reads its quantized weights is not installed ({error})"
+    is_read_here = files.can_read(scheme) and kernels.are_available() and not checked.is_on_cuda
+    return f"{reason}; with QUANTIZATION=auto and DTYPE=auto this server reads them itself" if is_read_here else reason
+
+
 def _rounded_weights(checked: CheckedModel, weights: Quantization, cache_dir: Path | None) -> RoundedWeights | None:
     """Returns where the model's rounded weights are kept; None where nothing is rounded, or the files are already."""
     is_rounded = weights.packed_bits is not None and weights is not BFLOAT16_KERNELS
-    if cache_dir is None or not is_rounded or weight_files.scheme_of(checked.config) is not None:
+    scheme = weight_files.scheme_of(checked.config)
+    if cache_dir is None or not is_rounded or (scheme is not None and not files.can_read(scheme)):
         return None
     return RoundedWeights(cache_dir, checked, weights)
 
@@ -110,11 +120,7 @@ def _load_stock(
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], result)
     if packing is not None:
         cast(Any, model).hf_quantizer.remove_quantization_config(model)
-    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them at random
-        raise ModelLoadError(f"The model in {directory} lacks {weight_files.some(missing)}.")
-    unread = weight_files.check_unread(directory, loaded["unexpected_keys"], config, is_quantized)
-    if unread:
-        log.info("weights that are not read: %s", unread)
+    _check_loaded(checked, loaded)
     if is_quantized and all(p.is_floating_point() and p.dtype.itemsize > 1 for p in model.parameters()):
         _make_alike(model, dtype)
     model.eval()
@@ -124,6 +130,58 @@ def _load_stock(
         elif weights.packed_bits:
             pack_model(model, weights, keep)
     return model
+
+
+def _load_quantized(
+    checked: CheckedModel, weights: Quantization, report: Report, keep: Keep | None = None
+) -> PreTrainedModel:
+    """Has transformers load a quantised checkpoint, whose weights come with their own codes; see engine/quantized."""
+    directory, config = checked.directory, files.plain_config(checked.config)
+    stored = files.QuantizedFiles(directory, weight_files.scheme_of(checked.config))
+    packing = PackingConfig(lambda model: Packer(model, weights), has_records=True)
+    model_class = cast(Any, auto_class(config)._model_mapping[type(config)])
+    has_generation = (directory / "generation_config.json").exists()
+    with _weights_progress(report, "quantizing weights"), ExitStack() as stack:
+        try:
+            result = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=stored.state_dict(stack),
+                generation_config=GenerationConfig.from_pretrained(directory) if has_generation else None,
+                dtype=checked.dtype,
+                device_map="cpu",
+                attn_implementation=_attention_names(config),
+                output_loading_info=True,
+                quantization_config=packing,
+            )
+        except Exception as error:
+            failure = packing.failure or (error if isinstance(error, ModelLoadError) else None)
+            if failure is None:
+                raise
+            raise ModelLoadError(f"The model in {directory} cannot be loaded: {failure}.") from error
+    model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], result)
+    cast(Any, model).hf_quantizer.remove_quantization_config(model)
+    _check_loaded(checked, loaded)
+    model.eval()
+    assert packing.packer is not None
+    with torch.inference_mode():
+        packing.packer.finish(model, keep)
+    return model
+
+
+def _has_own_codes(checked: CheckedModel, weights: Quantization) -> bool:
+    """Returns whether this server reads the checkpoint's codes itself."""
+    return weights.packed_bits is not None and files.can_read(weight_files.scheme_of(checked.config))
+
+
+def _check_loaded(checked: CheckedModel, loaded: Mapping[str, Any]) -> None:
+    """Raises ModelLoadError for tensors that the files lack, or that the model does not read."""
+    directory, config = checked.directory, checked.config
+    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them at random
+        raise ModelLoadError(f"The model in {directory} lacks {weight_files.some(missing)}.")
+    is_quantized = weight_files.scheme_of(config) is not None
+    if unread := weight_files.check_unread(directory, loaded["unexpected_keys"], config, is_quantized):
+        log.info("weights that are not read: %s", unread)
 
 
 def _make_alike(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -144,10 +202,18 @@ def _layers_to_keep(config: PreTrainedConfig) -> list[str] | None:
     return [*get_keys_to_not_convert(model), *exact] if exact else None
 
 
-def choose_quantization(setting: str, dtype: str, on_cuda: bool, directory: Path) -> Quantization:
-    """Returns the format that a setting of QUANTIZATION stands for on this machine; see `choose`."""
-    has_cpu_kernels = kernels.are_available() and not on_cuda
-    return choose(setting, dtype, has_cpu_kernels, packed_checkpoint.exists(directory))
+def choose_quantization(
+    setting: str, dtype: str, on_cuda: bool, directory: Path, config: PreTrainedConfig | None = None
+) -> Quantization:
+    """Returns the format that a setting of QUANTIZATION stands for on this machine; see `choose`. config: the model's,
+    which says whether its files are quantised."""
+    return choose(
+        setting,
+        dtype,
+        has_cpu_kernels=kernels.are_available() and not on_cuda,
+        has_packed_file=packed_checkpoint.exists(directory),
+        has_own_codes=config is not None and files.can_read(weight_files.scheme_of(config)),
+    )
 
 
 def _multiplies_bfloat16(checked: CheckedModel) -> bool:
@@ -166,9 +232,12 @@ def _check_memory(checked: CheckedModel, weights: Quantization) -> None:
     The configuration counts too, not the files alone: loading makes room for the model that it describes before the
     two are compared.
     """
-    needed = max(checked.num_elements * checked.dtype.itemsize, _num_bytes(checked, NONE))
+    needed = max(checked.num_elements * checked.dtype.itemsize, _num_bytes(checked.config, checked.dtype, NONE))
     if weights.packed_bits and weight_files.scheme_of(checked.config) is None:
-        needed = _num_bytes(checked, weights)
+        needed = _num_bytes(checked.config, checked.dtype, weights)
+    elif _has_own_codes(checked, weights):
+        stored = files.QuantizedFiles(checked.directory, weight_files.scheme_of(checked.config))
+        needed = _num_bytes(files.plain_config(checked.config), checked.dtype, weights) - stored.num_saved_bytes()
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelLoadError(
@@ -177,14 +246,13 @@ def _check_memory(checked: CheckedModel, weights: Quantization) -> None:
         )
 
 
-def _num_bytes(checked: CheckedModel, weights: Quantization) -> int:
+def _num_bytes(config: PreTrainedConfig, dtype: torch.dtype, weights: Quantization) -> int:
     """Returns the memory of the parameters that the configuration describes; 0 for a model whose files are
     quantized."""
-    config = checked.config
     if getattr(config, "quantization_config", None) is not None:
         return 0
     with torch.device("meta"):
-        model: Any = auto_class(config).from_config(config, dtype=checked.dtype)
+        model: Any = auto_class(config).from_config(config, dtype=dtype)
     return Packer(model, weights).num_bytes(model) if weights.packed_bits else model.get_memory_footprint()
 
 

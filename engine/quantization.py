@@ -6,7 +6,7 @@ engine/cpu/packed_weight.py's matter.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from errors import ModelLoadError
@@ -25,6 +25,7 @@ class Quantization:
     needs_cpu_kernels: bool = False
     packed_bits: int | None = None  # bits of a weight that the loader packs for the CPU's kernels
     packed_head_bits: int | None = None  # the same for the output layer, whose rounding matters most
+    keeps_codes: bool = False  # whether the codes of a quantised checkpoint stay as they are, whatever their bits
     bitsandbytes: Mapping[str, Any] = field(default_factory=dict, hash=False)  # options of BitsAndBytesConfig
 
 
@@ -37,6 +38,10 @@ def _packed(name: str, description: str, bits: int, head_bits: int, is_setting: 
 NONE = Quantization("none", "as in the model's files, not quantized")
 FROM_FILE = Quantization("from file", "the GGUF file's own blocks", is_setting=False, needs_cpu_kernels=True)
 ROUNDED = _packed("int8", "8 bits in groups of 32, rounded to nearest", bits=8, head_bits=8)
+OWN_CODES = replace(
+    _packed("checkpoint", "the checkpoint's own codes, and 8 bits for what it left as it was", 8, 8, is_setting=False),
+    keeps_codes=True,
+)
 BFLOAT16_KERNELS = _packed("bfloat16", "bfloat16, not quantized", bits=16, head_bits=16, is_setting=False)
 ROWS = (
     NONE,
@@ -54,6 +59,7 @@ ROWS = (
         "4 bits (FP4) by bitsandbytes",
         bitsandbytes={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     ),
+    OWN_CODES,
     BFLOAT16_KERNELS,
     FROM_FILE,
 )
@@ -61,21 +67,27 @@ QUANTIZATIONS = {row.name: row for row in ROWS}
 SETTINGS = (AUTO, *(row.name for row in ROWS if row.is_setting))  # what QUANTIZATION can be set to
 
 
-def choose(setting: str, dtype: str, has_cpu_kernels: bool, has_packed_file: bool) -> Quantization:
+def choose(
+    setting: str, dtype: str, has_cpu_kernels: bool, has_packed_file: bool, has_own_codes: bool = False
+) -> Quantization:
     """Returns the format that a setting of QUANTIZATION stands for.
 
-    `auto` on a CPU keeps a GGUF file's own blocks and gives other files 8 bits, which changes the perplexity by less
-    than 1 %; a data type that DTYPE asks for is kept. Raises ModelLoadError for a format that this device cannot have.
+    `auto` on a CPU keeps a GGUF file's own blocks and a quantised checkpoint's own codes, and gives other files 8 bits,
+    which changes the perplexity by less than 1 %; a data type that DTYPE asks for is kept. Raises ModelLoadError for a
+    format that this device cannot have.
 
     setting: one of SETTINGS, or STOCK. dtype: the setting DTYPE. has_cpu_kernels: whether the model will run on a CPU
-    that runs this server's kernels. has_packed_file: whether the model was converted from a GGUF file.
+    that runs this server's kernels. has_packed_file: whether the model was converted from a GGUF file. has_own_codes:
+    whether its files are quantised in a way that this server reads.
     """
     if setting == STOCK:
         return NONE
     if setting == AUTO:
         if not has_cpu_kernels or dtype != "auto":
             return NONE
-        return FROM_FILE if has_packed_file else ROUNDED
+        if has_packed_file:
+            return FROM_FILE
+        return OWN_CODES if has_own_codes else ROUNDED
     row = QUANTIZATIONS[setting]
     if row.needs_cpu_kernels and not has_cpu_kernels:
         others = ", ".join(other.name for other in ROWS if other.bitsandbytes)

@@ -24,11 +24,16 @@ from engine.checked_model import CheckedModel, auto_class
 from engine.cpu import packed_checkpoint, packed_experts, packed_layers, packed_weight, packing
 from engine.cpu.packed_weight import PackedWeight
 from engine.quantization import Quantization
+from engine.quantized import awq, compressed_tensors, files, fp8, gptq, layout, mxfp4, records, weights
+from engine.quantized.files import plain_config
 from errors import ModelLoadError, first_line
 
 log = logging.getLogger(__name__)
 MAX_UNUSED = 7 * 86400.0  # seconds without use, after which what was made of other files is removed
-CODE = (packed_checkpoint, packed_experts, packed_layers, packed_weight, packing)  # what decides the content of a file
+CODE = (  # what decides the content of a file
+    *(packed_checkpoint, packed_experts, packed_layers, packed_weight, packing),
+    *(awq, compressed_tensors, files, fp8, gptq, layout, mxfp4, records, weights),
+)
 
 
 class RoundedWeights:
@@ -44,7 +49,7 @@ class RoundedWeights:
         """Returns the model, or None where it is not kept or the file is broken. attention: names of its functions."""
         if not self._path.exists():
             return None
-        directory, config, dtype = self._checked.directory, self._checked.config, self._checked.dtype
+        directory, config, dtype = self._checked.directory, plain_config(self._checked.config), self._checked.dtype
         build = partial(auto_class(config).from_config, config, dtype=dtype, attn_implementation=attention)
         try:
             model = packed_checkpoint.read(self._path, build)

@@ -61,6 +61,11 @@ class Tensor:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def num_bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return self.num_elements * (int(bits[0]) if bits else 8) // 8
+
 
 def read_headers(directory: Path) -> dict[str, Tensor]:
     """Reads the headers of all tensors that a model will be loaded from, by name.
@@ -105,13 +110,13 @@ def check_numbers(directory: Path, tensors: dict[str, Tensor], config: PreTraine
     transformers reads: otherwise the codes would be taken for the weights themselves."""
     scheme = scheme_of(config)
     if scheme is not None:
-        method = _method(scheme)
+        method = method_of(scheme)
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise ModelLoadError(
                 f"The model in {directory} is quantized as {method!r}, which transformers does not support."
             )
         return
-    codes = [name for name, tensor in tensors.items() if CODES.match(tensor.dtype) and name.endswith("weight")]
+    codes = [name for name, tensor in tensors.items() if is_codes(tensor, name)]
     if codes:
         is_modelopt = (directory / MODELOPT).exists()
         reason = f"; {MODELOPT} does, but only NVIDIA's tools read it" if is_modelopt else ""
@@ -121,13 +126,18 @@ def check_numbers(directory: Path, tensors: dict[str, Tensor], config: PreTraine
         )
 
 
+def is_codes(tensor: Tensor, name: str) -> bool:
+    """Returns whether a weight is stored as codes."""
+    return CODES.match(tensor.dtype) is not None and name.endswith("weight")
+
+
 def scheme_of(config: PreTrainedConfig) -> Any:
     """Returns the quantization_config of a model whose files are quantized; None for others."""
     scheme = getattr(config, "quantization_config", None)
     return scheme or getattr(config.get_text_config(), "quantization_config", None)
 
 
-def _method(scheme: Any) -> str:
+def method_of(scheme: Any) -> str:
     """Returns the method of a quantization_config, as transformers names it."""
     values = scheme if isinstance(scheme, dict) else scheme.to_dict()
     bits = next((bits for bits in (8, 4) if values.get(f"load_in_{bits}bit")), None)

@@ -32,11 +32,14 @@ class ModelFacts:
 
 def facts_of(checked: "CheckedModel", quantization: str) -> ModelFacts:
     """Reads the facts of a checked model. quantization: the setting QUANTIZATION."""
+    from engine import weight_files
     from engine.cpu import packed_checkpoint
     from engine.model_loader import choose_quantization
     from engine.quantization import FROM_FILE, NONE
 
-    weights = choose_quantization(quantization, checked.dtype_setting, checked.is_on_cuda, checked.directory)
+    own = (checked.dtype_setting, checked.is_on_cuda, checked.directory, checked.config)
+    weights = choose_quantization(quantization, *own)
+    name = weight_files.method_of(weight_files.scheme_of(checked.config)) if weights.keeps_codes else weights.name
     text, dtype = checked.config.get_text_config(), str(checked.dtype).removeprefix("torch.")
     sizes = {name: getattr(text, field, None) for field, name in SHAPE.items()}
     is_gguf, files = weights is FROM_FILE, checked.directory.glob("*.safetensors")
@@ -46,6 +49,6 @@ def facts_of(checked: "CheckedModel", quantization: str) -> ModelFacts:
         num_bytes=packed_checkpoint.size(checked.directory) if is_gguf else sum(path.stat().st_size for path in files),
         is_gguf=is_gguf,
         is_on_gpu=checked.is_on_cuda,
-        quantization=TYPES.get(dtype, dtype) if weights is NONE else "GGUF" if is_gguf else weights.name.upper(),
+        quantization=TYPES.get(dtype, dtype) if weights is NONE else "GGUF" if is_gguf else name.upper(),
         shape={name: size for name, size in sizes.items() if isinstance(size, int)},
     )

@@ -141,6 +141,8 @@ def test_quantizations_that_cannot_be_read_are_named(method: str, reason: str, t
     with pytest.raises(ModelLoadError, match=reason) as raised:
         load_model(check_model(directory, "auto", "cpu"), ignore)
     assert "\n" not in str(raised.value)
+    is_read_here = "with QUANTIZATION=auto and DTYPE=auto this server reads them" in str(raised.value)
+    assert is_read_here == (method != "modelopt" and kernels.are_available())
 
 
 BLOCK = 128

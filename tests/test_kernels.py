@@ -9,6 +9,8 @@ from engine.cpu import activations, jit, kernels, products, sampling_kernels
 from engine.cpu.amx import AMXBuilder
 from engine.cpu.gguf_blocks import IQ4_NL, IQ4_XS
 from engine.cpu.packed_weight import (
+    E4M3,
+    E4M3_SCALE,
     GROUP,
     INT4,
     INT8,
@@ -32,7 +34,9 @@ FORMATS = (
     *(Format(1, has_minimum=True), Format(3, 4, group=16), Format(7, 64), Q4_K, Q5_K, Q6_K),
     *(Q2_K, Q3_K, IQ4_NL, IQ4_XS, Format(3, has_minimum=True, group=16)),
     Format.of_table((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)),  # twice what FP4's codes stand for
+    *(Format(8, 128, has_minimum=True), Format(2, 2), E4M3),
 )
+INTEGERS = [fmt for fmt in FORMATS if not fmt.is_float]
 COLUMNS = 512  # whole super-blocks
 pytestmark = [
     pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP"),
@@ -93,8 +97,31 @@ def test_a_product_is_the_same_on_processors_with_fewer_instructions(removed: tu
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's instructions")
+def test_a_product_with_floats_is_the_same_on_processors_without_bfloat16() -> None:
+    _, features = jit.host()
+    features = ",".join(f for f in features.split(",") if not f.startswith("+avx512"))
+    weight = random_codes(E4M3, 32, 64)
+    x = activations.quantize(torch.randn(3, 64))
+    expected = as_floats(x) @ weight.dequantize().double().T
+    program = products.matmul_program(E4M3, torch.float32, "x86-64-v3", features)
+    values = products.values_for(E4M3, x, features)
+    product = products.matmul(x, pack(weight), torch.zeros(32), torch.float32, program, values)
+    torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_codes_of_e4m3_stand_for_torchs_numbers() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(8, 32)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    weight = Codes(E4M3, codes, torch.full((8, 1), float(E4M3_SCALE)).half(), None)
+    is_number = ~expected.isnan()
+    assert is_number.sum() == 254
+    for actual in (weight.dequantize(), pack(weight).dequantize()):
+        assert torch.equal(actual[is_number], expected[is_number])
+
+
 @pytest.mark.parametrize("builder", BUILDERS)
-@pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(FORMATS, (1, 16, 31, 128, 300))))
+@pytest.mark.parametrize(("fmt", "rows"), list(itertools.product(INTEGERS, (1, 16, 31, 128, 300))))
 def test_a_product_with_amx_is_that_without(fmt: Format, rows: int, builder: type[AMXBuilder]) -> None:
     torch.manual_seed(rows)
     weight = pack(random_codes(fmt, 50, COLUMNS))
@@ -175,7 +202,7 @@ def test_packing_keeps_every_code_scale_and_minimum(fmt: Format) -> None:
     assert torch.equal(packed.rows(some), weight.dequantize()[some])
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 @pytest.mark.parametrize("dtype", activations.DTYPES)
 def test_an_embedding_is_a_row_of_the_weight(fmt: Format, dtype: torch.dtype) -> None:
     weight = pack(random_codes(fmt, 37, COLUMNS))

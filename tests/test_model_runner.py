@@ -241,6 +241,11 @@ def test_attention_sinks_are_refused_rather_than_left_out() -> None:
         build_engine(model, EngineOptions(), frozenset())
 
 
+def test_a_model_with_attention_sinks_is_refused_before_it_is_loaded() -> None:
+    with pytest.raises(ModelLoadError, match="'gpt_oss' are not supported: their attention has sinks"):
+        check_architecture(GptOssConfig(**SMALL))
+
+
 def test_dynamic_rotary_embeddings_are_refused() -> None:
     config = AutoConfig.for_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ModelLoadError, match="dynamic"):

@@ -43,6 +43,15 @@ def test_stock_layers_stay_whatever_the_machine_can() -> None:
     assert choose(quantization.STOCK, "auto", has_cpu_kernels=True, has_packed_file=True) is quantization.NONE
 
 
+def test_the_default_keeps_a_checkpoints_own_codes_where_the_kernels_run() -> None:
+    choices = [
+        choose("auto", dtype, has_cpu_kernels, has_packed_file=False, has_own_codes=True).name
+        for dtype, has_cpu_kernels in [("auto", True), ("auto", False), ("float32", True)]
+    ]
+    assert choices == ["checkpoint", "none", "none"]
+    assert choose("int8", "auto", has_cpu_kernels=True, has_packed_file=False, has_own_codes=True).name == "int8"
+
+
 def test_a_code_is_cut_into_fields_that_hold_all_of_its_bits() -> None:
     for bits in range(1, 9):
         fields = format_of(bits).fields

@@ -348,6 +348,11 @@ def features() -> list[str]:
     return host()[1].split(",")
 
 
+def has_dot2(features: str) -> bool:
+    """Returns whether a CPU with these features multiplies bfloat16 in one instruction."""
+    return "+avx512bf16" in features
+
+
 _engines: list[Any] = []  # compiled code lives as long as these
 
 

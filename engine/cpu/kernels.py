@@ -25,7 +25,7 @@ def are_available() -> bool:
 
 def has_bfloat16() -> bool:
     """Returns whether the CPU multiplies bfloat16 in one instruction."""
-    return are_available() and "+avx512bf16" in jit.host()[1]
+    return are_available() and jit.has_dot2(jit.host()[1])
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

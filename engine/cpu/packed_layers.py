@@ -190,7 +190,7 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         flat = token_ids.flatten()
-        if self.packed.format.is_quantized:
+        if self.packed.format.is_quantized and not self.packed.format.is_float:
             rows = kernels.embed(flat, self.packed, self.dtype)
         else:
             rows = self.packed.rows(flat).to(self.dtype)

@@ -40,6 +40,7 @@ class Format:
     group: int = GROUP  # columns that share a scale, and a minimum
     has_super_blocks: bool = False  # scales and minimums are whole numbers, times those of their super-block
     table: tuple[int, ...] = ()  # 16 numbers from 0 to 255; see `of_table`
+    is_float: bool = False  # codes are numbers with a sign, 4 bits of exponent and 3 of mantissa; see `numbers`
     dtype_name: str = ""  # of weights that have no codes and no scales, such as float16: the numbers themselves
 
     @classmethod
@@ -100,6 +101,8 @@ FLOATS = {  # the formats without codes, those with fewer bits first
 }
 Q2_K = Format(2, has_minimum=True, group=16, has_super_blocks=True)
 Q3_K = Format(3, offset=4, group=16, has_super_blocks=True)
+E4M3 = Format(8, is_float=True)  # https://arxiv.org/abs/2209.05433; the scales are 256 times those of such numbers
+E4M3_SCALE = 256
 Q4_K = Format(4, has_minimum=True, has_super_blocks=True)
 Q5_K = Format(5, has_minimum=True, has_super_blocks=True)
 Q6_K = Format(6, offset=32, group=16, has_super_blocks=True)
@@ -127,12 +130,20 @@ class Codes(NamedTuple):
         """Returns the weights, (rows, columns) in float32."""
         rows, columns = self.codes.shape
         fmt = self.format
-        numbers = torch.tensor(fmt.table, dtype=torch.uint8)[self.codes.int()] if fmt.table else self.codes
-        grouped = numbers.view(rows, -1, fmt.group).float() - fmt.offset
+        grouped = self._numbers.view(rows, -1, fmt.group)
         weight = (grouped * self._times_super(self.scales, 0)[..., None]).view(rows, columns)
         if self.minimums is not None:
             weight += self._times_super(self.minimums, 1).repeat_interleave(fmt.group, dim=1)
         return weight
+
+    @property
+    def _numbers(self) -> torch.Tensor:
+        """What the codes stand for, without their scales, in float32."""
+        fmt = self.format
+        if fmt.is_float:
+            return float_codes(self.codes)
+        numbers = torch.tensor(fmt.table, dtype=torch.uint8)[self.codes.int()] if fmt.table else self.codes
+        return numbers.float() - fmt.offset
 
     def _times_super(self, values: torch.Tensor, index: int) -> torch.Tensor:
         if self.supers is None:
@@ -144,6 +155,12 @@ class Codes(NamedTuple):
         """Returns some rows. rows: their numbers."""
         minimums, supers = (None if part is None else part[rows] for part in (self.minimums, self.supers))
         return Codes(self.format, self.codes[rows], self.scales[rows], minimums, supers)
+
+
+def float_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Returns the numbers that codes of E4M3 stand for, divided by 256: the bits of a float16, but for its exponent's
+    highest. codes: uint8."""
+    return (codes.view(torch.int8).short() << 7 & ~(1 << 14)).view(torch.float16).float()
 
 
 def concatenated(parts: list[Codes]) -> Codes:

@@ -14,14 +14,17 @@ from transformers import PreTrainedModel
 from engine.cpu.packed_experts import PARAMETERS, can_pack_experts, experts_of
 from engine.cpu.packed_layers import EXACT, SEEING, fuse_layers, replace_layer
 from engine.cpu.packed_weight import (
+    Codes,
     Format,
     PackedWeight,
     can_pack,
     format_of,
+    pack,
     pack_floats,
     round_and_pack,
 )
 from engine.quantization import Quantization
+from errors import ModelLoadError
 
 # Takes the packed weights, by the names of their layers or parameters, and all other tensors of the model, by their own
 Keep = Callable[[dict[str, PackedWeight], dict[str, torch.Tensor]], None]
@@ -34,6 +37,7 @@ class Packer:
     def __init__(self, model: PreTrainedModel, quantization: Quantization) -> None:
         """model: its parameters need no memory yet. quantization: a format with `packed_bits`."""
         bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
+        self._keeps_codes = quantization.keeps_codes
         assert bits is not None and head_bits is not None
         self._owners = layers_to_pack(model)
         head = model.get_output_embeddings()
@@ -68,6 +72,36 @@ class Packer:
         with torch.inference_mode():
             fmt = self._formats[name]
             self.put(name, _pack(weight.flatten(0, -2), fmt))
+
+    def keep(self, name: str, stored: Codes | torch.Tensor) -> None:
+        """Packs a parameter of a quantised checkpoint, with its own codes if they have no more bits than asked for.
+
+        stored: codes, or numbers in bfloat16 where the checkpoint's own codes cannot be had. Raises ModelLoadError for
+        such experts, which cannot be numbers.
+        """
+        fmt = self._formats[name]
+        if self._keeps_codes and not isinstance(stored, Codes) and name.endswith(PARAMETERS):
+            raise ModelLoadError(
+                "the codes of its experts have groups of columns or scales that the CPU's kernels do not have: set "
+                "QUANTIZATION=int8, which rounds them again"
+            )
+        with torch.inference_mode():
+            if not isinstance(stored, Codes):
+                is_kept = self.is_kept_as_numbers(name, stored)
+                self.put(name, pack_floats(stored) if is_kept else round_and_pack(stored, fmt))
+            elif self._keeps_codes or (stored.format.bits <= fmt.bits and not stored.format.is_float):
+                self.put(name, pack(stored))
+            else:
+                self.put(name, round_and_pack(stored.dequantize(), fmt))
+
+    def is_kept_as_numbers(self, name: str, stored: Codes | torch.Tensor) -> bool:
+        """Returns whether a parameter stays in bfloat16: one of a quantised checkpoint whose codes cannot be had."""
+        is_format = name in self._formats and not name.endswith(PARAMETERS)
+        return self._keeps_codes and is_format and not isinstance(stored, Codes)
+
+    def leave(self, name: str) -> None:
+        """Leaves a parameter to the model, as numbers."""
+        del self._formats[name]
 
     def put(self, name: str, packed: PackedWeight) -> None:
         """Takes a parameter that is packed already."""

@@ -14,10 +14,11 @@ import torch
 from engine.cpu import amx, jit
 from engine.cpu.activations import Activations
 from engine.cpu.amx import AMXBuilder
-from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I32, I64, INTS, LANES, Builder, Program, constant, vector
+from engine.cpu.jit import BYTES, F16, F32, FLOATS, I8, I16, I32, I64, INTS, LANES, Builder, Program, constant, vector
 from engine.cpu.packed_weight import BFLOAT16, FOURS, GROUP, PARTS, SUPER_BLOCK, Format, PackedWeight, read_codes
 
 ROWS = 128  # rows of activations that pass a tile of weights while their sums stay in the first-level cache
+CHAINS = 4  # sums that do not wait for each other
 AMX_ROWS = 12  # so many rows are faster in AMX's tiles of 16 than one by one
 PREFETCH = 8192  # bytes ahead; the processor's own prefetching ends with a page
 AddBlock = Callable[[jit.Value, jit.Value, jit.Value, jit.Value, jit.Value], None]
@@ -25,14 +26,20 @@ AddMinimum = Callable[[jit.Value, jit.Value], jit.Value]
 
 
 def matmul(
-    x: Activations, weight: PackedWeight, bias: torch.Tensor, dtype: torch.dtype, program: Program | None = None
+    x: Activations,
+    weight: PackedWeight,
+    bias: torch.Tensor,
+    dtype: torch.dtype,
+    program: Program | None = None,
+    values: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiplies x by the transposed weight and adds the bias: (rows, weight rows) of `dtype`. bias: float32, padded
-    to whole tiles."""
+    to whole tiles. program, values: for another processor than this one; see `values_for`."""
     program = program or program_for(weight.format, dtype, x.num_rows >= AMX_ROWS and amx.is_available())
     tiles = weight.quants.shape[0]
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
-    addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
+    values = values_for(weight.format, x) if values is None else values
+    addresses = (values.data_ptr(), *x.addresses[1:], *weight.addresses, bias.data_ptr(), output.data_ptr())
     program(*addresses, x.num_rows, x.blocks, tiles, num_threads=torch.get_num_threads())
     return _without_padding(output, weight)
 
@@ -53,10 +60,19 @@ def matmul_experts(
     program = program or program_for(weight.format, dtype, is_many and amx.is_available(), has_experts=True)
     output = torch.empty(x.num_rows, tiles * LANES, dtype=dtype)
     bias = torch.zeros(tiles * LANES, dtype=torch.float32)
-    addresses = (*x.addresses, *weight.addresses, bias.data_ptr(), output.data_ptr())
+    values = values_for(weight.format, x)
+    addresses = (values.data_ptr(), *x.addresses[1:], *weight.addresses, bias.data_ptr(), output.data_ptr())
     counted = (x.num_rows, x.blocks, tiles, groups.data_ptr(), num_experts)
     program(*addresses, *counted, num_threads=torch.get_num_threads())
     return output
+
+
+def values_for(fmt: Format, x: Activations, features: str = "") -> torch.Tensor:
+    """Returns the values that a product reads: whole numbers, as floats for weights that are floats. features: of the
+    processor, this machine's unless given."""
+    if not fmt.is_float:
+        return x.values
+    return x.values.bfloat16() if jit.has_dot2(features or jit.host()[1]) else x.values.float()
 
 
 def matmul_bfloat16(
@@ -109,7 +125,7 @@ _MATMUL_EXPERTS = (*_MATMUL, "groups", "experts")
 
 @functools.cache
 def program_for(fmt: Format, dtype: torch.dtype, has_amx: bool, has_experts: bool = False) -> Program:
-    make = amx_matmul_program if has_amx else matmul_program
+    make = amx_matmul_program if has_amx and not fmt.is_float else matmul_program
     return make(fmt, dtype, *jit.host(), has_experts=has_experts)
 
 
@@ -122,6 +138,8 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str, has
         sums[row] += products * weight scale * row's scale       # in float32
         sums[row] += minimum * sum(value) * row's scale          # in formats with minimums
 
+    Codes that are floats are multiplied in float32.
+
     has_experts: the rows of each expert have weights of their own; see `matmul_experts`.
     """
     b = Builder("matmul", _MATMUL_EXPERTS if has_experts else _MATMUL, features)
@@ -129,11 +147,17 @@ def matmul_program(fmt: Format, dtype: torch.dtype, cpu: str, features: str, has
 
     def add_block(place: jit.Value, first: jit.Value, count: jit.Value, block: jit.Value, sums: jit.Value) -> None:
         weight = read_block(b, fmt, place)
+        numbers = _read_numbers(b, weight) if fmt.is_float else []
         activations = b.add(b.mul(block, rows), first)
         with b.loop(I64(0), count) as row:
             address = b.address(sums, row, 64)
             total = b.read(FLOATS, address, align=64)
-            b.write(_add_block(b, fmt, weight, b.add(activations, row), total), address, align=64)
+            place = b.add(activations, row)
+            if fmt.is_float:
+                total = _add_numbers(b, numbers, weight.scales[0], place, total)
+            else:
+                total = _add_block(b, fmt, weight, place, total)
+            b.write(total, address, align=64)
 
     _tiled(b, rows, blocks, tiles, dtype, add_block)
     return jit.compile_program(b, cpu)
@@ -391,6 +415,39 @@ def _read_total(b: Builder, fmt: Format, place: jit.Value, index: int) -> jit.Va
         return b.read(F32, b.address(b.argument["x_totals"], place, 4))
     total = b.read(I32, b.add(b.address(b.argument["x_sums"], place, 8), I64(4 * index)))
     return b.fmul(b.sitofp(total, F32), b.read(F32, b.address(b.argument["x_scales"], place, 4)))
+
+
+def _read_numbers(b: Builder, weight: Block) -> list[jit.Value]:
+    """Returns codes that are floats, divided by 256: a vector for each column, in float32, or for each two columns, in
+    pairs of bfloat16, which hold them without rounding."""
+    numbers = []
+    for four in weight.codes:
+        for column in range(4):
+            moved = b.shl(b.bitcast(four, INTS), constant(INTS, 24 - 8 * column))
+            bits = b.and_(b.ashr(moved, constant(INTS, 17)), constant(INTS, 0xBF80))
+            numbers.append(b.fpext(b.bitcast(b.trunc(bits, vector(I16)), vector(F16)), FLOATS))
+    if not jit.has_dot2(b.features):
+        return numbers
+    whole = [b.bitcast(number, INTS) for number in numbers]
+    half = constant(INTS, 16)
+    return [b.or_(b.lshr(low, half), high) for low, high in zip(whole[::2], whole[1::2], strict=True)]
+
+
+def _add_numbers(
+    b: Builder, numbers: list[jit.Value], weight_scale: jit.Value, place: jit.Value, total: jit.Value
+) -> jit.Value:
+    """Adds the products of floats with one row's group of 32 to the row's sums."""
+    has_pairs = jit.has_dot2(b.features)
+    values = b.address(b.argument["x"], place, (2 if has_pairs else 4) * GROUP)
+    parts = [constant(FLOATS, 0.0)] * CHAINS
+    for index, number in enumerate(numbers):
+        x = b.splat(b.read(I32 if has_pairs else F32, b.add(values, I64(4 * index))))
+        part = parts[index % CHAINS]
+        parts[index % CHAINS] = b.dot2(part, number, x) if has_pairs else b.fused(number, x, part)
+    while len(parts) > 1:
+        parts = [b.fadd(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    scale = b.splat(b.read(F32, b.address(b.argument["x_scales"], place, 4)))
+    return b.fused(parts[0], b.fmul(weight_scale, scale), total)
 
 
 def _offsets(b: Builder, fmt: Format, place: jit.Value) -> list[jit.Value]:

@@ -16,7 +16,7 @@ import torch
 
 from engine.cpu import activations, kernels, products
 from engine.cpu.jit import LANES
-from engine.cpu.packed_weight import GROUP, PackedWeight, can_pack, pack_bfloat16
+from engine.cpu.packed_weight import GROUP, PackedWeight, can_pack, pack_floats
 from engine.lora.adapter import Adapter, Matrices, Shape
 
 
@@ -114,7 +114,7 @@ class PackedProduct:
     @classmethod
     def of(cls, changed: Items[int], a: torch.Tensor, b: Items[torch.Tensor]) -> "PackedProduct":
         longest = max(len(a), *(len(part) for part in b))
-        return cls(changed, pack_bfloat16(a), [pack_bfloat16(part) for part in b], torch.zeros(longest + LANES))
+        return cls(changed, pack_floats(a), [pack_floats(part) for part in b], torch.zeros(longest + LANES))
 
     def add(self, x: torch.Tensor, outputs: Items[torch.Tensor], hidden_places: torch.Tensor) -> None:
         tokens, num_layers = len(x), len(self.b)

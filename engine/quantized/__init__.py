@@ -1,0 +1,1 @@
+"""Checkpoints that others have quantised: what their tensors mean, and how their codes are packed."""
