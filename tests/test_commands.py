@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_sources import TINY_CONFIG, http_server, hub_model, left_over
+from gguf_twins import LLAMA_TWIN
 from process import ROOT
 
 from checkpoints import checkpoint
@@ -150,6 +151,28 @@ def test_one_gguf_file_of_a_model_is_removed_and_the_others_stay(tmp_path: Path)
     assert len(list((tmp_path / "hub").glob("models--*/blobs/" + "?" * 64))) == 1
     assert run(tmp_path, None, "rm", "org/tiny-GGUF") == 0
     assert names(tmp_path) == [] and not list((tmp_path / "hub").glob("models--*"))
+
+
+def test_a_gguf_file_of_the_hub_is_a_model_to_serve_and_goes_with_what_was_converted(tmp_path: Path) -> None:
+    LLAMA_TWIN.write(tmp_path / "tiny-F32.gguf")
+    content = (tmp_path / "tiny-F32.gguf").read_bytes()
+    with http_server(hub_model("org/tiny-GGUF", {"tiny-F32.gguf": content}, ("tiny-F32.gguf",))) as endpoint:
+        sources = Sources(endpoint, tmp_path / "hub")
+        checkpoint.check("org/tiny-GGUF:F32")
+        served = checkpoint.fetch("org/tiny-GGUF:F32", tmp_path / "own", lambda what, done: None, sources).directory
+    assert (served / "config.json").exists() and checkpoint.served_name("org/tiny-GGUF:F32") == "tiny-GGUF:F32"
+    offline = Sources(None, tmp_path / "hub")
+    again = checkpoint.fetch("org/tiny-GGUF:F32", tmp_path / "own", lambda what, done: None, offline)
+    assert again.directory == served and names(tmp_path) == ["org/tiny-GGUF:tiny-F32.gguf"]
+    assert run(tmp_path, None, "rm", "org/tiny-GGUF:tiny-F32.gguf") == 0
+    assert not served.exists() and names(tmp_path) == []
+
+
+def test_a_gguf_file_that_is_nowhere_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelLoadError, match="org/tiny-GGUF:F32 is not in the local Hub cache, and the Hub cannot be re"
+    ):
+        checkpoint.fetch("org/tiny-GGUF:F32", tmp_path, lambda what, done: None, Sources(None, tmp_path / "hub"))
 
 
 # --- rm

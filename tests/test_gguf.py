@@ -87,14 +87,15 @@ def as_packed(path: Path) -> dict[str, PackedWeight]:
     return packed_checkpoint.weights(path.with_suffix("") / packed_checkpoint.FILE)[0]
 
 
-def wide(kind: str, path: Path, is_rounded: bool = True) -> dict[str, torch.Tensor]:
+def wide(kind: str, path: Path, is_rounded: bool = True, parts: int = 0) -> dict[str, torch.Tensor]:
     """Writes a model whose rows are whole super-blocks; returns its matrices as the library of llama.cpp reads them."""
     config = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     keys = {"embedding_length": 256, "feed_forward_length": 512}
     small = TWINS["qwen2"]
     twin = dataclasses.replace(small, config=small.config | config, keys=small.keys | keys, is_rounded=is_rounded)
-    twin.write(path, kind=gguf.GGMLQuantizationType[kind])
-    tensors = [tensor for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2]
+    twin.write(path, kind=gguf.GGMLQuantizationType[kind], parts=parts)
+    paths = sorted(path.parent.glob(f"{path.stem}-*-of-*")) if parts else [path]
+    tensors = [tensor for each in paths for tensor in gguf.GGUFReader(each).tensors if len(tensor.shape) == 2]
     return {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
 
 
@@ -140,6 +141,17 @@ def test_any_part_stands_for_all(number: int, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32)
     assert difference(LLAMA_TWIN.model(), model) < 1e-3
     assert not list((tmp_path / "converted").glob("*.gguf"))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q2_K", "IQ4_XS", "Q8_0"])
+def test_parts_of_all_types_are_joined_as_they_are(kind: str, tmp_path: Path) -> None:
+    wide(kind, tmp_path / "tiny.gguf", parts=8)
+    wide(kind, tmp_path / "whole.gguf")
+    gguf_parts.merge(gguf_parts.parts(tmp_path / "tiny-00002-of-00004.gguf"), tmp_path / "merged.gguf")
+    merged, whole = (gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors for name in ("merged", "whole"))
+    for one, other in zip(merged, whole, strict=True):
+        assert (one.name, one.tensor_type, [*one.shape]) == (other.name, other.tensor_type, [*other.shape])
+        assert (one.data == other.data).all()
 
 
 def test_an_empty_list_among_the_keys_of_parts_is_left_out(tmp_path: Path) -> None:
