@@ -119,7 +119,7 @@ class ModelRunner:
         self.sampler = Sampler(eos_token_ids)
         self.device = input_device(model)
         self.dtype = next(iter(cache.tensors.values()))[0].dtype
-        self.adapters = ModelAdapters(model, self.dtype)
+        self.adapters = ModelAdapters(model, self.device, self.dtype)
 
     def encode(self, images: list[Image], limit: int) -> None:
         """Gives features to all images that were encoded before, and to `limit` of the others. Raises what the model
