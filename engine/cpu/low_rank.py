@@ -158,7 +158,7 @@ def _add_block(
 @functools.cache
 def _expand(dtype: torch.dtype) -> Program:
     """For each vector of the output, and each row of each adapter: adds the products with all of the adapter's tiles,
-    so that the output is rounded once."""
+    so that the output is rounded once. The first tile, often the only one, stays in registers."""
     names = ("hidden", "addresses", "table", "order", "output", "row_bytes", "vectors", "adapters")
     b = Builder("expand", names, jit.host()[1])
     total = b.variable(constant(FLOATS, 0.0))
@@ -166,19 +166,27 @@ def _expand(dtype: torch.dtype) -> Program:
         entry = b.address(b.argument["table"], adapter, 32)
         first, count, tiles, place = (b.read(I64, b.add(entry, I64(8 * index))) for index in range(4))
         begin = b.read(I64, b.address(b.argument["addresses"], adapter, 8))
-        weights = b.add(begin, b.mul(b.mul(vector, tiles), I64(B_TILE_BYTES)))
-        with b.loop(I64(0), count) as index:
-            row = b.read(I64, b.address(b.argument["order"], b.add(first, index), 8))
-            output = b.add(b.argument["output"], b.mul(row, b.argument["row_bytes"]))
-            output = b.address(output, vector, LANES * dtype.itemsize)
-            total.set(b.read_floats(dtype, output))
-            with b.loop(I64(0), tiles) as tile:
-                source = b.add(place, b.add(b.mul(tile, count), index))
-                values = b.address(b.argument["hidden"], source, 2 * RANKS)
-                matrix = b.address(weights, tile, B_TILE_BYTES)
-                for pair in range(PAIRS):
-                    weight = b.read(INTS, b.add(matrix, I64(64 * pair)))
-                    x = b.splat(b.read(I32, b.add(values, I64(4 * pair))))
-                    total.set(b.dot2(total.get(), weight, x))
-            b.write_floats(total.get(), dtype, output)
+        tile_bytes = b.mul(tiles, I64(B_TILE_BYTES))
+        with b.loop(I64(0), b.smaller(count, I64(1))):  # not for an adapter without rows
+            weights = b.add(begin, b.mul(vector, tile_bytes))
+            for line in range(0, B_TILE_BYTES, 64):
+                b.prefetch(b.add(weights, I64(PREFETCH // 2 + line)))
+            kept = [b.read(INTS, b.add(weights, I64(64 * pair))) for pair in range(PAIRS)]
+            with b.loop(I64(0), count) as index:
+                row = b.read(I64, b.address(b.argument["order"], b.add(first, index), 8))
+                output = b.add(b.argument["output"], b.mul(row, b.argument["row_bytes"]))
+                output = b.address(output, vector, LANES * dtype.itemsize)
+                source = b.address(b.argument["hidden"], b.add(place, index), 2 * RANKS)
+                total.set(b.read_floats(dtype, output))
+                _add_tile(b, total, kept, source)
+                with b.loop(I64(1), tiles) as tile:
+                    matrix = b.address(weights, tile, B_TILE_BYTES)
+                    others = [b.read(INTS, b.add(matrix, I64(64 * pair))) for pair in range(PAIRS)]
+                    _add_tile(b, total, others, b.address(source, b.mul(tile, count), 2 * RANKS))
+                b.write_floats(total.get(), dtype, output)
     return jit.compile_program(b)
+
+
+def _add_tile(b: Builder, total: jit.Variable, weights: list[jit.Value], hidden: jit.Value) -> None:
+    for pair, weight in enumerate(weights):
+        total.set(b.dot2(total.get(), weight, b.splat(b.read(I32, b.add(hidden, I64(4 * pair))))))

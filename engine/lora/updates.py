@@ -213,9 +213,10 @@ class LowRankUpdates:
         if step is None or (product := step.stack.product(self, step.adapters, device)) is None:
             return
         x = input_of()
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         assert len(rows) == step.num_tokens, "a layer that adapters change reads each token of the step once"
-        product.add(rows, [output.view(len(rows), -1) for output in outputs], step)
+        flat = [output if output.dim() == 2 else output.view(len(rows), -1) for output in outputs]
+        product.add(rows, flat, step)
 
 
 @dataclass(frozen=True)
