@@ -120,7 +120,7 @@ class ModelRunner:
         self.sampler = Sampler(eos_token_ids)
         self.device = input_device(model)
         self.dtype = cast(AttentionSpec, next(iter(cache.specs.values()))).dtype
-        self.adapters = ModelAdapters(model, self.dtype)
+        self.adapters = ModelAdapters(model, self.device, self.dtype)
 
     def encode(self, images: list[Image], limit: int) -> None:
         """Gives features to all images that were encoded before, and to `limit` of the others. Raises what the model

@@ -25,7 +25,7 @@ from engine.model_loader import load_model
 from engine.quantization import OWN_CODES
 from engine.quantized import mxfp4
 from engine.quantized.files import QuantizedFiles
-from engine.rounded_weights import FOLDER
+from engine.rounded_files import FOLDER
 from errors import ModelLoadError
 
 pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")

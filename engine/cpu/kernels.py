@@ -49,6 +49,15 @@ def gate(gate_up: torch.Tensor, activation: str) -> Activations:
     return result
 
 
+def gate_unrounded(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Computes what `gate` computes, (rows, columns) in the type of its input."""
+    output = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype)
+    threads = torch.get_num_threads() if len(output) > 1 else 1
+    program = _gate_unrounded(gate_up.dtype, activation)
+    program(gate_up.data_ptr(), output.data_ptr(), len(output), output.shape[1] // GROUP, num_threads=threads)
+    return output
+
+
 def combine(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Computes sum_j weights[t, j] * rows[places[t, j]]: (tokens, columns) of `dtype`. rows: (any, columns) float32, in
     whole vectors. places: (tokens, terms) int64. weights: (tokens, terms) float32."""
@@ -169,14 +178,30 @@ ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 def _gate(dtype: torch.dtype, activation: str) -> Program:
     b = Builder("gate", ("x", "values", "scales", "sums", "totals", "rows", "blocks"), jit.host()[1])
     rows, blocks = b.argument["rows"], b.argument["blocks"]
+    with b.share(blocks) as block, b.loop(I64(0), rows) as row:
+        write_quantized(b, _gated(b, dtype, activation, row, block), b.add(b.mul(block, rows), row))
+    return jit.compile_program(b)
+
+
+@functools.cache
+def _gate_unrounded(dtype: torch.dtype, activation: str) -> Program:
+    b = Builder("gate_unrounded", ("x", "output", "rows", "blocks"), jit.host()[1])
+    rows, blocks = b.argument["rows"], b.argument["blocks"]
+    with b.share(blocks) as block, b.loop(I64(0), rows) as row:
+        start = b.address(b.argument["output"], b.add(b.mul(row, blocks), block), GROUP * dtype.itemsize)
+        for half, value in enumerate(_gated(b, dtype, activation, row, block)):
+            b.write_floats(value, dtype, b.add(start, I64(half * LANES * dtype.itemsize)))
+    return jit.compile_program(b)
+
+
+def _gated(b: Builder, dtype: torch.dtype, activation: str, row: jit.Value, block: jit.Value) -> list[jit.Value]:
+    """Returns activation(gate) * up of a group of 32 columns, as two vectors."""
+    blocks = b.argument["blocks"]
     is_rough = dtype == torch.bfloat16 and {"+avx512f", "+avx512dq"} <= set(jit.features())
     sigmoid = b.sigmoid_bfloat16 if is_rough else b.sigmoid
-    with b.share(blocks) as block, b.loop(I64(0), rows) as row:
-        gates = b.add(b.mul(row, b.mul(blocks, I64(2))), block)
-        operands = [
-            [b.read_floats(dtype, b.add(start, I64(half * LANES * dtype.itemsize))) for half in (0, 1)]
-            for start in (b.address(b.argument["x"], g, GROUP * dtype.itemsize) for g in (gates, b.add(gates, blocks)))
-        ]
-        halves = [b.fmul(ACTIVATIONS[activation](g, b, sigmoid), up) for g, up in zip(*operands, strict=True)]
-        write_quantized(b, halves, b.add(b.mul(block, rows), row))
-    return jit.compile_program(b)
+    gates = b.add(b.mul(row, b.mul(blocks, I64(2))), block)
+    operands = [
+        [b.read_floats(dtype, b.add(start, I64(half * LANES * dtype.itemsize))) for half in (0, 1)]
+        for start in (b.address(b.argument["x"], g, GROUP * dtype.itemsize) for g in (gates, b.add(gates, blocks)))
+    ]
+    return [b.fmul(ACTIVATIONS[activation](g, b, sigmoid), up) for g, up in zip(*operands, strict=True)]

@@ -27,10 +27,6 @@ EXACT = re.compile(  # small layers that are not rounded: routers choose experts
 )
 SEEING = re.compile(r"(^|\.)(vision|visual|image|embed_vision)\w*\.")  # layers that see
 Prepared = Activations | torch.Tensor  # what `prepare` makes of a layer's input
-ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
-}
 ROUNDING = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # how far outputs of the same computation may be apart
 
 
@@ -211,14 +207,10 @@ class FusedMLP(nn.Module):
         if self.updates is not None and self.updates.is_active:
             self.updates.add(x, both.chunk(2, dim=-1))
         output = self._down.multiply(kernels.gate(both, self._activation))
-        if self._down.updates is not None:
-            self._down.updates.add_lazily(x.device, lambda: self._activated(both), [output])
+        if self._down.updates is not None and self._down.updates.is_active:
+            unrounded = partial(kernels.gate_unrounded, both, self._activation)
+            self._down.updates.add_lazily(x.device, unrounded, [output])
         return output.view(x.shape)
-
-    def _activated(self, both: torch.Tensor) -> torch.Tensor:
-        """Computes what `kernels.gate` computes, not rounded to 8 bits."""
-        gate, up = both.chunk(2, dim=-1)
-        return ACTIVATION_FUNCTIONS[self._activation](gate) * up
 
     def adapter_targets(self, name: str) -> list[Target]:
         rows, columns = self._gate_up.shape
@@ -297,8 +289,11 @@ def activation_name(function: Any) -> str | None:
     if not callable(function):
         return None
     points = torch.linspace(-4, 4, 64, dtype=torch.float32)
-    stock = ACTIVATION_FUNCTIONS.items()
-    return next((name for name, same in stock if torch.allclose(function(points), same(points))), None)
+    stock: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": nn.functional.silu,
+        "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    }
+    return next((name for name, same in stock.items() if torch.allclose(function(points), same(points))), None)
 
 
 def _fused_norm(module: nn.Module) -> FusedNorm | None:

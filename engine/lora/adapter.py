@@ -5,7 +5,8 @@ An adapter changes the weight W of a linear layer to W + scale * B A, where A is
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.cpu.low_rank import PackedMatrices
 from engine.lora.adapter_config import AdapterConfig
 from errors import ModelLoadError, first_line
 
@@ -46,15 +48,12 @@ class Adapter:
     name: str
     digest: bytes  # of its weights
     layers: Mapping[str, Matrices]  # by the layers' names, as `layer_name` gives them
+    packed: dict[str, PackedMatrices] = field(default_factory=dict)  # by the names of the layers of one input
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The largest rank of its matrices."""
         return max(matrices.rank for matrices in self.layers.values())
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(a.nbytes + b.nbytes for a, b in self.layers.values())
 
 
 def layer_name(name: str) -> str:

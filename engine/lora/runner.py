@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from engine.lora.adapter import Adapter, read_adapter
 from engine.lora.targets import attach, find_targets, shapes_of
-from engine.lora.updates import ActiveAdapters, Stack, StepAdapters, Target
+from engine.lora.updates import ActiveAdapters, Stack, StepAdapters, Target, can_use_kernels, packed
 
 MOST_STACKS = 4  # that are kept for later steps
 SPARE_RANKS = 2  # a kept stack may have so many times the ranks that a step needs
@@ -22,9 +22,9 @@ _Key = tuple[weakref.ref[Adapter], ...]
 class ModelAdapters:
     """The adapters of one model. Stacks are kept from step to step; one whose adapter nobody has any more is not."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        """dtype: of what the layers compute."""
-        self._model, self._dtype = model, dtype
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+        """device: of the model's input. dtype: of what the layers compute."""
+        self._model, self._device, self._dtype = model, device, dtype
         self._active = ActiveAdapters()
         self._stacks: dict[_Key, Stack] = {}  # the most recently used one comes last
         self._is_attached = False
@@ -35,7 +35,17 @@ class ModelAdapters:
 
     def read(self, name: str, directory: Path, max_rank: int) -> Adapter:
         """Reads an adapter for this model, which takes up to seconds. Raises ModelLoadError."""
-        return read_adapter(name, directory, shapes_of(self.targets), self._dtype, max_rank)
+        adapter = read_adapter(name, directory, shapes_of(self.targets), self._dtype, max_rank)
+        self._pack(adapter)
+        return adapter
+
+    @torch.inference_mode()
+    def _pack(self, adapter: Adapter) -> None:
+        """Prepares it for the CPU's kernels now, so that no step has to wait for that."""
+        for target in self.targets:
+            is_changed = any(part.layer in adapter.layers for part in target.parts)
+            if is_changed and can_use_kernels(target.parts, self._device, self._dtype):
+                packed(adapter, target.parts)
 
     def during(self, owners: Items[Adapter | None], num_tokens: int) -> AbstractContextManager[None]:
         """Lets the model's layers apply these adapters meanwhile.

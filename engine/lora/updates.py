@@ -1,22 +1,25 @@
 """LowRankUpdates: what the adapters of a step add to the outputs of layers that read one input.
 
-The matrices of all adapters of a step are stacked, so that their number hardly counts:
+With torch, the matrices of all adapters of a step are stacked, so that their number hardly counts:
     hidden = x A^T, for the A of all adapters and of all layers that read x    # (tokens, layers, ranks)
     hidden[t, :, r] = 0, where r does not belong to token t's adapter
     outputs[layer] += hidden[:, layer] B^T, for each layer
+With the CPU's kernels for bfloat16, each token meets the matrices of its own adapter alone; see engine/cpu/low_rank.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
-from engine.cpu import activations, kernels, products
+from engine.cpu import kernels, low_rank
 from engine.cpu.jit import LANES
-from engine.cpu.packed_weight import GROUP, PackedWeight, can_pack, pack_floats
+from engine.cpu.low_rank import RANKS, PackedMatrices, RowGroups, num_tiles
+from engine.cpu.packed_weight import can_pack
 from engine.lora.adapter import Adapter, Matrices, Shape
 
 
@@ -25,127 +28,143 @@ class Part:
     """An output of a layer, or some of its rows."""
 
     layer: str  # its name, as `layer_name` gives it
+    shape: Shape  # of the part
     rows: torch.Tensor | None = None  # None: all
+
+    def of(self, adapter: Adapter) -> Matrices:
+        """Returns an adapter's matrices, with zeros beyond their rank to whole tiles; all zeros if it changes nothing
+        here."""
+        own, num_ranks = adapter.layers.get(self.layer), RANKS * num_tiles(adapter.rank)
+        dtype = next(iter(adapter.layers.values())).a.dtype
+        a = torch.zeros(num_ranks, self.shape.num_columns, dtype=dtype)
+        b = torch.zeros(self.shape.num_rows, num_ranks, dtype=dtype)
+        if own is not None:
+            a[: own.rank] = own.a
+            b[:, : own.rank] = own.b if self.rows is None else own.b[self.rows]
+        return Matrices(a, b)
+
+
+Parts = tuple[Part, ...]
 
 
 class Product(Protocol):
-    """The matrices of the layers of one input, for all adapters of a stack."""
+    """The matrices of the layers of one input, for some adapters."""
 
-    def add(self, x: torch.Tensor, outputs: Items[torch.Tensor], hidden_places: torch.Tensor) -> None:
-        """Adds to the outputs, (tokens, rows) each, in place.
-
-        x: (tokens, columns). hidden_places: (tokens, ranks), true where a rank is not of the token's adapter."""
+    def add(self, x: torch.Tensor, outputs: Items[torch.Tensor], step: "StepAdapters") -> None:
+        """Adds to the outputs, (tokens, rows) each, in place. x: (tokens, columns)."""
         ...
 
 
+class PlainProduct:
+    """Computes with torch."""
+
+    def __init__(self, adapters: Items[Adapter], parts: Parts, device: torch.device) -> None:
+        matrices = [[part.of(adapter) for adapter in adapters] for part in parts]
+        self._a = torch.cat([own.a for of_part in matrices for own in of_part]).T.to(device)
+        self._b = [torch.cat([own.b.T for own in of_part]).to(device) for of_part in matrices]
+
+    def add(self, x: torch.Tensor, outputs: Items[torch.Tensor], step: "StepAdapters") -> None:
+        hidden = (x.to(self._a.dtype) @ self._a).view(len(x), len(self._b), -1)
+        hidden.masked_fill_(step.foreign_ranks(x.device)[:, None], 0)
+        for number, (output, b) in enumerate(zip(outputs, self._b, strict=True)):
+            if output.dtype == b.dtype:
+                output.addmm_(hidden[:, number], b)
+            else:
+                output.add_(hidden[:, number] @ b)
+
+
+class PackedProduct:
+    """Computes with the CPU's kernels for bfloat16."""
+
+    def __init__(self, adapters: Items[Adapter], parts: Parts) -> None:
+        matrices = [packed(adapter, parts) for adapter in adapters]
+        self._a = low_rank.addresses_of_a(matrices)
+        self._b = [low_rank.addresses_of_b(matrices, layer) for layer in range(len(parts))]
+
+    def add(self, x: torch.Tensor, outputs: Items[torch.Tensor], step: "StepAdapters") -> None:
+        num_layers, groups = len(self._b), step.row_groups
+        hidden = low_rank.shrink(x.to(torch.bfloat16).contiguous(), self._a, groups, num_layers)
+        for layer, (output, b) in enumerate(zip(outputs, self._b, strict=True)):
+            low_rank.expand(hidden, b, output, groups, num_layers, layer)
+
+
+def packed(adapter: Adapter, parts: Parts) -> PackedMatrices:
+    """Returns an adapter's matrices for the layers of one input as the CPU's kernels read them."""
+    key = key_of(parts)
+    if key not in adapter.packed:
+        matrices = [part.of(adapter) for part in parts]
+        adapter.packed[key] = PackedMatrices.of([own.a for own in matrices], [own.b for own in matrices])
+    return adapter.packed[key]
+
+
+def key_of(parts: Parts) -> str:
+    """Names the layers of one input."""
+    return "+".join(part.layer for part in parts)
+
+
+def can_use_kernels(parts: Parts, device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether the CPU's kernels compute the updates of these layers."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not kernels.has_bfloat16():
+        return False
+    return all(can_pack(part.shape.num_columns) and part.shape.num_rows % LANES == 0 for part in parts)
+
+
 class Stack:
-    """Some adapters, whose matrices are stacked when a layer first needs them."""
+    """Some adapters, whose matrices are put together when a layer first needs them."""
 
     def __init__(self, adapters: Items[Adapter], dtype: torch.dtype) -> None:
-        self._ranks = [adapter.rank for adapter in adapters]
-        self.dtype = dtype
-        self.num_ranks = -(-sum(self._ranks) // GROUP) * GROUP  # whole groups, which kernels need
-        self._products: dict[int, Product | None] = {}
+        self.ranks = [adapter.rank for adapter in adapters]
+        self._dtype = dtype
+        self._products: dict[tuple[str, torch.device], Product | None] = {}
 
+    @cached_property
     def owners(self) -> torch.Tensor:
-        """Returns for each rank the number of its adapter; -1 for those that pad."""
-        owners = [number for number, rank in enumerate(self._ranks) for _ in range(rank)]
-        return torch.tensor(owners + [-1] * (self.num_ranks - len(owners)))
+        """For each rank, with those that fill up tiles, the number of its adapter."""
+        counts = torch.tensor([RANKS * num_tiles(rank) for rank in self.ranks])
+        return torch.arange(len(counts)).repeat_interleave(counts)
 
     def product(self, updates: "LowRankUpdates", adapters: Items[Adapter], device: torch.device) -> Product | None:
         """Returns the matrices of some layers; None where none of the adapters changes them."""
-        key = id(updates)
+        key = (updates.key, device)
         if key not in self._products:
             self._products[key] = self._make_product(updates.parts, adapters, device)
         return self._products[key]
 
-    def _make_product(self, parts: Items[Part], adapters: Items[Adapter], device: torch.device) -> Product | None:
-        changed = [i for i, part in enumerate(parts) if any(part.layer in adapter.layers for adapter in adapters)]
-        if not changed:
+    def _make_product(self, parts: Parts, adapters: Items[Adapter], device: torch.device) -> Product | None:
+        if not any(part.layer in adapter.layers for part in parts for adapter in adapters):
             return None
-        stacked = [self._stacked(parts[index], adapters) for index in changed]
-        a, b = torch.cat([matrices.a for matrices in stacked]), [matrices.b for matrices in stacked]
-        if device.type == "cpu" and self.dtype == torch.bfloat16 and kernels.has_bfloat16() and can_pack(a.shape[1]):
-            return PackedProduct.of(changed, a, b)
-        return PlainProduct(changed, a.T.to(device), [part.T.contiguous().to(device) for part in b])
-
-    def _stacked(self, part: Part, adapters: Items[Adapter]) -> Matrices:
-        """Returns A and B of one layer for all adapters, with zeros for those that do not change it."""
-        some = next(adapter.layers[part.layer] for adapter in adapters if part.layer in adapter.layers)
-        num_rows = len(some.b) if part.rows is None else len(part.rows)
-        a = torch.zeros(self.num_ranks, some.a.shape[1], dtype=self.dtype)
-        b = torch.zeros(num_rows, self.num_ranks, dtype=self.dtype)
-        start = 0
-        for adapter, rank in zip(adapters, self._ranks, strict=True):
-            if (own := adapter.layers.get(part.layer)) is not None:
-                a[start : start + own.rank] = own.a
-                b[:, start : start + own.rank] = own.b if part.rows is None else own.b[part.rows]
-            start += rank
-        return Matrices(a, b)
+        if can_use_kernels(parts, device, self._dtype):
+            return PackedProduct(adapters, parts)
+        return PlainProduct(adapters, parts, device)
 
 
-@dataclass(frozen=True)
-class PlainProduct:
-    """Computes with torch."""
-
-    changed: Items[int]  # which of the outputs
-    a: torch.Tensor  # (columns, layers * ranks)
-    b: Items[torch.Tensor]  # (ranks, rows) of each layer
-
-    def add(self, x: torch.Tensor, outputs: Items[torch.Tensor], hidden_places: torch.Tensor) -> None:
-        hidden = (x.to(self.a.dtype) @ self.a).view(len(x), len(self.b), -1)
-        hidden.masked_fill_(hidden_places[:, None], 0)
-        for number, (index, b) in enumerate(zip(self.changed, self.b, strict=True)):
-            if outputs[index].dtype == b.dtype:
-                outputs[index].addmm_(hidden[:, number], b)
-            else:
-                outputs[index].add_(hidden[:, number] @ b)
-
-
-@dataclass(frozen=True)
-class PackedProduct:
-    """Computes with the CPU's kernels for bfloat16, which read small matrices faster than torch does."""
-
-    changed: Items[int]
-    a: PackedWeight  # (layers * ranks, columns)
-    b: Items[PackedWeight]  # (rows, ranks) of each layer
-    zeros: torch.Tensor  # in place of a bias
-
-    @classmethod
-    def of(cls, changed: Items[int], a: torch.Tensor, b: Items[torch.Tensor]) -> "PackedProduct":
-        longest = max(len(a), *(len(part) for part in b))
-        return cls(changed, pack_floats(a), [pack_floats(part) for part in b], torch.zeros(longest + LANES))
-
-    def add(self, x: torch.Tensor, outputs: Items[torch.Tensor], hidden_places: torch.Tensor) -> None:
-        tokens, num_layers = len(x), len(self.b)
-        grouped = activations.group(x.to(torch.bfloat16))
-        hidden = products.matmul_bfloat16(grouped, self.a, self.zeros, torch.bfloat16).view(tokens, num_layers, -1)
-        hidden.masked_fill_(hidden_places[:, None], 0)
-        blocks = activations.group(hidden.view(tokens, -1)).split(hidden_places.shape[1] // GROUP)
-        for index, part, b in zip(self.changed, blocks, self.b, strict=True):
-            outputs[index].add_(products.matmul_bfloat16(part, b, self.zeros, torch.bfloat16))
-
-
-@dataclass(frozen=True)
 class StepAdapters:
     """The adapters of a step, and which token has which."""
 
-    adapters: Items[Adapter]  # those of the stack, in its order
-    stack: Stack
-    numbers: torch.Tensor  # (rows,) the number of each token's adapter; -1 for none
-    num_tokens: int  # of the step; rows beyond these are of guesses that a recurrent layer recalls
-    _places: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    def __init__(self, adapters: Items[Adapter], stack: Stack, numbers: torch.Tensor, num_tokens: int) -> None:
+        """adapters: those of the stack, in its order. numbers: (rows,) the number of each token's adapter, -1 for none.
+        num_tokens: of the step; rows beyond these are of guesses that a recurrent layer recalls."""
+        self.adapters, self.stack = adapters, stack
+        self._all_numbers, self._numbers = numbers, numbers[:num_tokens]
+        self._foreign: dict[torch.device, torch.Tensor] = {}
 
-    def hidden_places(self, device: torch.device) -> torch.Tensor:
+    @property
+    def num_tokens(self) -> int:
+        return len(self._numbers)
+
+    @cached_property
+    def row_groups(self) -> RowGroups:
+        return RowGroups(self._numbers, self.stack.ranks)
+
+    def foreign_ranks(self, device: torch.device) -> torch.Tensor:
         """Returns (tokens, ranks): true where a rank is not of the token's adapter."""
-        if device not in self._places:
-            owners, numbers = self.stack.owners(), self.numbers[: self.num_tokens, None]
-            self._places[device] = ((owners != numbers) | (numbers < 0)).to(device)
-        return self._places[device]
+        if device not in self._foreign:
+            self._foreign[device] = (self.stack.owners != self._numbers[:, None]).to(device)
+        return self._foreign[device]
 
     def of_rows(self, rows: torch.Tensor) -> "StepAdapters":
         """Returns the same for tokens in another order. rows: their rows in this one."""
-        return StepAdapters(self.adapters, self.stack, self.numbers[rows.cpu()], len(rows))
+        return StepAdapters(self.adapters, self.stack, self._all_numbers[rows.cpu()], len(rows))
 
 
 class ActiveAdapters:
@@ -173,9 +192,9 @@ class ActiveAdapters:
 class LowRankUpdates:
     """The updates of layers that read one input."""
 
-    def __init__(self, active: ActiveAdapters, parts: Items[Part]) -> None:
+    def __init__(self, active: ActiveAdapters, parts: Parts) -> None:
         """parts: what the outputs are that are given to `add`, in their order."""
-        self._active, self.parts = active, parts
+        self._active, self.parts, self.key = active, parts, key_of(parts)
 
     @property
     def is_active(self) -> bool:
@@ -193,10 +212,11 @@ class LowRankUpdates:
         step = self._active.step
         if step is None or (product := step.stack.product(self, step.adapters, device)) is None:
             return
-        x, places = input_of(), step.hidden_places(device)
-        rows = x.reshape(-1, x.shape[-1])
-        assert len(rows) == len(places), "a layer that adapters change reads each token of the step once"
-        product.add(rows, [output.view(len(rows), -1) for output in outputs], places)
+        x = input_of()
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        assert len(rows) == step.num_tokens, "a layer that adapters change reads each token of the step once"
+        flat = [output if output.dim() == 2 else output.view(len(rows), -1) for output in outputs]
+        product.add(rows, flat, step)
 
 
 @dataclass(frozen=True)
@@ -204,15 +224,15 @@ class Target:
     """Linear layers that read one input, and how they get their updates."""
 
     shapes: Mapping[str, Shape]  # of the layers, by their names
-    parts: tuple[Part, ...]
+    parts: Parts
     attach: Callable[[LowRankUpdates], object]
 
 
 def single(name: str, shape: Shape, attach: Callable[[LowRankUpdates], object]) -> Target:
     """Makes the target of one layer."""
-    return Target({name: shape}, (Part(name),), attach)
+    return Target({name: shape}, (Part(name, shape),), attach)
 
 
 def several(shapes: Mapping[str, Shape], attach: Callable[[LowRankUpdates], object]) -> Target:
     """Makes the target of layers that one module computes together, in the order of its outputs."""
-    return Target(shapes, tuple(map(Part, shapes)), attach)
+    return Target(shapes, tuple(Part(name, shape) for name, shape in shapes.items()), attach)

@@ -42,8 +42,12 @@ class FusedDeltaNet(RecurrentLayer):
         parts = _parts(self.stock, self._shape)
         columns = cast(int, cast(Any, self.stock).hidden_size)
         sizes = {f"{name}.{part}": Shape(_num_rows(getattr(self.stock, part)), columns) for part, _ in parts}
-        attach = partial(setattr, self, "updates")
-        return [Target(sizes, tuple(Part(f"{name}.{part}", rows) for part, rows in parts), attach)]
+        found = []
+        for part, rows in parts:
+            whole = sizes[f"{name}.{part}"]
+            shape = whole if rows is None else Shape(len(rows), columns)
+            found.append(Part(f"{name}.{part}", shape, rows))
+        return [Target(sizes, tuple(found), partial(setattr, self, "updates"))]
 
     @property
     def spec(self) -> RecurrentSpec:
