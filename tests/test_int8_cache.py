@@ -241,7 +241,7 @@ def test_queries_times_factors_and_keys_by_them_keep_their_products() -> None:
         shape = (1, 5, 2, 16)
         tensors = [torch.zeros(shape, dtype=torch.int8) for _ in range(2)]
         scales = [torch.zeros(shape[:3], dtype=torch.bfloat16) for _ in range(2)]
-        cache = LayerCache(*tensors, *scales, factors)
+        cache = LayerCache(*tensors, *scales, factors, factors[:, None, None])
         cache.write(key, value, torch.arange(5))
         stored = cache.gather(torch.tensor([0]), 1, torch.float32)[0][0]
         scores[name] = cache.scaled(query)[:, :, 0] @ stored.mT
