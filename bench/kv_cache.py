@@ -3,8 +3,8 @@
     python -m bench.kv_cache DIRECTORY [--contexts 1024,4096,8192] [--sequences 1,4]
 
 Prints a line of JSON for each workload: the milliseconds of a step of the whole model, and the ratio of int8 to auto. A
-step is a decode of each sequence, or a chunk of 512 tokens of one prompt. The times are medians of the processor time of
-one thread, which other work on the machine disturbs least. The cache is filled with random numbers, as computing the
+step is a decode of each sequence, or a chunk of 512 tokens of one prompt. Times are medians of one thread's processor
+time, which other work on the machine disturbs least. The cache is filled with random numbers, as computing the
 contexts would take minutes.
 """
 
