@@ -1,14 +1,16 @@
-"""KVCache: steps at long contexts with each choice of KV_CACHE_DTYPE, which take turns.
+"""KVCache: steps at long contexts with each choice of KV_CACHE_DTYPE, which take turns, step by step.
 
     python -m bench.kv_cache DIRECTORY [--contexts 1024,4096,8192] [--sequences 1,4]
 
 Prints a line of JSON for each workload: the milliseconds of a step of the whole model, and the ratio of int8 to auto. A
-step is a decode of each sequence, or a chunk of 512 tokens of one prompt. The cache is filled with random numbers, as
-computing the contexts would take minutes.
+step is a decode of each sequence, or a chunk of 512 tokens of one prompt. Times are medians of one thread's processor
+time, which other work on the machine disturbs least. The cache is filled with random numbers, as computing the
+contexts would take minutes.
 """
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from engine.sequence import Sequence
 
 CACHES = ("auto", "int8")
 CHUNK = 512  # tokens
-ROUNDS, REPEATS = 5, 3  # turns of each cache, steps in a turn; the fastest step counts
+NUM_STEPS = {1: 80, CHUNK: 4}  # of each cache, by the tokens of a sequence
 
 
 def load(directory: Path, cache: str, memory: int) -> Engine:
@@ -54,26 +56,24 @@ def batch_of(engine: Engine, context: int, count: int, chunk: int) -> Batch:
 
 def seconds(engine: Engine, batch: Batch) -> float:
     assert isinstance(engine.runner, ModelRunner)
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        engine.runner.run(batch)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    start = time.process_time()
+    engine.runner.run(batch)
+    return time.process_time() - start
 
 
 def compare(engines: dict[str, Engine], context: int, count: int, chunk: int) -> dict[str, object]:
     batches = {name: batch_of(engine, context, count, chunk) for name, engine in engines.items()}
-    best = dict.fromkeys(engines, float("inf"))
-    for _ in range(ROUNDS):
+    taken: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(NUM_STEPS[chunk]):
         for name, engine in engines.items():
-            best[name] = min(best[name], seconds(engine, batches[name]))
+            taken[name].append(seconds(engine, batches[name]))
     for name, batch in batches.items():
         for span in batch.spans:
             engines[name].scheduler.cache.free(span.sequence)
-    times = {name: round(1000 * value, 2) for name, value in best.items()}
-    ratio = round(best["int8"] / best["auto"], 3)
-    return {"context": context, "sequences": count, "tokens": chunk, "milliseconds": times, "ratio": ratio}
+    times = {name: 1000 * statistics.median(values) for name, values in taken.items()}
+    ratio = round(times["int8"] / times["auto"], 3)
+    rounded = {name: round(value, 2) for name, value in times.items()}
+    return {"context": context, "sequences": count, "tokens": chunk, "milliseconds": rounded, "ratio": ratio}
 
 
 def main() -> None:
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=2**30, help="bytes of each cache")
     arguments = parser.parse_args()
     engines = {cache: load(arguments.directory, cache, arguments.memory) for cache in CACHES}
+    torch.set_num_threads(1)
     for context in map(int, arguments.contexts.split(",")):
         for count in map(int, arguments.sequences.split(",")):
             print(json.dumps(compare(engines, context, count, chunk=1)), flush=True)

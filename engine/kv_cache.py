@@ -104,15 +104,15 @@ class KVCache:
         self.shared = shared
         for layer, owner in shared.items():
             self.group_of[layer], self.tensors[layer] = self.group_of[owner], self.tensors[owner]
-        factors = {i: spec.make_factors() for i, spec in specs.items() if isinstance(spec, AttentionSpec)}
-        self._factors = factors | {layer: factors.get(owner) for layer, owner in shared.items()}
+        self._factors = {i: _factors(spec) for i, spec in specs.items() if isinstance(spec, AttentionSpec)}
+        self._factors |= {layer: self._factors[owner] for layer, owner in shared.items() if owner in self._factors}
         self.pools = [BlockPool(group.num_blocks) for group in plan.groups]
 
     def layer(self, layer: int) -> LayerCache:
         """Returns the keys and values of a layer that attends."""
         keys, values, *scales = self.tensors[layer]
         key_scales, value_scales = scales or (None, None)
-        return LayerCache(keys, values, key_scales, value_scales, self._factors[layer])
+        return LayerCache(keys, values, key_scales, value_scales, *self._factors[layer])
 
     @property
     def num_used_blocks(self) -> int:
@@ -302,6 +302,12 @@ class KVCache:
         if self.states is not None:
             self.states.close(sequence)
         self.rollback(sequence, 0)
+
+
+def _factors(spec: AttentionSpec) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Returns the factors of a layer's keys, and those of its queries, as LayerCache takes them."""
+    factors = spec.make_factors()
+    return factors, None if factors is None else factors[:, None, None].to(spec.dtype)
 
 
 def first_visible(position: int, window: int | None) -> int:

@@ -22,6 +22,7 @@ class LayerCache:
     key_scales: torch.Tensor | None = None  # (num_blocks, block_size, kv_heads); None: the cache is not int8
     value_scales: torch.Tensor | None = None
     factors: torch.Tensor | None = None  # (kv_heads, dim) float32, of keys
+    query_factors: torch.Tensor | None = None  # the same, (kv_heads, 1, 1, dim), in the queries' type
 
     @property
     def is_int8(self) -> bool:
@@ -36,7 +37,7 @@ class LayerCache:
 
     def scaled(self, query: torch.Tensor) -> torch.Tensor:
         """Multiplies queries by the factors that their keys are divided by. query: (kv_heads, group, tokens, dim)."""
-        return query if self.factors is None else query * self.factors[:, None, None].to(query.dtype)
+        return query if self.query_factors is None else query * self.query_factors
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         """Puts the keys and values of some tokens, each (tokens, kv_heads, dim), where `slots` (tokens,) say."""

@@ -172,6 +172,38 @@ def test_the_kernel_rounds_as_torch_does(dtype: torch.dtype, dim: int) -> None:
         assert cache.count_nonzero() == expected[0].count_nonzero()
 
 
+@pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
+@pytest.mark.parametrize("dim", [64, 96, 256])
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.usefixtures("threads")
+def test_rotated_keys_are_rounded_as_they_are_written(dim: int, has_norms: bool) -> None:
+    """The fused kernel gives what it gives for a plain cache, and LayerCache rounds."""
+    tokens, heads, kv_heads = 7, 6, 2
+    parts = tuple(torch.randn(tokens, count * dim) for count in (heads, kv_heads, kv_heads))
+    angles = (torch.rand(1, tokens, dim // 32 * 32), torch.rand(1, tokens, dim // 32 * 32))
+    norms = (torch.rand(dim), torch.rand(dim), 1e-6) if has_norms else None
+    factors, slots = torch.randint(-3, 4, (kv_heads, dim)).float().exp2(), torch.randperm(32)[:tokens]
+    plain = LayerCache(*(torch.zeros(2, 16, kv_heads, dim) for _ in range(2)))
+    query = attention_kernels.rotate(parts, angles, norms, plain.keys, plain.values, slots, dim)
+    small, expected = (int8_cache((2, 16, kv_heads, dim), factors) for _ in range(2))
+    changed = attention_kernels.rotate(
+        parts, angles, norms, small.keys, small.values, slots, dim, small.scales, small.factors
+    )
+    key, value = (cache.flatten(0, 1)[slots] for cache in (plain.keys, plain.values))
+    expected.write(key, value, slots)
+    grouped = query.view(tokens, kv_heads, -1, dim).permute(1, 2, 0, 3)
+    assert torch.equal(changed.view(tokens, kv_heads, -1, dim).permute(1, 2, 0, 3), expected.scaled(grouped))
+    for one, other in zip(vars(small).values(), vars(expected).values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def int8_cache(shape: tuple[int, int, int, int], factors: torch.Tensor) -> LayerCache:
+    """Returns an empty cache. shape: of keys and of values."""
+    tensors = [torch.zeros(shape, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.zeros(shape[:3], dtype=torch.bfloat16) for _ in range(2)]
+    return LayerCache(*tensors, *scales, factors, factors[:, None, None])
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("has_kernels", [False, True])
 def test_what_is_no_number_shows_in_the_scale_and_is_not_reused(
@@ -238,10 +270,7 @@ def test_queries_times_factors_and_keys_by_them_keep_their_products() -> None:
     for name, factors in {"plain": torch.ones(2, 16), "level": torch.ones(2, 16)}.items():
         if name == "level":
             factors[:, 7] = 1024
-        shape = (1, 5, 2, 16)
-        tensors = [torch.zeros(shape, dtype=torch.int8) for _ in range(2)]
-        scales = [torch.zeros(shape[:3], dtype=torch.bfloat16) for _ in range(2)]
-        cache = LayerCache(*tensors, *scales, factors)
+        cache = int8_cache((1, 5, 2, 16), factors)
         cache.write(key, value, torch.arange(5))
         stored = cache.gather(torch.tensor([0]), 1, torch.float32)[0][0]
         scores[name] = cache.scaled(query)[:, :, 0] @ stored.mT

@@ -12,6 +12,7 @@ from engine.attention.paged import AttentionRecorder, StepAttention, attend_with
 from engine.cpu import attention_kernels
 from engine.cpu.attention_kernels import Norms
 from engine.cpu.packed_layers import ATTENTION_INPUTS, FusedNorm, PackedLinear, SharedInput, SharedLinear, is_same
+from engine.layer_cache import LayerCache
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
 
@@ -40,27 +41,30 @@ class FusedAttention(nn.Module):
             return cast(tuple[torch.Tensor, None], self._stock(hidden_states=hidden_states, **others))
         group = step.of_layer(self._layer, hidden_states.device)
         cache = step.cache.layer(self._layer)
-        tokens, num_kv_heads = hidden_states.shape[1], cache.keys.shape[2]
-        if cache.is_int8:
-            shape = (2, 1, tokens, num_kv_heads, self._head_dim)
-            keys, values = torch.empty(shape, dtype=self._output.dtype)
-            query, gate = self.heads(hidden_states, position_embeddings, keys, values, torch.arange(tokens))
-            cache.write(keys[0], values[0], group.slots)
-        else:
-            query, gate = self.heads(hidden_states, position_embeddings, cache.keys, cache.values, group.slots)
-        output = torch.empty_like(query).view(tokens, num_kv_heads, -1, self._head_dim)
-        grouped = cache.scaled(query.view(output.shape).permute(1, 2, 0, 3))
+        query, gate = self.heads(hidden_states, position_embeddings, cache, group.slots)
+        output = torch.empty_like(query).view(len(query), cache.keys.shape[2], -1, self._head_dim)
+        grouped = query.view(output.shape).permute(1, 2, 0, 3)
         attend_with_kernels(grouped, cache, group, self._scaling, output)
         return self.project(output, gate), None
 
     def heads(
-        self, x: torch.Tensor, angles: Angles, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+        self, x: torch.Tensor, angles: Angles, cache: LayerCache, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the queries and their gates, if there are any, (tokens, heads, dim), and writes keys and values to
-        the cache."""
+        """Computes the queries, `scaled`, and their gates, if there are any, (tokens, heads, dim), and writes keys and
+        values to the cache."""
         query, key, value = self._shared.outputs(x)
         step = self._head_dim * (1 + self._is_gated)
-        rotated = attention_kernels.rotate((query, key, value), angles, self._norms, keys, values, slots, step)
+        rotated = attention_kernels.rotate(
+            (query, key, value),
+            angles,
+            self._norms,
+            cache.keys,
+            cache.values,
+            slots,
+            step,
+            cache.scales,
+            cache.factors,
+        )
         gate = query.unflatten(1, (-1, 2, self._head_dim))[:, :, 1] if self._is_gated else None
         return rotated, gate
 
@@ -117,7 +121,7 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
     if spec.key_dim != head_dim or spec.value_dim != head_dim or spec.dtype != x.dtype:
         return None
     keys, values = torch.empty(2, 1, 3, spec.num_kv_heads, head_dim, dtype=x.dtype)
-    query, gate = fused.heads(x, places, keys, values, torch.arange(3))
+    query, gate = fused.heads(x, places, LayerCache(keys, values), torch.arange(3))
     pairs = (
         (query, call.query[0].transpose(0, 1)),
         (keys[0], call.key[0].transpose(0, 1)),

@@ -11,6 +11,7 @@ import torch
 
 from engine.cpu import jit
 from engine.cpu.activations import DTYPES, FEW_ROWS
+from engine.cpu.cache_kernels import write_rounded
 from engine.cpu.jit import F32, FLOATS, I64, LANES, Builder, Program, constant
 from engine.cpu.prompt_attention import is_inside
 
@@ -88,28 +89,35 @@ def rotate(
     values: torch.Tensor,
     slots: torch.Tensor,
     query_step: int,
+    scales: Scales = None,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Applies rotary embeddings, after a normalisation if `norms` is given, and writes keys and values to the cache.
 
     heads: queries, keys and values, each (tokens, heads * dim); their rows may have gaps. angles: cosines and sines of
     the first elements of a head, (1, tokens, rotated) of the same dtype. norms: weights of queries and keys, (dim,)
     float32, and epsilon. keys, values: (blocks, block_size, kv_heads, dim). slots: (tokens,) int64. query_step: from
-    one query head to the next, where something else is between them. Returns the queries, (tokens, heads, dim).
+    one query head to the next, where something else is between them. scales, factors: of an int8 cache; keys are
+    divided by the factors, (kv_heads, dim) float32, and queries multiplied. Returns the queries, (tokens, heads, dim).
     """
     query, key, value = heads
     cosine, sine = angles
     num_tokens, dim, kv_heads = query.shape[0], keys.shape[-1], keys.shape[-2]
     num_heads = query.shape[1] // query_step
-    assert cosine.dtype == query.dtype == keys.dtype and cosine.is_contiguous() and sine.is_contiguous()
+    assert cosine.dtype == query.dtype and keys.dtype == (query.dtype if scales is None else torch.int8)
+    assert cosine.is_contiguous() and sine.is_contiguous()
     output = torch.empty(num_tokens, num_heads, dim, dtype=query.dtype)
     weights = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
-    _rotate(query.dtype, dim, cosine.shape[-1], query_step, None if norms is None else norms[2])(
+    epsilon = None if norms is None else norms[2]
+    _rotate(query.dtype, dim, cosine.shape[-1], query_step, epsilon, scales is not None)(
         *(address for part in heads for address in (part.data_ptr(), part.stride(0))),
         cosine.data_ptr(),
         sine.data_ptr(),
         *weights,
         keys.data_ptr(),
         values.data_ptr(),
+        *((0, 0) if scales is None else (part.data_ptr() for part in scales)),
+        0 if factors is None else factors.data_ptr(),
         slots.data_ptr(),
         output.data_ptr(),
         num_tokens,
@@ -125,35 +133,57 @@ def rotate(
 
 _ROTATE = (
     *("query", "query_stride", "key", "key_stride", "value", "value_stride", "cosine", "sine", "query_weight"),
-    *("key_weight", "keys", "values", "slots", "output", "tokens", "heads", "kv_heads"),
+    *("key_weight", "keys", "values", "key_scales", "value_scales", "factors", "slots", "output"),
+    *("tokens", "heads", "kv_heads"),
 )
 
 
 @functools.cache
-def _rotate(dtype: torch.dtype, dim: int, num_rotated: int, query_step: int, epsilon: float | None) -> Program:
+def _rotate(
+    dtype: torch.dtype, dim: int, num_rotated: int, query_step: int, epsilon: float | None, is_int8: bool
+) -> Program:
     """Gives each thread some of the tokens. The first half of what is rotated rotates with the second, as in
     GPT-NeoX."""
     b = Builder("rotate", _ROTATE, jit.host()[1])
     argument, size = b.argument, dtype.itemsize
-    with b.share(argument["tokens"]) as token:
-        slot = b.read(I64, b.address(argument["slots"], token, 8))
-        place = b.mul(b.mul(slot, argument["kv_heads"]), I64(dim * size))
+    group = b.sdiv(argument["heads"], argument["kv_heads"])
+
+    def read(name: str, token: jit.Value, head: jit.Value, step: int) -> list[jit.Value]:
+        source = b.address(argument[name], b.mul(token, argument[f"{name}_stride"]), size)
+        start = b.address(source, head, step * size)
+        return [b.read_floats(dtype, b.add(start, I64(i * size))) for i in range(0, dim, LANES)]
+
+    def rotated(parts: list[jit.Value], token: jit.Value, weight: str) -> list[jit.Value]:
         angles = [b.address(argument[name], token, num_rotated * size) for name in ("cosine", "sine")]
-        to = b.address(argument["output"], b.mul(token, argument["heads"]), dim * size)
-        for name, count, target in (("query", "heads", to), ("key", "kv_heads", b.add(argument["keys"], place))):
-            source = b.address(argument[name], b.mul(token, argument[f"{name}_stride"]), size)
-            with b.loop(I64(0), argument[count]) as head:
-                start = b.address(source, head, (query_step if name == "query" else dim) * size)
-                parts = [b.read_floats(dtype, b.add(start, I64(i * size))) for i in range(0, dim, LANES)]
-                if epsilon is not None:
-                    parts = _normalized(b, parts, argument[f"{name}_weight"], epsilon)
-                parts[: num_rotated // LANES] = _rotated(b, dtype, parts[: num_rotated // LANES], *angles)
-                for i, part in enumerate(parts):
-                    b.write_floats(part, dtype, b.add(b.address(target, head, dim * size), I64(i * LANES * size)))
-        source = b.address(argument["value"], b.mul(token, argument["value_stride"]), size)
-        with b.loop(I64(0), b.mul(argument["kv_heads"], I64(dim)), LANES) as i:
-            copied = b.read_floats(dtype, b.address(source, i, size))
-            b.write_floats(copied, dtype, b.address(b.add(argument["values"], place), i, size))
+        if epsilon is not None:
+            parts = _normalized(b, parts, argument[weight], epsilon)
+        first = parts[: num_rotated // LANES]
+        return _rotated(b, dtype, first, *angles) + parts[num_rotated // LANES :]
+
+    def factors(kv_head: jit.Value) -> list[jit.Value]:
+        start = b.address(argument["factors"], kv_head, 4 * dim)
+        return [b.read(FLOATS, b.add(start, I64(4 * i))) for i in range(0, dim, LANES)]
+
+    def write(parts: list[jit.Value], name: str, place: jit.Value, scales: str = "") -> None:
+        if scales and is_int8:
+            write_rounded(b, parts, argument[name], argument[scales], place)
+            return
+        for i, part in enumerate(parts):
+            b.write_floats(part, dtype, b.add(b.address(argument[name], place, dim * size), I64(i * LANES * size)))
+
+    with b.share(argument["tokens"]) as token:
+        first = b.mul(b.read(I64, b.address(argument["slots"], token, 8)), argument["kv_heads"])
+        with b.loop(I64(0), argument["heads"]) as head:
+            parts = rotated(read("query", token, head, query_step), token, "query_weight")
+            if is_int8:
+                parts = list(map(b.fmul, parts, factors(b.sdiv(head, group))))
+            write(parts, "output", b.add(b.mul(token, argument["heads"]), head))
+        with b.loop(I64(0), argument["kv_heads"]) as head:
+            parts = rotated(read("key", token, head, dim), token, "key_weight")
+            if is_int8:
+                parts = list(map(b.fdiv, parts, factors(head)))
+            write(parts, "keys", b.add(first, head), "key_scales")
+            write(read("value", token, head, dim), "values", b.add(first, head), "value_scales")
     return jit.compile_program(b)
 
 

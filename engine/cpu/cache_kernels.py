@@ -51,7 +51,7 @@ _STORE = ("numbers", "token_stride", "head_stride", "factors", "cache", "scales"
 
 @functools.cache
 def _store(dtype: torch.dtype, dim: int, has_factors: bool) -> Program:
-    """Gives each thread some of the tokens. A head's numbers are read twice: for the largest, and to be rounded."""
+    """Gives each thread some of the tokens."""
     b = Builder("store", _STORE, jit.host()[1])
     argument, parts = b.argument, range(0, dim, LANES)
 
@@ -67,20 +67,27 @@ def _store(dtype: torch.dtype, dim: int, has_factors: bool) -> Program:
         source = b.address(argument["numbers"], start, dtype.itemsize)
         slot = b.read(I64, b.address(argument["slots"], token, 8))
         place = b.add(b.mul(slot, argument["heads"]), head)
-        largest = constant(FLOATS, 0.0)
-        for i in parts:
-            size = b.intrinsic("llvm.fabs.v16f32", FLOATS, read(source, head, i))
-            largest = b.intrinsic("llvm.maximum.v16f32", FLOATS, largest, size)
-        largest = b.intrinsic("llvm.vector.reduce.fmaximum.v16f32", F32, largest)
-        bits = _bfloat16(b, b.fdiv(largest, F32(127.0)))
-        b.write(b.trunc(bits, I16), b.address(argument["scales"], place, 2))
-        scale = b.bitcast(b.shl(bits, I32(16)), F32)
-        # a NaN goes on as the smallest number: it is in the scale already
-        divisor = b.splat(b.select(b.fcmp_ordered(">", scale, F32(SMALLEST)), scale, F32(SMALLEST)))
-        for i in parts:
-            _, rounded = b.round(b.fdiv(read(source, head, i), divisor), constant(FLOATS, 1.0))
-            b.write(b.trunc(rounded, vector(I8)), b.add(b.address(argument["cache"], place, dim), I64(i)))
+        numbers = [read(source, head, i) for i in parts]
+        write_rounded(b, numbers, argument["cache"], argument["scales"], place)
     return jit.compile_program(b)
+
+
+def write_rounded(b: Builder, numbers: list[jit.Value], cache: jit.Value, scales: jit.Value, place: jit.Value) -> None:
+    """Rounds a head, in vectors of floats, to 8 bits, and writes it and its scale. place: which one of all heads in the
+    cache."""
+    largest = constant(FLOATS, 0.0)
+    for part in numbers:
+        largest = b.intrinsic("llvm.maximum.v16f32", FLOATS, largest, b.intrinsic("llvm.fabs.v16f32", FLOATS, part))
+    largest = b.intrinsic("llvm.vector.reduce.fmaximum.v16f32", F32, largest)
+    bits = _bfloat16(b, b.fdiv(largest, F32(127.0)))
+    b.write(b.trunc(bits, I16), b.address(scales, place, 2))
+    scale = b.bitcast(b.shl(bits, I32(16)), F32)
+    # a NaN goes on as the smallest number: it is in the scale already
+    divisor = b.splat(b.select(b.fcmp_ordered(">", scale, F32(SMALLEST)), scale, F32(SMALLEST)))
+    start = b.address(cache, place, len(numbers) * LANES)
+    for i, part in enumerate(numbers):
+        _, rounded = b.round(b.fdiv(part, divisor), constant(FLOATS, 1.0))
+        b.write(b.trunc(rounded, vector(I8)), b.add(start, I64(i * LANES)))
 
 
 def _bfloat16(b: Builder, value: jit.Value) -> jit.Value:
