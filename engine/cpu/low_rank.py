@@ -16,7 +16,7 @@ import torch
 from engine.cpu import jit
 from engine.cpu.activations import FEW_ROWS
 from engine.cpu.jit import FLOATS, I32, I64, INTS, LANES, Builder, Program, constant
-from engine.cpu.packed_weight import BFLOAT16, GROUP, pack_bfloat16
+from engine.cpu.packed_weight import BFLOAT16, GROUP, pack_floats
 from engine.cpu.products import PREFETCH, ROWS
 
 RANKS = LANES  # of a tile
@@ -39,7 +39,7 @@ class PackedMatrices:
     def of(cls, a: Items[torch.Tensor], b: Items[torch.Tensor]) -> "PackedMatrices":
         """a: (ranks, columns) of each layer, in whole tiles; b: (rows, ranks), whose rows are whole vectors."""
         packed = [part.view(-1, LANES, part.shape[1] // RANKS, PAIRS, 2).permute(0, 2, 3, 1, 4) for part in b]
-        return cls(pack_bfloat16(torch.cat(list(a))).quants, [part.contiguous() for part in packed])
+        return cls(pack_floats(torch.cat(list(a))).quants, [part.contiguous() for part in packed])
 
     @property
     def tile_bytes(self) -> int:
