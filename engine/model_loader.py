@@ -158,7 +158,7 @@ def _load_quantized(
             failure = packing.failure or (error if isinstance(error, ModelLoadError) else None)
             if failure is None:
                 raise
-            raise ModelLoadError(f"The model in {directory} cannot be loaded: {failure}.") from error
+            raise ModelLoadError(f"The model in {directory} cannot be loaded. {failure}") from error
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], result)
     cast(Any, model).hf_quantizer.remove_quantization_config(model)
     _check_loaded(checked, loaded)

@@ -25,11 +25,11 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
     for name in _formats(scheme):
         if name not in FORMATS:
             raise ModelLoadError(
-                f"its weights are in the format {name}, which is not read: take a checkpoint in one of "
-                f"{', '.join(filter(None, FORMATS))}"
+                f"Its weights are in the format {name}, which is not read: take a checkpoint in one of "
+                f"{', '.join(filter(None, FORMATS))}."
             )
     if scheme.get("transform_config"):
-        raise ModelLoadError("its weights are rotated (transform_config), which is not read: take another checkpoint")
+        raise ModelLoadError("Its weights are rotated (transform_config), which is not read: take another checkpoint.")
     block = _block(scheme)
     return [
         Layout(

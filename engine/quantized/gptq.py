@@ -21,7 +21,7 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
     name = str(scheme.get("checkpoint_format") or "gptq")
     if name not in FORMATS or any(scheme.get(flag) for flag in FOREIGN):
         raise ModelLoadError(
-            f"its GPTQ weights are in an order for one kind of GPU ({name}): take a checkpoint in the format gptq"
+            f"Its GPTQ weights are in an order for one kind of GPU ({name}): take a checkpoint in the format gptq."
         )
     bits = int(scheme.get("bits", 4))
     check_bits(bits)

@@ -134,7 +134,7 @@ def _parts(codes: torch.Tensor) -> list[slice]:
 def check_bits(bits: int) -> None:
     """Raises ModelLoadError for codes that words of 32 bits are not cut into."""
     if bits not in (2, 4, 8):
-        raise ModelLoadError(f"its weights have {bits} bits, but only 2, 4 and 8 are read: take another checkpoint")
+        raise ModelLoadError(f"Its weights have {bits} bits, but only 2, 4 and 8 are read: take another checkpoint.")
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -168,5 +168,5 @@ def spread(
     size = block[1] if per_column > 1 else None
     num_groups = math.ceil(columns / size) if size else per_column
     if len(values) not in (1, rows) or num_groups != per_column:
-        raise ModelLoadError(f"its scales, {tuple(scales.shape)}, do not fit its weight, {shape}")
+        raise ModelLoadError(f"Its scales, {tuple(scales.shape)}, do not fit its weight, {shape}.")
     return values.expand(rows, -1), Groups.even(columns, per_column, size)
