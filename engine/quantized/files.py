@@ -57,7 +57,9 @@ class QuantizedFiles:
         except ModelLoadError as error:
             raise ModelLoadError(f"The model in {directory} cannot be served. {error}") from error
         self._weights: dict[str, tuple[Layout, dict[str, str]]] = {}  # by the names of tensors with codes
-        for name in self._headers:
+        for name, tensor in self._headers.items():
+            if not weight_files.CODES.match(tensor.dtype):
+                continue
             found = ((layout, layout.parts_of(name, self._headers)) for layout in layouts)
             if first := next(((layout, parts) for layout, parts in found if parts is not None), None):
                 self._weights[name] = first

@@ -152,13 +152,18 @@ def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
 
 
 def spread(
-    scales: torch.Tensor, shape: tuple[int, int], block: tuple[int | None, int | None]
+    scales: torch.Tensor, shape: tuple[int, ...], block: tuple[int | None, int | None]
 ) -> tuple[torch.Tensor, Groups]:
     """Gives every row its scales, (rows, groups), and the groups of its columns.
 
     scales: one, one for each row, or one for each block of rows and columns. shape: the weight's. block: rows and
     columns in a block; None where the shapes say it.
     """
+    if len(shape) != 2:
+        raise ModelLoadError(
+            f"Its weights of all experts are one tensor, {shape}, which is not read: take a checkpoint with a "
+            "tensor for each expert."
+        )
     rows, columns = shape
     values = powers_of_two(scales) if scales.dtype == torch.uint8 else scales.float()
     values = values.view(-1, 1) if values.ndim < 2 else values
