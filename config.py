@@ -366,7 +366,7 @@ class Settings(ProviderSettings):
         "auto", description="the devices, as in accelerate: auto, cpu, cuda:0, balanced, sequential"
     )
     quantization: QuantizationName = Field(
-        "auto", description="the format of the weights; auto on CPU: a GGUF file's own or int8, else none"
+        "auto", description="the format of the weights; auto on CPU: a quantised file's own or int8, else none"
     )
     max_model_len: int | None = Field(
         None, gt=0, description="the largest number of tokens of prompt and answer together; default: the model's own"

@@ -158,7 +158,7 @@ def _load_quantized(
             failure = packing.failure or (error if isinstance(error, ModelLoadError) else None)
             if failure is None:
                 raise
-            raise ModelLoadError(f"The model in {directory} cannot be loaded: {failure}.") from error
+            raise ModelLoadError(f"The model in {directory} cannot be loaded. {failure}") from error
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], result)
     cast(Any, model).hf_quantizer.remove_quantization_config(model)
     _check_loaded(checked, loaded)
@@ -171,7 +171,8 @@ def _load_quantized(
 
 def _has_own_codes(checked: CheckedModel, weights: Quantization) -> bool:
     """Returns whether this server reads the checkpoint's codes itself."""
-    return weights.packed_bits is not None and files.can_read(weight_files.scheme_of(checked.config))
+    is_rounded = weights.packed_bits is not None and weights is not BFLOAT16_KERNELS
+    return is_rounded and files.can_read(weight_files.scheme_of(checked.config))
 
 
 def _check_loaded(checked: CheckedModel, loaded: Mapping[str, Any]) -> None:
@@ -237,7 +238,8 @@ def _check_memory(checked: CheckedModel, weights: Quantization) -> None:
         needed = _num_bytes(checked.config, checked.dtype, weights)
     elif _has_own_codes(checked, weights):
         stored = files.QuantizedFiles(checked.directory, weight_files.scheme_of(checked.config))
-        needed = _num_bytes(files.plain_config(checked.config), checked.dtype, weights) - stored.num_saved_bytes()
+        saved = stored.num_saved_bytes() if weights.packed_bits == 8 else 0
+        needed = _num_bytes(files.plain_config(checked.config), checked.dtype, weights) - saved
     free = psutil.virtual_memory().available
     if needed > free:
         raise ModelLoadError(

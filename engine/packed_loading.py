@@ -97,7 +97,7 @@ class Pack(ConversionOps):
         stored = records.read(weight.flatten(0, -2)) if is_record else weight
         shape = (*weight.shape[:-1], records.num_columns(stored))
         if shape != own.shape:
-            raise ModelLoadError(f"the files have {shape}, but config.json says {tuple(own.shape)}")
+            raise ModelLoadError(f"The files have {shape}, but config.json says {tuple(own.shape)}.")
         if is_record and packer.is_kept_as_numbers(name, stored) and not _multiplies_bfloat16(own.dtype):
             packer.leave(name)
         if packer.format_of(name) is None:

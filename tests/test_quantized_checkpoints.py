@@ -204,7 +204,7 @@ def test_groups_of_scattered_columns_are_not_rounded_coarser_than_the_file(
 def test_experts_with_scattered_columns_of_8_bits_are_refused_with_what_helps(tmp_path: Path) -> None:
     scheme = {"quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": True}
     made.save(tmp_path, made.gptq(8, 64, True, act_order=True), scheme, "qwen3_moe")
-    with pytest.raises(ModelLoadError, match=r"experts.*groups of columns.*set QUANTIZATION=int8"):
+    with pytest.raises(ModelLoadError, match=r"cannot be loaded\. .*experts.*groups of columns.*set QUANTIZATION=int8"):
         load(tmp_path)
     assert logits(load(tmp_path, "int8"), step=AttentionRecorder()).isfinite().all()
 
@@ -280,6 +280,16 @@ def test_codes_of_more_bits_than_asked_for_are_rounded_again(
     assert not any(one.is_float for one in found)
     if fmt.bits <= bits and not fmt.is_float:
         assert found == {fmt}
+
+
+@pytest.mark.parametrize("quantization", ["none", "stock"])
+def test_without_quantization_transformers_reads_the_checkpoint(quantization: str, tmp_path: Path) -> None:
+    for name in ("gptq-4-32-sym", "fp8-blocks"):
+        write, scheme, _ = CASES[name]
+        made.save(tmp_path / name, write, scheme)
+    with pytest.raises(ModelLoadError, match="not installed.*with QUANTIZATION=auto and DTYPE=auto"):
+        load(tmp_path / "gptq-4-32-sym", quantization)
+    assert logits(load(tmp_path / "fp8-blocks", quantization), step=AttentionRecorder()).isfinite().all()
 
 
 def test_what_a_checkpoint_left_as_it_was_is_rounded_as_in_plain_ones(tmp_path: Path) -> None:
@@ -392,6 +402,15 @@ def test_what_is_not_read_is_refused_in_a_sentence(scheme: Scheme, reason: str, 
     with pytest.raises(ModelLoadError, match=reason) as raised:
         load(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_experts_in_one_tensor_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    made.save(tmp_path, CASES["fp8-blocks"][0], CASES["fp8-blocks"][1], "qwen3_moe", layers="none of them")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    whole = {name: torch.ones(6, 256, 128).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(6, 2, 1)}
+    made.change(tmp_path, lambda tensors: tensors.update(whole))
+    with pytest.raises(ModelLoadError, match="one tensor.*take a checkpoint with a tensor for each expert"):
+        load(tmp_path)
 
 
 # --- against others' readers

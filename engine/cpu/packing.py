@@ -82,8 +82,8 @@ class Packer:
         fmt = self._formats[name]
         if self._keeps_codes and not isinstance(stored, Codes) and name.endswith(PARAMETERS):
             raise ModelLoadError(
-                "the codes of its experts have groups of columns or scales that the CPU's kernels do not have: set "
-                "QUANTIZATION=int8, which rounds them again"
+                "The codes of its experts have groups of columns or scales that the CPU's kernels do not have: set "
+                "QUANTIZATION=int8, which rounds them again."
             )
         with torch.inference_mode():
             if not isinstance(stored, Codes):

@@ -20,8 +20,8 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
     version, bits = str(scheme.get("version", "gemm")).lower(), scheme.get("bits", BITS)
     if version != "gemm" or bits != BITS or scheme.get("backend", "autoawq") != "autoawq":
         raise ModelLoadError(
-            f"its AWQ weights have {bits} bits in the order {version!r}: take a checkpoint of {BITS} bits in the "
-            "order gemm"
+            f"Its AWQ weights have {bits} bits in the order {version!r}: take a checkpoint of {BITS} bits in the "
+            "order gemm."
         )
     return [Layout(".qweight", (".qzeros", ".scales"), _read, bits=BITS)]
 

@@ -25,11 +25,11 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
     for name in _formats(scheme):
         if name not in FORMATS:
             raise ModelLoadError(
-                f"its weights are in the format {name}, which is not read: take a checkpoint in one of "
-                f"{', '.join(filter(None, FORMATS))}"
+                f"Its weights are in the format {name}, which is not read: take a checkpoint in one of "
+                f"{', '.join(filter(None, FORMATS))}."
             )
     if scheme.get("transform_config"):
-        raise ModelLoadError("its weights are rotated (transform_config), which is not read: take another checkpoint")
+        raise ModelLoadError("Its weights are rotated (transform_config), which is not read: take another checkpoint.")
     block = _block(scheme)
     return [
         Layout(
@@ -80,16 +80,16 @@ def _read_mxfp4(parts: Parts) -> Integers:
 def _read_plain(block: Block, parts: Parts) -> StoredWeight:
     """weight: (rows, columns) int8, or a number of 8 bits."""
     codes = parts[".weight"]
-    scales, groups = _scales(parts, (codes.shape[0], codes.shape[1]), block)
+    scales, groups = _scales(parts, tuple(codes.shape), block)
     if codes.dtype != torch.int8:
         return Floats(codes, scales, groups)
     zeros = torch.zeros(scales.shape, dtype=torch.int32)
     if ".weight_zero_point" in parts:
-        zeros = spread(parts[".weight_zero_point"], (codes.shape[0], codes.shape[1]), block)[0].int()
+        zeros = spread(parts[".weight_zero_point"], tuple(codes.shape), block)[0].int()
     return Integers(8, (codes.short() + 128).to(torch.uint8), scales, zeros + 128, groups)
 
 
-def _scales(parts: Parts, shape: tuple[int, int], block: Block) -> tuple[torch.Tensor, Groups]:
+def _scales(parts: Parts, shape: tuple[int, ...], block: Block) -> tuple[torch.Tensor, Groups]:
     scales, groups = spread(parts[".weight_scale"], shape, block)
     index = parts.get(".weight_g_idx")
     return scales, groups if index is None or bool((index < 0).any()) else Groups(index.long())

@@ -55,9 +55,11 @@ class QuantizedFiles:
         try:
             layouts = READERS[weight_files.method_of(scheme)](values)
         except ModelLoadError as error:
-            raise ModelLoadError(f"The model in {directory} cannot be served: {error}.") from error
+            raise ModelLoadError(f"The model in {directory} cannot be served. {error}") from error
         self._weights: dict[str, tuple[Layout, dict[str, str]]] = {}  # by the names of tensors with codes
-        for name in self._headers:
+        for name, tensor in self._headers.items():
+            if not weight_files.CODES.match(tensor.dtype):
+                continue
             found = ((layout, layout.parts_of(name, self._headers)) for layout in layouts)
             if first := next(((layout, parts) for layout, parts in found if parts is not None), None):
                 self._weights[name] = first

@@ -21,5 +21,5 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
 
 def _read(scale: str, block: tuple[int | None, int | None], parts: Parts) -> StoredWeight:
     codes = parts[""]
-    values, groups = spread(parts[scale], (codes.shape[0], codes.shape[1]), block)
+    values, groups = spread(parts[scale], tuple(codes.shape), block)
     return Floats(codes, values, groups)

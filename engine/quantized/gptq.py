@@ -21,15 +21,15 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
     name = str(scheme.get("checkpoint_format") or "gptq")
     if name not in FORMATS or any(scheme.get(flag) for flag in FOREIGN):
         raise ModelLoadError(
-            f"its GPTQ weights are in an order for one kind of GPU ({name}): take a checkpoint in the format gptq"
+            f"Its GPTQ weights are in an order for one kind of GPU ({name}): take a checkpoint in the format gptq."
         )
     bits = int(scheme.get("bits", 4))
     check_bits(bits)
-    read = partial(_read, bits, FORMATS[name])
+    read = partial(_read, bits, FORMATS[name], int(scheme.get("group_size", -1)))
     return [Layout(".qweight", (".scales",), read, (".qzeros", ".g_idx"), bits=bits)]
 
 
-def _read(default_bits: int, added: int, parts: Parts) -> Integers:
+def _read(default_bits: int, added: int, group: int, parts: Parts) -> Integers:
     """qweight: (inputs * bits / 32, outputs). qzeros: (groups, outputs * bits / 32). scales: (groups, outputs).
     g_idx: (inputs,), the group of each."""
     words, scales, index = parts[".qweight"], parts[".scales"], parts.get(".g_idx")
@@ -39,5 +39,6 @@ def _read(default_bits: int, added: int, parts: Parts) -> Integers:
         zeros = unpacked(parts[".qzeros"], bits).int() + added & (2**bits - 1)
     else:
         zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int32)
-    groups = Groups.even(codes.shape[1], len(scales)) if index is None else Groups(index.long())
+    size = group if group > 0 and len(scales) > 1 else None
+    groups = Groups.even(codes.shape[1], len(scales), size) if index is None else Groups(index.long())
     return Integers(bits, codes, scales.float().T, zeros[:, : scales.shape[1]].T, groups)

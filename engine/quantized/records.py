@@ -40,7 +40,7 @@ def _joined(fmt: Format, *parts: torch.Tensor) -> torch.Tensor:
 def read(rows: torch.Tensor) -> Codes | torch.Tensor:
     """Returns what rows hold: codes, or numbers in bfloat16. rows: (rows, bytes) uint8."""
     if not bool((rows[:, :HEADER] == rows[0, :HEADER]).all()):
-        raise ModelLoadError("its layers are quantized differently, and the model joins them: take another checkpoint")
+        raise ModelLoadError("Its layers are quantized differently, and the model joins them: take another checkpoint.")
     fmt, content = FORMATS[int(rows[0, 0])], rows[:, HEADER:]
     if not fmt.is_quantized:
         return content.contiguous().view(torch.bfloat16)

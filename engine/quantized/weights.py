@@ -134,7 +134,7 @@ def _parts(codes: torch.Tensor) -> list[slice]:
 def check_bits(bits: int) -> None:
     """Raises ModelLoadError for codes that words of 32 bits are not cut into."""
     if bits not in (2, 4, 8):
-        raise ModelLoadError(f"its weights have {bits} bits, but only 2, 4 and 8 are read: take another checkpoint")
+        raise ModelLoadError(f"Its weights have {bits} bits, but only 2, 4 and 8 are read: take another checkpoint.")
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -152,13 +152,18 @@ def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
 
 
 def spread(
-    scales: torch.Tensor, shape: tuple[int, int], block: tuple[int | None, int | None]
+    scales: torch.Tensor, shape: tuple[int, ...], block: tuple[int | None, int | None]
 ) -> tuple[torch.Tensor, Groups]:
     """Gives every row its scales, (rows, groups), and the groups of its columns.
 
     scales: one, one for each row, or one for each block of rows and columns. shape: the weight's. block: rows and
     columns in a block; None where the shapes say it.
     """
+    if len(shape) != 2:
+        raise ModelLoadError(
+            f"Its weights of all experts are one tensor, {shape}, which is not read: take a checkpoint with a "
+            "tensor for each expert."
+        )
     rows, columns = shape
     values = powers_of_two(scales) if scales.dtype == torch.uint8 else scales.float()
     values = values.view(-1, 1) if values.ndim < 2 else values
@@ -168,5 +173,5 @@ def spread(
     size = block[1] if per_column > 1 else None
     num_groups = math.ceil(columns / size) if size else per_column
     if len(values) not in (1, rows) or num_groups != per_column:
-        raise ModelLoadError(f"its scales, {tuple(scales.shape)}, do not fit its weight, {shape}")
+        raise ModelLoadError(f"Its scales, {tuple(scales.shape)}, do not fit its weight, {shape}.")
     return values.expand(rows, -1), Groups.even(columns, per_column, size)
