@@ -428,7 +428,7 @@ class Settings(ProviderSettings):
     )
 
     lora_adapters: Annotated[dict[str, str], NoDecode, BeforeValidator(parse_pairs)] = Field(
-        {}, description="adapters (LoRA) for the model, each a model of its own: name=directory,name=directory"
+        {}, description="LoRA adapters of the first model, each served as a model: name=directory,name=directory"
     )
     lora_dir: Path | None = Field(
         None,
