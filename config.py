@@ -230,7 +230,6 @@ class ServerSettings(BaseSettings):
     model_idle: float | None = Field(
         None,
         gt=0,
-        validation_alias=AliasChoices("model_idle", "huggingface_idle"),
         description=(
             "the seconds without requests after which a chat model is unloaded; default: 600, and never for the first "
             "model"
@@ -308,6 +307,9 @@ class ServerSettings(BaseSettings):
     )
 
     hf_token: Key = Field(None, description="the Hub's token, for gated and private models")
+    huggingface_idle: float | None = Field(
+        None, gt=0, description="the same as MODEL_IDLE, for huggingface/ models alone; default: MODEL_IDLE"
+    )
     huggingface_memory: Bytes = Field(
         16 * 2**30, description="the bytes that the weights of a huggingface/ chat model may take"
     )

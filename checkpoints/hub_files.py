@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import errors
 from checkpoints.atomic_files import locked, require_room
@@ -99,7 +100,7 @@ def download(wanted: Listing, sources: Sources, report: Report) -> None:
     report(phase, 0.0)
     for file in wanted.files:
         if file.sha256:
-            url = f"{sources.endpoint}/{wanted.model_id}/resolve/{wanted.commit}/{file.path}"
+            url = f"{sources.endpoint}/{wanted.model_id}/resolve/{wanted.commit}/{quote(file.path)}"
             with locked(blobs / file.sha256, report):
                 _ensure(url, blobs / file.sha256, file, advance)
 

@@ -73,6 +73,9 @@ class Library:
         if any(not entry.is_ours for entry in chosen):
             raise errors.ModelLoadError(f"{name} is in MODELS_DIR, where the server only reads: delete it yourself.")
         kept = _distinct(path for entry in entries if entry not in chosen for path in entry.files)
+        theirs = _distinct(path for entry in entries if not entry.is_ours for path in entry.files)
+        if any(theirs & _distinct(entry.files) for entry in chosen):
+            raise errors.ModelLoadError(f"MODELS_DIR has files of {name}, and they stay: move them first.")
         freed = sum(file.stat().st_size for entry in chosen for file in _distinct(entry.files) - kept)
         for repository in {entry.repository for entry in chosen if entry.repository}:
             if all(entry in chosen for entry in entries if entry.repository == repository):

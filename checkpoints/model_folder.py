@@ -32,9 +32,11 @@ class FoundModel:
 def find_models(folder: Path) -> list[FoundModel]:
     """Returns the models below a folder by name, at most MAX_MODELS; what cannot be read is skipped."""
     found = [path for path, _ in zip(_paths(folder), range(MAX_MODELS), strict=False)]
-    stems = Counter(_stem(path).casefold() for path in found)
-    models = [_found(path, folder, is_alone=stems[_stem(path).casefold()] == 1) for path in found]
-    return sorted(models, key=lambda model: model.name.casefold())
+    names = {path: _stem(path) for path in found}
+    for other in (_stem_below, _path_below):  # for those whose name another one has, too
+        counts = Counter(name.casefold() for name in names.values())
+        names |= {path: other(path, folder) for path, name in names.items() if counts[name.casefold()] > 1}
+    return sorted((_found(path, names[path]) for path in found), key=lambda model: model.name.casefold())
 
 
 def _paths(folder: Path) -> Iterator[Path]:
@@ -63,11 +65,18 @@ def _stem(path: Path) -> str:
     return path.name if path.suffix.lower() != ".gguf" else gguf_parts.stem(path.name)
 
 
-def _found(path: Path, folder: Path, is_alone: bool) -> FoundModel:
-    below = path.relative_to(folder).parent / _stem(path)
+def _stem_below(path: Path, folder: Path) -> str:
+    return (path.relative_to(folder).parent / _stem(path)).as_posix()
+
+
+def _path_below(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _found(path: Path, name: str) -> FoundModel:
     is_directory = path.suffix.lower() != ".gguf" or path.is_dir()
     return FoundModel(
-        name=_stem(path) if is_alone or path == folder else below.as_posix(),
+        name=name,
         path=str(path),
         kind=_kind(path) if is_directory else "chat",
         num_bytes=_num_bytes(path),

@@ -89,7 +89,9 @@ class DiskPrefixCache:
         numbers which a row holds for its key, but for the layout of rows."""
         parts = rows_of(cache)
         layouts = [(part.name, part.layout) for part in parts]
-        facts = (prefix_files.MAGIC, model, sys.byteorder, cache.block_size, [g.window for g in cache.groups], layouts)
+        windows = [group.window for group in cache.groups]
+        factors = [getattr(spec, "key_factors", None) for spec in cache.specs.values()]  # measured at each start
+        facts = (prefix_files.MAGIC, model, sys.byteorder, cache.block_size, windows, layouts, factors)
         fingerprint = blake2b(repr(facts).encode(), digest_size=16).hexdigest()
         folder = PrefixFolder(root, {part.name: part.kind(fingerprint) for part in parts}, limit)
         folder.refresh(patience=OPENING)

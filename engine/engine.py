@@ -147,6 +147,11 @@ class Engine:
         return self.scheduler.cache.num_blocks
 
     @property
+    def cache_bytes(self) -> int:
+        """The memory of the KV cache and the recurrent states."""
+        return self.scheduler.cache.num_bytes
+
+    @property
     def num_preemptions(self) -> int:
         return self.scheduler.num_preemptions
 

@@ -119,6 +119,12 @@ class KVCache:
         return sum(pool.num_used for pool in self.pools)
 
     @property
+    def num_bytes(self) -> int:
+        """The memory of all blocks, and of the recurrent states."""
+        own = sum(tensor.nbytes for layer in self.specs for tensor in self.tensors[layer])
+        return own if self.states is None else own + self.states.num_bytes
+
+    @property
     def num_blocks(self) -> int:
         return sum(pool.num_blocks for pool in self.pools)
 

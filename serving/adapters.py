@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,6 @@ class ModelAdapters:
         self._base, self._taken = base, taken
         self._configured = {name: Path(path).expanduser() for name, path in settings.lora_adapters.items()}
         self._paths = dict(self._configured)  # of all that are served, now or once the model is loaded
-        self._more: dict[str, Path] = {}  # those that clients have had loaded
         self._folder, self._max_rank, self._most = settings.lora_dir, settings.max_lora_rank, settings.max_lora_adapters
         self._served: dict[str, Adapter] = {}  # by the name in lower case, as models are found
         self._created = int(time.time())
@@ -50,7 +50,7 @@ class ModelAdapters:
             for name, path in self._paths.items()
         ]
 
-    def read(self, engine: "Engine") -> None:
+    async def read(self, engine: "Engine") -> None:
         """Reads all adapters for the engine of the model, which was loaded just now. It takes seconds.
 
         Raises ModelLoadError for one of LORA_ADAPTERS; another one that cannot be read any more is served no longer.
@@ -60,17 +60,21 @@ class ModelAdapters:
                 f"LORA_ADAPTERS names {len(self._configured)} adapters, and MAX_LORA_ADAPTERS is {self._most}: "
                 "raise it."
             )
-        self._served = {}
-        for name, path in list(self._paths.items()):
-            if not self._is_usable(name):
-                raise ModelLoadError(f"LORA_ADAPTERS: {_bad_name(name)}")
-            try:
-                self._served[name.casefold()] = self._read(engine, name, path)
-            except ModelLoadError as error:
-                if name in self._configured:
-                    raise
-                log.warning("the adapter %s is served no longer: %s", name, error)
-                del self._paths[name]
+        async with self._changing:
+            self._served = {}
+            for name, path in list(self._paths.items()):
+                if not self._is_usable(name):
+                    raise ModelLoadError(f"LORA_ADAPTERS: {_bad_name(name)}")
+                try:
+                    adapter = await in_daemon_thread(partial(self._read, engine, name, path))
+                except ModelLoadError as error:
+                    if name in self._configured:
+                        raise
+                    log.warning("the adapter %s is served no longer: %s", name, error)
+                    self._forget(name)
+                else:
+                    if name in self._paths:  # nobody has unloaded it meanwhile
+                        self._served[name.casefold()] = adapter
 
     def _is_usable(self, name: str) -> bool:
         return name.casefold() not in self._taken and _NAME.fullmatch(name) is not None

@@ -4,8 +4,6 @@ They are those of MODEL_PATH, of which the first is loaded at the start, those b
 the name huggingface/OWNER/NAME.
 """
 
-import asyncio
-import gc
 import logging
 import math
 import os
@@ -18,14 +16,14 @@ from checkpoints.hub_snapshot import MemoryBound
 from checkpoints.model_folder import FoundModel
 from checkpoints.sources import Sources
 from config import Settings
-from engine import memory
 from errors import ModelNotFound
 from serving.folder import Folder
-from serving.loading import LoadedModel, LoadModel
+from serving.loading import LoadModel
 from serving.local import LocalModel
 from serving.memory_budget import MachineMemory
 from serving.model_loader import ModelLoader, Pool
 from serving.model_pool import ModelPool
+from serving.release import release
 from telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ class ChatModels:
         self._pool: Pool = ModelPool(
             size_of=lambda loaded: loaded.footprint,
             holds=lambda footprints: self._memory.budget.holds(footprints),
-            close=_close,
+            close=release,
             idle_limit=settings.model_idle or IDLE,
         )
         self._folder = folder or Folder(settings.models_dir)
@@ -69,6 +67,7 @@ class ChatModels:
             self._named.append(self._other(path, self._free_name(served_name(path), path)))
         self._in_folder: dict[str, LocalModel] = {}  # by path
         self._of_hub: dict[str, LocalModel] = {}  # by name
+        self._has_begun = False  # whether the first model was loaded, or could not be
         self._take(self._folder.models("chat"))
 
     # --- life
@@ -98,7 +97,8 @@ class ChatModels:
         if len(models) == 1:
             return is_well, report
         reports = [model.health[1] for model in models]
-        is_well = (is_well or self.first.failure is not None) and all(each["status"] != "stalled" for each in reports)
+        self._has_begun = self._has_begun or is_well or self.first.failure is not None
+        is_well = self._has_begun and all(each["status"] != "stalled" for each in reports)
         return is_well, {**report, "status": "ok" if is_well else report["status"], "models": reports}
 
     # --- the models
@@ -201,7 +201,14 @@ class ChatModels:
             bound=bound,
             is_alone=False,
         )
-        return LocalModel(loader, self._pool, on_failure=_log_failure, metrics=self._metrics, num_bytes=num_bytes)
+        return LocalModel(
+            loader,
+            self._pool,
+            on_failure=_log_failure,
+            metrics=self._metrics,
+            num_bytes=num_bytes,
+            idle_limit=None if bound is None else self._settings.huggingface_idle,
+        )
 
 
 def _paths(settings: Settings, found: list[FoundModel]) -> list[str]:
@@ -216,17 +223,3 @@ def _paths(settings: Settings, found: list[FoundModel]) -> list[str]:
 
 def _log_failure(sentence: str) -> None:
     log.error("%s", sentence)
-
-
-async def _close(loaded: LoadedModel, timeout: float | None) -> None:
-    """Ends a model's engine, and gives its memory back."""
-    await loaded.engine.close(timeout or 0.0)
-    await asyncio.to_thread(_collect)
-
-
-def _collect() -> None:
-    """Frees what a model leaves behind: its objects refer to each other, and were frozen when it was loaded."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-    memory.trim()

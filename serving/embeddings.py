@@ -116,6 +116,10 @@ class EmbeddingModels:
         Hub."""
         return any(source.name.casefold() == model.casefold() for source in self._listed)
 
+    def knows(self, model: str) -> bool:
+        """Returns whether the name is that of a listed model, or of the demo."""
+        return self.lists(model) or model.casefold() in DEMO_NAMES
+
     def models(self) -> list[Model]:
         """Returns the models that are loaded, the one that the settings name, and those of the folder."""
         return [self._entry(source, slot) for source, slot in self._listed.items()]
@@ -208,9 +212,12 @@ class EmbeddingModels:
             directory = await in_daemon_thread(partial(self._directory, source))
             size = await in_daemon_thread(partial(self._size, source.name, directory))
             async with self._pool.room_for(size):
-                return await in_daemon_thread(partial(self._open, source.name, directory))
+                embedder = await in_daemon_thread(partial(self._open, source.name, directory))
+            self._failures.pop(source.name, None)
+            return embedder
         except ModelLoadError as error:
-            self._failures = {**self._failures, source.name: str(error)} if source in self._in_folder else {}
+            if source in self._in_folder:
+                self._failures[source.name] = str(error)
             raise to_api_error(error, source.name) from error
 
     @property

@@ -9,6 +9,7 @@ import re
 
 from errors import InvalidRequest
 
+LONG = 1e9  # seconds; more is for good
 UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 _WHOLE = re.compile(rf"[+-]?(?:{_PART.pattern})+")
@@ -29,7 +30,7 @@ def seconds_of(keep_alive: float | str | None) -> float | None:
             param="keep_alive",
             code="invalid_value",
         )
-    return math.inf if seconds < 0 else seconds
+    return math.inf if seconds < 0 or seconds > LONG else seconds
 
 
 def _parsed(keep_alive: float | str) -> float:

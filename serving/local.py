@@ -37,7 +37,8 @@ from serving.image_fetcher import ImageFetcher
 from serving.keep_alive import seconds_of
 from serving.loading import LoadedModel, to_api_error
 from serving.model_loader import ModelLoader, Pool
-from serving.model_slot import ModelSlot, in_daemon_thread
+from serving.model_slot import ModelSlot
+from serving.release import release, without_frames
 from serving.tokenizer_info import tokenizer_info
 from serving.usage import RequestUsage
 from telemetry import request_record
@@ -78,7 +79,7 @@ class LocalModel:
         self.progress = Progress()
         self.path = settings.model_path or checkpoint.default_model_path()
         self.name = settings.served_model_name or checkpoint.served_name(self.path)
-        self._names = {name.casefold() for name in (self.name, self.path, checkpoint.served_name(self.path))}
+        self._names = {name.casefold() for name in loader.names(self.name, self.path)}
         self.adapters = ModelAdapters(settings, self.name, self._names)
         self.created = int(time.time())
         self._on_failure = on_failure
@@ -111,25 +112,34 @@ class LocalModel:
         return slot
 
     async def _load(self) -> LoadedModel:
+        loaded = None
         try:
             loaded = await self._loader.loaded(self.path, self.progress, self._pool)
-            await in_daemon_thread(partial(self.adapters.read, loaded.engine))
+            await self.adapters.read(loaded.engine)
         except Exception as error:
             log.debug("loading failed", exc_info=True)
-            self._error = error.with_traceback(None)  # whose frames hold what was loaded so far
+            without_frames(error)
+            await release(loaded)
+            self._error = error
             reason = f"The model {self.path} cannot be loaded: {type(error).__name__}: {first_line(error)}"
-            self._fail(str(error) if isinstance(error, ModelLoadError) else reason)
+            self._fail(str(error) if isinstance(error, ModelLoadError) else reason, is_final=not self._was_loaded)
             raise to_api_error(error, self.name) from error
-        loaded.engine.on_failure = partial(self._fail, f"The engine of {self.name} stopped after an error.")
+        loaded.engine.on_failure = partial(self._stopped, loaded)
         loaded.engine.start()
         self._was_loaded = True
         return loaded
 
-    def _fail(self, sentence: str) -> None:
+    def _stopped(self, loaded: LoadedModel) -> None:
+        """Forgets a model whose engine has failed, so that the next request loads it again."""
+        if self.loaded is loaded:
+            self._pool.drop(self, loaded)
+            self._fail(f"The engine of {self.name} stopped after an error.", is_final=True)
+
+    def _fail(self, sentence: str, is_final: bool) -> None:
+        """is_final: False for a model that was served before, and may be loaded another time."""
         self.failure, self._failed_at = sentence, time.monotonic()
-        if self.loaded is not None:
-            self._pool.drop(self, self.loaded)
-        self._on_failure(sentence)
+        if is_final:
+            self._on_failure(sentence)
 
     async def unload(self) -> None:
         """Unloads the model when its requests have finished."""
@@ -171,6 +181,8 @@ class LocalModel:
         slot.idle_limit = slot.idle_limit if limit is None else limit
         async with slot.using(None if is_stream and patience else patience) as loaded:
             adapter = self.adapters.get(name or self.name)
+            if adapter is None:
+                self._check_name(name)  # it may have been an adapter's, which is gone
             yield loaded if adapter is None else replace(loaded, adapter=adapter)
 
     @property

@@ -33,6 +33,13 @@ class ModelLoader:
     bound: hub_snapshot.MemoryBound | None = None  # of a Hub model that a client chose
     is_alone: bool = True  # whether no other model is there to make room for
 
+    def names(self, name: str, path: str) -> set[str]:
+        """Returns what requests may call the model. One of several, or of the Hub, takes no name that may mean
+        another one."""
+        if self.bound is not None:
+            return {name}
+        return {name, path, checkpoint.served_name(path)} if self.is_alone else {name, path}
+
     async def loaded(self, path: str, progress: Progress, pool: Pool) -> LoadedModel:
         """Fetches the model's files, for which other loads do not wait, and loads them when there is room.
 
@@ -41,12 +48,14 @@ class ModelLoader:
         checkpoint.check(path)
         directory = await in_daemon_thread(partial(self._fetch, path, progress))
         weights = await in_daemon_thread(partial(self._weights, path, directory))
-        cache = self._cache_memory(weights)
+        cache = self._cache_memory(path, weights)
         settings = self.settings.model_copy(update={"kv_cache_memory": cache})
         footprint = self.memory.budget.spread(weights + (cache or 0))
         async with pool.room_for(footprint):
             place = path if self.bound is None else str(directory)
             loaded = await in_daemon_thread(partial(self.load, place, settings, progress))
+        if cache is None:
+            footprint = self.memory.budget.spread(weights + loaded.engine.cache_bytes)
         return replace(loaded, footprint=footprint)
 
     def _fetch(self, path: str, progress: Progress) -> Path:
@@ -69,10 +78,19 @@ class ModelLoader:
         assert self.memory.budget  # which is looked for here, in a thread
         return weights
 
-    def _cache_memory(self, weights: int) -> int | None:
-        """Returns the bytes of the KV cache: a share of what the weights leave, if other models may need room."""
-        if self.settings.kv_cache_memory is not None or (self.is_alone and self.settings.models_memory is None):
-            return self.settings.kv_cache_memory
+    def _cache_memory(self, path: str, weights: int) -> int | None:
+        """Returns the bytes of the KV cache: a share of what the weights leave, if other models may need room.
+
+        Raises ModelLoadError for one that does not fit into MODELS_MEMORY beside the weights.
+        """
+        cache, limit = self.settings.kv_cache_memory, self.settings.models_memory
+        if cache is not None and limit is not None and weights + cache > limit:
+            raise ModelLoadError(
+                f"The weights of {path} and KV_CACHE_MEMORY take {(weights + cache) / 2**30:.2f} GiB, but "
+                f"MODELS_MEMORY is {limit / 2**30:.2f} GiB: raise it, or lower KV_CACHE_MEMORY."
+            )
+        if cache is not None or (self.is_alone and limit is None):
+            return cache
         cache = int(CACHE_SHARE * max(0, self.memory.budget.total - weights))
         return cache if is_on_gpu(self.settings) else min(cache, MAX_CPU_CACHE)
 

@@ -40,6 +40,7 @@ class ModelPool(Generic[K, M, S]):
         self._one_at_a_time = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
         self._leaving: dict[ModelSlot[M], asyncio.Task[None]] = {}
+        self._reserved: dict[asyncio.Task[Any], S] = {}  # of loads that have had their turn, and have not ended yet
         self._is_closing = False
 
     def slot(
@@ -59,7 +60,7 @@ class ModelPool(Generic[K, M, S]):
         return slot
 
     def _add(self, key: K, load: Callable[[], Coroutine[Any, Any, M]], progress: Callable[[], str]) -> ModelSlot[M]:
-        num_loading = sum(slot.is_loading for slot in self.slots.values())
+        num_loading = sum(slot.is_loading for slot in (*self.slots.values(), *self._leaving))
         if num_loading >= MAX_LOADING:
             raise Unavailable(f"{num_loading} models are loading; try again later.", retry_after=5)
         slot = self.slots[key] = ModelSlot(str(key), load, progress)
@@ -92,18 +93,23 @@ class ModelPool(Generic[K, M, S]):
         """Inside the block a model of that size can be loaded, and no other one is loaded meanwhile.
 
         Models are unloaded until it fits: the least recently used one that nobody uses, or else the least recently
-        used one when its requests have finished.
+        used one when its requests have finished. The room stays reserved until the task that asked for it ends.
         """
         async with self._one_at_a_time:
-            while not self._holds([*map(self._size_of, self._present), size]):
-                if self._leaving:
-                    await asyncio.wait({*self._leaving.values()}, return_when=asyncio.FIRST_COMPLETED)
+            while not self._holds([*map(self._size_of, self._present), *self._reserved.values(), size]):
+                waiting = [task for slot, task in self._leaving.items() if slot.model is not None]
+                if waiting or self._reserved:  # never for a model that loads: that may be this one
+                    await asyncio.wait({*waiting, *self._reserved}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.sleep(0)  # the callbacks of what has ended come first
                 elif models := self.models:
                     unused = (key for key in models if not self.slots[key].num_users)
                     await self.unload(next(unused, next(iter(models))))
                 else:
                     break  # whether it fits alone is the caller's to check
             yield
+            if (task := asyncio.current_task()) is not None:
+                self._reserved[task] = size
+                task.add_done_callback(self._reserved.pop)
 
     @property
     def _present(self) -> list[M]:
@@ -128,7 +134,7 @@ class ModelPool(Generic[K, M, S]):
         return task
 
     async def _finish(self, key: K, slot: ModelSlot[M]) -> None:
-        await asyncio.wait({slot.start()})
+        await slot.settled()
         while slot.num_users:
             await asyncio.sleep(0.02)
         if slot.model is not None:

@@ -88,6 +88,11 @@ class ModelSlot(Generic[M]):
             self.num_users -= 1
             self.touch()
 
+    async def settled(self) -> None:
+        """Waits until the load in progress has ended, well or not."""
+        if self._loading is not None:
+            await asyncio.wait({self._loading})
+
     def touch(self) -> None:
         """Notes that the model is used now."""
         self._used_at = time.monotonic()

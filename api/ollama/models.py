@@ -27,9 +27,10 @@ NOT_FOUND = "model '{}' not found"  # Ollama's own sentence, which clients look 
 UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
-def chat_model(services: Services, name: str) -> str:
+async def chat_model(services: Services, name: str) -> str:
     """Returns the name of a chat model without Ollama's tag, which clients add. Raises ModelNotFound."""
     router = services.router
+    await services.chat.refresh()
     for known in map(router.alias, _spellings(name)):
         if services.chat.serves(known) or router.provider_of(known) is not None:
             return known
@@ -107,7 +108,7 @@ def _running(name: str, loaded: LoadedModel | None, expires_in: float, num_bytes
 async def shown(services: Services, name: str) -> OllamaShown:
     """Describes one model; one that is not loaded stays so, and is described by its name alone. Raises APIError."""
     is_embedder = any(services.embeddings.lists(spelling) for spelling in _spellings(name))
-    known = embedding_model(services, name) if is_embedder else chat_model(services, name)
+    known = embedding_model(services, name) if is_embedder else await chat_model(services, name)
     if is_embedder or services.router.provider_of(known) is not None:
         return _shown_by_name(known, ["embedding"] if is_embedder else ["completion", "tools"])
     model = await services.text_model(known)

@@ -35,7 +35,7 @@ async def load_model(body: ModelRequest, request: Request, services: UsesService
             await model.wait(body.keep_alive)
         except ModelLoading:
             pass
-        return model.entry
+        return model.entry_of(name)
 
     return await whole(request, body, load())
 
@@ -50,17 +50,18 @@ async def unload_model(body: ModelRequest, request: Request, services: UsesServi
             return await services.embeddings.unload(name)
         model = await services.chat.model(name)
         await model.unload()
-        return model.entry
+        return model.entry_of(name)
 
     return await whole(request, body, unload())
 
 
 def _is_embedding_model(services: Services, name: str) -> bool:
-    return services.embeddings.lists(name) and services.chat.find(name) is None
+    return services.embeddings.knows(name) and services.chat.find(name) is None
 
 
 @router.get("/models/{model:path}")
 async def retrieve_model(model: str, services: UsesServices) -> Model:
+    await services.chat.refresh()
     known = services.chat.find(model)
     if known is not None:
         return known.entry_of(model)

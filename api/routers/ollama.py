@@ -45,7 +45,7 @@ FILES = (
 
 @router.post("/api/chat", response_model=OllamaChatAnswer, responses=LINES)
 async def chat(body: OllamaChatRequest, request: Request, services: UsesServices) -> Response:
-    model = ollama_models.chat_model(services, body.model)
+    model = await ollama_models.chat_model(services, body.model)
     if not body.messages:
         return await _loaded(body, request, services, model)
     return await _answer(body, request, services, model)
@@ -53,7 +53,7 @@ async def chat(body: OllamaChatRequest, request: Request, services: UsesServices
 
 @router.post("/api/generate", response_model=OllamaGenerateAnswer, responses=LINES)
 async def generate(body: OllamaGenerateRequest, request: Request, services: UsesServices) -> Response:
-    model = ollama_models.chat_model(services, body.model)
+    model = await ollama_models.chat_model(services, body.model)
     if not body.prompt and not body.suffix and not body.images:
         return await _loaded(body, request, services, model)
     if not ollama.is_text(body):
@@ -126,8 +126,8 @@ async def version() -> OllamaVersion:
 
 async def _refuse() -> NoReturn:
     raise NotServed(
-        "Models are not pulled, made, copied or deleted through this server: it serves the model that it was started "
-        "with, and models of the Hub by the name huggingface/OWNER/NAME."
+        "Models are not pulled, made, copied or deleted by requests: `python main.py pull` does that. Models of the "
+        "Hub are served by the name huggingface/OWNER/NAME."
     )
 
 

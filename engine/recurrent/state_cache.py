@@ -134,6 +134,7 @@ class StateCache:
         self.tensors = {layer: spec.make_tensors(num_rows) for layer, spec in specs.items()}
         # what the layers read of guesses: (num_slots * max_guesses, spec.input_width)
         self.inputs = {layer: spec.make_inputs(plan.num_slots * plan.max_guesses) for layer, spec in specs.items()}
+        self.num_bytes = sum(t.nbytes for layer in self.tensors.values() for t in layer)
         self._free_slots = list(range(plan.num_slots))  # a heap: the lowest rows are in memory already
         self._free_rows = list(range(plan.num_slots, num_rows))  # for snapshots, likewise
         self._snapshots: dict[bytes, int] = {}  # key of the last block -> row; the least recently used first
