@@ -391,7 +391,7 @@ class Settings(ProviderSettings):
     )
 
     lora_adapters: Annotated[dict[str, str], NoDecode, BeforeValidator(parse_pairs)] = Field(
-        {}, description="adapters (LoRA) for the model, each a model of its own: name=directory,name=directory"
+        {}, description="adapters (LoRA) of the model, which are served beside it: name=directory,name=directory"
     )
     lora_dir: Path | None = Field(
         None,
