@@ -19,7 +19,7 @@ from scripts import docs
 RAY_SERVE = (ROOT / "deploy" / "ray_serve.py").read_text()
 OF_OTHERS = {  # variables that other programs read
     *("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SDK_DISABLED", "RAY_ADDRESS", "RAY_SERVE_SESSION_ID_HEADER_KEY"),
-    "CUDA_VISIBLE_DEVICES",
+    *("CUDA_VISIBLE_DEVICES", "HF_HOME"),
 }
 WANTED = docs.wanted()
 REPLICAS = {f"REPLICAS_{name.upper()}" for name in re.findall(r"^    (\w+): .* = Field\(", RAY_SERVE, re.MULTILINE)}
