@@ -23,7 +23,7 @@ from serving.local import LocalModel
 from serving.memory_budget import MachineMemory
 from serving.model_loader import ModelLoader, Pool
 from serving.model_pool import ModelPool
-from serving.release import release
+from serving.release import close, reclaim
 from telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class ChatModels:
         self._pool: Pool = ModelPool(
             size_of=lambda loaded: loaded.footprint,
             holds=lambda footprints: self._memory.budget.holds(footprints),
-            close=release,
+            close=close,
+            reclaim=reclaim,
             idle_limit=settings.model_idle or IDLE,
         )
         self._folder = folder or Folder(settings.models_dir)

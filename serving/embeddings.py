@@ -44,6 +44,7 @@ from serving.keep_alive import seconds_of
 from serving.loading import IMPORTING, to_api_error
 from serving.model_pool import ModelPool
 from serving.model_slot import ModelSlot, in_daemon_thread
+from serving.release import reclaim
 
 if TYPE_CHECKING:
     from engine.embedding.embedder import Embedder, EmbedderInfo
@@ -88,6 +89,7 @@ class EmbeddingModels:
             size_of=lambda embedder: embedder.about.num_bytes,
             holds=lambda sizes: sum(sizes) <= settings.embedding_memory,
             close=lambda embedder, timeout: embedder.close(timeout),
+            reclaim=reclaim,
         )
         self._cl100k = ModelSlot("cl100k_base", partial(in_daemon_thread, self._read_cl100k))
         self._created = int(time.time())

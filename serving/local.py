@@ -38,7 +38,7 @@ from serving.keep_alive import seconds_of
 from serving.loading import LoadedModel, to_api_error
 from serving.model_loader import ModelLoader, Pool
 from serving.model_slot import ModelSlot
-from serving.release import release, without_frames
+from serving.release import close, reclaim, without_frames
 from serving.tokenizer_info import tokenizer_info
 from serving.usage import RequestUsage
 from telemetry import request_record
@@ -119,7 +119,10 @@ class LocalModel:
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             without_frames(error)
-            await release(loaded)
+            if loaded is not None:
+                await close(loaded, 0.0)
+                loaded = None  # which would keep it in memory
+            await reclaim()
             self._error = error
             reason = f"The model {self.path} cannot be loaded: {type(error).__name__}: {first_line(error)}"
             self._fail(str(error) if isinstance(error, ModelLoadError) else reason, is_final=not self._was_loaded)

@@ -29,14 +29,18 @@ class ModelPool(Generic[K, M, S]):
         size_of: Callable[[M], S],
         holds: Callable[[list[S]], bool],
         close: Callable[[M, float | None], Awaitable[None]],
+        reclaim: Callable[[], Awaitable[None]],
         idle_limit: float | None = None,
     ) -> None:
         """holds: whether models of these sizes fit together; `close` gets the seconds that requests may take to
-        finish, or None; idle_limit: seconds without a user after which a model is unloaded, if its slot has no limit of
-        its own; None: it stays."""
+        finish, or None; `reclaim` frees the memory of models that are forgotten.
+
+        idle_limit: seconds without a user after which a model is unloaded, if its slot has no limit of its own; None: it
+        stays.
+        """
         self.slots: OrderedDict[K, ModelSlot[M]] = OrderedDict()  # the least recently used first
         self.idle_limit = idle_limit
-        self._size_of, self._holds, self._close_model = size_of, holds, close
+        self._size_of, self._holds, self._close_model, self._reclaim = size_of, holds, close, reclaim
         self._one_at_a_time = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
         self._leaving: dict[ModelSlot[M], asyncio.Task[None]] = {}
@@ -96,6 +100,8 @@ class ModelPool(Generic[K, M, S]):
         used one when its requests have finished. The room stays reserved until the task that asked for it ends.
         """
         async with self._one_at_a_time:
+            if reclaiming := [task for slot, task in self._leaving.items() if slot.is_empty]:
+                await asyncio.wait(reclaiming)
             while not self._holds([*map(self._size_of, self._present), *self._reserved.values(), size]):
                 waiting = [task for slot, task in self._leaving.items() if slot.model is not None]
                 if waiting or self._reserved:  # never for a model that loads: that may be this one
@@ -139,6 +145,8 @@ class ModelPool(Generic[K, M, S]):
             await asyncio.sleep(0.02)
         if slot.model is not None:
             await self._close_model(slot.model, None)
+            slot.clear()
+            await self._reclaim()
             log.info("%s was unloaded", key)
 
     async def _unload_idle(self) -> None:

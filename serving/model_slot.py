@@ -88,6 +88,15 @@ class ModelSlot(Generic[M]):
             self.num_users -= 1
             self.touch()
 
+    def clear(self) -> None:
+        """Forgets the model, which nobody uses any more."""
+        self._loading = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no model, and none is on its way."""
+        return self._loading is None
+
     async def settled(self) -> None:
         """Waits until the load in progress has ended, well or not."""
         if self._loading is not None:

@@ -7,13 +7,13 @@ from engine import memory
 from serving.loading import LoadedModel
 
 
-async def release(loaded: LoadedModel | None, timeout: float | None = None) -> None:
-    """Ends the model's engine, whose requests get `timeout` seconds to finish, and frees its memory.
+async def close(loaded: LoadedModel, timeout: float | None) -> None:
+    """Ends the model's engine, whose requests get `timeout` seconds to finish."""
+    await loaded.engine.close(timeout or 0.0)
 
-    loaded: None after a load that failed before there was an engine.
-    """
-    if loaded is not None:
-        await loaded.engine.close(timeout or 0.0)
+
+async def reclaim() -> None:
+    """Frees the memory of models that nothing refers to any more. It takes a part of a second."""
     await asyncio.to_thread(_collect)
 
 

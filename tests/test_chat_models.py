@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import weakref
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,65 @@ def test_many_clients_switch_between_more_models_than_fit(folder: Path) -> None:
     run(scenario, models_dir=folder, models_memory=memory_for(2, folder), model_load_wait=100)
 
 
-def test_weights_beyond_the_budget_are_refused_by_name(folder: Path) -> None:
+def test_two_that_are_asked_for_at_the_same_moment_never_take_more_than_there_is(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        watched = asyncio.create_task(most_loaded(models))
+        await asyncio.gather(*(ask(models, name) for name in "bcdb"))
+        watched.cancel()
+        assert sum(status == "loaded" for status in statuses(models).values()) == 1 and most == [1]
+
+    most = [0]
+
+    async def most_loaded(models: ChatModels) -> None:
+        while True:
+            most[0] = max(most[0], sum(model.loaded is not None for model in models.all))
+            await asyncio.sleep(0)
+
+    run(scenario, models_dir=folder, models_memory=memory_for(1, folder), model_load_wait=100)
+
+
+def test_a_model_that_is_unloaded_while_it_waits_for_room_holds_up_no_other(folder: Path) -> None:
+    gate = Gate()
+
+    async def scenario(models: ChatModels) -> None:
+        gate.is_open = True
+        await ask(models, "a")
+        gate.is_open = False
+        second, third = (asyncio.create_task(ask(models, name)) for name in "bc")
+        await until(lambda: gate.num_loads == 2)
+        unloading = [asyncio.create_task((await models.model(name)).unload()) for name in "bc"]
+        await asyncio.sleep(0.05)
+        gate.is_open = True
+        assert (await second).choices and (await third).choices
+        await asyncio.gather(*unloading)
+        assert (await ask(models, "d")).choices
+
+    run(scenario, load=gate, models_dir=folder, models_memory=memory_for(1, folder), model_load_wait=100)
+
+
+def test_weights_and_caches_beyond_the_budget_are_refused_by_name(folder: Path) -> None:
     async def scenario(models: ChatModels) -> None:
         with pytest.raises(InvalidRequest, match="but MODELS_MEMORY is 0.00 GiB: raise it, or use a smaller model"):
             await ask(models, "a")
 
     run(scenario, models_dir=folder, models_memory=1000)
+
+    async def with_cache(models: ChatModels) -> None:
+        with pytest.raises(InvalidRequest, match="but MODELS_MEMORY is .* GiB: raise it, or lower KV_CACHE_MEMORY"):
+            await ask(models, "a")
+
+    run(with_cache, models_dir=folder, models_memory=memory_for(1, folder), kv_cache_memory=memory_for(1, folder))
+
+
+def test_a_model_that_was_unloaded_takes_no_memory_any_more(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        loaded = await (await models.model("b")).wait()
+        engine = weakref.ref(loaded.engine)
+        del loaded
+        await (await models.model("b")).unload()
+        assert engine() is None
+
+    run(scenario, models_dir=folder)
 
 
 # --- when they go
@@ -284,6 +338,63 @@ def test_a_load_that_fails_is_told_and_tried_again_later_and_harms_no_other_mode
     run(scenario, load=gate, models_dir=folder)
 
 
+def test_a_failed_load_leaves_no_engine_behind(folder: Path) -> None:
+    engines: list[weakref.ref[Any]] = []
+
+    def noted(path: str, settings: Settings, progress: Progress) -> LoadedModel:
+        loaded = load(path, settings, progress)
+        engines.append(weakref.ref(loaded.engine))
+        return loaded
+
+    async def scenario(models: ChatModels) -> None:
+        with pytest.raises(InvalidRequest, match="adapter"):
+            await ask(models, "a")
+        assert len(engines) == 1 and engines[0]() is None
+        assert (await ask(models, "b")).choices, "it has no adapters"
+
+    run(scenario, load=noted, models_dir=folder, lora_adapters={"x": str(folder / "none")})
+
+
+def test_a_model_that_was_served_and_cannot_be_loaded_again_does_not_end_the_server(tiny_checkpoint: Path) -> None:
+    gate, ends = Gate(), list[str]()
+    gate.is_open = True
+
+    async def scenario() -> None:
+        settings = Settings(model_path=str(tiny_checkpoint), max_model_len=128, dtype="float32")
+        models = ChatModels(settings, gate, on_failure=ends.append)
+        await ask(models, models.first.name)
+        await models.first.unload()
+        gate.num_failures = 2
+        with pytest.raises(InvalidRequest, match=r"The file is broken\."):
+            await ask(models, models.first.name)
+        assert ends == []
+        models.first._failed_at = -1e9
+        assert (await ask(models, models.first.name)).choices
+        await models.close(0)
+
+    asyncio.run(scenario())
+
+
+def test_an_old_copy_that_fails_does_not_touch_the_new_one(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True, "stream": True}
+        stream = models.first.stream_chat(ChatCompletionRequest.model_validate(body))
+        await anext(stream)
+        old = models.first.loaded
+        assert old is not None
+        unloading = asyncio.create_task(models.first.unload())
+        await asyncio.sleep(0)
+        await ask(models, "a")
+        old.engine.runner.run = fail
+        with pytest.raises(EngineFailure):
+            async for _ in stream:
+                pass
+        await unloading
+        assert models.first.status == "loaded" and models.first.loaded is not old and models.first.failure is None
+
+    run(scenario, models_dir=folder)
+
+
 def test_a_client_that_leaves_while_its_model_loads_ends_nothing(folder: Path) -> None:
     gate = Gate()
 
@@ -346,6 +457,14 @@ def test_a_model_of_the_hub_answers_under_its_name_beside_others(cache: Path, ti
         assert listed == {tiny_checkpoint.name: "unloaded", **dict.fromkeys(list(listed)[1:], "loaded")}
         await (await models.model("huggingface/acme/one")).unload()
         assert set(statuses(models)) == {tiny_checkpoint.name, "huggingface/acme/two"}
+
+    run(scenario, hub=cache, model_path=str(tiny_checkpoint))
+
+
+def test_a_model_of_the_hub_takes_no_name_that_may_mean_another_one(cache: Path, tiny_checkpoint: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        await ask(models, "huggingface/acme/one")
+        assert models.find("one") is None and models.find("acme/one") is None
 
     run(scenario, hub=cache, model_path=str(tiny_checkpoint))
 

@@ -99,6 +99,9 @@ def test_ollamas_clients_see_them_and_say_how_long_they_stay(many: Server) -> No
     assert many.post("/api/show", model="three").json()["capabilities"] == ["completion", "tools"]
     assert many.post("/api/generate", model="three", stream=False).json()["done_reason"] == "load"
     assert many.post("/api/chat", **body, keep_alive="soon").status_code == 400
+    assert many.post("/api/chat", **body, keep_alive=1e12).status_code == 200
+    running = {model["name"]: model for model in many.get("/api/ps").json()["models"]}
+    assert running["three:latest"]["expires_at"].startswith("2200")
 
 
 def test_every_endpoint_finds_the_model_by_its_name(many: Server) -> None:

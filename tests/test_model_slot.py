@@ -159,8 +159,12 @@ class Models:
             size_of=lambda model: model.size,
             holds=lambda sizes: sum(sizes) <= capacity,
             close=self.close,
+            reclaim=self.reclaim,
             idle_limit=idle_limit,
         )
+
+    async def reclaim(self) -> None:
+        pass
 
     async def close(self, model: Model, timeout: float | None) -> None:
         model.closed_with.append(timeout)
