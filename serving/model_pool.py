@@ -35,8 +35,8 @@ class ModelPool(Generic[K, M, S]):
         """holds: whether models of these sizes fit together; `close` gets the seconds that requests may take to
         finish, or None; `reclaim` frees the memory of models that are forgotten.
 
-        idle_limit: seconds without a user after which a model is unloaded, if its slot has no limit of its own; None: it
-        stays.
+        idle_limit: seconds without a user after which a model is unloaded, if its slot has no limit of its own; None:
+        it stays.
         """
         self.slots: OrderedDict[K, ModelSlot[M]] = OrderedDict()  # the least recently used first
         self.idle_limit = idle_limit
