@@ -1,14 +1,18 @@
 """Fused layers compute what the stock ones do: on a GPU where there is one, else in Triton's interpreter."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from devices import DEVICE
+from lora_files import TinyAdapter, greedy_tokens
 from models import FAMILIES, tiny_model
 from test_flash_attention import OPTIONS
 
 from engine.async_runner import AsyncRunner
 from engine.attention import flash
-from engine.build import build_engine
+from engine.build import build_engine, model_runner_of
 from engine.engine import Engine
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
@@ -46,6 +50,23 @@ def test_fused_layers_give_the_same_tokens(family: str) -> None:
             engine.step()
         found.append([sequence.output_ids for sequence in sequences])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_fused_layers_apply_the_adapter_of_each_sequence(family: str, tmp_path: Path) -> None:
+    stock = tiny_model(family, "eager")
+    ends = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    made, engine, prompt = TinyAdapter(stock, ends), engine_of(family, is_fused=True), [5, 6, 7, 8, 9]
+    adapter = model_runner_of(engine).adapters.read("mine", made.save(tmp_path), max_rank=8)
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    owners = [replace(params, adapter=adapter), params]
+    sequences = [Sequence(prompt, own, lambda output: None) for own in owners]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    while engine.scheduler.has_work:
+        engine.step()
+    expected = [greedy_tokens(model, prompt, 4) for model in (made.merged(), stock)]
+    assert [sequence.output_ids for sequence in sequences] == expected and expected[0] != expected[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
