@@ -38,10 +38,15 @@ def rounded(
     if is_symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scales = ((high - low) / largest).half().float()
+    scales = _not_zero(((high - low) / largest).half().float())
     zeros = torch.full_like(scales, 2 ** (bits - 1)) if is_symmetric else (-low / scales).round().clamp(0, largest)
     codes = (weight / scales[:, index] + zeros[:, index]).round().clamp(0, largest)
     return codes.int(), scales, zeros.int(), (codes - zeros[:, index]) * scales[:, index]
+
+
+def _not_zero(scales: torch.Tensor) -> torch.Tensor:
+    """Gives what is zero everywhere another scale."""
+    return torch.where(scales == 0, 1.0, scales)
 
 
 def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -108,7 +113,7 @@ def int8(dtype: torch.dtype = torch.bfloat16) -> Write:
     """compressed-tensors' int-quantized: W8A8 with a scale for each row."""
 
     def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        scales = (weight.abs().amax(1, keepdim=True) / 127).to(dtype).float()
+        scales = _not_zero((weight.abs().amax(1, keepdim=True) / 127).to(dtype).float())
         codes = (weight / scales).round().clamp(-128, 127)
         return {".weight": codes.to(torch.int8), ".weight_scale": scales.to(dtype)}, codes * scales
 
@@ -123,7 +128,7 @@ def fp8(suffix: str, block: tuple[int, int] | None, per_row: bool = False) -> Wr
         size = block or ((1, columns) if per_row else (rows, columns))
         padded = torch.nn.functional.pad(weight, (0, -columns % size[1], 0, -rows % size[0]))
         blocks = padded.unflatten(1, (-1, size[1])).unflatten(0, (-1, size[0]))
-        scales = blocks.abs().amax((1, 3)) / 448
+        scales = _not_zero(blocks.abs().amax((1, 3)) / 448)
         spread = scales.repeat_interleave(size[0], 0)[:rows].repeat_interleave(size[1], 1)[:, :columns]
         codes = (weight / spread).to(torch.float8_e4m3fn)
         is_whole = block is None and not per_row
@@ -173,7 +178,7 @@ def mxfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     """compressed-tensors' mxfp4-pack-quantized: numbers of 4 bits, and scales that are powers of two."""
     grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     grouped = weight.unflatten(1, (-1, 32))
-    exponents = grouped.abs().amax(-1).log2().floor() - 2
+    exponents = _not_zero(grouped.abs().amax(-1)).log2().floor() - 2
     scaled = grouped / exponents.exp2()[..., None]
     nearest = (scaled.abs()[..., None] - grid).abs().argmin(-1)
     codes = (nearest + 8 * (scaled < 0)).flatten(1)

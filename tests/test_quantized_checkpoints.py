@@ -424,3 +424,18 @@ def test_gpt_oss_numbers_are_those_that_transformers_reads() -> None:
     codes = weight.codes_for_kernels()
     assert codes is not None and torch.equal(codes.dequantize(), expected)
     assert torch.equal(weight.dequantize(torch.float32), expected)
+
+
+def test_a_row_of_zeros_is_zero(tmp_path: Path) -> None:
+    """Quantizers write a scale of zero for it, or any other."""
+    write, scheme, _ = CASES["gptq-4-32-sym"]
+
+    def dead(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        weight[3] = 0
+        tensors, value = write(weight)
+        tensors[".scales"][:, 3] = 0
+        return tensors, value
+
+    made.save(tmp_path, dead, scheme)
+    for name, weight in packed_weights(tmp_path).items():
+        assert weight.dequantize().isfinite().all() and ("_proj" not in name or not weight.dequantize()[3].any())
