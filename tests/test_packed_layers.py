@@ -261,7 +261,7 @@ def test_a_gguf_files_blocks_are_kept_bit_by_bit(family: str, tied: bool, tmp_pa
     assert packed.shape == logits.shape and packed.isfinite().all()
 
 
-def test_a_matrix_that_is_not_in_the_file_keeps_its_numbers(tmp_path: Path) -> None:
+def test_a_matrix_that_is_not_in_the_file_stays_as_it_is(tmp_path: Path) -> None:
     model = model_of("qwen3").bfloat16()
     write_gguf(model, tmp_path / "model.gguf")
     changed = model.model.layers[1].mlp.down_proj
@@ -270,9 +270,10 @@ def test_a_matrix_that_is_not_in_the_file_keeps_its_numbers(tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     loaded = load_model(check_model(tmp_path, "auto", "cpu"), lambda what, fraction: None, "auto")
     kept = loaded.model.layers[1].mlp.down_proj
-    weight = kept.packed.dequantize() if isinstance(kept, PackedLinear) else kept.weight  # packed where that is fast
-    assert torch.equal(weight.bfloat16(), changed.weight)
-    assert isinstance(loaded.model.layers[0].mlp.down_proj, PackedLinear)
+    weight = kept.packed.dequantize().bfloat16() if isinstance(kept, PackedLinear) else kept.weight
+    assert torch.equal(weight, changed.weight)
+    packed = loaded.model.layers[0].mlp.down_proj
+    assert isinstance(packed, PackedLinear) and packed.packed.format.is_quantized
 
 
 # --- the choice

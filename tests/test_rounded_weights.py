@@ -12,7 +12,8 @@ from engine.checked_model import check_model
 from engine.cpu import kernels
 from engine.cpu.packed_checkpoint import MAPPED_BYTES
 from engine.model_loader import load_model
-from engine.rounded_weights import FOLDER, MAX_UNUSED
+from engine.rounded_files import FOLDER
+from engine.rounded_weights import MAX_UNUSED
 
 pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
