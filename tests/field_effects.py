@@ -77,6 +77,17 @@ def timeout(server: Server, path: str) -> None:
     assert texts(server, path, timeout=60) == texts(server, path)
 
 
+def keep_alive(server: Server, path: str) -> None:
+    def expires_at() -> str:
+        return str(server.get("/api/ps").json()["models"][0]["expires_at"])
+
+    texts(server, path, keep_alive="10m")
+    assert expires_at() < "2200"
+    texts(server, path, keep_alive=-1)
+    assert expires_at().startswith("2200")
+    assert ask(server, path, keep_alive="soon").status_code == 400
+
+
 def presence_penalty(server: Server, path: str) -> None:
     assert texts(server, path, presence_penalty=2) != texts(server, path, presence_penalty=-2)
 
