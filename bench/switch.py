@@ -23,6 +23,7 @@ import psutil
 from bench.server import serving
 
 TIMEOUT = 600.0  # seconds
+LOG_TAIL = 6000  # characters
 QUESTION = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 16, "temperature": 0}
 MB = 1e6
 
@@ -97,7 +98,10 @@ def main() -> None:
     with serving() as server:
         server.wait_until_ready()
         outcome = asyncio.run(run(server.url, server.process, options.clients, options.requests, options.rounds))
-        swaps = server.output.read_text().count(" was unloaded")
+        log = server.output.read_text()
+        if server.process.poll() is not None:
+            sys.exit(f"error: the server ended with status {server.process.returncode}\n{log[-LOG_TAIL:]}")
+        swaps = log.count(" was unloaded")
     waits = sorted(outcome.seconds)
     print(f"{dict(outcome.counts)}, {swaps} models unloaded")
     print(f"median {waits[len(waits) // 2]:.2f} s, longest {waits[-1]:.1f} s")
