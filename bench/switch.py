@@ -23,7 +23,7 @@ import psutil
 from bench.server import serving
 
 TIMEOUT = 600.0  # seconds
-LOG_TAIL = 6000  # characters
+LOG_TAIL = 60000  # characters
 QUESTION = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 16, "temperature": 0}
 MB = 1e6
 

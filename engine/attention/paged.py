@@ -314,7 +314,7 @@ def _attend_softcapped(
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
     scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
-        mask = torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu(1)
+        mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
     return torch.matmul((scores + mask).softmax(-1).to(value.dtype), value)
 
 

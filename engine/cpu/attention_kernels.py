@@ -53,7 +53,7 @@ def attend(
     longest = tables.shape[1] * block_size
     padded = -(-longest // LANES) * LANES
     threads = torch.get_num_threads() if sequences * longest > 64 else 1
-    scores = torch.empty(threads, padded)
+    scores = torch.empty(threads, padded, dtype=torch.float32)
     scale_dtype = None if scales is None else scales[0].dtype
     _attend(query.dtype, keys.dtype, scale_dtype, dim, scaling)(
         query.data_ptr(),

@@ -60,7 +60,7 @@ def convolve(
     """
     width, channels = weight.shape
     assert x.dtype == state.dtype and x.stride(1) == 1 and state.is_contiguous() and weight.is_contiguous()
-    output = torch.empty(len(x), channels)
+    output = torch.empty(len(x), channels, dtype=torch.float32)
     _convolve(x.dtype, width, TILES if channels % (TILES * LANES) == 0 else 1)(
         x.data_ptr(),
         x.stride(0),
@@ -103,9 +103,9 @@ def apply_rule(
     assert gates.is_contiguous() and output.is_contiguous() and z.stride(1) == 1 and state.is_contiguous()
     num_pairs = shape.num_value_heads * len(table)
     threads = torch.get_num_threads() if num_pairs > 1 else 1
-    scalars = torch.empty(len(mixed), shape.num_value_heads, SCALARS)
-    results = torch.empty(len(mixed), shape.num_value_heads, shape.value_dim)
-    scratch = torch.empty(threads, shape.key_dim, COLUMNS)
+    scalars = torch.empty(len(mixed), shape.num_value_heads, SCALARS, dtype=torch.float32)
+    results = torch.empty(len(mixed), shape.num_value_heads, shape.value_dim, dtype=torch.float32)
+    scratch = torch.empty(threads, shape.key_dim, COLUMNS, dtype=torch.float32)
     weight, epsilon = norm
     _rule(output.dtype, shape, epsilon)(
         mixed.data_ptr(),

@@ -74,7 +74,7 @@ def prepare(x: torch.Tensor, fmt: Format) -> Prepared:
 
 
 def _padded_bias(weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    padded = torch.zeros(weight.quants.shape[0] * LANES)
+    padded = torch.zeros(weight.quants.shape[0] * LANES, dtype=torch.float32)
     if bias is not None:
         padded[: len(bias)] = bias  # the bias of joined layers is padded already
     return padded

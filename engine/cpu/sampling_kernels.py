@@ -70,7 +70,7 @@ def collect(
     logits: accepted by `can_argmax`; the others (len(rows),), rows int64.
     """
     count, columns = len(rows), logits.shape[-1]
-    values = torch.full((count, limit + LANES), -torch.inf)
+    values = torch.full((count, limit + LANES), -torch.inf, dtype=torch.float32)
     places = torch.zeros(count, limit + LANES, dtype=torch.int32)
     counts, totals = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.float64)
     threads = torch.get_num_threads() if count > 1 else 1

@@ -172,7 +172,7 @@ def _threshold(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """Estimates for each row the value that its best 1/64 of the logits reach, from a sample of them: (rows,)."""
     vocab = logits.shape[-1]
     if vocab <= KEPT:
-        return torch.full((len(rows),), -torch.inf)
+        return torch.full((len(rows),), -torch.inf, dtype=torch.float32)
     return logits[:, :: vocab // SAMPLE][rows].topk(SAMPLED_BEST, dim=-1).values[:, -1]
 
 
