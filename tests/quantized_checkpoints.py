@@ -204,3 +204,12 @@ def change(directory: Path, edit: Callable[[Tensors], object]) -> None:
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def mxfp8(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' mxfp8-quantized: E4M3 with a power of two for each 32 columns."""
+    grouped = weight.unflatten(1, (-1, 32))
+    exponents = (_not_zero(grouped.abs().amax(-1)) / 448).log2().ceil()
+    codes = (grouped / exponents.exp2()[..., None]).flatten(1).to(torch.float8_e4m3fn)
+    value = (codes.float().unflatten(1, (-1, 32)) * exponents.exp2()[..., None]).flatten(1)
+    return {".weight": codes, ".weight_scale": (exponents + 127).to(torch.uint8)}, value

@@ -9,7 +9,8 @@ import quantized_checkpoints as made
 import torch
 from models import tiny_model
 from odd_checkpoints import ignore
-from quantized_checkpoints import Tensors, Write
+from quantized_cases import CASES, Scheme
+from quantized_checkpoints import Tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -19,7 +20,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from engine.attention.paged import AttentionRecorder
 from engine.checked_model import check_model
 from engine.cpu import kernels
-from engine.cpu.packed_weight import BFLOAT16, E4M3, INT8, PARTS, Format, PackedWeight, round_and_pack
+from engine.cpu.packed_weight import BFLOAT16, INT8, PARTS, Format, PackedWeight, round_and_pack
 from engine.cpu.packing import Packer
 from engine.model_loader import load_model
 from engine.quantization import OWN_CODES
@@ -29,63 +30,6 @@ from engine.rounded_files import FOLDER
 from errors import ModelLoadError
 
 pytestmark = pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
-Scheme = dict[str, Any]
-Case = tuple[Write, Scheme, Format]
-
-
-def gptq(bits: int, group: int, is_symmetric: bool, is_v2: bool = False) -> Case:
-    scheme = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": is_symmetric, "desc_act": False}
-    symmetric = Format(bits, offset=2 ** (bits - 1))
-    other = Format(bits, offset=128 if bits == 8 else 0, has_minimum=True)
-    return (
-        made.gptq(bits, group, is_symmetric, is_v2),
-        {**scheme, "checkpoint_format": "gptq_v2" if is_v2 else "gptq"},
-        symmetric if is_symmetric else other,
-    )
-
-
-def awq(group: int) -> Case:
-    scheme = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
-    return made.awq(group), scheme, Format(4, has_minimum=True)
-
-
-def compressed(write: Write, name: str, fmt: Format, **weights: Any) -> Case:
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    scheme = {"quant_method": "compressed-tensors", "format": name, "config_groups": groups, "ignore": ["lm_head"]}
-    return write, scheme, fmt
-
-
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-BLOCK = (128, 128)
-CASES: dict[str, Case] = {
-    **{
-        f"gptq-{bits}-{group}-{'sym' if is_symmetric else 'asym'}": gptq(bits, group, is_symmetric)
-        for bits, group, is_symmetric in [
-            *[(4, group, is_symmetric) for group in (32, 64, 128, -1) for is_symmetric in (True, False)],
-            *[(8, 32, True), (8, 128, False), (8, -1, True), (2, 64, True)],
-        ]
-    },
-    "gptq-v2": gptq(4, 64, False, is_v2=True),
-    **{f"awq-{group}": awq(group) for group in (32, 64, 128)},
-    **{
-        f"packed-{bits}-{group}-{'sym' if is_symmetric else 'asym'}": compressed(
-            made.packed(bits, group, is_symmetric),
-            "pack-quantized",
-            gptq(bits, group, is_symmetric)[2],
-        )
-        for bits, group, is_symmetric in [(4, 32, True), (4, 128, True), (4, -1, True), (4, 64, False), (8, 64, False)]
-    },
-    "int8": compressed(made.int8(), "int-quantized", INT8),
-    "fp8-blocks": (made.fp8(".weight_scale_inv", BLOCK), {**FP8, "weight_block_size": [*BLOCK]}, E4M3),
-    "fp8-tensor": (made.fp8(".weight_scale", None), FP8, E4M3),
-    "fp8-rows": (made.fp8(".weight_scale", None, per_row=True), FP8, E4M3),
-    "float-tensor": compressed(made.fp8(".weight_scale", None), "float-quantized", E4M3),
-    "float-rows": compressed(made.fp8(".weight_scale", None, per_row=True), "float-quantized", E4M3),
-    "float-blocks": compressed(
-        made.fp8(".weight_scale", BLOCK), "float-quantized", E4M3, strategy="block", block_structure=[*BLOCK]
-    ),
-    "mxfp4": compressed(made.mxfp4, "mxfp4-pack-quantized", Format(5, offset=16)),
-}
 
 
 def load(directory: Path, quantization: str = "auto", cache_dir: Path | None = None) -> PreTrainedModel:
@@ -439,3 +383,16 @@ def test_a_row_of_zeros_is_zero(tmp_path: Path) -> None:
     made.save(tmp_path, dead, scheme)
     for name, weight in packed_weights(tmp_path).items():
         assert weight.dequantize().isfinite().all() and ("_proj" not in name or not weight.dequantize()[3].any())
+
+
+@pytest.mark.parametrize("name", ["gptq-4-32-sym", "fp8-rows"])
+def test_tied_embeddings_that_are_quantized_keep_their_codes(name: str, tmp_path: Path) -> None:
+    write, scheme, fmt = CASES[name]
+    layers, vocab = "(proj|embed_tokens)$", 200  # words of GPTQ hold eight outputs
+    expected = made.save(tmp_path, write, scheme, layers=layers, tie_word_embeddings=True, vocab_size=vocab)
+    value = expected["model.embed_tokens.weight"]
+    model = load(tmp_path)
+    assert model.get_submodule("lm_head").packed.format == fmt
+    ids = torch.arange(0, 199, 3)
+    rows = model.get_submodule("model.embed_tokens")(ids).float()
+    assert (rows - value[ids]).norm() < 0.01 * value[ids].norm()
