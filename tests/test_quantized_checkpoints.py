@@ -47,7 +47,8 @@ def packed_weights(directory: Path, quantization: str = "auto") -> dict[str, Pac
     for name, values in tables["formats"].items():
         num_rows = values.pop("num_rows")
         parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
-        result[name] = PackedWeight(Format(**values), num_rows, **parts)
+        table = tuple(values.pop("table"))  # JSON has lists
+        result[name] = PackedWeight(Format(**values, table=table), num_rows, **parts)
     return result
 
 
