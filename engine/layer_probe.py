@@ -75,8 +75,12 @@ def measure_key_factors(model: PreTrainedModel, context: int) -> dict[int, tuple
     """
     device, recorder = input_device(model), AttentionRecorder(computes=True)
     num_ids = cast(int, model.get_input_embeddings().num_embeddings)
-    ids = [i for i in torch.linspace(0, num_ids - 1, MEASURED_TOKENS).long().tolist() if i not in placeholders(model)]
-    positions = torch.linspace(0, min(context, FARTHEST) - 1, len(ids), device=device).long()[None]
+    ids = [
+        i
+        for i in torch.linspace(0, num_ids - 1, MEASURED_TOKENS, dtype=torch.float32).long().tolist()
+        if i not in placeholders(model)
+    ]
+    positions = torch.linspace(0, min(context, FARTHEST) - 1, len(ids), device=device, dtype=torch.float32).long()[None]
     family = vision_family_of(model.config)
     if family is not None and family.position_axes > 1:
         positions = positions.expand(family.position_axes, 1, -1)

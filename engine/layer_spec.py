@@ -71,7 +71,9 @@ class AttentionSpec:
         """Returns what keys are divided by, (num_kv_heads, key_dim) float32; None where the cache is not int8."""
         if self.key_factors is None:
             return None
-        return torch.tensor(self.key_factors, device=self.device).view(self.num_kv_heads, self.key_dim)
+        return torch.tensor(self.key_factors, dtype=torch.float32, device=self.device).view(
+            self.num_kv_heads, self.key_dim
+        )
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _tokens(runner: ModelRunner, max_model_len: int) -> list[int]:
     count = max([PROMPT_TOKENS, *(window + BEYOND_WINDOW for window in windows)]) + NUM_DECODES
     count = min(count, max_model_len)
     unfit = placeholders(runner.model)
-    spread = torch.linspace(0, runner.num_embeddings - 1, 2 * count).long().tolist()
+    spread = torch.linspace(0, runner.num_embeddings - 1, 2 * count, dtype=torch.float32).long().tolist()
     return [token for token in spread if token not in unfit][:: 2 if len(unfit) < count else 1][:count]
 
 

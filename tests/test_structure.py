@@ -125,3 +125,15 @@ def left_to_test_all() -> set[tuple[str, str]]:
 def test_what_make_test_leaves_out_is_listed() -> None:
     listed = re.findall(r"^\| (test_\w+) \| (test_\w+) \|", (ROOT / "tests" / "rows.md").read_text(), re.MULTILINE)
     assert set(listed) == left_to_test_all() and len(listed) == len(set(listed))
+
+
+ALLOCATING = {"torch.empty", "torch.zeros", "torch.ones", "torch.full", "torch.linspace", "torch.rand", "torch.randn"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda path: path.name)
+def test_the_engine_names_the_type_of_each_tensor_it_makes(path: Path) -> None:
+    """transformers changes torch's default type while it loads a model, in all threads: another model's kernels would
+    then get memory of half the size that they write."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    made = [call for call in calls if ast.unparse(call.func) in ALLOCATING]
+    assert [call.lineno for call in made if not any(part.arg == "dtype" for part in call.keywords)] == []

@@ -102,8 +102,8 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
     if not attention_kernels.can_rotate(head_dim, num_rotated):
         return None
     shared = cast(SharedLinear, layers[0]).shared
-    x = torch.randn(1, 3, shared.num_columns).to(output.dtype)
-    half = torch.rand(1, 3, num_rotated // 2) * 6
+    x = torch.randn(1, 3, shared.num_columns, dtype=torch.float32).to(output.dtype)
+    half = torch.rand(1, 3, num_rotated // 2, dtype=torch.float32) * 6
     angles = torch.cat([half, half], dim=-1)
     places = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
     recorder = AttentionRecorder()

@@ -279,7 +279,7 @@ def _fused_mlp(module: nn.Module) -> FusedMLP | None:
         or up.packed.num_rows % LANES
     ):
         return None
-    x = torch.randn(3, gate.packed.num_columns).to(gate.dtype)
+    x = torch.randn(3, gate.packed.num_columns, dtype=torch.float32).to(gate.dtype)
     expected = module(x)
     fused = FusedMLP(join([gate, up]), activation, down)
     return fused if is_same(fused(x), expected) else None
@@ -303,7 +303,7 @@ def _fused_norm(module: nn.Module) -> FusedNorm | None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None or weight.numel() % LANES:
         return None
-    x = torch.randn(2, weight.numel())
+    x = torch.randn(2, weight.numel(), dtype=torch.float32)
     for offset in (0.0, 1.0):
         fused = FusedNorm(weight.data.float() + offset, float(epsilon))
         if is_same(fused(x), module(x).float()):

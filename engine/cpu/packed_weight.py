@@ -294,7 +294,7 @@ def pack_floats(weight: torch.Tensor) -> PackedWeight:
         format=FLOATS[weight.dtype],
         num_rows=num_rows,
         quants=numbers.contiguous().flatten(2).view(torch.uint8),
-        scales=torch.empty(0, 0, 1, LANES),
+        scales=torch.empty(0, 0, 1, LANES, dtype=torch.float32),
     )
 
 

@@ -23,7 +23,7 @@ def can_argmax(logits: torch.Tensor) -> bool:
 def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Finds the largest logit of each row, or NaN if the row has one, and its first column. logits: (rows, columns)."""
     rows, columns = logits.shape
-    best, index = torch.empty(rows), torch.empty(rows, dtype=torch.long)
+    best, index = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.long)
     threads = torch.get_num_threads() if rows > 1 else 1
     _argmax()(logits.data_ptr(), best.data_ptr(), index.data_ptr(), rows, columns, num_threads=threads)
     return best, index

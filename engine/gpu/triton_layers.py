@@ -186,7 +186,7 @@ def fused_attention(module: nn.Module) -> Attention | None:
     if len({layer.bias is None for layer in layers[:3]}) > 1:
         return None
     x = _numbers(layers[0].weight)
-    half = torch.rand(1, 3, head_dim // 2, device=x.device) * 6
+    half = torch.rand(1, 3, head_dim // 2, device=x.device, dtype=torch.float32) * 6
     angles = torch.cat([half, half], dim=-1)
     places = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
     recorder = AttentionRecorder()
@@ -217,7 +217,7 @@ def _plain_layers(module: nn.Module, *names: str) -> list[Any]:
 
 def _numbers(weight: torch.Tensor) -> torch.Tensor:
     """Makes random inputs of three tokens for a weight: (1, 3, columns)."""
-    return torch.randn(1, 3, weight.shape[-1], device=weight.device).to(weight.dtype)
+    return torch.randn(1, 3, weight.shape[-1], device=weight.device, dtype=torch.float32).to(weight.dtype)
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -148,7 +148,7 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """Reads scales that are powers of two, of 8 bits: OCP Microscaling Formats, v1.0, section 5.4.1."""
-    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - SCALE_OF_BITS)
+    return torch.ldexp(torch.ones(exponents.shape, dtype=torch.float32), exponents.int() - SCALE_OF_BITS)
 
 
 def spread(

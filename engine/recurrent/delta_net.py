@@ -129,7 +129,11 @@ def fused_delta_net(stock: nn.Module, layer: int) -> FusedDeltaNet | None:
         if shape is None:
             return None
         fused = FusedDeltaNet(stock, layer, shape)
-        parts = torch.randn(1, sum(TRIED), cast(Any, stock).hidden_size).to(fused.spec.input_dtype).split(TRIED, dim=1)
+        parts = (
+            torch.randn(1, sum(TRIED), cast(Any, stock).hidden_size, dtype=torch.float32)
+            .to(fused.spec.input_dtype)
+            .split(TRIED, dim=1)
+        )
         states, cache = fused.spec.make_tensors(1), LayerStates()
         for part in parts:
             expected = stock(hidden_states=part, cache_params=cache)

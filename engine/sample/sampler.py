@@ -146,7 +146,7 @@ class Sampler:
         vocab = logits.shape[-1]
         values, candidates = logits.topk(width, dim=-1) if width < vocab else logits.sort(-1, descending=True)
         total = (logits - values[:, :1]).exp().sum(-1)
-        reach = torch.full((len(sequences),), width, device=logits.device)
+        reach = torch.full((len(sequences),), width, device=logits.device, dtype=torch.int64)
         drawn, complete = _draw_from_best(values, total.double(), sequences, at, reach)
         return candidates.gather(-1, drawn[:, None])[:, 0], complete
 
