@@ -6,6 +6,7 @@ A row's version changes when it gets other content. Another thread may therefore
 afterwards whether they are still what they were.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -37,7 +38,7 @@ class Keeper(Protocol):
     def find(self, key: bytes) -> int | None: ...
 
 
-class CacheRows:
+class CacheRows(ABC):
     """The rows of one part. Those of all its tensors make up the bytes of a row."""
 
     def __init__(self, name: str, keeper: Keeper, tensors: Iterable[torch.Tensor]) -> None:
@@ -93,18 +94,21 @@ class CacheRows:
         for number, index in taken:
             self._add(keys[number], index)
 
+    @abstractmethod
     def num_lacking(self, keys: Sequence[bytes]) -> int:
         """Returns how many rows too few are free for these contents to be in memory together."""
-        return 0
 
+    @abstractmethod
     def touch(self, keys: Sequence[bytes]) -> None:
         """Notes that these contents are used now."""
 
+    @abstractmethod
     def _take(self) -> int | None:
-        raise NotImplementedError
+        """Returns a free row; None if there is none."""
 
+    @abstractmethod
     def _add(self, key: bytes, index: int) -> None:
-        raise NotImplementedError
+        """Lets others find a row's content by its key."""
 
 
 class BlockRows(CacheRows):
@@ -138,6 +142,12 @@ class SnapshotRows(CacheRows):
     def __init__(self, states: StateCache) -> None:
         super().__init__(STATE, states, (tensor for tensors in states.tensors.values() for tensor in tensors))
         self._states = states
+
+    def num_lacking(self, keys: Sequence[bytes]) -> int:
+        return 0  # the one that was used least recently makes room
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Does nothing: a prompt that begins with a snapshot notes its use."""
 
     def _take(self) -> int | None:
         return self._states.take()

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from config import ApiKey
 from errors import InvalidKey, RateLimited
 from server.asgi_errors import send_error
+from setting_values import ApiKey
 from telemetry import request_record
 
 OPEN_METHODS = ("GET", "HEAD")

@@ -5,13 +5,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import errors
 from checkpoints import checkpoint, hub_model, hub_snapshot, packages
 from checkpoints.atomic_files import load_errors
 from checkpoints.demo_models import DEMO_MODELS, EMBEDDING_DEMOS
-from checkpoints.library import Entry, Library
+from checkpoints.models_on_disk import Entry, ModelsOnDisk
 from checkpoints.progress import Progress
 from checkpoints.sources import Sources
 from config import Settings
@@ -80,7 +79,7 @@ def _pull(arguments: argparse.Namespace, settings: Settings, sources: Sources) -
 
 
 def _list(arguments: argparse.Namespace, settings: Settings, sources: Sources) -> None:
-    entries = _library(settings, sources).entries()
+    entries = _models_on_disk(settings, sources).entries()
     rows = [("NAME", "KIND", "SIZE", "LAST USED", "WHERE"), *(_row(entry) for entry in entries)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for *cells, where in rows:
@@ -99,13 +98,12 @@ def _size(num_bytes: int) -> str:
 
 
 def _remove(arguments: argparse.Namespace, settings: Settings, sources: Sources) -> None:
-    removed, freed = _library(settings, sources).remove(arguments.name)
+    removed, freed = _models_on_disk(settings, sources).remove(arguments.name)
     print(f"removed {', '.join(entry.name for entry in removed)}: {_size(freed)} are free again")
 
 
-def _library(settings: Settings, sources: Sources) -> Library:
-    models_dir = getattr(settings, "models_dir", None)
-    return Library(settings.cache_dir, sources, Path(models_dir) if models_dir else None)
+def _models_on_disk(settings: Settings, sources: Sources) -> ModelsOnDisk:
+    return ModelsOnDisk(settings.cache_dir, sources, settings.models_dir)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Settings, Sources], None]] = {

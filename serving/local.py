@@ -1,4 +1,4 @@
-"""LocalModel: the model of this process. Requests become plans, which the engine computes as a stream of chunks."""
+"""LocalModel: a model of this process. Requests become plans, which the engine computes as a stream of chunks."""
 
 import asyncio
 import logging

@@ -18,8 +18,6 @@ from serving.model_pool import ModelPool
 from serving.model_slot import in_daemon_thread
 
 Pool = ModelPool[Any, LoadedModel, Footprint]  # by LocalModel
-CACHE_SHARE = 0.4  # of the memory that the weights leave
-MAX_CPU_CACHE = 4 * 2**30  # bytes, unless a setting asks for more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ class ModelLoader:
     def _weights(self, path: str, directory: Path) -> int:
         """Returns the bytes of the weights. Raises ModelLoadError if they are more than MODELS_MEMORY."""
         with IMPORTING:
-            importlib.import_module("engine.model_loader")  # and torch with it
+            importlib.import_module("engine.build")  # and torch with it
         weights, limit = weights_bytes(directory, self.settings), self.settings.models_memory
         if limit is not None and weights > limit:
             raise ModelLoadError(
@@ -91,8 +89,10 @@ class ModelLoader:
             )
         if cache is not None or (self.is_alone and limit is None):
             return cache
-        cache = int(CACHE_SHARE * max(0, self.memory.budget.total - weights))
-        return cache if is_on_gpu(self.settings) else min(cache, MAX_CPU_CACHE)
+        from engine.build import CPU_CACHE_MEMORY, CPU_CACHE_SHARE
+
+        cache = int(CPU_CACHE_SHARE * max(0, self.memory.budget.total - weights))
+        return cache if is_on_gpu(self.settings) else min(cache, CPU_CACHE_MEMORY)
 
 
 def weights_bytes(directory: Path, settings: Settings) -> int:

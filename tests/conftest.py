@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 
 # One thread for each process: two would wait for each other while another worker's process has their core.
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it
@@ -91,6 +92,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from models import save_tiny_checkpoint
 
     return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "Tiny-Qwen3")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """Four models."""
+    directory = tmp_path_factory.mktemp("models")
+    for name in "abcd":
+        shutil.copytree(tiny_checkpoint, directory / name)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ from process import MAIN, Server, serve, wait_for
 from pydantic import SecretStr
 from raw_http import JSON, Connection, Headers, Reply, bounded_peak, error_of, request
 
-from config import ApiKey
 from errors import RateLimited
 from server.api_keys import Client
+from setting_values import ApiKey
 
 ALICE, BOB = "sk-alice-0123456789abcdefABCDEF", "sk-bob-zyxwvutsrqponm9876543210"
 CAROL, DAVE = "sk-carol-24681357900864297531", "sk-dave-135792468097531864200"  # one at a time, two a minute

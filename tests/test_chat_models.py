@@ -3,33 +3,16 @@
 import asyncio
 import shutil
 import weakref
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from chat_models import Gate, ask, memory_for, run, statuses, until
 
-from api.streaming import collect_chat
-from checkpoints.progress import Progress
-from checkpoints.sources import Sources
-from config import Settings
-from engine.batch import Batch
-from errors import (
-    EngineFailure,
-    InvalidRequest,
-    ModelLoadError,
-    ModelLoading,
-    ModelNotFound,
-    Unavailable,
-    UpstreamUnreachable,
-)
+from errors import InvalidRequest, ModelNotFound, UpstreamUnreachable
 from schemas import ChatCompletionRequest
 from serving.chat_models import ChatModels
-from serving.loading import LoadedModel, load
 
 COMMIT = "0" * 40
-MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -42,57 +25,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Pa
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text(COMMIT)
     return directory
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """Four models."""
-    directory = tmp_path_factory.mktemp("models")
-    for name in "abcd":
-        shutil.copytree(tiny_checkpoint, directory / name)
-    return directory
-
-
-def run(
-    scenario: Callable[[ChatModels], Coroutine[Any, Any, None]],
-    *,
-    load: Any = load,
-    hub: Path | None = None,
-    **settings: Any,
-) -> None:
-    async def within_a_minute() -> None:
-        values = {"max_model_len": 128, "dtype": "float32", "quantization": "none", **settings}
-        own = Settings.model_validate({"kv_cache_memory": MIB, **values})
-        models = ChatModels(own, load, sources=Sources(endpoint=None, hub_cache=hub))
-        try:
-            async with asyncio.timeout(100):
-                await scenario(models)
-        finally:
-            await models.close(1)
-
-    asyncio.run(within_a_minute())
-
-
-async def ask(models: ChatModels, name: str, **more: Any) -> Any:
-    body = {"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0, **more}
-    model = await models.model(name)
-    return await collect_chat(model.stream_chat(ChatCompletionRequest.model_validate(body)))
-
-
-async def until(is_true: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not is_true():
-            await asyncio.sleep(0.01)
-
-
-def statuses(models: ChatModels) -> dict[str, str]:
-    return {model.name: model.status for model in models.all}
-
-
-def memory_for(num_models: int, folder: Path) -> int:
-    """Returns bytes in which so many of the folder's models fit, with their caches."""
-    weights = (folder / "a" / "model.safetensors").stat().st_size
-    return int((num_models + 0.5) * (weights + MIB))
 
 
 # --- which there are
@@ -283,165 +215,6 @@ def test_what_is_no_duration_is_refused_before_a_model_is_loaded(folder: Path, k
         assert statuses(models)["b"] == "unloaded"
 
     run(scenario, models_dir=folder)
-
-
-# --- what can fail
-
-
-class Gate:
-    """Loads when it is let, and fails as often as it is told."""
-
-    def __init__(self, num_failures: int = 0) -> None:
-        self.num_failures, self.num_loads, self.is_open = num_failures, 0, False
-
-    def __call__(self, path: str, settings: Settings, progress: Progress) -> LoadedModel:
-        import time
-
-        self.num_loads += 1
-        progress.report("loading weights", 0.25)
-        while not self.is_open:
-            time.sleep(0.01)
-        if self.num_loads <= self.num_failures:
-            raise ModelLoadError("The file is broken.")
-        return load(path, settings, progress)
-
-
-def test_who_cannot_wait_is_told_how_far_it_is_and_all_others_share_one_load(folder: Path) -> None:
-    gate = Gate()
-
-    async def scenario(models: ChatModels) -> None:
-        stream = asyncio.create_task(ask(models, "b", stream=True))  # waits as long as it takes
-        await until(lambda: gate.num_loads)
-        with pytest.raises(ModelLoading, match=r"b is loading \(loading weights: 25 %\); try again later") as refusal:
-            await ask(models, "b")
-        assert refusal.value.status == 503 and refusal.value.retry_after
-        gate.is_open = True
-        assert (await stream).choices and gate.num_loads == 1
-
-    run(scenario, load=gate, models_dir=folder, model_load_wait=0.1)
-
-
-def test_a_load_that_fails_is_told_and_tried_again_later_and_harms_no_other_model(folder: Path) -> None:
-    gate = Gate(num_failures=1)
-    gate.is_open = True
-
-    async def scenario(models: ChatModels) -> None:
-        for _ in range(2):
-            with pytest.raises(InvalidRequest, match=r"The file is broken\."):
-                await ask(models, "b")
-        failed = await models.model("b")
-        assert gate.num_loads == 1 and failed.entry.status == "failed" and failed.entry.error == "The file is broken."
-        assert (await ask(models, "c")).choices
-        failed._failed_at = -1e9  # long ago
-        assert (await ask(models, "b")).choices and failed.entry.error is None
-
-    run(scenario, load=gate, models_dir=folder)
-
-
-def test_a_failed_load_leaves_no_engine_behind(folder: Path) -> None:
-    engines: list[weakref.ref[Any]] = []
-
-    def noted(path: str, settings: Settings, progress: Progress) -> LoadedModel:
-        loaded = load(path, settings, progress)
-        engines.append(weakref.ref(loaded.engine))
-        return loaded
-
-    async def scenario(models: ChatModels) -> None:
-        with pytest.raises(InvalidRequest, match="adapter"):
-            await ask(models, "a")
-        assert len(engines) == 1 and engines[0]() is None
-        assert (await ask(models, "b")).choices, "it has no adapters"
-
-    run(scenario, load=noted, models_dir=folder, lora_adapters={"x": str(folder / "none")})
-
-
-def test_a_model_that_was_served_and_cannot_be_loaded_again_does_not_end_the_server(tiny_checkpoint: Path) -> None:
-    gate, ends = Gate(), list[str]()
-    gate.is_open = True
-
-    async def scenario() -> None:
-        settings = Settings(model_path=str(tiny_checkpoint), max_model_len=128, dtype="float32")
-        models = ChatModels(settings, gate, on_failure=ends.append)
-        await ask(models, models.first.name)
-        await models.first.unload()
-        gate.num_failures = 2
-        with pytest.raises(InvalidRequest, match=r"The file is broken\."):
-            await ask(models, models.first.name)
-        assert ends == []
-        models.first._failed_at = -1e9
-        assert (await ask(models, models.first.name)).choices
-        await models.close(0)
-
-    asyncio.run(scenario())
-
-
-def test_an_old_copy_that_fails_does_not_touch_the_new_one(folder: Path) -> None:
-    async def scenario(models: ChatModels) -> None:
-        body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True, "stream": True}
-        stream = models.first.stream_chat(ChatCompletionRequest.model_validate(body))
-        await anext(stream)
-        old = models.first.loaded
-        assert old is not None
-        unloading = asyncio.create_task(models.first.unload())
-        await asyncio.sleep(0)
-        await ask(models, "a")
-        old.engine.runner.run = fail
-        with pytest.raises(EngineFailure):
-            async for _ in stream:
-                pass
-        await unloading
-        assert models.first.status == "loaded" and models.first.loaded is not old and models.first.failure is None
-
-    run(scenario, models_dir=folder)
-
-
-def test_a_client_that_leaves_while_its_model_loads_ends_nothing(folder: Path) -> None:
-    gate = Gate()
-
-    async def scenario(models: ChatModels) -> None:
-        left = asyncio.create_task(ask(models, "b"))
-        await until(lambda: gate.num_loads)
-        left.cancel()
-        unloading = asyncio.create_task((await models.model("b")).unload())
-        await asyncio.sleep(0.05)
-        gate.is_open = True
-        await unloading
-        assert statuses(models)["b"] == "unloaded"
-        assert (await ask(models, "b")).choices and gate.num_loads == 2
-
-    run(scenario, load=gate, models_dir=folder)
-
-
-def fail(batch: Batch) -> None:
-    raise torch.AcceleratorError("an illegal access")
-
-
-@pytest.mark.parametrize("next_name", ["a", "b"])
-def test_a_model_whose_engine_died_is_in_nobodys_way_and_is_loaded_anew(folder: Path, next_name: str) -> None:
-    async def scenario(models: ChatModels) -> None:
-        first = await models.model("a")
-        (await first.wait()).engine.runner.run = fail
-        with pytest.raises(EngineFailure):
-            await ask(models, "a")
-        await until(lambda: first.loaded is None)
-        first._failed_at = -1e9
-        assert (await ask(models, next_name)).choices
-
-    run(scenario, models_dir=folder)
-
-
-def test_closing_refuses_what_waits_for_a_load(folder: Path) -> None:
-    gate = Gate()
-
-    async def scenario(models: ChatModels) -> None:
-        waiting = asyncio.create_task(ask(models, "b"))
-        await until(lambda: gate.num_loads)
-        await models.close(0)
-        with pytest.raises(Unavailable, match="shutting down"):
-            await waiting
-        gate.is_open = True
-
-    run(scenario, load=gate, models_dir=folder)
 
 
 # --- of the Hub

@@ -13,7 +13,7 @@ from process import ROOT
 
 from checkpoints import checkpoint
 from checkpoints import hub_model as hub_names
-from checkpoints.library import Library
+from checkpoints.models_on_disk import ModelsOnDisk
 from checkpoints.sources import Sources
 from config import Settings
 from engine import rounded_files
@@ -35,7 +35,7 @@ def run(cache: Path, endpoint: str | None, *arguments: str, **settings: object) 
 
 
 def names(cache: Path) -> list[str]:
-    return [entry.name for entry in Library(cache / "own", Sources(None, cache / "hub")).entries()]
+    return [entry.name for entry in ModelsOnDisk(cache / "own", Sources(None, cache / "hub")).entries()]
 
 
 # --- pull
@@ -212,14 +212,19 @@ def test_no_name_leads_out_of_the_caches(name: str, tmp_path: Path, capsys: pyte
 
 def test_models_that_the_server_only_reads_are_shown_and_stay(tmp_path: Path) -> None:
     models = tmp_path / "models"
-    for path in (models / "a" / "config.json", models / "b.gguf", models / "c-00001-of-00002.gguf"):
+    for path in (
+        models / "a" / "config.json",
+        models / "a" / "model.safetensors",
+        models / "b.gguf",
+        models / "c-00001-of-00002.gguf",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-    library = Library(tmp_path / "own", Sources(None, tmp_path / "hub"), models)
-    found = {entry.name for entry in library.entries()}
+    models_on_disk = ModelsOnDisk(tmp_path / "own", Sources(None, tmp_path / "hub"), models)
+    found = {entry.name for entry in models_on_disk.entries()}
     assert found == {str(models / name) for name in ("a", "b.gguf", "c-00001-of-00002.gguf")}
     with pytest.raises(ModelLoadError, match="is in MODELS_DIR, where the server only reads"):
-        library.remove(str(models / "b.gguf"))
+        models_on_disk.remove(str(models / "b.gguf"))
     assert (models / "b.gguf").exists()
 
 

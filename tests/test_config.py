@@ -9,8 +9,9 @@ import pytest
 from process import ROOT
 from pydantic import ValidationError, create_model
 
-from config import Settings, is_open_to_network, parse_bytes, provider_fields
+from config import Settings, is_open_to_network, provider_fields
 from provider_table import ProviderRow
+from setting_values import parse_bytes
 
 READ = "import config; print(config.from_command_line(['--port', '3']).model_dump_json())"
 

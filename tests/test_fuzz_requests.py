@@ -22,11 +22,11 @@ from api.messages.schemas import MessagesRequest
 from api.ollama import schemas as ollama_schemas
 from api.responses.requests import ResponsesRequest
 from api.responses.view import as_chat
-from config import parse_bytes, parse_fallbacks, parse_pairs
 from errors import APIError
 from prompt_templates import TOOL_FORMATS, PromptTemplate, RenderOptions
 from server.error_formats import OPENAI
 from serving.cl100k import Cl100k
+from setting_values import parse_bytes, parse_fallbacks, parse_pairs
 from text.canonical_messages import canonical
 from text.structured_output import structure_of
 from text.tool_calls.json_calls import LINES

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def attend(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Computes attention over all tokens, without a cache."""
-    factors = module.config.key_factors[module.layer_idx]  # type: ignore[union-attr, index]
+    factors = cast(Any, module).config.key_factors[cast(Any, module).layer_idx]
     key = rounded(key, torch.tensor(factors).view(key.shape[1], 1, key.shape[3]))
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, rounded(value)))
     distance = torch.arange(key.shape[2])[:, None] - torch.arange(key.shape[2])

@@ -8,9 +8,9 @@ from api.responses.progress import OVER
 from api.responses.replay import last_event
 from api.responses.schemas import ErrorEvent, ResponseObject, ResponsesEvent, ResponseStateEvent
 from api.responses.stored import OpenResponse
-from config import ApiKey
 from errors import APIError, InvalidRequest, Overloaded, RateLimited, RequestTimeout, Unavailable
 from server.observer import count_for_model
+from setting_values import ApiKey
 from telemetry import logs, request_record
 from telemetry.request_record import RequestRecord
 

@@ -1,4 +1,4 @@
-"""The library: the models that are on this machine's disk, and what removes one.
+"""Models on disk: those that are on this machine's disk, and what removes one.
 
 Only what the server itself fetched or made can be removed: each path that goes comes from a search of the caches, and
 none from the name that a user types.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import errors
-from checkpoints import checkpoint, gguf_parts, hub_files, hub_model, packages
+from checkpoints import checkpoint, gguf_parts, hub_files, hub_model, model_folder, packages
 from checkpoints.demo_models import DEMO_MODELS, EMBEDDING_DEMOS
 from checkpoints.sources import Sources
 from engine import rounded_files
@@ -50,7 +50,7 @@ def _distinct(paths: Iterable[Path]) -> set[Path]:
     return {file.resolve() for file in found if file.is_file()}
 
 
-class Library:
+class ModelsOnDisk:
     """What is in the server's cache, in huggingface_hub's, and in the directory of models."""
 
     def __init__(self, cache_dir: Path, sources: Sources | None = None, models_dir: Path | None = None) -> None:
@@ -152,16 +152,11 @@ class Library:
             yield from rounded_files.of_model(self._cache_dir, directory)
 
     def _local(self) -> Iterator[Entry]:
-        """Yields the models in MODELS_DIR: each directory with a config.json, and each GGUF file."""
-        if self._models_dir is None:
-            return
-        for config in sorted(self._models_dir.rglob("config.json")):
-            place = config.parent
-            yield Entry(name=str(place), kind=SAFETENSORS, place=place, files=(place,), is_ours=False)
-        names = [str(path) for path in self._models_dir.rglob("*") if path.suffix.lower() == ".gguf"]
-        for first, parts in hub_model.files_of(names).items():
-            files = tuple(Path(part) for part in parts)
-            yield Entry(name=first, kind=GGUF, place=Path(first), files=files, is_ours=False)
+        """Yields the models in MODELS_DIR."""
+        for found in [] if self._models_dir is None else model_folder.find_models(self._models_dir):
+            place = Path(found.path)
+            files, kind = ((place,), SAFETENSORS) if place.is_dir() else (gguf_parts.present_parts(place), GGUF)
+            yield Entry(name=found.path, kind=kind, place=place, files=tuple(files), is_ours=False)
 
     def _made(self) -> Iterator[Entry]:
         """Yields what was converted, and rounded, of models that are elsewhere."""
