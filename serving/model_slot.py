@@ -146,5 +146,10 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
         with suppress(RuntimeError):  # the loop is closed, so there is no one left to tell
             loop.call_soon_threadsafe(deliver, *outcome)
 
-    threading.Thread(target=run, name="loader", daemon=True).start()
-    return await future
+    thread = threading.Thread(target=run, name="loader", daemon=True)
+    thread.start()
+    try:
+        return await future
+    finally:
+        if not future.cancelled():
+            thread.join()  # it is at its end, and holds what it worked with until then

@@ -124,7 +124,8 @@ def test_gguf_is_converted_once_and_keeps_weights_template_and_end_of_sequence(t
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.decode(tokenizer.encode("grüße")) == "grüße"
     assert "<|im_start|>" in tokenizer.chat_template
-    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == 258
+    eos_token_ids = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+    assert eos_token_ids == [258, 260]  # `<|im_end|>`, too
 
     reports.clear()
     checkpoint.fetch(str(tmp_path / "tiny.gguf"), tmp_path / "cache", lambda *report: reports.append(report))

@@ -229,6 +229,8 @@ NOT_CONVERTING = {  # imported by what converts, without a say in what is writte
     *("engine/memory.py", "engine/quantization.py", "engine/report.py"),
     *("engine/cpu/__init__.py", "engine/cpu/packed_layers.py", "engine/cpu/kernels.py", "engine/cpu/amx.py"),
     *("engine/cpu/activations.py", "engine/cpu/products.py", "engine/cpu/packing.py", "engine/cpu/packed_experts.py"),
+    *("engine/cpu/low_rank.py", "engine/lora/__init__.py", "engine/lora/adapter.py"),
+    *("engine/lora/adapter_config.py", "engine/lora/updates.py"),
 }
 
 

@@ -55,7 +55,8 @@ class Activations:
     def _part(self, dtype: torch.dtype, start: int, size: int) -> torch.Tensor:
         """Returns one part of the memory, `size` bytes for every group: (blocks, rows, size / bytes of dtype)."""
         groups = self.num_rows * self.blocks
-        return self.memory[start * groups : (start + size) * groups].view(dtype).view(self.blocks, self.num_rows, -1)
+        part = self.memory[start * groups : (start + size) * groups].view(dtype)
+        return part.view(self.blocks, self.num_rows, size // dtype.itemsize)  # also of no rows
 
 
 def quantize(x: torch.Tensor) -> Activations:
