@@ -40,9 +40,7 @@ MAX_READ_AHEAD = 2  # runs that were read and wait for the engine
 WRITE_SHARE = 0.25  # of the thread's time that writing takes while the engine works
 OPENING = 5.0  # seconds that reading the names and headers of files may take before the first request
 PAUSE = 30.0  # seconds without writes after the disk refused one
-PATIENCE = 20.0  # seconds for which a sequence waits for the disk at most
 POLL = 0.1  # seconds
-IDLE_REFRESH = 10.0  # seconds after which an idle thread looks for files of other processes
 NICENESS = 10
 
 
@@ -68,6 +66,9 @@ class _Read:
 
 
 class DiskPrefixCache:
+    patience = 20.0  # seconds for which a sequence waits for the disk at most
+    idle_refresh = 10.0  # seconds after which an idle thread looks for files of other processes
+
     def __init__(self, cache: KVCache, folder: PrefixFolder, parts: list[CacheRows]) -> None:
         self._cache, self.folder = cache, folder
         self._parts = {part.name: part for part in parts}
@@ -143,7 +144,7 @@ class DiskPrefixCache:
         for part, own in needed:
             part.touch(own)
         lacking = [(part, [key for key in own if part.keeper.find(key) is None]) for part, own in needed]
-        patience = threading.Timer(PATIENCE, self._post, (on_done,))  # a disk may hang
+        patience = threading.Timer(self.patience, self._post, (on_done,))  # a disk may hang
         patience.daemon = True
         num_tokens = (length - known) * size
         read = _Read(sequence=sequence, keys=lacking, num_tokens=num_tokens, on_done=on_done, patience=patience)
@@ -199,7 +200,7 @@ class DiskPrefixCache:
             self._wait(lambda: self._deadline is not None, seconds)
         else:
             self.folder.refresh()
-            self._wait(lambda: self._writes or self._deadline is not None, IDLE_REFRESH)
+            self._wait(lambda: self._writes or self._deadline is not None, self.idle_refresh)
 
     def _wait(self, is_over: Callable[[], object], seconds: float | None = None) -> None:
         with self._changed:

@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 KEPT_SHARE = 0.9  # of the bound, down to which files are removed once it is reached
 ABANDONED = 600.0  # seconds after which a file that was never finished is removed
 COUNTED = 10.0  # seconds for which the bytes of other processes may be unknown
-REFRESHED = 5.0  # seconds after which the files of other processes are looked for
 TOUCHED = 60.0  # seconds within which another use of a file is not noted
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
@@ -44,6 +43,8 @@ class _Found:
 
 class PrefixFolder:
     """The rows on disk of one model's cache. One thread writes, one reads; any may ask whether it has a row."""
+
+    refreshed = 5.0  # seconds after which the files of other processes are looked for
 
     def __init__(self, root: Path, kinds: Mapping[str, Kind], limit: int) -> None:
         """kinds: those of the parts of the cache, by their names. limit: bytes of all files under `root`."""
@@ -71,7 +72,7 @@ class PrefixFolder:
     def refresh(self, patience: float = 1.0) -> None:
         """Learns which rows the files have that are new; of those left after `patience` seconds the next time."""
         now = time.monotonic()
-        if self._seen is not None and now - self._seen[1] < REFRESHED:
+        if self._seen is not None and now - self._seen[1] < self.refreshed:
             return
         try:
             changed = self.folder.stat().st_mtime_ns

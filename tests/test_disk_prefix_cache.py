@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from models import VOCAB, generate
 from test_engine import ALL, answers, engine_of, greedy, reference, run
 
-from engine import disk_prefix_cache, prefix_folder
 from engine.build import open_disk
+from engine.disk_prefix_cache import DiskPrefixCache
 from engine.engine import Engine, EngineOptions
+from engine.prefix_files import Rows
+from engine.prefix_folder import PrefixFolder
 
 BLOCK = 4
 OPTIONS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=16, kv_block_size=BLOCK)
@@ -35,6 +37,11 @@ def engine_with(folder: Path, family: str = "llama", model: str = "model", **cha
     engine = engine_of(family, options)
     open_disk(engine, model, options)
     return engine
+
+
+def disk_of(engine: Engine) -> DiskPrefixCache:
+    assert engine.scheduler.disk is not None
+    return engine.scheduler.disk
 
 
 async def ask(engine: Engine, prompt: list[int], num_tokens: int = 12) -> tuple[list[int], int]:
@@ -157,8 +164,7 @@ def test_images_are_part_of_what_is_found(name: str, block_size: int, tmp_path: 
 
 
 async def written(engine: Engine) -> None:
-    assert engine.scheduler.disk is not None
-    while engine.scheduler.disk.has_writes:
+    while disk_of(engine).has_writes:
         await asyncio.sleep(0.01)
 
 
@@ -215,10 +221,10 @@ def test_files_that_vanish_are_no_failure(tmp_path: Path) -> None:
     assert asked(engine, prompt) == [(expected, 0)]
 
 
-def test_two_processes_share_what_they_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_folder, "REFRESHED", 0.0)
-    monkeypatch.setattr(disk_prefix_cache, "IDLE_REFRESH", 0.01)
+def test_two_processes_share_what_they_write(tmp_path: Path) -> None:
     one, other = engine_with(tmp_path), engine_with(tmp_path)
+    for disk in (disk_of(one), disk_of(other)):
+        disk.idle_refresh, disk.folder.refreshed = 0.01, 0.0
     requests = [prompt_of(101, seed) for seed in range(4)]
 
     async def use(one: Engine) -> None:
@@ -321,19 +327,26 @@ def test_one_who_leaves_while_it_waits_for_the_disk_is_no_trouble(tmp_path: Path
     run(engine_with(tmp_path), use)
 
 
-def test_others_go_on_while_one_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class HangingFolder(PrefixFolder):
+    """Knows what its files have, and does not get at it until `ends` is set."""
+
+    def __init__(self, other: PrefixFolder) -> None:
+        super().__init__(other.root, other.kinds, other.limit)
+        self.ends = threading.Event()
+        self.refresh()
+
+    def read(self, *arguments: Any) -> Iterator[tuple[list[bytes], Rows]]:
+        self.ends.wait(20)
+        return iter(())
+
+
+def test_others_go_on_while_one_waits_for_the_disk(tmp_path: Path) -> None:
     """A disk that hangs holds up none but those who wait for it, and them for no longer than they have patience."""
     prompt, other = prompt_of(101), prompt_of(50, seed=1)
     asked(engine_with(tmp_path), prompt)
-    monkeypatch.setattr(disk_prefix_cache, "PATIENCE", 1.0)
     engine = engine_with(tmp_path)
-    disk = engine.scheduler.disk
-    assert disk is not None
-    hangs = threading.Event()
-
-    def read(*arguments: Any) -> Iterator[Any]:
-        hangs.wait(20)
-        return iter(())
+    disk = disk_of(engine)
+    disk.patience, disk.folder = 1.0, (folder := HangingFolder(disk.folder))
 
     async def use(engine: Engine) -> None:
         waiting = asyncio.create_task(ask(engine, prompt))
@@ -341,9 +354,8 @@ def test_others_go_on_while_one_waits_for_the_disk(tmp_path: Path, monkeypatch: 
         assert await ask(engine, other) == (reference("llama", other, 12), 0)
         assert not waiting.done()
         assert await waiting == (reference("llama", prompt, 12), 0)
-        hangs.set()
+        folder.ends.set()
 
-    monkeypatch.setattr(disk.folder, "read", read)
     run(engine, use)
 
 
