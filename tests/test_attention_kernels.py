@@ -3,9 +3,9 @@ import torch
 from amx_emulator import BUILDERS
 
 from engine.attention.paged import visible_of
-from engine.cpu import activations, attention_kernels, kernels, prompt_attention
+from engine.cpu import activations, attention_kernels, kernels, prompt_attention, prompt_plan
 from engine.cpu.amx import AMXBuilder
-from engine.cpu.prompt_attention import Plan
+from engine.cpu.prompt_plan import Plan
 from engine.layer_cache import LayerCache, quantized
 
 pytestmark = [
@@ -58,7 +58,7 @@ def test_a_query_may_see_nothing_of_a_tile_that_others_see(
     dtype: torch.dtype, scaling: float, builder: type[AMXBuilder] | None
 ) -> None:
     """With a window of 20, the last of 24 queries from position 252 on sees the first tile no more."""
-    start, tokens, window = prompt_attention.KEYS - 4, 24, 20
+    start, tokens, window = prompt_plan.KEYS - 4, 24, 20
     torch.manual_seed(0)
     keys, values = (torch.randn(20, 16, 1, 64).to(dtype) for _ in range(2))
     query = torch.randn(4, tokens, 64).to(dtype)[None]
