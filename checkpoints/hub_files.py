@@ -7,6 +7,7 @@ the name that huggingface_hub gives it. That library itself begins a download an
 import fnmatch
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from engine.report import Report
 CHUNK = 1 << 20  # bytes
 READ_TIMEOUT = 30.0  # seconds
 ATTEMPTS, PAUSE = 5, 1.0  # how often a broken connection is made again, and the seconds before
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 Advance = Callable[[int], None]  # called with the bytes that were read
 
 
@@ -58,6 +60,9 @@ def listing(model_id: str, sources: Sources) -> Listing:
     commit = str(api.model_info(model_id, revision="main").sha)
     tree = api.list_repo_tree(model_id, recursive=True, revision=commit)
     files = [HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in tree if isinstance(f, RepoFile)]
+    for file in files:
+        if file.sha256 is not None and not _SHA256.fullmatch(file.sha256):  # it becomes the name of a file
+            raise errors.ModelLoadError(f"The Hub names no SHA-256 for {file.path} of {model_id}, but {file.sha256!r}.")
     return Listing(model_id, commit, tuple(files))
 
 
@@ -144,15 +149,16 @@ def _resume(url: str, part: Path, file: HubFile, advance: Advance) -> "hashlib._
     failures = 0  # since there were new bytes
     while (start := _size(part)) < file.size:
         try:
-            digest = _append(url, part, digest, advance)
+            digest, reason = _append(url, part, file, digest, advance), "the connection ended early"
         except httpx2.HTTPStatusError as error:
             raise _failure(file, f"the Hub answers with status {error.response.status_code}") from error
         except httpx2.HTTPError as error:
             digest = _digest(part, lambda num_bytes: None) if part.exists() else hashlib.sha256()
+            reason = str(error) or type(error).__name__
+        if _size(part) < file.size:
             failures = 1 if _size(part) > start else failures + 1
             if failures == ATTEMPTS:
-                broken = f"{error or type(error).__name__} (at {_size(part) / 1e6:.0f} MB, where the next pull goes on)"
-                raise _failure(file, broken) from error
+                raise _failure(file, f"{reason} (at {_size(part) / 1e6:.0f} MB, where the next pull goes on)")
             time.sleep(PAUSE * failures)
     return digest
 
@@ -161,8 +167,9 @@ def _failure(file: HubFile, reason: str) -> errors.SourceUnreachable:
     return errors.SourceUnreachable(f"{file.path} could not be downloaded: {reason.rstrip('.')}.")
 
 
-def _append(url: str, part: Path, digest: "hashlib._Hash", advance: Advance) -> "hashlib._Hash":
-    """Reads from the end of `part` to the end of the file, or of the connection."""
+def _append(url: str, part: Path, wanted: HubFile, digest: "hashlib._Hash", advance: Advance) -> "hashlib._Hash":
+    """Reads from the end of `part` to the end of the file, or of the connection. Raises SourceUnreachable for what
+    says that it is longer or shorter than the file."""
     import httpx2
     from huggingface_hub import get_token
 
@@ -176,7 +183,10 @@ def _append(url: str, part: Path, digest: "hashlib._Hash", advance: Advance) -> 
         if start and response.status_code == 200:  # the whole file, from a server that knows no ranges
             advance(-start)
             part.unlink()
-            digest = hashlib.sha256()
+            digest, start = hashlib.sha256(), 0
+        size = start + int(response.headers.get("Content-Length", wanted.size - start))
+        if size != wanted.size:
+            raise _failure(wanted, f"it should have {wanted.size} bytes, and what comes has {size}")
         with part.open("ab") as file:
             for chunk in response.iter_raw():
                 file.write(chunk)

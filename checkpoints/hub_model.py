@@ -7,11 +7,11 @@ from pathlib import Path, PurePosixPath
 
 import errors
 from checkpoints import gguf_parts, hub_files, hub_snapshot, model_directory
+from checkpoints.model_folder import NOT_MODELS
 from checkpoints.sources import Sources, is_reachable
 from engine.report import Report
 
 SUFFIX = ".gguf"
-NOT_MODELS = re.compile(r"(^|[-_.])(mmproj|imatrix)", re.IGNORECASE)  # files beside a model's
 
 
 def parse(name: str) -> tuple[str, str | None]:

@@ -5,6 +5,7 @@ Names come from the paths. What is wrong with a model is found when it is loaded
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from checkpoints.gguf_parts import PART
 Kind = Literal["chat", "embedding"]
 MAX_DEPTH = 6  # folders below the first one
 MAX_MODELS = 1000
-PROJECTOR = "mmproj"  # begins the names of GGUF files with the part of a model that sees
+NOT_MODELS = re.compile(r"(^|[-_.])(mmproj|imatrix)", re.IGNORECASE)  # GGUF files beside a model's
 GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # how classes of models that write are called
 
 
@@ -58,7 +59,7 @@ def _paths(folder: Path) -> Iterator[Path]:
 def _is_gguf(name: str) -> bool:
     part = PART.fullmatch(name)
     is_first = part is None or int(part["number"]) == 1
-    return name.lower().endswith(".gguf") and not name.startswith((".", PROJECTOR)) and is_first
+    return name.lower().endswith(".gguf") and not name.startswith(".") and not NOT_MODELS.search(name) and is_first
 
 
 def _stem(path: Path) -> str:
@@ -104,6 +105,6 @@ def _kind(directory: Path) -> Kind:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         classes = [str(name) for name in config.get("architectures") or ()]
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         classes = []  # loading it will say what is wrong
     return "chat" if not classes or any(name.endswith(GENERATING) for name in classes) else "embedding"

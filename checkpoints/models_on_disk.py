@@ -55,13 +55,17 @@ class ModelsOnDisk:
 
     def __init__(self, cache_dir: Path, sources: Sources | None = None, models_dir: Path | None = None) -> None:
         self._cache_dir = cache_dir.expanduser().absolute()
-        self._hub = hub_files.cache_of(sources or Sources()).expanduser()
+        self._hub = hub_files.cache_of(sources or Sources()).expanduser().resolve()  # as huggingface_hub has it
         self._models_dir = models_dir and models_dir.expanduser().absolute()
 
     def entries(self) -> list[Entry]:
         found = [*self._demos(), *self._hub_models(), *self._local()]
         claimed = {path for entry in found for path in entry.files}
-        return [*found, *(entry for entry in self._made() if entry.place not in claimed)]
+        for entry in self._made():
+            if entry.place not in claimed:
+                found.append(entry)
+                claimed |= set(entry.files)
+        return found
 
     def remove(self, name: str) -> tuple[list[Entry], int]:
         """Removes a model: a name of `entries`, or a Hub id for all that there is of it. Returns what was removed, and
@@ -76,7 +80,8 @@ class ModelsOnDisk:
         theirs = _distinct(path for entry in entries if not entry.is_ours for path in entry.files)
         if any(theirs & _distinct(entry.files) for entry in chosen):
             raise errors.ModelLoadError(f"MODELS_DIR has files of {name}, and they stay: move them first.")
-        freed = sum(file.stat().st_size for entry in chosen for file in _distinct(entry.files) - kept)
+        going = _distinct(path for entry in chosen for path in entry.files) - kept
+        freed = sum(file.stat().st_size for file in going)
         for repository in {entry.repository for entry in chosen if entry.repository}:
             if all(entry in chosen for entry in entries if entry.repository == repository):
                 self._remove_repository(repository)

@@ -122,13 +122,17 @@ class ChatModels:
         found = self.find(name)
         if found is None and name.startswith(HUB):
             return self._hub_model(name)
-        if found is None:
+        if found is None or (found.status not in IN_MEMORY and not self._is_there(found)):
             await self.refresh()
             found = self.find(name)
         if found is None:
             has = ", ".join(repr(model.name) for model in self.all[:NAMED])
             raise ModelNotFound(f"The model {name!r} does not exist; this server has {has}.", param="model")
         return found
+
+    def _is_there(self, model: LocalModel) -> bool:
+        """Returns whether a model of the folder has not moved or gone since it was found; others are."""
+        return model.path not in self._in_folder or os.path.exists(model.path)
 
     def _hub_model(self, name: str) -> LocalModel:
         """Returns the Hub's model of that name, which may not exist. Raises ModelNotFound for another form."""
@@ -151,14 +155,18 @@ class ChatModels:
         self._take(self._folder.models("chat"))
 
     def _take(self, found: list[FoundModel]) -> None:
-        """Adds the folder's models to those that are known; one that is gone stays while it is in memory."""
+        """Adds the folder's models to those that are known; one that is gone stays while it is in memory, unless
+        another one has its name now."""
         taken = {os.path.realpath(os.path.expanduser(model.path)) for model in self._named}
-        known = self._in_folder
-        self._in_folder = {path: model for path, model in known.items() if model.status in IN_MEMORY}
+        known, self._in_folder = self._in_folder, {}
         for each in found:
             if os.path.realpath(each.path) not in taken:
                 name = self._free_name(each.name, each.path)
-                self._in_folder[each.path] = known.get(each.path) or self._other(each.path, name, each.num_bytes)
+                same = known.pop(each.path, None)
+                self._in_folder[each.path] = same or self._other(each.path, name, each.num_bytes)
+        names = {model.name for model in self._in_folder.values()}
+        gone = {path: model for path, model in known.items() if model.status in IN_MEMORY}
+        self._in_folder |= {path: model for path, model in gone.items() if model.name not in names}
 
     def _free_name(self, name: str, path: str) -> str:
         """Returns the name, or the path if a model of MODEL_PATH has it."""

@@ -5,8 +5,8 @@ import base64
 import importlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -119,8 +119,12 @@ class EmbeddingModels:
         return any(source.name.casefold() == model.casefold() for source in self._listed)
 
     def knows(self, model: str) -> bool:
-        """Returns whether the name is that of a listed model, or of the demo."""
-        return self.lists(model) or model.casefold() in DEMO_NAMES
+        """Returns whether the name is that of a listed model, of the demo, or of one of the Hub that is in memory."""
+        return self.lists(model) or model.casefold() in DEMO_NAMES or self._source(model) in self._pool.slots
+
+    async def refresh(self) -> None:
+        """Looks for models that have come into the folder or gone from it, if that was not done just now."""
+        await self._folder.refresh()
 
     def models(self) -> list[Model]:
         """Returns the models that are loaded, the one that the settings name, and those of the folder."""
@@ -177,12 +181,17 @@ class EmbeddingModels:
 
     # --- loading
 
-    def _using(self, model: str, keep_alive: float | str | None = None) -> "AbstractAsyncContextManager[Embedder]":
-        """Returns the model of that name, which is not unloaded inside the block. keep_alive: as Ollama means it."""
-        limit, slot = seconds_of(keep_alive), self._slot(self._known(model))
+    @asynccontextmanager
+    async def _using(self, model: str, keep_alive: float | str | None = None) -> "AsyncIterator[Embedder]":
+        """Waits for the model of that name, which is not unloaded inside the block. keep_alive: as Ollama means it."""
+        limit = seconds_of(keep_alive)
+        if self._source(model) is None:
+            await self.refresh()
+        slot = self._slot(self._known(model))
         if limit is not None:
             slot.idle_limit = limit
-        return slot.using()
+        async with slot.using() as embedder:
+            yield embedder
 
     def _known(self, model: str) -> ModelSource:
         source = self._source(model)
@@ -218,7 +227,7 @@ class EmbeddingModels:
             self._failures.pop(source.name, None)
             return embedder
         except ModelLoadError as error:
-            if source in self._in_folder:
+            if source in self._listed:
                 self._failures[source.name] = str(error)
             raise to_api_error(error, source.name) from error
 

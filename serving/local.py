@@ -104,10 +104,9 @@ class LocalModel:
         is_new = self not in self._pool.slots
         if is_new and self._error is not None and time.monotonic() - self._failed_at < RETRY:
             raise to_api_error(self._error, self.name)
-        if is_new:
-            self.failure, self._error, self.progress = None, None, Progress()
         slot = self._pool.slot(self, self._load, lambda: f" ({self.progress})")
-        if is_new:
+        if is_new:  # its load begins with the next turn of the event loop
+            self.failure, self._error, self.progress = None, None, Progress()
             slot.idle_limit = self._idle_limit
         return slot
 

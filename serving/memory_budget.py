@@ -48,10 +48,16 @@ class MachineMemory:
     @cached_property
     def budget(self) -> MemoryBudget:
         """The memory of the GPUs that torch sees, or else what is free of the machine's own."""
-        gpus = {} if self.device_map == "cpu" else _gpus()
+        gpus = {} if self.device_map == "cpu" else on_devices(self.device_map, _gpus())
         if self.limit is not None:
             return MemoryBudget({name: self.limit // len(gpus) for name in gpus} or {CPU: self.limit})
         return MemoryBudget(gpus or {CPU: int(CPU_SHARE * psutil.virtual_memory().available)})
+
+
+def on_devices(device_map: str, gpus: Footprint) -> Footprint:
+    """Returns the GPUs among these that a model is put on: one, where DEVICE_MAP names it."""
+    named = "cuda:0" if device_map == "cuda" else device_map
+    return {named: gpus[named]} if named in gpus else gpus
 
 
 def _gpus() -> dict[str, int]:

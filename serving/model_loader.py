@@ -45,10 +45,15 @@ class ModelLoader:
         """
         checkpoint.check(path)
         directory = await in_daemon_thread(partial(self._fetch, path, progress))
-        weights = await in_daemon_thread(partial(self._weights, path, directory))
+        weights = await in_daemon_thread(partial(self._weights, path, directory, progress))
         cache = self._cache_memory(path, weights)
         settings = self.settings.model_copy(update={"kv_cache_memory": cache})
         footprint = self.memory.budget.spread(weights + (cache or 0))
+        if not self.is_alone and not self.memory.budget.holds([footprint]):  # before others are unloaded for it
+            raise ModelLoadError(
+                f"{path} takes {(weights + (cache or 0)) / 2**30:.2f} GiB with its cache, but models may take "
+                f"{self.memory.budget.total / 2**30:.2f} GiB of this machine (MODELS_MEMORY): use a smaller model."
+            )
         async with pool.room_for(footprint):
             place = path if self.bound is None else str(directory)
             loaded = await in_daemon_thread(partial(self.load, place, settings, progress))
@@ -63,11 +68,21 @@ class ModelLoader:
             return hub_snapshot.fetch(path, progress.report, sources, self.bound)
         return checkpoint.fetch(path, self.settings.cache_dir, progress.report, sources).directory
 
-    def _weights(self, path: str, directory: Path) -> int:
-        """Returns the bytes of the weights. Raises ModelLoadError if they are more than MODELS_MEMORY."""
+    def _draft(self, progress: Progress) -> list[Path]:
+        """Returns the directory of the model that guesses tokens, if there is one."""
+        settings = self.settings
+        path = settings.draft_model_path if settings.num_speculative_tokens else None
+        sources = self.sources or Sources()
+        return [checkpoint.fetch(path, settings.cache_dir, progress.report, sources).directory] if path else []
+
+    def _weights(self, path: str, directory: Path, progress: Progress) -> int:
+        """Returns the bytes of the weights, of a draft model's too. Raises ModelLoadError if they are more than
+        MODELS_MEMORY."""
         with IMPORTING:
             importlib.import_module("engine.build")  # and torch with it
-        weights, limit = weights_bytes(directory, self.settings), self.settings.models_memory
+        directories = [directory, *self._draft(progress)]
+        weights = sum(weights_bytes(each, self.settings) for each in directories)
+        limit = self.settings.models_memory
         if limit is not None and weights > limit:
             raise ModelLoadError(
                 f"The weights of {path} take {weights / 2**30:.2f} GiB, but MODELS_MEMORY is {limit / 2**30:.2f} GiB: "
@@ -98,6 +113,7 @@ class ModelLoader:
 def weights_bytes(directory: Path, settings: Settings) -> int:
     """Returns the bytes of a model's weights in the format that they will have in memory, about."""
     from engine import weight_files
+    from engine.checked_model import choose_dtype
     from engine.cpu import packed_checkpoint
     from engine.cpu.packed_weight import format_of
     from engine.model_loader import choose_quantization
@@ -107,9 +123,13 @@ def weights_bytes(directory: Path, settings: Settings) -> int:
     if weights is FROM_FILE:
         return packed_checkpoint.size(directory)
     on_disk = model_directory.weights_size(directory)
-    if weights.packed_bits is None or _is_quantized(directory):
+    config = _config(directory)
+    if any(isinstance(part, dict) and "quantization_config" in part for part in (config, config.get("text_config"))):
         return on_disk
     num_elements = sum(tensor.num_elements for tensor in weight_files.read_headers(directory).values())
+    if weights.packed_bits is None:
+        dtype = choose_dtype(settings.dtype, str(config.get("model_type")), is_on_gpu(settings))
+        return num_elements * dtype.itemsize
     return min(on_disk, int(num_elements * format_of(weights.packed_bits).bytes_per_weight))
 
 
@@ -119,9 +139,9 @@ def is_on_gpu(settings: Settings) -> bool:
     return settings.device_map != "cpu" and torch.cuda.is_available()
 
 
-def _is_quantized(directory: Path) -> bool:
+def _config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        return "quantization_config" in config or "quantization_config" in (config.get("text_config") or {})
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False  # `check_model` will say what is wrong
+    except (OSError, ValueError, RecursionError):
+        config = None  # `check_model` will say what is wrong
+    return config if isinstance(config, dict) else {}

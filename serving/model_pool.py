@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
 from contextlib import asynccontextmanager
@@ -97,7 +98,9 @@ class ModelPool(Generic[K, M, S]):
         """Inside the block a model of that size can be loaded, and no other one is loaded meanwhile.
 
         Models are unloaded until it fits: the least recently used one that nobody uses, or else the least recently
-        used one when its requests have finished. The room stays reserved until the task that asked for it ends.
+        used one when its requests have finished. One whose clients were told to come again is left to them for a
+        while, so that two such models do not push each other out for ever. The room stays reserved until the task that
+        asked for it ends.
         """
         async with self._one_at_a_time:
             if reclaiming := [task for slot, task in self._leaving.items() if slot.is_empty]:
@@ -107,15 +110,24 @@ class ModelPool(Generic[K, M, S]):
                 if waiting or self._reserved:  # never for a model that loads: that may be this one
                     await asyncio.wait({*waiting, *self._reserved}, return_when=asyncio.FIRST_COMPLETED)
                     await asyncio.sleep(0)  # the callbacks of what has ended come first
-                elif models := self.models:
-                    unused = (key for key in models if not self.slots[key].num_users)
-                    await self.unload(next(unused, next(iter(models))))
+                elif (key := self._next_to_go()) is not None:
+                    await self.unload(key)
+                elif self.models:
+                    await asyncio.sleep(WATCH)
                 else:
                     break  # whether it fits alone is the caller's to check
             yield
             if (task := asyncio.current_task()) is not None:
                 self._reserved[task] = size
                 task.add_done_callback(self._reserved.pop)
+
+    def _next_to_go(self) -> K | None:
+        """Returns the model that makes room; None for none, or while the next one is awaited."""
+        models, now = self.models, time.monotonic()
+        unused = [key for key in models if not self.slots[key].num_users]
+        if any(self.slots[key].awaited_until > now for key in unused):
+            return next((key for key in unused if self.slots[key].awaited_until <= now), None)
+        return next(iter([*unused, *models]), None)
 
     @property
     def _present(self) -> list[M]:

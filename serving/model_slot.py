@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 from errors import ModelLoading, Unavailable
 
 log = logging.getLogger(__name__)
+RETRY_AFTER = 5  # seconds after which those come again who were told that the model loads
+GRACE = 5.0  # seconds more
 M = TypeVar("M")
 T = TypeVar("T")
 
@@ -30,6 +32,8 @@ class ModelSlot(Generic[M]):
         self._load = load
         self._loading: asyncio.Task[M] | None = None
         self._used_at = time.monotonic()
+        self._has_put_off = False  # whether somebody was told to come again
+        self.awaited_until = -math.inf  # time.monotonic() until which it is not to go, since those have not come yet
 
     def start(self) -> asyncio.Task[M]:
         """Begins to load, unless the model is loading or loaded; an earlier failure is forgotten."""
@@ -42,6 +46,8 @@ class ModelSlot(Generic[M]):
         begin = time.monotonic()
         model = await self._load()
         self.touch()
+        if self._has_put_off:
+            self.awaited_until = time.monotonic() + RETRY_AFTER + GRACE
         log.info("%s is ready after %.1f s", self.name, time.monotonic() - begin)
         return model
 
@@ -72,10 +78,14 @@ class ModelSlot(Generic[M]):
         loading = self._loading
         await asyncio.wait({loading}, timeout=patience)
         if not loading.done():
-            raise ModelLoading(f"The model {self.name} is loading{self.progress()}; try again later.", retry_after=5)
+            self._has_put_off = True
+            raise ModelLoading(
+                f"The model {self.name} is loading{self.progress()}; try again later.", retry_after=RETRY_AFTER
+            )
         if loading.cancelled():
             raise Unavailable("The server is shutting down.", retry_after=10)
         self.touch()
+        self.awaited_until = -math.inf
         return loading.result()
 
     @asynccontextmanager

@@ -1,12 +1,13 @@
 """Loads that fail, take long or are left alone, and engines that die: of the chat models of a process."""
 
 import asyncio
+import time
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_models import Gate, ask, fail, run, statuses, until
+from chat_models import Gate, ask, fail, memory_for, run, statuses, until
 
 from checkpoints.progress import Progress
 from config import Settings
@@ -29,6 +30,29 @@ def test_who_cannot_wait_is_told_how_far_it_is_and_all_others_share_one_load(fol
         assert (await stream).choices and gate.num_loads == 1
 
     run(scenario, load=gate, models_dir=folder, model_load_wait=0.1)
+
+
+def test_two_models_whose_clients_come_again_do_not_push_each_other_out_for_ever(folder: Path) -> None:
+    loads: list[str] = []
+
+    def slow(path: str, settings: Settings, progress: Progress) -> LoadedModel:
+        loads.append(path)
+        time.sleep(0.3)
+        return load(path, settings, progress)
+
+    async def ask_until_answered(models: ChatModels, name: str) -> None:
+        while True:
+            try:
+                await ask(models, name)
+                return
+            except ModelLoading:
+                await asyncio.sleep(0.7)  # longer than the other model takes to load
+
+    async def scenario(models: ChatModels) -> None:
+        await asyncio.gather(*(ask_until_answered(models, name) for name in "ab"))
+        assert len(loads) <= 3
+
+    run(scenario, load=slow, models_dir=folder, models_memory=memory_for(1, folder), model_load_wait=0)
 
 
 def test_a_load_that_fails_is_told_and_tried_again_later_and_harms_no_other_model(folder: Path) -> None:

@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 from chat_models import Gate, ask, memory_for, run, statuses, until
 
+from checkpoints.model_folder import find_models
+from checkpoints.progress import Progress
+from config import Settings
 from errors import InvalidRequest, ModelNotFound, UpstreamUnreachable
 from schemas import ChatCompletionRequest
 from serving.chat_models import ChatModels
+from serving.loading import load
+from serving.memory_budget import CPU, MachineMemory, MemoryBudget, on_devices
+from serving.model_loader import ModelLoader, weights_bytes
 
 COMMIT = "0" * 40
 
@@ -67,6 +73,60 @@ def test_a_model_that_comes_into_the_folder_is_served_and_one_that_goes_is_not(f
     for name in "ab":
         shutil.copytree(folder / name, tmp_path / "models" / name)
     run(scenario, models_dir=tmp_path / "models")
+
+
+def test_a_model_that_moved_is_found_at_its_new_place_and_listed_once(folder: Path, tmp_path: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        for is_loaded in (True, False):
+            old = await models.model("b")
+            if is_loaded:
+                await ask(models, "b")
+            else:
+                await old.unload()
+            there = Path(old.path).parent / "further"
+            there.mkdir()
+            shutil.move(old.path, there / "b")
+            models._folder._scanned_at = -1e9
+            await models.refresh() if is_loaded else None
+            assert (await ask(models, "b")).model == "b"
+            assert (await models.model("b")).path == str(there / "b")
+            assert [model.name for model in models.all] == ["a", "b"]
+        shutil.rmtree(there / "b")
+        await (await models.model("b")).unload()
+        models._folder._scanned_at = -1e9
+        with pytest.raises(ModelNotFound, match="this server has 'a'"):
+            await models.model("b")
+
+    for name in "ab":
+        shutil.copytree(folder / name, tmp_path / "models" / name)
+    run(scenario, models_dir=tmp_path / "models")
+
+
+def test_all_who_ask_for_a_new_model_at_the_same_moment_find_it(folder: Path, tmp_path: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        models._folder._scanned_at = -1e9
+        shutil.copytree(folder / "a", tmp_path / "models" / "new")
+        answers = await asyncio.gather(*(ask(models, "new") for _ in range(6)))
+        assert {answer.model for answer in answers} == {"new"}
+
+    shutil.copytree(folder / "a", tmp_path / "models" / "a")
+    run(scenario, models_dir=tmp_path / "models")
+
+
+def test_what_is_no_model_or_cannot_be_read_does_not_hide_the_others(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "a", tmp_path / "a")
+    for name in ("mmproj-F16.gguf", "a-mmproj-f16.gguf", "a.imatrix.gguf", "a-imatrix.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    shutil.copytree(folder / "a", tmp_path / "deep")
+    (tmp_path / "deep" / "config.json").write_text("[" * 100_000)
+    assert [(model.name, model.kind) for model in find_models(tmp_path)] == [("a", "chat"), ("deep", "chat")]
+
+    async def scenario(models: ChatModels) -> None:
+        assert (await ask(models, "a")).choices
+        with pytest.raises(InvalidRequest):
+            await ask(models, "deep")
+
+    run(scenario, models_dir=tmp_path)
 
 
 # --- room for them
@@ -162,6 +222,39 @@ def test_weights_and_caches_beyond_the_budget_are_refused_by_name(folder: Path) 
             await ask(models, "a")
 
     run(with_cache, models_dir=folder, models_memory=memory_for(1, folder), kv_cache_memory=memory_for(1, folder))
+
+
+def test_a_model_that_can_never_fit_pushes_no_other_out(folder: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        await ask(models, "a")
+        taken = next(iter(models._pool.models.values())).footprint[CPU]
+        models._memory.__dict__["budget"] = MemoryBudget({CPU: taken - 1})  # as if the machine had no more
+        with pytest.raises(InvalidRequest, match=r"b takes .* GiB with its cache, but models may take"):
+            await ask(models, "b")
+        assert statuses(models)["a"] == "loaded"
+
+    run(scenario, models_dir=folder)
+
+
+def test_the_room_for_weights_is_that_of_the_type_they_will_have_and_of_a_draft_model_too(folder: Path) -> None:
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        own = Settings.model_validate({"dtype": dtype, "quantization": "none"})
+        sizes[dtype] = weights_bytes(folder / "a", own)
+        loader = ModelLoader(
+            settings=own.model_copy(update={"draft_model_path": str(folder / "b")}),
+            load=load,
+            memory=MachineMemory(None, "cpu"),
+        )
+        assert loader._weights("a", folder / "a", Progress()) == 2 * sizes[dtype]
+    assert sizes["float32"] == 2 * sizes["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("device_map", "devices"), [("auto", {"cuda:0", "cuda:1"}), ("cuda", {"cuda:0"}), ("cuda:1", {"cuda:1"})]
+)
+def test_the_memory_is_that_of_the_devices_that_a_setting_names(device_map: str, devices: set[str]) -> None:
+    assert set(on_devices(device_map, {"cuda:0": 100, "cuda:1": 100})) == devices
 
 
 def test_a_model_that_was_unloaded_takes_no_memory_any_more(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """`pull`, `list` and `rm`: models come whole or not at all, and only what was fetched can go."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -77,6 +78,32 @@ def test_a_file_with_a_wrong_sha256_is_refused_and_removed(tmp_path: Path, capsy
         assert run(tmp_path, endpoint, "pull", "org/tiny") == 1
     assert "does not have the SHA-256 that the Hub names, and was removed" in capsys.readouterr().err
     assert left_over(tmp_path) == []
+
+
+def test_a_page_that_comes_instead_of_a_file_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the login page of a network answers for every address."""
+    asked: list[tuple[str, str | None]] = []
+    paths = {path: b"<html>" if path.endswith(".safetensors") else body for path, body in SAFE_HUB.items()}
+    with http_server(paths, asked) as endpoint:
+        assert run(tmp_path, endpoint, "pull", "org/tiny") == 1
+    assert f"it should have {len(WEIGHTS)} bytes, and what comes has 6" in capsys.readouterr().err
+    assert [name for name, _ in asked].count("model.safetensors") == 1
+
+
+@pytest.mark.parametrize("digest", ["../../precious", "{tmp_path}/precious", "A" * 64])
+def test_no_digest_of_a_hub_leads_out_of_its_cache(
+    digest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious").write_text("mine")
+    named = digest.format(tmp_path=tmp_path)
+    real = hashlib.sha256(WEIGHTS).hexdigest()
+    paths = {path: body.replace(real.encode(), named.encode()) for path, body in SAFE_HUB.items()}
+    with http_server(paths) as endpoint:
+        assert run(tmp_path, endpoint, "pull", "org/tiny") == 1
+    assert f"The Hub names no SHA-256 for model.safetensors of org/tiny, but '{named}'" in capsys.readouterr().err
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_a_file_that_was_damaged_on_the_disk_is_downloaded_again(tmp_path: Path) -> None:
@@ -176,6 +203,31 @@ def test_a_gguf_file_that_is_nowhere_is_one_sentence(tmp_path: Path) -> None:
 
 
 # --- rm
+
+
+def test_a_cache_behind_a_link_is_the_same_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "hub").symlink_to(tmp_path / "real", target_is_directory=True)
+    with http_server(SAFE_HUB | GGUF_HUB) as endpoint:
+        assert run(tmp_path, endpoint, "pull", "org/tiny") == 0
+        assert run(tmp_path, endpoint, "pull", "org/tiny-GGUF:Q4_K_M") == 0
+    assert names(tmp_path) == ["org/tiny", "org/tiny-GGUF:tiny-Q4_K_M.gguf"]
+    capsys.readouterr()
+    assert run(tmp_path, None, "rm", "org/tiny-GGUF:tiny-Q4_K_M.gguf") == 0
+    assert f"{len(GGUF) / 1e6:.1f} MB are free again" in capsys.readouterr().out
+    assert not list((tmp_path / "real").glob("models--org--tiny-GGUF/blobs/*"))
+
+
+def test_what_was_rounded_of_a_converted_file_goes_with_it(tmp_path: Path) -> None:
+    converted = tmp_path / "own" / checkpoint.CONVERTED / "x-0123456789abcdef-v9"
+    rounded = tmp_path / "own" / rounded_files.FOLDER
+    converted.mkdir(parents=True)
+    rounded.mkdir()
+    (converted / "model.safetensors").write_bytes(WEIGHTS)
+    (rounded / f"{rounded_files.stem(converted, 'int8')}-0.safetensors").write_bytes(WEIGHTS)
+    assert names(tmp_path) == [converted.name]
+    assert run(tmp_path, None, "rm", converted.name) == 0
+    assert names(tmp_path) == [] and not list(rounded.iterdir())
 
 
 def test_what_was_made_of_a_model_goes_with_it(tmp_path: Path) -> None:

@@ -108,6 +108,28 @@ def test_a_listed_name_can_be_asked(tmp_path: Path) -> None:
     with_models(sources, scenario)
 
 
+def test_a_model_of_the_hub_is_unloaded_by_the_name_that_requests_have_for_it(tmp_path: Path) -> None:
+    sources = hub_cache(tmp_path, a=save_tiny_encoder)
+
+    async def scenario(models: EmbeddingModels) -> None:
+        assert not models.knows("huggingface/acme/a")
+        await first_of(models, "huggingface/acme/a")
+        assert models.knows("huggingface/acme/a")
+        assert (await models.unload("huggingface/acme/a")).status == "unloaded" and not models.loaded
+
+    with_models(sources, scenario)
+
+
+def test_the_operators_model_that_cannot_be_loaded_is_listed_with_the_sentence(tmp_path: Path) -> None:
+    async def scenario(models: EmbeddingModels) -> None:
+        with pytest.raises(APIError):
+            await first_of(models, "gone")
+        (listed,) = models.models()
+        assert listed.id == "gone" and listed.status == "failed" and "does not exist" in str(listed.error)
+
+    with_models(Sources(endpoint=None, hub_cache=tmp_path), scenario, embedding_model_path=str(tmp_path / "gone"))
+
+
 def test_an_answer_is_the_same_row_by_row() -> None:
     rows = [Embedding(embedding=[0.1, -2.0], index=0), Embedding(embedding="AAAA", index=1)]
     usage = EmbeddingUsage(prompt_tokens=1, total_tokens=1)

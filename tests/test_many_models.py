@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from openai import OpenAI
 from process import MAIN, Server, serve
 from tiny_encoders import save_tiny_encoder
+
+from serving.folder import MAX_AGE
 
 HELLO = [{"role": "user", "content": "Hello"}]
 NAMES = ["one", "two", "three", "four"]
@@ -94,7 +97,8 @@ def test_ollamas_clients_see_them_and_say_how_long_they_stay(many: Server) -> No
     assert many.post("/api/chat", **body, keep_alive=-1).status_code == 200
     running = {model["name"]: model for model in many.get("/api/ps").json()["models"]}
     assert running["three:latest"]["expires_at"].startswith("2200")
-    assert many.post("/api/generate", model="three", keep_alive=0).json()["done_reason"] == "unload"
+    for nothing in (0, "0m", "-0s", "0ms"):
+        assert many.post("/api/generate", model="three", keep_alive=nothing).json()["done_reason"] == "unload"
     assert "three:latest" not in {model["name"] for model in many.get("/api/ps").json()["models"]}
     assert many.post("/api/show", model="three").json()["capabilities"] == ["completion", "tools"]
     assert many.post("/api/generate", model="three", stream=False).json()["done_reason"] == "load"
@@ -170,6 +174,32 @@ def test_loading_needs_the_key_where_there_is_one_and_tells_clients_that_cannot_
         early = httpx2.post(f"{server.url}/v1/chat/completions", json=body, headers=KEY)
         assert early.status_code == 503 and early.json()["error"]["code"] == "model_loading"
         assert int(early.headers["retry-after"]) > 0 and "%" in early.json()["error"]["message"]
+
+
+def test_streams_of_all_kinds_wait_for_their_model_and_whole_answers_only_for_a_while(folder: Path) -> None:
+    with serve(MAIN, MODELS_DIR=str(folder), MODEL_LOAD_WAIT="0.01", DTYPE="float32") as server:
+        server.wait_until_healthy()
+        for path in ("/api/chat", "/api/generate", "/v1/messages", "/v1/chat/completions"):
+            text: dict[str, Any] = {"prompt": "a"} if path == "/api/generate" else {"messages": HELLO}
+            limit: dict[str, Any] = {"options": {"num_predict": 2}} if path.startswith("/api") else {"max_tokens": 2}
+            for is_stream in (False, True):
+                server.post("/v1/models/unload", model="four")
+                answer = server.post(path, model="four", stream=is_stream, **limit, **text)
+                assert answer.status_code == (200 if is_stream else 503), (path, answer.text)
+                assert not (is_stream and "error" in answer.text), (path, answer.text)
+
+
+def test_models_of_vectors_that_come_into_the_folder_are_found_by_every_endpoint(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "chat")
+    with serve(MAIN, MODELS_DIR=str(tmp_path), DTYPE="float32", EMBEDDING_DEVICE="cpu") as server:
+        server.wait_until_healthy()
+        for number, path in enumerate(("/v1/embeddings", "/api/embed", "/v1/models/load")):
+            time.sleep(MAX_AGE + 0.1)
+            save_tiny_encoder(tmp_path / f"new{number}")
+            answer = server.post(path, model=f"new{number}", **({} if "load" in path else {"input": "a"}))
+            assert answer.status_code == 200, (path, answer.text)
 
 
 def test_a_folder_without_models_serves_what_would_be_served_without_it_and_one_that_is_not_there_too(

@@ -46,7 +46,7 @@ def as_chat(request: CountTokensRequest) -> ChatCompletionRequest:
     }
     if isinstance(request, MessagesRequest):
         body |= request.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
-        body |= {"max_tokens": request.max_tokens, "stop": request.stop_sequences}
+        body |= {"max_tokens": request.max_tokens, "stop": request.stop_sequences, "stream": request.stream}
     body = {name: value for name, value in body.items() if value not in (None, [])}
     try:
         return validated(TranslatedChatRequest, body)

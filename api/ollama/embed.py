@@ -19,7 +19,8 @@ from serving.embeddings import off_loop
 
 async def embedded(services: Services, request: OllamaEmbedRequest) -> OllamaEmbedAnswer:
     """Computes vectors of length 1, as Ollama's are. Without a text, nothing is computed. Raises APIError."""
-    model, begun = embedding_model(services, request.model), time.monotonic_ns()
+    begun = time.monotonic_ns()
+    model = await embedding_model(services, request.model)
     if not request.input:
         return OllamaEmbedAnswer(model=request.model, embeddings=[])
     if isinstance(request.input, list) and not all(request.input):
@@ -46,7 +47,7 @@ async def embedded(services: Services, request: OllamaEmbedRequest) -> OllamaEmb
 
 async def embedded_one(services: Services, request: OllamaEmbeddingsRequest) -> OllamaEmbeddingsAnswer:
     """Computes the vector of one text as the model gives it. Raises APIError."""
-    model = embedding_model(services, request.model)
+    model = await embedding_model(services, request.model)
     if not request.prompt:
         return OllamaEmbeddingsAnswer(embedding=[])
     answer = await services.embeddings.embed(

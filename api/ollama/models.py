@@ -37,8 +37,9 @@ async def chat_model(services: Services, name: str) -> str:
     raise _not_found(name)
 
 
-def embedding_model(services: Services, name: str) -> str:
+async def embedding_model(services: Services, name: str) -> str:
     """Returns the name of an embedding model without Ollama's tag. Raises ModelNotFound."""
+    await services.embeddings.refresh()
     for known in map(services.router.alias, _spellings(name)):
         if services.embeddings.serves(known):
             return known
@@ -107,8 +108,9 @@ def _running(name: str, loaded: LoadedModel | None, expires_in: float, num_bytes
 
 async def shown(services: Services, name: str) -> OllamaShown:
     """Describes one model; one that is not loaded stays so, and is described by its name alone. Raises APIError."""
+    await services.embeddings.refresh()
     is_embedder = any(services.embeddings.lists(spelling) for spelling in _spellings(name))
-    known = embedding_model(services, name) if is_embedder else await chat_model(services, name)
+    known = await embedding_model(services, name) if is_embedder else await chat_model(services, name)
     if is_embedder or services.router.provider_of(known) is not None:
         return _shown_by_name(known, ["embedding"] if is_embedder else ["completion", "tools"])
     model = await services.text_model(known)

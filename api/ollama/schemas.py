@@ -25,6 +25,7 @@ from schemas import (
     no_meaning,
     refused,
 )
+from serving.keep_alive import seconds_of
 
 ENGINE = "it is a setting of Ollama's own engine."
 SAMPLER = "this server's sampler has no such parameter."
@@ -78,7 +79,8 @@ class _OllamaRequest(TimedRequest):
 
     @property
     def asks_to_unload(self) -> bool:
-        return self.keep_alive in (0, "0", "0s")
+        """Raises InvalidRequest for a keep_alive that is no duration."""
+        return seconds_of(self.keep_alive) == 0
 
 
 class _OllamaGeneration(_OllamaRequest):

@@ -28,7 +28,7 @@ async def load_model(body: ModelRequest, request: Request, services: UsesService
 
     async def load() -> Model:
         name = services.router.alias(body.model)
-        if _is_embedding_model(services, name):
+        if await _is_embedding_model(services, name):
             return await services.embeddings.load(name, body.keep_alive)
         model = await services.chat.model(name)
         try:
@@ -46,7 +46,7 @@ async def unload_model(body: ModelRequest, request: Request, services: UsesServi
 
     async def unload() -> Model:
         name = services.router.alias(body.model)
-        if _is_embedding_model(services, name):
+        if await _is_embedding_model(services, name):
             return await services.embeddings.unload(name)
         model = await services.chat.model(name)
         await model.unload()
@@ -55,7 +55,8 @@ async def unload_model(body: ModelRequest, request: Request, services: UsesServi
     return await whole(request, body, unload())
 
 
-def _is_embedding_model(services: Services, name: str) -> bool:
+async def _is_embedding_model(services: Services, name: str) -> bool:
+    await services.chat.refresh()  # the folder's models of both kinds
     return services.embeddings.knows(name) and services.chat.find(name) is None
 
 
