@@ -95,8 +95,9 @@ class CacheRows(ABC):
             self._add(keys[number], index)
 
     @abstractmethod
-    def num_lacking(self, keys: Sequence[bytes]) -> int:
-        """Returns how many rows too few are free for these contents to be in memory together."""
+    def num_lacking(self, keys: Sequence[bytes], num_promised: int = 0) -> int:
+        """Returns how many rows too few are free for these contents to be in memory together. num_promised: rows that
+        are free and will be taken by others."""
 
     @abstractmethod
     def touch(self, keys: Sequence[bytes]) -> None:
@@ -118,10 +119,10 @@ class BlockRows(CacheRows):
         super().__init__(name, pool, tensors)
         self._pool = pool
 
-    def num_lacking(self, keys: Sequence[bytes]) -> int:
+    def num_lacking(self, keys: Sequence[bytes], num_promised: int = 0) -> int:
         found = [self._pool.find(key) for key in keys]
         in_use = sum(block is not None and not self._pool.is_idle(block) for block in found)
-        return max(0, len(keys) - in_use - self._pool.num_free)
+        return max(0, len(keys) - in_use - max(0, self._pool.num_free - num_promised))
 
     def touch(self, keys: Sequence[bytes]) -> None:
         for key in keys:
@@ -143,7 +144,7 @@ class SnapshotRows(CacheRows):
         super().__init__(STATE, states, (tensor for tensors in states.tensors.values() for tensor in tensors))
         self._states = states
 
-    def num_lacking(self, keys: Sequence[bytes]) -> int:
+    def num_lacking(self, keys: Sequence[bytes], num_promised: int = 0) -> int:
         return 0  # the one that was used least recently makes room
 
     def touch(self, keys: Sequence[bytes]) -> None:

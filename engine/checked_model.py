@@ -59,6 +59,8 @@ def check_model(directory: Path, dtype: str, device_map: str) -> CheckedModel:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         _leave_out_parts(config, tensors)
         check_architecture(config)
+        if _is_tied(config) and weight_files.has_own_head(directory, tensors):
+            _untie(config)  # as transformers does once it has read both
         _check_generation_config(directory)
         weight_files.check_numbers(directory, tensors, config)
         return CheckedModel(
@@ -147,6 +149,15 @@ def _leave_out_parts(config: PreTrainedConfig, tensors: Iterable[str]) -> None:
         cast(Any, config).audio_config = None
     if family is not None and not family.needs_tower and not any(map(packed_layers.SEEING.search, tensors)):
         cast(Any, config).vision_config = None
+
+
+def _is_tied(config: PreTrainedConfig) -> bool:
+    return bool(config.get_text_config().tie_word_embeddings or config.tie_word_embeddings)
+
+
+def _untie(config: PreTrainedConfig) -> None:
+    for part in (config, config.get_text_config()):
+        cast(Any, part).tie_word_embeddings = False
 
 
 def _check_layers(directory: Path, num_tensors: int) -> None:

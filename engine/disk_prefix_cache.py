@@ -15,10 +15,11 @@ import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -36,12 +37,21 @@ log = logging.getLogger(__name__)
 LEAST_BLOCKS = 2  # that are worth a file, or being read
 RUN_BYTES, MOST_ROWS = 8 * 2**20, 64  # of a file, which is read and written at once
 MAX_WRITES = 1024  # ended sequences that are not written yet; of more, nothing is kept
+MOST_READS = 3  # for one sequence
 MAX_READ_AHEAD = 2  # runs that were read and wait for the engine
 WRITE_SHARE = 0.25  # of the thread's time that writing takes while the engine works
 OPENING = 5.0  # seconds that reading the names and headers of files may take before the first request
 PAUSE = 30.0  # seconds without writes after the disk refused one
 POLL = 0.1  # seconds
 NICENESS = 10
+
+
+class Lookup(Enum):
+    """What the disk has for a sequence."""
+
+    NOTHING = 0  # that it lacks, or that there is room for
+    READING = 1  # rows, which are read now
+    LATER = 2  # rows, for which there will be room when others have been admitted
 
 
 @dataclass
@@ -59,6 +69,7 @@ class _Read:
 
     sequence: Sequence
     keys: list[tuple[CacheRows, list[bytes]]]
+    num_rows: dict[str, int]  # that it needs of each part until it is admitted
     num_tokens: int  # that are not to be computed then
     on_done: Callable[[], object]
     patience: threading.Timer
@@ -74,6 +85,7 @@ class DiskPrefixCache:
         self._parts = {part.name: part for part in parts}
         self._writes: deque[_Write] = deque()
         self._reads: deque[_Read] = deque()
+        self._promised: list[_Read] = []  # of sequences that wait for their rows, or to be admitted with them
         self._changed = threading.Condition()
         self._deadline: float | None = None  # time.monotonic() at which the thread has to end; None: it goes on
         self._paused_until = 0.0
@@ -81,7 +93,7 @@ class DiskPrefixCache:
         self._post: Callable[[Callable[[], object]], object] | None = None
         self._reader = threading.Thread(target=self._run_reads, name="prefix reader", daemon=True)
         self._writer = threading.Thread(target=self._run_writes, name="prefix writer", daemon=True)
-        self.num_tokens_read = 0  # since the start: those that were not computed
+        self.num_tokens_read = 0  # since the start, of prompts
         self.num_bytes_written = 0  # likewise
 
     @classmethod
@@ -126,32 +138,48 @@ class DiskPrefixCache:
                 self._writes.append(_Write(part, deque(rows), used))
         self._wake()
 
-    def load(self, sequence: Sequence, on_done: Callable[[], object]) -> bool:
-        """Has the rows read that the sequence lacks, if the disk has more of its beginning than memory. Returns whether
-        that is so; then `on_done` is called on this thread, perhaps twice, when they are there or cannot be read."""
+    def load(self, sequence: Sequence, on_done: Callable[[], object]) -> Lookup:
+        """Has the rows read that the sequence lacks, if the disk has more of its beginning than memory. `on_done` is
+        called on this thread, perhaps twice, when they are there or cannot be read."""
         if self._post is None or self._deadline is not None or not self.folder.num_files:
-            return False
+            return Lookup.NOTHING
         size, keys = self._cache.block_size, self._cache.keys_to_reuse(sequence)
         known = self._cache.num_reusable(keys, sequence)
         length = self._cache.num_reusable(keys, sequence, self.folder.has)
         if length < known + LEAST_BLOCKS:
             sequence.is_looked_up = True
-            return False
+            return Lookup.NOTHING
         needed = self._needed(keys[:length])
         if any(part.num_lacking(own) for part, own in needed):
-            return False  # nor can it be admitted yet
+            return Lookup.NOTHING  # nor can it be admitted yet
+        waiting = [read for read in self._promised if read.sequence.status is Status.WAITING]
+        self._promised = [read for read in waiting if read.sequence is not sequence]
+        promised = Counter[str]()
+        for other in self._promised:
+            promised.update(other.num_rows)
+        if any(part.num_lacking(own, promised[part.name]) for part, own in needed):
+            return Lookup.LATER
         sequence.is_looked_up = True
+        sequence.num_reads += 1
         for part, own in needed:
             part.touch(own)
         lacking = [(part, [key for key in own if part.keeper.find(key) is None]) for part, own in needed]
         patience = threading.Timer(self.patience, self._post, (on_done,))  # a disk may hang
         patience.daemon = True
         num_tokens = (length - known) * size
-        read = _Read(sequence=sequence, keys=lacking, num_tokens=num_tokens, on_done=on_done, patience=patience)
+        read = _Read(
+            sequence=sequence,
+            keys=lacking,
+            num_rows={part.name: len(own) for part, own in needed},
+            num_tokens=num_tokens,
+            on_done=on_done,
+            patience=patience,
+        )
+        self._promised.append(read)
         self._reads.append(read)
         read.patience.start()
         self._wake()
-        return True
+        return Lookup.READING
 
     def _needed(self, keys: list[bytes]) -> list[tuple[CacheRows, list[bytes]]]:
         """Returns what the token after these blocks needs of each part."""
@@ -254,6 +282,7 @@ class DiskPrefixCache:
 
     def _carry_out(self, read: _Read) -> None:
         assert self._post is not None
+        is_whole = False
         try:
             is_whole = all(self._fetch(read, part, keys) for part, keys in read.keys)
             if is_whole:
@@ -262,7 +291,13 @@ class DiskPrefixCache:
                 log.info("%d tokens of a prompt were read from disk in %.0f ms", read.num_tokens, seconds * 1000)
         finally:
             read.patience.cancel()
-            self._post(read.on_done)
+            self._post(partial(self._finish, read, is_whole))
+
+    def _finish(self, read: _Read, is_whole: bool) -> None:
+        """Has the sequence admitted; the disk is asked once more then, as its rows may have had to go meanwhile."""
+        if is_whole and read.sequence.num_reads < MOST_READS:
+            read.sequence.is_looked_up = False
+        read.on_done()
 
     def _fetch(self, read: _Read, part: CacheRows, keys: list[bytes]) -> bool:
         """Reads rows and hands them to the engine's thread. Returns whether all of them were there."""

@@ -149,7 +149,7 @@ def _parsed(text: bytes, kind: Kind, offset: int) -> Header:
         found = Kind(*(fields[name] for name in ("fingerprint", "part", "layout", "row_size")))
         keys = tuple(bytes.fromhex(key) for key in fields["keys"])
         sums = tuple(int(value) for value in fields["sums"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise BadFile("its header cannot be read") from error
     if found != kind:
         raise BadFile("it is of another model or layout")

@@ -55,7 +55,7 @@ class PrefixFolder:
         self._places: dict[tuple[str, bytes], str] = {}  # part and key -> name of the file
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()  # around changes of both
-        self._bad: set[str] = set()  # names of files that could not be removed
+        self._bad: set[str] = set()  # names of files that could not be read or removed
         self.num_bytes = 0  # of all files, as far as known
         self._counted = -COUNTED
         self._seen: tuple[int, float] | None = None  # the folder's time of change, and when it was looked at
@@ -116,15 +116,17 @@ class PrefixFolder:
                     del self._places[part, key]
 
     def _reject(self, name: str, error: Exception) -> None:
-        """Forgets a file that cannot be read, and removes it; one that another process has removed is no news."""
+        """Forgets a file that cannot be read, and removes one that is bad. The system may have had no descriptor or no
+        memory for the others; one that another process has removed is no news."""
         self._forget(name)
         if isinstance(error, FileNotFoundError):
             return
         log.warning("%s is not used: %s", self.folder / name, first_line(error))
-        try:
-            os.unlink(self.folder / name)
-        except OSError:
-            self._bad.add(name)
+        self._bad.add(name)
+        if isinstance(error, BadFile):
+            with suppress(OSError):
+                os.unlink(self.folder / name)
+                self._bad.remove(name)
 
     # --- rows
 
@@ -185,6 +187,8 @@ class PrefixFolder:
 
     def _make_room(self, size: int) -> bool:
         """Removes what was not used for the longest time until `size` bytes more are within the bound."""
+        if size > KEPT_SHARE * self.limit:
+            return False  # all others would go, and this one the next time
         is_over = self.num_bytes + size > self.limit
         if not is_over and time.monotonic() - self._counted < COUNTED:
             return True

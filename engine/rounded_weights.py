@@ -19,9 +19,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
-from engine import rounded_files
+from engine import packed_loading, rounded_files
 from engine.checked_model import CheckedModel, auto_class
-from engine.cpu import packed_checkpoint, packed_experts, packed_layers, packed_weight, packing
+from engine.cpu import kernels, packed_checkpoint, packed_experts, packed_layers, packed_weight, packing
 from engine.cpu.packed_weight import PackedWeight
 from engine.quantization import Quantization
 from engine.quantized import awq, compressed_tensors, files, fp8, gptq, layout, mxfp4, records, weights
@@ -31,7 +31,7 @@ from errors import ModelLoadError, first_line
 log = logging.getLogger(__name__)
 MAX_UNUSED = 7 * 86400.0  # seconds without use, after which what was made of other files is removed
 CODE = (  # what decides the content of a file
-    *(packed_checkpoint, packed_experts, packed_layers, packed_weight, packing),
+    *(packed_checkpoint, packed_experts, packed_layers, packed_loading, packed_weight, packing),
     *(awq, compressed_tensors, files, fp8, gptq, layout, mxfp4, records, weights),
 )
 
@@ -83,10 +83,13 @@ class RoundedWeights:
 
 
 def _key(checked: CheckedModel, quantization: Quantization) -> str:
-    """Hashes what decides the content: the model's files, the format and data type, our code, transformers' version."""
+    """Hashes what decides the content: the model's files, the format and data type, our code, transformers' version,
+    and whether the CPU multiplies bfloat16, without which some weights are not packed."""
     files = sorted(path for path in checked.directory.iterdir() if path.suffix in (".safetensors", ".json"))
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     code = [Path(str(module.__file__)).read_text() for module in CODE]
     return rounded_files.short_hash(
-        json.dumps((states, str(quantization), str(checked.dtype), transformers.__version__, code))
+        json.dumps(
+            (states, str(quantization), str(checked.dtype), transformers.__version__, kernels.has_bfloat16(), code)
+        )
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix  # of any sequences
 
 from engine.batch import Batch, Span
-from engine.disk_prefix_cache import DiskPrefixCache
+from engine.disk_prefix_cache import DiskPrefixCache, Lookup
 from engine.kv_cache import KVCache
 from engine.prefill_budget import PrefillBudget
 from engine.sampling_params import SampledToken
@@ -60,12 +60,13 @@ class Scheduler:
         self._suspects: dict[Sequence, Suspect] = {}
         self.disk: DiskPrefixCache | None = None  # what continues the cache's memory
         self._loading: set[Sequence] = set()  # those that wait for it
+        self._deferred: set[Sequence] = set()  # those for which it will have room after others; until the next step
         self._is_suspects_turn = False
 
     @property
     def has_work(self) -> bool:
         """Whether there is something to compute now; a sequence that waits for the disk is none."""
-        return bool(self.running) or len(self.waiting) > len(self._loading)
+        return bool(self.running) or len(self.waiting) > len(self._loading) + len(self._deferred)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence behind those of its priority that have an earlier turn.
@@ -111,6 +112,7 @@ class Scheduler:
 
         has_prompts: whether there may be prompts beside decodes.
         """
+        self._deferred.clear()
         self._is_suspects_turn = bool(self._suspects) and not self._is_suspects_turn
         batch = self._schedule_suspect() if self._is_suspects_turn else Batch(())
         return batch if batch.spans else self._schedule_others(has_prompts) or self._schedule_suspect()
@@ -262,11 +264,14 @@ class Scheduler:
         return False
 
     def _is_loading(self, sequence: Sequence) -> bool:
-        """Returns whether a part of the prompt is read from disk. That is tried once for each sequence."""
+        """Returns whether a part of the prompt is read from disk, or will be. That is tried once for each sequence."""
         if self.disk is not None and not sequence.is_looked_up and not sequence.scores_prompt:
-            if self.disk.load(sequence, lambda: self._loading.discard(sequence)):
+            lookup = self.disk.load(sequence, lambda: self._loading.discard(sequence))
+            if lookup is Lookup.READING:
                 self._loading.add(sequence)
-        return sequence in self._loading
+            elif lookup is Lookup.LATER:
+                self._deferred.add(sequence)
+        return sequence in self._loading or sequence in self._deferred
 
     def _least_urgent(self) -> Sequence:
         """Returns the running sequence to preempt next: of those with the lowest priority, the one admitted last."""
@@ -381,6 +386,7 @@ class Scheduler:
             self.running.remove(sequence)
         self._suspects.pop(sequence, None)
         self._loading.discard(sequence)
+        self._deferred.clear()
         self._erase_unchecked(sequence)
         if self.disk is not None:
             self.disk.save(sequence)

@@ -74,6 +74,7 @@ class Sequence:
     num_cached_tokens: int = 0  # tokens of the prompt that it took over from another sequence
     num_cached_blocks: int = 0  # leading blocks that other sequences can find
     is_looked_up: bool = False  # whether the prefix cache on disk was asked for its beginning
+    num_reads: int = 0  # from there
     seed: int = field(init=False)
     prompt_logprobs: list[SampledToken] = field(default_factory=list)  # those scored so far, if they were asked for
     matcher: Matcher | None = field(init=False)  # its place in its grammar

@@ -254,8 +254,9 @@ def _versions() -> dict[str, str | None]:
 
 @cache
 def _code() -> str:
-    """Returns a hash of the engine's code."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """Returns a hash of the code that computes: the engine's, and that of models that see."""
+    digest, own = hashlib.sha256(), Path(__file__).parent
+    for folder in (own, own.parent / "vision"):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()

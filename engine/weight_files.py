@@ -7,10 +7,13 @@ the model would misread the others. The exceptions are in UNREAD, each with its 
 import json
 import math
 import re
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -27,6 +30,9 @@ FURTHER_COUNTS = (  # settings that give the number of such layers
     *("num_mtp_modules", "mtp_num_layers", "n_predict_layers", "num_multi_token_layers"),
 )
 FURTHER_PARTS = re.compile(r"(eh_proj|enorm|hnorm|shared_head|mtp|nextn)\b|mtp_|nextn_")  # parts only such layers have
+HEAD = re.compile(r"(^|\.)lm_head\.(?!bias$)")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+ROWS = 4096  # that are compared at a time
 BIAS = re.compile(r"(\.|_)bias$")
 NAMED = 3  # tensors that an error lists
 CODES = re.compile(
@@ -84,6 +90,23 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
                 part = file.get_slice(name)
                 tensors[name] = Tensor(path.name, part.get_dtype(), tuple(part.get_shape()))
     return tensors
+
+
+def has_own_head(directory: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Returns whether the files have an output layer that is not the embedding, whatever config.json says."""
+    heads = [name for name in tensors if HEAD.search(name)]
+    if not any(name.endswith(".weight") for name in heads):
+        return bool(heads)  # codes with scales
+    (head, *_), embeddings = heads, [name for name in tensors if EMBEDDING.search(name)]
+    if len(embeddings) != 1:
+        return False
+    if any(getattr(tensors[head], part) != getattr(tensors[embeddings[0]], part) for part in ("shape", "dtype")):
+        return True
+    with ExitStack() as stack:
+        files = (stack.enter_context(safe_open(directory / tensors[name].file, "pt")) for name in (head, embeddings[0]))
+        first, second = (file.get_slice(name) for file, name in zip(files, (head, embeddings[0]), strict=True))
+        parts = range(0, tensors[head].shape[0], ROWS)
+        return not all(torch.equal(first[at : at + ROWS], second[at : at + ROWS]) for at in parts)
 
 
 def weight_paths(directory: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import test_vision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import VOCAB, generate
-from test_engine import ALL, answers, engine_of, greedy, reference, run
+from test_engine import ALL, answers, engine_of, greedy, reference, run, small_cache
 
 from engine.build import open_disk
 from engine.disk_prefix_cache import DiskPrefixCache
@@ -325,6 +325,28 @@ def test_one_who_leaves_while_it_waits_for_the_disk_is_no_trouble(tmp_path: Path
         assert (await ask(engine, prompt))[0] == reference("llama", prompt, 12)
 
     run(engine_with(tmp_path), use)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5"])
+def test_a_burst_that_the_cache_cannot_hold_at_once_reads_each_beginning_and_none_in_vain(
+    family: str, tmp_path: Path
+) -> None:
+    requests = [prompt_of(101, seed) for seed in range(8)]
+    expected = [reference(family, prompt, 12) for prompt in requests]
+    asked(engine_with(tmp_path, family), *requests)
+    options = small_cache(family, num_tokens=400)
+    engine = engine_with(tmp_path, family, kv_cache_memory=options.kv_cache_memory)
+
+    async def use(engine: Engine) -> list[tuple[list[int], int]]:
+        leaves = asyncio.create_task(ask(engine, requests[0]))
+        tasks = [asyncio.create_task(ask(engine, prompt)) for prompt in requests[1:]]
+        await asyncio.sleep(0.005)
+        leaves.cancel()
+        return await asyncio.gather(*tasks)
+
+    results = run(engine, use)
+    assert [answer for answer, _ in results] == expected[1:]
+    assert [num_cached for _, num_cached in results] == [100] * 7
 
 
 class HangingFolder(PrefixFolder):

@@ -72,7 +72,7 @@ def test_answers_are_those_of_the_merged_model_beside_other_adapters_and_none(fa
     engine, stock = engine_of(family), tiny_model(family, "eager")
     made = [
         TinyAdapter(stock, KINDS[family], rank=4, seed=1),
-        TinyAdapter(stock, KINDS[family][:2], rank=3, alpha=5, seed=2, fields={"use_rslora": True}),
+        TinyAdapter(stock, KINDS[family][:2], rank=3, alpha=5, seed=2, fields={"use_rslora": 1}),
     ]
     adapters = [read(engine, adapter.save(tmp_path / str(n))) for n, adapter in enumerate(made)]
     models = [*(adapter.merged() for adapter in made), stock]
@@ -228,6 +228,9 @@ GOOD = {f"{NAME}.lora_A.weight": A, f"{NAME}.lora_B.weight": B}
         (GOOD, {"target_modules": None}, "target_modules, rank_pattern or alpha_pattern is missing or wrong"),
         (GOOD, {"target_modules": "(q_proj"}, "missing or wrong"),
         (GOOD, {"rank_pattern": {"(": 3}}, "missing or wrong"),
+        (GOOD, {"rank_pattern": {r"(?:[\w.]+)+!": 3}}, "repeats too much: write the names of the layers"),
+        (GOOD, {"alpha_pattern": {"a*a*a*a*a*!": 3}}, "repeats too much"),
+        (GOOD, {"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga', which changes the base"),
         (GOOD, {"r": 8}, r"shapes \(4, 48\) and \(48, 4\) for .*q_proj, whose rank is 8"),
         (GOOD, {"r": 65}, "has rank 65, and MAX_LORA_RANK is 64: raise it"),
         (GOOD, {"target_modules": ["v_proj"]}, "target_modules do not name that layer"),
@@ -258,6 +261,12 @@ def test_what_is_wrong_with_an_adapter_is_said(
     read(tiny_engine(), save(tmp_path / "good", GOOD, CONFIG))
     with pytest.raises(ModelLoadError, match=reason):
         read(tiny_engine(), save(tmp_path / "bad", tensors, CONFIG | config))
+
+
+def test_no_pattern_of_an_adapter_holds_up_the_server(tmp_path: Path) -> None:
+    """Its target_modules would take longer than the universe has been there to match one name."""
+    config = CONFIG | {"target_modules": r"(?:[\w.]+)+[!?]"}
+    assert read(tiny_engine(), save(tmp_path / "x", GOOD, config)).rank == 4
 
 
 @cache

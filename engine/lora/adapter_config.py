@@ -10,7 +10,9 @@ from typing import Any
 from errors import ModelLoadError, first_line
 
 FILE = "adapter_config.json"
-ALL_LINEAR = "all-linear"
+ANY = None  # target_modules is `all-linear` or a regular expression, which has done its work when the files were made
+MAX_REPEATS = 4  # in a pattern of names; more of them, one in another, can take years
+_REPEATED = re.compile(r"(?<!\\)\)[*+?{]")  # a whole group
 _OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 _UNSUPPORTED = {  # fields that must have one of the values in _OFF, with what they stand for
     "use_dora": "DoRA",
@@ -28,7 +30,7 @@ _UNSUPPORTED = {  # fields that must have one of the values in _OFF, with what t
     "monteclora_config": "sampled weights",
     "kasa_config": "singular values beside the matrices",
 }
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mica")  # init_lora_weights that leave the base as it is
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # init_lora_weights that leave the base as it is
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class AdapterConfig:
     rank: int
     alpha: float
     is_rank_stabilized: bool
-    targets: str | tuple[str, ...]  # a regular expression, or the ends of names
+    targets: tuple[str, ...] | None  # the ends of names; ANY: what its files say
     ranks: Mapping[str, int]  # patterns of names -> another rank
     alphas: Mapping[str, float]
 
@@ -54,8 +56,8 @@ class AdapterConfig:
                 base=str(fields.get("base_model_name_or_path") or "another model"),
                 rank=_positive(fields["r"], int),
                 alpha=_positive(fields.get("lora_alpha", 8), int, float),
-                is_rank_stabilized=fields.get("use_rslora") is True,
-                targets=_pattern(targets) if isinstance(targets, str) else tuple(map(_text, targets)),
+                is_rank_stabilized=bool(fields.get("use_rslora")),
+                targets=_ends(targets),
                 ranks={_pattern(key): _positive(rank, int) for key, rank in _mapping(fields, "rank_pattern")},
                 alphas={_pattern(key): _positive(a, int, float) for key, a in _mapping(fields, "alpha_pattern")},
             )
@@ -77,11 +79,7 @@ class AdapterConfig:
 
     def names(self, layer: str) -> bool:
         """Returns whether the adapter's target_modules name a layer."""
-        if self.targets == ALL_LINEAR:
-            return True
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, layer) is not None
-        return any(layer == end or layer.endswith(f".{end}") for end in self.targets)
+        return self.targets is ANY or any(layer == end or layer.endswith(f".{end}") for end in self.targets)
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
@@ -120,6 +118,13 @@ def _positive(value: Any, *types: type) -> Any:
     return value
 
 
+def _ends(targets: Any) -> tuple[str, ...] | None:
+    if isinstance(targets, str):
+        re.compile(targets)
+        return ANY
+    return tuple(map(_text, targets))
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not the name of a layer")
@@ -127,7 +132,10 @@ def _text(value: Any) -> str:
 
 
 def _pattern(text: str) -> str:
+    """Checks a pattern of names, which a file of somebody else's brings: it must not hold up the server."""
     re.compile(text)
+    if _REPEATED.search(text) or len(re.findall(r"[*+?{]", text)) > MAX_REPEATS:
+        raise ValueError(f"{text[:80]!r} repeats too much: write the names of the layers")
     return text
 
 
