@@ -135,9 +135,21 @@ def _load_stock(
 def _load_quantized(
     checked: CheckedModel, weights: Quantization, report: Report, keep: Keep | None = None
 ) -> PreTrainedModel:
-    """Has transformers load a quantised checkpoint, whose weights come with their own codes; see engine/quantized."""
+    """Has transformers load a quantised checkpoint, whose weights come with their own codes; see engine/quantized.
+    Experts that are not alike are rounded where QUANTIZATION asks for that."""
+    scheme = weight_files.scheme_of(checked.config)
+    try:
+        return _load_codes(checked, weights, report, keep, files.QuantizedFiles(checked.directory, scheme))
+    except files.MixedExperts as error:
+        if weights.keeps_codes:
+            raise ModelLoadError(f"The model in {checked.directory} cannot be loaded. {error}") from error
+    return _load_codes(checked, weights, report, keep, files.QuantizedFiles(checked.directory, scheme, True))
+
+
+def _load_codes(
+    checked: CheckedModel, weights: Quantization, report: Report, keep: Keep | None, stored: files.QuantizedFiles
+) -> PreTrainedModel:
     directory, config = checked.directory, files.plain_config(checked.config)
-    stored = files.QuantizedFiles(directory, weight_files.scheme_of(checked.config))
     packing = PackingConfig(lambda model: Packer(model, weights), has_records=True)
     model_class = cast(Any, auto_class(config)._model_mapping[type(config)])
     has_generation = (directory / "generation_config.json").exists()
@@ -155,9 +167,11 @@ def _load_quantized(
                 quantization_config=packing,
             )
         except Exception as error:
-            failure = packing.failure or (error if isinstance(error, ModelLoadError) else None)
+            failure = packing.failure or stored.failure or (error if isinstance(error, ModelLoadError) else None)
             if failure is None:
                 raise
+            if isinstance(failure, files.MixedExperts):
+                raise failure from error
             raise ModelLoadError(f"The model in {directory} cannot be loaded. {failure}") from error
     model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], result)
     cast(Any, model).hf_quantizer.remove_quantization_config(model)

@@ -74,6 +74,7 @@ HEADERS = [
     json.dumps({**vars(KIND), "keys": ["zz" * 16], "sums": [1]}).encode(),
     json.dumps({**vars(KIND), "keys": ["00" * 16], "sums": [None]}).encode(),
     json.dumps({**vars(KIND), "keys": ["00" * 16] * 2, "sums": [1]}).encode(),
+    json.dumps({**vars(KIND), "keys": ["00" * 16], "sums": [float("inf")]}).encode(),
 ]
 
 
@@ -174,6 +175,41 @@ def test_the_bytes_never_exceed_the_bound(
         assert all(folder.has("kv0", key) for key in keys), "what was written last stays"
 
 
+def output_of(code: str, folder: Path) -> str:
+    """Runs Python code in a process of its own, with the folder as its argument."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    return result.stdout
+
+
+def test_rows_beyond_the_bound_are_not_kept_and_no_others_go_for_them(tmp_path: Path) -> None:
+    folder = PrefixFolder(tmp_path, {"kv0": KIND}, 3000)
+    assert folder.write("kv0", keys_of(1), rows_of(1), 0)
+    assert not folder.write("kv0", keys_of(8, first=5), rows_of(8), 1)
+    assert folder.has("kv0", keys_of(1)[0]) and folder.num_files == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+def test_a_file_that_cannot_be_opened_now_is_left_where_it_is(tmp_path: Path) -> None:
+    """Too many open files are not the cache's fault."""
+    code = (
+        "import os, resource, sys; from pathlib import Path; from test_prefix_files import *\n"
+        "folder = PrefixFolder(Path(sys.argv[1]), {'kv0': KIND}, 10**6)\n"
+        "folder.write('kv0', keys_of(2), rows_of(2), 0)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1, 4096))\n"
+        "assert not list(folder.read('kv0', keys_of(2), 1)) and not folder.num_files\n"
+        "print('left')"
+    )
+    assert output_of(code, tmp_path) == "left\n"
+    assert len(list(tmp_path.rglob("*.kv"))) == 1
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     """A limit on the size of files stands for it: writing fails in the same way."""
     code = (
@@ -183,12 +219,4 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
         "try: write_rows(Path(sys.argv[1]), KIND, keys_of(9), rows_of(9))\n"
         "except OSError: print('refused')"
     )
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    assert result.stdout == "refused\n" and list(tmp_path.iterdir()) == []
+    assert output_of(code, tmp_path) == "refused\n" and list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 """Quantised checkpoints keep their own codes on the CPU: packed weights are the dequantised ones, and so are logits."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,52 @@ def test_experts_with_scattered_columns_of_8_bits_are_refused_with_what_helps(tm
     with pytest.raises(ModelLoadError, match=r"cannot be loaded\. .*experts.*groups of columns.*set QUANTIZATION=int8"):
         load(tmp_path)
     assert logits(load(tmp_path, "int8"), step=AttentionRecorder()).isfinite().all()
+
+
+def some(write: made.Write, change: Callable[[torch.Tensor], torch.Tensor]) -> made.Write:
+    """Changes every seventh weight before it is written."""
+    counter = itertools.count(1)
+    return lambda weight: write(change(weight) if next(counter) % 7 == 0 else weight)
+
+
+def with_outlier(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.clone()
+    weight[3, 5] = weight.abs().max() * 10
+    return weight
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_experts_that_are_not_alike_are_refused_with_what_helps(is_plain: bool, tmp_path: Path) -> None:
+    """Some with codes that the kernels do not have, or some that the quantizer left as they were."""
+    write = made.gptq(4, 64, True, act_order=not is_plain)
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": not is_plain}
+    numbers = "[012]" if is_plain else r"\d+"
+    layers = rf"(self_attn\.\w+proj|experts\.{numbers}\.\w+)$"
+    expected = made.save(tmp_path, some(write, with_outlier), scheme, "qwen3_moe", layers=layers)
+    with pytest.raises(
+        ModelLoadError, match=r"cannot be loaded\. .*experts\.\d.*set QUANTIZATION=int8, which rounds all"
+    ):
+        load(tmp_path)
+    experts = {name: weight for name, weight in packed_weights(tmp_path, "int8").items() if "experts" in name}
+    for name, weight in experts.items():
+        value = whole(expected, name)
+        assert weight.format == INT8
+        assert ((weight.dequantize() - value).abs() <= value.abs().amax(1, keepdim=True) / 200).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_weight_of_zeros_keeps_its_codes_whatever_its_scale_is(family: str, tmp_path: Path) -> None:
+    """As an expert that never had a token."""
+    for name, scale in (("fp8-blocks", ".weight_scale_inv"), ("int8", ".weight_scale")):
+        write, scheme, fmt = CASES[name]
+
+        def dead(weight: torch.Tensor, write: made.Write = write, scale: str = scale) -> tuple[Tensors, torch.Tensor]:
+            tensors, value = write(weight)
+            if not value.any():
+                tensors[scale] = torch.full_like(tensors[scale], 1e-12 / 448)
+            return tensors, value
+
+        check_weights(tmp_path / name, made.save(tmp_path / name, some(dead, torch.zeros_like), scheme, family), fmt)
 
 
 def test_a_group_in_the_order_of_its_columns_is_none_of_scattered_ones(tmp_path: Path) -> None:
@@ -384,6 +432,28 @@ def test_a_row_of_zeros_is_zero(tmp_path: Path) -> None:
     made.save(tmp_path, dead, scheme)
     for name, weight in packed_weights(tmp_path).items():
         assert weight.dequantize().isfinite().all() and ("_proj" not in name or not weight.dequantize()[3].any())
+
+
+@pytest.mark.parametrize("name", ["gptq-4-32-sym", "fp8-rows", None])
+@pytest.mark.parametrize("is_own", [False, True])
+def test_an_output_layer_of_the_files_own_is_used_whatever_the_configuration_says(
+    name: str | None, is_own: bool, tmp_path: Path
+) -> None:
+    write, scheme, _ = CASES[name or "int8"]
+    if name is None:
+        tiny_model("qwen3", tie_word_embeddings=True, vocab_size=200).bfloat16().save_pretrained(tmp_path)
+    else:
+        made.save(tmp_path, write, scheme, tie_word_embeddings=True, vocab_size=200)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].float()
+    value = torch.randn(embedding.shape) if is_own else embedding
+    parts: Tensors = {".weight": value.bfloat16()}
+    if name is not None and is_own:
+        parts, value = write(value)
+    made.change(tmp_path, lambda tensors: tensors.update({f"lm_head{part}": t for part, t in parts.items()}))
+    for quantization in ("auto", "none", "int8") if name is None else ("auto", "int8"):
+        head = load(tmp_path, quantization).get_submodule("lm_head")
+        numbers = head.packed.dequantize() if hasattr(head, "packed") else head.weight.float()
+        assert (numbers - value.bfloat16().float()).norm() < 0.02 * value.norm()
 
 
 @pytest.mark.parametrize("name", ["gptq-4-32-sym", "fp8-rows"])

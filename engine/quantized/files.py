@@ -1,6 +1,7 @@
 """QuantizedFiles: the tensors of a quantised checkpoint as transformers loads them, each weight read when asked for."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig
 
 from engine import weight_files
-from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Format
+from engine.cpu.packed_weight import BFLOAT16, GROUP, INT8, Format, quantize_weight
 from engine.quantized import awq, compressed_tensors, fp8, gptq, records
 from engine.quantized.layout import Layout
 from engine.quantized.weights import StoredWeight
@@ -27,6 +28,7 @@ READERS = {  # quant_method -> the layouts of its weights
     "fp8": fp8.layouts,
     "compressed-tensors": compressed_tensors.layouts,
 }
+EXPERT = re.compile(r"\.experts\.\d+\.")
 FACTORS = 4  # bytes of a scale and a minimum for each group of columns
 
 
@@ -44,11 +46,19 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return cast(PreTrainedConfig, result)
 
 
+class MixedExperts(ModelLoadError):
+    """The weights of a mixture's experts are not all in one format, and the kernels compute them together."""
+
+
 class QuantizedFiles:
     """The files of one checkpoint."""
 
-    def __init__(self, directory: Path, scheme: Any) -> None:
-        """scheme: the model's quantization_config. Raises ModelLoadError for a format that is not read."""
+    def __init__(self, directory: Path, scheme: Any, rounds_experts: bool = False) -> None:
+        """scheme: the model's quantization_config. rounds_experts: has all experts rounded to 8 bits, so that they are
+        alike. Raises ModelLoadError for a format that is not read."""
+        self.rounds_experts = rounds_experts
+        self.failure: ModelLoadError | None = None  # transformers says no more than that something failed
+        self._experts: dict[str, tuple[int, int]] = {}  # how their records are, by the name for all experts
         self._directory = directory
         self._headers = weight_files.read_headers(directory)
         values = scheme if isinstance(scheme, dict) else scheme.to_dict()
@@ -91,14 +101,40 @@ class QuantizedFiles:
             file = stack.enter_context(safe_open(path, "pt"))
             slices |= {name: file.get_slice(name) for name in file.keys()}
         taken = {part for _, parts in self._weights.values() for part in parts.values()}
-        plain = {name: value for name, value in slices.items() if name not in taken}
-        others = self._others
-        stored = {
-            layout.target_of(name): Stored(layout, {part: slices[tensor] for part, tensor in parts.items()}, others)
-            for name, (layout, parts) in self._weights.items()
-        }
+        plain: dict[str, Any] = {name: value for name, value in slices.items() if name not in taken}
+        stored: dict[str, Any] = {}
+        for name, (layout, parts) in self._weights.items():
+            target = layout.target_of(name)
+            stored[target] = Stored(target, layout, {part: slices[tensor] for part, tensor in parts.items()}, self)
+        experts = {_of_all(name) for name in stored if EXPERT.search(name)}
+        for name in [name for name in plain if _of_all(name) in experts]:
+            if not self.rounds_experts:
+                raise self._mixed(name)
+            stored[name] = Plain(plain.pop(name))
         stack.callback(self._log_others)
         return plain | stored
+
+    def records_of(self, name: str, weight: StoredWeight) -> torch.Tensor:
+        """Returns what transformers gets for a weight; see records.py. Raises MixedExperts."""
+        is_expert = EXPERT.search(name) is not None
+        if is_expert and self.rounds_experts:
+            return records.of_codes(quantize_weight(weight.dequantize(torch.float32), INT8))
+        codes = weight.codes_for_kernels()
+        if codes is None:
+            codes = weight.in_8_bits()
+            self._others[INT8 if codes is not None else BFLOAT16] += 1
+        result = records.of_numbers(weight.dequantize(torch.bfloat16)) if codes is None else records.of_codes(codes)
+        kind = (result.shape[1], int(result[0, 0]))
+        if is_expert and self._experts.setdefault(_of_all(name), kind) != kind:
+            raise self._mixed(name)
+        return result
+
+    def _mixed(self, name: str) -> ModelLoadError:
+        self.failure = MixedExperts(
+            f"{name}: It is not in the format of the other experts, or its codes have groups of columns or scales that "
+            "the CPU's kernels do not have: set QUANTIZATION=int8, which rounds all experts again."
+        )
+        return self.failure
 
     def _log_others(self) -> None:
         for fmt, count in self._others.items():
@@ -106,13 +142,19 @@ class QuantizedFiles:
             log.info("weights whose columns or scales the kernels' formats do not have, kept in %s: %d", kind, count)
 
 
+def _of_all(name: str) -> str:
+    """Returns a name for the weights of all experts."""
+    return EXPERT.sub(".experts.*.", name)
+
+
 @dataclass(frozen=True)
 class Stored:
     """A weight in its files, which transformers takes for one of their tensors."""
 
+    name: str
     layout: Layout
     parts: Mapping[str, Any]
-    others: Counter[Format]
+    files: QuantizedFiles
 
     def __getitem__(self, index: Any) -> "Stored":
         return self
@@ -120,11 +162,19 @@ class Stored:
     def to(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight's records; see records.py. device, dtype: those of the model's parameter."""
         with torch.inference_mode():
-            return self._records(self.layout.read({part: value[...] for part, value in self.parts.items()}))
+            weight = self.layout.read({part: value[...] for part, value in self.parts.items()})
+            return self.files.records_of(self.name, weight)
 
-    def _records(self, weight: StoredWeight) -> torch.Tensor:
-        if (codes := weight.codes_for_kernels()) is not None:
-            return records.of_codes(codes)
-        codes = weight.in_8_bits()
-        self.others[INT8 if codes is not None else BFLOAT16] += 1
-        return records.of_numbers(weight.dequantize(torch.bfloat16)) if codes is None else records.of_codes(codes)
+
+@dataclass(frozen=True)
+class Plain:
+    """A weight that is no codes in its file, beside others that are."""
+
+    value: Any
+
+    def __getitem__(self, index: Any) -> "Plain":
+        return self
+
+    def to(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
+        with torch.inference_mode():
+            return records.of_codes(quantize_weight(self.value[...].float(), INT8))

@@ -53,6 +53,11 @@ class Groups:
         blocks = self.of_columns.view(-1, GROUP)
         return blocks[:, 0] if bool((blocks == blocks[:, :1]).all()) else None
 
+    def that_have(self, is_there: torch.Tensor, num_groups: int) -> torch.Tensor:
+        """Returns (rows, groups) bool: whether a group has one of the columns. is_there: (rows, columns) bool."""
+        counts = torch.zeros(len(is_there), num_groups, dtype=torch.int32)
+        return counts.index_add_(1, self.of_columns, is_there.int()) > 0
+
 
 @dataclass(frozen=True)
 class Integers:
@@ -68,18 +73,27 @@ class Integers:
         blocks = self.groups.of_blocks
         if blocks is None:
             return None
-        scales, half = self.scales[:, blocks], self.scales.half()
         largest, offset = 2**self.bits - 1, 2 ** (self.bits - 1)
-        step = self.scales.abs() * MOVED
-        if not bool(((half.float() - self.scales).abs() * largest <= step).all()):
-            return None  # beyond what float16 holds
+        step, scales = self.scales.abs() * MOVED, self.scales
+        is_beyond = (scales.half().float() - scales).abs() * largest > step  # what float16 holds
+        if bool(is_beyond.any()):
+            scales = scales.masked_fill(~self._is_used, 0.0)
+            if bool((is_beyond & self._is_used).any()):
+                return None
         if bool((self.zeros == offset).all()):
-            return Codes(Format(self.bits, offset=offset), self.codes, scales.half(), None)
+            return Codes(Format(self.bits, offset=offset), self.codes, scales[:, blocks].half(), None)
         offset = offset if self.bits == INT8.bits else 0  # codes of 8 bits are kept as numbers with a sign
-        minimums = (offset - self.zeros) * self.scales
+        minimums = (offset - self.zeros) * scales
         if not bool(((minimums.half().float() - minimums).abs() <= step).all()):
             return None
-        return Codes(Format(self.bits, offset, has_minimum=True), self.codes, scales.half(), minimums[:, blocks].half())
+        fmt = Format(self.bits, offset, has_minimum=True)
+        return Codes(fmt, self.codes, scales[:, blocks].half(), minimums[:, blocks].half())
+
+    @property
+    def _is_used(self) -> torch.Tensor:
+        """(rows, groups): whether not all weights of a group are zero, so that its scale counts."""
+        is_number = self.codes.int() != self.zeros[:, self.groups.of_columns]
+        return self.groups.that_have(is_number, self.scales.shape[1])
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         weight = torch.empty(self.codes.shape, dtype=dtype)
@@ -111,8 +125,12 @@ class Floats:
             return None
         scales = self.scales * E4M3_SCALE
         half = scales.half()
-        if not bool(((half.float() - scales).abs() <= scales.abs() * ROUNDED).all()):
-            return None
+        is_beyond = (half.float() - scales).abs() > scales.abs() * ROUNDED
+        if bool(is_beyond.any()):
+            is_used = self.groups.that_have(codes & NOT_A_NUMBER != 0, scales.shape[1])
+            half = half.masked_fill(~is_used, 0.0)  # of groups of zeros, whose scale does not count
+            if bool((is_beyond & is_used).any()):
+                return None
         return Codes(E4M3, codes, half[:, blocks], None)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
