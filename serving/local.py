@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints import checkpoint
 from checkpoints.progress import Progress
-from errors import InvalidRequest, ModelLoadError, ModelNotFound, first_line, unsupported
+from errors import InvalidRequest, ModelLoadError, ModelLoading, ModelNotFound, first_line, unsupported
 from schemas import (
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -37,7 +37,7 @@ from serving.image_fetcher import ImageFetcher
 from serving.keep_alive import seconds_of
 from serving.loading import LoadedModel, to_api_error
 from serving.model_loader import ModelLoader, Pool
-from serving.model_slot import ModelSlot
+from serving.model_slot import RETRY_AFTER, ModelSlot
 from serving.release import close, reclaim, without_frames
 from serving.tokenizer_info import tokenizer_info
 from serving.usage import RequestUsage
@@ -185,6 +185,8 @@ class LocalModel:
             adapter = self.adapters.get(name or self.name)
             if adapter is None:
                 self._check_name(name)  # it may have been an adapter's, which is gone
+                if name is not None and self.adapters.serves(name):  # never the model without it
+                    raise ModelLoading(f"The adapter {name} is loading; try again later.", retry_after=RETRY_AFTER)
             yield loaded if adapter is None else replace(loaded, adapter=adapter)
 
     @property
