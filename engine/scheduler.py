@@ -264,7 +264,7 @@ class Scheduler:
         return False
 
     def _is_loading(self, sequence: Sequence) -> bool:
-        """Returns whether a part of the prompt is read from disk, or will be. That is tried once for each sequence."""
+        """Returns whether a part of the prompt is read from disk, or will be; it is asked before each admission."""
         if self.disk is not None and not sequence.is_looked_up and not sequence.scores_prompt:
             lookup = self.disk.load(sequence, lambda: self._loading.discard(sequence))
             if lookup is Lookup.READING:

@@ -52,7 +52,8 @@ class ModelLoader:
         if not self.is_alone and not self.memory.budget.holds([footprint]):  # before others are unloaded for it
             raise ModelLoadError(
                 f"{path} takes {(weights + (cache or 0)) / 2**30:.2f} GiB with its cache, but models may take "
-                f"{self.memory.budget.total / 2**30:.2f} GiB of this machine (MODELS_MEMORY): use a smaller model."
+                f"{self.memory.budget.total / 2**30:.2f} GiB of this machine (MODELS_MEMORY): use a smaller model, "
+                "or lower KV_CACHE_MEMORY."
             )
         async with pool.room_for(footprint):
             place = path if self.bound is None else str(directory)
