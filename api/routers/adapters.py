@@ -4,12 +4,13 @@ from fastapi import Response
 from fastapi.responses import PlainTextResponse
 
 from api.answers import ignored_fields_header
-from api.routing import V1Router
+from api.routing import ERRORS, V1Router
 from api.services import Services, UsesServices
 from errors import InvalidRequest
 from schemas import LoadAdapterRequest, UnloadAdapterRequest
 
-router = V1Router()
+_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}  # success is a text
+router = V1Router({status: {"description": e["description"], "content": _CONTENT} for status, e in ERRORS.items()})
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse)

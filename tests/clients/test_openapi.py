@@ -33,4 +33,5 @@ def test_no_request_breaks_the_server_or_its_document(tiny_server: Server, tmp_p
     shown = "\n".join(line[:500] for line in ended.stdout.splitlines())  # a request may take thousands
     assert ended.returncode == 0, shown[-9000:] + ended.stderr[-2000:]
     assert "Traceback" not in "".join(tiny_server.lines)
+    tiny_server.post("/v1/models/load", model="Tiny")  # a request may have unloaded it
     tiny_server.wait_until_idle()
