@@ -6,6 +6,7 @@ import { byId } from "./dom.js";
 import { viewOf } from "./turn.js";
 
 const NEAR = 80; // pixels from the end, within which the page follows a growing answer
+const LOADING = "The answer begins when the model is loaded…";
 
 export class Chat {
   #server;
@@ -97,7 +98,7 @@ export class Chat {
   /** Adds the chunks of an answer to its turn. While the model loads, it waits and asks again. */
   async #receive(body, turn, view, signal) {
     const update = onceAFrame(() => this.#keepingEnd(() => view.update(true)));
-    turn.note = "Waiting for the answer…";
+    turn.note = this.#status.hasToLoad(body.model) ? LOADING : "Waiting for the answer…";
     update();
     for (;;) {
       try {
@@ -109,7 +110,7 @@ export class Chat {
         return;
       } catch (error) {
         if (error.code !== "model_loading") throw error;
-        turn.note = "The answer begins when the model is loaded…";
+        turn.note = LOADING;
         update();
         await this.#status.look();
         await this.#status.loaded(signal);

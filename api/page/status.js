@@ -43,6 +43,12 @@ export class Status {
     this.#waiting.splice(0).forEach((resolve) => resolve());
   }
 
+  /** Whether an answer of this model begins only once it is loaded; not known of other providers' models. */
+  hasToLoad(model) {
+    const known = (this.report.models ?? [this.report]).find((each) => each.model === model);
+    return ["loading", "unloaded"].includes(known?.status);
+  }
+
   /** Waits until the model is not loading any more. */
   async loaded(signal) {
     while (this.report.status === "loading") {
