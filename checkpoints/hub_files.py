@@ -180,13 +180,14 @@ def _append(url: str, part: Path, wanted: HubFile, digest: "hashlib._Hash", adva
     timeout = httpx2.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
     with httpx2.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
         response.raise_for_status()
-        if start and response.status_code == 200:  # the whole file, from a server that knows no ranges
+        begin = start if response.status_code == 206 else 0
+        size = begin + int(response.headers.get("Content-Length", wanted.size - begin))
+        if size != wanted.size:  # before what is there goes
+            raise _failure(wanted, f"it should have {wanted.size} bytes, and what comes has {size}")
+        if begin < start:  # the whole file, from a server that knows no ranges
             advance(-start)
             part.unlink()
-            digest, start = hashlib.sha256(), 0
-        size = start + int(response.headers.get("Content-Length", wanted.size - start))
-        if size != wanted.size:
-            raise _failure(wanted, f"it should have {wanted.size} bytes, and what comes has {size}")
+            digest = hashlib.sha256()
         with part.open("ab") as file:
             for chunk in response.iter_raw():
                 file.write(chunk)

@@ -162,8 +162,10 @@ class ChatModels:
         for each in found:
             if os.path.realpath(each.path) not in taken:
                 name = self._free_name(each.name, each.path)
-                same = known.pop(each.path, None)
-                self._in_folder[each.path] = same or self._other(each.path, name, each.num_bytes)
+                model = known.pop(each.path, None)
+                if model is None or (model.name != name and model.status not in IN_MEMORY):  # its name is free now
+                    model = self._other(each.path, name, each.num_bytes)
+                self._in_folder[each.path] = model
         names = {model.name for model in self._in_folder.values()}
         gone = {path: model for path, model in known.items() if model.status in IN_MEMORY}
         self._in_folder |= {path: model for path, model in gone.items() if model.name not in names}

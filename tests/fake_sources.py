@@ -56,16 +56,19 @@ def left_over(cache: Path) -> list[str]:
 
 @contextmanager
 def http_server(
-    files: dict[str, bytes], asked: list[tuple[str, str | None]] | None = None, broken_at: int | None = None
+    files: dict[str, bytes],
+    asked: list[tuple[str, str | None]] | None = None,
+    broken_at: int | None = None,
+    has_ranges: bool = True,
 ) -> Iterator[str]:
     """Serves a Hub with these paths, and with the headers that huggingface_hub reads; yields its URL.
 
     asked: gets the path of each file that was read, and the range. broken_at: the bytes after which connections break
-    while they send a file; ranges from there on get a 503."""
+    while they send a file; ranges from there on get a 503. has_ranges: False sends the whole file whatever is asked."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            path, wanted = self.path.split("?")[0], self.headers.get("Range")
+            path, wanted = self.path.split("?")[0], self.headers.get("Range") if has_ranges else None
             body, start = files.get(path), int((wanted or "bytes=0-")[6:-1])
             if self.command == "GET" and asked is not None and "/resolve/" in path:
                 asked.append((path.rpartition("/")[2], wanted))

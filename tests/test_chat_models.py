@@ -102,6 +102,19 @@ def test_a_model_that_moved_is_found_at_its_new_place_and_listed_once(folder: Pa
     run(scenario, models_dir=tmp_path / "models")
 
 
+def test_a_name_that_two_models_had_is_the_others_when_one_goes(folder: Path, tmp_path: Path) -> None:
+    async def scenario(models: ChatModels) -> None:
+        assert set(statuses(models)) == {"a", "x/m", "y/m"}
+        shutil.rmtree(tmp_path / "x")
+        models._folder._scanned_at = -1e9
+        assert (await ask(models, "m")).model == "m"
+        assert set(statuses(models)) == {"a", "m"}
+
+    for name in ("a", "x/m", "y/m"):
+        shutil.copytree(folder / "a", tmp_path / name)
+    run(scenario, models_dir=tmp_path)
+
+
 def test_all_who_ask_for_a_new_model_at_the_same_moment_find_it(folder: Path, tmp_path: Path) -> None:
     async def scenario(models: ChatModels) -> None:
         models._folder._scanned_at = -1e9

@@ -86,10 +86,17 @@ def test_a_page_that_comes_instead_of_a_file_is_refused_at_once(
     """As the login page of a network answers for every address."""
     asked: list[tuple[str, str | None]] = []
     paths = {path: b"<html>" if path.endswith(".safetensors") else body for path, body in SAFE_HUB.items()}
-    with http_server(paths, asked) as endpoint:
+    with http_server(SAFE_HUB, broken_at=100_000) as endpoint:
+        assert run(tmp_path, endpoint, "pull", "org/tiny") == 1
+    with http_server(paths, asked, has_ranges=False) as endpoint:
         assert run(tmp_path, endpoint, "pull", "org/tiny") == 1
     assert f"it should have {len(WEIGHTS)} bytes, and what comes has 6" in capsys.readouterr().err
     assert [name for name, _ in asked].count("model.safetensors") == 1
+    (part,) = tmp_path.rglob("*.incomplete")
+    assert part.read_bytes() == WEIGHTS[:100_000]
+    with http_server(SAFE_HUB, has_ranges=False) as endpoint:
+        assert run(tmp_path, endpoint, "pull", "org/tiny") == 0
+    assert next(tmp_path.rglob("model.safetensors")).read_bytes() == WEIGHTS
 
 
 @pytest.mark.parametrize("digest", ["../../precious", "{tmp_path}/precious", "A" * 64])

@@ -77,9 +77,10 @@ class Integers:
         step, scales = self.scales.abs() * MOVED, self.scales
         is_beyond = (scales.half().float() - scales).abs() * largest > step  # what float16 holds
         if bool(is_beyond.any()):
-            scales = scales.masked_fill(~self._is_used, 0.0)
-            if bool((is_beyond & self._is_used).any()):
+            is_used = self._is_used
+            if bool((is_beyond & is_used).any()):
                 return None
+            scales = scales.masked_fill(~is_used, 0.0)
         if bool((self.zeros == offset).all()):
             return Codes(Format(self.bits, offset=offset), self.codes, scales[:, blocks].half(), None)
         offset = offset if self.bits == INT8.bits else 0  # codes of 8 bits are kept as numbers with a sign
@@ -128,9 +129,9 @@ class Floats:
         is_beyond = (half.float() - scales).abs() > scales.abs() * ROUNDED
         if bool(is_beyond.any()):
             is_used = self.groups.that_have(codes & NOT_A_NUMBER != 0, scales.shape[1])
-            half = half.masked_fill(~is_used, 0.0)  # of groups of zeros, whose scale does not count
             if bool((is_beyond & is_used).any()):
                 return None
+            half = half.masked_fill(~is_used, 0.0)  # of groups of zeros, whose scale does not count
         return Codes(E4M3, codes, half[:, blocks], None)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
