@@ -4,6 +4,7 @@ Only what the server itself fetched or made can be removed: each path that goes 
 none from the name that a user types.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -90,11 +91,12 @@ class ModelsOnDisk:
         return chosen, freed
 
     def _remove_repository(self, repository: str) -> None:
-        """Removes all revisions of a Hub model with huggingface_hub's own means."""
-        for repo in self._repositories():
-            if repo.repo_id == repository:
-                revisions = (revision.commit_hash for revision in repo.revisions)
-                self._scanned().delete_revisions(*revisions).execute()
+        """Removes all revisions of a Hub model with huggingface_hub's own means, which know a revision by its commit
+        alone: they are shown no other model, since a mirror has the same commits."""
+        cache = self._scanned()
+        for repo in (repo for repo in cache.repos if (repo.repo_type, repo.repo_id) == ("model", repository)):
+            revisions = (revision.commit_hash for revision in repo.revisions)
+            dataclasses.replace(cache, repos=frozenset({repo})).delete_revisions(*revisions).execute()
 
     # --- what there is
 

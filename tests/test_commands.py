@@ -225,6 +225,17 @@ def test_a_cache_behind_a_link_is_the_same_cache(tmp_path: Path, capsys: pytest.
     assert not list((tmp_path / "real").glob("models--org--tiny-GGUF/blobs/*"))
 
 
+@pytest.mark.parametrize("gone", ["org/tiny", "mirror/tiny"])
+def test_a_mirror_with_the_same_commits_stays(gone: str, tmp_path: Path) -> None:
+    with http_server(SAFE_HUB | hub_model("mirror/tiny", SAFE, ("model.safetensors",))) as endpoint:
+        for name in ("org/tiny", "mirror/tiny"):
+            assert run(tmp_path, endpoint, "pull", name) == 0
+    assert run(tmp_path, None, "rm", gone) == 0
+    assert names(tmp_path) == [name for name in ("mirror/tiny", "org/tiny") if name != gone]
+    assert next(tmp_path.rglob("model.safetensors")).read_bytes() == WEIGHTS
+    assert not (tmp_path / "hub" / f"models--{gone.replace('/', '--')}").exists()
+
+
 def test_what_was_rounded_of_a_converted_file_goes_with_it(tmp_path: Path) -> None:
     converted = tmp_path / "own" / checkpoint.CONVERTED / "x-0123456789abcdef-v9"
     rounded = tmp_path / "own" / rounded_files.FOLDER
