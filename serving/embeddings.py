@@ -183,14 +183,15 @@ class EmbeddingModels:
 
     @asynccontextmanager
     async def _using(self, model: str, keep_alive: float | str | None = None) -> "AsyncIterator[Embedder]":
-        """Waits for the model of that name, which is not unloaded inside the block. keep_alive: as Ollama means it."""
+        """Waits for the model of that name, which is not unloaded inside the block. Raises ModelLoading if that takes
+        too long. keep_alive: as Ollama means it."""
         limit = seconds_of(keep_alive)
         if self._source(model) is None:
             await self.refresh()
         slot = self._slot(self._known(model))
         if limit is not None:
             slot.idle_limit = limit
-        async with slot.using() as embedder:
+        async with slot.using(self._settings.model_load_wait) as embedder:
             yield embedder
 
     def _known(self, model: str) -> ModelSource:

@@ -22,6 +22,7 @@ from errors import (
     ContextLengthExceeded,
     InvalidRequest,
     ModelLoadError,
+    ModelLoading,
     ModelNotFound,
     Unavailable,
     UpstreamUnreachable,
@@ -106,6 +107,20 @@ def test_a_listed_name_can_be_asked(tmp_path: Path) -> None:
         assert not models.lists("acme/b")
 
     with_models(sources, scenario)
+
+
+def test_a_request_waits_for_its_model_only_as_long_as_chats_do(tmp_path: Path) -> None:
+    sources = hub_cache(tmp_path, a=save_tiny_encoder)
+
+    async def scenario(models: EmbeddingModels) -> None:
+        with pytest.raises(ModelLoading, match="acme/a is loading; try again later") as told:
+            await first_of(models, "huggingface/acme/a")
+        assert told.value.retry_after == 5
+        while "acme/a" not in models.loaded:  # the load goes on
+            await asyncio.sleep(0.05)
+        assert len(await first_of(models, "huggingface/acme/a")) == 32
+
+    with_models(sources, scenario, model_load_wait=0)
 
 
 def test_a_model_of_the_hub_is_unloaded_by_the_name_that_requests_have_for_it(tmp_path: Path) -> None:
