@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 from fuzz_inputs import mixed, splits
 from genuine_templates import gemma_4
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import byte_tokenizer
 from profiles import examples
@@ -90,6 +90,7 @@ def test_what_has_been_given_of_a_guarded_call_is_the_beginning_of_what_it_is(
 @given(ARGUMENTS)
 def test_a_history_shows_calls_as_they_are_read(arguments: dict[str, Any]) -> None:
     """The genuine template writes them, with Python's names for what is nothing."""
+    assume("▁" not in json.dumps(arguments, ensure_ascii=False))  # Gemma's vocabulary has it for a space
     template = gemma_4()
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps(arguments)}}
     messages = [Message(role="user", content="x"), Message(role="assistant", content="", tool_calls=[call])]
