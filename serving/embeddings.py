@@ -6,7 +6,7 @@ import importlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from errors import (
     ContextLengthExceeded,
     InvalidRequest,
     ModelLoadError,
+    ModelLoading,
     ModelNotFound,
     NotOnHub,
     SourceUnreachable,
@@ -205,10 +206,13 @@ class EmbeddingModels:
         return source
 
     async def load(self, model: str, keep_alive: float | str | None = None) -> Model:
-        """Loads the model of that name, and returns its entry of /v1/models. Raises APIError."""
-        async with self._using(model, keep_alive):
-            source = self._known(model)
-            return self._entry(source, self._pool.slots.get(source))
+        """Loads the model of that name, and returns its entry of /v1/models; `loading` if that takes longer than a
+        request waits. Raises APIError."""
+        with suppress(ModelLoading):
+            async with self._using(model, keep_alive):
+                pass
+        source = self._known(model)
+        return self._entry(source, self._pool.slots.get(source))
 
     async def unload(self, model: str) -> Model:
         """Unloads the model of that name when its requests have finished, and returns its entry."""

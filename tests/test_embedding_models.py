@@ -116,6 +116,7 @@ def test_a_request_waits_for_its_model_only_as_long_as_chats_do(tmp_path: Path) 
         with pytest.raises(ModelLoading, match="acme/a is loading; try again later") as told:
             await first_of(models, "huggingface/acme/a")
         assert told.value.retry_after == 5
+        assert (await models.load("huggingface/acme/a")).status == "loading"
         while "acme/a" not in models.loaded:  # the load goes on
             await asyncio.sleep(0.05)
         assert len(await first_of(models, "huggingface/acme/a")) == 32

@@ -1,5 +1,7 @@
 """GET /v1/models and /v1/models/{model}, POST /v1/models/load and /v1/models/unload."""
 
+from contextlib import suppress
+
 from fastapi import Request, Response
 
 from api.answers import whole
@@ -31,10 +33,8 @@ async def load_model(body: ModelRequest, request: Request, services: UsesService
         if await _is_embedding_model(services, name):
             return await services.embeddings.load(name, body.keep_alive)
         model = await services.chat.model(name)
-        try:
+        with suppress(ModelLoading):
             await model.wait(body.keep_alive)
-        except ModelLoading:
-            pass
         return model.entry_of(name)
 
     return await whole(request, body, load())
