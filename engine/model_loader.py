@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +17,9 @@ from engine import memory, weight_files
 from engine.attention import fused, paged
 from engine.checked_model import CheckedModel, auto_class
 from engine.cpu import kernels, packed_checkpoint, packed_layers
-from engine.cpu.packing import Keep, Packer, pack_model
+from engine.cpu.packing import Keep, PackedForm, Packer, pack_model
 from engine.packed_loading import PackingConfig
-from engine.quantization import BFLOAT16_KERNELS, FROM_FILE, NONE, STOCK, Quantization, choose
+from engine.quantization import BFLOAT16_KERNELS, CPU, FROM_FILE, GPU, NONE, STOCK, Quantization, choose
 from engine.quantized import files
 from engine.report import Report
 from engine.rounded_weights import RoundedWeights
@@ -46,7 +47,7 @@ def load_model(
         if not checked.is_on_cuda and kept is None:
             _check_memory(checked, weights)
         if weights is FROM_FILE:
-            model = packed_checkpoint.load(directory, config, checked.dtype, _attention_names(config))
+            model = _load_blocks(checked)
         else:
             keep = None if rounded is None else rounded.write
             load = _load_quantized if _has_own_codes(checked, weights) else _load_stock
@@ -66,7 +67,7 @@ def load_model(
             "smaller model, or set QUANTIZATION to a format with fewer bits."
         )
     model.eval()
-    if weights.needs_cpu_kernels:
+    if weights.needs_kernels and not checked.is_on_cuda:
         fused.fuse_attention(model)
     memory.trim()  # otherwise the process keeps what loading has freed
     return model
@@ -78,7 +79,7 @@ def _missing_package(checked: CheckedModel, error: str) -> str:
     if scheme is None:
         return f"a package is missing ({error})"
     reason = f"the package that reads its quantized weights is not installed ({error})"
-    is_read_here = files.can_read(scheme) and kernels.are_available() and not checked.is_on_cuda
+    is_read_here = files.can_read(scheme) and kernels_for(checked.is_on_cuda) is not None
     return f"{reason}; with QUANTIZATION=auto and DTYPE=auto this server reads them itself" if is_read_here else reason
 
 
@@ -86,7 +87,7 @@ def _rounded_weights(checked: CheckedModel, weights: Quantization, cache_dir: Pa
     """Returns where the model's rounded weights are kept; None where nothing is rounded, or the files are already."""
     is_rounded = weights.packed_bits is not None and weights is not BFLOAT16_KERNELS
     scheme = weight_files.scheme_of(checked.config)
-    if cache_dir is None or not is_rounded or (scheme is not None and not files.can_read(scheme)):
+    if cache_dir is None or checked.is_on_cuda or not is_rounded or (scheme is not None and not files.can_read(scheme)):
         return None
     return RoundedWeights(cache_dir, checked, weights)
 
@@ -98,7 +99,8 @@ def _load_stock(
     are quantized already, once all are there."""
     directory, config, dtype = checked.directory, checked.config, checked.dtype
     is_quantized = weight_files.scheme_of(config) is not None
-    packing = PackingConfig(lambda model: Packer(model, weights)) if weights.packed_bits and not is_quantized else None
+    is_packed, form = weights.packed_bits and not is_quantized, _form(checked)
+    packing = PackingConfig(lambda model: Packer(model, weights, form)) if is_packed else None
     options: dict[str, Any] = {} if packing is None else {"quantization_config": packing}
     if weights.bitsandbytes:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # silences a warning on every matrix product
@@ -110,7 +112,7 @@ def _load_stock(
             directory,
             config=config,
             dtype=dtype,
-            device_map=checked.device_map if packing is None else "cpu",
+            device_map=checked.device_map if packing is None or checked.is_on_cuda else "cpu",
             attn_implementation=_attention_names(config),
             trust_remote_code=False,
             use_safetensors=True,
@@ -128,8 +130,27 @@ def _load_stock(
         if packing is not None and packing.packer is not None:
             packing.packer.finish(model, keep)
         elif weights.packed_bits:
-            pack_model(model, weights, keep)
+            pack_model(model, weights, keep, form)
     return model
+
+
+def _load_blocks(checked: CheckedModel) -> PreTrainedModel:
+    """Loads what was converted from a GGUF file, with the file's own blocks."""
+    directory, config, dtype, names = checked.directory, checked.config, checked.dtype, _attention_names(checked.config)
+    if not checked.is_on_cuda:
+        return packed_checkpoint.load(directory, config, dtype, names)
+    from engine.gpu import packing  # which needs Triton
+
+    return packing.load(directory, config, dtype, names, checked.device_map)
+
+
+def _form(checked: CheckedModel) -> PackedForm | None:
+    """Returns how the model's device stores packed weights; None for a CPU."""
+    if kernels_for(checked.is_on_cuda) != GPU:
+        return None
+    from engine.gpu.packing import GPU_FORM
+
+    return GPU_FORM
 
 
 def _load_quantized(
@@ -150,7 +171,8 @@ def _load_codes(
     checked: CheckedModel, weights: Quantization, report: Report, keep: Keep | None, stored: files.QuantizedFiles
 ) -> PreTrainedModel:
     directory, config = checked.directory, files.plain_config(checked.config)
-    packing = PackingConfig(lambda model: Packer(model, weights), has_records=True)
+    form = _form(checked)
+    packing = PackingConfig(lambda model: Packer(model, weights, form), stored.element_size)
     model_class = cast(Any, auto_class(config)._model_mapping[type(config)])
     has_generation = (directory / "generation_config.json").exists()
     with _weights_progress(report, "quantizing weights"), ExitStack() as stack:
@@ -161,7 +183,7 @@ def _load_codes(
                 state_dict=stored.state_dict(stack),
                 generation_config=GenerationConfig.from_pretrained(directory) if has_generation else None,
                 dtype=checked.dtype,
-                device_map="cpu",
+                device_map=checked.device_map if form is not None else "cpu",
                 attn_implementation=_attention_names(config),
                 output_loading_info=True,
                 quantization_config=packing,
@@ -225,10 +247,18 @@ def choose_quantization(
     return choose(
         setting,
         dtype,
-        has_cpu_kernels=kernels.are_available() and not on_cuda,
+        kernels=kernels_for(on_cuda),
         has_packed_file=packed_checkpoint.exists(directory),
         has_own_codes=config is not None and files.can_read(weight_files.scheme_of(config)),
     )
+
+
+def kernels_for(on_cuda: bool) -> str | None:
+    """Returns of what this server has kernels, for the device that a model will run on: CPU or GPU; None: of
+    neither."""
+    if on_cuda:
+        return GPU if find_spec("triton") is not None else None
+    return CPU if kernels.are_available() else None
 
 
 def _multiplies_bfloat16(checked: CheckedModel) -> bool:

@@ -14,22 +14,24 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from engine.cpu import kernels
+from engine.cpu.packed_weight import Codes
 from engine.cpu.packing import Packer
 from engine.quantized import records
 from errors import ModelLoadError
 
 METHOD = "packed-while-loading"
+RecordSize = Callable[[str], float | None]
 
 
 @register_quantization_config(METHOD)
 class PackingConfig(QuantizationConfigMixin):
     """Says that weights are packed, and holds the packer once the model's structure is known."""
 
-    def __init__(self, make_packer: Callable[[PreTrainedModel], Packer], has_records: bool = False) -> None:
-        """has_records: whether the weights may be records of a quantised checkpoint; see quantized/records.py."""
+    def __init__(self, make_packer: Callable[[PreTrainedModel], Packer], record_size: RecordSize | None = None) -> None:
+        """record_size: set for a quantised checkpoint, whose weights may be records; see quantized/records.py. Gives
+        the bytes of a number of a parameter in its own codes, by its name; None where it has none."""
         super().__init__(quant_method=cast(Any, METHOD))
-        self.make_packer, self.has_records = make_packer, has_records
+        self.make_packer, self.record_size = make_packer, record_size
         self.packer: Packer | None = None
         self.failure: ModelLoadError | None = None  # transformers says no more than that something failed
 
@@ -47,10 +49,17 @@ class PackingQuantizer(HfQuantizer):
         self._config.packer = self._config.make_packer(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
-        packer = self._config.packer
+        packer, may_be_record = self._config.packer, self._config.record_size is not None
         if packer is None:
             return False
-        return packer.format_of(param_name) is not None or (self._config.has_records and _is_matrix(model, param_name))
+        return packer.format_of(param_name) is not None or (may_be_record and _is_matrix(model, param_name))
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Returns the bytes of one number, by which transformers chooses a parameter's device."""
+        packer, record_size = self._config.packer, self._config.record_size
+        stored = None if record_size is None else record_size(param_name)
+        fmt = None if packer is None or packer.leaves_numbers else packer.format_of(param_name)
+        return stored or float(param.element_size() if fmt is None else fmt.bytes_per_weight)
 
     def get_quantize_ops(self) -> "Pack":
         return Pack(self._config)
@@ -90,7 +99,7 @@ class Pack(ConversionOps):
         """Returns what the model keeps of a parameter. weight: its numbers, or records."""
         packer, own = self._config.packer, cast(torch.Tensor, model.get_parameter_or_buffer(name))
         assert packer is not None
-        if not self._config.has_records:
+        if self._config.record_size is None:
             packer.pack(name, weight)
             return torch.empty(0, dtype=weight.dtype)
         is_record = weight.dtype == torch.uint8
@@ -98,7 +107,8 @@ class Pack(ConversionOps):
         shape = (*weight.shape[:-1], records.num_columns(stored))
         if shape != own.shape:
             raise ModelLoadError(f"The files have {shape}, but config.json says {tuple(own.shape)}.")
-        if is_record and packer.is_kept_as_numbers(name, stored) and not _multiplies_bfloat16(own.dtype):
+        is_left = is_record and packer.is_kept_as_numbers(name, stored) and not packer.packs_floats(own.dtype)
+        if is_left or (packer.leaves_numbers and not isinstance(stored, Codes)):
             packer.leave(name)
         if packer.format_of(name) is None:
             return records.numbers(stored).view(shape).to(own.dtype)
@@ -107,7 +117,3 @@ class Pack(ConversionOps):
         else:
             packer.pack(name, weight)
         return torch.empty(0, dtype=own.dtype)
-
-
-def _multiplies_bfloat16(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and kernels.has_bfloat16()

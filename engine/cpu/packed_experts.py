@@ -17,6 +17,7 @@ from engine.cpu.packed_layers import activation_name
 from engine.cpu.packed_weight import GROUP, INT8, PackedWeight, round_and_pack
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # (experts, 2 * inner, columns) and (experts, columns, inner)
+ROUTERS = ("gate", "router")  # names of the layer that chooses experts, beside them
 TRIED_EXPERTS, TRIED_SIZE = 3, 64  # of the small copy that shows what a module computes
 ROUNDING = 0.05  # how far 8 bits may move its result
 
@@ -84,3 +85,10 @@ def experts_of(module: nn.Module, gate_up: PackedWeight, down: PackedWeight) -> 
     activation = activation_of(module)
     assert activation is not None
     return PackedExperts(gate_up, down, cast(int, cast(Any, module).num_experts), activation)
+
+
+def make_router_exact(block: nn.Module) -> None:
+    """Has the router beside a mixture's experts compute in float32: rounding would choose other experts."""
+    for router in filter(None, (getattr(block, name, None) for name in ROUTERS)):
+        router.float()
+        router.register_forward_pre_hook(lambda module, arguments: tuple(argument.float() for argument in arguments))

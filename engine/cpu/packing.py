@@ -5,15 +5,18 @@ stay in memory.
 """
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.cpu.packed_experts import PARAMETERS, can_pack_experts, experts_of
+from engine.cpu import kernels
+from engine.cpu.packed_experts import PARAMETERS, can_pack_experts, experts_of, make_router_exact
 from engine.cpu.packed_layers import EXACT, SEEING, fuse_layers, replace_layer
 from engine.cpu.packed_weight import (
+    BFLOAT16,
     Codes,
     Format,
     PackedWeight,
@@ -28,16 +31,27 @@ from errors import ModelLoadError
 
 # Takes the packed weights, by the names of their layers or parameters, and all other tensors of the model, by their own
 Keep = Callable[[dict[str, PackedWeight], dict[str, torch.Tensor]], None]
-ROUTERS = ("gate", "router")  # names of the layer that chooses experts, beside them
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedForm:
+    """How one kind of device stores packed weights, and puts layers in place that compute with them."""
+
+    pack: Callable[[Codes], Any]
+    round_and_pack: Callable[[torch.Tensor, Format], Any]
+    pack_floats: Callable[[torch.Tensor], Any] | None  # None: numbers are left to the model's own layers
+    install: Callable[[PreTrainedModel, Mapping[str, Any]], None]
 
 
 class Packer:
     """Packs the weights of one model, in the format that its quantization asks for."""
 
-    def __init__(self, model: PreTrainedModel, quantization: Quantization) -> None:
-        """model: its parameters need no memory yet. quantization: a format with `packed_bits`."""
+    def __init__(self, model: PreTrainedModel, quantization: Quantization, form: PackedForm | None = None) -> None:
+        """model: its parameters need no memory yet. quantization: a format with `packed_bits`. form: that of the
+        device; None: a CPU's."""
         bits, head_bits = quantization.packed_bits, quantization.packed_head_bits
-        self._keeps_codes = quantization.keeps_codes
+        self.form = form or CPU_FORM
+        self._keeps_codes, self._rounds_numbers = quantization.keeps_codes, quantization.rounds_numbers
         assert bits is not None and head_bits is not None
         self._owners = layers_to_pack(model)
         head = model.get_output_embeddings()
@@ -48,7 +62,7 @@ class Packer:
         if bits < 16:
             experts = [name for name, module in model.named_modules() if can_pack_experts(module)]
             self._formats |= {f"{name}.{part}": format_of(bits) for name in experts for part in PARAMETERS}
-        self.packed: dict[str, PackedWeight] = {}  # by the names of layers, or of experts' parameters
+        self.packed: dict[str, Any] = {}  # by the names of layers, or of experts' parameters
 
     def format_of(self, name: str) -> Format | None:
         """Returns the format of a parameter; None if it is not packed."""
@@ -70,8 +84,7 @@ class Packer:
     def pack(self, name: str, weight: torch.Tensor) -> None:
         """Packs a parameter that the packer takes."""
         with torch.inference_mode():
-            fmt = self._formats[name]
-            self.put(name, _pack(weight.flatten(0, -2), fmt))
+            self.put(name, self._packed(weight.flatten(0, -2), self._formats[name]))
 
     def keep(self, name: str, stored: Codes | torch.Tensor) -> None:
         """Packs a parameter of a quantised checkpoint, with its own codes if they have no more bits than asked for.
@@ -87,23 +100,37 @@ class Packer:
             )
         with torch.inference_mode():
             if not isinstance(stored, Codes):
-                is_kept = self.is_kept_as_numbers(name, stored)
-                self.put(name, pack_floats(stored) if is_kept else round_and_pack(stored, fmt))
+                self.put(name, self._packed(stored, BFLOAT16 if self.is_kept_as_numbers(name, stored) else fmt))
             elif self._keeps_codes or (stored.format.bits <= fmt.bits and not stored.format.is_float):
-                self.put(name, pack(stored))
+                self.put(name, self.form.pack(stored))
             else:
-                self.put(name, round_and_pack(stored.dequantize(), fmt))
+                self.put(name, self.form.round_and_pack(stored.dequantize(), fmt))
+
+    def _packed(self, weight: torch.Tensor, fmt: Format) -> Any:
+        if fmt.is_quantized:
+            return self.form.round_and_pack(weight, fmt)
+        assert self.form.pack_floats is not None
+        return self.form.pack_floats(weight.to(fmt.dtype))
 
     def is_kept_as_numbers(self, name: str, stored: Codes | torch.Tensor) -> bool:
         """Returns whether a parameter stays in bfloat16: one of a quantised checkpoint whose codes cannot be had."""
         is_format = name in self._formats and not name.endswith(PARAMETERS)
         return self._keeps_codes and is_format and not isinstance(stored, Codes)
 
+    def packs_floats(self, dtype: torch.dtype) -> bool:
+        """Returns whether numbers that are not rounded are packed, too."""
+        return self.form.pack_floats is not None and dtype == torch.bfloat16 and kernels.has_bfloat16()
+
+    @property
+    def leaves_numbers(self) -> bool:
+        """Whether what a quantised checkpoint has not quantised stays as it is."""
+        return not self._rounds_numbers
+
     def leave(self, name: str) -> None:
         """Leaves a parameter to the model, as numbers."""
-        del self._formats[name]
+        self._formats.pop(name, None)
 
-    def put(self, name: str, packed: PackedWeight) -> None:
+    def put(self, name: str, packed: Any) -> None:
         """Takes a parameter that is packed already."""
         for owner in self._owners.get(name, [name]):
             self.packed[owner] = packed
@@ -113,7 +140,7 @@ class Packer:
         if keep is not None:
             names = {*self._formats, *(f"{name}.weight" for name in self.packed)}
             keep(self.packed, {name: t for name, t in model.state_dict().items() if name not in names})
-        install(model, self.packed)
+        self.form.install(model, self.packed)
 
 
 def _bits_of(name: str, bits: int) -> int:
@@ -121,9 +148,11 @@ def _bits_of(name: str, bits: int) -> int:
     return max(bits, 8) if SEEING.search(name) else bits
 
 
-def pack_model(model: PreTrainedModel, quantization: Quantization, keep: Keep | None = None) -> None:
+def pack_model(
+    model: PreTrainedModel, quantization: Quantization, keep: Keep | None = None, form: PackedForm | None = None
+) -> None:
     """Packs the weights of a model that is in memory, in place."""
-    packer = Packer(model, quantization)
+    packer = Packer(model, quantization, form)
     for name, parameter in model.named_parameters():
         if packer.format_of(name):
             packer.pack(name, parameter.data)
@@ -141,15 +170,11 @@ def install(model: PreTrainedModel, packed: Mapping[str, PackedWeight]) -> None:
         elif parameter == PARAMETERS[0]:
             gate_up, down = (packed[f"{parent}.{part}"] for part in PARAMETERS)
             model.set_submodule(parent, experts_of(modules[parent], gate_up, down))
-            _make_router_exact(modules[parent.rpartition(".")[0]])
+            make_router_exact(modules[parent.rpartition(".")[0]])
     fuse_layers(model)
 
 
-def _make_router_exact(block: nn.Module) -> None:
-    """Has the router beside a mixture's experts compute in float32: rounding would choose other experts."""
-    for router in filter(None, (getattr(block, name, None) for name in ROUTERS)):
-        router.float()
-        router.register_forward_pre_hook(lambda module, arguments: tuple(argument.float() for argument in arguments))
+CPU_FORM = PackedForm(pack=pack, round_and_pack=round_and_pack, pack_floats=pack_floats, install=install)
 
 
 def layers_to_pack(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -165,7 +190,3 @@ def layers_to_pack(model: PreTrainedModel) -> dict[str, list[str]]:
             is_tied = layer.weight is embedding.weight or tied.get(parameter) == shared
             result[shared if is_tied else parameter] = [name, names[embedding]] if is_tied else [name]
     return result
-
-
-def _pack(weight: torch.Tensor, fmt: Format) -> PackedWeight:
-    return round_and_pack(weight, fmt) if fmt.is_quantized else pack_floats(weight.to(fmt.dtype))

@@ -73,6 +73,7 @@ class QuantizedFiles:
             found = ((layout, layout.parts_of(name, self._headers)) for layout in layouts)
             if first := next(((layout, parts) for layout, parts in found if parts is not None), None):
                 self._weights[name] = first
+        self._bits = {_place(layout.target_of(name)): layout.bits for name, (layout, _) in self._weights.items()}
         self._others: Counter[Format] = Counter()  # weights that are kept in another format than the file's own
         self._check_codes()
 
@@ -93,6 +94,12 @@ class QuantizedFiles:
             - int(self._headers[name].num_bytes * 8 / layout.bits * FACTORS / GROUP)
             for name, (layout, _) in self._weights.items()
         )
+
+    def element_size(self, name: str) -> float | None:
+        """Returns the bytes of a number of a parameter in the file's own codes, with its part of the factors, about;
+        None where it has no codes there. name: as the model has it, in which only the beginning may be another."""
+        bits = self._bits.get(_place(name))
+        return None if bits is None else bits / 8 + FACTORS / GROUP
 
     def state_dict(self, stack: ExitStack) -> dict[str, Any]:
         """Returns all tensors, each as transformers reads those of files: when asked for. stack: closes the files."""
@@ -147,6 +154,13 @@ def _of_all(name: str) -> str:
     return EXPERT.sub(".experts.*.", name)
 
 
+def _place(name: str) -> str:
+    """Returns a parameter's place from its layer on, the same one for all experts: what is before differs between a
+    checkpoint and the model, and so may the names of experts."""
+    place, experts, _ = name[max(name.rfind("layers."), 0) :].partition(".experts.")
+    return place + experts
+
+
 @dataclass(frozen=True)
 class Stored:
     """A weight in its files, which transformers takes for one of their tensors."""
@@ -161,8 +175,8 @@ class Stored:
 
     def to(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight's records; see records.py. device, dtype: those of the model's parameter."""
-        with torch.inference_mode():
-            weight = self.layout.read({part: value[...] for part, value in self.parts.items()})
+        with torch.inference_mode(), torch.device(device):
+            weight = self.layout.read({part: value[...].to(device) for part, value in self.parts.items()})
             return self.files.records_of(self.name, weight)
 
 
@@ -176,5 +190,5 @@ class Plain:
         return self
 
     def to(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        with torch.inference_mode():
-            return records.of_codes(quantize_weight(self.value[...].float(), INT8))
+        with torch.inference_mode(), torch.device(device):
+            return records.of_codes(quantize_weight(self.value[...].to(device).float(), INT8))
