@@ -17,6 +17,7 @@ from engine.attention.flash import Kernel
 from engine.cache_size import (
     BLOCK_SIZES,
     DEFAULT_CONTEXT,
+    INT8,
     CacheSize,
     StepSizes,
     fit_context,
@@ -29,6 +30,7 @@ from engine.engine import Engine, EngineOptions
 from engine.kv_cache import KVCache
 from engine.layer_probe import input_device, measure_key_factors, probe_layers
 from engine.layer_spec import LayerSpecs
+from engine.memory_plan import check_devices
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
 from engine.recurrent.state_cache import StateCache
@@ -44,7 +46,6 @@ from errors import ModelLoadError, first_line
 log = logging.getLogger(__name__)
 CPU_CACHE_MEMORY = 4 * 2**30  # bytes that the cache takes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
-INT8 = "int8"  # of KV_CACHE_DTYPE
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def load_engine(
     guesses.
     """
     set_threads()
+    check_devices(checked, options)
     model = load_model(checked, report, options.quantization, options.cache_dir)
     small = None if draft is None else load_model(draft, report, options.quantization, options.cache_dir)
     known, text = facts(), model.config.get_text_config()
@@ -182,6 +184,8 @@ def build_engine(
         max_model_len=fit_context(context, size, options),
         num_speculative_tokens=options.num_speculative_tokens,
     )
+    if limits.max_model_len < context:
+        log.warning("the KV cache holds %d tokens: the context is shortened from %d", limits.max_model_len, context)
     cache = KVCache(plan, specs.attention, states, specs.shared)
     log.info(
         "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens, "

@@ -3,7 +3,6 @@
 This is arithmetic alone: an engine (build.py) and a plan on paper (memory_plan.py) come to the same.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from engine.recurrent.state_cache import StatePlan, most_snapshots, slot_bytes
 from errors import ModelLoadError
 from vision.families import vision_family_of
 
-log = logging.getLogger(__name__)
+INT8 = "int8"  # of KV_CACHE_DTYPE
 GPU_RESERVE = 0.1  # share of a GPU's memory that is kept for activations
 DEFAULT_CONTEXT = 2048  # tokens, where the config has no length
 BLOCK_SIZES = (16, 256)  # tokens; the first size that the device's attention takes is used
@@ -190,5 +189,4 @@ def fit_context(context: int, size: CacheSize, options: EngineOptions) -> int:
             f"A KV cache of {size.memory / 2**30:.2f} GiB holds {longest} tokens, but a context "
             f"of {context} tokens needs more: raise KV_CACHE_MEMORY or lower MAX_MODEL_LEN."
         )
-    log.warning("the KV cache holds %d tokens, so the context is shortened to that from %d", longest, context)
     return longest
