@@ -8,6 +8,7 @@ are placed by the function that transformers places them by, the cache is divide
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -186,9 +187,10 @@ def check_can_plan(config: PreTrainedConfig) -> None:
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds a model whose tensors have shapes and no numbers, and which attends through this engine."""
+    """Builds a model whose tensors have shapes and no numbers, and which attends through this engine. The configuration
+    stays as it is."""
     with torch.device("meta"):
-        model = cast(PreTrainedModel, auto_class(config).from_config(config, dtype=dtype))
+        model = cast(PreTrainedModel, auto_class(config).from_config(deepcopy(config), dtype=dtype))
     model.set_attn_implementation({"text_config": paged.NAME} if "text_config" in config.sub_configs else paged.NAME)
     model.set_experts_implementation("batched_mm")  # others look at numbers, or take bfloat16 alone
     return model
@@ -311,8 +313,14 @@ def check_devices(checked: CheckedModel, options: EngineOptions) -> None:
 
 
 def _gpus() -> list[Device]:
-    memory = (torch.cuda.mem_get_info(number) for number in range(torch.cuda.device_count()))
-    return [Device(f"cuda:{i}", capacity=capacity, free=free) for i, (free, capacity) in enumerate(memory)]
+    return [_gpu(number) for number in range(torch.cuda.device_count())]
+
+
+def _gpu(number: int) -> Device:
+    """Returns a GPU of this machine. What torch keeps of models that are gone is free, too."""
+    free, capacity = torch.cuda.mem_get_info(number)
+    kept = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
+    return Device(f"cuda:{number}", capacity=capacity, free=free + kept)
 
 
 def refusal(paper: PaperModel, devices: Sequence[Device], options: EngineOptions, host: int) -> str:

@@ -339,6 +339,15 @@ def test_weights_whose_sizes_are_unknown_are_not_planned() -> None:
         PaperModel.of(CONFIGS["Qwen3 8B"], torch.bfloat16, QUANTIZATIONS["nf4"])
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe", "qwen3_next"])
+def test_a_plan_leaves_the_configuration_as_it_was(family: str) -> None:
+    """The model is loaded with it afterwards."""
+    config = (FAMILIES | MIXTURES | RECURRENT)[family][1]
+    before = repr(vars(config))
+    PaperModel.of(config, torch.bfloat16).plan(cards(24), OPTIONS)
+    assert repr(vars(config)) == before
+
+
 # --- the command
 
 
