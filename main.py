@@ -159,9 +159,10 @@ def main(load: LoadModel = load) -> None:
 
 
 def _run_command() -> None:
-    """Runs `pull`, `list` or `rm`, and exits, if the command line begins with one; says what they are before --help."""
+    """Runs a command such as `pull`, and exits, if the command line begins with one; says which there are before
+    --help."""
     first = next(iter(sys.argv[1:]), "")
-    if first in ("pull", "list", "rm", "-h", "--help"):
+    if first in ("pull", "list", "rm", "plan", "-h", "--help"):
         from serving import commands
 
         if first.startswith("-"):

@@ -14,15 +14,26 @@ from engine import start_check
 from engine.async_runner import AsyncRunner
 from engine.attention import flash
 from engine.attention.flash import Kernel
+from engine.cache_size import (
+    BLOCK_SIZES,
+    DEFAULT_CONTEXT,
+    INT8,
+    CacheSize,
+    StepSizes,
+    fit_context,
+    gpu_room,
+    model_context,
+)
 from engine.checked_model import CheckedModel
 from engine.disk_prefix_cache import DiskPrefixCache
 from engine.engine import Engine, EngineOptions
-from engine.kv_cache import CachePlan, KVCache
+from engine.kv_cache import KVCache
 from engine.layer_probe import input_device, measure_key_factors, probe_layers
 from engine.layer_spec import LayerSpecs
+from engine.memory_plan import check_devices
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
-from engine.recurrent.state_cache import StateCache, StatePlan, most_snapshots, slot_bytes
+from engine.recurrent.state_cache import StateCache
 from engine.report import Report
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Limits, Scheduler
@@ -31,18 +42,10 @@ from engine.spec_decode.draft_model import CATCH_UP, DraftModel
 from engine.step_cost import choose_num_seqs
 from engine.threads import set_threads
 from errors import ModelLoadError, first_line
-from vision.families import vision_family_of
 
 log = logging.getLogger(__name__)
 CPU_CACHE_MEMORY = 4 * 2**30  # bytes that the cache takes at most, unless set
 CPU_CACHE_SHARE = 0.4  # of the memory that is free after loading
-INT8 = "int8"  # of KV_CACHE_DTYPE
-BLOCK_SIZES = (16, 256)  # tokens; the first size that the device's attention takes is used
-GPU_RESERVE = 0.1  # share of a GPU's memory that is kept for activations
-_DEVICE_DEFAULTS = {  # device type -> max_num_seqs, max_num_batched_tokens, max_num_mixed_tokens
-    "cpu": (32, 512, 256),
-    "cuda": (256, 8192, 2048),
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ModelDefaults:
     """Facts about a model that its own files may lack."""
 
     stop_token_ids: tuple[int, ...] = ()  # end an answer, as those of the generation config do
-    context_length: int = 2048  # tokens, where the config has no length
+    context_length: int = DEFAULT_CONTEXT  # tokens, where the config has no length
     num_tokens: int | None = None  # in the vocabulary: higher ids stand for no text, and are never chosen
 
 
@@ -69,6 +72,7 @@ def load_engine(
     guesses.
     """
     set_threads()
+    check_devices(checked, options)
     model = load_model(checked, report, options.quantization, options.cache_dir)
     small = None if draft is None else load_model(draft, report, options.quantization, options.cache_dir)
     known, text = facts(), model.config.get_text_config()
@@ -79,7 +83,7 @@ def load_engine(
         if options.max_num_seqs is None and input_device(model).type == "cpu":
             specs = probe_layers(model)
             specs = specs.in_int8({}) if options.kv_cache_dtype == INT8 else specs
-            memory = options.kv_cache_memory or _free_memory(specs)
+            memory = options.kv_cache_memory or sum(_rooms(specs).values())
             options = replace(options, max_num_seqs=choose_num_seqs(model, specs, memory))
         engine = build_engine(model, options, eos_ids, small)
         model_runner_of(engine).num_known = known.num_tokens
@@ -166,38 +170,29 @@ def build_engine(
 ) -> Engine:
     """Builds the engine for a loaded model, with a cache sized from free memory. Raises ModelLoadError."""
     specs = _specs_of(model, options)
-    max_num_seqs, batched, mixed = _DEVICE_DEFAULTS[
-        "cuda" if next(iter(specs.attention.values())).device.type == "cuda" else "cpu"
-    ]
-    max_num_seqs = options.max_num_seqs or max_num_seqs
-    batched = max(options.max_num_batched_tokens or batched, max_num_seqs, _tokens_per_image(model))
-    mixed = max(options.max_num_mixed_tokens or min(mixed, batched), max_num_seqs + 1)
-    context = _model_context(model, options.max_model_len)
-    proposer = None if draft is None else _draft_model(draft, model, options, max_num_seqs, context, eos_token_ids)
+    steps = StepSizes.choose(model.config, options, _device_type(specs))
+    context = model_context(model.config, options.max_model_len)
+    proposer = None if draft is None else _draft_model(draft, model, options, steps, context, eos_token_ids)
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(model, kernel)
-    memory = _cache_memory(specs, options, context + block_size, max_num_seqs)
-    states = _state_cache(
-        specs, options, memory=memory, block_size=block_size, max_num_seqs=max_num_seqs, context=context
-    )
-    if states is not None:
-        memory -= states.plan.num_bytes(specs)
-        max_num_seqs = states.plan.num_slots
-    plan = CachePlan.fit(specs.attention, memory, block_size, max_num_seqs, max(batched, mixed))
+    size = CacheSize.fit(specs, options, steps=steps, block_size=block_size, context=context, rooms=_rooms(specs))
+    states, plan, max_num_seqs = _state_cache(size, specs, steps), size.keys, size.max_num_seqs
     limits = Limits(
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=batched,
-        max_num_mixed_tokens=mixed,
-        max_model_len=_fit_context(context, plan, options, memory),
+        max_num_batched_tokens=steps.max_num_batched_tokens,
+        max_num_mixed_tokens=steps.max_num_mixed_tokens,
+        max_model_len=fit_context(context, size, options),
         num_speculative_tokens=options.num_speculative_tokens,
     )
+    if limits.max_model_len < context:
+        log.warning("the KV cache holds %d tokens: the context is shortened from %d", limits.max_model_len, context)
     cache = KVCache(plan, specs.attention, states, specs.shared)
     log.info(
         "the context is %d tokens, %d sequences run at once, the KV cache takes %.2f GiB in %s blocks of %d tokens, "
         "%.1f KiB for a token in %s",
         limits.max_model_len,
         max_num_seqs,
-        memory / 2**30,
+        size.memory / 2**30,
         "+".join(str(g.num_blocks) for g in plan.groups),
         block_size,
         specs.bytes_per_token / 2**10,
@@ -219,13 +214,17 @@ def _specs_of(model: PreTrainedModel, options: EngineOptions) -> LayerSpecs:
     if options.kv_cache_dtype != INT8:
         return specs
     # of the whole context, whatever MAX_MODEL_LEN is: the same model always stores the same
-    return specs.in_int8(measure_key_factors(model, _model_context(model, None)))
+    return specs.in_int8(measure_key_factors(model, model_context(model.config, None)))
 
 
 def _format_of(specs: LayerSpecs) -> str:
     """Names the format of the KV cache, for the log."""
     names = {INT8 if s.key_factors is not None else str(s.dtype).split(".")[1] for s in specs.attention.values()}
     return "+".join(sorted(names))
+
+
+def _device_type(specs: LayerSpecs) -> str:
+    return "cuda" if any(spec.device.type == "cuda" for spec in specs.attention.values()) else "cpu"
 
 
 def _choose_attention(specs: LayerSpecs, options: EngineOptions) -> tuple[int, Kernel | None]:
@@ -253,69 +252,38 @@ def _fuse_layers(model: PreTrainedModel, kernel: Kernel | None) -> None:
     torch.cuda.empty_cache()
 
 
-def _tokens_per_image(model: PreTrainedModel) -> int:
-    """Returns the tokens that a step must hold for an image that it may not cut; 0 for a model without such images."""
-    family = vision_family_of(model.config)
-    return 0 if family is None else family.max_crop_tokens
-
-
-def _cache_memory(specs: LayerSpecs, options: EngineOptions, num_tokens: int, max_num_seqs: int) -> int:
-    """Returns the bytes for the cache: no more than `max_num_seqs` sequences of `num_tokens` tokens can use."""
-    if options.kv_cache_memory:
-        return options.kv_cache_memory
-    per_sequence = num_tokens * specs.bytes_per_token + slot_bytes(specs, options.num_speculative_tokens)
-    snapshots = options.snapshot_memory or most_snapshots(max_num_seqs) * specs.bytes_per_sequence
-    return min(_free_memory(specs), max_num_seqs * per_sequence + snapshots)
-
-
-def _state_cache(
-    specs: LayerSpecs, options: EngineOptions, *, memory: int, block_size: int, max_num_seqs: int, context: int
-) -> StateCache | None:
-    """Makes the part of the cache that recurrent layers need; None for a model without any. Raises ModelLoadError."""
-    if not specs.recurrent:
+def _state_cache(size: CacheSize, specs: LayerSpecs, steps: StepSizes) -> StateCache | None:
+    """Makes the part of the cache that recurrent layers need; None for a model without any."""
+    plan, num_bytes = size.states, specs.bytes_per_sequence / 2**20
+    if plan is None:
         return None
-    size = specs.bytes_per_sequence / 2**20
-    plan = StatePlan.fit(
-        specs,
-        memory,
-        max_num_seqs=max_num_seqs,
-        max_guesses=options.num_speculative_tokens,
-        context_memory=(context + block_size) * specs.bytes_per_token,
-        may_shorten=options.max_model_len is None,
-        snapshot_memory=options.snapshot_memory,
-    )
-    if plan.num_bytes(specs) >= memory:
-        raise ModelLoadError(
-            f"The recurrent state of a sequence takes {size:.1f} MiB, and the KV cache only "
-            f"{memory / 2**20:.1f} MiB in all: raise KV_CACHE_MEMORY."
-        )
-    if plan.num_slots < max_num_seqs:
+    if plan.num_slots < steps.max_num_seqs:
         log.warning(
             "%d sequences run at once, not %d: the recurrent state of each takes %.1f MiB; raise KV_CACHE_MEMORY",
             plan.num_slots,
-            max_num_seqs,
-            size,
+            steps.max_num_seqs,
+            num_bytes,
         )
     log.info(
         "recurrent state takes %.2f GiB: %d slots and %d snapshots of %.1f MiB",
         plan.num_bytes(specs) / 2**30,
         plan.num_slots,
         plan.num_snapshots,
-        size,
+        num_bytes,
     )
-    return StateCache(plan, specs.recurrent, block_size)
+    return StateCache(plan, specs.recurrent, size.keys.block_size)
 
 
 def _draft_model(
     draft: PreTrainedModel,
     model: PreTrainedModel,
     options: EngineOptions,
-    max_num_seqs: int,
+    steps: StepSizes,
     context: int,
     eos_token_ids: frozenset[int],
 ) -> DraftModel:
     specs = _specs_of(draft, options)
-    context = min(context, _model_context(draft, None))
+    context = min(context, model_context(draft.config, None))
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(draft, kernel)
     if specs.recurrent:
@@ -323,61 +291,23 @@ def _draft_model(
             f"Models of type {draft.config.model_type!r} cannot guess for another one: "
             "the state of their recurrent layers cannot go back where a guess was wrong."
         )
-    memory = _cache_memory(specs, options, context + block_size, max_num_seqs)
-    plan = CachePlan.fit(specs.attention, memory, block_size, max_num_seqs, CATCH_UP)
-    cache = KVCache(plan, specs.attention, shared=specs.shared)
-    log.info("a draft model guesses tokens; its KV cache takes %.2f GiB", memory / 2**30)
+    steps = replace(steps, max_num_batched_tokens=CATCH_UP, max_num_mixed_tokens=CATCH_UP)
+    size = CacheSize.fit(specs, options, steps=steps, block_size=block_size, context=context, rooms=_rooms(specs))
+    cache = KVCache(size.keys, specs.attention, shared=specs.shared)
+    log.info("a draft model guesses tokens; its KV cache takes %.2f GiB", size.memory / 2**30)
     runner = ModelRunner(draft, cache, eos_token_ids, kernel)
     num_embeddings = cast(int, model.get_input_embeddings().num_embeddings)
-    return DraftModel(runner, cache, num_embeddings, min(context, plan.max_tokens))
+    return DraftModel(runner, cache, num_embeddings, min(context, size.keys.max_tokens))
 
 
-def _model_context(model: PreTrainedModel, max_model_len: int | None) -> int:
-    """Returns the tokens of the longest sequence: max_model_len, or else the model's context. Long-rope models stay
-    within their original context, where one set of frequencies holds for all positions. Raises ModelLoadError."""
-    text = model.config.get_text_config()
-    context = int(getattr(text, "max_position_embeddings", None) or ModelDefaults.context_length)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        context = min(context, int(rope.get("original_max_position_embeddings") or context))
-    if max_model_len is not None and max_model_len > context:
-        raise ModelLoadError(
-            f"MAX_MODEL_LEN={max_model_len} is larger than the model's context of {context} tokens: lower it."
-        )
-    return max_model_len or context
-
-
-def _fit_context(context: int, plan: CachePlan, options: EngineOptions, memory: int) -> int:
-    """Shortens the context to what the cache holds. Raises ModelLoadError where the options do not allow that."""
-    if plan.max_tokens >= context:
-        return context
-    if options.max_model_len or plan.max_tokens < 2 * plan.block_size:
-        raise ModelLoadError(
-            f"A KV cache of {memory / 2**30:.2f} GiB holds {plan.max_tokens} tokens, but a context "
-            f"of {context} tokens needs more: raise KV_CACHE_MEMORY or lower MAX_MODEL_LEN."
-        )
-    log.warning("the KV cache holds %d tokens, so the context is shortened to that from %d", plan.max_tokens, context)
-    return plan.max_tokens
-
-
-def _free_memory(specs: LayerSpecs) -> int:
-    """Returns the bytes for the cache: on GPUs what each has left for the layers on it, on a CPU a share of the free
+def _rooms(specs: LayerSpecs) -> dict[torch.device, int]:
+    """Returns the bytes for the cache on each device with layers: what a GPU has left, or a share of a CPU's free
     memory."""
-    layers = specs.attention.values()
-    devices = {spec.device for spec in layers}
-    total = specs.bytes_per_token
-    limits = []
-    for device in devices:
-        share = sum(spec.bytes_per_token for spec in layers if spec.device == device)
-        if device.type == "cuda":
-            free, capacity = torch.cuda.mem_get_info(device)
-            room = free - GPU_RESERVE * capacity
-        else:
-            room = min(CPU_CACHE_MEMORY, CPU_CACHE_SHARE * psutil.virtual_memory().available)
-        limits.append(int(room * total / share))
-    if min(limits) <= 0:
-        raise ModelLoadError(
-            "The model's weights leave no memory for the KV cache: "
-            "use a smaller model, or set QUANTIZATION to a format with fewer bits."
-        )
-    return min(limits)
+    devices = {spec.device for spec in specs.attention.values()} | {spec.device for spec in specs.recurrent.values()}
+    return {device: _room(device) for device in devices}
+
+
+def _room(device: torch.device) -> int:
+    if device.type == "cuda":
+        return gpu_room(*torch.cuda.mem_get_info(device))
+    return int(min(CPU_CACHE_MEMORY, CPU_CACHE_SHARE * psutil.virtual_memory().available))

@@ -60,11 +60,13 @@ class CachePlan:
         cost = {w: sum(specs[i].bytes_per_token for i in layers[w]) * block_size for w in windows}  # bytes of a block
         groups = []
         for window in windows:  # ascending: what small windows cannot use goes to the larger ones
-            num_blocks = memory // sum(cost.values())
+            equal = memory // sum(cost.values())
             # a window's tokens may begin and end inside a block
             usable = max_num_seqs * (-(-window // block_size) + 2) + -(-step_tokens // block_size)
-            num_blocks = min(num_blocks, usable)
+            num_blocks = min(equal, usable)
             memory -= num_blocks * cost.pop(window)
+            if equal < usable:  # no rest goes to larger windows, or a little more memory would give them less
+                memory = num_blocks * sum(cost.values())
             groups.append(LayerGroup(None if window == _UNBOUNDED else window, layers[window], num_blocks))
         return cls(tuple(groups), block_size, cls._longest(groups, block_size, step_tokens))
 

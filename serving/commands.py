@@ -1,10 +1,11 @@
-"""Commands: `python main.py pull NAME`, `list` and `rm NAME`, for the models on this machine's disk."""
+"""Commands: `python main.py pull NAME`, `list`, `rm NAME` and `plan NAME`, for the models on this machine's disk."""
 
 import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import errors
 from checkpoints import checkpoint, hub_model, hub_snapshot, packages
@@ -17,16 +18,19 @@ from config import Settings
 
 PROGRAM = "python main.py"
 NAME = "a Hub id, OWNER/NAME:FILE.gguf or OWNER/NAME:Q4_K_M for one GGUF file of the Hub, or a demo name"
+NAMES = {"pull": NAME, "plan": f"a directory with a config.json, or a name that {PROGRAM} list shows"}
 HELP = {  # command -> what it does
     "pull": "download a model, and check it; goes on where an interrupted download ended",
     "list": "show the models on this machine",
     "rm": "remove a model's files",
+    "plan": "say what of a model goes where on GPUs, and the context that fits; loads and downloads nothing",
 }
 OVERVIEW = f"""{PROGRAM} serves a model. Commands for the models on the disk:
 
   {PROGRAM} pull NAME   {HELP["pull"]}
   {PROGRAM} list        {HELP["list"]}
   {PROGRAM} rm NAME     {HELP["rm"]}
+  {PROGRAM} plan NAME   {HELP["plan"]}
 
 Settings of the server:
 """
@@ -58,10 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in HELP.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=EPILOG)
         if name != "list":
-            command.add_argument(
-                "name", metavar="NAME", help=NAME if name == "pull" else f"a name that {PROGRAM} list shows"
-            )
+            command.add_argument("name", metavar="NAME", help=NAMES.get(name, f"a name that {PROGRAM} list shows"))
+        if name == "plan":
+            _add_plan_options(command)
     return parser
+
+
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--gpu", type=float, action="append", metavar="GB", help="a GPU's memory; once for each GPU (default: 24)"
+    )
+    command.add_argument("--quantization", choices=("auto", "none", "int8", "int4"), help="as QUANTIZATION")
+    command.add_argument("--context", type=int, metavar="TOKENS", help="as MAX_MODEL_LEN (default: what fits)")
 
 
 def _pull(arguments: argparse.Namespace, settings: Settings, sources: Sources) -> None:
@@ -102,6 +114,26 @@ def _remove(arguments: argparse.Namespace, settings: Settings, sources: Sources)
     print(f"removed {', '.join(entry.name for entry in removed)}: {_size(freed)} are free again")
 
 
+def _plan(arguments: argparse.Namespace, settings: Settings, sources: Sources) -> None:
+    from serving import planning  # which imports torch
+
+    options = {"quantization": arguments.quantization, "max_model_len": arguments.context}
+    changed = settings.model_copy(update={name: value for name, value in options.items() if value is not None})
+    directory = _directory_of(arguments.name, settings, sources)
+    for line in planning.report(directory, arguments.gpu or [24.0], changed):
+        print(line)
+
+
+def _directory_of(name: str, settings: Settings, sources: Sources) -> Path:
+    """Returns the directory with a model's config.json. Raises ModelLoadError."""
+    places = [e.place for e in _models_on_disk(settings, sources).entries() if e.name == name]
+    found = [path for place in (Path(name), *places) for path in (place / "config.json", *place.rglob("config.json"))]
+    directory = next((path.parent for path in found if path.exists()), None)
+    if directory is None:
+        raise errors.ModelLoadError(f"There is no config.json in {name}: name {NAMES['plan']}.")
+    return directory
+
+
 def _models_on_disk(settings: Settings, sources: Sources) -> ModelsOnDisk:
     return ModelsOnDisk(settings.cache_dir, sources, settings.models_dir)
 
@@ -110,4 +142,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Settings, Sources], None]] = {
     "pull": _pull,
     "list": _list,
     "rm": _remove,
+    "plan": _plan,
 }

@@ -52,6 +52,16 @@ def size(directory: Path) -> int:
     return (directory / FILE).stat().st_size
 
 
+def sizes(directory: Path) -> dict[str, int]:
+    """Returns the bytes of each packed weight, by the name of its layer or of experts' parameter, from the file's
+    header alone."""
+    with open(directory / FILE, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    layers = json.loads(header.pop("__metadata__")["layers"])
+    stored = {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
+    return {name: sum(stored.get(f"{source}.{part}", 0) for part in PARTS) for name, source in layers.items()}
+
+
 # --- writing
 
 

@@ -76,10 +76,14 @@ class Packer:
 
     def num_packed_bytes(self, model: PreTrainedModel) -> int:
         """Returns the memory that all the model's weights will take in the end."""
-        return sum(
-            int(p.numel() * (self._formats[name].bytes_per_weight if name in self._formats else p.itemsize))
+        return sum(self.sizes(model).values())
+
+    def sizes(self, model: PreTrainedModel) -> dict[str, int]:
+        """Returns the bytes that each of the model's parameters will take in the end."""
+        return {
+            name: int(p.numel() * (self._formats[name].bytes_per_weight if name in self._formats else p.itemsize))
             for name, p in model.named_parameters()
-        )
+        }
 
     def pack(self, name: str, weight: torch.Tensor) -> None:
         """Packs a parameter that the packer takes."""

@@ -77,8 +77,12 @@ class StatePlan:
         return cls(num_slots, room // specs.bytes_per_sequence, max_guesses)
 
     def num_bytes(self, specs: LayerSpecs) -> int:
-        inputs = self.num_slots * self.max_guesses * specs.bytes_per_guess
-        return (self.num_slots + self.num_snapshots) * specs.bytes_per_sequence + inputs
+        return sum(map(self.layer_bytes, specs.recurrent.values()))
+
+    def layer_bytes(self, spec: RecurrentSpec) -> int:
+        """Returns the memory of one layer's states, and of what is kept of guesses."""
+        inputs = self.num_slots * self.max_guesses * spec.bytes_per_input
+        return (self.num_slots + self.num_snapshots) * spec.bytes_per_sequence + inputs
 
 
 @dataclass(frozen=True)
