@@ -20,9 +20,8 @@ SMALLEST_FACTOR = 2.0**-4  # of the mean: what is small in a few tokens need not
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Returns the device that token ids are put on; the model may be spread over several."""
-    parameter = next(model.get_input_embeddings().parameters(), None)
-    # packed weights, which are no parameters, are for CPUs
-    return torch.device("cpu") if parameter is None else parameter.device
+    weight = getattr(model.get_input_embeddings(), "weight", None)  # those packed for CPUs have none
+    return torch.device("cpu") if weight is None else cast(torch.Tensor, weight).device
 
 
 def forward_of(model: PreTrainedModel) -> Callable[..., Any]:

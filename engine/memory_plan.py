@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 
 from engine import weight_files
 from engine.attention import paged
@@ -38,12 +37,12 @@ from engine.engine import EngineOptions
 from engine.layer_probe import probe_layers
 from engine.layer_spec import LayerSpecs
 from engine.model_loader import choose_quantization
+from engine.placement import SHARED_MAPS, DeviceMap, device_map_of, place_of
 from engine.quantization import FROM_FILE, NONE, QUANTIZATIONS, Quantization
 from errors import ModelLoadError, first_line
 
 log = logging.getLogger(__name__)
 ALTERNATIVES = ("int8", "int4")  # of QUANTIZATION, those with more bits first
-SHARED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of DEVICE_MAP; others name one device
 ONE_GPU_SHARE = 0.9  # of a single GPU's free memory that transformers gives to weights
 CARD_SHARE = 0.98  # of the size that a card is sold by, in GiB, that it reports: 23.5 of 24, for example
 CUDA_CONTEXT = 400 * 2**20  # bytes that CUDA and torch's kernels take before any model, about
@@ -145,21 +144,15 @@ class PaperModel:
         ]
         return _with_cache(self.model.config, specs, options, shares, elsewhere=weights[None])
 
-    def _device_map(self, devices: Sequence[Device], setting: str) -> Mapping[str, Any]:
+    def _device_map(self, devices: Sequence[Device], setting: str) -> DeviceMap:
         """Returns the device of each module, as transformers chooses it: a number, or the name of none of them."""
         if setting not in SHARED_MAPS:
             return {"": next((i for i, device in enumerate(devices) if device.name == setting), 0)}
-        free: dict[Any, Any] = {number: device.free for number, device in enumerate(devices)}
-        sizes, classes = cast(Any, _Sizes(self.sizes)), cast(Any, self.model._no_split_modules)
+        free = {number: device.free for number, device in enumerate(devices)}
         logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # of GPUs on paper it says: not there
-        if setting != "sequential":
-            if len(devices) == 1:
-                free[0] = int(ONE_GPU_SHARE * free[0])
-            low_zero = setting == "balanced_low_0"
-            free = get_balanced_memory(self.model, free, classes, hf_quantizer=sizes, low_zero=low_zero)
-        kept = getattr(self.model, "_no_placement_params", None)
-        places = infer_auto_device_map(self.model, free, classes, hf_quantizer=sizes, no_placement_params=kept)
-        return cast(Mapping[str, Any], places)
+        if setting != "sequential" and len(devices) == 1:
+            free[0] = int(ONE_GPU_SHARE * free[0])
+        return device_map_of(self.model, self.sizes, setting, free)
 
     def _weights_on(self, places: "_Places") -> tuple[Counter[int | None], Counter[int | None]]:
         """Returns the bytes of parameters and buffers by the number of their device, and of those that see."""
@@ -210,29 +203,15 @@ def _sizes(model: PreTrainedModel, weights: Quantization, directory: Path | None
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Tells transformers the sizes of parameters, as its quantizers do."""
-
-    sizes: Mapping[str, int]
-
-    def param_element_size(self, model: PreTrainedModel, name: str, parameter: torch.Tensor) -> float:
-        """Returns the bytes of one number."""
-        size = self.sizes.get(name)
-        return parameter.itemsize if size is None else size / parameter.numel()
-
-
-@dataclass(frozen=True)
 class _Places:
     """Where each part of a model is: the number of its device, or None for no device."""
 
     model: PreTrainedModel
-    device_map: Mapping[str, Any]  # the names of modules or tensors, or beginnings of them
+    device_map: DeviceMap
 
     def of(self, name: str) -> int | None:
         """Returns the place of a module or tensor."""
-        while name and name not in self.device_map:
-            name = name.rpartition(".")[0]
-        place = self.device_map.get(name)
+        place = place_of(name, self.device_map)
         return place if isinstance(place, int) else None
 
     def of_layers(self) -> dict[int, int | None]:

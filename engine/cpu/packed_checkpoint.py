@@ -236,11 +236,19 @@ def load(directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attentio
     """Loads the model with packed layers; all other tensors get `dtype`, and layers of bfloat16 are packed too where
     the CPU multiplies it. Raises ModelLoadError if the file does not fit the model."""
 
-    build = partial(AutoModelForCausalLM.from_config, config, dtype=dtype, attn_implementation=attention)
-    model = read(directory / FILE, build, dtype)
+    model = read(directory / FILE, builder(config, dtype, attention), dtype)
+    read_generation_config(model, directory)
+    return model
+
+
+def builder(config: PreTrainedConfig, dtype: torch.dtype, attention: Any) -> Callable[[], PreTrainedModel]:
+    """Returns what makes a model of a GGUF file, without weights."""
+    return partial(AutoModelForCausalLM.from_config, config, dtype=dtype, attn_implementation=attention)
+
+
+def read_generation_config(model: PreTrainedModel, directory: Path) -> None:
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model
 
 
 def read(path: Path, build: Callable[[], PreTrainedModel], dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -253,22 +261,33 @@ def read(path: Path, build: Callable[[], PreTrainedModel], dtype: torch.dtype | 
         model = build()
     # a large table, of which few rows are read, stays in the mapped file
     moved = {id(value): value.to(dtype or value.dtype, copy=value.nbytes < MAPPED_BYTES) for value in plain.values()}
-    plain = {name: moved[id(value)] for name, value in plain.items()}
-    result = model.load_state_dict(plain, strict=False, assign=True)
-    missing = [name for name in result.missing_keys if name.removesuffix(".weight") not in packed]
-    if missing or result.unexpected_keys:
-        raise ModelLoadError(f"{path} belongs to another model: remove {path.parent} and start again.")
+    assign_plain(model, {name: moved[id(value)] for name, value in plain.items()}, packed, path)
     packing.install(model, packed if dtype != torch.bfloat16 else _bfloat16_layers(model, set(packed)) | packed)
     return model
 
 
-def weights(path: Path) -> tuple[dict[str, PackedWeight], dict[str, torch.Tensor]]:
-    """Reads a file: the packed weights by the names of their layers, and all other tensors, still in the mapped
-    file."""
+def assign_plain(
+    model: PreTrainedModel, plain: Mapping[str, torch.Tensor], packed: Mapping[str, object], path: Path
+) -> None:
+    """Puts tensors that are not packed in a model without weights. Raises ModelLoadError if the file has others.
+
+    packed: what is packed, by the names of layers. path: the file.
+    """
+    result = model.load_state_dict(plain, strict=False, assign=True)
+    missing = [name for name in result.missing_keys if name.removesuffix(".weight") not in packed]
+    if missing or result.unexpected_keys:
+        raise ModelLoadError(f"{path} belongs to another model: remove {path.parent} and start again.")
+
+
+def weights(path: Path, is_mapped: bool = False) -> tuple[dict[str, PackedWeight], dict[str, torch.Tensor]]:
+    """Reads a file: the packed weights by the names of their layers, and all other tensors, still in the mapped file.
+
+    is_mapped: whether the packed weights stay there, too; else they are copied into aligned memory of the process.
+    """
     with safe_open(path, "pt") as file:
         tables = {name: json.loads(table) for name, table in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    formats = {name: _format(tensors, name, values) for name, values in tables["formats"].items()}
+    formats = {name: _format(tensors, name, values, is_mapped) for name, values in tables["formats"].items()}
     packed = {name: formats[source] for name, source in tables["layers"].items()}
     return packed, tensors | {name: tensors[source] for name, source in tables["aliases"].items()}
 
@@ -284,8 +303,8 @@ def _bfloat16_layers(model: PreTrainedModel, packed: set[str]) -> dict[str, Pack
     return layers
 
 
-def _format(tensors: dict[str, torch.Tensor], name: str, values: dict[str, Any]) -> PackedWeight:
+def _format(tensors: dict[str, torch.Tensor], name: str, values: dict[str, Any], is_mapped: bool) -> PackedWeight:
     num_rows, names = values.pop("num_rows"), {part: f"{name}.{part}" for part in PARTS}
-    # cloned from the mapped file into aligned memory of the process
-    parts = {part: tensors.pop(name).clone() for part, name in names.items() if name in tensors}
+    parts = {part: tensors.pop(name) for part, name in names.items() if name in tensors}
+    parts = parts if is_mapped else {part: tensor.clone() for part, tensor in parts.items()}
     return PackedWeight(Format(**{**values, "table": tuple(values["table"])}), num_rows, **parts)  # JSON has lists

@@ -142,8 +142,8 @@ class Codes(NamedTuple):
         fmt = self.format
         if fmt.is_float:
             return float_codes(self.codes)
-        numbers = torch.tensor(fmt.table, dtype=torch.uint8)[self.codes.int()] if fmt.table else self.codes
-        return numbers.float() - fmt.offset
+        table = torch.tensor(fmt.table, dtype=torch.uint8, device=self.codes.device)
+        return (table[self.codes.int()] if fmt.table else self.codes).float() - fmt.offset
 
     def _times_super(self, values: torch.Tensor, index: int) -> torch.Tensor:
         if self.supers is None:
@@ -227,6 +227,27 @@ class PackedWeight:
     def dequantize(self) -> torch.Tensor:
         """Returns all weights, (rows, columns) in float32."""
         return self.rows(torch.arange(self.num_rows))
+
+    def unpack(self) -> Codes:
+        """Returns a quantised weight in the order of its rows and columns, on its own device."""
+        tiles, blocks, _ = self.quants.shape
+        vectors = self.quants.view(tiles, blocks, -1, LANES, 4)
+        codes = self.quants.new_zeros(tiles, blocks, FOURS, LANES, 4)
+        for first, width in self.format.fields:
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device).view(-1, 1, 1, 1)
+            field = vectors[:, :, None, first : first + width] >> shifts & (2**width - 1)
+            codes |= field.flatten(2, 3) << first
+        rows = {name: part.movedim(-1, 1).flatten(0, 1)[: self.num_rows] for name, part in self.parts.items()}
+        return Codes(
+            format=self.format,
+            codes=codes.permute(0, 3, 1, 2, 4).reshape(tiles * LANES, -1)[: self.num_rows],
+            scales=rows["scales"].flatten(1),
+            minimums=rows["minimums"].flatten(1) if "minimums" in rows else None,
+            supers=rows.get("supers"),
+        )
+
+    def to(self, device: torch.device) -> "PackedWeight":
+        return PackedWeight(self.format, self.num_rows, **{name: part.to(device) for name, part in self.parts.items()})
 
     def _codes(self, quants: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
         """quants: (rows, blocks, block_bytes), of which each row needs one lane -> its codes, (rows, columns)."""

@@ -239,7 +239,8 @@ def _numbers(
             column = ((chunk * GROUPS + group) * GROUP)[:, None] + tl.arange(0, GROUP)[None]
             inputs = tl.load(x + token * x_stride + column, mask=column < num_columns, other=0.0).to(tl.float32)
             codes = _codes(
-                quants, table, row, chunk, is_there, num_chunks, group, BITS, GROUPS, GROUP, HAS_TABLE, IS_FLOAT
+                *(quants, table, row, chunk, is_there, num_chunks, group),
+                *(BITS, GROUPS, GROUP, HAS_TABLE, IS_FLOAT),
             )
             scale, shift = _factors(
                 *(scales, minimums, supers, row, chunk, is_there, num_chunks, group),
@@ -320,7 +321,8 @@ def _tiles(
                 other=0.0,
             )
             codes = _codes(
-                quants, table, row, chunk, is_there, num_chunks, group, BITS, GROUPS, GROUP, HAS_TABLE, IS_FLOAT
+                *(quants, table, row, chunk, is_there, num_chunks, group),
+                *(BITS, GROUPS, GROUP, HAS_TABLE, IS_FLOAT),
             )
             scale, shift = _factors(
                 *(scales, minimums, supers, row, chunk, is_there, num_chunks, group),
@@ -380,7 +382,10 @@ def _dequantise(
     chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
     is_there = is_row[:, None] & (chunk < num_chunks)[None]
     for group in tl.static_range(GROUPS):
-        codes = _codes(quants, table, row, chunk, is_there, num_chunks, group, BITS, GROUPS, GROUP, HAS_TABLE, IS_FLOAT)
+        codes = _codes(
+            *(quants, table, row, chunk, is_there, num_chunks, group),
+            *(BITS, GROUPS, GROUP, HAS_TABLE, IS_FLOAT),
+        )
         scale, shift = _factors(
             *(scales, minimums, supers, row, chunk, is_there, num_chunks, group),
             *(GROUPS, SHARED, OFFSET, SUPERS, PER_SUPER, HAS_MINIMUM),

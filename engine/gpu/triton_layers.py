@@ -7,7 +7,9 @@ same result; see packed_layers.is_same. The replacement keeps the stock module, 
 ones.
 """
 
+from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,8 @@ from torch.nn.functional import linear
 
 from engine.attention import flash
 from engine.attention.paged import AttentionRecorder, StepAttention
+from engine.gpu.packed_layers import PackedLinear
+from engine.gpu.packed_weight import joined, split
 from engine.lora.adapter import Shape
 from engine.lora.updates import LowRankUpdates, Target, several
 
@@ -41,28 +45,46 @@ class Norm(nn.Module):
 
 
 class Joined:
-    """Computes linear layers of one input as one product; their weights become views of the joined ones."""
+    """Computes linear layers of one input as one product, or as few as their formats allow; their weights become views
+    of the joined ones."""
 
     def __init__(self, layers: list[Any]) -> None:
-        self.weight = torch.cat([layer.weight for layer in layers])
-        self.sizes = [len(layer.weight) for layer in layers]
+        self.sizes = [layer.out_features for layer in layers]
+        self.num_columns = layers[0].in_features
         self.updates: LowRankUpdates | None = None  # of adapters
-        biases = [layer.bias for layer in layers]
-        self.bias = None if biases[0] is None else torch.cat(biases)
-        for layer, weight in zip(layers, self.weight.split(self.sizes), strict=True):
-            layer.weight.data = weight
+        self._products = [_join(list(run)) for _, run in groupby(layers, key=_kind)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        output = linear(x, self.weight, self.bias)
+        """x: (1, tokens, columns)."""
+        products = self._products
+        output = products[0](x) if len(products) == 1 else torch.cat([product(x) for product in products], dim=-1)
         if self.updates is not None and self.updates.is_active:
             self.updates.add(x, output.split(self.sizes, dim=-1))
         return output
 
     def adapter_targets(self, names: list[str]) -> list[Target]:
         """names: of the layers."""
-        columns = self.weight.shape[1]
-        shapes = {name: Shape(size, columns) for name, size in zip(names, self.sizes, strict=True)}
+        shapes = {name: Shape(size, self.num_columns) for name, size in zip(names, self.sizes, strict=True)}
         return [several(shapes, partial(setattr, self, "updates"))]
+
+
+def _kind(layer: Any) -> object:
+    """Returns what layers have in common that can be joined."""
+    return layer.packed.kind if isinstance(layer, PackedLinear) else None
+
+
+def _join(layers: list[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    biases, sizes = [layer.bias for layer in layers], [layer.out_features for layer in layers]
+    bias = None if biases[0] is None else torch.cat(biases)
+    if isinstance(layers[0], PackedLinear):
+        packed = joined([layer.packed for layer in layers])
+        for layer, rows in zip(layers, split(packed, sizes), strict=True):
+            layer.packed = rows
+        return PackedLinear(packed, bias, layers[0].dtype)
+    weight = torch.cat([layer.weight for layer in layers])
+    for layer, rows in zip(layers, weight.split(sizes), strict=True):
+        layer.weight.data = rows
+    return partial(linear, weight=weight, bias=bias)
 
 
 class MLP(nn.Module):
@@ -149,7 +171,7 @@ def fused_norm(module: nn.Module) -> Norm | None:
         return None
     if weight.dim() != 1 or weight.numel() > LARGEST_ROW:
         return None
-    x = _numbers(weight)
+    x = _numbers(len(weight), weight)
     for factor in (weight.float(), 1 + weight.float()):
         fused = Norm(module, factor, float(epsilon))
         if _is_same(fused(x), module(x)):
@@ -163,7 +185,7 @@ def fused_mlp(module: nn.Module) -> MLP | None:
     if not layers or layers[0].bias is not None or layers[1].bias is not None:
         return None
     gate, up, down = layers
-    x = _numbers(gate.weight)
+    x = _inputs(gate)
     try:
         expected, joined = module(x), torch.cat([gate(x), up(x)], dim=-1)
         for is_gelu in (False, True):
@@ -185,7 +207,7 @@ def fused_attention(module: nn.Module) -> Attention | None:
         return None
     if len({layer.bias is None for layer in layers[:3]}) > 1:
         return None
-    x = _numbers(layers[0].weight)
+    x = _inputs(layers[0])
     half = torch.rand(1, 3, head_dim // 2, device=x.device, dtype=torch.float32) * 6
     angles = torch.cat([half, half], dim=-1)
     places = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
@@ -210,14 +232,18 @@ def fused_attention(module: nn.Module) -> Attention | None:
 
 
 def _plain_layers(module: nn.Module, *names: str) -> list[Any]:
-    """Returns the module's layers of these names; an empty list unless all of them are plain linear layers."""
+    """Returns the module's layers of these names; an empty list unless all of them are linear layers and no more."""
     layers: list[Any] = [getattr(module, name, None) for name in names]
-    return layers if all(type(layer) is nn.Linear for layer in layers) else []
+    return layers if all(type(layer) in (nn.Linear, PackedLinear) for layer in layers) else []
 
 
-def _numbers(weight: torch.Tensor) -> torch.Tensor:
-    """Makes random inputs of three tokens for a weight: (1, 3, columns)."""
-    return torch.randn(1, 3, weight.shape[-1], device=weight.device, dtype=torch.float32).to(weight.dtype)
+def _inputs(layer: Any) -> torch.Tensor:
+    """Makes random inputs of three tokens for a linear layer: (1, 3, columns)."""
+    return _numbers(layer.in_features, layer.weight)
+
+
+def _numbers(columns: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(1, 3, columns, device=like.device, dtype=torch.float32).to(like.dtype)
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
