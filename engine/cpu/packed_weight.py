@@ -87,8 +87,12 @@ class Format:
     @property
     def bytes_per_weight(self) -> float:
         """Memory of a weight and its part of the scales."""
-        num_factors = self.num_scales * (1 + self.has_minimum) if self.is_quantized else 0
-        return self.bits / 8 + num_factors * (1 if self.has_super_blocks else 2) / GROUP
+        if not self.is_quantized:
+            return self.bits / 8
+        num_factors, per_factor = 1 + self.has_minimum, 2 / self.group
+        if self.has_super_blocks:
+            per_factor = 1 / self.group + 2 / SUPER_BLOCK
+        return self.bits / 8 + num_factors * per_factor
 
 
 INT8 = Format(8, offset=128)
