@@ -2,6 +2,7 @@
 Triton's interpreter."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gpu_codes import FORMATS, codes_of
 from engine.cpu import packed_weight as cpu_weight
 from engine.cpu.packed_weight import Format, round_and_pack
 from engine.gpu import packed_weight
-from engine.gpu.packed_weight import groups_of, pack, place_of
+from engine.gpu.packed_weight import GPUWeight, groups_of, pack, place_of
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
 from engine.gpu import product_limits, products  # noqa: E402
@@ -19,10 +20,22 @@ from engine.gpu.packing import reordered  # noqa: E402
 from engine.gpu.product_limits import ProductLimits  # noqa: E402
 
 ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the result's norm
+Product = tuple[torch.Tensor, GPUWeight, torch.Tensor | None, torch.Tensor]
+
+
+def by_numbers(*product: *Product) -> None:
+    products.multiply_numbers(*product, tiles=products.ONE_TOKEN)
+
+
+def by_tiles(*product: *Product, num_parts: int = 1) -> None:
+    tiles = products.tiles_for(product[1], len(product[0]))
+    products.multiply_tiles(*product, num_parts=num_parts, tiles=tiles)
+
+
 WAYS: dict[str, Callable[..., None]] = {
-    "numbers": products.multiply_numbers,
-    "tiles": products.multiply_tiles,
-    "parts": lambda *arguments: products.multiply_tiles(*arguments, num_parts=3),
+    "numbers": by_numbers,
+    "tiles": by_tiles,
+    "parts": partial(by_tiles, num_parts=3),
     "dequantised": products.multiply_dequantised,
 }
 

@@ -9,7 +9,7 @@ From how many tokens on each way is the faster one is measured at the start, see
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ DEQUANTISED = 2**26  # numbers of a weight that are dequantised at a time
 MAX_PARTS = 16
 PROGRAMS_PER_PROCESSOR = 2  # columns are divided into parts until there are so many
 FEWEST_PASSES = 4  # of a part
+INTERPRETED_ROWS = 512
 
 
 def _same(value: tl.tensor) -> tl.tensor:
@@ -54,9 +55,15 @@ SEVERAL_TOKENS = (  # the first one that holds all tokens, else the last
 DEQUANTISING = Tiles(tokens=1, rows=8, depth=128)
 
 
-def multiply_numbers(x: torch.Tensor, weight: GPUWeight, bias: torch.Tensor | None, output: torch.Tensor) -> None:
+def multiply_numbers(
+    x: torch.Tensor,
+    weight: GPUWeight,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    tiles: Tiles | None = None,
+) -> None:
     """Computes a product number by number. x: (tokens, columns); output: (tokens, rows), whose rows may be apart."""
-    tiles = ONE_TOKEN
+    tiles = tiles or _usual(ONE_TOKEN)
     _numbers[len(x), triton.cdiv(weight.num_rows, tiles.rows)](
         *(x, output, bias, *_tensors(weight), weight.num_rows, weight.num_columns, weight.num_chunks),
         *(x.stride(0), output.stride(0)),
@@ -75,16 +82,17 @@ def multiply_tiles(
     output: torch.Tensor,
     starts: torch.Tensor | None = None,
     num_parts: int | None = None,
+    tiles: Tiles | None = None,
 ) -> None:
     """Computes a product by tiles, as `multiply_numbers`.
 
     starts: (experts + 1,) int32, where the tokens of each expert begin; the weight then has the rows of all experts,
     and the output those of one. num_parts: the number of parts that the columns are divided into; None: as many as fill
-    the device.
+    the device. tiles: None chooses them by the number of tokens.
     """
     num_experts = 1 if starts is None else len(starts) - 1
     num_rows = weight.num_rows // num_experts
-    tiles = tiles_for(weight, -(-len(x) // num_experts))
+    tiles = tiles or _usual(tiles_for(weight, -(-len(x) // num_experts)))
     chunks = _chunks(weight, tiles)
     grid = len(x) // tiles.tokens + num_experts, triton.cdiv(num_rows, tiles.rows)
     num_passes = triton.cdiv(weight.num_chunks, chunks)
@@ -125,7 +133,7 @@ def multiply_dequantised(x: torch.Tensor, weight: GPUWeight, bias: torch.Tensor 
 
 def dequantised(weight: GPUWeight, dtype: torch.dtype, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the numbers of a weight, (rows, columns) of `dtype`. ids: (any,), the rows that are wanted; None: all."""
-    num_rows, tiles = weight.num_rows if ids is None else len(ids), DEQUANTISING
+    num_rows, tiles = weight.num_rows if ids is None else len(ids), _usual(DEQUANTISING)
     output = torch.empty(num_rows, weight.num_columns, dtype=dtype, device=weight.quants.device)
     chunks = _chunks(weight, tiles)
     _dequantise[triton.cdiv(num_rows, tiles.rows), triton.cdiv(weight.num_chunks, chunks)](
@@ -142,6 +150,11 @@ def tiles_for(weight: GPUWeight, num_tokens: int) -> Tiles:
     """Returns the tiles for so many tokens."""
     able = [tiles for tiles in SEVERAL_TOKENS if groups_of(weight.format) <= tiles.most_groups]
     return next((tiles for tiles in able if tiles.tokens >= num_tokens), able[-1])
+
+
+def _usual(tiles: Tiles) -> Tiles:
+    """Returns what a device takes: Triton's interpreter few large programs, which take it as long as small ones."""
+    return replace(tiles, rows=INTERPRETED_ROWS) if IS_INTERPRETED else tiles
 
 
 def parts_of(num_programs: int, num_passes: int, num_processors: int) -> int:
@@ -191,12 +204,18 @@ def _meaning(weight: GPUWeight) -> dict[str, Any]:
 # --- kernels
 
 
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
 def _whole(value: Any) -> int:
     """Converts a scalar to an integer for the interpreter of Triton 3.6, whose own conversion fails with numpy 2.4."""
     return int(value.handle.data.item()) if isinstance(value, tl.tensor) else int(value)
 
 
 _bound = _whole if IS_INTERPRETED else triton.jit(_same)  # makes the bound of a loop
+# For what kernels call: the interpreter would prepare each call anew, which takes longer than the call
+inlined = _as_it_is if IS_INTERPRETED else triton.jit
 
 
 @triton.jit
@@ -338,7 +357,7 @@ def _tiles(
     tl.store(place, total.to(output.dtype.element_ty), mask=is_token[:, None] & is_row[None])
 
 
-@triton.jit
+@inlined
 def _owner(starts: tl.tensor, number: tl.tensor, num_experts: tl.tensor, TOKENS: tl.constexpr) -> tl.tensor:
     """Finds the expert of tile `number`: the last one whose first tile, starts // TOKENS + expert, is not beyond it."""
     low, high = 0, num_experts
@@ -396,7 +415,7 @@ def _dequantise(
         tl.store(place, weight.to(output.dtype.element_ty), mask=is_row[:, None, None] & (column < num_columns))
 
 
-@triton.jit
+@inlined
 def _codes(
     quants: tl.tensor,
     table: tl.tensor,
@@ -428,7 +447,7 @@ def _codes(
         return codes.to(tl.float32)
 
 
-@triton.jit
+@inlined
 def _field(
     place: tl.tensor,
     is_byte: tl.tensor,
@@ -446,7 +465,7 @@ def _field(
     return (byte >> (group // VECTORS * WIDTH) & (1 << WIDTH) - 1) << FIRST
 
 
-@triton.jit
+@inlined
 def _factors(
     scales: tl.tensor,
     minimums: tl.tensor,
@@ -480,7 +499,7 @@ def _factors(
     return scale, shift
 
 
-@triton.jit
+@inlined
 def _product(a: tl.tensor, b: tl.tensor, sum_: tl.tensor, PRECISION: tl.constexpr, WIDENS: tl.constexpr) -> tl.tensor:
     """Computes sum_ + a b in float32. WIDENS: for the interpreter, which has no products of bfloat16."""
     if WIDENS:
