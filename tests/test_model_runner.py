@@ -29,8 +29,6 @@ from transformers import (
     Gemma4AudioConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -233,17 +231,14 @@ def test_a_model_is_loaded_without_the_parts_that_it_lacks_or_that_are_not_serve
     assert any("vision_tower" in name for name, _ in model.named_parameters())
 
 
-def test_attention_sinks_are_refused_rather_than_left_out() -> None:
-    config = GptOssConfig(**SMALL, head_dim=12, num_local_experts=2, num_experts_per_tok=1)
-    model = GptOssForCausalLM(config)
-    model.set_attn_implementation("paged_blocks")
-    with pytest.raises(ModelLoadError, match="gpt_oss.*s_aux"):
+def test_an_argument_that_is_not_computed_is_refused_rather_than_left_out() -> None:
+    model = tiny_model("qwen3")
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "position_bias": torch.ones(4)}), with_kwargs=True
+    )
+    with pytest.raises(ModelLoadError, match="qwen3.*position_bias"):
         build_engine(model, EngineOptions(), frozenset())
-
-
-def test_a_model_with_attention_sinks_is_refused_before_it_is_loaded() -> None:
-    with pytest.raises(ModelLoadError, match="'gpt_oss' are not supported: their attention has sinks"):
-        check_architecture(GptOssConfig(**SMALL))
 
 
 def test_dynamic_rotary_embeddings_are_refused() -> None:

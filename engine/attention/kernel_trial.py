@@ -1,5 +1,5 @@
-"""Tries the kernel in Triton in a process of its own: on a GPU that it does not support, the compiler may end the process
-instead of raising."""
+"""Tries the kernel in Triton in a process of its own: on a GPU that it does not support, the compiler may end the
+process instead of raising."""
 
 import functools
 import pickle

@@ -7,7 +7,7 @@ sequences, only the step's tensors in `StepAttention`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -236,14 +236,14 @@ def paged_attention(
     num_kv_heads, value_dim = values.shape[2:]
     query = cache.scaled(query[0].view(num_kv_heads, -1, *query.shape[2:]))  # (kv_heads, group, tokens, dim)
     flat = query.flatten(0, 1).transpose(0, 1)  # (tokens, heads, dim)
-    special = {"softcap": softcap, "scales": cache.scales, "sinks": s_aux}
+    attend = partial(flash.attend, scaling=scaling, softcap=softcap, scales=cache.scales, sinks=s_aux)
     if step.flash is not None and group.flash is not None and not group.prefills:
         # exit 2: on a GPU one kernel computes the whole step
-        return flash.attend(step.flash, flat, keys, values, group.flash, scaling, **special)[None], None
+        return attend(step.flash, flat, keys, values, group.flash)[None], None
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     if step.flash is not None and group.flash is not None:  # chunks with images follow below, in torch
         tokens = slice(0, group.flash.num_tokens)
-        result = flash.attend(step.flash, flat[tokens], keys, values, group.flash, scaling, **special)
+        result = attend(step.flash, flat[tokens], keys, values, group.flash)
         output[tokens] = result.view_as(output[tokens])
     if softcap is None and s_aux is None and attention_kernels.can_attend(query.dtype, keys, values):
         # exit 3: on a CPU with kernels, they read the cache in place
@@ -266,7 +266,7 @@ def paged_attention(
         k, v, own = k[:, None].expand(shape), v[:, None].expand(shape), None if sinks is None else sinks[..., None]
         result = _attend(part, k, v, mask, scaling, softcap, own)
         output[chunk.start : chunk.end] = result.permute(2, 0, 1, 3)
-    # exit 4: everything else, in torch over gathered blocks: softcaps, sinks, chunks with images, devices without a kernel
+    # exit 4: everything else, in torch over gathered blocks: soft caps, sinks, images, devices without a kernel
     return output.flatten(1, 2)[None], None
 
 

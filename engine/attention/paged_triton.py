@@ -182,10 +182,10 @@ def tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
 
 
 def small_tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
-    """Chooses tiles as `tiles_of` does, for GPUs that have 64 KiB of shared memory and load nothing ahead: the sums of a
-    tile's rows take 32 KiB at most, and the keys of a pass 16 KiB."""
+    """Chooses tiles as `tiles_of` does, for GPUs that have 64 KiB of shared memory and load nothing ahead: the sums of
+    a tile's rows and the keys of a pass take 16 KiB each, or what the smallest tiles take."""
     tiles, pad = tiles_of(dim, num_bytes, is_decode, group), max(64, triton.next_power_of_2(dim))
-    rows = max(min(tiles.rows, 2**15 // (4 * pad)), triton.next_power_of_2(group), 16)
+    rows = max(min(tiles.rows, 2**14 // (4 * pad)), triton.next_power_of_2(group), 16)
     return replace(tiles, rows=rows, keys=max(min(tiles.keys, 2**14 // (num_bytes * pad)), 16), stages=1)
 
 
