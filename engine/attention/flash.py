@@ -209,12 +209,14 @@ class Trial:
             sinks=numbers(num_heads) if spec.has_sinks else None,
         )
 
-    def with_image(self, number: int, start: int, end: int) -> "Trial":
-        """Returns the same with an image in a sequence, at positions start .. end of its last queries."""
+    def with_image(self, sequence: int, start: int, end: int, reaches_back: bool = True) -> "Trial":
+        """Returns the same with an image among a sequence's queries, at its positions start .. end."""
         visible = self.ranges if self.batch.visible is None else self.batch.visible.clone()
-        last = int(self.batch.cu_seqlens_q[number + 1]) - int(self.batch.seq_lens[number])
-        visible[last + start : last + end, 1] = end
-        visible[last + start : last + end, 0].clamp_(max=start)
+        row_of_0 = int(self.batch.cu_seqlens_q[sequence + 1] - self.batch.seq_lens[sequence])
+        rows = visible[row_of_0 + start : row_of_0 + end]
+        rows[:, 1] = end
+        if reaches_back:
+            rows[:, 0].clamp_(max=start)
         return replace(self, batch=replace(self.batch, visible=visible))
 
     @property
