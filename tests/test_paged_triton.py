@@ -1,5 +1,6 @@
 """The kernel in Triton computes what its reference does: on a GPU where there is one, else in Triton's interpreter."""
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -254,8 +255,6 @@ def test_tiles_of_older_gpus(dtype: torch.dtype, dim: int, counts: list[int], le
 
 def test_older_gpus_try_the_kernel_in_a_process_of_its_own() -> None:
     """Where it may end the process instead of raising."""
-    import sys
-
     ends = "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"
     assert not kernel_trial.ends_well((sys.executable, "-c", ends))
     assert not kernel_trial.ends_well((sys.executable, "-c", "raise RuntimeError"))

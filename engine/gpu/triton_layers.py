@@ -469,9 +469,9 @@ def _store(
         first, second = first.to(tl.float32), second.to(tl.float32)
         num_nans = tl.sum((first != first).to(tl.int32) + (second != second).to(tl.int32), 0)
         largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)  # which may leave out a NaN
-        scale = tl.where(num_nans > 0, float("nan"), tl.div_rn(largest, LARGEST)).to(scales.dtype.element_ty)
-        tl.store(scales + place, scale)
-        divisor = tl.where(num_nans > 0, float("nan"), tl.maximum(scale.to(tl.float32), SMALLEST))
+        scale = _as_bfloat16(tl.div_rn(largest, LARGEST))
+        tl.store(scales + place, tl.where(num_nans > 0, float("nan"), scale).to(scales.dtype.element_ty))
+        divisor = tl.where(num_nans > 0, float("nan"), tl.maximum(scale, SMALLEST))
         first, second = _rounded(first, divisor, LARGEST), _rounded(second, divisor, LARGEST)
     _write(target, place, first, second, half, DIM)
 
@@ -492,3 +492,11 @@ def _rounded(x: tl.tensor, divisor: tl.tensor, LARGEST: tl.constexpr) -> tl.tens
     x = tl.div_rn(x, divisor + tl.zeros_like(x))
     x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -LARGEST), LARGEST)
     return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23, beyond which float32 has whole numbers alone
+
+
+@triton.jit
+def _as_bfloat16(x: tl.tensor) -> tl.tensor:
+    """Rounds a positive float32 to one that bfloat16 holds, ties to even; the interpreter's conversion rounds down."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return ((bits >> 16) << 16).to(tl.float32, bitcast=True)
