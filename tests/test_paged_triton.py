@@ -17,7 +17,7 @@ from process import ROOT
 from test_engine import reference
 from test_flash_attention import OPTIONS, answers, engine_with
 
-from engine.attention import flash, kernel_trial
+from engine.attention import flash, older_gpus
 from engine.attention.flash import Trial
 from engine.build import build_engine
 from engine.layer_spec import AttentionSpec
@@ -260,12 +260,12 @@ def test_tiles_of_older_gpus(dtype: torch.dtype, dim: int, counts: list[int], le
 def test_older_gpus_try_the_kernel_in_a_process_of_its_own() -> None:
     """Where it may end the process instead of raising."""
     ends = "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"
-    assert not kernel_trial.ends_well((sys.executable, "-c", ends))
-    assert not kernel_trial.ends_well((sys.executable, "-c", "raise RuntimeError"))
-    assert not kernel_trial.ends_well(("no such program",))
-    assert kernel_trial.ends_well((sys.executable, "-c", "pass"))
-    assert kernel_trial.ends_well(kernel_trial.command(ALL))
-    assert not kernel_trial.ends_well(kernel_trial.command(replace(PLAIN, dtype=torch.int32)))
+    assert not older_gpus.ends_well((sys.executable, "-c", ends))
+    assert not older_gpus.ends_well((sys.executable, "-c", "raise RuntimeError"))
+    assert not older_gpus.ends_well(("no such program",))
+    assert older_gpus.ends_well((sys.executable, "-c", "pass"))
+    assert older_gpus.ends_well(older_gpus.trial_of(ALL))
+    assert not older_gpus.ends_well(older_gpus.trial_of(replace(PLAIN, dtype=torch.int32)))
 
 
 def test_the_compiler_takes_the_kernels_for_gpus_of_every_kind(tmp_path: Path) -> None:

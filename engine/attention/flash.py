@@ -26,7 +26,6 @@ TOLERANCES = {2: 0.02, 4: 1e-3}  # bytes of a number -> allowed difference, as a
 TIMED_TOKENS = 4096  # tokens of each sequence
 TIMED_DECODES, TIMED_QUERIES = 8, 2048
 TIMED_CALLS = 20
-TRIED_BLOCK_SIZE = 16  # tokens
 
 
 @dataclass(frozen=True)

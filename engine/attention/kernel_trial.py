@@ -1,37 +1,12 @@
-"""Tries the kernel in Triton in a process of its own: on a GPU that it does not support, the compiler may end the
-process instead of raising."""
+"""A program that tries the kernel in Triton for one layer; see engine/attention/older_gpus.py."""
 
-import functools
 import pickle
-import subprocess
 import sys
-from pathlib import Path
 
-from engine.layer_spec import AttentionSpec
+from engine.attention import flash, paged_triton
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # seconds; importing torch and compiling take some ten
-
-
-def command(spec: AttentionSpec) -> tuple[str, ...]:
-    """Returns what tries the kernel for a layer."""
-    return sys.executable, "-m", __name__, pickle.dumps(spec).hex()
-
-
-@functools.cache
-def ends_well(command: tuple[str, ...]) -> bool:
-    """Runs a command, at most once. Returns whether it ends in time, with the exit status 0."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=TIMEOUT, check=False).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-
-
-def main() -> bool:
-    from engine.attention import flash, paged_triton
-
-    return flash.agrees(paged_triton.paged_attention, pickle.loads(bytes.fromhex(sys.argv[1])), flash.TRIED_BLOCK_SIZE)
-
+BLOCK_SIZE = 16  # tokens
 
 if __name__ == "__main__":
-    sys.exit(not main())
+    spec = pickle.loads(bytes.fromhex(sys.argv[1]))
+    sys.exit(not flash.agrees(paged_triton.paged_attention, spec, BLOCK_SIZE))

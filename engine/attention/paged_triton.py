@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.attention import kernel_trial
+from engine.attention import older_gpus
 from engine.layer_spec import AttentionSpec
 
 TURING, AMPERE = (7, 5), (8, 0)  # compute capabilities
@@ -172,7 +172,7 @@ def can_attend(spec: AttentionSpec) -> bool:
     capability = torch.cuda.get_device_capability(spec.device)
     if capability >= AMPERE:
         return True
-    return capability >= TURING and spec.dtype != torch.bfloat16 and kernel_trial.ends_well(kernel_trial.command(spec))
+    return capability >= TURING and spec.dtype != torch.bfloat16 and older_gpus.ends_well(older_gpus.trial_of(spec))
 
 
 def tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
