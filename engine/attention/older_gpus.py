@@ -1,5 +1,5 @@
-"""Whether an older GPU runs the kernel in Triton: a process of its own tries it, since on a GPU that it does not support
-the compiler may end the process instead of raising."""
+"""Whether an older GPU runs the kernel in Triton: a process of its own tries it, since on a GPU that it does not
+support the compiler may end the process instead of raising."""
 
 import functools
 import pickle
