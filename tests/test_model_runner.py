@@ -272,3 +272,22 @@ def test_a_context_beyond_the_models_or_the_caches_is_refused() -> None:
     with pytest.raises(ModelLoadError, match="KV_CACHE_MEMORY"):
         build_engine(model, EngineOptions(max_model_len=512, kv_cache_memory=100_000), frozenset())
     assert build_engine(model, EngineOptions(kv_cache_memory=100_000), frozenset()).max_model_len < 512
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(3.0, False), (None, True), (3.0, True)])
+@pytest.mark.parametrize("is_decode", [False, True])
+def test_long_prompts_whose_queries_take_turns_are_computed_as_at_once(
+    softcap: float | None, has_sinks: bool, is_decode: bool
+) -> None:
+    """With more scores than may be in memory at a time."""
+    heads, queries, seen = 4, 5 if is_decode else 70, paged.MAX_SCORES // 128
+    query, key, value = (torch.randn(1, heads, count, 4) for count in (queries, seen, seen))
+    shape = (1, 1, 1, seen) if is_decode else (queries, seen)
+    mask = torch.zeros(shape).masked_fill(torch.rand(shape) < 0.5, -torch.inf)
+    sinks = torch.randn((heads, queries, 1) if is_decode else (heads, 1, 1)) if has_sinks else None
+    found = paged._attend(query, key, value, mask, 0.5, softcap, sinks)
+    for row in (0, queries // 2, queries - 1):
+        own = mask if is_decode else mask[row, None]
+        sink = sinks if sinks is None or not is_decode else sinks[:, row, None]
+        alone = paged._attend(query[:, :, row, None], key, value, own, 0.5, softcap, sink)
+        torch.testing.assert_close(found[:, :, row, None], alone)

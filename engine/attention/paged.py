@@ -23,6 +23,7 @@ from engine.layer_spec import AttentionSpec, RecurrentSpec
 from engine.recurrent.state_cache import StateStep
 
 NAME = "paged_blocks"
+MAX_SCORES = 2**25  # that are in memory at a time in float32, where torch computes them
 COMPUTED = ("position_ids", "is_causal")  # arguments that need nothing more than what is computed here
 
 
@@ -327,13 +328,21 @@ def _attend_in_steps(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Computes what torch's fused attention lacks: Gemma 2's scores, which go through softcap * tanh(score / softcap),
-    and the sinks of gpt-oss."""
-    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    and the sinks of gpt-oss. A long prompt's queries take turns, so that their scores do not fill the memory."""
     if mask is None:
-        mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
-    return torch.matmul(flash.softmax(scores + mask, sinks).to(value.dtype), value)
+        shape = (query.shape[2], key.shape[2])
+        mask = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device).triu(1)
+    size = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    results = []
+    for start in range(0, query.shape[2], size):
+        rows = slice(start, start + size)
+        scores = torch.matmul(query[:, :, rows], key.transpose(-1, -2)).float() * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores += mask if mask.shape[-2] == 1 else mask[..., rows, :]
+        own = sinks if sinks is None or sinks.shape[-2] == 1 else sinks[..., rows, :]
+        results.append(torch.matmul(flash.softmax(scores, own).to(value.dtype), value))
+    return torch.cat(results, dim=2)
 
 
 AttentionInterface.register(NAME, paged_attention)
