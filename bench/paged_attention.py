@@ -166,9 +166,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--window", type=int)
     parser.add_argument("--softcap", type=float)
-    parser.add_argument(
-        "--int8", action="store_true", help="8-bit keys and values, which only Triton's kernel reads"
-    )
+    parser.add_argument("--int8", action="store_true", help="8-bit keys and values, which only Triton's kernel reads")
     parser.add_argument("--sinks", action="store_true")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
