@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -98,8 +98,8 @@ def _sdpa(trial: Trial) -> torch.Tensor:
     key, value = (cache.view(shape)[:, : batch.max_seq_len].transpose(1, 2) for cache in (trial.keys, trial.values))
     query = trial.query.view(sequences, queries, *trial.query.shape[1:]).transpose(1, 2)
     is_causal = queries > 1 and queries == key.shape[2]
-    if trial.softcap or batch.window or (queries > 1 and not is_causal):
-        raise NotImplementedError("SDPA needs a mask for this")
+    if trial.softcap or trial.scales or trial.sinks is not None or batch.window or (queries > 1 and not is_causal):
+        raise NotImplementedError("SDPA needs a mask for this, or cannot compute it")
     return scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
 
 
@@ -166,6 +166,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--window", type=int)
     parser.add_argument("--softcap", type=float)
+    parser.add_argument("--int8", action="store_true", help="8-bit keys and values, which only Triton's kernel reads")
+    parser.add_argument("--sinks", action="store_true")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tiles", action="append", default=[], metavar="ROWS,KEYS,WARPS,STAGES")
@@ -176,6 +178,7 @@ def main() -> None:
     a = parser.parse_args()
     place = (getattr(torch, a.dtype), torch.device(a.device))
     spec = AttentionSpec(a.kv_heads, a.dim, a.dim, a.window, *place, a.softcap, a.heads // a.kv_heads)
+    spec = replace(spec, key_factors=() if a.int8 else None, has_sinks=a.sinks)
     for work in workloads(a.tiny):
         if a.only and (work.queries == 1) != (a.only == "decodes"):
             continue

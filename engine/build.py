@@ -228,10 +228,7 @@ def _device_type(specs: LayerSpecs) -> str:
 
 
 def _choose_attention(specs: LayerSpecs, options: EngineOptions) -> tuple[int, Kernel | None]:
-    """Chooses the tokens in a block, and the kernel that attends to such blocks on a GPU: some take only large ones.
-    No kernel reads an int8 cache: there torch computes attention over gathered blocks."""
-    if options.kv_cache_dtype == INT8:
-        return options.kv_block_size or BLOCK_SIZES[0], None
+    """Chooses the tokens in a block, and the kernel that attends to such blocks on a GPU: some take only large ones."""
     sizes = BLOCK_SIZES if options.kv_block_size is None else (options.kv_block_size,)
     kernels = ((size, flash.find(specs.attention.values(), size)) for size in sizes)
     return next(((size, kernel) for size, kernel in kernels if kernel is not None), (sizes[0], None))

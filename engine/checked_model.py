@@ -24,8 +24,6 @@ from vision.families import vision_family_of
 
 # The layers whose state the cache can hold
 ATTENTION_LAYER_TYPES, RECURRENT_LAYER_TYPES = {"full_attention", "sliding_attention"}, {"linear_attention", "conv"}
-# What `probe_layers` would find, too, but only once some 20 billion parameters are loaded
-REFUSED = {"gpt_oss": "their attention has sinks, which this server's has not"}
 # Activations beyond 65504 overflow: https://github.com/huggingface/transformers/issues/36822
 NEVER_FLOAT16 = ("gemma",)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -113,8 +111,6 @@ def check_architecture(config: PreTrainedConfig) -> None:
             "language model of this type."
         )
     model_class = cast(type[PreTrainedModel], auto_class(config)._model_mapping[type(config)])
-    if config.model_type in REFUSED:
-        raise ModelLoadError(f"Models of type {config.model_type!r} are not supported: {REFUSED[config.model_type]}.")
     text = config.get_text_config()
     layer_types = {*(getattr(text, "layer_types", None) or ())}
     # Qwen 3.5 takes other functions and does not say so; `probe_layers` will see whether all layers do

@@ -1,6 +1,7 @@
 """The probe of layers: a first forward of one token, which shows what each layer of a model stores."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -54,7 +55,12 @@ def probe_layers(model: PreTrainedModel) -> LayerSpecs:
             "not all of their layers use transformers' attention interface."
         )
     shared = recorder.shared
-    stored = {layer: call.spec for layer, call in recorder.calls.items() if layer not in shared}
+    family = vision_family_of(model.config)
+    stored = {
+        layer: replace(call.spec, sees_ahead=family is not None and family.looks_ahead(call.window))
+        for layer, call in recorder.calls.items()
+        if layer not in shared
+    }
     return LayerSpecs(stored, recorder.recurrent, shared)
 
 

@@ -50,10 +50,21 @@ class AttentionSpec:
     softcap: float | None = None  # of the scores
     group: int = 2  # query heads that share a key
     key_factors: tuple[float, ...] | None = None  # set: the cache is int8, and keys are divided by these before
+    has_sinks: bool = False  # a logit for each query head joins the softmax, without a value
+    sees_ahead: bool = False  # tokens of an image see later ones of it
+
+    @property
+    def is_int8(self) -> bool:
+        return self.key_factors is not None
+
+    @property
+    def without_factors(self) -> "AttentionSpec":
+        """The same for all layers that a kernel computes alike: it sees keys that are divided already."""
+        return replace(self, key_factors=()) if self.is_int8 else self
 
     @property
     def bytes_per_token(self) -> int:
-        if self.key_factors is not None:
+        if self.is_int8:
             return self.num_kv_heads * (self.key_dim + self.value_dim + 2 * SCALES.itemsize)
         return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
@@ -61,9 +72,9 @@ class AttentionSpec:
         """Keys (num_blocks, block_size, num_kv_heads, key_dim), and values with value_dim in its place. An int8 cache
         also has the scales of keys and of values, each (num_blocks, block_size, num_kv_heads)."""
         shape = (num_blocks, block_size, self.num_kv_heads)
-        dtype = self.dtype if self.key_factors is None else torch.int8
+        dtype = torch.int8 if self.is_int8 else self.dtype
         tensors = [_zeros((*shape, dim), dtype, self.device) for dim in (self.key_dim, self.value_dim)]
-        if self.key_factors is not None:
+        if self.is_int8:
             tensors += [_zeros(shape, SCALES, self.device) for _ in tensors]
         return tuple(tensors)
 

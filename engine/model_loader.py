@@ -277,11 +277,14 @@ def _check_memory(checked: CheckedModel, weights: Quantization) -> None:
     The configuration counts too, not the files alone: loading makes room for the model that it describes before the
     two are compared.
     """
+    scheme = weight_files.scheme_of(checked.config)
     needed = max(checked.num_elements * checked.dtype.itemsize, _num_bytes(checked.config, checked.dtype, NONE))
-    if weights.packed_bits and weight_files.scheme_of(checked.config) is None:
+    if scheme is not None and weight_files.method_of(scheme) == "mxfp4":  # a byte of gpt-oss becomes two numbers
+        needed = _num_bytes(files.plain_config(checked.config), checked.dtype, NONE)
+    if weights.packed_bits and scheme is None:
         needed = _num_bytes(checked.config, checked.dtype, weights)
     elif _has_own_codes(checked, weights):
-        stored = files.QuantizedFiles(checked.directory, weight_files.scheme_of(checked.config))
+        stored = files.QuantizedFiles(checked.directory, scheme)
         saved = stored.num_saved_bytes() if weights.packed_bits == 8 else 0
         needed = _num_bytes(files.plain_config(checked.config), checked.dtype, weights) - saved
     free = psutil.virtual_memory().available

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from engine.attention.flash import FlashBatch, Kernel
+from engine.attention.flash import FlashBatch, Kernel, sees_ahead
 from engine.attention.paged import (
     DecodeGroup,
     GroupAttention,
@@ -111,6 +111,7 @@ class ModelRunner:
         """flash: a kernel that attends to all tokens of a step in one call."""
         self.model = model
         self.flash = flash
+        self._sees_ahead = flash is not None and sees_ahead(flash)
         self.num_known: int | None = None  # tokens of the vocabulary; the output layer may be padded beyond it
         self._graphs: DecodeGraphs | None = None
         self._forward = forward_of(model)
@@ -289,11 +290,12 @@ class ModelRunner:
             slots += [table[p // block_size] * block_size + p % block_size for p in range(span.start, span.end)]
         decodes, prefills, start, flash = [], [], 0, None
         rest = layout
-        if self.flash is not None:  # the kernel cannot let an image's tokens see later ones
-            plain = [span for span in layout.spans if not _whole_images_in(span)]
+        if self.flash is not None:
+            apart = [] if self._sees_ahead else [span for span in layout.prefills if _whole_images_in(span)]
+            plain = layout.spans[: len(layout.spans) - len(apart)]
             flash = self._flash_batch(index, group.window, plain) if plain else None
             start = sum(span.num_tokens for span in plain)
-            rest = replace(layout, decodes=[], prefills=[s for s in layout.prefills if _whole_images_in(s)])
+            rest = replace(layout, decodes=[], prefills=apart)
         for spans in _similar_lengths(rest.decodes, group.window, block_size):
             decodes.append(self._decode_group(index, group.window, spans, start))
             start += len(spans)
@@ -322,7 +324,28 @@ class ModelRunner:
             max_seq_len=width * block_size,
             num_tokens=sum(counts),
             window=window,
+            visible=self._visible(window, spans, firsts),
         )
+
+    def _visible(self, window: int | None, spans: list[Span], firsts: list[int]) -> torch.Tensor | None:
+        """Returns the positions in its table's blocks that each token sees, (tokens, 2) int32; None where the kernel
+        knows them, as there are no images. firsts: the first block of each span's table."""
+        if not any(self._images_ahead(window, span) for span in spans):
+            return None
+        ranges = zip(spans, firsts, strict=True)
+        size = self.cache.block_size
+        return torch.cat([self._visible_of(window, span) - first * size for span, first in ranges]).int()
+
+    def _visible_of(self, window: int | None, span: Span) -> torch.Tensor:
+        family = self._vision_family
+        reach = family is not None and family.sees_beyond_window
+        return visible_of(span.start, span.num_tokens, window, self._images_ahead(window, span), reach)
+
+    def _images_ahead(self, window: int | None, span: Span) -> list[tuple[int, int]]:
+        """Returns the span's images whose tokens see later ones, as start and end."""
+        if self._vision_family is not None and not self._vision_family.looks_ahead(window):
+            return []
+        return [(image.start, image.end) for image in _whole_images_in(span)]
 
     def _decode_group(self, index: int, window: int | None, spans: list[Span], start: int) -> DecodeGroup:
         block_size = self.cache.block_size
@@ -351,17 +374,13 @@ class ModelRunner:
         first = first_visible(span.start, window) // block_size
         table = span.sequence.block_tables[index][first : -(-span.end // block_size)]
         assert FREED not in table
-        images, family = [(image.start, image.end) for image in _whole_images_in(span)], self._vision_family
-        if family is not None and not family.looks_ahead(window):
-            images = []
-        reach = family is not None and family.sees_beyond_window
-        visible = visible_of(span.start, span.num_tokens, window, images, reach) - first * block_size
-        is_alone = span.start == 0 and not images and (window is None or span.num_tokens <= window)
+        is_plain = not self._images_ahead(window, span)
+        is_alone = span.start == 0 and is_plain and (window is None or span.num_tokens <= window)
         return PrefillChunk(
             start=start,
             end=start + span.num_tokens,
             table=torch.tensor(table),
-            visible=visible,
+            visible=self._visible_of(window, span) - first * block_size,
             sees_only_itself=is_alone,
             block_size=block_size,
             dtype=self.dtype,

@@ -17,6 +17,8 @@ from transformers import (
     Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     Lfm2Config,
@@ -159,12 +161,34 @@ MIXTURES = {  # families of experts
         ),
     ),
 }
+SINKS = {  # families whose attention has sinks; their experts have a formula of their own
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig(
+            **_COMMON,
+            head_dim=16,
+            num_hidden_layers=4,
+            sliding_window=24,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 128,
+            },
+        ),
+    ),
+}
 SEEDS = {"gemma3": 53}  # with these, or 0, the two best tokens are never nearly tied
 
 
 def tiny_model(family: str, implementation: str = paged.NAME, **changes: object) -> PreTrainedModel:
     """Returns a float32 model with the same weights for every `implementation` of attention."""
-    model_class, config = (FAMILIES | RECURRENT | MIXTURES | SHARING)[family]
+    model_class, config = (FAMILIES | RECURRENT | MIXTURES | SHARING | SINKS)[family]
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)

@@ -105,13 +105,14 @@ def test_attention_of_a_chunk_is_that_of_torch(
     plan = Plan.of(dtype, dim, builder is not None, is_int8)
     program = plan, prompt_attention.chunk_program(plan, 0.3, builder or AMXBuilder)
     prompt_attention.attend_chunk(query, cache.keys, cache.values, slots, visible, 0.3, output, program, cache.scales)
-    k, v = (part[table].flatten(0, 1)[: start + tokens].transpose(0, 1).float() for part in numbers)
+    k, v = (part[table].flatten(0, 1)[: start + tokens].transpose(0, 1).double() for part in numbers)
     distance = torch.arange(start, start + tokens)[:, None] - torch.arange(start + tokens)
     mask = (distance >= 0) & (distance < (window or 10**6))
     for first, end in images:  # all of whose tokens see each other
         mask[max(first - start, 0) : end - start, first:end] = True
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query.flatten(0, 1).float(), k, v, attn_mask=mask, scale=0.3, enable_gqa=True
+        query.flatten(0, 1).double(), k, v, attn_mask=mask, scale=0.3, enable_gqa=True
     )
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(output.flatten(1, 2).float(), expected.transpose(0, 1), rtol=tolerance, atol=tolerance)
+    actual, expected = output.flatten(1, 2).double(), expected.transpose(0, 1)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, MIXTURES, RECURRENT, SHARING, VOCAB, generate, tiny_model
+from models import FAMILIES, MIXTURES, RECURRENT, SHARING, SINKS, VOCAB, generate, tiny_model
 
 from engine.attention.paged import PrefillChunk
 from engine.batch import Batch
@@ -21,7 +21,7 @@ from engine.sampling_params import SampledToken, SamplingParams
 from engine.sequence import TokenOutput
 from errors import EngineFailure, Overloaded, Unavailable
 
-ALL = [*FAMILIES, *RECURRENT, *MIXTURES, *SHARING]
+ALL = [*FAMILIES, *RECURRENT, *MIXTURES, *SHARING, *SINKS]
 NUM_TOKENS = 40
 SMALL_STEPS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=16, kv_block_size=8)
 

@@ -162,3 +162,36 @@ def test_a_kernel_without_soft_caps_is_not_used_for_them() -> None:
     assert flash.agrees(plain, SPEC, 16)
     assert not flash.agrees(plain, capped, 16)
     assert flash.agrees(flash.reference, capped, 16)
+
+
+def test_a_kernel_without_int8_caches_or_sinks_is_not_used_for_them() -> None:
+    def plain(*arguments: Any, scale: float, **options: Any) -> torch.Tensor:
+        return flash.reference(*arguments, scale=scale, **{**options, "scales": None, "sinks": None})
+
+    on_gpu = replace(SPEC, device=torch.device("cuda"))
+    assert flash.is_plain(on_gpu)
+    for changes in ({"key_factors": (1.0,) * 64}, {"has_sinks": True}):
+        special = replace(SPEC, **changes)
+        assert not flash.is_plain(replace(on_gpu, **changes))
+        assert flash.agrees(flash.reference, special, 16) and not flash.agrees(plain, special, 16)
+
+
+def test_a_kernel_that_lets_images_see_too_much_is_refused() -> None:
+    def all_alike(*arguments: Any, visible: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        return flash.reference(*arguments, **options)
+
+    seeing = replace(SPEC, sees_ahead=True)
+    assert flash.agrees(flash.reference, seeing, 16) and not flash.agrees(all_alike, seeing, 16)
+    assert flash.agrees(all_alike, SPEC, 16)
+
+
+def test_layers_that_differ_in_their_keys_factors_alone_are_tried_once() -> None:
+    tried = []
+
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+        tried.append(1)
+        return flash.reference(*arguments, **options)
+
+    layers = [replace(SPEC, key_factors=(2.0**n,) * 64) for n in range(5)]
+    assert flash.find(layers, 16, [Candidate("counted", counted, lambda spec: True)]) is counted
+    assert len(tried) == 2, "chunks and decodes"

@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from models import FAMILIES, MIXTURES, RECURRENT, SHARING, VOCAB, generate, tiny_model
+from models import FAMILIES, MIXTURES, RECURRENT, SHARING, SINKS, VOCAB, generate, tiny_model
 from test_engine import SMALL_STEPS, answers, greedy, prompts, run, small_cache
 from transformers import AttentionInterface
 
 from engine import start_check
+from engine.attention import flash
 from engine.build import build_engine
 from engine.cpu import attention_kernels, cache_kernels, jit, kernels, prompt_attention
 from engine.engine import Engine, EngineOptions
@@ -25,7 +26,7 @@ from engine.sequence import Sequence
 from engine.spec_decode.draft_model import DraftModel
 
 ROUNDING = "attention_of_rounded_keys_and_values"
-ALL = [*FAMILIES, *RECURRENT, *MIXTURES, *SHARING]
+ALL = [*FAMILIES, *RECURRENT, *MIXTURES, *SHARING, *SINKS]
 CLOSE = 0.02  # of two logits: float32 adds in another order, and a number on the edge is rounded to the other side
 
 
@@ -52,7 +53,9 @@ def attend(
     distance = torch.arange(key.shape[2])[:, None] - torch.arange(key.shape[2])
     window = others.get("sliding_window") or key.shape[2]
     scores = (query @ key.mT * scaling).masked_fill((distance < 0) | (distance >= window), -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2), None
+    sinks = others.get("s_aux")
+    weights = flash.softmax(scores, None if sinks is None else sinks[:, None, None])
+    return (weights @ value).transpose(1, 2), None
 
 
 AttentionInterface.register(ROUNDING, attend)

@@ -29,8 +29,6 @@ from transformers import (
     Gemma4AudioConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -233,17 +231,14 @@ def test_a_model_is_loaded_without_the_parts_that_it_lacks_or_that_are_not_serve
     assert any("vision_tower" in name for name, _ in model.named_parameters())
 
 
-def test_attention_sinks_are_refused_rather_than_left_out() -> None:
-    config = GptOssConfig(**SMALL, head_dim=12, num_local_experts=2, num_experts_per_tok=1)
-    model = GptOssForCausalLM(config)
-    model.set_attn_implementation("paged_blocks")
-    with pytest.raises(ModelLoadError, match="gpt_oss.*s_aux"):
+def test_an_argument_that_is_not_computed_is_refused_rather_than_left_out() -> None:
+    model = tiny_model("qwen3")
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "position_bias": torch.ones(4)}), with_kwargs=True
+    )
+    with pytest.raises(ModelLoadError, match="qwen3.*position_bias"):
         build_engine(model, EngineOptions(), frozenset())
-
-
-def test_a_model_with_attention_sinks_is_refused_before_it_is_loaded() -> None:
-    with pytest.raises(ModelLoadError, match="'gpt_oss' are not supported: their attention has sinks"):
-        check_architecture(GptOssConfig(**SMALL))
 
 
 def test_dynamic_rotary_embeddings_are_refused() -> None:
@@ -277,3 +272,22 @@ def test_a_context_beyond_the_models_or_the_caches_is_refused() -> None:
     with pytest.raises(ModelLoadError, match="KV_CACHE_MEMORY"):
         build_engine(model, EngineOptions(max_model_len=512, kv_cache_memory=100_000), frozenset())
     assert build_engine(model, EngineOptions(kv_cache_memory=100_000), frozenset()).max_model_len < 512
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(3.0, False), (None, True), (3.0, True)])
+@pytest.mark.parametrize("is_decode", [False, True])
+def test_long_prompts_whose_queries_take_turns_are_computed_as_at_once(
+    softcap: float | None, has_sinks: bool, is_decode: bool
+) -> None:
+    """With more scores than may be in memory at a time."""
+    heads, queries, seen = 4, 5 if is_decode else 70, paged.MAX_SCORES // 128
+    query, key, value = (torch.randn(1, heads, count, 4) for count in (queries, seen, seen))
+    shape = (1, 1, 1, seen) if is_decode else (queries, seen)
+    mask = torch.zeros(shape).masked_fill(torch.rand(shape) < 0.5, -torch.inf)
+    sinks = torch.randn((heads, queries, 1) if is_decode else (heads, 1, 1)) if has_sinks else None
+    found = paged._attend(query, key, value, mask, 0.5, softcap, sinks)
+    for row in (0, queries // 2, queries - 1):
+        own = mask if is_decode else mask[row, None]
+        sink = sinks if sinks is None or not is_decode else sinks[:, row, None]
+        alone = paged._attend(query[:, :, row, None], key, value, own, 0.5, softcap, sink)
+        torch.testing.assert_close(found[:, :, row, None], alone)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from amx_emulator import BUILDERS
-from models import MIXTURES, RECURRENT, tiny_model
+from models import MIXTURES, RECURRENT, SINKS, tiny_model
 from test_kernels import random_codes
 from torch import nn
 from transformers import GptOssConfig, MixtralConfig
@@ -16,12 +16,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from engine import start_check
 from engine.attention.paged import AttentionRecorder
-from engine.build import build_engine
+from engine.build import build_engine, model_runner_of
 from engine.checked_model import check_model
 from engine.cpu import jit, kernels, products
 from engine.cpu.activations import quantize
 from engine.cpu.amx import AMXBuilder
 from engine.cpu.packed_experts import PackedExperts, can_pack_experts
+from engine.cpu.packed_layers import PackedLinear
 from engine.cpu.packed_weight import INT8, Q6_K, Format, format_of, pack, quantize_weight, round_and_pack
 from engine.cpu.packing import Packer
 from engine.engine import EngineOptions
@@ -176,3 +177,15 @@ def test_the_memory_of_packed_weights_is_known_beforehand() -> None:
                 others += value.nbytes
         parts = sum(part.nbytes for weight in packer.packed.values() for part in weight.parts.values())
         assert expected <= parts + others < 1.1 * expected, "rows are padded to whole tiles"
+
+
+@pytest.mark.parametrize("family", SINKS)
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_experts_of_another_form_stay_as_they_are_among_packed_layers(
+    family: str, quantization: str, tmp_path: Path
+) -> None:
+    tiny_model(family, "eager", hidden_size=64).save_pretrained(tmp_path)
+    model = load_model(check_model(tmp_path, "bfloat16", "cpu"), silent, quantization)
+    kinds = {type(module) for module in model.modules()}
+    assert {PackedLinear, GptOssExperts} <= kinds and PackedExperts not in kinds and nn.Linear not in kinds
+    assert start_check.check(model_runner_of(build_engine(model, EngineOptions(max_num_seqs=4), frozenset())), 256)

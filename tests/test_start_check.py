@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, SHARING, tiny_gemma_that_sees, tiny_model
+from models import FAMILIES, SHARING, SINKS, tiny_gemma_that_sees, tiny_model
 from test_model_runner import MODELS, SMALL
 from transformers import (
     AutoConfig,
@@ -45,7 +45,7 @@ def mixture() -> PreTrainedModel:
 
 
 TINY = {
-    **{family: lambda family=family: tiny_model(family) for family in FAMILIES | SHARING},
+    **{family: lambda family=family: tiny_model(family) for family in FAMILIES | SHARING | SINKS},
     **MODELS,
     "sees": lambda: tiny_gemma_that_sees(5),
     "mixture": mixture,
@@ -63,7 +63,7 @@ def test_what_is_computed_rightly_passes_in_milliseconds(name: str, dtype: torch
 
 @pytest.mark.skipif(not kernels.are_available(), reason="needs torch with GNU's OpenMP")
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES | SHARING)
+@pytest.mark.parametrize("family", FAMILIES | SHARING | SINKS)
 def test_packed_layers_compute_on_both_sides(family: str, quantization: str) -> None:
     model = tiny_model(family, hidden_size=64, intermediate_size=96, head_dim=32)
     with torch.inference_mode():

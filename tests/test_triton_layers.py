@@ -14,6 +14,7 @@ from engine.async_runner import AsyncRunner
 from engine.attention import flash
 from engine.build import build_engine, model_runner_of
 from engine.engine import Engine
+from engine.layer_cache import LayerCache, quantized
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -21,7 +22,7 @@ from engine.sequence import Sequence
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
 
 
-def engine_of(family: str, is_fused: bool) -> Engine:
+def engine_of(family: str, is_fused: bool, cache: str = "auto") -> Engine:
     """With one call of attention for all sequences, as a GPU has it."""
     from engine.gpu import triton_layers
 
@@ -30,7 +31,7 @@ def engine_of(family: str, is_fused: bool) -> Engine:
         num_layers = model.config.num_hidden_layers
         without_norms = 2 * num_layers if family in ("qwen2", "llama") else 0
         assert triton_layers.fuse_gpu_layers(model) >= 4 * num_layers + 1 - without_norms
-    engine = build_engine(model, OPTIONS, frozenset())
+    engine = build_engine(model, replace(OPTIONS, kv_cache_dtype=cache), frozenset())
     inner = engine.runner.runner if isinstance(engine.runner, AsyncRunner) else engine.runner
     if DEVICE.type == "cpu":
         assert isinstance(inner, ModelRunner)
@@ -39,10 +40,12 @@ def engine_of(family: str, is_fused: bool) -> Engine:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_layers_give_the_same_tokens(family: str) -> None:
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_fused_layers_give_the_same_tokens(family: str, cache: str) -> None:
     found = []
     for is_fused in (False, True):
-        engine, params = engine_of(family, is_fused), SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+        engine = engine_of(family, is_fused, cache)
+        params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
         sequences = [Sequence(prompt, params, lambda output: None) for prompt in ([5, 6, 7, 8, 9], [11])]
         for sequence in sequences:
             engine.scheduler.add(sequence)
@@ -67,6 +70,47 @@ def test_fused_layers_apply_the_adapter_of_each_sequence(family: str, tmp_path: 
         engine.step()
     expected = [greedy_tokens(model, prompt, 4) for model in (made.merged(), stock)]
     assert [sequence.output_ids for sequence in sequences] == expected and expected[0] != expected[1]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered:RuntimeWarning")  # a GPU is silent
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("special", [0.0, torch.nan, torch.inf, -torch.inf, 1e-30])
+def test_an_int8_cache_holds_the_numbers_that_stock_layers_write(dtype: torch.dtype, special: float) -> None:
+    """Bit for bit: also for heads of zeros, and of what is no number, which show in the scale."""
+    from engine.gpu import triton_layers
+
+    tokens, kv_heads, group, dim = 9, 2, 3, 16
+    joined = torch.randn(tokens, (group + 2) * kv_heads * dim, device=DEVICE).to(dtype)
+    heads = joined.view(tokens, -1, dim)
+    heads[4, group * kv_heads :] *= special
+    heads[5, -1, 3] = heads[6, group * kv_heads, 3] = special
+    still = (torch.ones(1, tokens, dim, device=DEVICE).to(dtype), torch.zeros(1, tokens, dim, device=DEVICE).to(dtype))
+    factors = 2.0 ** torch.randint(-3, 4, (kv_heads, dim), device=DEVICE)
+    slots = torch.randperm(12, device=DEVICE)[:tokens]
+    actual, expected = (_int8_cache(kv_heads, dim, factors, dtype) for _ in range(2))
+    query = triton_layers.place_heads(joined, still, [None, None], actual, slots)
+    own, key, value = heads.split([group * kv_heads, kv_heads, kv_heads], dim=1)
+    key = torch.cat([a * 1 + b * 0 for a, b in (key.chunk(2, -1), key.chunk(2, -1)[::-1])], dim=-1)  # as rotated
+    for part, cache, scales, divisors in zip((key, value), *_parts(expected), (factors, None), strict=True):
+        rounded, own_scales = quantized(part, divisors, torch.bfloat16)
+        cache.flatten(0, 1)[slots], scales.flatten(0, 1)[slots] = rounded, own_scales
+    grouped = own.transpose(0, 1).unflatten(0, (kv_heads, group))
+    assert torch.equal(query, expected.scaled(grouped).flatten(0, 1).transpose(0, 1))
+    for part, other in zip((actual.keys, actual.values), (expected.keys, expected.values), strict=True):
+        assert torch.equal(part, other)
+    for part, other in zip(actual.scales or (), expected.scales or (), strict=True):
+        assert torch.equal(part.nan_to_num(1e9), other.nan_to_num(1e9))
+
+
+def _parts(cache: LayerCache) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    assert cache.scales is not None
+    return (cache.keys, cache.values), cache.scales
+
+
+def _int8_cache(kv_heads: int, dim: int, factors: torch.Tensor, dtype: torch.dtype) -> LayerCache:
+    tensors = [torch.zeros(3, 4, kv_heads, dim, dtype=torch.int8, device=DEVICE) for _ in range(2)]
+    scales = [torch.zeros(3, 4, kv_heads, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+    return LayerCache(*tensors, *scales, factors, factors[:, None, None].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ import torch
 from models import SIDE, TOKENS, VOCAB, tiny_gemma_that_sees
 
 from engine.attention import flash, fused
+from engine.attention.flash import Kernel
 from engine.attention.paged import PrefillChunk, visible_of
 from engine.build import build_engine
 from engine.cpu.kernels import are_available
@@ -152,16 +153,22 @@ def test_preempted_requests_are_computed_again() -> None:
     assert engine.scheduler.num_preemptions > 0
 
 
-def recorded_engine() -> Engine:
+def unable_to_see_ahead(*arguments: Any, **options: Any) -> torch.Tensor:
+    """Stands in for a kernel without the argument `visible`, such as torch's."""
+    return flash.reference(*arguments, **options)
+
+
+def recorded_engine(kernel: Kernel = flash.reference) -> Engine:
     engine = engine_of()
-    runner = ModelRunner(tiny_gemma_that_sees(IMAGE), engine.scheduler.cache, flash=flash.reference)
+    runner = ModelRunner(tiny_gemma_that_sees(IMAGE), engine.scheduler.cache, flash=kernel)
     runner.record_graphs(8, engine.max_model_len, record_graph=lambda run: run)
     engine.runner = runner
     return engine
 
 
-def test_the_gpus_path_gives_the_same_tokens() -> None:
-    engine = recorded_engine()
+@pytest.mark.parametrize("kernel", [flash.reference, unable_to_see_ahead])
+def test_the_gpus_path_gives_the_same_tokens(kernel: Kernel) -> None:
+    engine = recorded_engine(kernel)
     assert finish(engine, [sequence_of(name) for name in LAYOUTS]) == [expected(name) for name in LAYOUTS]
 
 

@@ -113,7 +113,7 @@ def fused_attention(module: nn.Module) -> FusedAttention | None:
         norms = _norms(module)
     except Exception:  # the module is called in another way
         return None
-    if call.softcap is not None:
+    if call.softcap is not None or call.sinks is not None:
         return None
     is_gated = shared.num_rows(0) == 2 * output.packed.num_columns
     fused = FusedAttention(module, shared, head_dim=head_dim, norms=norms, scaling=call.scaling, is_gated=is_gated)

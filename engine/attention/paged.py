@@ -7,7 +7,7 @@ sequences, only the step's tensors in `StepAttention`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from engine.layer_spec import AttentionSpec, RecurrentSpec
 from engine.recurrent.state_cache import StateStep
 
 NAME = "paged_blocks"
+MAX_SCORES = 2**25  # that are in memory at a time in float32, where torch computes them
 COMPUTED = ("position_ids", "is_causal")  # arguments that need nothing more than what is computed here
 
 
@@ -98,7 +99,7 @@ class GroupAttention:
     slots: torch.Tensor  # (tokens,): block * block_size + offset, where a token's key and value go
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillChunk, ...]
-    flash: FlashBatch | None = None  # on a GPU: the whole step in one kernel call, except chunks with images
+    flash: FlashBatch | None = None  # on a GPU: the step in one kernel call, but for images if it cannot see ahead
 
     def to(self, device: torch.device) -> "GroupAttention":
         """Returns a copy whose tensors are on `device`."""
@@ -138,6 +139,7 @@ class Call:
     window: int | None
     scaling: float
     softcap: float | None
+    sinks: torch.Tensor | None = None  # (heads,), logits that join the softmax and have no value
 
     @property
     def spec(self) -> AttentionSpec:
@@ -151,6 +153,7 @@ class Call:
             device=self.key.device,
             softcap=self.softcap,
             group=self.query.shape[1] // num_kv_heads,
+            has_sinks=self.sinks is not None,
         )
 
     @property
@@ -167,7 +170,8 @@ class Call:
         distances = distances[:, None] - distances
         hidden = (distances < 0) | (distances >= (self.window or len(distances)))
         mask = torch.zeros(hidden.shape, dtype=self.query.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-        return _attend(self.query, key, value, mask, self.scaling, self.softcap).transpose(1, 2)
+        sinks = None if self.sinks is None else self.sinks[:, None, None]
+        return _attend(self.query, key, value, mask, self.scaling, self.softcap, sinks).transpose(1, 2)
 
 
 @dataclass
@@ -198,13 +202,15 @@ def paged_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     step: StepAttention | AttentionRecorder | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Writes keys and values to the cache and computes attention over it.
 
-    query (1, heads, tokens, dim), key and value (1, kv_heads, tokens, dim) -> (1, tokens, heads, value_dim). `step`
-    travels through the model's forward as a keyword argument, as transformers' own paged cache does.
+    query (1, heads, tokens, dim), key and value (1, kv_heads, tokens, dim) -> (1, tokens, heads, value_dim). `s_aux`,
+    (heads,), are attention sinks. `step` travels through the model's forward as a keyword argument, as transformers'
+    own paged cache does.
     """
     assert step is not None, "the model does not pass keyword arguments on to its attention"
     layer = cast(int, module.layer_idx)
@@ -215,32 +221,40 @@ def paged_attention(
         # the cache has one place for a layer's keys and values
         assert layer not in step.calls, "some of their layers call the attention twice"
         step.calls[layer] = Call(
-            query=query, key=key, value=value, window=sliding_window, scaling=scaling, softcap=softcap
+            query=query,
+            key=key,
+            value=value,
+            window=sliding_window,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=s_aux,
         )
         return step.calls[layer].output if step.computes else step.calls[layer].stand_in, None
     group, cache = step.of_layer(layer, key.device), step.cache.layer(layer)
     keys, values = cache.keys, cache.values  # (num_blocks, block_size, kv_heads, dim)
     if layer not in step.cache.shared:
         cache.write(key[0].transpose(0, 1), value[0].transpose(0, 1), group.slots)
-    flat = query[0].transpose(0, 1)  # (tokens, heads, dim)
-    if step.flash is not None and group.flash is not None and not group.prefills:
-        # exit 2: on a GPU without images, one kernel computes the whole step
-        return flash.attend(step.flash, flat, keys, values, group.flash, scaling, softcap)[None], None
     num_kv_heads, value_dim = values.shape[2:]
     query = cache.scaled(query[0].view(num_kv_heads, -1, *query.shape[2:]))  # (kv_heads, group, tokens, dim)
+    flat = query.flatten(0, 1).transpose(0, 1)  # (tokens, heads, dim)
+    attend = partial(flash.attend, scaling=scaling, softcap=softcap, scales=cache.scales, sinks=s_aux)
+    if step.flash is not None and group.flash is not None and not group.prefills:
+        # exit 2: on a GPU one kernel computes the whole step
+        return attend(step.flash, flat, keys, values, group.flash)[None], None
     output = query.new_empty(query.shape[2], num_kv_heads, query.shape[1], value_dim)  # tokens first
     if step.flash is not None and group.flash is not None:  # chunks with images follow below, in torch
         tokens = slice(0, group.flash.num_tokens)
-        result = flash.attend(step.flash, flat[tokens], keys, values, group.flash, scaling, softcap)
+        result = attend(step.flash, flat[tokens], keys, values, group.flash)
         output[tokens] = result.view_as(output[tokens])
-    if softcap is None and attention_kernels.can_attend(query.dtype, keys, values):
+    if softcap is None and s_aux is None and attention_kernels.can_attend(query.dtype, keys, values):
         # exit 3: on a CPU with kernels, they read the cache in place
         attend_with_kernels(query, cache, group, scaling, output)
         return output.flatten(1, 2)[None], None
+    sinks = None if s_aux is None else s_aux.view(num_kv_heads, -1, 1)  # (kv_heads, group, 1)
     for decode in group.decodes:
         rows = query[:, :, decode.start : decode.end].permute(2, 0, 1, 3)  # (rows, kv_heads, group, dim)
         visible = cache.gather(decode.tables.flatten(), decode.end - decode.start, query.dtype)
-        output[decode.start : decode.end] = _attend(rows, *visible, decode.mask, scaling, softcap)
+        output[decode.start : decode.end] = _attend(rows, *visible, decode.mask, scaling, softcap, sinks)
     for chunk in group.prefills:
         part = query[:, :, chunk.start : chunk.end]  # (kv_heads, group, tokens, dim)
         if chunk.sees_only_itself and not cache.is_int8:  # where a key counts as it was rounded
@@ -250,9 +264,10 @@ def paged_attention(
             gathered = cache.gather(chunk.table, 1, query.dtype)
             k, v, mask = gathered[0][0], gathered[1][0], chunk.mask
         shape = (-1, query.shape[1], -1, -1)  # the heads of a group share one key: no copy
-        result = _attend(part, k[:, None].expand(shape), v[:, None].expand(shape), mask, scaling, softcap)
+        k, v, own = k[:, None].expand(shape), v[:, None].expand(shape), None if sinks is None else sinks[..., None]
+        result = _attend(part, k, v, mask, scaling, softcap, own)
         output[chunk.start : chunk.end] = result.permute(2, 0, 1, 3)
-    # exit 4: everything else, in torch over gathered blocks: softcaps, chunks with images, devices without a kernel
+    # exit 4: everything else, in torch over gathered blocks: soft caps, sinks, images, devices without a kernel
     return output.flatten(1, 2)[None], None
 
 
@@ -277,7 +292,7 @@ def attend_with_kernels(
 
 
 def _refuse_what_is_not_computed(arguments: dict[str, Any]) -> None:
-    """Raises AssertionError for attention sinks, position biases, caps and the like: without them answers are wrong."""
+    """Raises AssertionError for position biases, caps of another name and the like: without them answers are wrong."""
     unknown = [
         name
         for name, value in arguments.items()
@@ -294,28 +309,40 @@ def _attend(
     mask: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Computes attention of (a, b, queries, dim) over (a, b, visible, dim); it is causal if there is no mask."""
-    if softcap is not None:
-        return _attend_softcapped(query, key, value, mask, scaling, softcap)
+    """Computes attention of (a, b, queries, dim) over (a, b, visible, dim); it is causal if there is no mask. sinks:
+    see `flash.softmax`."""
+    if softcap is not None or sinks is not None:
+        return _attend_in_steps(query, key, value, mask, scaling, softcap, sinks)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
 
-def _attend_softcapped(
+def _attend_in_steps(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Computes Gemma 2's attention, whose scores go through softcap * tanh(score / softcap); torch's fused attention
-    has no softcap."""
-    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
-    scores = torch.tanh(scores / softcap) * softcap
+    """Computes what torch's fused attention lacks: Gemma 2's scores, which go through softcap * tanh(score / softcap),
+    and the sinks of gpt-oss. A long prompt's queries take turns, so that their scores do not fill the memory."""
     if mask is None:
-        mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
-    return torch.matmul((scores + mask).softmax(-1).to(value.dtype), value)
+        shape = (query.shape[2], key.shape[2])
+        mask = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device).triu(1)
+    size = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    results = []
+    for start in range(0, query.shape[2], size):
+        rows = slice(start, start + size)
+        scores = torch.matmul(query[:, :, rows], key.transpose(-1, -2)).float() * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores += mask if mask.shape[-2] == 1 else mask[..., rows, :]
+        own = sinks if sinks is None or sinks.shape[-2] == 1 else sinks[..., rows, :]
+        results.append(torch.matmul(flash.softmax(scores, own).to(value.dtype), value))
+    return torch.cat(results, dim=2)
 
 
 AttentionInterface.register(NAME, paged_attention)

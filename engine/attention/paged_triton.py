@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.attention import older_gpus
 from engine.layer_spec import AttentionSpec
 
+TURING, AMPERE = (7, 5), (8, 0)  # compute capabilities
 LOG2E = 1.4426950408889634
 FEW_PARTS, MAX_PARTS = 8, 64
 NO_WINDOW = 2**30  # tokens
@@ -87,10 +89,14 @@ def paged_attention(
     seqused_k: torch.Tensor,
     block_table: torch.Tensor,
     softcap: float | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    visible: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     num_parts: int | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """Computes attention over the paged cache; the signature is torch's `varlen_attn`.
+    """Computes attention over the paged cache; the signature is torch's `varlen_attn`, and more as in
+    `flash.reference`.
 
     query (tokens, heads, dim), keys and values (blocks, block_size, kv_heads, dim) -> (tokens, heads, value dim).
     num_parts: the number of parts that each tile's keys are divided into. tiles: the tiles' sizes. None chooses both
@@ -100,13 +106,16 @@ def paged_attention(
     _blocks, block_size, num_kv_heads, value_dim = values.shape
     group, num_sequences, is_decode = num_heads // num_kv_heads, len(seqused_k), longest_query == 1
     assert query.stride(-1) == keys.stride(-1) == values.stride(-1) == block_table.stride(-1) == 1
-    tiles = tiles or tiles_of(max(key_dim, value_dim), keys.element_size(), is_decode, group)
+    assert all(part is None or part.is_contiguous() for part in (*(scales or ()), visible, sinks))
+    tiles = tiles or _tiles_for(query.device, max(key_dim, value_dim), query.element_size(), is_decode, group)
     queries = tiles.rows // group
     num_tiles = num_sequences if is_decode else num_tokens // queries + num_sequences
     if num_parts is None:
         num_parts = parts_of(num_tiles * num_kv_heads, longest, _num_processors(query.device))
     output = query.new_empty(num_tokens, num_heads, value_dim)
-    partial = top = total = _nothing(query.device)
+    nothing = _nothing(query.device)
+    partial = top = total = nothing
+    key_scales, value_scales = scales or (nothing, nothing)
     if num_parts > 1:
         sizes = ((value_dim,), (), ())
         partial, top, total = (
@@ -115,6 +124,7 @@ def paged_attention(
         )
     _attend[num_tiles, num_kv_heads, num_parts](
         *(query, keys, values, output, partial, top, total, starts, seqused_k, block_table),
+        *(key_scales, value_scales, nothing if visible is None else visible, nothing if sinks is None else sinks),
         scale * LOG2E if softcap is None else LOG2E,
         0.0 if softcap is None else 2 * scale / softcap,
         softcap or 0.0,
@@ -132,7 +142,10 @@ def paged_attention(
         KEYS=tiles.keys,
         IS_DECODE=is_decode,
         HAS_CAP=softcap is not None,
-        PRECISION="tf32x3",  # for float32 alone
+        HAS_SCALES=scales is not None,
+        HAS_RANGES=visible is not None,
+        HAS_SINKS=sinks is not None,
+        PRECISION="tf32x3" if _is_ampere(query.device) else "ieee",  # for float32 alone
         WIDENS=IS_INTERPRETED and query.dtype == torch.bfloat16,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -150,18 +163,34 @@ def paged_attention(
 
 
 def can_attend(spec: AttentionSpec) -> bool:
-    """Returns whether the kernel can be tried for a layer: Triton's products need a GPU of compute capability 8.0 or
-    more."""
+    """Returns whether the kernel can be tried for a layer: Triton's products need a GPU of compute capability 7.5 or
+    more, and those of bfloat16 8.0. On a GPU of less than 8.0, a process of its own tries it first."""
     if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
-    dim = max(spec.key_dim, spec.value_dim)
-    return torch.cuda.get_device_capability(spec.device) >= (8, 0) and dim <= max(CHUNK_TILES[spec.dtype.itemsize])
+    if max(spec.key_dim, spec.value_dim) > max(CHUNK_TILES[spec.dtype.itemsize]):
+        return False
+    capability = torch.cuda.get_device_capability(spec.device)
+    if capability >= AMPERE:
+        return True
+    return capability >= TURING and spec.dtype != torch.bfloat16 and older_gpus.ends_well(older_gpus.trial_of(spec))
 
 
 def tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
     """Chooses the tiles for a shape. num_bytes: of a number; group: heads that share a key, which are in one tile."""
     tiles = (DECODE_TILES if is_decode else CHUNK_TILES)[num_bytes][max(64, triton.next_power_of_2(dim))]
     return replace(tiles, rows=max(tiles.rows, triton.next_power_of_2(group)))
+
+
+def small_tiles_of(dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
+    """Chooses tiles as `tiles_of` does, for GPUs that have 64 KiB of shared memory and load nothing ahead: the sums of
+    a tile's rows and the keys of a pass take 16 KiB each, or what the smallest tiles take."""
+    tiles, pad = tiles_of(dim, num_bytes, is_decode, group), max(64, triton.next_power_of_2(dim))
+    rows = max(min(tiles.rows, 2**14 // (4 * pad)), triton.next_power_of_2(group), 16)
+    return replace(tiles, rows=rows, keys=max(min(tiles.keys, 2**14 // (num_bytes * pad)), 16), stages=1)
+
+
+def _tiles_for(device: torch.device, dim: int, num_bytes: int, is_decode: bool, group: int) -> Tiles:
+    return (tiles_of if _is_ampere(device) else small_tiles_of)(dim, num_bytes, is_decode, group)
 
 
 def parts_of(num_programs: int, longest: int, num_processors: int) -> int:
@@ -173,6 +202,12 @@ def parts_of(num_programs: int, longest: int, num_processors: int) -> int:
 @functools.cache
 def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    """Returns whether the device loads ahead and has products of bfloat16 and TF32; so does the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= AMPERE
 
 
 @functools.cache
@@ -197,7 +232,7 @@ _bound = _whole if IS_INTERPRETED else triton.jit(_same)  # makes the bound of a
 
 @triton.jit(  # one compilation for all steps
     do_not_specialize=["window", "num_parts", "num_tokens", "num_sequences", "table_stride"],
-    do_not_specialize_on_alignment=["starts", "lengths", "tables"],
+    do_not_specialize_on_alignment=["starts", "lengths", "tables", "ranges"],
 )
 def _attend(
     query: tl.tensor,
@@ -210,6 +245,10 @@ def _attend(
     starts: tl.tensor,
     lengths: tl.tensor,
     tables: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
+    ranges: tl.tensor,
+    sinks: tl.tensor,
     factor: tl.tensor,  # converts scores to exponents of two
     cap_factor: tl.tensor,
     cap: tl.tensor,
@@ -237,6 +276,9 @@ def _attend(
     KEYS: tl.constexpr,
     IS_DECODE: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDENS: tl.constexpr,
 ) -> None:
@@ -258,12 +300,19 @@ def _attend(
     index = tile * QUERIES + row // GROUP  # of its query in the sequence
     is_row = (row < QUERIES * GROUP) & (index < count)
     token, query_head = (start + index).to(tl.int64), head * GROUP + row % GROUP
-    query_position = length - count + index  # its position in the table
-    first_query = length - count + tile * QUERIES
+    first_query = length - count + tile * QUERIES  # its position in the table
     last_query = tl.minimum(first_query + QUERIES, length) - 1
+    low, high = length - count + index - window, length - count + index + 1  # the positions that a row sees
+    any_low, any_high = tl.maximum(first_query - window, 0), last_query + 1  # what any row sees is in there
+    all_low, all_high = last_query - window, first_query + 1  # all rows see what is in there
+    if HAS_RANGES:
+        low = tl.load(ranges + 2 * token, mask=is_row, other=0)
+        high = tl.load(ranges + 2 * token + 1, mask=is_row, other=0)
+        any_low, any_high = tl.min(tl.where(is_row, low, length), 0), tl.max(high, 0)
+        all_low, all_high = tl.max(low, 0), tl.min(tl.where(is_row, high, length), 0)
 
-    first = tl.maximum(first_query - window, 0) // KEYS  # passes
-    last = tl.cdiv(last_query + 1, KEYS)
+    first = any_low // KEYS  # passes
+    last = tl.cdiv(any_high, KEYS)
     size = tl.cdiv(last - first, num_parts)
     first += part * size
     last = tl.minimum(first + size, last)
@@ -280,26 +329,32 @@ def _attend(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sum_ = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+    if HAS_SINKS:  # the first part has them
+        sink = tl.load(sinks + query_head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
+        top, total = tl.where(part == 0, sink, top), tl.where(part == 0, 1.0, total)
 
     state = (top, total, sum_)
     edge = first
-    if not IS_DECODE:  # a mask is needed only at the window's edge and at the queries' own keys: all rows see the rest
-        free = tl.minimum(tl.maximum(tl.cdiv(last_query - window, KEYS), first), tl.maximum(last, first))
-        edge = tl.maximum(tl.minimum((first_query + 1) // KEYS, last), free)
+    if not IS_DECODE:  # a mask is needed only where some rows do not see a key that others see
+        free = tl.minimum(tl.maximum(tl.cdiv(all_low, KEYS), first), tl.maximum(last, first))
+        edge = tl.maximum(tl.minimum(all_high // KEYS, last), free)
         state = _visit(
-            *(first, free, state, q, query_position, last_query, window, key_base, value_base, table),
-            *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
-            *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, PRECISION, WIDENS),
+            *(first, free, state, q, low, high, any_high, key_base, value_base, table),
+            *(key_scales + head, value_scales + head, key_block_stride, key_stride, value_block_stride, value_stride),
+            *(factor, cap_factor, cap, BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, HAS_SCALES),
+            *(PRECISION, WIDENS),
         )
         state = _visit(
-            *(free, edge, state, q, query_position, last_query, window, key_base, value_base, table),
-            *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
-            *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, False, HAS_CAP, PRECISION, WIDENS),
+            *(free, edge, state, q, low, high, any_high, key_base, value_base, table),
+            *(key_scales + head, value_scales + head, key_block_stride, key_stride, value_block_stride, value_stride),
+            *(factor, cap_factor, cap, BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, False, HAS_CAP, HAS_SCALES),
+            *(PRECISION, WIDENS),
         )
     top, total, sum_ = _visit(
-        *(edge, last, state, q, query_position, last_query, window, key_base, value_base, table),
-        *(key_block_stride, key_stride, value_block_stride, value_stride, factor, cap_factor, cap),
-        *(BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, PRECISION, WIDENS),
+        *(edge, last, state, q, low, high, any_high, key_base, value_base, table),
+        *(key_scales + head, value_scales + head, key_block_stride, key_stride, value_block_stride, value_stride),
+        *(factor, cap_factor, cap, BLOCK_SIZE, KEY_DIM, VALUE_DIM, KEYS, True, HAS_CAP, HAS_SCALES),
+        *(PRECISION, WIDENS),
     )
 
     is_element = is_row[:, None] & (value_dims[None] < VALUE_DIM)
@@ -334,12 +389,14 @@ def _visit(
     end: tl.tensor,
     state: tl.tuple,  # for each row its largest score, the sum of its weights, and the sum of its weighted values
     q: tl.tensor,
-    query_position: tl.tensor,
-    last_query: tl.tensor,
-    window: tl.tensor,
+    low: tl.tensor,  # the positions [low, high) that each row sees
+    high: tl.tensor,
+    limit: tl.tensor,  # what is behind it is not read
     keys: tl.tensor,
     values: tl.tensor,
     table: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
     key_block_stride: tl.tensor,
     key_stride: tl.tensor,
     value_block_stride: tl.tensor,
@@ -353,6 +410,7 @@ def _visit(
     KEYS: tl.constexpr,
     IS_MASKED: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDENS: tl.constexpr,
 ) -> tl.tuple:
@@ -360,7 +418,7 @@ def _visit(
     top, total, sum_ = state
     for i in range(_bound(begin), _bound(end)):
         position = i * KEYS + tl.arange(0, KEYS)
-        is_there = position <= last_query
+        is_there = position < limit
         if BLOCK_SIZE % KEYS == 0:
             block = tl.load(table + i * KEYS // BLOCK_SIZE).to(tl.int64)
         elif IS_MASKED:
@@ -370,11 +428,16 @@ def _visit(
         place = position % BLOCK_SIZE
         key_place = block * key_block_stride + place * key_stride
         k = _load(keys + key_place[:, None], is_there, KEY_DIM, IS_MASKED)
+        if HAS_SCALES:
+            k = _whole_numbers(k, q.dtype, WIDENS)
         scores = _product(q, tl.trans(k), tl.zeros([q.shape[0], KEYS], tl.float32), PRECISION, WIDENS)
+        if HAS_SCALES:
+            scale_place = (block * BLOCK_SIZE + place) * tl.num_programs(1)
+            scores *= _load_scales(key_scales + scale_place, is_there, IS_MASKED)[None]
         if HAS_CAP:  # cap * tanh(scale * score / cap)
             scores = cap - 2 * cap / (tl.exp(scores * cap_factor) + 1)
         if IS_MASKED:
-            is_seen = (position[None] <= query_position[:, None]) & (position[None] >= query_position[:, None] - window)
+            is_seen = (position[None] < high[:, None]) & (position[None] >= low[:, None])
             scores = tl.where(is_seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * factor)
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # 0 for a row that has seen no key yet
@@ -383,7 +446,19 @@ def _visit(
         total = total * shrink + tl.sum(weights, 1)
         value_place = block * value_block_stride + place * value_stride
         v = _load(values + value_place[:, None], is_there, VALUE_DIM, IS_MASKED)
-        sum_ = _product(weights.to(v.dtype), v, sum_ * shrink[:, None], PRECISION, WIDENS)
+        sum_ *= shrink[:, None]
+        if HAS_SCALES:
+            scales = _load_scales(value_scales + scale_place, is_there, IS_MASKED)
+            v = _whole_numbers(v, q.dtype, WIDENS)
+            if q.dtype == tl.float16:  # which has few exponents: the largest weight of a pass stays at most 1
+                largest = tl.max(scales, 0)
+                largest = tl.where(largest > 0, largest, 1.0)
+                weights = (weights * (scales / largest)[None]).to(q.dtype)
+                sum_ += largest * _product(weights, v, tl.zeros_like(sum_), PRECISION, WIDENS)
+            else:
+                sum_ = _product((weights * scales[None]).to(q.dtype), v, sum_, PRECISION, WIDENS)
+        else:
+            sum_ = _product(weights.to(v.dtype), v, sum_, PRECISION, WIDENS)
         top = new_top
     return top, total, sum_
 
@@ -396,11 +471,29 @@ def _load(place: tl.tensor, is_there: tl.tensor, DIM: tl.constexpr, IS_MASKED: t
         is_element = tl.arange(0, PAD)[None] < DIM
         if IS_MASKED:
             is_element &= is_there[:, None]
-        return tl.load(place, mask=is_element, other=0.0)
+        return tl.load(place, mask=is_element, other=0)
     elif IS_MASKED:
-        return tl.load(place, mask=is_there[:, None], other=0.0)
+        return tl.load(place, mask=is_there[:, None], other=0)
     else:
         return tl.load(place)
+
+
+@triton.jit
+def _load_scales(place: tl.tensor, is_there: tl.tensor, IS_MASKED: tl.constexpr) -> tl.tensor:
+    """Loads the scales of an int8 cache's keys or values: (keys,) float32."""
+    if IS_MASKED:
+        return tl.load(place, mask=is_there, other=0.0).to(tl.float32)
+    else:
+        return tl.load(place).to(tl.float32)
+
+
+@triton.jit
+def _whole_numbers(x: tl.tensor, dtype: tl.constexpr, WIDENS: tl.constexpr) -> tl.tensor:
+    """Converts an int8 cache's numbers to the queries' type, which holds them exactly."""
+    if WIDENS:
+        return x.to(tl.float32)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit

@@ -20,8 +20,10 @@ from torch.nn.functional import linear
 
 from engine.attention import flash
 from engine.attention.paged import AttentionRecorder, StepAttention
+from engine.cpu.cache_kernels import SMALLEST
 from engine.gpu.packed_layers import PackedLinear
 from engine.gpu.packed_weight import joined, split
+from engine.layer_cache import LARGEST, LayerCache
 from engine.lora.adapter import Shape
 from engine.lora.updates import LowRankUpdates, Target, several
 
@@ -123,11 +125,13 @@ class Attention(nn.Module):
         if not isinstance(step, StepAttention) or step.flash is None or position_embeddings is None:
             return self._as_stock(hidden_states, position_embeddings, others)
         group = step.of_layer(self._layer, hidden_states.device)
-        if group.flash is None or group.prefills:  # there are images
+        if group.flash is None or group.prefills:  # there are images, and the kernel cannot see ahead
             return self._as_stock(hidden_states, position_embeddings, others)
-        keys, values = step.cache.tensors[self._layer]
-        query = self.heads(hidden_states, position_embeddings, keys, values, group.slots)
-        output = flash.attend(step.flash, query, keys, values, group.flash, self._scaling)
+        cache = step.cache.layer(self._layer)
+        query = self.heads(hidden_states, position_embeddings, cache, group.slots)
+        output = flash.attend(
+            step.flash, query, cache.keys, cache.values, group.flash, self._scaling, scales=cache.scales
+        )
         return self.project(output), None
 
     def _as_stock(
@@ -136,11 +140,9 @@ class Attention(nn.Module):
         result = self._stock(hidden_states=hidden_states, position_embeddings=angles, **others)
         return cast(tuple[torch.Tensor, None], result)
 
-    def heads(
-        self, x: torch.Tensor, angles: Angles, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """Computes the queries, (tokens, heads, dim), and writes keys and values to the cache."""
-        return place_heads(self._joined(x)[0], angles, self._norms, keys, values, slots)
+    def heads(self, x: torch.Tensor, angles: Angles, cache: LayerCache, slots: torch.Tensor) -> torch.Tensor:
+        """Computes the queries, `scaled`, (tokens, heads, dim), and writes keys and values to the cache."""
+        return place_heads(self._joined(x)[0], angles, self._norms, cache, slots)
 
     def project(self, output: torch.Tensor) -> torch.Tensor:
         """Turns attention's result, (tokens, heads, dim), into the module's output."""
@@ -215,13 +217,15 @@ def fused_attention(module: nn.Module) -> Attention | None:
     try:
         expected = module(hidden_states=x, position_embeddings=places, attention_mask=None, step=recorder)[0]
         (call,) = recorder.calls.values()
-        if call.softcap is not None or call.spec.key_dim != head_dim or call.spec.value_dim != head_dim:
+        if call.softcap is not None or call.sinks is not None:
+            return None
+        if call.spec.key_dim != head_dim or call.spec.value_dim != head_dim:
             return None
         fused = Attention(module, call.scaling)
     except Exception:  # the module is called in another way
         return None
     keys, values = torch.empty(2, 1, 3, call.spec.num_kv_heads, head_dim, dtype=x.dtype, device=x.device)
-    query = fused.heads(x, places, keys, values, torch.arange(3, device=x.device))
+    query = fused.heads(x, places, LayerCache(keys, values), torch.arange(3, device=x.device))
     pairs = (
         (query, call.query[0].transpose(0, 1)),
         (keys[0], call.key[0].transpose(0, 1)),
@@ -279,25 +283,29 @@ def place_heads(
     joined: torch.Tensor,
     angles: Angles,
     norms: list[tuple[torch.Tensor, float] | None],
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """Norms and rotates queries and keys, and writes keys and values to the cache.
+    """Norms and rotates queries and keys, and writes keys and values to the cache, as `LayerCache.write` does.
 
-    joined: (tokens, (heads + 2 * kv_heads) * dim), queries, keys and values. keys, values: the cache, (blocks,
-    block_size, kv_heads, dim). slots: (tokens,), places in it. Returns the queries, (tokens, heads, dim).
+    joined: (tokens, (heads + 2 * kv_heads) * dim), queries, keys and values. slots: (tokens,), places in the cache.
+    Returns the queries, `scaled`, (tokens, heads, dim).
     """
-    num_kv_heads, dim = keys.shape[2:]
+    num_kv_heads, dim = cache.keys.shape[2:]
     num_heads = joined.shape[1] // dim - 2 * num_kv_heads
     query = torch.empty(len(joined), num_heads, dim, dtype=joined.dtype, device=joined.device)
     cosines, sines = (part[0].contiguous() for part in angles)
     (query_factor, query_epsilon), (key_factor, key_epsilon) = (norm or (cosines, 0.0) for norm in norms)
+    key_scales, value_scales = cache.scales or (cosines, cosines)
     _place[len(joined), num_heads + 2 * num_kv_heads](
-        *(joined, query, keys, values, slots, cosines, sines, query_factor, key_factor),
+        *(joined, query, cache.keys, cache.values, slots, cosines, sines, query_factor, key_factor),
+        *(key_scales, value_scales, cosines if cache.factors is None else cache.factors),
         *(query_epsilon, key_epsilon, num_heads, num_kv_heads),
         DIM=dim,
         HAS_NORMS=norms[0] is not None,
+        IS_INT8=cache.is_int8,
+        LARGEST=float(LARGEST),
+        SMALLEST=SMALLEST,
         num_warps=1,
     )
     return query
@@ -350,35 +358,99 @@ def _place(
     sines: tl.tensor,
     query_factor: tl.tensor,
     key_factor: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
+    factors: tl.tensor,
     query_epsilon: tl.tensor,
     key_epsilon: tl.tensor,
     num_heads: tl.tensor,
     num_kv_heads: tl.tensor,
     DIM: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ) -> None:
     """Places one head of one token."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half = tl.arange(0, DIM // 2)
-    source = joined + (token * (num_heads + 2 * num_kv_heads) + head) * DIM
-    first = tl.load(source + half).to(tl.float32)
-    second = tl.load(source + DIM // 2 + half).to(tl.float32)
+    source = joined + (token * (num_heads + 2 * num_kv_heads) + head) * DIM + half
+    first, second = tl.load(source), tl.load(source + DIM // 2)
     slot = tl.load(slots + token)
     if head >= num_heads + num_kv_heads:  # a value
-        target = values + (slot * num_kv_heads + head - num_heads - num_kv_heads) * DIM + half
-        tl.store(target, first.to(values.dtype.element_ty))
-        tl.store(target + DIM // 2, second.to(values.dtype.element_ty))
+        place = slot * num_kv_heads + head - num_heads - num_kv_heads
+        _store(values, value_scales, place, first, second, half, DIM, IS_INT8, LARGEST, SMALLEST)
     elif head >= num_heads:
-        target = keys + (slot * num_kv_heads + head - num_heads) * DIM + half
-        _rotate(target, first, second, cosines, sines, key_factor, key_epsilon, token, half, DIM, HAS_NORMS)
+        _store_key(
+            *(keys, key_scales, factors, slot * num_kv_heads, head - num_heads, first, second),
+            *(cosines, sines, key_factor, key_epsilon, token, half, DIM, HAS_NORMS, IS_INT8, LARGEST, SMALLEST),
+        )
     else:
-        target = query + (token * num_heads + head) * DIM + half
-        _rotate(target, first, second, cosines, sines, query_factor, query_epsilon, token, half, DIM, HAS_NORMS)
+        _store_query(
+            *(query, factors, token * num_heads, head, num_heads // num_kv_heads, first, second),
+            *(cosines, sines, query_factor, query_epsilon, token, half, DIM, HAS_NORMS, IS_INT8),
+        )
 
 
 @triton.jit
-def _rotate(
-    target: tl.tensor,
+def _store_key(
+    keys: tl.tensor,
+    scales: tl.tensor,
+    factors: tl.tensor,
+    start: tl.tensor,
+    head: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    cosines: tl.tensor,
+    sines: tl.tensor,
+    norm: tl.tensor,
+    epsilon: tl.tensor,
+    token: tl.tensor,
+    half: tl.tensor,
+    DIM: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+) -> None:
+    """Writes a key, as head `start + head` of the cache."""
+    first, second = _rotated(first, second, cosines, sines, norm, epsilon, token, half, DIM, HAS_NORMS)
+    if IS_INT8:
+        factor = factors + head * DIM + half
+        first = tl.div_rn(first.to(tl.float32), tl.load(factor))
+        second = tl.div_rn(second.to(tl.float32), tl.load(factor + DIM // 2))
+    _store(keys, scales, start + head, first, second, half, DIM, IS_INT8, LARGEST, SMALLEST)
+
+
+@triton.jit
+def _store_query(
+    query: tl.tensor,
+    factors: tl.tensor,
+    start: tl.tensor,
+    head: tl.tensor,
+    group: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    cosines: tl.tensor,
+    sines: tl.tensor,
+    norm: tl.tensor,
+    epsilon: tl.tensor,
+    token: tl.tensor,
+    half: tl.tensor,
+    DIM: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    IS_INT8: tl.constexpr,
+) -> None:
+    """Writes a query, as head `start + head` of all."""
+    first, second = _rotated(first, second, cosines, sines, norm, epsilon, token, half, DIM, HAS_NORMS)
+    if IS_INT8:
+        factor = factors + head // group * DIM + half
+        first, second = first * tl.load(factor), second * tl.load(factor + DIM // 2)
+    _write(query, start + head, first, second, half, DIM)
+
+
+@triton.jit
+def _rotated(
     first: tl.tensor,
     second: tl.tensor,
     cosines: tl.tensor,
@@ -389,15 +461,68 @@ def _rotate(
     half: tl.tensor,
     DIM: tl.constexpr,
     HAS_NORMS: tl.constexpr,
-) -> None:
-    """Norms and rotates a head, given as its two halves, and writes it."""
+) -> tl.tuple:
+    """Norms and rotates a head, given as its two halves. Returns them in the model's type."""
+    dtype: tl.constexpr = first.dtype
+    first, second = first.to(tl.float32), second.to(tl.float32)
     if HAS_NORMS:
         scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / DIM + epsilon)
         first = first * scale * tl.load(factor + half)
         second = second * scale * tl.load(factor + DIM // 2 + half)
     angle = token * DIM + half
     cosine, sine = tl.load(cosines + angle).to(tl.float32), tl.load(sines + angle).to(tl.float32)
-    tl.store(target, (first * cosine - second * sine).to(target.dtype.element_ty))
+    turned = first * cosine - second * sine
     angle += DIM // 2
     cosine, sine = tl.load(cosines + angle).to(tl.float32), tl.load(sines + angle).to(tl.float32)
-    tl.store(target + DIM // 2, (second * cosine + first * sine).to(target.dtype.element_ty))
+    return turned.to(dtype), (second * cosine + first * sine).to(dtype)
+
+
+@triton.jit
+def _store(
+    target: tl.tensor,
+    scales: tl.tensor,
+    place: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    half: tl.tensor,
+    DIM: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+) -> None:
+    """Writes a head to the cache; to one of 8 bits as `layer_cache.quantized` rounds it, and its scale."""
+    if IS_INT8:
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        num_nans = tl.sum((first != first).to(tl.int32) + (second != second).to(tl.int32), 0)
+        largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)  # which may leave out a NaN
+        scale = _as_bfloat16(tl.div_rn(largest, LARGEST))
+        tl.store(scales + place, tl.where(num_nans > 0, float("nan"), scale).to(scales.dtype.element_ty))
+        divisor = tl.where(num_nans > 0, float("nan"), tl.maximum(scale, SMALLEST))
+        first, second = _rounded(first, divisor, LARGEST), _rounded(second, divisor, LARGEST)
+    _write(target, place, first, second, half, DIM)
+
+
+@triton.jit
+def _write(
+    target: tl.tensor, place: tl.tensor, first: tl.tensor, second: tl.tensor, half: tl.tensor, DIM: tl.constexpr
+) -> None:
+    """Writes a head as number `place` of all."""
+    start = target + place * DIM + half
+    tl.store(start, first.to(target.dtype.element_ty))
+    tl.store(start + DIM // 2, second.to(target.dtype.element_ty))
+
+
+@triton.jit
+def _rounded(x: tl.tensor, divisor: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
+    """Rounds quotients to whole numbers, ties to even; what is no number becomes 0."""
+    x = tl.div_rn(x, divisor + tl.zeros_like(x))
+    x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -LARGEST), LARGEST)
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23, beyond which float32 has whole numbers alone
+
+
+@triton.jit
+def _as_bfloat16(x: tl.tensor) -> tl.tensor:
+    """Rounds a positive float32 to one that bfloat16 holds, ties to even; the interpreter's conversion rounds down."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return ((bits >> 16) << 16).to(tl.float32, bitcast=True)

@@ -18,6 +18,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 NUM_NEW = 40
+INT8_APART = 0.5  # as MAX_APART, where an int8 cache rounds keys and values
 MAX_APART = {torch.float32: 1e-3, torch.bfloat16: 0.35}  # of the logits' spread, that another token may be better by
 SHARE_OF_BEST = {torch.float32: 1.0, torch.bfloat16: 0.9}  # of tokens that are the stock model's first choice
 

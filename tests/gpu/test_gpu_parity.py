@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import test_int8_cache
+import test_vision
 import torch
 from gpu_engines import (
+    INT8_APART,
     MAX_APART,
     SHARE_OF_BEST,
     answers,
@@ -17,14 +20,14 @@ from gpu_engines import (
     stock_model,
     without_graphs,
 )
-from models import FAMILIES, VOCAB
+from models import FAMILIES, SINKS, VOCAB, tiny_gemma_that_sees
 from test_start_check import TINY
 
 from engine import start_check
 from engine.async_runner import AsyncRunner
 from engine.attention import flash, paged
 from engine.build import build_engine
-from engine.engine import EngineOptions
+from engine.engine import Engine, EngineOptions
 
 DTYPES = [torch.float32, torch.bfloat16]
 WHOLE = EngineOptions(max_num_seqs=16, num_speculative_tokens=0, kv_cache_memory=2**26)
@@ -57,12 +60,62 @@ def test_tokens_are_those_of_generate(
     graphs: str,
     device: torch.device,
 ) -> None:
-    engine = engine_of(family, dtype, device, options)
-    if graphs == "no-graphs":
-        engine = without_graphs(engine)
-    elif runner_of(engine)._graphs is None:
-        pytest.skip("nothing is recorded here")
+    engine = with_or_without(graphs, engine_of(family, dtype, device, options))
     hold(family, dtype, device, requests, answers(engine, requests))
+
+
+def with_or_without(graphs: str, engine: Engine) -> Engine:
+    if graphs == "no-graphs":
+        return without_graphs(engine)
+    if runner_of(engine)._graphs is None:
+        pytest.skip("nothing is recorded here")
+    return engine
+
+
+@pytest.mark.parametrize("family", SINKS)
+@pytest.mark.parametrize(
+    ("options", "requests"),
+    [(WHOLE, prompts(1)), (CHUNKS, prompts(16)), (replace(CHUNKS, kv_block_size=256), prompts(8))],
+    ids=["alone", "chunks", "large-blocks"],
+)
+@pytest.mark.parametrize("graphs", ["graphs", "no-graphs"])
+def test_attention_with_sinks_too(
+    family: str, options: EngineOptions, requests: Requests, graphs: str, device: torch.device
+) -> None:
+    """In float32: in 16 bits a router may send a token to another expert, and everything differs from there on."""
+    engine = with_or_without(graphs, engine_of(family, torch.float32, device, options))
+    hold(family, torch.float32, device, requests, answers(engine, requests))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("graphs", ["graphs", "no-graphs"])
+def test_an_int8_cache_costs_little(family: str, dtype: torch.dtype, graphs: str, device: torch.device) -> None:
+    options, requests = replace(CHUNKS, kv_cache_dtype="int8"), prompts(16)
+    engine = with_or_without(graphs, engine_of(family, dtype, device, options))
+    assert device.type != "cuda" or runner_of(engine).flash is not None, "no kernel reads it"
+    check(stock_model(family, dtype, device), requests, answers(engine, requests), INT8_APART)
+
+
+@pytest.mark.parametrize("family", SINKS)
+@pytest.mark.parametrize("graphs", ["graphs", "no-graphs"])
+def test_an_int8_cache_of_a_mixture_holds_what_it_should(family: str, graphs: str, device: torch.device) -> None:
+    """A router may send a token to another expert for the rounding, so the reference rounds too."""
+    options, requests = replace(CHUNKS, kv_cache_dtype="int8"), prompts(8)
+    engine = with_or_without(graphs, engine_of(family, torch.float32, device, options))
+    for prompt, answer in zip(requests, answers(engine, requests), strict=True):
+        test_int8_cache.check(family, prompt, answer)
+
+
+@pytest.mark.parametrize("step_tokens", [24, 64, 512])
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_images_whose_tokens_see_each_other(step_tokens: int, cache: str, device: torch.device) -> None:
+    model = tiny_gemma_that_sees(test_vision.IMAGE).to(device)
+    options = replace(test_vision.SMALL_STEPS, max_num_batched_tokens=step_tokens, kv_cache_dtype=cache)
+    engine = build_engine(model, replace(options, kv_cache_memory=2**26), frozenset())
+    found = test_vision.finish(engine, [test_vision.sequence_of(name) for name in test_vision.LAYOUTS])
+    expected = [test_vision.expected(name) for name in test_vision.LAYOUTS]
+    assert found == expected if cache == "auto" else [len(own) for own in found] == [len(own) for own in expected]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
