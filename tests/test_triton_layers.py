@@ -20,6 +20,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
+from engine.gpu import layer_kernels  # noqa: E402
 
 
 def engine_of(family: str, is_fused: bool, cache: str = "auto") -> Engine:
@@ -77,7 +78,6 @@ def test_fused_layers_apply_the_adapter_of_each_sequence(family: str, tmp_path: 
 @pytest.mark.parametrize("special", [0.0, torch.nan, torch.inf, -torch.inf, 1e-30])
 def test_an_int8_cache_holds_the_numbers_that_stock_layers_write(dtype: torch.dtype, special: float) -> None:
     """Bit for bit: also for heads of zeros, and of what is no number, which show in the scale."""
-    from engine.gpu import triton_layers
 
     tokens, kv_heads, group, dim = 9, 2, 3, 16
     joined = torch.randn(tokens, (group + 2) * kv_heads * dim, device=DEVICE).to(dtype)
@@ -88,7 +88,7 @@ def test_an_int8_cache_holds_the_numbers_that_stock_layers_write(dtype: torch.dt
     factors = 2.0 ** torch.randint(-3, 4, (kv_heads, dim), device=DEVICE)
     slots = torch.randperm(12, device=DEVICE)[:tokens]
     actual, expected = (_int8_cache(kv_heads, dim, factors, dtype) for _ in range(2))
-    query = triton_layers.place_heads(joined, still, [None, None], actual, slots)
+    query = layer_kernels.place_heads(joined, still, [None, None], actual, slots)
     own, key, value = heads.split([group * kv_heads, kv_heads, kv_heads], dim=1)
     key = torch.cat([a * 1 + b * 0 for a, b in (key.chunk(2, -1), key.chunk(2, -1)[::-1])], dim=-1)  # as rotated
     for part, cache, scales, divisors in zip((key, value), *_parts(expected), (factors, None), strict=True):
@@ -116,22 +116,20 @@ def _int8_cache(kv_heads: int, dim: int, factors: torch.Tensor, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [16, 48, 5376])
 def test_a_norm_is_that_of_torch(columns: int, dtype: torch.dtype) -> None:
-    from engine.gpu import triton_layers
 
     x = torch.randn(2, 5, columns, device=DEVICE).to(dtype)
     factor = torch.randn(columns, device=DEVICE)
     expected = torch.nn.functional.rms_norm(x.float(), (columns,), factor, 1e-6)
-    own = triton_layers.rms_norm(x, factor, 1e-6)
+    own = layer_kernels.rms_norm(x, factor, 1e-6)
     assert own.dtype == dtype and torch.allclose(own.float(), expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # to infinity, on a GPU in silence
 @pytest.mark.parametrize("is_gelu", [False, True])
 def test_activations_are_those_of_torch(is_gelu: bool) -> None:
-    from engine.gpu import triton_layers
 
     joined = 4 * torch.randn(1, 3, 2 * 1100, device=DEVICE)
     joined[..., :4] = torch.tensor([-1000.0, -100.0, 100.0, 1000.0])
     gate, up = joined.chunk(2, dim=-1)
     gate = torch.nn.functional.gelu(gate, approximate="tanh") if is_gelu else torch.nn.functional.silu(gate)
-    assert torch.allclose(triton_layers.activate(joined, is_gelu), gate * up, atol=1e-5)
+    assert torch.allclose(layer_kernels.activate(joined, is_gelu), gate * up, atol=1e-5)

@@ -5,8 +5,8 @@ from torch import nn
 
 from engine.cpu.packed_experts import PARAMETERS
 from engine.gpu import products
+from engine.gpu.layer_kernels import activate
 from engine.gpu.packed_weight import GPUWeight
-from engine.gpu.triton_layers import activate
 
 
 class PackedExperts(nn.Module):
