@@ -239,13 +239,17 @@ def _fuse_layers(model: PreTrainedModel, kernel: Kernel | None) -> None:
     if kernel is None or input_device(model).type != "cuda":
         return
     try:
-        from engine.gpu import triton_layers
+        from engine.gpu import packed_layers, triton_layers
     except ImportError:
         return
     try:
         log.info("%d layers use fused kernels", triton_layers.fuse_gpu_layers(model))
     except RuntimeError as error:  # memory is short, or the compiler fails: the stock layers compute the same
         log.info("no more layers use fused kernels: %s", first_line(error))
+    try:
+        packed_layers.measure_products(model)
+    except RuntimeError as error:  # likewise
+        log.info("products with packed weights are not timed: %s", first_line(error))
     torch.cuda.empty_cache()
 
 

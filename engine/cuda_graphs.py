@@ -6,6 +6,7 @@ sequence. Rows without a sequence write to the cache's scratch block.
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -31,7 +32,7 @@ def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # torch's own stream is one of the device that recorded first
         output = run()
 
     def replay() -> torch.Tensor:
@@ -68,7 +69,8 @@ class DecodeGraphs:
         self._columns = [0, *places[:-1]]
         self._rows = torch.zeros(self._sizes[-1], places[-1], dtype=torch.int32, device=device)
         self._fill([], self._sizes[-1])
-        self._replays = {size: record_graph(partial(self._run, compute, size)) for size in reversed(self._sizes)}
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._replays = {size: record_graph(partial(self._run, compute, size)) for size in reversed(self._sizes)}
 
     def run(self, spans: list[Span], token_ids: torch.Tensor | None = None) -> torch.Tensor | None:
         """Computes the logits of decodes, (rows, vocab), which are valid until the next step; None for more decodes

@@ -65,6 +65,7 @@ def answers(model: PreTrainedModel, prompts: tuple[list[int], ...], count: int =
 # --- rounded at loading
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "llama", "qwen2", "qwen3_moe", "gemma4_moe"])
 def test_tokens_are_those_of_the_dequantised_weights(family: str, quantization: str) -> None:
@@ -134,6 +135,7 @@ def test_adapters_change_packed_layers_for_their_own_sequences(tmp_path: Path) -
 # --- GGUF files
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", gguf_blocks.BLOCK_BYTES)
 def test_a_gguf_files_own_blocks_are_kept(kind: str, tmp_path: Path) -> None:
     """As the library of llama.cpp reads them."""
@@ -170,6 +172,7 @@ QUANTISED = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_checkpoints_own_codes_are_kept_and_nothing_else_is_rounded(name: str, tmp_path: Path) -> None:
     write, scheme, fmt = CASES[name]

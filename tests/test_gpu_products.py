@@ -56,6 +56,7 @@ def error(
     return float((around[:, 10:-10].float() - expected).norm() / expected.norm())
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FORMATS)
@@ -63,6 +64,7 @@ def test_every_format_in_every_way(name: str, way: str, dtype: torch.dtype) -> N
     assert error(WAYS[way], codes_of(FORMATS[name], 70, 512, DEVICE), 3, dtype) < ERRORS[dtype]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (16, 96), (33, 160), (200, 1152)])
 @pytest.mark.parametrize("name", ["int8", "int4", "q5_0", "gptq-2"])
@@ -70,6 +72,7 @@ def test_rows_and_columns_that_fill_no_tile(name: str, rows: int, columns: int, 
     assert error(WAYS[way], codes_of(FORMATS[name], rows, columns, DEVICE), 2, torch.float32) < 1e-5
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 33, 64, 130])
 @pytest.mark.parametrize("way", ["tiles", "parts", "dequantised"])
 def test_every_number_of_tokens(way: str, num_tokens: int) -> None:
@@ -128,6 +131,7 @@ def test_rows_of_several_weights_are_joined() -> None:
     assert torch.equal(torch.cat(parts), expected)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("counts", [[3, 0, 1, 20], [0, 0, 0, 1], [17, 16, 15, 0], [1, 1, 1, 1], [0, 40, 0, 70]])
 @pytest.mark.parametrize("name", ["q4_k", "q6_k", "int8"])
 def test_tokens_of_each_expert_meet_its_rows_alone(name: str, counts: list[int]) -> None:

@@ -50,6 +50,7 @@ def difference(trial: Trial, num_parts: int | None = None) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dim", [16, 64, 80, 128, 256, 512])
 @pytest.mark.parametrize(("num_kv_heads", "group"), [(2, 1), (1, 4), (1, 7), (1, 8), (1, 20)])
 @pytest.mark.parametrize(("counts", "lengths"), [([1, 1], [1, 37]), ([3, 1], [30, 17])], ids=["decodes", "chunks"])
@@ -67,6 +68,7 @@ def test_every_type_of_numbers(dtype: torch.dtype, counts: list[int], lengths: l
     assert error(replace(PLAIN, dtype=dtype), counts, lengths) < ERRORS[dtype]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 200])
 @pytest.mark.parametrize("block_size", [16, 48, 256])
 @pytest.mark.parametrize(
@@ -82,6 +84,7 @@ def test_lengths_at_the_edges_of_blocks_and_passes(length: int, count: int) -> N
     assert error(PLAIN, [min(count, length)], [length]) < 1e-5
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("num_parts", [2, 11])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(("counts", "lengths"), [([1, 1], [700, 3]), ([1, 9, 70], [130, 9, 300])], ids=["1", "many"])
@@ -144,6 +147,7 @@ def test_parts_fill_the_device_and_are_not_too_short() -> None:
 # --- int8 caches, sinks, and images whose tokens see each other
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("num_parts", [1, 2, 11])
 @pytest.mark.parametrize("window", [None, 1, 17, 200])
 @pytest.mark.parametrize(
@@ -156,6 +160,7 @@ def test_int8_caches_and_sinks(
     assert error(replace(spec, window=window), counts, lengths, num_parts=num_parts) < 1e-5
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dim", [16, 64, 80, 256, 512])
 @pytest.mark.parametrize("group", [1, 4, 7])
 @pytest.mark.parametrize(("counts", "lengths"), [([1, 1], [1, 37]), ([3, 1], [30, 17])], ids=["decodes", "chunks"])
@@ -163,6 +168,7 @@ def test_int8_heads_of_every_size_and_grouping(dim: int, group: int, counts: lis
     assert error(replace(ALL, key_dim=dim, value_dim=dim, group=group), counts, lengths) < 1e-5
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", ERRORS)
 @pytest.mark.parametrize("spec", [INT8, SINKS, ALL], ids=["int8", "sinks", "all"])
 @pytest.mark.parametrize(("counts", "lengths"), [DECODES, MIXED], ids=["decodes", "chunks"])
@@ -194,6 +200,7 @@ def _kernel(trial: Trial) -> torch.Tensor:
     return trial.run(paged_attention)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("start", "end"), [(140, 141), (141, 160), (143, 209), (150, 280), (160, 176), (192, 256), (270, 290)]
 )
@@ -209,6 +216,7 @@ def test_images_over_the_edges_of_tiles_and_blocks(
     assert difference(trial.with_image(0, start, end, reaches_back)) < 1e-5
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, softcap=2.0, window=20), ALL], ids=["plain", "capped", "all"])
 @pytest.mark.parametrize("group", [1, 4])

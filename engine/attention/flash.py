@@ -10,10 +10,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 
+from engine.gpu import timing
 from engine.layer_cache import quantized
 from engine.layer_spec import SCALES, AttentionSpec
 from errors import first_line
@@ -25,7 +27,6 @@ Scales = tuple[torch.Tensor, torch.Tensor] | None  # of an int8 cache's keys and
 TOLERANCES = {2: 0.02, 4: 1e-3}  # bytes of a number -> allowed difference, as a part of the result's norm
 TIMED_TOKENS = 4096  # tokens of each sequence
 TIMED_DECODES, TIMED_QUERIES = 8, 2048
-TIMED_CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -278,28 +279,12 @@ def seconds(kernel: Kernel, spec: AttentionSpec, block_size: int) -> float:
     try:
         decodes = Trial.of(spec, block_size, [1] * TIMED_DECODES, [seen] * TIMED_DECODES)
         chunk = Trial.of(spec, block_size, [TIMED_QUERIES], [TIMED_QUERIES])
-        return sum(_seconds(kernel, trial) for trial in (decodes, chunk))
+        with torch.cuda.device(spec.device):
+            return sum(timing.seconds(partial(trial.run, kernel)) for trial in (decodes, chunk))
     except RuntimeError:  # the memory is full, or the call cannot be recorded
         return math.inf
     finally:
         torch.cuda.empty_cache()
-
-
-def _seconds(kernel: Kernel, trial: Trial) -> float:
-    """Measures one call in seconds, as part of a CUDA graph: decodes run in one, and so do not wait for Python."""
-    trial.run(kernel)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(TIMED_CALLS):
-            trial.run(kernel)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
-    graph.replay()
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1000 / TIMED_CALLS
 
 
 def reference(

@@ -14,7 +14,7 @@ import triton
 
 from engine.attention import older_gpus
 from engine.attention.paged_kernels import attend_kernel, join_kernel
-from engine.gpu.triton_tools import AMPERE, TURING, is_ampere, num_processors, precision, widens
+from engine.gpu.triton_tools import AMPERE, TURING, is_ampere, num_processors, on_its_device, precision, widens
 from engine.layer_spec import AttentionSpec
 
 LOG2E = 1.4426950408889634
@@ -66,6 +66,7 @@ DECODE_TILES = {  # for one query of a sequence
 }
 
 
+@on_its_device
 def paged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,

@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 from engine.cpu.cache_kernels import SMALLEST
-from engine.gpu.triton_tools import inlined
+from engine.gpu.triton_tools import inlined, on_its_device
 from engine.layer_cache import LARGEST, LayerCache
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, dim)
 ACTIVATED = 1024  # columns that one program activates
 
 
+@on_its_device
 def rms_norm(x: torch.Tensor, factor: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Computes x / sqrt(mean(x * x) + epsilon) * factor. x: (..., columns); factor: (columns,), float32."""
     columns = x.shape[-1]
@@ -25,6 +26,7 @@ def rms_norm(x: torch.Tensor, factor: torch.Tensor, epsilon: float) -> torch.Ten
     return output
 
 
+@on_its_device
 def activate(joined: torch.Tensor, is_gelu: bool) -> torch.Tensor:
     """Multiplies the activated gates, the first half of (1, tokens, 2 * columns), by the second half."""
     tokens, columns = joined.shape[1], joined.shape[2] // 2
@@ -33,6 +35,7 @@ def activate(joined: torch.Tensor, is_gelu: bool) -> torch.Tensor:
     return output
 
 
+@on_its_device
 def place_heads(
     joined: torch.Tensor,
     angles: Angles,

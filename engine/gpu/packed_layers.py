@@ -6,7 +6,7 @@ Inputs are not rounded, unlike on a CPU: a layer computes what the stock one wou
 import torch
 from torch import nn
 
-from engine.gpu import products
+from engine.gpu import product_limits, products, timing
 from engine.gpu.packed_weight import GPUWeight
 from engine.gpu.product_limits import multiply
 
@@ -46,3 +46,13 @@ class PackedEmbedding(nn.Module):
         ids = token_ids.to(self.packed.quants.device)
         rows = products.dequantised(self.packed, self.dtype, ids.flatten()).view(*ids.shape, -1)
         return rows if self.scale is None else rows * self.scale.to(rows)
+
+
+def measure_products(model: nn.Module) -> None:
+    """Finds the fastest way to multiply with a GPU model's packed weights; see product_limits.py. Raises RuntimeError
+    where memory is short, or the compiler fails."""
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    for device in {layer.packed.quants.device for layer in layers}:
+        with torch.cuda.device(device):
+            own = [layer for layer in layers if layer.packed.quants.device == device]
+            product_limits.measure((layer.packed for layer in own), own[0].dtype, timing.seconds)

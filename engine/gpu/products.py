@@ -17,7 +17,7 @@ import triton
 from engine.cpu.packed_weight import SUPER_BLOCK
 from engine.gpu.packed_weight import GPUWeight, groups_of
 from engine.gpu.product_kernels import dequantise_kernel, numbers_kernel, tiles_kernel, total_kernel
-from engine.gpu.triton_tools import IS_INTERPRETED, num_processors, precision, widens
+from engine.gpu.triton_tools import IS_INTERPRETED, num_processors, on_its_device, precision, widens
 
 DEQUANTISED = 2**26  # numbers of a weight that are dequantised at a time
 MAX_PARTS = 16
@@ -48,6 +48,7 @@ SEVERAL_TOKENS = (  # the first one that holds all tokens, else the last
 DEQUANTISING = Tiles(tokens=1, rows=8, depth=128)
 
 
+@on_its_device
 def multiply_numbers(
     x: torch.Tensor,
     weight: GPUWeight,
@@ -68,6 +69,7 @@ def multiply_numbers(
     )
 
 
+@on_its_device
 def multiply_tiles(
     x: torch.Tensor,
     weight: GPUWeight,
@@ -114,6 +116,7 @@ def multiply_tiles(
         )
 
 
+@on_its_device
 def multiply_dequantised(x: torch.Tensor, weight: GPUWeight, bias: torch.Tensor | None, output: torch.Tensor) -> None:
     """Computes a product as `multiply_numbers`, by torch."""
     for start, part in _dequantised_parts(weight, x.dtype):
@@ -126,8 +129,15 @@ def multiply_dequantised(x: torch.Tensor, weight: GPUWeight, bias: torch.Tensor 
 
 def dequantised(weight: GPUWeight, dtype: torch.dtype, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the numbers of a weight, (rows, columns) of `dtype`. ids: (any,), the rows that are wanted; None: all."""
-    num_rows, tiles = weight.num_rows if ids is None else len(ids), _usual(DEQUANTISING)
+    num_rows = weight.num_rows if ids is None else len(ids)
     output = torch.empty(num_rows, weight.num_columns, dtype=dtype, device=weight.quants.device)
+    _dequantise(output, weight, ids)
+    return output
+
+
+@on_its_device
+def _dequantise(output: torch.Tensor, weight: GPUWeight, ids: torch.Tensor | None) -> None:
+    num_rows, tiles = len(output), _usual(DEQUANTISING)
     chunks = _chunks(weight, tiles)
     dequantise_kernel[triton.cdiv(num_rows, tiles.rows), triton.cdiv(weight.num_chunks, chunks)](
         *(output, ids, *_tensors(weight), num_rows, weight.num_columns, weight.num_chunks),
@@ -136,7 +146,6 @@ def dequantised(weight: GPUWeight, dtype: torch.dtype, ids: torch.Tensor | None 
         **_meaning(weight),
         num_warps=tiles.warps,
     )
-    return output
 
 
 def tiles_for(weight: GPUWeight, num_tokens: int) -> Tiles:

@@ -1,13 +1,15 @@
 """What kernels in Triton have in common, on GPUs and in Triton's interpreter, which runs them on a CPU."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
 
 TURING, AMPERE = (7, 5), (8, 0)  # compute capabilities
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _same(value: tl.tensor) -> tl.tensor:
@@ -27,6 +29,20 @@ IS_INTERPRETED = not isinstance(triton.jit(_same), triton.JITFunction)  # by TRI
 # For functions that kernels call: the interpreter would prepare each call anew, which takes longer than the call
 inlined = _as_it_is if IS_INTERPRETED else triton.jit
 bound = _whole if IS_INTERPRETED else triton.jit(_same)  # makes the bound of a loop
+
+
+def on_its_device(function: F) -> F:
+    """Has a function launch its kernels on the device of its first argument: Triton launches on the current one, which
+    is another one where a model is spread over several."""
+
+    @functools.wraps(function)
+    def launching(first: torch.Tensor, *others: Any, **options: Any) -> Any:
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return function(first, *others, **options)
+        with torch.cuda.device(first.device):
+            return function(first, *others, **options)
+
+    return cast(F, launching)
 
 
 def precision(device: torch.device) -> str:
