@@ -84,13 +84,20 @@ def _is_on_cuda(device_map: str) -> bool:
 def choose_dtype(setting: str, model_type: str, on_cuda: bool) -> torch.dtype:
     """Gives the data type for a setting of DTYPE. `auto` is bfloat16 if the device computes in it; a family that
     overflows in float16 never gets that."""
-    fits_bfloat16 = torch.cuda.is_bf16_supported() if on_cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fits_bfloat16 = _multiplies_bfloat16(on_cuda)
     dtype = _DTYPES.get(setting)
     if dtype is None:
         dtype = torch.bfloat16 if fits_bfloat16 else torch.float16 if on_cuda else torch.float32
     if dtype == torch.float16 and model_type.startswith(NEVER_FLOAT16):
         dtype = torch.bfloat16 if fits_bfloat16 else torch.float32
     return dtype
+
+
+def _multiplies_bfloat16(on_cuda: bool) -> bool:
+    """Returns whether the device has products of bfloat16; GPUs before compute capability 8.0 compute them slowly."""
+    if on_cuda:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -36,7 +36,7 @@ from engine.cpu.packing import Packer
 from engine.engine import EngineOptions
 from engine.layer_probe import probe_layers
 from engine.layer_spec import LayerSpecs
-from engine.model_loader import choose_quantization
+from engine.model_loader import weights_of
 from engine.placement import SHARED_MAPS, DeviceMap, device_map_of, place_of
 from engine.quantization import FROM_FILE, NONE, QUANTIZATIONS, Quantization
 from errors import ModelLoadError, first_line
@@ -278,9 +278,7 @@ def check_devices(checked: CheckedModel, options: EngineOptions) -> None:
     if not checked.is_on_cuda:
         return
     try:
-        weights = choose_quantization(
-            options.quantization, checked.dtype_setting, True, checked.directory, checked.config
-        )
+        weights = weights_of(checked, options.quantization)
         check_can_plan(checked.config)
         paper = PaperModel.of(checked.config, checked.dtype, weights, checked.directory)
         reason = refusal(paper, _gpus(), options, int(HOST_SHARE * psutil.virtual_memory().available))

@@ -19,7 +19,7 @@ from engine.checked_model import CheckedModel, auto_class
 from engine.cpu import kernels, packed_checkpoint, packed_layers
 from engine.cpu.packing import Keep, PackedForm, Packer, pack_model
 from engine.packed_loading import PackingConfig
-from engine.quantization import BFLOAT16_KERNELS, CPU, FROM_FILE, GPU, NONE, STOCK, Quantization, choose
+from engine.quantization import BFLOAT16_KERNELS, CPU, FROM_FILE, GPU, HALVES, NONE, STOCK, Quantization, choose
 from engine.quantized import files
 from engine.report import Report
 from engine.rounded_weights import RoundedWeights
@@ -36,9 +36,7 @@ def load_model(
     quantization: the setting QUANTIZATION. cache_dir: where rounded weights are kept for the next start; None: nowhere.
     """
     directory, config = checked.directory, checked.config
-    weights = choose_quantization(quantization, checked.dtype_setting, checked.is_on_cuda, directory, config)
-    if weights is NONE and quantization != STOCK and _multiplies_bfloat16(checked):
-        weights = BFLOAT16_KERNELS
+    weights = weights_of(checked, quantization)
     log.info("weights: %s", weights.description)
     report("loading weights", 0.0)
     rounded = _rounded_weights(checked, weights, cache_dir)
@@ -73,6 +71,24 @@ def load_model(
     return model
 
 
+def weights_of(checked: CheckedModel, setting: str) -> Quantization:
+    """Returns the format that a model's weights get with a setting of QUANTIZATION. Those that are not quantised may be
+    kept for kernels, too. Raises ModelLoadError for a format that this device cannot have."""
+    weights = choose_quantization(setting, checked.dtype_setting, checked.is_on_cuda, checked.directory, checked.config)
+    if weights is not NONE or setting == STOCK:
+        return weights
+    if checked.dtype == torch.bfloat16 and kernels.has_bfloat16() and not checked.is_on_cuda:
+        return BFLOAT16_KERNELS
+    return HALVES if _needs_halves(checked) else NONE
+
+
+def _needs_halves(checked: CheckedModel) -> bool:
+    """Returns whether the model's numbers have float32 because its GPU multiplies no bfloat16, and its activations
+    overflow in float16."""
+    is_plain = weight_files.scheme_of(checked.config) is None and checked.dtype_setting != "float32"
+    return checked.is_on_cuda and is_plain and checked.dtype == torch.float32
+
+
 def _missing_package(checked: CheckedModel, error: str) -> str:
     """Says what the package that is missing was for, and what helps."""
     scheme = weight_files.scheme_of(checked.config)
@@ -85,7 +101,7 @@ def _missing_package(checked: CheckedModel, error: str) -> str:
 
 def _rounded_weights(checked: CheckedModel, weights: Quantization, cache_dir: Path | None) -> RoundedWeights | None:
     """Returns where the model's rounded weights are kept; None where nothing is rounded, or the files are already."""
-    is_rounded = weights.packed_bits is not None and weights is not BFLOAT16_KERNELS
+    is_rounded = _is_rounded(weights)
     scheme = weight_files.scheme_of(checked.config)
     if cache_dir is None or checked.is_on_cuda or not is_rounded or (scheme is not None and not files.can_read(scheme)):
         return None
@@ -99,7 +115,7 @@ def _load_stock(
     are quantized already, once all are there."""
     directory, config, dtype = checked.directory, checked.config, checked.dtype
     is_quantized = weight_files.scheme_of(config) is not None
-    is_packed, form = weights.packed_bits and not is_quantized, _form(checked)
+    is_packed, form = weights.packed_bits and not is_quantized, _form(checked, weights)
     packing = PackingConfig(lambda model: Packer(model, weights, form)) if is_packed else None
     options: dict[str, Any] = {} if packing is None else {"quantization_config": packing}
     if weights.bitsandbytes:
@@ -144,11 +160,15 @@ def _load_blocks(checked: CheckedModel) -> PreTrainedModel:
     return packing.load(directory, config, dtype, names, checked.device_map)
 
 
-def _form(checked: CheckedModel) -> PackedForm | None:
+def _form(checked: CheckedModel, weights: Quantization) -> PackedForm | None:
     """Returns how the model's device stores packed weights; None for a CPU."""
-    if kernels_for(checked.is_on_cuda) != GPU:
+    if not checked.is_on_cuda or weights.packed_bits is None:
         return None
-    from engine.gpu.packing import GPU_FORM
+    if weights is HALVES:
+        from engine.gpu.half_layers import HALF_FORM
+
+        return HALF_FORM
+    from engine.gpu.packing import GPU_FORM  # which needs Triton
 
     return GPU_FORM
 
@@ -171,7 +191,7 @@ def _load_codes(
     checked: CheckedModel, weights: Quantization, report: Report, keep: Keep | None, stored: files.QuantizedFiles
 ) -> PreTrainedModel:
     directory, config = checked.directory, files.plain_config(checked.config)
-    form = _form(checked)
+    form = _form(checked, weights)
     packing = PackingConfig(lambda model: Packer(model, weights, form), stored.element_size)
     model_class = cast(Any, auto_class(config)._model_mapping[type(config)])
     has_generation = (directory / "generation_config.json").exists()
@@ -207,8 +227,11 @@ def _load_codes(
 
 def _has_own_codes(checked: CheckedModel, weights: Quantization) -> bool:
     """Returns whether this server reads the checkpoint's codes itself."""
-    is_rounded = weights.packed_bits is not None and weights is not BFLOAT16_KERNELS
-    return is_rounded and files.can_read(weight_files.scheme_of(checked.config))
+    return _is_rounded(weights) and files.can_read(weight_files.scheme_of(checked.config))
+
+
+def _is_rounded(weights: Quantization) -> bool:
+    return weights.packed_bits is not None and weights not in (BFLOAT16_KERNELS, HALVES)
 
 
 def _check_loaded(checked: CheckedModel, loaded: Mapping[str, Any]) -> None:
@@ -259,10 +282,6 @@ def kernels_for(on_cuda: bool) -> str | None:
     if on_cuda:
         return GPU if find_spec("triton") is not None else None
     return CPU if kernels.are_available() else None
-
-
-def _multiplies_bfloat16(checked: CheckedModel) -> bool:
-    return checked.dtype == torch.bfloat16 and kernels.has_bfloat16() and not checked.is_on_cuda
 
 
 def _attention_names(config: PreTrainedConfig) -> str | dict[str, str]:

@@ -44,6 +44,7 @@ OWN_CODES = replace(
 )
 CODES_ALONE = replace(OWN_CODES, description="the checkpoint's own codes", rounds_numbers=False)
 BFLOAT16_KERNELS = _packed("bfloat16", "bfloat16, not quantized", bits=16, head_bits=16, is_setting=False)
+HALVES = _packed("float16", "float16, with activations in float32", bits=16, head_bits=16, is_setting=False)
 ROWS = (
     NONE,
     ROUNDED,
@@ -62,6 +63,7 @@ ROWS = (
     ),
     OWN_CODES,
     BFLOAT16_KERNELS,
+    HALVES,
     FROM_FILE,
 )
 QUANTIZATIONS = {row.name: row for row in ROWS}

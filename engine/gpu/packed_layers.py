@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from engine.gpu import product_limits, products, timing
+from engine.gpu.half_layers import in_halves
 from engine.gpu.packed_weight import GPUWeight
 from engine.gpu.product_limits import multiply
+from engine.gpu.triton_tools import is_ampere
 
 
 class PackedLinear(nn.Module):
@@ -26,7 +28,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.to(self.packed.quants.device).reshape(-1, self.in_features)
-        return multiply(rows, self.packed, self.bias).view(*x.shape[:-1], self.out_features)
+        return self._multiply(rows).view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.dtype != torch.float32 or is_ampere(rows.device):
+            return multiply(rows, self.packed, self.bias)
+        output = in_halves(rows, lambda halves: multiply(halves, self.packed))
+        return output if self.bias is None else output + self.bias
 
 
 class PackedEmbedding(nn.Module):
@@ -55,4 +63,5 @@ def measure_products(model: nn.Module) -> None:
     for device in {layer.packed.quants.device for layer in layers}:
         with torch.cuda.device(device):
             own = [layer for layer in layers if layer.packed.quants.device == device]
-            product_limits.measure((layer.packed for layer in own), own[0].dtype, timing.seconds)
+            dtype = own[0].dtype if is_ampere(device) else torch.float16
+            product_limits.measure((layer.packed for layer in own), dtype, timing.seconds)
