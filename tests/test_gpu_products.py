@@ -13,6 +13,7 @@ from engine.cpu import packed_weight as cpu_weight
 from engine.cpu.packed_weight import Format, round_and_pack
 from engine.gpu import packed_weight
 from engine.gpu.packed_weight import GPUWeight, groups_of, pack, place_of
+from errors import ModelLoadError
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
 from engine.gpu import product_limits, products  # noqa: E402
@@ -148,14 +149,47 @@ def test_tokens_of_each_expert_meet_its_rows_alone(name: str, counts: list[int])
 def test_the_fastest_way_is_taken_for_each_number_of_tokens() -> None:
     weight = pack(codes_of(FORMATS["q4_0"], 16, 64, DEVICE))
 
-    def limits(*seconds: float) -> ProductLimits:
+    def limits(*seconds: float, wrong: object = None) -> ProductLimits:
         """Of two ways after the other, for one number of tokens after the other."""
         times = iter(seconds)
-        return product_limits.limits_of(weight, torch.float32, lambda run: next(times))
+        return product_limits.limits_of(
+            weight, torch.float32, lambda run: next(times), lambda way, *others: way is not wrong
+        )
 
     assert limits(1, 2, 1, 2, 3, 2, 1, 2, 2, 2, 9, 2) == ProductLimits(2, 64)
     assert limits(*[1.0] * 18) == ProductLimits(8, 512)
     assert limits(*[2.0, 1.0] * 2) == ProductLimits(0, 0)
+    assert limits(*[1.0] * 10, wrong=products.multiply_numbers) == ProductLimits(0, 512)
+    assert limits(*[9.0] * 4, wrong=products.multiply_tiles) == ProductLimits(8, 0)
+    with pytest.raises(ModelLoadError, match="wrong products with weights of 4 bits: set QUANTIZATION=none"):
+        limits(wrong=products.multiply_dequantised)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_way_that_computes_something_else_is_not_taken(name: str) -> None:
+    weight = pack(codes_of(FORMATS[name], 70, 256, DEVICE))
+
+    def doubled(*product: *Product) -> None:
+        products.multiply_tiles(*product)
+        product[3].mul_(1.1)
+
+    def broken(*product: *Product) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    for dtype in (torch.float32, torch.float16):
+        assert all(product_limits._agrees(way, weight, dtype) for way in product_limits.WAYS)
+        assert not product_limits._agrees(doubled, weight, dtype)
+        assert not product_limits._agrees(broken, weight, dtype)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 512), (5, 256)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_packed_weight_is_unpacked_again(name: str, rows: int, columns: int) -> None:
+    for columns_per_scale in (0,) if FORMATS[name].has_super_blocks else (0, 128):
+        weight = codes_of(FORMATS[name], rows, columns, DEVICE, columns_per_scale)
+        found = packed_weight.unpack(pack(weight))
+        assert found.format == weight.format and torch.equal(found.codes, weight.codes)
+        assert torch.equal(found.dequantize(), weight.dequantize())
 
 
 def test_each_way_has_its_numbers_of_tokens() -> None:

@@ -6,6 +6,7 @@ into fields, for example 6 bits into 4 and 2, and a vector of 4-bit fields holds
 kernel that takes a chunk group by group shifts whole vectors, and needs one scale for each. See `place_of`.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,6 +64,24 @@ class GPUWeight:
         minimums, supers = (None if part is None else part[start:end] for part in (self.minimums, self.supers))
         quants, scales = self.quants[start:end], self.scales[start:end]
         return replace(self, quants=quants, scales=scales, minimums=minimums, supers=supers)
+
+
+def unpack(weight: GPUWeight) -> Codes:
+    """Returns a weight in the order of its rows and columns: what `pack` was given."""
+    fmt, num_groups = weight.format, groups_of(weight.format)
+    groups = []
+    for group in range(num_groups):
+        places = [(*place_of(fmt, group, first, width), first, width) for first, width in fmt.fields]
+        fields = [(weight.quants[:, :, v] >> shift & 2**width - 1) << first for v, shift, first, width in places]
+        groups.append(functools.reduce(torch.bitwise_or, fields))
+    codes = torch.stack(groups, dim=2).flatten(1)[:, : weight.num_columns]
+    per_row = weight.num_columns // fmt.group
+    scales, minimums = (
+        None if part is None else part.repeat_interleave(weight.groups_per_scale, dim=1)[:, :per_row]
+        for part in (weight.scales, weight.minimums)
+    )
+    assert scales is not None
+    return Codes(fmt, codes, scales, minimums, weight.supers)
 
 
 def groups_of(fmt: Format) -> int:

@@ -1,22 +1,28 @@
 """ProductLimits: from how many tokens on each way to multiply with a packed weight is the fastest one on a device.
 
-See products.py for the ways. They are timed once for every format, on its largest weight, as steps of decodes run: in
-CUDA graphs.
+See products.py for the ways. Once for every format each is compared with torch's product, and those that agree are
+timed on the format's largest weight, as steps of decodes run: in CUDA graphs.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from engine.gpu import products
-from engine.gpu.packed_weight import GPUWeight
+from engine.gpu.packed_weight import GPUWeight, unpack
+from errors import ModelLoadError, first_line
 
 log = logging.getLogger(__name__)
 Way = Callable[[torch.Tensor, GPUWeight, torch.Tensor | None, torch.Tensor], None]
+Agrees = Callable[[Way, GPUWeight, torch.dtype], bool]
+WAYS = (products.multiply_numbers, products.multiply_tiles, products.multiply_dequantised)
 Measure = Callable[[Callable[[], None]], float]  # seconds that a call takes
-FEW, MANY = (1, 2, 4, 8), (32, 64, 128, 256, 512)  # tokens that are tried
+FEW, MANY = (1, 2, 4, 8), (32, 64, 128, 256, 512)  # tokens that are timed
+TRIED_ROWS, TRIED_TOKENS = 64, 17  # of the product that is compared
+TOLERANCES = {2: 0.02, 4: 1e-3}  # bytes of a number -> allowed difference, as a part of the result's norm
 
 
 @dataclass(frozen=True)
@@ -67,19 +73,29 @@ def measure(weights: Iterable[GPUWeight], dtype: torch.dtype, seconds: Measure) 
         )
 
 
-def limits_of(weight: GPUWeight, dtype: torch.dtype, seconds: Measure) -> ProductLimits:
-    """Returns the fastest way for each number of tokens that is tried; see `ProductLimits`."""
+def limits_of(weight: GPUWeight, dtype: torch.dtype, seconds: Measure, agrees: Agrees | None = None) -> ProductLimits:
+    """Returns the fastest way for each number of tokens that is timed; see `ProductLimits`. Raises ModelLoadError where
+    even dequantising a weight is wrong.
+
+    agrees: tells whether a way gives the right product; tests pass their own.
+    """
+    able = [way for way in WAYS if (agrees or _agrees)(way, weight, dtype)]
+    if products.multiply_dequantised not in able:
+        raise ModelLoadError(
+            f"This GPU computes wrong products with weights of {weight.format.bits} bits: set QUANTIZATION=none, or "
+            "update Triton and the GPU's driver."
+        )
 
     def time(way: Way, num_tokens: int) -> float:
         device = weight.quants.device
         x = torch.zeros(num_tokens, weight.num_columns, dtype=dtype, device=device)
         output = torch.empty(num_tokens, weight.num_rows, dtype=dtype, device=device)
-        return seconds(lambda: way(x, weight, None, output))
+        return seconds(lambda: way(x, weight, None, output)) if way in able else math.inf
 
     def last_faster(counts: Iterable[int], way: Way, other: Way) -> int:
         """Returns the last of the counts up to which `way` is always faster; 0 if it never is."""
         last = 0
-        for count in counts:
+        for count in counts if way in able else ():
             if time(way, count) > time(other, count):
                 break
             last = count
@@ -88,6 +104,26 @@ def limits_of(weight: GPUWeight, dtype: torch.dtype, seconds: Measure) -> Produc
     numbers = last_faster(FEW, products.multiply_numbers, products.multiply_tiles)
     tiles = last_faster(MANY, products.multiply_tiles, products.multiply_dequantised)
     return ProductLimits(numbers, tiles)
+
+
+def _agrees(way: Way, weight: GPUWeight, dtype: torch.dtype) -> bool:
+    """Returns whether a way gives torch's product of random inputs with the weight's first rows, for one token and for
+    several."""
+    rows = weight.rows(0, TRIED_ROWS)
+    numbers = unpack(rows).dequantize()
+    x = torch.randn(TRIED_TOKENS, weight.num_columns, device=numbers.device, dtype=torch.float32).to(dtype)
+    expected = x.float() @ numbers.T
+    for count in (1, TRIED_TOKENS):
+        output = torch.empty(count, len(numbers), dtype=dtype, device=numbers.device)
+        try:
+            way(x[:count], rows, None, output)
+        except Exception as error:  # any kind, from the compiler or the driver
+            log.info("%s is of no use here: %s", way.__name__, first_line(error))
+            return False
+        difference = (output.float() - expected[:count]).norm()
+        if not bool(difference <= TOLERANCES[x.element_size()] * expected[:count].norm()):
+            return False
+    return True
 
 
 def _key(weight: GPUWeight, dtype: torch.dtype) -> tuple[object, ...]:
