@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -39,6 +39,7 @@ from engine.layer_spec import LayerSpecs
 from engine.model_loader import weights_of
 from engine.placement import SHARED_MAPS, DeviceMap, device_map_of, place_of
 from engine.quantization import FROM_FILE, NONE, QUANTIZATIONS, Quantization
+from engine.quantized import files
 from errors import ModelLoadError, first_line
 
 log = logging.getLogger(__name__)
@@ -123,10 +124,16 @@ class PaperModel:
         """Builds the model on paper. Raises ModelLoadError for weights whose sizes cannot be known before, and what
         transformers raises.
 
-        weights: their format. directory: of a GGUF file's own blocks, whose header says their sizes.
+        weights: their format. directory: of a GGUF file's own blocks, or of a quantised checkpoint, whose headers say
+        their sizes.
         """
-        model, probed = meta_model(config, dtype), meta_model(config, dtype)  # the probe wraps layers
-        return cls(model, _sizes(model, weights, directory), probe_layers(probed), weights)
+        plain = files.plain_config(config)
+        model, probed = meta_model(plain, dtype), meta_model(plain, dtype)  # the probe wraps layers
+        if weights.keeps_codes and directory is not None:
+            sizes = _sizes_of_codes(model, directory, weight_files.scheme_of(config))
+        else:
+            sizes = _sizes(model, weights, directory)
+        return cls(model, sizes, probe_layers(probed), weights)
 
     def in_format(self, weights: Quantization) -> "PaperModel":
         """Returns the same model with its weights in another format."""
@@ -173,9 +180,11 @@ class PaperModel:
         return replace(specs, attention=attention, recurrent=recurrent)
 
 
-def check_can_plan(config: PreTrainedConfig) -> None:
-    """Raises ModelLoadError for a quantised checkpoint, whose codes have sizes that its configuration does not tell."""
-    if weight_files.scheme_of(config) is not None:
+def check_can_plan(config: PreTrainedConfig, weights: Quantization) -> None:
+    """Raises ModelLoadError for a quantised checkpoint that does not keep its own codes, or whose codes have sizes that
+    this server does not know."""
+    scheme = weight_files.scheme_of(config)
+    if scheme is not None and not (weights.keeps_codes and files.can_read(scheme)):
         raise ModelLoadError("The sizes of a quantised checkpoint's weights are not known before they are loaded.")
 
 
@@ -200,6 +209,13 @@ def _sizes(model: PreTrainedModel, weights: Quantization, directory: Path | None
     if weights.packed_bits is None:
         raise ModelLoadError(f"The sizes of weights in {weights.description} are not known before they are loaded.")
     return Packer(model, weights).sizes(model)
+
+
+def _sizes_of_codes(model: PreTrainedModel, directory: Path, scheme: Any) -> dict[str, int]:
+    """Returns the bytes of the parameters that a quantised checkpoint has codes of."""
+    stored = files.QuantizedFiles(directory, scheme)
+    known = ((name, parameter.numel(), stored.element_size(name)) for name, parameter in model.named_parameters())
+    return {name: int(count * size) for name, count, size in known if size is not None}
 
 
 @dataclass(frozen=True)
@@ -279,7 +295,7 @@ def check_devices(checked: CheckedModel, options: EngineOptions) -> None:
         return
     try:
         weights = weights_of(checked, options.quantization)
-        check_can_plan(checked.config)
+        check_can_plan(checked.config, weights)
         paper = PaperModel.of(checked.config, checked.dtype, weights, checked.directory)
         reason = refusal(paper, _gpus(), options, int(HOST_SHARE * psutil.virtual_memory().available))
     except Exception as error:  # a model that cannot be built on paper may still be loaded

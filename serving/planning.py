@@ -8,10 +8,11 @@ import torch
 from transformers import AutoConfig
 
 from config import Settings
-from engine import memory_plan
+from engine import memory_plan, weight_files
+from engine.cpu import packed_checkpoint
 from engine.memory_plan import Device, DeviceShare, PaperModel
-from engine.model_loader import choose_quantization
-from engine.quantization import AUTO, QUANTIZATIONS
+from engine.quantization import AUTO, GPU, choose
+from engine.quantized import files
 from errors import ModelLoadError, first_line
 from serving.loading import engine_options
 
@@ -41,9 +42,14 @@ def _paper_of(directory: Path, setting: str) -> PaperModel:
     """Returns the model on paper, in bfloat16 or the format that QUANTIZATION asks for. Raises ModelLoadError."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        memory_plan.check_can_plan(config)
-        is_auto = setting == AUTO
-        weights = choose_quantization(AUTO, AUTO, True, directory, config) if is_auto else QUANTIZATIONS[setting]
+        weights = choose(
+            setting,
+            AUTO,
+            kernels=GPU,
+            has_packed_file=packed_checkpoint.exists(directory),
+            has_own_codes=files.can_read(weight_files.scheme_of(config)),
+        )
+        memory_plan.check_can_plan(config, weights)
         return PaperModel.of(config, torch.bfloat16, weights, directory)
     except ModelLoadError:
         raise

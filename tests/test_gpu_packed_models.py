@@ -14,14 +14,17 @@ from models import byte_tokenizer, tiny_model
 from quantized_cases import CASES
 from test_gguf import QWEN2_LAYERS, as_packed, wide
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from engine.attention.paged import AttentionRecorder
 from engine.build import model_runner_of
 from engine.checked_model import check_model
 from engine.cpu import gguf_blocks
 from engine.cpu.packed_weight import E4M3
+from engine.engine import EngineOptions
+from engine.memory_plan import Device, PaperModel
 from engine.model_loader import load_model
+from engine.quantization import CODES_ALONE, FROM_FILE
 from engine.quantized.files import QuantizedFiles
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -219,6 +222,34 @@ def test_devices_are_chosen_by_the_sizes_of_the_codes(family: str, tmp_path: Pat
     packed = {name for name, size in sizes.items() if size is not None}
     assert packed == {name for name in names if "proj" in name}
     assert all(0.5 <= size <= 0.63 for size in sizes.values() if size is not None)
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    """Returns the memory of a model's parameters, buffers and packed weights, each counted once."""
+    packed = {id(m.packed): m.packed for m in model.modules() if isinstance(m, PackedLinear | PackedEmbedding)}
+    plain = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(weight.num_bytes for weight in packed.values()) + sum(tensor.nbytes for tensor in plain.values())
+
+
+@pytest.mark.parametrize("name", ["gptq-4-128-sym", "awq-64", "fp8-blocks"])
+def test_the_plan_of_memory_knows_the_sizes_of_a_checkpoints_codes(name: str, tmp_path: Path) -> None:
+    """Up to the scales, of which it does not know how many columns share them."""
+    write, scheme, _ = CASES[name]
+    made.save(tmp_path, write, scheme)
+    model = load_on_gpu(tmp_path, dtype=torch.bfloat16)
+    paper = PaperModel.of(AutoConfig.from_pretrained(tmp_path), torch.bfloat16, CODES_ALONE, tmp_path)
+    found = paper.plan([Device.of_card(0, 24)], EngineOptions()).weights
+    assert weights_bytes(model) <= found <= 1.15 * weights_bytes(model)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
+def test_the_plan_of_memory_knows_the_sizes_of_a_gguf_files_blocks(kind: str, tmp_path: Path) -> None:
+    wide(kind, tmp_path / "tiny.gguf")
+    as_packed(tmp_path / "tiny.gguf")
+    model, directory = load_on_gpu(tmp_path / "tiny", dtype=torch.bfloat16), tmp_path / "tiny"
+    paper = PaperModel.of(AutoConfig.from_pretrained(directory), torch.bfloat16, FROM_FILE, directory)
+    found = paper.plan([Device.of_card(0, 24)], EngineOptions()).weights
+    assert abs(found - weights_bytes(model)) < 0.02 * found
 
 
 def test_a_packed_model_is_served_with_its_tokenizer() -> None:
