@@ -185,7 +185,7 @@ def check_can_plan(config: PreTrainedConfig, weights: Quantization) -> None:
     this server does not know."""
     scheme = weight_files.scheme_of(config)
     if scheme is not None and not (weights.keeps_codes and files.can_read(scheme)):
-        raise ModelLoadError("The sizes of a quantised checkpoint's weights are not known before they are loaded.")
+        raise ModelLoadError("The sizes of a quantized checkpoint's weights are unknown until they are loaded.")
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -207,7 +207,7 @@ def _sizes(model: PreTrainedModel, weights: Quantization, directory: Path | None
         names = {name: name.removesuffix(".weight") for name, _ in model.named_parameters()}
         return {name: stored[layer] for name, layer in names.items() if layer in stored}
     if weights.packed_bits is None:
-        raise ModelLoadError(f"The sizes of weights in {weights.description} are not known before they are loaded.")
+        raise ModelLoadError(f"The sizes of weights in {weights.description} are unknown until they are loaded.")
     return Packer(model, weights).sizes(model)
 
 

@@ -335,7 +335,7 @@ def test_a_device_map_can_name_one_device() -> None:
 
 
 def test_weights_whose_sizes_are_unknown_are_not_planned() -> None:
-    with pytest.raises(ModelLoadError, match="not known before"):
+    with pytest.raises(ModelLoadError, match="unknown until"):
         PaperModel.of(CONFIGS["Qwen3 8B"], torch.bfloat16, QUANTIZATIONS["nf4"])
 
 
