@@ -9,7 +9,6 @@ kernel that takes a chunk group by group shifts whole vectors, and needs one sca
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
@@ -29,6 +28,7 @@ class GPUWeight:
     minimums: torch.Tensor | None = None  # the same
     supers: torch.Tensor | None = None  # (rows, super-blocks, 1 or 2) float16
     groups_per_scale: int = 1
+    table: torch.Tensor | None = None  # (16,) float32, the numbers that codes stand for, where the format has a table
 
     @property
     def num_rows(self) -> int:
@@ -51,13 +51,6 @@ class GPUWeight:
     def kind(self) -> tuple[object, ...]:
         """What weights have in common whose rows can be joined."""
         return self.format, self.num_columns, self.groups_per_scale, self.quants.device
-
-    @cached_property
-    def table(self) -> torch.Tensor | None:
-        """The numbers that codes stand for, (16,) float32, where the format has a table."""
-        if not self.format.table:
-            return None
-        return torch.tensor(self.format.table, dtype=torch.float32, device=self.quants.device)
 
     def rows(self, start: int, end: int) -> "GPUWeight":
         """Returns a view of some rows."""
@@ -122,6 +115,7 @@ def pack(weight: Codes) -> GPUWeight:
         minimums=minimums,
         supers=None if weight.supers is None else weight.supers.half().contiguous(),
         groups_per_scale=shared,
+        table=torch.tensor(fmt.table, dtype=torch.float32, device=codes.device) if fmt.table else None,
     )
 
 

@@ -62,7 +62,7 @@ def numbers_kernel(
     tl.store(output + token * output_stride + row, result.to(output.dtype.element_ty), mask=is_row)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_experts", "num_passes"])
+@triton.jit(do_not_specialize=["num_tokens", "num_experts", "num_passes", "part_stride"])
 def tiles_kernel(
     x: tl.tensor,
     output: tl.tensor,
@@ -145,7 +145,7 @@ def tiles_kernel(
     tl.store(place, total.to(output.dtype.element_ty), mask=is_token[:, None] & is_row[None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # of looked up rows there are as many as a step has tokens
 def dequantise_kernel(
     output: tl.tensor,
     ids: tl.tensor,
