@@ -235,21 +235,21 @@ def _choose_attention(specs: LayerSpecs, options: EngineOptions) -> tuple[int, K
 
 
 def _fuse_layers(model: PreTrainedModel, kernel: Kernel | None) -> None:
-    """Replaces layers by fused ones, on a GPU that runs Triton's kernels."""
-    if kernel is None or input_device(model).type != "cuda":
+    """Replaces layers by fused ones, and finds the fastest products, on a GPU that runs Triton's kernels. Raises
+    ModelLoadError where packed weights cannot be multiplied."""
+    if input_device(model).type != "cuda":
         return
     try:
-        from engine.gpu import packed_layers, triton_layers
+        from engine.gpu import packed_experts, packed_layers, triton_layers
     except ImportError:
         return
-    try:
-        log.info("%d layers use fused kernels", triton_layers.fuse_gpu_layers(model))
-    except RuntimeError as error:  # memory is short, or the compiler fails: the stock layers compute the same
-        log.info("no more layers use fused kernels: %s", first_line(error))
-    try:
-        packed_layers.measure_products(model)
-    except RuntimeError as error:  # likewise
-        log.info("products with packed weights are not timed: %s", first_line(error))
+    if kernel is not None:
+        try:
+            log.info("%d layers use fused kernels", triton_layers.fuse_gpu_layers(model))
+        except Exception as error:  # memory is short, or the compiler fails: the stock layers compute the same
+            log.info("no more layers use fused kernels: %s", first_line(error))
+    packed_layers.measure_products(model)
+    packed_experts.check_experts(model)
     torch.cuda.empty_cache()
 
 

@@ -203,9 +203,7 @@ def _sizes(model: PreTrainedModel, weights: Quantization, directory: Path | None
     if weights is NONE:
         return {}
     if weights is FROM_FILE and directory is not None:
-        stored = packed_checkpoint.sizes(directory)
-        names = {name: name.removesuffix(".weight") for name, _ in model.named_parameters()}
-        return {name: stored[layer] for name, layer in names.items() if layer in stored}
+        return packed_checkpoint.parameter_sizes(model, directory)
     if weights.packed_bits is None:
         raise ModelLoadError(f"The sizes of weights in {weights.description} are unknown until they are loaded.")
     return Packer(model, weights).sizes(model)
@@ -324,7 +322,7 @@ def refusal(paper: PaperModel, devices: Sequence[Device], options: EngineOptions
     plan = paper.plan(devices, options)
     if plan.fits:
         log.info("planned: %s", "; ".join(f"{s.device.name} has {_gib(s.weights)} of weights" for s in plan.shares))
-    elif 0 < plan.elsewhere <= host:  # which works, slowly
+    elif 0 < plan.elsewhere <= host and not paper.weights.needs_kernels:  # which works, slowly
         log.warning(
             "%s of the weights stay in this machine's own memory: %s",
             _gib(plan.elsewhere),

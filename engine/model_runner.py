@@ -268,7 +268,7 @@ class ModelRunner:
                 device=self.device,
                 record_graph=record_graph,
             )
-        except RuntimeError as error:  # the model moves something to the CPU, or memory is short
+        except Exception as error:  # the model moves something to the CPU, memory is short, or a kernel is not compiled
             log.info("CUDA graphs are off: %s", first_line(error))
 
     def _score_prompts(self, logits: torch.Tensor, spans: list[Span], positions: dict[int, range]) -> None:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from engine.cpu.packed_weight import Codes
 from engine.cpu.packing import Packer
+from engine.placement import check_places
 from engine.quantized import records
 from errors import ModelLoadError
 
@@ -47,6 +48,12 @@ class PackingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **others: Any) -> None:
         self._config.packer = self._config.make_packer(model)
+
+    def validate_environment(self, *others: Any, device_map: Any = None, **more: Any) -> None:
+        """Raises ModelLoadError for a device map that has packed weights where no kernels are."""
+        packer = self._config.packer
+        if isinstance(device_map, dict) and packer is not None and packer.form.needs_gpu:
+            check_places(device_map)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
         packer, may_be_record = self._config.packer, self._config.record_size is not None

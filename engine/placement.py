@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import get_balanced_memory, get_max_memory, infer_auto_device_map
 
+from errors import ModelLoadError
+
 SHARED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of DEVICE_MAP; others name one device
 DeviceMap = Mapping[str, Any]  # the names of modules or tensors, or beginnings of them -> their device
 
@@ -39,6 +41,15 @@ def place_of(name: str, device_map: DeviceMap) -> Any:
     while name and name not in device_map:
         name = name.rpartition(".")[0]
     return device_map.get(name)
+
+
+def check_places(device_map: DeviceMap) -> None:
+    """Raises ModelLoadError where some packed weights have no place on a GPU: nothing else computes with them."""
+    if {"cpu", "disk"} & {str(place) for place in device_map.values()}:
+        raise ModelLoadError(
+            "The GPUs have too little memory for the model's weights in this format: use a smaller model, or set "
+            "QUANTIZATION to a format with fewer bits."
+        )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from engine.batch import Batch, Span
 from engine.cpu import kernels
 from engine.cpu.packed_layers import FusedMLP, PackedLinear, SharedLinear
+from engine.gpu.half_layers import HalfLinear, multiplies_halves
 from engine.layer_probe import forward_of, placeholders
 from engine.model_runner import ModelRunner
 from engine.report import Report
@@ -139,8 +140,10 @@ def tolerance_of(runner: ModelRunner) -> float:
     rounds = any(isinstance(layer, PackedLinear | SharedLinear | FusedMLP) for layer in model.modules())
     rounds = rounds or any(getattr(spec, "key_factors", None) is not None for spec in runner.cache.specs.values())
     is_rounded = rounds or getattr(model, "hf_quantizer", None) is not None
-    tolerance = QUANTIZED_TOLERANCE if is_rounded else TOLERANCE[runner.dtype]
-    return tolerance * EAGER_FACTOR[runner.dtype] if reference_of(runner) == EAGER else tolerance
+    is_halved = any(isinstance(layer, HalfLinear) for layer in model.modules()) or multiplies_halves(runner.device)
+    dtype = torch.float16 if runner.dtype == torch.float32 and is_halved else runner.dtype
+    tolerance = QUANTIZED_TOLERANCE if is_rounded else TOLERANCE[dtype]
+    return tolerance * EAGER_FACTOR[dtype] if reference_of(runner) == EAGER else tolerance
 
 
 def _fits(runner: ModelRunner, num_tokens: int) -> bool:

@@ -21,6 +21,7 @@ def launch(capability: int) -> None:
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
     attend(capability, dtype)
     multiply(dtype)
+    multiply_vocabulary(dtype)
     place(dtype)
     layer_kernels.rms_norm(torch.zeros(2, 4096, dtype=dtype), torch.zeros(4096), 1e-6)
     for is_gelu in (False, True):
@@ -61,6 +62,16 @@ def multiply(dtype: torch.dtype) -> None:
                 products.multiply_tiles(x, weight, bias, output, num_parts=1)
         experts = torch.tensor([0, 8, 16, 16, 16], dtype=torch.int32)
         products.multiply_tiles(x[:16], weight, None, torch.zeros(16, 16, dtype=dtype), experts, num_parts=2)
+
+
+def multiply_vocabulary(dtype: torch.dtype) -> None:
+    """The output layer of Gemma 3, which has the most rows, in every way."""
+    weight = pack(codes_of(FORMATS["q6_k"], 262_208, 256, CPU))
+    products.dequantised(weight, dtype)
+    for count in (1, 16):
+        x, output = torch.zeros(count, 256, dtype=dtype), torch.zeros(count, 262_208, dtype=dtype)
+        products.multiply_numbers(x, weight, None, output)
+        products.multiply_tiles(x, weight, None, output)
 
 
 def place(dtype: torch.dtype) -> None:

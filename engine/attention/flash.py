@@ -281,7 +281,7 @@ def seconds(kernel: Kernel, spec: AttentionSpec, block_size: int) -> float:
         chunk = Trial.of(spec, block_size, [TIMED_QUERIES], [TIMED_QUERIES])
         with torch.cuda.device(spec.device):
             return sum(timing.seconds(partial(trial.run, kernel)) for trial in (decodes, chunk))
-    except RuntimeError:  # the memory is full, or the call cannot be recorded
+    except Exception:  # the memory is full, the call cannot be recorded, or the compiler fails
         return math.inf
     finally:
         torch.cuda.empty_cache()

@@ -14,7 +14,8 @@ import triton
 
 from engine.attention import older_gpus
 from engine.attention.paged_kernels import attend_kernel, join_kernel
-from engine.gpu.triton_tools import AMPERE, TURING, is_ampere, num_processors, on_its_device, precision, widens
+from engine.gpu.half_layers import AMPERE
+from engine.gpu.triton_tools import TURING, is_ampere, num_processors, on_its_device, precision, widens
 from engine.layer_spec import AttentionSpec
 
 LOG2E = 1.4426950408889634

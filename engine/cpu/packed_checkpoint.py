@@ -53,13 +53,22 @@ def size(directory: Path) -> int:
 
 
 def sizes(directory: Path) -> dict[str, int]:
-    """Returns the bytes of each packed weight, by the name of its layer or of experts' parameter, from the file's
+    """Returns the bytes of each quantised weight, by the name of its layer or of experts' parameter, from the file's
     header alone."""
     with open(directory / FILE, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    layers = json.loads(header.pop("__metadata__")["layers"])
+    tables = header.pop("__metadata__")
+    layers, formats = json.loads(tables["layers"]), json.loads(tables["formats"])
     stored = {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
-    return {name: sum(stored.get(f"{source}.{part}", 0) for part in PARTS) for name, source in layers.items()}
+    quantised = {name: source for name, source in layers.items() if not formats[source]["dtype_name"]}
+    return {name: sum(stored.get(f"{source}.{part}", 0) for part in PARTS) for name, source in quantised.items()}
+
+
+def parameter_sizes(model: PreTrainedModel, directory: Path) -> dict[str, int]:
+    """Returns the bytes of a model's quantised parameters, by their own names; see `sizes`."""
+    stored = sizes(directory)
+    layers = {name: name.removesuffix(".weight") for name, _ in model.named_parameters()}
+    return {name: stored[layer] for name, layer in layers.items() if layer in stored}
 
 
 # --- writing

@@ -5,6 +5,7 @@ parameters of three dimensions. They are packed as one matrix each, whose rows a
 other, and two products multiply every token with its own experts only.
 """
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from engine.cpu.packed_weight import GROUP, INT8, PackedWeight, round_and_pack
 PARAMETERS = ("gate_up_proj", "down_proj")  # (experts, 2 * inner, columns) and (experts, columns, inner)
 ROUTERS = ("gate", "router")  # names of the layer that chooses experts, beside them
 TRIED_EXPERTS, TRIED_SIZE = 3, 64  # of the small copy that shows what a module computes
-ROUNDING = 0.05  # how far 8 bits may move its result
+ROUNDING, UNROUNDED = 0.05, 1e-4  # how far 8 bits may move its result, and how far another order of sums
 
 
 class PackedExperts(nn.Module):
@@ -48,32 +49,55 @@ class PackedExperts(nn.Module):
 def can_pack_experts(module: nn.Module) -> bool:
     """Returns whether PackedExperts computes the same as a stock module, whose parameters need no memory yet: a small
     copy of it is computed both ways."""
+    return kernels.are_available() and _computes_as(module, _by_kernels, ROUNDING)
+
+
+def has_usual_formula(module: nn.Module) -> bool:
+    """Returns whether a stock module computes the formula of PackedExperts, as `can_pack_experts`, without these."""
+    return _computes_as(module, _by_torch, UNROUNDED)
+
+
+def _computes_as(module: nn.Module, compute: Callable[..., torch.Tensor], tolerance: float) -> bool:
     with torch.device("cpu"), torch.inference_mode():
-        return _computes_as_packed(module)
+        small = _small_copy(module)
+        if small is None:
+            return False
+        chosen = torch.tensor([[0, 2], [1, 0], [2, 1], [2, 0]])
+        x, weights = torch.randn(4, TRIED_SIZE, dtype=torch.float32), torch.rand(4, 2, dtype=torch.float32)
+        try:
+            expected = small(x, chosen, weights)
+        except Exception:  # it is called in another way
+            return False
+        difference = compute(small, x, chosen, weights) - expected
+        return bool(difference.norm() < tolerance * expected.norm())
 
 
-def _computes_as_packed(module: nn.Module) -> bool:
+def _small_copy(module: nn.Module) -> Any:
+    """Returns a copy with a few small experts; None where the parameters have other shapes."""
     shapes: list[tuple[int, ...]] = [getattr(getattr(module, name, None), "shape", ()) for name in PARAMETERS]
-    if [len(shape) for shape in shapes] != [3, 3] or activation_of(module) is None or not kernels.are_available():
-        return False
+    if [len(shape) for shape in shapes] != [3, 3] or activation_of(module) is None:
+        return None
     columns, inner = shapes[1][1:]
     if shapes[0][1:] != (2 * inner, columns) or inner % GROUP or columns % GROUP:
-        return False
+        return None
     small, size = cast(Any, copy(module)), TRIED_SIZE
     small._parameters = {
         "gate_up_proj": nn.Parameter(torch.randn(TRIED_EXPERTS, size, size, dtype=torch.float32)),
         "down_proj": nn.Parameter(torch.randn(TRIED_EXPERTS, size, size // 2, dtype=torch.float32)),
     }
     small.num_experts = TRIED_EXPERTS
-    chosen = torch.tensor([[0, 2], [1, 0], [2, 1], [2, 0]])
-    x, weights = torch.randn(4, size, dtype=torch.float32), torch.rand(4, 2, dtype=torch.float32)
-    try:
-        expected = small(x, chosen, weights)
-    except Exception:  # it is called in another way
-        return False
+    return small
+
+
+def _by_kernels(small: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     gate_up, down = (round_and_pack(small._parameters[name].data.flatten(0, 1), INT8) for name in PARAMETERS)
-    difference = experts_of(small, gate_up, down)(x, chosen, weights) - expected
-    return bool(difference.norm() < ROUNDING * expected.norm())
+    return cast(torch.Tensor, experts_of(small, gate_up, down)(x, chosen, weights))
+
+
+def _by_torch(small: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    gate_up, down = (small._parameters[name].data[chosen] for name in PARAMETERS)  # (tokens, experts of a token, ...)
+    gate, up = torch.einsum("tc,teic->tei", x, gate_up).chunk(2, dim=-1)
+    return torch.einsum("tei,teci,te->tc", small.act_fn(gate) * up, down, weights)
 
 
 def activation_of(module: nn.Module) -> str | None:

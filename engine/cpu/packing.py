@@ -41,6 +41,8 @@ class PackedForm:
     round_and_pack: Callable[[torch.Tensor, Format], Any]
     pack_floats: Callable[[torch.Tensor], Any] | None  # None: numbers are left to the model's own layers
     install: Callable[[PreTrainedModel, Mapping[str, Any]], None]
+    can_pack_experts: Callable[[nn.Module], bool]
+    needs_gpu: bool = True
 
 
 class Packer:
@@ -60,7 +62,7 @@ class Packer:
             for name, owners in self._owners.items()
         }
         if bits < 16:
-            experts = [name for name, module in model.named_modules() if can_pack_experts(module)]
+            experts = [name for name, module in model.named_modules() if self.form.can_pack_experts(module)]
             self._formats |= {f"{name}.{part}": format_of(bits) for name in experts for part in PARAMETERS}
         self.packed: dict[str, Any] = {}  # by the names of layers, or of experts' parameters
 
@@ -114,7 +116,7 @@ class Packer:
         if fmt.is_quantized:
             return self.form.round_and_pack(weight, fmt)
         assert self.form.pack_floats is not None
-        return self.form.pack_floats(weight.to(fmt.dtype))
+        return self.form.pack_floats(weight)
 
     def is_kept_as_numbers(self, name: str, stored: Codes | torch.Tensor) -> bool:
         """Returns whether a parameter stays in bfloat16: one of a quantised checkpoint whose codes cannot be had."""
@@ -178,7 +180,14 @@ def install(model: PreTrainedModel, packed: Mapping[str, PackedWeight]) -> None:
     fuse_layers(model)
 
 
-CPU_FORM = PackedForm(pack=pack, round_and_pack=round_and_pack, pack_floats=pack_floats, install=install)
+CPU_FORM = PackedForm(
+    pack=pack,
+    round_and_pack=round_and_pack,
+    pack_floats=lambda weight: pack_floats(weight.to(BFLOAT16.dtype)),
+    install=install,
+    can_pack_experts=can_pack_experts,
+    needs_gpu=False,
+)
 
 
 def layers_to_pack(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -16,11 +16,18 @@ from transformers import PreTrainedModel
 from engine.cpu.packing import PackedForm
 from engine.gpu import packed_weight
 
+AMPERE = (8, 0)  # the first compute capability with products of bfloat16
 SMALLEST = 1e-30  # that a row is divided by: one of zeros stays one
 
 
+def multiplies_halves(device: torch.device) -> bool:
+    """Returns whether products of float32 are computed in float16 on a device, as packed layers do on older GPUs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE
+
+
 def in_halves(x: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Computes a product. x: (..., columns) float32. multiply: takes and gives float16. Returns float32."""
+    """Computes a product. x: (..., columns). multiply: takes and gives float16. Returns float32."""
+    x = x.float()  # a module may hand over what it converts to its weight's type
     largest = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
     return multiply((x / largest).half()).float() * largest
 
@@ -69,4 +76,5 @@ HALF_FORM = PackedForm(
     round_and_pack=packed_weight.round_and_pack,
     pack_floats=lambda weight: weight.half(),
     install=install,
+    can_pack_experts=lambda module: False,
 )

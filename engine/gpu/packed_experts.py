@@ -6,7 +6,12 @@ from torch import nn
 from engine.cpu.packed_experts import PARAMETERS
 from engine.gpu import products
 from engine.gpu.layer_kernels import activate
-from engine.gpu.packed_weight import GPUWeight
+from engine.gpu.packed_weight import GPUWeight, unpack
+from engine.gpu.product_limits import TOLERANCES
+from errors import ModelLoadError
+
+TRIED_ROWS = 64  # of two experts, whose products are compared
+TRIED_TOKENS = (3, 20, 40)  # of each, for which different tiles are taken
 
 
 class PackedExperts(nn.Module):
@@ -15,8 +20,12 @@ class PackedExperts(nn.Module):
     Nothing is read back from the device: tokens are sorted by their experts, and a program finds its expert itself.
     """
 
-    def __init__(self, gate_up: GPUWeight, down: GPUWeight, num_experts: int, activation: str) -> None:
+    def __init__(
+        self, gate_up: GPUWeight, down: GPUWeight, num_experts: int, activation: str, dtype: torch.dtype
+    ) -> None:
+        """dtype: of the activations."""
         super().__init__()
+        self.dtype = dtype
         self.packed = dict(zip(PARAMETERS, (gate_up, down), strict=True))
         self.num_experts, self._is_gelu = num_experts, activation != "silu"
 
@@ -46,3 +55,33 @@ class PackedExperts(nn.Module):
         output = torch.empty(len(rows), num_rows, dtype=rows.dtype, device=rows.device)
         products.multiply_tiles(rows, weight, None, output, starts)
         return output
+
+
+def check_experts(model: nn.Module) -> None:
+    """Raises ModelLoadError where the kernel gives other products of experts than torch does, for any format."""
+    weights: dict[object, tuple[GPUWeight, torch.dtype]] = {}
+    for experts in model.modules():
+        if isinstance(experts, PackedExperts):
+            weights |= {weight.kind: (weight, experts.dtype) for weight in experts.packed.values()}
+    for weight, dtype in weights.values():
+        if not agrees(weight, dtype):
+            raise ModelLoadError(
+                f"This GPU computes wrong products with experts of {weight.format.bits} bits: set QUANTIZATION=none, "
+                "or update Triton and the GPU's driver."
+            )
+
+
+def agrees(weight: GPUWeight, dtype: torch.dtype) -> bool:
+    """Returns whether products of two experts are torch's, for the numbers of tokens that take different tiles."""
+    rows = weight.rows(0, TRIED_ROWS)
+    numbers = unpack(rows).dequantize().chunk(2)
+    for count in TRIED_TOKENS:
+        counts = [count + 1, count - 1]
+        starts = torch.tensor([0, count + 1, 2 * count], dtype=torch.int32, device=rows.quants.device)
+        x = torch.randn(2 * count, rows.num_columns, device=starts.device, dtype=torch.float32).to(dtype)
+        output = torch.empty(2 * count, TRIED_ROWS // 2, dtype=dtype, device=starts.device)
+        products.multiply_tiles(x, rows, None, output, starts)
+        expected = torch.cat([own.float() @ part.T for own, part in zip(x.split(counts), numbers, strict=True)])
+        if not bool((output.float() - expected).norm() <= TOLERANCES[x.element_size()] * expected.norm()):
+            return False
+    return True

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from engine.gpu import product_limits, products, timing
-from engine.gpu.half_layers import in_halves
+from engine.gpu.half_layers import in_halves, multiplies_halves
 from engine.gpu.packed_weight import GPUWeight
 from engine.gpu.product_limits import multiply
-from engine.gpu.triton_tools import is_ampere
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +30,7 @@ class PackedLinear(nn.Module):
         return self._multiply(rows).view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if rows.dtype != torch.float32 or is_ampere(rows.device):
+        if rows.dtype != torch.float32 or not multiplies_halves(rows.device):
             return multiply(rows, self.packed, self.bias)
         output = in_halves(rows, lambda halves: multiply(halves, self.packed))
         return output if self.bias is None else output + self.bias
@@ -57,11 +56,11 @@ class PackedEmbedding(nn.Module):
 
 
 def measure_products(model: nn.Module) -> None:
-    """Finds the fastest way to multiply with a GPU model's packed weights; see product_limits.py. Raises RuntimeError
-    where memory is short, or the compiler fails."""
+    """Finds the fastest way to multiply with a GPU model's packed weights; see product_limits.py. Raises
+    ModelLoadError where none is right."""
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     for device in {layer.packed.quants.device for layer in layers}:
         with torch.cuda.device(device):
             own = [layer for layer in layers if layer.packed.quants.device == device]
-            dtype = own[0].dtype if is_ampere(device) else torch.float16
+            dtype = torch.float16 if multiplies_halves(device) else own[0].dtype
             product_limits.measure((layer.packed for layer in own), dtype, timing.seconds)

@@ -15,14 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from engine.cpu import packed_checkpoint
 from engine.cpu.jit import LANES
-from engine.cpu.packed_experts import PARAMETERS, activation_of, make_router_exact
+from engine.cpu.packed_experts import PARAMETERS, activation_of, has_usual_formula, make_router_exact
 from engine.cpu.packed_weight import PART, PackedWeight
 from engine.cpu.packing import PackedForm
 from engine.gpu import packed_weight
 from engine.gpu.packed_experts import PackedExperts
 from engine.gpu.packed_layers import PackedEmbedding, PackedLinear
 from engine.gpu.packed_weight import GPUWeight
-from engine.placement import DeviceMap, device_map_of, place_of
+from engine.placement import SHARED_MAPS, DeviceMap, check_places, device_map_of, place_of
 
 
 def install(model: PreTrainedModel, packed: Mapping[str, GPUWeight]) -> None:
@@ -35,7 +35,8 @@ def install(model: PreTrainedModel, packed: Mapping[str, GPUWeight]) -> None:
         elif parameter == PARAMETERS[0]:
             stock, down = modules[parent], packed[f"{parent}.{PARAMETERS[1]}"]
             activation, num_experts = cast(str, activation_of(stock)), cast(int, stock.num_experts)
-            model.set_submodule(parent, PackedExperts(weight, down, num_experts, activation))
+            dtype = stock.get_parameter(parameter).dtype
+            model.set_submodule(parent, PackedExperts(weight, down, num_experts, activation, dtype))
             make_router_exact(modules[parent.rpartition(".")[0]])
 
 
@@ -52,6 +53,7 @@ GPU_FORM = PackedForm(
     round_and_pack=packed_weight.round_and_pack,
     pack_floats=None,
     install=install,
+    can_pack_experts=has_usual_formula,
 )
 
 
@@ -64,17 +66,31 @@ def load(
     packed, plain = packed_checkpoint.weights(path, is_mapped=True)
     with init_empty_weights(include_buffers=False):
         model = packed_checkpoint.builder(config, dtype, attention)()
-    sizes = {f"{name}.weight": size for name, size in packed_checkpoint.sizes(directory).items()}
-    places = device_map_of(model, sizes, device_map)
+    places = device_map_of(model, packed_checkpoint.parameter_sizes(model, directory), device_map)
+    if device_map in SHARED_MAPS:
+        check_places(places)
     quantised = {name: weight for name, weight in packed.items() if weight.format.is_quantized}
-    numbers = {f"{name}.weight": packed[name].dequantize() for name in packed.keys() - quantised.keys()}
-    moved = {name: value.to(_device(name, places), dtype) for name, value in (plain | numbers).items()}
+    moved = {name: value.to(_device(name, places), dtype) for name, value in plain.items()}
+    moved |= _numbers_on_devices(packed, places, dtype)
     packed_checkpoint.assign_plain(model, moved, quantised, path)
     model.tie_weights()
     install(model, _on_devices(quantised, places))
     packed_checkpoint.read_generation_config(model, directory)
     dispatch_model(model, dict(places), skip_keys=model._skip_keys_device_placement)
     return model
+
+
+def _numbers_on_devices(
+    packed: Mapping[str, PackedWeight], places: DeviceMap, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Returns the weights that the file has not quantised, by the names of parameters, each on its device; one at a
+    time is in the host's memory, and layers that share one still do."""
+    known: dict[int, torch.Tensor] = {}
+    names = [name for name, weight in packed.items() if not weight.format.is_quantized]
+    for name in names:
+        if id(packed[name]) not in known:
+            known[id(packed[name])] = packed[name].dequantize().to(_device(name, places), dtype)
+    return {f"{name}.weight": known[id(packed[name])] for name in names}
 
 
 def _on_devices(packed: Mapping[str, PackedWeight], places: DeviceMap) -> dict[str, GPUWeight]:

@@ -35,7 +35,7 @@ def numbers_kernel(
     IS_FLOAT: tl.constexpr,
 ) -> None:
     """Computes some rows of one token's output: sum_g scale_g * (codes_g . x_g) + shift_g * sum(x_g)."""
-    token, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
     row = row.to(tl.int64)
     total = tl.zeros([ROWS, CHUNKS], tl.float32)

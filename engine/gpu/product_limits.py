@@ -21,7 +21,7 @@ Agrees = Callable[[Way, GPUWeight, torch.dtype], bool]
 WAYS = (products.multiply_numbers, products.multiply_tiles, products.multiply_dequantised)
 Measure = Callable[[Callable[[], None]], float]  # seconds that a call takes
 FEW, MANY = (1, 2, 4, 8), (32, 64, 128, 256, 512)  # tokens that are timed
-TRIED_ROWS, TRIED_TOKENS = 64, 17  # of the product that is compared
+TRIED_ROWS, TRIED_TOKENS = 64, (1, 17, 33)  # of the products that are compared
 TOLERANCES = {2: 0.02, 4: 1e-3}  # bytes of a number -> allowed difference, as a part of the result's norm
 
 
@@ -90,7 +90,11 @@ def limits_of(weight: GPUWeight, dtype: torch.dtype, seconds: Measure, agrees: A
         device = weight.quants.device
         x = torch.zeros(num_tokens, weight.num_columns, dtype=dtype, device=device)
         output = torch.empty(num_tokens, weight.num_rows, dtype=dtype, device=device)
-        return seconds(lambda: way(x, weight, None, output)) if way in able else math.inf
+        try:
+            return seconds(lambda: way(x, weight, None, output)) if way in able else math.inf
+        except Exception as error:  # any kind, from the compiler or the driver
+            log.info("%s is of no use here for %d tokens: %s", way.__name__, num_tokens, first_line(error))
+            return math.inf
 
     def last_faster(counts: Iterable[int], way: Way, other: Way) -> int:
         """Returns the last of the counts up to which `way` is always faster; 0 if it never is."""
@@ -111,9 +115,9 @@ def _agrees(way: Way, weight: GPUWeight, dtype: torch.dtype) -> bool:
     several."""
     rows = weight.rows(0, TRIED_ROWS)
     numbers = unpack(rows).dequantize()
-    x = torch.randn(TRIED_TOKENS, weight.num_columns, device=numbers.device, dtype=torch.float32).to(dtype)
+    x = torch.randn(max(TRIED_TOKENS), weight.num_columns, device=numbers.device, dtype=torch.float32).to(dtype)
     expected = x.float() @ numbers.T
-    for count in (1, TRIED_TOKENS):
+    for count in TRIED_TOKENS:
         output = torch.empty(count, len(numbers), dtype=dtype, device=numbers.device)
         try:
             way(x[:count], rows, None, output)

@@ -4,7 +4,7 @@ For a token or two a program multiplies a few rows of the weight number by numbe
 time. For more tokens a program takes a tile of tokens and one of rows, and the tensor cores multiply them; where there
 are too few tiles to fill the device, the columns are divided into parts, which a second kernel adds up. For a long
 prompt that would dequantise a weight many times: so it is dequantised once, some rows at a time, and torch multiplies.
-From how many tokens on each way is the faster one is measured at the start, see limits.py.
+From how many tokens on each way is the faster one is measured at the start, see product_limits.py.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def multiply_numbers(
 ) -> None:
     """Computes a product number by number. x: (tokens, columns); output: (tokens, rows), whose rows may be apart."""
     tiles = tiles or _usual(ONE_TOKEN)
-    numbers_kernel[len(x), triton.cdiv(weight.num_rows, tiles.rows)](
+    numbers_kernel[triton.cdiv(weight.num_rows, tiles.rows), len(x)](  # the first of a grid's sizes may be the largest
         *(x, output, bias, *_tensors(weight), weight.num_rows, weight.num_columns, weight.num_chunks),
         *(x.stride(0), output.stride(0)),
         ROWS=tiles.rows,

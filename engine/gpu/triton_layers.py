@@ -120,6 +120,8 @@ class Attention(nn.Module):
         step = others.get("step")
         if not isinstance(step, StepAttention) or step.flash is None or position_embeddings is None:
             return self._as_stock(hidden_states, position_embeddings, others)
+        if position_embeddings[0].shape[-1] != self._head_dim:  # only a part of each head is rotated
+            return self._as_stock(hidden_states, position_embeddings, others)
         group = step.of_layer(self._layer, hidden_states.device)
         if group.flash is None or group.prefills:  # there are images, and the kernel cannot see ahead
             return self._as_stock(hidden_states, position_embeddings, others)

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-TURING, AMPERE = (7, 5), (8, 0)  # compute capabilities
+from engine.gpu.half_layers import AMPERE
+
+TURING = (7, 5)  # compute capability
 F = TypeVar("F", bound=Callable[..., Any])
 
 

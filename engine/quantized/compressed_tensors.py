@@ -39,7 +39,7 @@ def layouts(scheme: Mapping[str, Any]) -> list[Layout]:
             (".weight_zero_point", ".weight_g_idx"),
             bits=4,
         ),
-        Layout(".weight_packed", (".weight_scale",), _read_mxfp4, bits=4),
+        Layout(".weight_packed", (".weight_scale",), _read_mxfp4, bits=4, more_bits=1),
         Layout(".weight", (".weight_scale",), partial(_read_plain, block), (".weight_zero_point",)),
     ]
 

@@ -29,6 +29,7 @@ READERS = {  # quant_method -> the layouts of its weights
     "compressed-tensors": compressed_tensors.layouts,
 }
 EXPERT = re.compile(r"\.experts\.\d+\.")
+SHARED = 128  # columns that have a scale in common, at most, on GPUs
 FACTORS = 4  # bytes of a scale and a minimum for each group of columns
 
 
@@ -73,7 +74,10 @@ class QuantizedFiles:
             found = ((layout, layout.parts_of(name, self._headers)) for layout in layouts)
             if first := next(((layout, parts) for layout, parts in found if parts is not None), None):
                 self._weights[name] = first
-        self._bits = {_place(layout.target_of(name)): layout.bits for name, (layout, _) in self._weights.items()}
+        self._sizes = {
+            _place(layout.target_of(name)): self._size_of(layout, parts)
+            for name, (layout, parts) in self._weights.items()
+        }
         self._others: Counter[Format] = Counter()  # weights that are kept in another format than the file's own
         self._check_codes()
 
@@ -96,10 +100,19 @@ class QuantizedFiles:
         )
 
     def element_size(self, name: str) -> float | None:
-        """Returns the bytes of a number of a parameter in the file's own codes, with its part of the factors, about;
-        None where it has no codes there. name: as the model has it, in which only the beginning may be another."""
-        bits = self._bits.get(_place(name))
-        return None if bits is None else bits / 8 + FACTORS / GROUP
+        """Returns the bytes of a number of a parameter in the file's own codes, with its part of the factors, as GPUs
+        keep them; None where it has no codes there. name: as the model has it, in which only the beginning may be
+        another."""
+        return self._sizes.get(_place(name))
+
+    def _size_of(self, layout: Layout, parts: Mapping[str, str]) -> float:
+        """A scale of 16 bits, and a minimum if there are zeros, belong to as many columns as share them, up to SHARED;
+        symmetric codes may have zeros, too, which are then not kept."""
+        codes = self._headers[parts[layout.codes]].num_bytes * 8 / layout.bits
+        scales = self._headers[parts[layout.required[-1]]].num_elements
+        columns = max(GROUP, min(SHARED, GROUP * int(codes / scales / GROUP)))
+        has_zeros = any("zero" in part for part in parts)
+        return layout.kept_bits / 8 + 2 * (1 + has_zeros) / columns
 
     def state_dict(self, stack: ExitStack) -> dict[str, Any]:
         """Returns all tensors, each as transformers reads those of files: when asked for. stack: closes the files."""

@@ -20,6 +20,11 @@ class Layout:
     optional: tuple[str, ...] = ()
     target: str = ".weight"  # what the name of the model's parameter ends with
     bits: int = 8  # of a code
+    more_bits: int = 0  # that it takes in the kernels' formats
+
+    @property
+    def kept_bits(self) -> int:
+        return self.bits + self.more_bits
 
     def parts_of(self, name: str, names: Mapping[str, object]) -> dict[str, str] | None:
         """Returns the names of the tensors that belong to one with codes, by their ends; None if `name` is none.
