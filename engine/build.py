@@ -175,6 +175,7 @@ def build_engine(
     proposer = None if draft is None else _draft_model(draft, model, options, steps, context, eos_token_ids)
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(model, kernel)
+    _measure_products(model)
     size = CacheSize.fit(specs, options, steps=steps, block_size=block_size, context=context, rooms=_rooms(specs))
     states, plan, max_num_seqs = _state_cache(size, specs, steps), size.keys, size.max_num_seqs
     limits = Limits(
@@ -249,6 +250,21 @@ def _fuse_layers(model: PreTrainedModel, kernel: Kernel | None) -> None:
     torch.cuda.empty_cache()
 
 
+def _measure_products(model: PreTrainedModel) -> None:
+    """Chooses how packed layers multiply on a GPU, if the model has some."""
+    if input_device(model).type != "cuda":
+        return
+    try:
+        from engine.gpu.packed_layers import measure_products
+    except ImportError:
+        return
+    try:
+        measure_products(model)
+    except RuntimeError as error:  # memory is short, or the compiler fails: what is usual will do
+        log.info("products with packed weights were not measured: %s", first_line(error))
+    torch.cuda.empty_cache()
+
+
 def _state_cache(size: CacheSize, specs: LayerSpecs, steps: StepSizes) -> StateCache | None:
     """Makes the part of the cache that recurrent layers need; None for a model without any."""
     plan, num_bytes = size.states, specs.bytes_per_sequence / 2**20
@@ -283,6 +299,7 @@ def _draft_model(
     context = min(context, model_context(draft.config, None))
     block_size, kernel = _choose_attention(specs, options)
     _fuse_layers(draft, kernel)
+    _measure_products(draft)
     if specs.recurrent:
         raise ModelLoadError(
             f"Models of type {draft.config.model_type!r} cannot guess for another one: "

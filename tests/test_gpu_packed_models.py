@@ -2,12 +2,14 @@
 one, else in Triton's interpreter."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import quantized_checkpoints as made
 import torch
 from devices import DEVICE
+from gpu_codes import codes_of
 from gpu_models import engine_on_gpu, load_on_gpu, packed_model, plain_twin
 from lora_files import TinyAdapter, greedy_tokens
 from models import byte_tokenizer, tiny_model
@@ -20,30 +22,31 @@ from engine.attention.paged import AttentionRecorder
 from engine.build import model_runner_of
 from engine.checked_model import check_model
 from engine.cpu import gguf_blocks
-from engine.cpu.packed_weight import E4M3
+from engine.cpu.packed_weight import E4M3, Format
 from engine.model_loader import load_model
 from engine.quantized.files import QuantizedFiles
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
-from engine.gpu import products  # noqa: E402
+from engine.gpu import product_limits, products  # noqa: E402
 from engine.gpu.packed_experts import PackedExperts  # noqa: E402
-from engine.gpu.packed_layers import PackedEmbedding, PackedLinear  # noqa: E402
+from engine.gpu.packed_layers import PackedEmbedding, PackedLinear, measure_products  # noqa: E402
+from engine.gpu.packed_weight import pack  # noqa: E402
 
 IDS = [[5, 6, 7, 8, 50, 90]]
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11, 12], [11], [8, 8, 8])
 
 
-def logits(model: nn.Module) -> torch.Tensor:
+def logits(model: PreTrainedModel) -> torch.Tensor:
     """Of a model whose attention is computed as in the first tokens of a sequence."""
     with torch.inference_mode():
-        step = AttentionRecorder(computes=True)
-        result: torch.Tensor = model(input_ids=torch.tensor(IDS, device=DEVICE), use_cache=False, step=step).logits
-    return result.float()
+        step, device = AttentionRecorder(computes=True), model.get_input_embeddings().weight.device
+        result: torch.Tensor = model(input_ids=torch.tensor(IDS, device=device), use_cache=False, step=step).logits
+    return result.float().cpu()
 
 
-def distance(model: nn.Module, other: nn.Module) -> float:
+def distance(model: PreTrainedModel, other: PreTrainedModel) -> float:
     expected = logits(other)
     return float((logits(model) - expected).norm() / expected.norm())
 
@@ -224,3 +227,23 @@ def test_a_packed_model_is_served_with_its_tokenizer() -> None:
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, PackedEmbedding) and embedding.num_embeddings == len(byte_tokenizer())
     assert embedding.weight.device.type == DEVICE.type
+
+
+def test_the_fastest_way_is_measured_once_for_each_format_of_a_models_layers() -> None:
+    """Numbers of bits that no other model here has."""
+    model, weight = packed_model("qwen3", "int8"), pack(codes_of(Format(7, offset=64), 32, 64, DEVICE))
+    for name in ("q_proj", "k_proj"):
+        setattr(model.model.layers[0].self_attn, name, PackedLinear(weight, None, torch.float16))
+    calls: list[torch.device] = []
+
+    def seconds(device: torch.device, run: Callable[[], None]) -> float:
+        calls.append(device)
+        return 1.0
+
+    measure_products(model, seconds)
+    assert {device.type for device in calls} == {DEVICE.type} and calls
+    x, count = torch.randn(3, 64, device=DEVICE).half(), len(calls)
+    expected = x.float() @ products.dequantised(weight, torch.float32).T
+    assert torch.allclose(product_limits.multiply(x, weight).float(), expected, rtol=1e-2, atol=1e-2)
+    measure_products(model, seconds)
+    assert len(calls) == count

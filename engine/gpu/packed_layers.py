@@ -3,12 +3,15 @@
 Inputs are not rounded, unlike on a CPU: a layer computes what the stock one would with the dequantised weight.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 
 from engine.gpu import products
 from engine.gpu.packed_weight import GPUWeight
-from engine.gpu.product_limits import multiply
+from engine.gpu.product_limits import measure, multiply, seconds_in_graph
 
 
 class PackedLinear(nn.Module):
@@ -46,3 +49,14 @@ class PackedEmbedding(nn.Module):
         ids = token_ids.to(self.packed.quants.device)
         rows = products.dequantised(self.packed, self.dtype, ids.flatten()).view(*ids.shape, -1)
         return rows if self.scale is None else rows * self.scale.to(rows)
+
+
+def measure_products(
+    model: nn.Module, seconds: Callable[[torch.device, Callable[[], None]], float] = seconds_in_graph
+) -> None:
+    """Measures how to multiply with each format of the model's layers the fastest. seconds: what a call takes on a
+    device."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for dtype, device in {(layer.dtype, layer.packed.quants.device) for layer in layers}:
+        own = (layer.packed for layer in layers if (layer.dtype, layer.packed.quants.device) == (dtype, device))
+        measure(own, dtype, partial(seconds, device))

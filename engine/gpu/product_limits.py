@@ -5,17 +5,20 @@ CUDA graphs.
 """
 
 import logging
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
+from engine.cuda_graphs import record_graph
 from engine.gpu import products
 from engine.gpu.packed_weight import GPUWeight
 
 log = logging.getLogger(__name__)
 Way = Callable[[torch.Tensor, GPUWeight, torch.Tensor | None, torch.Tensor], None]
 Measure = Callable[[Callable[[], None]], float]  # seconds that a call takes
+REPEATS = 5  # of which the median counts
 FEW, MANY = (1, 2, 4, 8), (32, 64, 128, 256, 512)  # tokens that are tried
 
 
@@ -48,6 +51,28 @@ def multiply(
         output = torch.empty(len(x), weight.num_rows, dtype=x.dtype, device=x.device)
     _measured.get(_key(weight, x.dtype), DEFAULT).way_for(len(x))(x, weight, bias, output)
     return output
+
+
+def seconds_in_graph(device: torch.device, run: Callable[[], None], calls: int = 4) -> float:
+    """Returns how long a call takes on a GPU that replays several of them."""
+
+    def several() -> torch.Tensor:
+        for _ in range(calls):
+            run()
+        return torch.empty(0)
+
+    times = []
+    with torch.cuda.device(device):
+        replay = record_graph(several)
+        replay()
+        for _ in range(REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times.append(float(start.elapsed_time(end)) / 1000 / calls)
+    return statistics.median(times)
 
 
 def measure(weights: Iterable[GPUWeight], dtype: torch.dtype, seconds: Measure) -> None:

@@ -4,7 +4,7 @@ For a token or two a program multiplies a few rows of the weight number by numbe
 time. For more tokens a program takes a tile of tokens and one of rows, and the tensor cores multiply them; where there
 are too few tiles to fill the device, the columns are divided into parts, which a second kernel adds up. For a long
 prompt that would dequantise a weight many times: so it is dequantised once, some rows at a time, and torch multiplies.
-From how many tokens on each way is the faster one is measured at the start, see limits.py.
+From how many tokens on each way is the faster one is measured at the start, see product_limits.py.
 """
 
 import functools
