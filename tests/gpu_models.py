@@ -38,11 +38,13 @@ def load_on_gpu(directory: Path, quantization: str = "auto", dtype: torch.dtype 
     return load_model(own, lambda phase, fraction: None, quantization)
 
 
-def packed_model(family: str, quantization: str = "int8", **changes: object) -> PreTrainedModel:
-    """Returns a tiny model with packed weights."""
+def packed_model(
+    family: str, quantization: str = "int8", dtype: torch.dtype = torch.float32, **changes: object
+) -> PreTrainedModel:
+    """Returns a tiny model with packed weights. dtype: of its activations."""
     from engine.gpu.packing import GPU_FORM
 
-    model = tiny_model(family, **changes).to(DEVICE)
+    model = tiny_model(family, **changes).to(device=DEVICE, dtype=dtype)
     pack_model(model, QUANTIZATIONS[quantization], form=GPU_FORM)
     return model
 
