@@ -71,8 +71,7 @@ def runner_of(engine: Engine) -> ModelRunner:
 
 def room_for(num_tokens: int, family: str, dtype: torch.dtype, device: torch.device) -> int:
     """Returns the bytes of a cache with so many tokens in every layer."""
-    specs = probe_layers(model_of(family, dtype, device))
-    return num_tokens * specs.bytes_per_token
+    return num_tokens * probe_layers(model_of(family, dtype, device)).bytes_per_token
 
 
 def finish(engine: Engine, sequences: Rows[Sequence]) -> None:
