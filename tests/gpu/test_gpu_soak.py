@@ -33,7 +33,7 @@ from engine.vision import Image
 
 TEXT = 190  # ids below stand for no image
 CLIENTS, VARIANTS = 12, 6  # requests at once; of each kind
-CACHED = 800  # tokens that the cache holds: fewer than the clients' requests have, so that some are preempted
+CACHED = 420  # tokens that the cache holds: fewer than the clients' requests have, so that some are preempted
 MAX_GROWTH = 2**20  # bytes
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}, "on": {"type": "boolean"}}, "required": ["n"]}
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
@@ -98,8 +98,8 @@ def requests_of(adapters: list[Adapter], compiler: GrammarCompiler) -> list[Requ
         by_grammar = replace(GREEDY, max_tokens=60, grammar=grammar, ignore_eos=False, temperature=float(number % 2))
         made += [
             Request("greedy", text, GREEDY),
-            Request("long", [rng.randrange(TEXT) for _ in range(600)], replace(GREEDY, max_tokens=9)),
-            Request("repeating", text[:9] * 8, replace(GREEDY, max_tokens=80)),
+            Request("long", [rng.randrange(TEXT) for _ in range(300)], replace(GREEDY, max_tokens=9)),
+            Request("repeating", text[:9] * 8, replace(GREEDY, max_tokens=120)),
             Request("sampled", text[::-1], replace(seeded, max_tokens=30)),
             Request("grammar", [*text[:5], 1], by_grammar),
             Request("adapter", text, replace(GREEDY, adapter=adapters[number % len(adapters)])),
@@ -133,7 +133,7 @@ def test_nothing_fails_or_stays_behind_or_changes_an_answer(device: torch.device
     ]
     model = model.to(device)
     memory = CACHED * probe_layers(model).bytes_per_token
-    options = EngineOptions(max_num_seqs=8, max_num_batched_tokens=128, kv_cache_memory=memory, max_model_len=700)
+    options = EngineOptions(max_num_seqs=8, max_num_batched_tokens=128, kv_cache_memory=memory, max_model_len=360)
     engine = build_engine(model, options, frozenset({eos}))
     adapters = [runner_of(engine).adapters.read(path.name, path, max_rank=8) for path in made]
     compiler = GrammarCompiler(tokenizer.backend_tokenizer.to_str, size, {eos})
