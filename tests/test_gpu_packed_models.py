@@ -9,7 +9,7 @@ import pytest
 import quantized_checkpoints as made
 import torch
 from devices import DEVICE
-from gpu_codes import codes_of
+from gpu_codes import FORMATS, codes_of
 from gpu_models import engine_on_gpu, load_on_gpu, packed_model, plain_twin
 from lora_files import TinyAdapter, greedy_tokens
 from models import byte_tokenizer, tiny_model
@@ -227,6 +227,17 @@ def test_a_packed_model_is_served_with_its_tokenizer() -> None:
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, PackedEmbedding) and embedding.num_embeddings == len(byte_tokenizer())
     assert embedding.weight.device.type == DEVICE.type
+
+
+def test_what_an_embedding_is_multiplied_by_is_where_its_rows_are() -> None:
+    """Whatever device it comes from: a copy could not be recorded."""
+    weight = pack(codes_of(FORMATS["int8"], 8, 64, DEVICE))
+    embedding = PackedEmbedding(weight, torch.tensor(3.0, dtype=torch.float64), torch.bfloat16)
+    assert embedding.scale is not None and embedding.scale.device.type == DEVICE.type
+    assert embedding.scale.dtype == torch.bfloat16
+    ids = torch.tensor([[3, 5]], device=DEVICE)
+    plain = PackedEmbedding(weight, None, torch.bfloat16)
+    assert torch.equal(embedding(ids), plain(ids) * 3)
 
 
 def test_the_fastest_way_is_measured_once_for_each_format_of_a_models_layers() -> None:

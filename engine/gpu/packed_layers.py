@@ -37,7 +37,9 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, packed: GPUWeight, scale: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.packed, self.scale, self.dtype = packed, scale, dtype
+        self.packed, self.dtype = packed, dtype
+        # where the rows are: a copy from the CPU cannot be recorded in a CUDA graph
+        self.scale = None if scale is None else scale.to(packed.quants.device, dtype)
         self.num_embeddings = packed.num_rows
 
     @property
@@ -48,7 +50,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         ids = token_ids.to(self.packed.quants.device)
         rows = products.dequantised(self.packed, self.dtype, ids.flatten()).view(*ids.shape, -1)
-        return rows if self.scale is None else rows * self.scale.to(rows)
+        return rows if self.scale is None else rows * self.scale
 
 
 def measure_products(
