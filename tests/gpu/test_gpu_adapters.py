@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_engines import WHOLE, finish, generated, prompts, runner_of
+from gpu_engines import WHOLE, finish, generated, prompts, runner_of, with_new
 from lora_files import TinyAdapter
 from models import tiny_model
 from test_lora import KINDS
@@ -29,7 +29,9 @@ def answers(engine: Engine, requests: list[list[int]], owners: list[Adapter | No
     return [sequence.output_ids for sequence in asked]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "gemma4", "qwen3_moe", "qwen3_5", "lfm2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "gemma3", "gemma4", "qwen3_moe", *with_new(["qwen3_5", "lfm2"])]
+)
 def test_each_answer_has_its_own_adapter(family: str, device: torch.device, tmp_path: Path) -> None:
     """Beside others and none, and after and before steps of decodes without one, which are recorded."""
     stock, requests = tiny_model(family, "eager").to(device), prompts(6, longest=60)

@@ -16,6 +16,7 @@ from gpu_engines import (
     room_for,
     runner_of,
     stock_model,
+    with_new,
     with_or_without,
 )
 from models import MIXTURES, RECURRENT, SHARING, VOCAB
@@ -30,7 +31,7 @@ LONG = [number % VOCAB for number in range(3, 150)]
 FLOAT = torch.float32  # in 16 bits a router may send a token to another expert
 
 
-@pytest.mark.parametrize("family", [*MIXTURES, *SHARING, *RECURRENT])
+@pytest.mark.parametrize("family", [*MIXTURES, *SHARING, *with_new(RECURRENT)])
 @pytest.mark.parametrize(
     ("options", "requests"),
     [(WHOLE, prompts(1)), (WHOLE, prompts(16)), (CHUNKS, prompts(16)), (GUESSES, REPEATING)],
@@ -44,7 +45,7 @@ def test_tokens_are_those_of_generate(
     hold(stock_model(family, FLOAT, device), requests, answers(engine, requests))
 
 
-@pytest.mark.parametrize("family", [*SHARING, "qwen3_5", "lfm2", "granite_hybrid"])
+@pytest.mark.parametrize("family", [*SHARING, *with_new(["qwen3_5", "lfm2", "granite_hybrid"])])
 def test_in_16_bits_too(family: str, device: torch.device) -> None:
     requests = prompts(16)
     found = answers(engine_of(family, torch.bfloat16, device, CHUNKS), requests)
@@ -60,7 +61,7 @@ def test_preempted_sequences_too(family: str, device: torch.device) -> None:
     assert engine.num_preemptions > 0, "the cache was not small enough"
 
 
-@pytest.mark.parametrize("family", [*MIXTURES, *SHARING, *RECURRENT])
+@pytest.mark.parametrize("family", [*MIXTURES, *SHARING, *with_new(RECURRENT)])
 def test_beginnings_that_were_computed_before_too(family: str, device: torch.device) -> None:
     """Also where a state of recurrent layers was kept."""
     requests = [LONG[:n] + own for n, own in zip((140, 139, 30, 64, 65, 8), prompts(6, longest=20), strict=True)]
@@ -74,7 +75,7 @@ def test_beginnings_that_were_computed_before_too(family: str, device: torch.dev
     assert again.num_cached_tokens > 64
 
 
-@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("family", with_new(RECURRENT))
 @pytest.mark.parametrize("count", [1, 6])
 def test_wrong_guesses_are_taken_back(family: str, count: int, device: torch.device) -> None:
     """From the states of recurrent layers."""
