@@ -10,7 +10,7 @@ import quantized_checkpoints as made
 import torch
 from devices import DEVICE
 from gpu_codes import FORMATS, codes_of
-from gpu_models import engine_on_gpu, load_on_gpu, packed_model, plain_twin
+from gpu_models import NEEDS_NEW, engine_on_gpu, load_on_gpu, packed_model, plain_twin
 from lora_files import TinyAdapter, greedy_tokens
 from models import byte_tokenizer, tiny_model
 from quantized_cases import CASES
@@ -137,6 +137,7 @@ def test_adapters_change_packed_layers_for_their_own_sequences(tmp_path: Path) -
 # --- GGUF files
 
 
+@NEEDS_NEW
 @pytest.mark.parametrize("kind", gguf_blocks.BLOCK_BYTES)
 def test_a_gguf_files_own_blocks_are_kept(kind: str, tmp_path: Path) -> None:
     """As the library of llama.cpp reads them."""
@@ -154,6 +155,7 @@ def test_a_gguf_files_own_blocks_are_kept(kind: str, tmp_path: Path) -> None:
     assert distance(model, plain_twin(model, stock)) < 1e-4
 
 
+@NEEDS_NEW
 @pytest.mark.parametrize("kind", ["F16", "F32", "BF16"])
 def test_a_gguf_files_floats_get_the_models_type(kind: str, tmp_path: Path) -> None:
     expected = wide(kind, tmp_path / "tiny.gguf")

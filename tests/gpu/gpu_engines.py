@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from gpu_models import NEEDS_NEW
 from models import VOCAB, tiny_model
-from packaging.version import Version
 from transformers import PreTrainedModel
 
 from engine.async_runner import AsyncRunner
@@ -29,8 +28,6 @@ WHOLE = EngineOptions(max_num_seqs=16, num_speculative_tokens=0, kv_cache_memory
 CHUNKS = replace(WHOLE, max_num_batched_tokens=24, max_num_mixed_tokens=24)
 GUESSES = replace(WHOLE, num_speculative_tokens=8)
 REPEATING = [[*range(10, 24)] * 5 + [7, 9, number] for number in range(8)]
-IS_OLD = Version(transformers.__version__) < Version("5.23")
-NEEDS_NEW = pytest.mark.skipif(IS_OLD, reason="the engine needs a newer transformers for this; see requirements.txt")
 INT8_APART = 0.5  # of the logits' spread, that another token may be better by where an int8 cache rounds
 MANY, SHARE_OF_BEST = 40, 0.9  # tokens in 16 bits; the part of them that is the stock model's first choice
 

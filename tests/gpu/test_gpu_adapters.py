@@ -16,6 +16,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 NUM_NEW = 24
+OLDER = ["llama", "qwen2", "qwen3", "gemma3", "gemma4", "qwen3_moe"]
 
 
 def answers(engine: Engine, requests: list[list[int]], owners: list[Adapter | None]) -> list[list[int]]:
