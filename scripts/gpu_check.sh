@@ -23,7 +23,7 @@ out=${OUT:-bench/results}
 mkdir -p "$out"
 : >"$out/gpu-check.log" >"$out/gpu-steps.jsonl"
 export PYTHONUNBUFFERED=1 GPU_TESTS=$device
-options=(-vv -W default --maxfail 20 --durations 8 -rfE ${TEST_OPTIONS:--n 8})
+options=(-vv -W default --maxfail 20 --durations 8 -rfE ${TEST_OPTIONS:--n 12})
 chosen=() small=()
 if [[ $device == cpu ]]; then  # a sample, since the interpreter is slow
     models=tiny
@@ -65,8 +65,8 @@ except ImportError as error:
     print(error)'
 if wanted tests; then
     run server 90 "$python" -m pytest tests/gpu/test_gpu_server.py -W default -s
-    run kernels 150 "$python" -m pytest tests/test_paged_triton.py tests/test_gpu_products.py tests/test_triton_layers.py \
-        tests/test_gpu_packed_models.py "${options[@]}" "${chosen[@]}"
+    run kernels 150 "$python" -m pytest tests/test_gpu_products.py tests/test_gpu_packed_models.py tests/test_triton_layers.py \
+        tests/test_paged_triton.py "${options[@]}" "${chosen[@]}"
     [[ $device == cpu ]] && chosen=(-k "(chunks or alone or device or faults or choices) and not bfloat16 and not gemma")
     run parity 170 "$python" -m pytest tests/gpu "${options[@]}" "${chosen[@]}" \
         --deselect tests/gpu/test_gpu_server.py --deselect tests/gpu/test_gpu_soak.py
