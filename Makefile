@@ -6,6 +6,8 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 WORKERS ?= 2
+GPU_WORKERS ?= 4
+GPU_KERNELS := tests/test_paged_triton.py tests/test_triton_layers.py tests/test_gpu_products.py tests/test_gpu_packed_models.py
 AGENTS := tests/clients/agents
 export HOST PORT
 
@@ -21,9 +23,9 @@ test: setup-dev
 test-all: setup-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile thorough
 
-# Skipped without a GPU; scripts/gpu_check.sh runs these and the benchmark, with another Python too
+# Parity is skipped without a GPU, and kernels run in the interpreter; scripts/gpu_check.sh runs these and the benchmarks
 test-gpu: setup-dev
-	$(BIN)/python -m pytest tests/gpu -rs
+	$(BIN)/python -m pytest -n $(GPU_WORKERS) tests/gpu $(GPU_KERNELS) -rs
 
 # The clients have environments of their own, and start the server in this one
 test-clients: setup $(VENV)-clients/.installed $(VENV)-clients-legacy/.installed $(VENV)-clients-aider/.installed \

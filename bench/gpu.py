@@ -1,15 +1,17 @@
 """GPU: models in true shapes with random weights, compared with the limits of the device's memory and matrix units.
 
-    python -m bench.gpu [--models qwen3-0.6b,qwen3-8b,gemma-3-27b] [--out DIRECTORY]
+    python -m bench.gpu [--models qwen3-0.6b,qwen3-8b,gemma-3-27b] [--quantization none,int4] [--out DIRECTORY]
 
 A step of one stream has to read all weights once, so the limit in tokens per second is the memory's bandwidth over
 their size. The engine is also compared with transformers' `generate` and its continuous batching, and its greedy tokens
-are checked against the stock model's logits. Figures are written after each part, so that it can be stopped at any
-time; a part that fails has its error in their place.
+are checked against the stock model's logits. --quantization: with packed weights of random codes, see packed_model.py.
+Figures are written after each part, so that it can be stopped at any time; a part that fails has its error in their
+place.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import random
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from bench import machine
+from bench import machine, packed_model
 from bench.run import RESULTS
 from engine.async_runner import AsyncRunner
 from engine.attention import paged
@@ -55,6 +58,7 @@ CONTEXT = 8448
 PROFILED = 8  # steps
 NUM_GENERATED = 32  # tokens that transformers generates: fewer, as it is slower
 PART_SECONDS = 100
+PLAIN = "none"  # of --quantization: weights in bfloat16
 
 _QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6}
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {  # the models' config.json on the Hub
@@ -119,8 +123,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def build(name: str, device: torch.device) -> Any:
+def build(name: str, device: torch.device, quantization: str = PLAIN) -> Any:
+    """Returns a model in bfloat16. quantization: of bench/packed_model.py, or "none"."""
     torch.manual_seed(0)
+    if quantization != PLAIN:
+        return packed_model.build(SHAPES[name](), quantization, device)
     with device:
         return AutoModelForCausalLM.from_config(
             SHAPES[name](), dtype=torch.bfloat16, attn_implementation=paged.NAME
@@ -130,7 +137,7 @@ def build(name: str, device: torch.device) -> Any:
 def num_bytes_read(model: Any) -> int:
     """Returns the bytes of weights that a token reads: all but an embedding that is not the output layer too."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    total: int = sum(parameter.nbytes for parameter in model.parameters())
+    total: int = sum(parameter.nbytes for parameter in model.parameters()) + packed_model.num_bytes_of(model)
     return total if embedding is head else total - int(embedding.nbytes)
 
 
@@ -185,11 +192,12 @@ def _prefill(engine: Engine, model: Any, seed: int) -> None:
 def prefill_flops(model: Any) -> float:
     """Returns the operations of the long prompt: two for each layer weight and token, and those of attention."""
     text = model.config.get_text_config()
-    weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    layers = [module for name, module in model.named_modules() if ".layers." in name]
+    weights = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features"))
     flops: float = 2.0 * weights * LONG_PROMPT
     for layer in range(text.num_hidden_layers):
-        kinds = getattr(text, "layer_types", None) or []
-        is_sliding = bool(kinds) and kinds[layer] == "sliding_attention"
+        types = getattr(text, "layer_types", None) or []
+        is_sliding = bool(types) and types[layer] == "sliding_attention"
         seen = min(LONG_PROMPT / 2, text.sliding_window) if is_sliding else LONG_PROMPT / 2
         flops += 4.0 * LONG_PROMPT * seen * text.num_attention_heads * text.head_dim
     return flops
@@ -252,6 +260,10 @@ def compare(model: Any, device: torch.device, answers: list[list[int]]) -> tuple
     return sum(same) / len(same), largest
 
 
+class OutOfTime(BaseException):
+    """Ends a part, also where an engine would take an Exception for a failed step and try it again."""
+
+
 class Report:
     """One model's figures, in a file that is written after each part."""
 
@@ -259,7 +271,8 @@ class Report:
         self._path, self._name = path, name
         self.figures: dict[str, Any] = {}
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self._described = {"device": gpu, "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", **machine.describe()}
+        time_now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        self._described = {"device": gpu, "time": time_now, **machine.describe(), "triton": triton_version()}
 
     def note(self, **figures: Any) -> None:
         rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in figures.items()}
@@ -274,7 +287,7 @@ class Report:
         try:
             with _limited(PART_SECONDS):
                 work()
-        except Exception as error:  # of any type: the other parts are measured anyway
+        except (Exception, OutOfTime) as error:  # of any type: the other parts are measured anyway
             traceback.print_exc()
             self.note(**{name: f"{type(error).__name__}: {first_line(error)}"})
         gc.collect()
@@ -282,14 +295,15 @@ class Report:
             torch.cuda.empty_cache()
 
     def text(self, name: str, text: str) -> None:
-        path = self._path.parent / f"{self._path.stem}-{self._name}-{name}.txt"
-        path.write_text("\n".join(line.rstrip()[:240] for line in text.splitlines()) + "\n")
+        """Adds a text to the file that has those of all models."""
+        with self._path.with_name(f"{self._path.stem}-profiles.txt").open("a") as file:
+            print(f"== {self._name} {name}", *(line.rstrip()[:240] for line in text.splitlines()), sep="\n", file=file)
 
 
 @contextmanager
 def _limited(seconds: int) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"it takes longer than {seconds} s")
+        raise OutOfTime(f"it takes longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -300,14 +314,23 @@ def _limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def measure(name: str, device: torch.device, report: Report) -> None:
+def triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def measure(name: str, device: torch.device, report: Report, quantization: str) -> None:
     """Measures the engine, then transformers."""
     on_gpu = device.type == "cuda"
     speed = bandwidth(device, 2**32 if on_gpu else 2**26)
     peak = matrix_peak(device, 8192 if on_gpu else 256)
-    model = build(name, device)
+    started = time.perf_counter()
+    model = build(name, device, quantization)
     weights = num_bytes_read(model)
     report.note(
+        build_s=time.perf_counter() - started,
         weight_gib=weights / 2**30,
         bandwidth_gb_per_s=speed / 1e9,
         matrix_tflops=peak / 1e12,
@@ -343,6 +366,8 @@ def measure(name: str, device: torch.device, report: Report) -> None:
             report.text(f"decode-{count}", profile_of(steps, device))
             _finish(engine)
         report.text("prefill", profile_of(lambda: _prefill(engine, model, 5), device))
+        if on_gpu:
+            report.note(peak_gib=torch.cuda.max_memory_allocated(device) / 2**30)
 
     report.part("engine", engine_parts)
     model.set_attn_implementation("sdpa")
@@ -368,6 +393,7 @@ def _compared(model: Any, device: torch.device, answers: list[list[int]]) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="qwen3-0.6b,qwen3-8b,gemma-3-27b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--quantization", default=PLAIN, help=f"of {', '.join([PLAIN, *packed_model.FORMATS])}")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a directory")
     arguments = parser.parse_args()
@@ -376,9 +402,11 @@ def main() -> None:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-gpu-{machine.slug(gpu)}.json"
-    for name in arguments.models.split(","):
-        report = Report(path, name, device)
-        report.part("failed", partial(measure, name, device, report))
+    for name, quantization in itertools.product(arguments.models.split(","), arguments.quantization.split(",")):
+        report = Report(path, name if quantization == PLAIN else f"{name}-{quantization}", device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        report.part("failed", partial(measure, name, device, report, quantization))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ CLOCKS = (  # prefixes of files whose tests measure time or memory: they run in 
     *("test_hostile", "test_raw_sockets", "test_deadline", "test_memory", "test_gateway", "test_wire"),
     *("test_embed", "test_fuzz"),
 )
+SPREAD = ("test_gpu", "test_paged_triton", "test_triton_layers")  # files whose cases go to any worker: compilers wait
 collect_ignore = ["clients", "ray"]  # `make test-clients` and `make test-ray` run them, in other environments
 
 
@@ -43,12 +44,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives whole files to the workers, as their tests share servers; all files with clocks go to one worker."""
+    """Gives whole files to the workers, as their tests share servers, but for SPREAD; all files with clocks go to one
+    worker."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
+            if Path(file).stem.startswith(SPREAD):
+                return nodeid
             return "clock" if Path(file).stem.startswith(CLOCKS) else file
 
     return Scheduling(config, log)

@@ -4,9 +4,12 @@ Triton's interpreter."""
 import copy
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from devices import DEVICE
 from models import tiny_model
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +22,8 @@ from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
 from engine.quantization import QUANTIZATIONS
 
+IS_OLD = Version(transformers.__version__) < Version("5.23")
+NEEDS_NEW = pytest.mark.skipif(IS_OLD, reason="the engine needs a newer transformers for this; see requirements.txt")
 OPTIONS = EngineOptions(max_num_batched_tokens=24, max_num_mixed_tokens=24, max_num_seqs=6, kv_block_size=8)
 
 
@@ -38,11 +43,13 @@ def load_on_gpu(directory: Path, quantization: str = "auto", dtype: torch.dtype 
     return load_model(own, lambda phase, fraction: None, quantization)
 
 
-def packed_model(family: str, quantization: str = "int8", **changes: object) -> PreTrainedModel:
-    """Returns a tiny model with packed weights."""
+def packed_model(
+    family: str, quantization: str = "int8", dtype: torch.dtype = torch.float32, **changes: object
+) -> PreTrainedModel:
+    """Returns a tiny model with packed weights. dtype: of its activations."""
     from engine.gpu.packing import GPU_FORM
 
-    model = tiny_model(family, **changes).to(DEVICE)
+    model = tiny_model(family, **changes).to(device=DEVICE, dtype=dtype)
     pack_model(model, QUANTIZATIONS[quantization], form=GPU_FORM)
     return model
 

@@ -53,7 +53,8 @@ class TinyAdapter:
         for name, (a, b) in self.matrices().items():
             alpha = self._of(name, self.alphas, self.alpha)
             scale = alpha / (len(a) ** 0.5 if self.fields.get("use_rslora") else len(a))
-            model.get_submodule(name).weight.data += scale * b @ a
+            weight = model.get_submodule(name).weight
+            weight.data += (scale * b @ a).to(weight)
         return model
 
     def save(self, directory: Path, prefix: str = "base_model.model.") -> Path:
@@ -85,6 +86,6 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, An
 
 def greedy_tokens(model: PreTrainedModel, prompt: Iterable[int], count: int) -> list[int]:
     """transformers' own answer."""
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     output = model.generate(ids, max_new_tokens=count, do_sample=False)
     return output[0, ids.shape[1] :].tolist()

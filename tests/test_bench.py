@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import torch
+from devices import DEVICE
 
-from bench import gpu, paged_attention, run
+from bench import gpu, packed_model, paged_attention, run
 from config import Settings
 from engine.layer_spec import AttentionSpec
 
@@ -28,6 +30,37 @@ def test_a_token_reads_every_weight_but_an_embedding_that_is_no_output_layer() -
         small, large = (gpu.build(name, torch.device("meta")) for name in ("qwen3-0.6b", "qwen3-8b"))
     assert round(gpu.num_bytes_read(small) / 2e9, 2) == 0.60  # parameters, in billions
     assert round(gpu.num_bytes_read(large) / 2e9, 2) == 7.57  # 8.19 less the embedding
+
+
+@pytest.mark.parametrize("quantization", packed_model.FORMATS)
+def test_random_codes_stand_for_weights_as_models_are_initialised(quantization: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
+    from engine.gpu import products
+
+    config = gpu.SHAPES["tiny"]()
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64
+    model = packed_model.build(config, quantization, DEVICE)
+    layers = [module for module in model.modules() if hasattr(module, "packed")]
+    assert len(layers) == 2 * 7 + 1
+    for layer in layers:
+        weight = products.dequantised(layer.packed, torch.float32)
+        assert abs(float(weight.mean())) < 1e-3 and 0.015 < float(weight.std()) < 0.025
+    plain = sum(parameter.nbytes for parameter in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    assert gpu.num_bytes_read(model) == plain + sum(layer.packed.num_bytes for layer in layers)
+    bits = 8 * packed_model.num_bytes_of(model) / sum(layer.in_features * layer.out_features for layer in layers)
+    assert {"int8": 8, "int4": 5, "q4_k": 4.6}[quantization] < bits < {"int8": 9, "int4": 6, "q4_k": 5}[quantization]
+
+
+def test_products_are_measured_in_every_way() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
+    from bench import gpu_products
+
+    found = list(gpu_products.measure("tiny", (64, 256), "q4_k", [1, 64], DEVICE, 1e9))
+    assert [(result.way, result.tokens) for result in found] == [
+        *(("numbers", 1), ("tiles", 1), ("dequantised", 1), ("bfloat16", 1)),
+        *(("tiles", 64), ("dequantised", 64), ("bfloat16", 64)),
+    ]
+    assert all(result.note == "" and result.gb_per_s for result in found)
 
 
 def test_attentions_work_is_counted_as_its_queries_see_it() -> None:

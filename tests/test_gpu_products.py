@@ -153,7 +153,7 @@ def test_the_fastest_way_is_taken_for_each_number_of_tokens() -> None:
         """Of two ways after the other, for one number of tokens after the other."""
         times = iter(seconds)
         return product_limits.limits_of(
-            weight, torch.float32, lambda run: next(times), lambda way, *others: way is not wrong
+            [weight], torch.float32, lambda run: next(times), lambda way, *others: way is not wrong
         )
 
     assert limits(1, 2, 1, 2, 3, 2, 1, 2, 2, 2, 9, 2) == ProductLimits(2, 64)

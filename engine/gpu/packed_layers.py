@@ -3,13 +3,15 @@
 Inputs are not rounded, unlike on a CPU: a layer computes what the stock one would with the dequantised weight.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
-from engine.gpu import product_limits, products, timing
+from engine.gpu import products, timing
 from engine.gpu.half_layers import in_halves, multiplies_halves
 from engine.gpu.packed_weight import GPUWeight
-from engine.gpu.product_limits import multiply
+from engine.gpu.product_limits import Measure, measure, multiply
 
 
 class PackedLinear(nn.Module):
@@ -41,7 +43,9 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, packed: GPUWeight, scale: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.packed, self.scale, self.dtype = packed, scale, dtype
+        self.packed, self.dtype = packed, dtype
+        # where the rows are: a copy from the CPU cannot be recorded in a CUDA graph
+        self.scale = None if scale is None else scale.to(packed.quants.device, dtype)
         self.num_embeddings = packed.num_rows
 
     @property
@@ -52,15 +56,18 @@ class PackedEmbedding(nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         ids = token_ids.to(self.packed.quants.device)
         rows = products.dequantised(self.packed, self.dtype, ids.flatten()).view(*ids.shape, -1)
-        return rows if self.scale is None else rows * self.scale.to(rows)
+        return rows if self.scale is None else rows * self.scale
 
 
-def measure_products(model: nn.Module) -> None:
+def measure_products(model: nn.Module, seconds: Measure = timing.seconds) -> None:
     """Finds the fastest way to multiply with a GPU model's packed weights; see product_limits.py. Raises
-    ModelLoadError where none is right."""
+    ModelLoadError where none is right.
+
+    seconds: measures a call on the current device.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     for device in {layer.packed.quants.device for layer in layers}:
-        with torch.cuda.device(device):
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             own = [layer for layer in layers if layer.packed.quants.device == device]
             dtype = torch.float16 if multiplies_halves(device) else own[0].dtype
-            product_limits.measure((layer.packed for layer in own), dtype, timing.seconds)
+            measure((layer.packed for layer in own), dtype, seconds)

@@ -1,7 +1,7 @@
 """ProductLimits: from how many tokens on each way to multiply with a packed weight is the fastest one on a device.
 
 See products.py for the ways. Once for every format each is compared with torch's product, and those that agree are
-timed on the format's largest weight, as steps of decodes run: in CUDA graphs.
+timed on some of the model's weights, as steps of decodes run: in CUDA graphs.
 """
 
 import logging
@@ -21,6 +21,7 @@ Agrees = Callable[[Way, GPUWeight, torch.dtype], bool]
 WAYS = (products.multiply_numbers, products.multiply_tiles, products.multiply_dequantised)
 Measure = Callable[[Callable[[], None]], float]  # seconds that a call takes
 FEW, MANY = (1, 2, 4, 8), (32, 64, 128, 256, 512)  # tokens that are timed
+COLD = 2**28  # bytes of weights, which no GPU's cache holds
 TRIED_ROWS, TRIED_TOKENS = 64, (1, 17, 33)  # of the products that are compared
 TOLERANCES = {2: 0.02, 4: 1e-3}  # bytes of a number -> allowed difference, as a part of the result's norm
 
@@ -57,42 +58,48 @@ def multiply(
 
 
 def measure(weights: Iterable[GPUWeight], dtype: torch.dtype, seconds: Measure) -> None:
-    """Finds the limits for the formats of these weights, and logs them. dtype: of the activations."""
-    largest: dict[tuple[object, ...], GPUWeight] = {}
-    for weight in weights:
-        key = _key(weight, dtype)
-        if key not in _measured and (key not in largest or weight.num_bytes > largest[key].num_bytes):
-            largest[key] = weight
-    for key, weight in largest.items():
-        limits = _measured[key] = limits_of(weight, dtype, seconds)
+    """Finds the limits for the formats of these weights, and logs them. dtype: of the activations. Raises
+    ModelLoadError where even dequantising a weight is wrong."""
+    for key, own in _by_key(weights, dtype).items():
+        limits = _measured[key] = limits_of(own, dtype, seconds)
         log.info(
             "products with weights of %d bits: number by number up to %d tokens, by tiles up to %d, then dequantised",
-            weight.format.bits,
+            own[0].format.bits,
             limits.numbers,
             limits.tiles,
         )
 
 
-def limits_of(weight: GPUWeight, dtype: torch.dtype, seconds: Measure, agrees: Agrees | None = None) -> ProductLimits:
-    """Returns the fastest way for each number of tokens that is timed; see `ProductLimits`. Raises ModelLoadError where
-    even dequantising a weight is wrong.
+def _by_key(weights: Iterable[GPUWeight], dtype: torch.dtype) -> dict[tuple[object, ...], list[GPUWeight]]:
+    """Returns weights of each format that is not measured yet: so many that a GPU's cache does not hold them, from
+    which they would be read again, faster than from its memory."""
+    chosen: dict[tuple[object, ...], list[GPUWeight]] = {}
+    for weight in weights:
+        own = chosen.setdefault(_key(weight, dtype), [])
+        if sum(other.num_bytes for other in own) < COLD:
+            own.append(weight)
+    return {key: own for key, own in chosen.items() if key not in _measured}
+
+
+def limits_of(
+    weights: list[GPUWeight], dtype: torch.dtype, seconds: Measure, agrees: Agrees | None = None
+) -> ProductLimits:
+    """Returns the fastest way for each number of tokens that is timed, for weights of one format; see `ProductLimits`.
+    Raises ModelLoadError where even dequantising a weight is wrong.
 
     agrees: tells whether a way gives the right product; tests pass their own.
     """
-    able = [way for way in WAYS if (agrees or _agrees)(way, weight, dtype)]
+    able = [way for way in WAYS if (agrees or _agrees)(way, weights[0], dtype)]
     if products.multiply_dequantised not in able:
         raise ModelLoadError(
-            f"This GPU computes wrong products with weights of {weight.format.bits} bits: set QUANTIZATION=none, or "
-            "update Triton and the GPU's driver."
+            f"This GPU computes wrong products with weights of {weights[0].format.bits} bits: set QUANTIZATION=none, "
+            "or update Triton and the GPU's driver."
         )
 
     def time(way: Way, num_tokens: int) -> float:
-        device = weight.quants.device
-        x = torch.zeros(num_tokens, weight.num_columns, dtype=dtype, device=device)
-        output = torch.empty(num_tokens, weight.num_rows, dtype=dtype, device=device)
         try:
-            return seconds(lambda: way(x, weight, None, output)) if way in able else math.inf
-        except Exception as error:  # any kind, from the compiler or the driver
+            return seconds(_products(way, weights, dtype, num_tokens)) if way in able else math.inf
+        except Exception as error:  # any kind, from the compiler or the driver, or memory is short
             log.info("%s is of no use here for %d tokens: %s", way.__name__, num_tokens, first_line(error))
             return math.inf
 
@@ -108,6 +115,19 @@ def limits_of(weight: GPUWeight, dtype: torch.dtype, seconds: Measure, agrees: A
     numbers = last_faster(FEW, products.multiply_numbers, products.multiply_tiles)
     tiles = last_faster(MANY, products.multiply_tiles, products.multiply_dequantised)
     return ProductLimits(numbers, tiles)
+
+
+def _products(way: Way, weights: list[GPUWeight], dtype: torch.dtype, num_tokens: int) -> Callable[[], None]:
+    """Returns what multiplies with all weights, one after the other."""
+    device = weights[0].quants.device
+    inputs = [torch.zeros(num_tokens, weight.num_columns, dtype=dtype, device=device) for weight in weights]
+    outputs = [torch.empty(num_tokens, weight.num_rows, dtype=dtype, device=device) for weight in weights]
+
+    def run() -> None:
+        for x, weight, output in zip(inputs, weights, outputs, strict=True):
+            way(x, weight, None, output)
+
+    return run
 
 
 def _agrees(way: Way, weight: GPUWeight, dtype: torch.dtype) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 DEVICE = torch.device(os.environ.get("GPU_TESTS", "cuda"), 0)
+torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are to be as exact as products
 REASON = "needs a GPU that this torch can use"
 
 
