@@ -1,14 +1,17 @@
 """Models with packed weights on a GPU compute what transformers does with the dequantised ones: on a GPU where there is
 one, else in Triton's interpreter."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import quantized_checkpoints as made
 import torch
 from devices import DEVICE
+from gguf_twins import TWINS
 from gpu_codes import FORMATS, codes_of
 from gpu_models import NEEDS_NEW, engine_on_gpu, load_on_gpu, packed_model, plain_twin
 from lora_files import TinyAdapter, greedy_tokens
@@ -16,23 +19,25 @@ from models import byte_tokenizer, tiny_model
 from quantized_cases import CASES
 from test_gguf import QWEN2_LAYERS, as_packed, wide
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engine.attention.paged import AttentionRecorder
 from engine.build import model_runner_of
 from engine.checked_model import check_model
-from engine.cpu import gguf_blocks
+from engine.cpu import gguf_blocks, packed_checkpoint
 from engine.cpu.packed_weight import E4M3, Format
 from engine.engine import EngineOptions
 from engine.memory_plan import Device, PaperModel
 from engine.model_loader import load_model
+from engine.placement import check_places
 from engine.quantization import CODES_ALONE, FROM_FILE
 from engine.quantized.files import QuantizedFiles
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from errors import ModelLoadError
 
 pytest.importorskip("triton", reason="Triton is not installed; torch's builds for CUDA bring it")
-from engine.gpu import product_limits, products  # noqa: E402
+from engine.gpu import packed_experts, product_limits, products  # noqa: E402
 from engine.gpu.packed_experts import PackedExperts  # noqa: E402
 from engine.gpu.packed_layers import PackedEmbedding, PackedLinear, measure_products  # noqa: E402
 from engine.gpu.packed_weight import pack  # noqa: E402
@@ -161,6 +166,27 @@ def test_a_gguf_files_own_blocks_are_kept(kind: str, tmp_path: Path) -> None:
 
 
 @NEEDS_NEW
+@NEEDS_NEW
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_experts_of_a_gguf_file_keep_its_blocks_and_are_planned_by_their_sizes(kind: str, tmp_path: Path) -> None:
+    twin, sizes = (
+        TWINS["qwen3moe"],
+        {"config": {"moe_intermediate_size": 64}, "keys": {"expert_feed_forward_length": 64}},
+    )
+    larger = dataclasses.replace(twin, **{name: {**getattr(twin, name), **more} for name, more in sizes.items()})
+    larger.write(tmp_path / "tiny.gguf", kind=gguf.GGMLQuantizationType[kind])
+    as_packed(tmp_path / "tiny.gguf")
+    model, directory = load_on_gpu(tmp_path / "tiny"), tmp_path / "tiny"
+    experts = {name: m for name, m in model.named_modules() if isinstance(m, PackedExperts)}
+    assert len(experts) == model.config.num_hidden_layers
+    with torch.device("meta"):
+        known = packed_checkpoint.parameter_sizes(AutoModelForCausalLM.from_config(model.config), directory)
+    for name, own in experts.items():
+        for part, weight in own.packed.items():
+            assert weight.format.bits == int(kind[1]) and abs(known[f"{name}.{part}"] - weight.num_bytes) < 64
+            assert packed_experts.agrees(weight, torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["F16", "F32", "BF16"])
 def test_a_gguf_files_floats_get_the_models_type(kind: str, tmp_path: Path) -> None:
     expected = wide(kind, tmp_path / "tiny.gguf")
@@ -169,6 +195,13 @@ def test_a_gguf_files_floats_get_the_models_type(kind: str, tmp_path: Path) -> N
     assert not packed_layers_of(model)
     own = model.get_parameter("model.layers.0.self_attn.v_proj.weight").cpu()
     assert own.dtype == torch.bfloat16 and torch.allclose(own.float(), expected["blk.0.attn_v.weight"], rtol=2**-8)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_packed_weights_without_a_place_on_a_gpu_are_refused(place: str) -> None:
+    check_places({"model.layers.0": 0, "lm_head": 1})
+    with pytest.raises(ModelLoadError, match="too little memory.* fewer bits"):
+        check_places({"model.layers.0": 0, "lm_head": place})
 
 
 # --- quantised checkpoints

@@ -28,6 +28,11 @@ def test_a_product_is_that_of_float32_whatever_the_size_of_its_inputs(size: floa
     assert float(errors.max()) < 2e-3 and torch.equal(layer(x)[0, 2], torch.ones(64, device=DEVICE))
 
 
+def test_inputs_may_be_in_float16_already() -> None:
+    product = in_halves(torch.zeros(1, 2).half(), lambda rows: rows @ torch.ones(2, 2).half())
+    assert product.dtype == torch.float32 and torch.equal(product, torch.zeros(1, 2))
+
+
 def test_what_is_not_a_number_stays_none() -> None:
     x = torch.tensor([[1.0, torch.nan], [1.0, 2.0]])
     product = in_halves(x, lambda rows: rows @ torch.ones(2, 2).half())

@@ -328,6 +328,11 @@ def test_weights_that_stay_in_the_machines_memory_are_not_refused() -> None:
     assert refusal(paper("Gemma 3 27B"), cards(48), OPTIONS, host=64 * GIB) == ""
 
 
+def test_packed_weights_that_stay_in_the_machines_memory_are_refused() -> None:
+    """No kernel computes with them there."""
+    assert "GiB are missing" in refusal(paper("Gemma 3 27B", "int8"), cards(24), OPTIONS, host=64 * GIB)
+
+
 def test_a_device_map_can_name_one_device() -> None:
     options = replace(OPTIONS, device_map="cuda:1")
     found = plan("Qwen3 8B", "int8", 16, 24, options=options)

@@ -1,5 +1,6 @@
 """Fused layers compute what the stock ones do: on a GPU where there is one, else in Triton's interpreter."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from devices import DEVICE
 from lora_files import TinyAdapter, greedy_tokens
 from models import FAMILIES, tiny_model
 from test_flash_attention import OPTIONS
+from transformers import GlmConfig, GlmForCausalLM
 
 from engine.async_runner import AsyncRunner
-from engine.attention import flash
+from engine.attention import flash, paged
 from engine.build import build_engine, model_runner_of
 from engine.engine import Engine
 from engine.layer_cache import LayerCache, quantized
@@ -54,6 +56,29 @@ def test_fused_layers_give_the_same_tokens(family: str, cache: str) -> None:
             engine.step()
         found.append([sequence.output_ids for sequence in sequences])
     assert found[0] == found[1]
+
+
+def test_heads_of_which_a_part_is_rotated_give_the_same_tokens() -> None:
+    """Their angles have fewer columns than a head; fused layers leave them to the stock ones."""
+    from engine.gpu import triton_layers
+
+    shapes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config = GlmConfig(vocab_size=199, head_dim=16, intermediate_size=96, rope_parameters=rope, **shapes)
+    config.eos_token_id = config.pad_token_id = None
+    torch.manual_seed(0)
+    stock = GlmForCausalLM(config).eval().to(DEVICE)
+    model = copy.deepcopy(stock)
+    model.set_attn_implementation(paged.NAME)
+    triton_layers.fuse_gpu_layers(model)
+    engine = build_engine(model, OPTIONS, frozenset())
+    if DEVICE.type == "cpu":
+        engine.runner = ModelRunner(model, model_runner_of(engine).cache, flash=flash.reference)
+    own = Sequence([5, 6, 7, 8, 9], SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True), lambda output: None)
+    engine.scheduler.add(own)
+    while engine.scheduler.has_work:
+        engine.step()
+    assert own.output_ids == greedy_tokens(stock, [5, 6, 7, 8, 9], 6)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
