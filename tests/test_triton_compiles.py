@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="Triton is not installed; torch's builds fo
 
 # Compute capability -> bytes of shared memory that a program has on all GPUs of that kind
 SHARED_MEMORY = {75: 65_536, 80: 101_376, 90: 101_376, 120: 101_376}
-KEPT_IN_MEMORY = 256  # bytes of a thread's state in attention: what does not fit into 255 registers
+# Bytes of a thread's state that may be in memory, as they do not fit into 255 registers; of other kernels none
+KEPT_IN_MEMORY = {"attend_kernel": 256, "tiles_kernel": 16}
 
 
 @pytest.mark.parametrize(
@@ -32,4 +33,4 @@ def test_the_kernels_are_compiled_for_a_gpu(capability: int, tmp_path: Path) -> 
     assert max(kernel["shared"] for kernel in kernels) <= SHARED_MEMORY[capability]
     if capability >= 80:  # on older GPUs, without products of this kind, the state is larger
         stacks = {name: max(kernel["stack"] for kernel in kernels if kernel["name"] == name) for name in names}
-        assert stacks.pop("attend_kernel") <= KEPT_IN_MEMORY and not any(stacks.values()), stacks
+        assert all(stack <= KEPT_IN_MEMORY.get(name, 0) for name, stack in stacks.items()), stacks
