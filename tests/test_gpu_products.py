@@ -156,10 +156,11 @@ def test_the_fastest_way_is_taken_for_each_number_of_tokens() -> None:
             [weight], torch.float32, lambda run: next(times), lambda way, *others: way is not wrong
         )
 
-    assert limits(1, 2, 1, 2, 3, 2, 1, 2, 2, 2, 9, 2) == ProductLimits(2, 64)
-    assert limits(*[1.0] * 18) == ProductLimits(8, 512)
+    assert limits(1, 2, 1, 2, 3, 2, *[1, 2] * 3, 2, 2, 9, 2) == ProductLimits(2, 64)
+    assert limits(9, 2, *[1, 2] * 2, 3, 2) == ProductLimits(0, 16), "few tokens need not be dequantised for"
+    assert limits(*[1.0] * 22) == ProductLimits(8, 512)
     assert limits(*[2.0, 1.0] * 2) == ProductLimits(0, 0)
-    assert limits(*[1.0] * 10, wrong=products.multiply_numbers) == ProductLimits(0, 512)
+    assert limits(*[1.0] * 14, wrong=products.multiply_numbers) == ProductLimits(0, 512)
     assert limits(*[9.0] * 4, wrong=products.multiply_tiles) == ProductLimits(8, 0)
     with pytest.raises(ModelLoadError, match="wrong products with weights of 4 bits: set QUANTIZATION=none"):
         limits(wrong=products.multiply_dequantised)

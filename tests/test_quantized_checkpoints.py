@@ -19,14 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from engine import start_check
 from engine.attention.paged import AttentionRecorder
-from engine.build import build_engine, model_runner_of
 from engine.checked_model import check_model
 from engine.cpu import kernels
 from engine.cpu.packed_weight import BFLOAT16, INT8, PARTS, Format, PackedWeight, round_and_pack
 from engine.cpu.packing import Packer
-from engine.engine import EngineOptions
 from engine.model_loader import load_model
 from engine.quantization import OWN_CODES
 from engine.quantized import mxfp4
@@ -420,38 +417,6 @@ def test_gpt_oss_numbers_are_those_that_transformers_reads() -> None:
     codes = weight.codes_for_kernels()
     assert codes is not None and torch.equal(codes.dequantize(), expected)
     assert torch.equal(weight.dequantize(torch.float32), expected)
-
-
-@pytest.mark.parametrize("quantization", ["none", "auto", "int8"])
-def test_a_gpt_oss_in_mxfp4_computes_with_its_numbers(quantization: str, tmp_path: Path) -> None:
-    """Transformers dequantises its experts, which stay bfloat16."""
-    expected = save_mxfp4(tmp_path)
-    model = load(tmp_path, quantization)
-    found = dict(model.named_parameters())
-    assert all(torch.equal(found[name].float(), weight) for name, weight in expected.items())
-    assert start_check.check(model_runner_of(build_engine(model, EngineOptions(max_num_seqs=4), frozenset())), 256)
-
-
-def save_mxfp4(directory: Path) -> dict[str, torch.Tensor]:
-    """Saves a tiny gpt-oss as OpenAI's checkpoints are; returns the experts' weights in float32, by their names."""
-    tiny_model("gpt_oss", "eager", hidden_size=64).save_pretrained(directory)
-    weights = {}
-
-    def to_codes(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-            num_experts, columns, rows = tensors.pop(name).shape
-            shape = (num_experts, rows, columns // 32)
-            blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
-            scales = torch.randint(121, 125, shape, dtype=torch.uint8)
-            tensors.update({f"{name}_blocks": blocks, f"{name}_scales": scales})
-            weights[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-
-    made.change(directory, to_codes)
-    path = directory / "config.json"
-    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    scheme = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": scheme}))
-    return weights
 
 
 def test_a_row_of_zeros_is_zero(tmp_path: Path) -> None:
